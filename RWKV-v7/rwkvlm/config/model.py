@@ -1,0 +1,71 @@
+"""The shape of a model. Every derived size is computed here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from .errors import UserError
+
+MODEL_TYPES = ("x070",)
+HEAD_SIZES = (16, 32, 64, 128)
+
+
+def low_rank(factor: float, n_embd: int) -> int:
+    """Inner size of a low-rank map: `factor * sqrt(n_embd)` rounded (half to even) to a multiple of 32, at least 32."""
+    return max(32, 32 * round(factor * math.sqrt(n_embd) / 32))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a model; 0 means "derive it". After construction every field is a real size.
+
+    Source of the derived sizes: RWKV-LM, RWKV-v7/train_temp (decay and in-context rate 2.5, value 1.7, gate 5).
+    Raises UserError naming the field when sizes do not fit together.
+    """
+
+    model_type: str = "x070"
+    n_layer: int = 6
+    n_embd: int = 512
+    vocab_size: int = 65536
+    head_size: int = 64
+    dim_ffn: int = 0  # hidden size of channel mixing; 0 = 4 * n_embd
+    rank_w: int = 0  # decay
+    rank_a: int = 0  # in-context learning rate
+    rank_v: int = 0  # value residual
+    rank_g: int = 0  # output gate
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise UserError(f"--my_testing {self.model_type!r} is not a known model; choose one of: {', '.join(MODEL_TYPES)}")
+        for name in ("n_layer", "n_embd", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_size not in HEAD_SIZES:
+            raise UserError(f"--head_size {self.head_size} is not supported; choose one of: {', '.join(map(str, HEAD_SIZES))}")
+        if self.n_embd % self.head_size:
+            raise UserError(f"--n_embd {self.n_embd} is not a multiple of --head_size {self.head_size}; change one of them")
+        derived = {
+            "dim_ffn": 4 * self.n_embd,
+            "rank_w": low_rank(2.5, self.n_embd),
+            "rank_a": low_rank(2.5, self.n_embd),
+            "rank_v": low_rank(1.7, self.n_embd),
+            "rank_g": low_rank(5.0, self.n_embd),
+        }
+        for name, value in derived.items():
+            given = getattr(self, name)
+            if given < 0:
+                raise UserError(f"--{name} is {given}; it must be positive, or 0 to derive it")
+            if given == 0:
+                object.__setattr__(self, name, value)
+
+    @property
+    def n_head(self) -> int:
+        return self.n_embd // self.head_size
+
+    def with_(self, **changes: object) -> ModelConfig:
+        """A copy with some fields changed; sizes are checked again."""
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, object]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,0 +1,170 @@
+"""Every flag of train.py: one typed, documented field each. The command line is generated from this class.
+
+Names and defaults follow the official trainer (RWKV-LM, RWKV-v7/train_temp/train.py) so that its scripts run unchanged;
+flags of our own are in the last group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import UserError
+from .model import MODEL_TYPES
+
+PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
+STRATEGIES = (
+    "auto",
+    "ddp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3_offload",
+)
+DATA_TYPES = ("binidx",)
+KERNELS = ("", "auto", "cuda", "cpu", "torch", "@rwkv3")
+MINI_EPOCH = 40320  # samples in an official mini-epoch
+
+
+def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run. Raises UserError naming the flag, its value and the cure."""
+
+    # files
+    load_model: str = flag("", 'weights to start from, a .pth file ("" or "0": none; train_stage 2 and 3 find the newest in proj_dir)')
+    proj_dir: str = flag("out", "folder of this run: checkpoints, logs, training state")
+    data_file: str = flag("", "prefix of the training data: DATA_FILE.bin and DATA_FILE.idx")
+    data_type: str = flag("binidx", "format of the training data", DATA_TYPES)
+    load_partial: int = flag(0, "1: parameters missing in load_model keep their initial values instead of being an error")
+    train_stage: int = flag(0, "1: write rwkv-init.pth and stop; 2 or 3: train, resuming from what proj_dir holds; 0: train from load_model or from scratch")
+
+    # model
+    my_testing: str = flag("x070", "model type", MODEL_TYPES)
+    vocab_size: int = flag(0, "vocabulary size; 0: from the checkpoint, else 65536")
+    n_layer: int = flag(0, "number of blocks; 0: from the checkpoint, else 6")
+    n_embd: int = flag(0, "width; 0: from the checkpoint, else 512")
+    dim_att: int = flag(0, "width of time mixing; must equal n_embd; 0: n_embd")
+    dim_ffn: int = flag(0, "hidden size of channel mixing; 0: from the checkpoint, else 4 * n_embd")
+    head_size: int = flag(0, "channels per head: 16, 32, 64 or 128; 0: from the checkpoint, else 64")
+    rank_w: int = flag(0, "low rank of the decay; 0: from the checkpoint, else derived from n_embd")
+    rank_a: int = flag(0, "low rank of the in-context learning rate; 0: as rank_w")
+    rank_v: int = flag(0, "low rank of the value residual; 0: as rank_w")
+    rank_g: int = flag(0, "low rank of the gate; 0: as rank_w")
+
+    # batches and their order
+    ctx_len: int = flag(1024, "tokens per sample")
+    micro_bsz: int = flag(12, "samples per device and step")
+    accumulate_grad_batches: int = flag(1, "micro batches per optimizer step")
+    magic_prime: int = flag(0, "prime that orders the samples; 0: computed from data_file and ctx_len")
+    my_exit_tokens: int = flag(0, "tokens at which the schedule and the training end; 0: one pass over the data")
+    epoch_begin: int = flag(0, "first mini-epoch; found by itself with train_stage 2 or 3")
+    epoch_save: int = flag(5, "save rwkv-{n}.pth every so many mini-epochs; 0: only at the end")
+    random_seed: int = flag(-1, "seed of the initial weights; -1: a new one each time, printed")
+
+    # optimizer and schedule
+    lr_init: float = flag(6e-4, "learning rate after warm-up")
+    lr_final: float = flag(1e-5, "learning rate at my_exit_tokens (cosine in between)")
+    warmup_steps: int = flag(-1, "optimizer steps of linear warm-up; -1: 10 when resuming from a .pth, else 0")
+    beta1: float = flag(0.9, "Adam beta1")
+    beta2: float = flag(0.99, "Adam beta2")
+    adam_eps: float = flag(1e-18, "Adam epsilon")
+    weight_decay: float = flag(0.0, "decoupled weight decay, on the large matrices only")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
+
+    # machine
+    accelerator: str = flag("auto", "auto, gpu or cpu")
+    devices: str = flag("auto", "devices (or CPU processes) per node; auto: all GPUs, or one CPU process")
+    num_nodes: int = flag(1, "number of nodes")
+    precision: str = flag("bf16", "number format of weights and activations (bf16, fp16: with fp32 master weights); auto: the faster of bf16 and fp32 here", PRECISIONS)
+    strategy: str = flag("auto", "how the training is spread over devices", STRATEGIES)
+    grad_cp: int = flag(0, "1: recompute activations in the backward pass (less memory, slower)")
+    head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
+    kernel: str = flag("", 'backend of the wkv7 operator; "" and @rwkv3: automatic', KERNELS)
+    ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB")
+
+    # logs
+    wandb: str = flag("", "Weights & Biases project; without a login the run is logged offline")
+    enable_progress_bar: bool = flag(True, "show a progress bar")
+
+    # ours
+    epoch_samples: int = flag(MINI_EPOCH, "samples per mini-epoch (officially 40320)")
+    save_steps: int = flag(0, "save the full training state every so many optimizer steps; 0: at the end of each mini-epoch")
+    save_minutes: float = flag(0.0, "also save the full training state after so many minutes; 0: no")
+    keep_last: int = flag(2, "number of training states kept")
+    val_file: str = flag("", "prefix of held-out data; default: DATA_FILE.val when it exists")
+    val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch")
+    val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation")
+    max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")
+    dist_timeout: float = flag(1800.0, "seconds after which a collective operation with a silent rank gives up")
+
+    # accepted for older scripts, without effect
+    epoch_steps: int = flag(0, "no effect: follows from epoch_samples and the batch")
+    epoch_count: int = flag(0, "no effect: the end is set by my_exit_tokens")
+    my_pile_stage: int = flag(0, "older name of train_stage")
+    my_pile_edecay: int = flag(0, "no effect: the decay of the learning rate follows my_exit_tokens")
+    pre_ffn: int = flag(0, "no effect: not part of RWKV-7")
+    head_qk: int = flag(0, "no effect: not part of RWKV-7")
+    head_size_a: int = flag(0, "older name of head_size")
+
+    def __post_init__(self) -> None:
+        self._rename("my_pile_stage", "train_stage")
+        self._rename("head_size_a", "head_size")
+        if self.load_model == "0":
+            object.__setattr__(self, "load_model", "")
+        for f in fields(self):
+            choices = f.metadata["choices"]
+            value = getattr(self, f.name)
+            if choices and value not in choices:
+                shown = ", ".join(c or '""' for c in choices)
+                raise UserError(f"--{f.name} {value!r} is not known; choose one of: {shown}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{f.name} {value} is not a finite number")
+        for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "num_nodes", "epoch_samples", "keep_last", "val_batches"):
+            self._at_least(name, 1)
+        for name in ("dim_att", "dim_ffn", "n_layer", "n_embd", "vocab_size", "head_size", "magic_prime", "epoch_begin", "epoch_save",
+                     "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "lr_init", "lr_final", "adam_eps"):
+            self._at_least(name, 0)
+        self._at_least("ds_bucket_mb", 1)
+        if self.dist_timeout <= 0:
+            raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
+        if self.train_stage not in (0, 1, 2, 3):
+            raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
+        if self.grad_cp not in (0, 1):
+            raise UserError(f"--grad_cp {self.grad_cp} is not known; use 0 or 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        if self.accelerator not in ("auto", "gpu", "cuda", "cpu"):
+            raise UserError(f"--accelerator {self.accelerator!r} is not known; choose one of: auto, gpu, cpu")
+        if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices) >= 1):
+            raise UserError(f"--devices {self.devices!r} is not a number of devices; use auto, 1, 2, ...")
+        if self.dim_att and self.n_embd and self.dim_att != self.n_embd:
+            raise UserError(f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; RWKV-7 needs them equal (leave dim_att out)")
+
+    def _rename(self, old: str, new: str) -> None:
+        if getattr(self, old):
+            if getattr(self, new) and getattr(self, new) != getattr(self, old):
+                raise UserError(f"--{old} {getattr(self, old)} and --{new} {getattr(self, new)} contradict each other; give only --{new}")
+            object.__setattr__(self, new, getattr(self, old))
+
+    def _at_least(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def flags_without_effect(self) -> list[str]:
+        """One line for each flag that was given but changes nothing, with the reason."""
+        lines = []
+        for f in fields(self):
+            help = f.metadata["help"]
+            if help.startswith("no effect: ") and getattr(self, f.name) != f.default:
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
+        return lines
