@@ -1,0 +1,5 @@
+"""Recurrent-mode inference: read a prompt, then sample token by token in constant memory."""
+
+from .engine import Engine, load_engine
+
+__all__ = ["Engine", "load_engine"]

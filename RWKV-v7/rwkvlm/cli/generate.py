@@ -1,0 +1,33 @@
+"""`python -m rwkvlm generate`: text from a checkpoint, token by token."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from ..infer import load_engine
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rwkvlm generate", description="Continue a prompt with a trained model.")
+    parser.add_argument("--model", required=True, help="checkpoint, for example out/L6-D256-x070/rwkv-final.pth")
+    parser.add_argument("--prompt", default="", help='text to continue; "" starts a new document')
+    parser.add_argument("--length", type=int, default=100, help="tokens to generate")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top_p", type=float, default=0.7, help="keep the likeliest tokens up to this probability; 1: all")
+    parser.add_argument("--top_k", type=int, default=0, help="keep this many of the likeliest tokens; 0: all")
+    parser.add_argument("--seed", type=int, default=None, help="same seed, same text; default: a new one each time")
+    parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json')
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+
+    engine = load_engine(args.model, args.tokenizer, args.device)
+    pieces = engine.generate(args.prompt, args.length, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
+    start = time.perf_counter()
+    print(args.prompt, end="", flush=True)
+    for text in pieces:
+        print(text, end="", flush=True)
+    print()
+    print(f"[{time.perf_counter() - start:.1f} s]", file=sys.stderr)
+    return 0

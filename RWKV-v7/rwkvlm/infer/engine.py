@@ -1,0 +1,81 @@
+"""A model, its tokenizer, and the loop that turns a prompt into text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.pth import load_into, load_weights, read_config
+from ..config import UserError
+from ..data.tokenizer import load_tokenizer
+from ..models import LanguageModel, build
+from .sampling import check_sampling, sample
+
+PREFILL = 512  # tokens of a prompt read at once: bounds the memory of a long prompt, changes no number beyond rounding
+END_OF_DOCUMENT = 0
+
+
+class Engine:
+    """Recurrent inference with one model. Memory does not grow with the length of the text."""
+
+    def __init__(self, model: LanguageModel, tokenizer) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def read(self, tokens: list[int], state: list | None = None) -> tuple[torch.Tensor, list]:
+        """Feeds tokens (at least one). Returns the logits after the last one, [1, V], and the new state."""
+        idx = torch.tensor([tokens], device=self.model.emb.weight.device)
+        for piece in idx.split(PREFILL, dim=1):
+            x, state = self.model.features(piece, state, return_state=True)
+        return self.model.head(x[:, -1]), state
+
+    def tokens(
+        self, prompt: str, length: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
+    ) -> Iterator[int]:
+        """Yields up to `length` sampled tokens; stops at the end of the document. An empty prompt starts a new document.
+
+        Raises UserError for sampling values outside their range and for prompts with tokens outside the model's vocabulary.
+        """
+        check_sampling(temperature, top_p, top_k)
+        generator = torch.Generator(device=self.model.emb.weight.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        ids = self.tokenizer.encode(prompt) or [END_OF_DOCUMENT]
+        if max(ids) >= self.model.config.vocab_size:
+            raise UserError(
+                f"the prompt has token {max(ids)}, but the model's vocabulary has {self.model.config.vocab_size}; use the tokenizer it was trained with (--tokenizer)"
+            )
+        logits, state = self.read(ids)
+        for left in range(length - 1, -1, -1):
+            token = int(sample(logits, temperature, top_p, top_k, generator))
+            if token == END_OF_DOCUMENT:
+                return
+            yield token
+            if left:
+                logits, state = self.read([token], state)
+
+    def generate(self, prompt: str, length: int, **sampling) -> Iterator[str]:
+        """As `tokens`, but yields text as soon as it is whole characters; joined, the pieces are the continuation."""
+        stream = self.tokenizer.stream()
+        for token in self.tokens(prompt, length, **sampling):
+            if text := stream.feed([token]):
+                yield text
+        if text := stream.flush():
+            yield text
+
+
+def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto", dtype: torch.dtype | None = None) -> Engine:
+    """An engine from an official-format .pth file. device "auto": the GPU if there is one. dtype None: bf16 there, fp32 on the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    tensors = load_weights(path)
+    model = build(read_config(tensors)).to(dtype)
+    load_into(model, tensors)
+    return Engine(model.to(device), load_tokenizer(tokenizer))

@@ -1,0 +1,89 @@
+"""Time mixing of RWKV-7: everything around the wkv7 operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import ModelConfig
+from ..ops.wkv7 import wkv7
+from .token_shift import token_shift
+
+
+class TimeMix(nn.Module):
+    """The generalised delta rule with vector-valued decay and in-context learning rate.
+
+    Source: RWKV-7 paper (arXiv 2503.14456), section 4; names as in the official checkpoints.
+    The first block's value is the target of the value residual of all others, so block 0 has no residual of its own;
+    official files carry v0, v1, v2 there all the same, and so do we, as buffers that nothing reads.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C, H, N = config.n_embd, config.n_head, config.head_size
+        self.layer, self.n_head, self.head_size = layer, H, N
+
+        def vector() -> nn.Parameter:
+            return nn.Parameter(torch.empty(1, 1, C))
+
+        def low_rank(rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+            return nn.Parameter(torch.empty(C, rank)), nn.Parameter(torch.empty(rank, C))
+
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (vector() for _ in range(6))
+        self.w0, (self.w1, self.w2) = vector(), low_rank(config.rank_w)
+        self.a0, (self.a1, self.a2) = vector(), low_rank(config.rank_a)
+        v0, (v1, v2) = vector(), low_rank(config.rank_v)
+        for name, value in (("v0", v0), ("v1", v1), ("v2", v2)):
+            if layer == 0:
+                self.register_buffer(name, value.detach())
+            else:
+                self.register_parameter(name, value)
+        self.g1, self.g2 = low_rank(config.rank_g)
+        self.k_k, self.k_a = vector(), vector()
+        self.r_k = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        v_first: torch.Tensor | None,
+        last: torch.Tensor | None = None,
+        wkv: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x: [B, T, C], normalised; v_first: [B, T, C], block 0's value (None in block 0);
+        last: [B, C] and wkv: [B, H, N, N] fp32, the state, or None at the beginning.
+
+        Returns the output [B, T, C], v_first, and the new wkv state (None unless return_state).
+        """
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+
+        xx = token_shift(x, last) - x
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+
+        r = self.receptance(xr)
+        k = self.key(xk)
+        v = self.value(xv)
+        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
+        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        if self.layer == 0:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2))
+
+        kk = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
+        k = k * (1 + (a - 1) * self.k_a)
+        r, w, k, v_, a = (t.view(heads) for t in (r, w, k, v, a))
+        out = wkv7(r, w, k, v_, -kk, kk * a, initial_state=wkv, output_final_state=return_state)
+        y, new_wkv = out if return_state else (out, None)
+
+        y = self.ln_x(y.reshape(B * T, C)).view(heads)
+        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v_
+        return self.output(y.view(B, T, C) * g), v_first, new_wkv

@@ -1,0 +1,44 @@
+"""One residual block: time mixing, then channel mixing, each behind a LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..config import ModelConfig
+from ..layers.channel_mix import ChannelMix
+from ..layers.state import BlockState
+from ..layers.time_mix import TimeMix
+
+
+class Block(nn.Module):
+    """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)
+        self.ln1 = nn.LayerNorm(C)
+        self.ln2 = nn.LayerNorm(C)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
+        return BlockState.zeros(batch, self.n_head, self.head_size, device, dtype)
+
+    def forward(
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, BlockState | None]:
+        """x: [B, T, C] residual stream; v_first: [B, T, C] block 0's value. Returns x, v_first and the new state or None."""
+        if self.layer == 0:
+            x = self.ln0(x)
+        att_x, wkv, ffn_x = state if state is not None else (None, None, None)
+        att_in = self.ln1(x)
+        att, v_first, wkv = self.att(att_in, v_first, att_x, wkv, return_state)
+        x = x + att
+        ffn_in = self.ln2(x)
+        x = x + self.ffn(ffn_in, ffn_x)
+        new_state = BlockState(att_in[:, -1], wkv, ffn_in[:, -1]) if return_state else None
+        return x, v_first, new_state
