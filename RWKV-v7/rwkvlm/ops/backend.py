@@ -1,0 +1,66 @@
+"""Which implementation of an operator runs: asked for by name, or the best that can run here, with the reason said once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Callable, Mapping
+
+import torch
+
+from rwkvlm.config import UserError, env
+
+BACKENDS = ("cuda", "cpu", "torch")
+AUTO = ("", "auto", "@rwkv3")  # "@rwkv3" is the official trainer's name for "pick one"
+
+_requested: str | None = None
+_said: set[str] = set()
+
+
+def set_kernel(name: str) -> None:
+    """Ask for a backend in this process: "" or "auto" or "@rwkv3", "cuda", "cpu", "torch". Outranks RWKV_KERNEL."""
+    global _requested
+    _requested = _valid(name)
+
+
+def requested() -> str:
+    """What `set_kernel` asked for, else RWKV_KERNEL, else auto."""
+    return _valid(env.kernel()) if _requested is None else _requested
+
+
+def choose(op: str, requested: str, device: torch.device, supported: Mapping[str, Callable[[], str]]) -> str:
+    """The backend that runs `op` on `device`.
+
+    supported: backend -> function that returns "" when it can run these inputs here, else the reason why not; asked in
+        the order cuda, cpu, torch. A backend that is not in it has not been written for this operator.
+    A backend asked for by name that cannot run: UserError with the reason. Auto takes the device's native backend, else
+    "torch", and says on stderr why, once per operator and reason.
+    """
+    name = _valid(requested)
+    if name not in AUTO:
+        reason = _why_not(name, device, supported)
+        if reason:
+            raise UserError(f"--kernel {name}: {op} cannot run: {reason}; ask for another kernel or leave --kernel empty")
+        return name
+    native = device.type
+    reason = _why_not(native, device, supported)
+    if not reason:
+        return native
+    line = f"{op}: running in plain PyTorch, which is slower ({reason})"
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr, flush=True)
+    return "torch"
+
+
+def _valid(name: str) -> str:
+    if name not in AUTO and name not in BACKENDS:
+        raise UserError(f"--kernel {name}: unknown; expected one of {', '.join(BACKENDS)}, or nothing to choose by itself")
+    return name
+
+
+def _why_not(name: str, device: torch.device, supported: Mapping[str, Callable[[], str]]) -> str:
+    if name != "torch" and name != device.type:
+        return f"the tensors are on {device}"
+    if name not in supported:
+        return f"there is no {name} kernel for it yet"
+    return supported[name]()

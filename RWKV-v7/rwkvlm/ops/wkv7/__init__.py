@@ -1,0 +1,43 @@
+"""WKV7, the recurrence of RWKV-7: the contract, and the choice of who computes it.
+
+    S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   d_t = exp(-exp(-1/2) sigmoid(w_t)),   y_t = S_t r_t
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backend
+from .arguments import check_arguments
+from .chunked import wkv7_chunked
+from .reference import wkv7_reference
+
+__all__ = ["wkv7", "wkv7_chunked", "wkv7_reference"]
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the recurrence over T tokens for B rows and H heads.
+
+    r, w, k, v, a, b: [B, T, H, N], contiguous, bfloat16 or float32 (float64 runs in plain PyTorch), any T >= 1,
+        N in {16, 32, 64, 128}. w is the raw decay, any real number. The model passes a = -kk, b = kk * in-context rate.
+    initial_state: [B, H, N, N] float32 (rows value, columns key); zeros when None.
+    cu_seqlens: [documents + 1] int32 or int64, rising from 0 to T, with B = 1: documents packed in one row, the state is
+        reset at each boundary; states are then [documents, H, N, N].
+    Returns y [B, T, H, N] in the dtype of r, with output_final_state also the float32 state after the last token.
+    Gradients reach all six inputs and initial_state. ValueError for anything else; UserError for a kernel that cannot run.
+    """
+    inputs = (r, w, k, v, a, b)
+    check_arguments(inputs, initial_state, cu_seqlens)
+    backend.choose("wkv7", backend.requested(), r.device, {"torch": lambda: ""})
+    y, state = wkv7_chunked(*inputs, initial_state, cu_seqlens)
+    return (y, state) if output_final_state else y
