@@ -1,0 +1,187 @@
+"""Head and loss in chunks against full logits: values, gradients, memory, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from rwkvlm.ops.cross_entropy import head_cross_entropy, reference
+
+# Against a float64 computation from the same rounded inputs, relative rms. bf16: the loss sees logits rounded to 8 bits
+# (2^-9 relative each, averaged over tokens); the gradients carry that and their own rounding.
+LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-3}
+GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def make(tokens, C, V, dtype, seed=0, scale=1.0):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(*tokens, C, generator=rng, dtype=torch.float64)
+    weight = torch.randn(V, C, generator=rng, dtype=torch.float64) * (scale * 3 / C**0.5)
+    targets = torch.randint(V, tokens, generator=rng)
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def oracle(x, weight, targets, l2wrap=1e-4, grad_output=1.0):
+    """Loss and gradients in float64."""
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    loss = reference.head_cross_entropy(x, weight, targets, l2wrap=l2wrap)
+    return loss.detach(), *torch.autograd.grad(loss * grad_output, (x, weight))
+
+
+def rms_error(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "tokens, C, V, chunk",
+    [((2, 48), 64, 1000, 0), ((97,), 32, 513, 16), ((1,), 16, 7, 0), ((3, 5, 7), 24, 331, 64), ((64,), 33, 65, 1), ((130,), 96, 2048, 128)],
+)
+def test_matches_reference(dtype, tokens, C, V, chunk):
+    x, weight, targets = make(tokens, C, V, dtype)
+    loss = head_cross_entropy(x, weight, targets, chunk)
+    assert loss.shape == () and loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    dx, dw = torch.autograd.grad(loss, (x, weight))
+    assert (dx.dtype, dw.dtype) == (dtype, dtype) and dx.shape == x.shape
+    expected, expected_dx, expected_dw = oracle(x, weight, targets)
+    assert abs(loss.item() / expected.item() - 1) <= LOSS_TOLERANCE[dtype]
+    assert rms_error(dx, expected_dx) <= GRAD_TOLERANCE[dtype]
+    assert rms_error(dw, expected_dw) <= GRAD_TOLERANCE[dtype]
+
+
+def test_gradcheck():
+    x, weight, targets = make((2, 5), 6, 11, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: head_cross_entropy(x, w, targets, 3, l2wrap=0.0), (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_edges_of_the_vocabulary(dtype):
+    """Targets at both ends, and each row's arg-max at both ends too."""
+    x, weight, _ = make((6,), 32, 101, dtype)
+    with torch.no_grad():
+        weight[0], weight[100] = 2 * x[0], 2 * x[1]
+    targets = torch.tensor([0, 100, 0, 100, 100, 0])
+    grads = torch.autograd.grad(head_cross_entropy(x, weight, targets, 4, l2wrap=0.5), (x, weight))
+    for got, expected in zip(grads, oracle(x, weight, targets, l2wrap=0.5)[1:]):
+        assert rms_error(got, expected) <= GRAD_TOLERANCE[dtype]
+
+
+def test_l2wrap_is_the_official_formula():
+    """Its gradient alone: 1e-4 / tokens * max_logit at the arg-max, times grad_output; the loss does not move."""
+    x, weight, targets = make((40,), 32, 300, torch.float64)
+    with_wrap, without = (head_cross_entropy(x, weight, targets, 7, l2wrap=s) for s in (1e-4, 0.0))
+    assert with_wrap.item() == without.item()
+    extra = torch.autograd.grad(with_wrap, x, torch.tensor(3.0).double())[0] - torch.autograd.grad(without, x, torch.tensor(3.0).double())[0]
+    top, at = (x @ weight.t()).detach().max(-1)
+    torch.testing.assert_close(extra, 3 * 1e-4 / 40 * top[:, None] * weight.detach()[at], rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grad_output_scales(dtype):
+    x, weight, targets = make((50,), 32, 300, dtype)
+    loss = head_cross_entropy(x, weight, targets, 16)
+    once = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    scaled = torch.autograd.grad(loss * 0.25, (x, weight))
+    for a, b in zip(once, scaled):
+        assert torch.equal(a * 0.25, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", ["x", "weight", "none"])
+def test_only_what_is_needed(dtype, wanted):
+    x, weight, targets = make((33,), 32, 300, dtype)
+    loss = head_cross_entropy(x, weight, targets, 16)
+    full = dict(zip(("x", "weight"), torch.autograd.grad(loss, (x, weight))))
+    x.requires_grad_(wanted == "x")
+    weight.requires_grad_(wanted == "weight")
+    again = head_cross_entropy(x, weight, targets, 16)
+    assert again.item() == loss.item() and again.requires_grad == (wanted != "none")
+    if wanted != "none":
+        again.backward()
+        assert torch.equal({"x": x, "weight": weight}[wanted].grad, full[wanted])
+    with torch.no_grad():
+        quiet = head_cross_entropy(x, weight, targets, 16)
+    assert quiet.item() == loss.item() and not quiet.requires_grad
+
+
+def test_confident_rows_and_huge_logits():
+    """Losses from 0 to hundreds of nats stay exact: nothing overflows."""
+    x, weight, targets = make((64,), 64, 500, torch.float32, scale=40)
+    with torch.no_grad():
+        targets[:32] = (x @ weight.t()).argmax(-1)[:32]
+    loss = head_cross_entropy(x, weight, targets)
+    expected, *grads = oracle(x, weight, targets)
+    assert expected > 50 and abs(loss.item() / expected.item() - 1) <= 1e-6
+    for got, want in zip(torch.autograd.grad(loss, (x, weight)), grads):
+        assert rms_error(got, want) <= 1e-4  # logits of 500 carry an absolute error of 3e-5 in fp32
+
+
+def test_same_bits_again():
+    x, weight, targets = make((200,), 64, 3000, torch.bfloat16)
+    runs = [torch.autograd.grad(head_cross_entropy(x, weight, targets), (x, weight)) for _ in range(3)]
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again))
+
+
+def test_checkpointing_and_module():
+    """Called with a module's weight, under both kinds of torch.utils.checkpoint."""
+
+    class Head(torch.nn.Linear):
+        def forward(self, x, targets):
+            return head_cross_entropy(x, self.weight, targets, 8)
+
+    x, _, targets = make((2, 20), 32, 300, torch.float32)
+    torch.manual_seed(0)
+    head = Head(32, 300, bias=False)
+    plain = torch.autograd.grad(head(x, targets), (x, head.weight))
+    for reentrant in (False, True):
+        x.grad = head.weight.grad = None
+        checkpoint(head, x, targets, use_reentrant=reentrant).backward()
+        assert torch.equal(x.grad, plain[0]) and torch.equal(head.weight.grad, plain[1])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_never_whole(dtype):
+    n, C, V, chunk = 2048, 16, 4096, 64
+    x, weight, targets = make((n,), C, V, dtype)
+    with LargestTensor() as largest:
+        head_cross_entropy(x, weight, targets, chunk).backward()
+    assert largest.bytes <= 4 * V * max(C, chunk)
+    assert largest.bytes < n * V * 2 / 10
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(targets=torch.zeros(3, dtype=torch.int64)), "targets [3]"),
+        (dict(targets=torch.zeros(4, dtype=torch.int32)), "torch.int32"),
+        (dict(targets=torch.tensor([0, 1, 2, 9])), "[0, 9]"),
+        (dict(targets=torch.tensor([0, -1, 2, 3])), "[-1, 3]"),
+        (dict(x=torch.zeros(4, 7)), "do not fit"),
+        (dict(weight=torch.zeros(9, 8, dtype=torch.bfloat16)), "bfloat16"),
+        (dict(x=torch.zeros(4, 8, dtype=torch.float16), weight=torch.zeros(9, 8, dtype=torch.float16)), "float16"),
+        (dict(x=torch.zeros(0, 8), targets=torch.zeros(0, dtype=torch.int64)), "one or more"),
+        (dict(chunk=-1), "chunk is -1"),
+        (dict(x=torch.zeros(4, 8, device="meta")), "one device"),
+    ],
+)
+def test_errors_are_one_clear_line(change, says):
+    arguments = dict(x=torch.zeros(4, 8), weight=torch.zeros(9, 8), targets=torch.zeros(4, dtype=torch.int64)) | change
+    with pytest.raises(ValueError) as error:
+        head_cross_entropy(**arguments)
+    assert says in str(error.value) and "\n" not in str(error.value)
