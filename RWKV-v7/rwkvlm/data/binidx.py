@@ -1,0 +1,265 @@
+"""Token files in Megatron's memory-mapped "binidx" format, as all RWKV tools exchange them.
+
+    {prefix}.bin   the tokens, little-endian, nothing else
+    {prefix}.idx   magic (9 bytes), version u64 = 1, dtype code u8, number of items u64, number of doc_idx entries u64,
+                   then sizes (i32, in tokens), pointers (i64, in bytes), doc_idx (i64: first item of each document, then
+                   the number of items). The header is 34 bytes long, so the arrays are unaligned.
+
+RWKV's own tools make every item one document, ended by token 0; Megatron's may put several items into a document.
+Source: RWKV-LM, RWKV-v7/train_temp/src/binidx.py, and Megatron-LM's indexed_dataset.py.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are float64 officially: not tokens
+CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+
+BLOCK = 1 << 20  # entries looked at together, so that checks of any file run in bounded memory
+SCAN_LIMIT = 4 << 30  # bytes of tokens that check_token_range reads
+
+
+def idx_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def bin_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """What check_token_range saw; as a string, one line for the log."""
+
+    smallest: int
+    largest: int
+    checked: int  # tokens read
+    total: int
+
+    def __str__(self) -> str:
+        how = "all" if self.checked == self.total else f"{self.checked} of {self.total}, evenly spread,"
+        return f"token ids {self.smallest} to {self.largest} ({how} checked)"
+
+
+class BinIdx:
+    """A pair of files, memory-mapped and read-only; `prefix` is their path without .bin / .idx.
+
+    Opening checks the index completely and the size of the .bin, in time proportional to the number of documents;
+    token values are checked by `check_token_range`. Pickles as its path, so it can go to DataLoader workers.
+    Raises UserError naming the file and the position.
+
+    tokens   [n_tokens] of `dtype`: the flat .bin
+    sizes    [n_items] int32, in tokens;  pointers [n_items] int64, in bytes
+    doc_idx  [n_docs + 1] int64: document i is the items doc_idx[i] to doc_idx[i + 1] - 1
+    """
+
+    def __init__(self, prefix: str | Path, check: bool = True) -> None:
+        self.prefix = str(prefix)
+        self.idx_path, self.bin_path = idx_path(prefix), bin_path(prefix)
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise UserError(f"data file {path} does not exist; give the path without .bin/.idx of a pair made by make_data.py")
+        try:
+            self._open()
+        except OSError as error:
+            raise UserError(f"data file {error.filename or self.prefix} cannot be read: {error.strerror or error}") from None
+        if check:
+            self._check_index()
+
+    def __reduce__(self) -> tuple:
+        return BinIdx, (self.prefix, False)
+
+    def _open(self) -> None:
+        idx_bytes = self.idx_path.stat().st_size
+        if idx_bytes < HEADER.size:
+            raise UserError(f"{self.idx_path} is {idx_bytes} bytes long, shorter than its {HEADER.size}-byte header; copy or make it again")
+        with open(self.idx_path, "rb") as file:
+            magic, version, code, n_items, n_entries = HEADER.unpack(file.read(HEADER.size))
+        if magic != MAGIC:
+            raise UserError(f"{self.idx_path} is not a binidx index: at byte 0 stands {magic!r}, not {MAGIC!r}")
+        if version != 1:
+            raise UserError(f"{self.idx_path} has version {version} at byte 9; only version 1 is known")
+        if code not in DTYPES:
+            raise UserError(f"{self.idx_path} has dtype code {code} at byte 17; tokens are integers: one of {sorted(DTYPES)}")
+        expected = HEADER.size + 12 * n_items + 8 * n_entries
+        if idx_bytes != expected:
+            raise UserError(
+                f"{self.idx_path} is {idx_bytes} bytes long, but its header ({n_items} items, {n_entries} doc_idx entries) means {expected}; copy or make it again"
+            )
+        if n_items == 0 or n_entries < 2:
+            raise UserError(f"{self.idx_path} lists {n_items} items and {n_entries} doc_idx entries; there is no document in it")
+        index = np.memmap(self.idx_path, mode="r", dtype=np.uint8)
+        self.dtype = np.dtype(DTYPES[code])
+        at = HEADER.size
+        self.sizes = np.frombuffer(index, "<i4", n_items, at)
+        self.pointers = np.frombuffer(index, "<i8", n_items, at + 4 * n_items)
+        self.doc_idx = np.frombuffer(index, "<i8", n_entries, at + 12 * n_items)
+
+        bin_bytes = self.bin_path.stat().st_size
+        needed = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
+        if bin_bytes < needed:
+            raise UserError(f"{self.bin_path} is truncated: {bin_bytes} bytes, but {self.idx_path} points up to byte {needed}; copy or make it again")
+        if bin_bytes > needed:
+            raise UserError(f"{self.bin_path} is {bin_bytes} bytes long, but {self.idx_path} ends at byte {needed}: the two files do not belong together")
+        if bin_bytes == 0:
+            raise UserError(f"{self.bin_path} is empty; make it again from text")
+        self.tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype).view(np.ndarray)
+
+    def _check_index(self) -> None:
+        """Every item starts where the one before ends, the first at 0; doc_idx rises from 0 to the number of items."""
+        end = 0
+        for first in range(0, len(self.sizes), BLOCK):
+            sizes = self.sizes[first : first + BLOCK].astype(np.int64)
+            pointers = self.pointers[first : first + BLOCK]
+            if (sizes < 0).any():
+                i = first + int(np.argmax(sizes < 0))
+                raise UserError(f"{self.idx_path} gives item {i} (byte {HEADER.size + 4 * i}) the size {self.sizes[i]}; make it again")
+            ends = end + np.cumsum(sizes) * self.dtype.itemsize
+            starts = ends - sizes * self.dtype.itemsize
+            wrong = pointers != starts
+            if wrong.any():
+                i = first + int(np.argmax(wrong))
+                at = HEADER.size + 4 * len(self.sizes) + 8 * i
+                raise UserError(
+                    f"{self.idx_path} places item {i} at {self.pointers[i]} (byte {at}), but the item before it ends at {starts[i - first]}; make it again"
+                )
+            end = int(ends[-1])
+        before = 0
+        for first in range(0, len(self.doc_idx), BLOCK):
+            entries = self.doc_idx[first : first + BLOCK]
+            wrong = entries < np.concatenate(([before], entries[:-1]))
+            if first == 0:
+                wrong[0] = entries[0] != 0
+            if wrong.any():
+                i = first + int(np.argmax(wrong))
+                at = HEADER.size + 12 * len(self.sizes) + 8 * i
+                raise UserError(f"{self.idx_path} has doc_idx[{i}] = {self.doc_idx[i]} (byte {at}); it must start at 0 and never fall; make it again")
+            before = int(entries[-1])
+        if before != len(self.sizes):
+            raise UserError(f"{self.idx_path} ends its doc_idx with {before}, but lists {len(self.sizes)} items; make it again")
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_docs(self) -> int:
+        return len(self.doc_idx) - 1
+
+    def doc(self, i: int) -> np.ndarray:
+        """Tokens of document i (negative: from the end), a read-only view [size], its final 0 included."""
+        if not -self.n_docs <= i < self.n_docs:
+            raise IndexError(f"document {i} of {self.n_docs}")
+        i %= self.n_docs
+        first, last = int(self.doc_idx[i]), int(self.doc_idx[i + 1])
+        start, end = (int(self.pointers[k]) if k < len(self.pointers) else self.tokens.nbytes for k in (first, last))
+        return self.tokens[start // self.dtype.itemsize : end // self.dtype.itemsize]
+
+    def _blocks(self, limit: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(position, tokens) over the file: all of it up to `limit` bytes, else evenly spread blocks, both ends included."""
+        n, most = self.n_tokens, max(2, limit // (BLOCK * self.dtype.itemsize))
+        if -(-n // BLOCK) <= most:
+            starts: Sequence[int] = range(0, n, BLOCK)
+        else:
+            starts = [k * (n - BLOCK) // (most - 1) for k in range(most)]
+        for start in starts:
+            yield start, self.tokens[start : start + BLOCK]
+
+    def check_token_range(self, vocab_size: int, limit: int = SCAN_LIMIT) -> TokenRange:
+        """Every token lies in [0, vocab_size): UserError naming file and position of the first that does not.
+
+        Reads at most `limit` bytes: a larger file is sampled evenly, and the result says so.
+        """
+        smallest, largest, checked = vocab_size, 0, 0
+        for start, tokens in self._blocks(limit):
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= vocab_size:
+                at = start + int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+                raise UserError(
+                    f"{self.bin_path} holds token {self.tokens[at]} at position {at}, outside the vocabulary (--vocab_size {vocab_size}); "
+                    "set the vocab_size of the tokenizer that made the file"
+                )
+            smallest, largest, checked = min(smallest, low), max(largest, high), checked + len(tokens)
+        return TokenRange(smallest, largest, checked, self.n_tokens)
+
+
+class BinIdxWriter:
+    """Writes {prefix}.bin and {prefix}.idx, one item per document, as a context manager.
+
+    Everything goes to *.partial files; leaving the block without an exception renames both into place, with one removes
+    them. An older .idx is removed before the new .bin appears, so at no moment can a reader see a mixed pair.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type | str = np.uint16) -> None:
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODES:
+            raise ValueError(f"binidx cannot hold dtype {dtype}")
+        self.idx_path, self.bin_path = idx_path(prefix), bin_path(prefix)
+        self._partial = [path.with_name(path.name + ".partial") for path in (self.bin_path, self.idx_path)]
+        self._sizes = array("i")
+        self.n_tokens = 0
+        try:
+            self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = open(self._partial[0], "wb", buffering=1 << 20)
+        except OSError as error:
+            raise UserError(f"cannot write {self.bin_path}: {error.strerror or error}; choose another place") from None
+
+    def add(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append one document. ValueError if a token does not fit into the dtype."""
+        given = np.asarray(tokens)
+        data = given.astype(self.dtype)
+        if given.dtype != self.dtype and not np.array_equal(given, data):
+            raise ValueError(f"a token outside {self.dtype} (largest: {given.max()}, smallest: {given.min()})")
+        self._bin.write(memoryview(data).cast("B") if data.size else b"")
+        self._sizes.append(data.size)
+        self.n_tokens += data.size
+
+    @property
+    def n_docs(self) -> int:
+        return len(self._sizes)
+
+    def __enter__(self) -> BinIdxWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._bin.close()
+            for path in self._partial:
+                path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        with open(self._partial[1], "wb") as idx:
+            n = self.n_docs
+            idx.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], n, n + 1))
+            sizes = np.frombuffer(self._sizes, dtype=np.int32).astype("<i4") if n else np.zeros(0, "<i4")
+            idx.write(sizes)
+            end = 0
+            for first in range(0, n, BLOCK):
+                block = sizes[first : first + BLOCK].astype("<i8") * self.dtype.itemsize
+                ends = end + np.cumsum(block)
+                idx.write((ends - block).astype("<i8"))
+                end = int(ends[-1])
+            for first in range(0, n + 1, BLOCK):
+                idx.write(np.arange(first, min(first + BLOCK, n + 1), dtype="<i8"))
+            idx.flush()
+            os.fsync(idx.fileno())
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        self.idx_path.unlink(missing_ok=True)
+        os.replace(self._partial[0], self.bin_path)
+        os.replace(self._partial[1], self.idx_path)
