@@ -53,7 +53,7 @@ def _layer(name: str) -> int:
 def init_from_table(model: nn.Module, table: list[Row], seed: int) -> None:
     """Fills every parameter and buffer in place. Values depend on seed and name only, not on the order of creation."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) % 2**63)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # its seed has 32 bits
         slot = Slot(tensor.shape, _layer(name), model.config, generator)
         tensor.copy_(row_of(table, name).init(slot).reshape(tensor.shape))
 

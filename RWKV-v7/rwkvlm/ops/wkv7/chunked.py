@@ -65,4 +65,4 @@ def wkv7_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tenso
         y.append(torch.baddbmm(Q[:, CHUNK:], RKB[c], VU))
         S = torch.baddbmm(S * P_last[c].unsqueeze(-1), KB_last[c], VU)
     Y = torch.stack(y).view(n, B, H, CHUNK, N).permute(1, 0, 3, 2, 4).reshape(B, n * CHUNK, H, N)
-    return Y[:, :T].to(r.dtype), S.mT.reshape(B, H, N, N)
+    return Y[:, :T].to(r.dtype), S.mT.reshape(B, H, N, N).contiguous()
