@@ -32,3 +32,16 @@ def cxx_flags() -> list[str]:
 def cuda_home() -> str:
     """CUDA_HOME: where nvcc is looked for when it is not on the PATH; default /usr/local/cuda."""
     return os.environ.get("CUDA_HOME", "/usr/local/cuda")
+
+
+def first_process() -> bool:
+    """True in the one process that may print: read from the launcher's variables (torchrun, deepspeed, SLURM, Lightning's own), alone True."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(name):
+            return int(os.environ[name]) == 0
+    return all(int(os.environ.get(name) or 0) == 0 for name in ("NODE_RANK", "LOCAL_RANK"))
+
+
+def launched_by_variables() -> bool:
+    """True when a launcher (torchrun, deepspeed) has started every process and set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR."""
+    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))

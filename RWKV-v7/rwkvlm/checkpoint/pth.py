@@ -1,0 +1,167 @@
+"""Weights in the official format: a flat state dict of bfloat16 tensors in one .pth file.
+
+Names and shapes are those of RWKV-LM, RWKV-v7/train_temp. Block 0's v0, v1, v2, which nothing uses, are written and may be
+absent when read. Everything that can be wrong with a file is a UserError of one line.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import ModelConfig, UserError
+
+WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
+UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
+INIT = -1  # the place of rwkv-init.pth among the mini-epochs
+
+
+def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], before_rename: Callable[[Path], None] | None = None) -> None:
+    """Writes tensors as bfloat16, all or nothing: under a temporary name, flushed to disk, renamed.
+
+    The temporary name does not end in .pth, so a scan for rwkv-*.pth never sees half a file. before_rename(temporary path)
+    is called when the content is safe and not yet visible. Raises UserError when the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({name: _plain(tensor) for name, tensor in tensors.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {first_line(error)}; free some space or choose another --proj_dir") from error
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """bfloat16, on the CPU, owning exactly its own memory (torch.save writes whole storages)."""
+    tensor = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by official name, memory-mapped, in the file's own dtype.
+
+    Raises UserError when the file is missing, truncated, or not a flat dict of floating-point tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}; give the path of a .pth file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"checkpoint {path} may not be read; change its permissions") from error
+        raise UserError(f"checkpoint {path} is truncated or not a PyTorch weights file; copy or download it again") from error
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not named weights; give a flat state dict as RWKV-LM saves it")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise UserError(f"checkpoint {path}: entry {name!r} is not a weight; give a flat state dict as RWKV-LM saves it")
+    return {_unwrap(name): value for name, value in content.items()}
+
+
+def _unwrap(name: str) -> str:
+    while (wrapper := next((w for w in WRAPPERS if name.startswith(w)), None)) is not None:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def read_config(tensors: Mapping[str, torch.Tensor], model_type: str = "x070") -> ModelConfig:
+    """All sizes, low ranks included, from the shapes of a checkpoint. Raises UserError naming what is missing."""
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if not layers or layers != set(range(len(layers))):
+        raise UserError(f"the checkpoint is not an RWKV-7 model: its blocks are {sorted(layers) or 'missing'}; give a complete x070 .pth file")
+
+    def shape(name: str, dims: int) -> torch.Size:
+        if name not in tensors:
+            raise UserError(f"the checkpoint is not an RWKV-7 model: {name} is missing; give an x070 .pth file")
+        if tensors[name].dim() != dims:
+            raise UserError(f"the checkpoint's {name} has shape {list(tensors[name].shape)}, which has not {dims} dimensions; give an x070 .pth file")
+        return tensors[name].shape
+
+    vocab_size, n_embd = shape("emb.weight", 2)
+    n_head, head_size = shape("blocks.0.att.r_k", 2)
+    if n_head * head_size != n_embd:
+        raise UserError(f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight")
+    with_value_rank = next((layer for layer in sorted(layers, reverse=True) if f"blocks.{layer}.att.v1" in tensors), None)
+    return ModelConfig(
+        model_type=model_type,
+        n_layer=len(layers),
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        head_size=head_size,
+        dim_ffn=shape("blocks.0.ffn.key.weight", 2)[0],
+        rank_w=shape("blocks.0.att.w1", 2)[1],
+        rank_a=shape("blocks.0.att.a1", 2)[1],
+        rank_v=0 if with_value_rank is None else shape(f"blocks.{with_value_rank}.att.v1", 2)[1],
+        rank_g=shape("blocks.0.att.g1", 2)[1],
+    )
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bool = False) -> list[str]:
+    """Copies checkpoint tensors into the model, cast to its dtype; returns the names that kept their values.
+
+    partial: names missing in the checkpoint keep their values; otherwise only block 0's unused v0, v1, v2 may be missing.
+    Raises UserError naming the first wrong shape, missing or unknown name; the model is unchanged then.
+    """
+    own = model.state_dict(keep_vars=True)
+    missing = [name for name in own if name not in tensors]
+    for name, tensor in own.items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            raise UserError(
+                f"the checkpoint's {name} has shape {list(tensors[name].shape)}, the model's has {list(tensor.shape)}; "
+                "leave out --n_layer, --n_embd, --vocab_size and the other sizes to take them from the checkpoint"
+            )
+    required = [name for name in missing if name not in UNUSED]
+    if required and not partial:
+        raise UserError(f"the checkpoint lacks {required[0]} ({len(required)} missing in all); use --load_partial 1 to keep initial values there")
+    for name in tensors:
+        if name not in own:
+            raise UserError(f"the checkpoint's {name} is unknown to this model of {len(own)} tensors; check --my_testing and --n_layer")
+    for name, tensor in own.items():
+        if name in tensors:
+            tensor.copy_(tensors[name])
+    return missing
+
+
+def newest_weights(proj_dir: str | Path) -> tuple[Path, int] | None:
+    """The newest rwkv-{n}.pth of a run and its mini-epoch n, or rwkv-init.pth and -1, or None. As the official scan: rwkv-final.pth does not count."""
+    found = []
+    for path in Path(proj_dir).glob("rwkv-*.pth"):
+        label = path.stem.removeprefix("rwkv-")
+        if label == "init" or label.isdecimal():
+            found.append((INIT if label == "init" else int(label), path))
+    if not found:
+        return None
+    mini_epoch, path = max(found)
+    return path, mini_epoch
