@@ -1,0 +1,176 @@
+# Finds or makes the Python interpreter, and says what the machine has. POSIX sh; every script sources it from the repository's root.
+#
+# Reads  PYTHON           interpreter to use; never changed, it must have all of requirements.txt (default: .venv, then python3)
+#        TORCH_INDEX_URL  package index tried first for torch
+#        ACCELERATOR      cpu: use the CPU although a GPU is there; gpu: insist on the GPU
+#        WITH_TESTS       1: the packages of tests/requirements.txt too
+# Sets   PYTHON PYTHONPATH ACCELERATOR DEVICES, and defines knob() and forward_signals() for the scripts.
+#
+# python3 is used as it is when it meets requirements.txt. Otherwise .venv is made, and a torch within range is taken over from
+# python3, not installed again. A stamp in .venv makes every later start skip all of this.
+
+ROOT=$PWD
+CPU_INDEX=https://download.pytorch.org/whl/cpu
+LOG=$ROOT/.venv/setup.log
+REQUIREMENTS=requirements.txt
+[ -z "${WITH_TESTS:-}" ] || REQUIREMENTS="requirements.txt tests/requirements.txt"
+
+die() { # one line of error, then lines of cure
+    printf 'error: %s\n' "$1" >&2
+    shift
+    for line do printf '       %s\n' "$line" >&2; done
+    exit 1
+}
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+lacking() { "$1" RWKV-v7/requirements_met.py $REQUIREMENTS; } # prints what is missing; true when nothing is
+
+gpu_listed() { [ "${ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
+
+stamp() { echo "$(cat pyproject.toml constraints.txt "$@" | cksum) $* $ROOT"; } # files of requirements
+
+is_set_up() { [ -x .venv/bin/python ] && grep -qxF "$(stamp $REQUIREMENTS)" .venv/stamps 2>/dev/null; }
+
+take_lock() { # one set-up at a time; a lock whose owner is gone is taken over
+    waiting=
+    until mkdir .venv.lock 2>/dev/null; do
+        [ -d .venv.lock ] || die "cannot write in $ROOT, where .venv has to be made" "make it writable, or set PYTHON= to an interpreter that has requirements.txt"
+        owner=$(cat .venv.lock/pid 2>/dev/null)
+        if [ -n "$owner" ] && ! kill -0 "$owner" 2>/dev/null; then
+            rm -rf .venv.lock
+        else
+            [ -n "$waiting" ] || echo "Waiting for another start (process ${owner:-unknown}) that is setting up .venv; its lock is .venv.lock"
+            waiting=1
+            sleep 1
+        fi
+    done
+    echo $$ >.venv.lock/pid
+    trap 'rm -rf .venv.lock' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+}
+
+drop_lock() {
+    rm -rf .venv.lock
+    trap - EXIT INT TERM HUP
+}
+
+find_base() { # sets BASE: python3, or a newer one beside it
+    for BASE in python3 python3.13 python3.12 python3.11 python3.10; do
+        new_enough "$BASE" && return
+    done
+    found=$(python3 --version 2>&1) || found="no python3"
+    die "Python 3.10 or newer is needed; found: $found" "install one, or set PYTHON= to an interpreter that has requirements.txt"
+}
+
+make_venv() {
+    [ ! -e .venv ] || die ".venv is there, but has no bin/python" "remove the folder .venv and start again"
+    "$BASE" -c 'import ensurepip, venv' 2>/dev/null ||
+        die "$BASE has no venv module" "Debian, Ubuntu: apt install python3-venv; or set PYTHON= to an interpreter that has requirements.txt"
+    echo "Making .venv with $("$BASE" --version 2>&1) (once; details in .venv/setup.log)"
+    reason=$("$BASE" -m venv .venv 2>&1) || {
+        rm -rf .venv # made by the line above; half a .venv would be mistaken for a whole one
+        die "$BASE -m venv .venv failed: $(printf %s "$reason" | tail -n 1)" "free some disk space, or set PYTHON= to an interpreter that has requirements.txt"
+    }
+    # A torch within range is taken over: its folder is put behind .venv's own on the search path, whether it belongs to the
+    # system, to the user, to conda or to another venv.
+    "$BASE" RWKV-v7/requirements_met.py requirements.txt | grep -q '^torch[^-a-z]' ||
+        "$BASE" -c 'from importlib.metadata import distribution as d; print(d("torch").locate_file(""))' >"$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/torch_of_base.pth"
+}
+
+pip_install() { "$ROOT/.venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >>"$LOG" 2>&1; }
+
+pip_or_die() { # what is installed, then pip's arguments
+    echo "  installing $1"
+    what=$1
+    shift
+    pip_install "$@" || {
+        echo "pip's last lines (all of them: .venv/setup.log):" >&2
+        grep -v '^WARNING: ' "$LOG" | tail -n 6 >&2
+        die "installing $what failed" "no network? set PIP_INDEX_URL and TORCH_INDEX_URL to a mirror, or PYTHON= to an interpreter that has requirements.txt" \
+            "start again when it is cured: the set-up goes on where it stopped"
+    }
+}
+
+reachable() { # a web address answers within 5 seconds (name look-up included, hence the thread)
+    .venv/bin/python -c 'import os, sys, threading, urllib.request
+def ask(): urllib.request.urlopen(sys.argv[1], timeout=5); os._exit(0)
+threading.Thread(target=ask, daemon=True).start(); threading.Event().wait(5); os._exit(1)' "$1" 2>/dev/null
+}
+
+install_torch() {
+    torch=$(grep '^torch==' constraints.txt)
+    index=${TORCH_INDEX_URL:-}
+    [ -n "$index" ] || gpu_listed || { reachable "$CPU_INDEX/" && index=$CPU_INDEX; }
+    if [ -n "$index" ]; then # --no-deps: its dependencies come from the default index, in the versions of constraints.txt
+        echo "  installing $torch from $index"
+        pip_install --index-url "$index" --no-deps "$torch" && return
+        echo "  not to be had there; trying the default index"
+    fi
+    pip_or_die "$torch" -c constraints.txt "$torch"
+}
+
+set_up() {
+    [ -x .venv/bin/python ] || { find_base; make_venv; }
+    .venv/bin/python -c '' 2>/dev/null || die ".venv/bin/python does not start (its base interpreter may be gone)" "remove the folder .venv and start again"
+    .venv/bin/python RWKV-v7/requirements_met.py requirements.txt | grep -q '^torch[^-a-z]' && install_torch
+    # torch stays as it is, whatever version within the range it has
+    kept=$(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))')
+    sed "s/^torch==.*/torch==$kept/" constraints.txt >.venv/constraints.txt
+    # deepspeed has no wheel. Its build imports torch, so it has to see the torch above, not one of its own; kernels are not prebuilt,
+    # and with DS_ACCELERATOR=cpu it does not ask for nvcc either.
+    pip_or_die "setuptools, wheel" -c .venv/constraints.txt setuptools wheel
+    files=
+    for file in $REQUIREMENTS; do files="$files -r $file"; done
+    DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip_or_die "$REQUIREMENTS (one or two minutes)" --no-build-isolation -c .venv/constraints.txt $files
+    pip_or_die "rwkvlm, this repository (editable)" --no-deps --no-build-isolation -e .
+    missing=$(lacking .venv/bin/python) || die "after the installation .venv still lacks: $missing" "see .venv/setup.log"
+    { stamp requirements.txt && stamp $REQUIREMENTS; } >.venv/stamps
+}
+
+find_python() { # sets PYTHON
+    if [ -n "${PYTHON:-}" ]; then
+        new_enough "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 or newer" "set another one, or unset PYTHON: .venv is made then"
+        missing=$(lacking "$PYTHON") || die "PYTHON=$PYTHON lacks: $(printf %s "$missing" | tr '\n' ';')" \
+            "install them: $PYTHON -m pip install $(printf -- '-r %s ' $REQUIREMENTS)-c constraints.txt" "or unset PYTHON: .venv is made then"
+    elif is_set_up; then
+        PYTHON=$ROOT/.venv/bin/python
+    elif [ ! -e .venv ] && new_enough python3 && lacking python3 >/dev/null; then
+        PYTHON=python3
+    else
+        take_lock
+        is_set_up || set_up # the start that held the lock may have done it
+        drop_lock
+        PYTHON=$ROOT/.venv/bin/python
+    fi
+}
+
+knob() { # NAME VALUE_ON_CPU VALUE_ON_GPU: an exported variable, unless the environment has set it already
+    value=$2
+    [ "$ACCELERATOR" = cpu ] || value=$3
+    eval "[ -n \"\${$1+set}\" ] || $1=\$value"
+    export "$1"
+}
+
+forward_signals() { # runs a command to its end; SIGTERM and SIGINT go on to it, so that it can save; returns its exit status
+    "$@" &
+    child=$!
+    trap 'kill -TERM $child' TERM HUP
+    trap 'kill -INT $child' INT
+    wait $child
+    status=$?
+    while kill -0 $child 2>/dev/null; do # a signal ends wait, not the command
+        wait $child
+        status=$?
+    done
+    trap - TERM HUP INT
+    return $status
+}
+
+find_python
+PYTHONPATH=$ROOT/RWKV-v7${PYTHONPATH:+:$PYTHONPATH}
+export PYTHON PYTHONPATH
+machine=$("$PYTHON" -m rwkvlm.cli.machine --accelerator "${ACCELERATOR:-auto}") || exit
+eval "$machine"
+export ACCELERATOR
