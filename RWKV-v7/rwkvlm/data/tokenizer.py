@@ -1,0 +1,237 @@
+"""Text to tokens and back: RWKV's World tokenizer, and any tokenizer file of Hugging Face's `tokenizers`.
+
+Both have one face, `Tokenizer`. Encoding never drops or changes text; decoding never fails: what is no text becomes U+FFFD.
+Token 0 ends a document and stands for no text in the World vocabulary.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from ..config import UserError
+
+END_OF_DOCUMENT = 0
+REPLACEMENT = "\ufffd"
+VOCABULARY = "rwkv_vocab_v20230424.txt"
+
+
+class Stream(ABC):
+    """Decodes tokens one at a time, giving out text as soon as its characters are complete."""
+
+    @abstractmethod
+    def push(self, token: int) -> str:
+        """The text that this token completes; possibly empty."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """What is left at the end; characters cut short become U+FFFD."""
+
+
+class Tokenizer(ABC):
+    """`vocab_size` is the size of the embedding that a model needs: every id lies below it."""
+
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, text: str | bytes) -> list[int]:
+        """Token ids of the text, without an end-of-document token. UserError where it is not valid Unicode."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the tokens; an id that stands for no text gives the three bytes of U+FFFD."""
+
+    @abstractmethod
+    def stream(self) -> Stream:
+        """A fresh incremental decoder."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the tokens; bytes that are not UTF-8 and ids that stand for no text become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def load_tokenizer(name: str = "world") -> Tokenizer:
+    """The tokenizer called `name`: "world", or the path of a tokenizer.json. Loaded once per process."""
+    return _load(str(name))
+
+
+@lru_cache(maxsize=8)
+def _load(name: str) -> Tokenizer:
+    if name == "world":
+        return WorldTokenizer(_vocabulary_path())
+    if name.endswith(".json"):
+        return HuggingFaceTokenizer(Path(name))
+    raise UserError(f"tokenizer {name!r} is not known; use world, or the path of a Hugging Face tokenizer file (.json)")
+
+
+def _vocabulary_path() -> Path:
+    """The vocabulary inside the installed PyPI package `rwkv`, which is located but not imported (it compiles kernels)."""
+    spec = importlib.util.find_spec("rwkv")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(folder) / VOCABULARY).is_file():
+            return path
+    raise UserError(f"the World vocabulary ({VOCABULARY}) is missing: it comes with the package rwkv; run: pip install rwkv")
+
+
+def _read_vocabulary(path: Path) -> list[bytes]:
+    """Token of each id 1, 2, ...; a line is `id literal length`, the literal a Python str or bytes."""
+    tokens: list[bytes] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            index, rest = line.split(" ", 1)
+            literal, length = rest.rsplit(" ", 1)
+            plain = literal[0] in "'\"" and literal[0] == literal[-1] and "\\" not in literal
+            token = literal[1:-1] if plain else ast.literal_eval(literal)
+            token = token.encode("utf-8") if isinstance(token, str) else token
+            if (int(index), int(length)) != (number, len(token)):
+                raise ValueError
+        except (ValueError, SyntaxError, IndexError):
+            raise UserError(f"{path}, line {number} is damaged: {line[:60]!r}; run: pip install --force-reinstall rwkv") from None
+        tokens.append(token)
+    if not set(bytes([b]) for b in range(256)) <= set(tokens):
+        raise UserError(f"{path} lacks some of the 256 single bytes; run: pip install --force-reinstall rwkv")
+    return tokens
+
+
+class WorldTokenizer(Tokenizer):
+    """Greedy longest match over a vocabulary of byte strings that holds every single byte, so that any bytes can be encoded.
+
+    This is the plain reference, about 10 MB/s: a trie whose nodes are (children by byte, id of the token that ends here).
+    Source: RWKV-LM, RWKV-v5/tokenizer/rwkv_tokenizer.py, whose ids it reproduces.
+    """
+
+    vocab_size = 65536
+
+    def __init__(self, vocabulary: Path) -> None:
+        tokens = _read_vocabulary(vocabulary)
+        self._bytes = {i: token for i, token in enumerate(tokens, 1)}
+        self._length = [0, *map(len, tokens)]
+        self._longest = max(self._length)
+        self._root: dict[int, tuple] = {}
+        for i, token in sorted(self._bytes.items(), key=lambda item: len(item[1])):  # a node's id is known before its children come
+            children = self._root
+            for byte in token[:-1]:
+                children = children.setdefault(byte, ({}, 0))[0]
+            children[token[-1]] = (children[token[-1]][0] if token[-1] in children else {}, i)
+
+    def encode(self, text: str | bytes) -> list[int]:
+        if isinstance(text, str):
+            try:
+                text = text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(f"the text has a lone surrogate, {ascii(text[error.start])}, at character {error.start}: not valid Unicode") from None
+        root, length, longest = self._root, self._length, self._longest
+        ids: list[int] = []
+        at, end = 0, len(text)
+        while at < end:
+            children, best = root, 0
+            for byte in text[at : at + longest]:
+                node = children.get(byte)
+                if node is None:
+                    break
+                children, token = node
+                best = token or best
+            ids.append(best)
+            at += length[best]
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        return b"".join([self._bytes.get(i, b"\xef\xbf\xbd") for i in ids])
+
+    def stream(self) -> Stream:
+        return _BytesStream(self)
+
+
+class _BytesStream(Stream):
+    """For tokenizers whose tokens are bytes: an incremental UTF-8 decoder."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face's `tokenizers`, used without its special-token templates."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Engine
+        except ImportError:
+            raise UserError(f"tokenizer {path} needs the package tokenizers; run: pip install tokenizers") from None
+        if not path.is_file():
+            raise UserError(f"tokenizer file {path} does not exist; use world, or the path of a Hugging Face tokenizer file (.json)")
+        try:
+            self._engine = Engine.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is not a Hugging Face tokenizer file: {' '.join(str(error).split())}") from None
+        self._engine.no_padding()
+        self._engine.no_truncation()
+        self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=0)
+
+    def encode(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"the text is not UTF-8 at byte {error.start}, and this tokenizer takes characters only") from None
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text has a lone surrogate, {ascii(text[error.start])}, at character {error.start}: not valid Unicode") from None
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text, run = "", []
+        for i in [*map(int, ids), -1]:
+            if 0 <= i < self.vocab_size and self._engine.id_to_token(i) is not None:
+                run.append(i)
+                continue
+            text += self._engine.decode(run, skip_special_tokens=False) + REPLACEMENT
+            run = []
+        return text[:-1]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.decode(ids).encode("utf-8")
+
+    def stream(self) -> Stream:
+        return _TextStream(self)
+
+
+class _TextStream(Stream):
+    """For tokenizers that decode to text only: decode a short window, and give out what the newest tokens add to it.
+
+    A window is needed because a token's text can depend on its neighbours (spaces, characters cut in two).
+    """
+
+    PATIENCE = 8  # tokens after which a character that is still not complete is given out as U+FFFD
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._told: list[int] = []
+        self._new: list[int] = []
+
+    def _added(self) -> str:
+        return self._tokenizer.decode(self._told + self._new)[len(self._tokenizer.decode(self._told)) :]
+
+    def push(self, token: int) -> str:
+        self._new.append(int(token))
+        text = self._added()
+        if text.endswith(REPLACEMENT) and len(self._new) < self.PATIENCE:
+            return ""
+        self._told, self._new = self._new, []
+        return text
+
+    def finish(self) -> str:
+        return self._added()
