@@ -1,0 +1,53 @@
+"""The command line: `python -m rwkvlm <command> ...`, where each module of this folder with a `main(argv) -> int` is a command.
+
+Nothing heavy is imported here, so that errors in flags and small commands answer at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+from ..config import UserError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def commands() -> dict[str, str]:
+    """Names of the commands with the first line of their documentation, read without importing them."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        if path.stem != "__init__" and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code of the process: 2, with one line on stderr, for what the user did wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m rwkvlm <command> [flags]        (<command> --help lists its flags)\n")
+        for name, line in commands().items():
+            print(f"  {name:12} {line}")
+        return 0 if argv else USAGE_ERROR
+    try:
+        return _command(argv[0])(argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _command(name: str):
+    module = name.replace("-", "_")
+    known = commands()
+    if module not in known:
+        close = difflib.get_close_matches(module, known, 1)
+        raise UserError(f"unknown command {name!r}; {f'did you mean {close[0]}' if close else 'choose one of: ' + ', '.join(known)}?")
+    return importlib.import_module(f"{__name__}.{module}").main

@@ -34,7 +34,10 @@ def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run. Raises UserError naming the flag, its value and the cure."""
+    """All settings of a training run.
+
+    Raises UserError naming the flag, its value and the cure.
+    """
 
     # files
     load_model: str = flag("", 'weights to start from, a .pth file ("" or "0": none; train_stage 2 and 3 find the newest in proj_dir)')

@@ -1,0 +1,68 @@
+"""Command-line flags made from a dataclass of settings: names, types, choices, defaults and help are its fields."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from ..config import UserError
+
+Settings = TypeVar("Settings")
+KIND = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Settings:
+    """An instance of the dataclass `settings` from `--name value` and `--name=value` pairs.
+
+    Raises UserError, one line: an unknown flag with the nearest known one, a value of the wrong type, and whatever the dataclass
+    itself refuses. `--help` prints all flags and exits with 0.
+    """
+    types = get_type_hints(settings)
+    about = (settings.__doc__ or "").partition("\n")[0]
+    parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, allow_abbrev=False, formatter_class=_Help)
+    for f in fields(settings):
+        kind = types[f.name]
+        parser.add_argument(f"--{f.name}", type=_converter(kind), default=f.default, metavar=kind.__name__.upper(), help=_help(f).replace("%", "%%"))
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown(unknown[0], [f.name for f in fields(settings)]))
+    return settings(**vars(values))
+
+
+def _help(f: Field) -> str:
+    choices = [c for c in f.metadata.get("choices") or () if c]
+    one_of = f": {', '.join(choices)}" if len(choices) > 1 else ""
+    return f"{f.metadata['help']}{one_of}{'' if f.default == '' else f' [{f.default}]'}"
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=40, width=140)
+
+
+def _converter(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            if kind is bool:
+                return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            return kind(text)
+        except (ValueError, KeyError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {KIND[kind]}") from None
+
+    return convert
+
+
+def _unknown(argument: str, names: list[str]) -> str:
+    if not argument.startswith("--"):
+        return f"unexpected argument {argument!r}; flags are given as --name value"
+    flag = argument.partition("=")[0]
+    close = difflib.get_close_matches(flag.removeprefix("--"), names, 1, cutoff=0.5)
+    return f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "--help lists all flags")

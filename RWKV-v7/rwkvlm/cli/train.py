@@ -1,0 +1,14 @@
+"""`python train.py` or `python -m rwkvlm train`: write initial weights, train, resume."""
+
+from __future__ import annotations
+
+from ..config import TrainConfig
+from .flags import parse_flags
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 at the last token (or after --max_steps), 130 or 143 when stopped by SIGINT or SIGTERM with everything saved."""
+    config = parse_flags(TrainConfig, argv, "train.py")
+    from ..train.run import run  # torch and Lightning take seconds to import: wrong flags are answered before
+
+    return run(config)

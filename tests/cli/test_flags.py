@@ -1,0 +1,126 @@
+"""Flags are made from the dataclass; what is wrong is said in one line, before anything heavy is imported."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from rwkvlm.cli import commands, main
+from rwkvlm.cli.flags import parse_flags
+from rwkvlm.config import TrainConfig, UserError
+from rwkvlm.config.train import flag
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What the four official scripts (RWKV-LM, RWKV-v7/train_temp/demo-training-*.sh) pass, one string each.
+OFFICIAL = {
+    "prepare": """--wandb "" --proj_dir out/L12-D768-x070 --data_file data/minipile --data_type binidx --vocab_size 65536 --my_testing x070
+        --ctx_len 512 --train_stage 1 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --weight_decay 0 --head_size 64 --num_nodes 1 --micro_bsz 1
+        --n_layer 12 --n_embd 768 --my_exit_tokens 1498226207 --magic_prime 2926181 --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10
+        --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1""",
+    "run": """--load_model 0 --wandb Test --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 512 --train_stage 3 --epoch_count 999999
+        --epoch_begin 0 --data_file data/minipile --my_exit_tokens 1498226207 --magic_prime 2926181 --num_nodes 1 --micro_bsz 16 --n_layer 12
+        --n_embd 768 --kernel @rwkv3 --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18
+        --data_type binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64 --head_chunk 0 --accelerator gpu --devices 1
+        --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True""",
+    "pile": """--load_model 0 --wandb RWKV-7-Pile --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 4096 --train_stage 3 --epoch_count 999999
+        --epoch_begin 0 --data_file /mnt/nvme0n1/pile/pile_20B_tokenizer_text_document --my_exit_tokens 332115325534 --magic_prime 81082817
+        --num_nodes 1 --micro_bsz 30 --n_layer 12 --n_embd 768 --lr_init 8e-4 --lr_final 3e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99
+        --adam_eps 1e-18 --data_type binidx --vocab_size 50304 --weight_decay 0.1 --epoch_save 50 --head_size 64 --accelerator gpu --devices 8
+        --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True""",
+    "older": """--my_pile_stage 3 --my_pile_edecay 0 --pre_ffn 0 --head_qk 0 --head_size_a 64 --epoch_steps 1000 --accumulate_grad_batches 4""",
+}
+
+
+def words(text: str) -> list[str]:
+    return [word.replace('""', "") for word in text.split()]
+
+
+@pytest.mark.parametrize("script", OFFICIAL)
+def test_official_scripts_parse(script):
+    config = parse_flags(TrainConfig, words(OFFICIAL[script]), "train.py")
+    given = words(OFFICIAL[script])
+    for name, text in zip(given[::2], given[1::2]):
+        value = getattr(config, name.removeprefix("--"))
+        if name not in ("--load_model", "--my_pile_stage", "--head_size_a"):
+            assert value == type(value)(text) or (text == "True" and value is True), name
+    assert config.load_model == ""
+    if script == "older":
+        assert config.train_stage == 3 and config.head_size == 64
+
+
+def test_flags_without_effect_are_named():
+    config = parse_flags(TrainConfig, words(OFFICIAL["run"]), "train.py")
+    assert [re.match(r"--\w+", line)[0] for line in config.flags_without_effect()] == ["--epoch_count"]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--micro_bs", "3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
+        (["--micro_bs=3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
+        (["--qqqqq", "3"], "unknown flag --qqqqq; --help lists all flags"),
+        (["--micro_bsz", "3x"], "argument --micro_bsz: '3x' is not a whole number"),
+        (["--lr_init", "fast"], "argument --lr_init: 'fast' is not a number"),
+        (["--enable_progress_bar", "maybe"], "'maybe' is not True or False"),
+        (["--micro_bsz"], "argument --micro_bsz: expected one argument"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
+        (["--lr_init", "nan"], "--lr_init nan is not a finite number"),
+        (["--my_testing", "x060"], "--my_testing 'x060' is not known; choose one of: x070"),
+        (["--strategy", "fsdp"], "--strategy 'fsdp' is not known; choose one of: auto, ddp, deepspeed_stage_1"),
+        (["--precision", "fp8"], "--precision 'fp8' is not known; choose one of: auto, fp32, tf32, fp16, bf16"),
+        (["--data_type", "utf-8"], "--data_type 'utf-8' is not known; choose one of: binidx"),
+        (["--accelerator", "tpu"], "--accelerator 'tpu' is not known"),
+        (["--devices", "two"], "--devices 'two' is not a number of devices"),
+        (["--dim_att", "64", "--n_embd", "128"], "--dim_att 64 differs from --n_embd 128"),
+        (["--my_pile_stage", "2", "--train_stage", "3"], "contradict each other"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_code_2(argv, said, capsys):
+    assert main(["train", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err and out == ""
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for f in fields(TrainConfig):
+        assert f"--{f.name} " in text
+
+
+def test_types_come_from_the_dataclass():
+    @dataclass(frozen=True)
+    class Settings:
+        whole: int = flag(1, "a whole number, 50% of it")
+        ratio: float = flag(0.5, "a number")
+        on: bool = flag(False, "a switch")
+        name: str = flag("", "a name", ("", "a", "b"))
+
+    assert parse_flags(Settings, ["--whole=-3", "--ratio", "1e-4", "--on", "1"], "x") == Settings(-3, 1e-4, True, "")
+    with pytest.raises(UserError):
+        parse_flags(Settings, ["--who", "3"], "x")  # no abbreviations: a mistyped flag must not become another one
+
+
+def test_commands_are_found_by_name(capsys):
+    assert {"train", "generate"} <= set(commands())
+    assert main([]) == 2 and main(["--help"]) == 0
+    capsys.readouterr()
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"
+
+
+def test_wrong_flags_are_answered_without_importing_torch():
+    code = "import sys; from rwkvlm.cli import main; code = main(['train', '--micro_bs', '3']); sys.exit(9 if 'torch' in sys.modules else code)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 2
+
+
+def test_train_py_runs_from_any_folder(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--train_stage", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == "error: --train_stage 9 is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)\n"

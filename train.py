@@ -1,0 +1,11 @@
+"""Train RWKV-7: `python train.py --help` lists the flags, demo-training-run.sh shows them in use."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-v7"))
+
+from rwkvlm.cli import main  # noqa: E402  (the package becomes importable in the line above)
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
