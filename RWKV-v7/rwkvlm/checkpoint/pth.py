@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig, UserError
+from . import ranks
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
@@ -43,7 +44,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], before_r
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {first_line(error)}; free some space or choose another --proj_dir") from error
+        raise UserError(f"cannot write {path}: {ranks.describe(error)}; free some space or choose another --proj_dir") from error
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,12 +60,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..config import env
+from ..config import UserError, env
+
+T = TypeVar("T")
 
 
 def _grouped() -> bool:
@@ -51,3 +54,26 @@ def say(line: str) -> None:
     """One line for the user on stderr, from the first process only."""
     if env.first_process():
         print(line, file=sys.stderr, flush=True)
+
+
+def together(action: Callable[[], T]) -> list[T]:
+    """Runs action in every process and returns all results by rank; if it fails in any, raises UserError in all. Collective.
+
+    So a full disk on one node ends a run everywhere with its reason, instead of leaving the others waiting.
+    """
+    try:
+        outcome = (action(), "")
+    except (OSError, UserError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        outcome = (None, str(error) if isinstance(error, UserError) else describe(error))
+    outcomes = gather(outcome)
+    for rank_, (_, problem) in enumerate(outcomes):
+        if problem:
+            raise UserError(problem if world_size() == 1 else f"{problem} (rank {rank_})")
+    return [result for result, _ in outcomes]
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error, with the file that it concerns."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -45,3 +45,18 @@ def first_process() -> bool:
 def launched_by_variables() -> bool:
     """True when a launcher (torchrun, deepspeed) has started every process and set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR."""
     return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
+
+
+def launched_per_node() -> int:
+    """Processes on this node according to a launcher's variables (torchrun: LOCAL_WORLD_SIZE, deepspeed: LOCAL_SIZE); 0 when unknown."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+
+
+def slurm_tasks_per_node() -> int:
+    """SLURM_NTASKS_PER_NODE; 0 when unknown. Meaningful only in processes that srun started."""
+    return int(os.environ.get("SLURM_NTASKS_PER_NODE") or 0)
+
+
+def use_deepspeed_on_cpu() -> None:
+    """Makes DeepSpeed, imported after this, run on the CPU (it would look for other accelerators first)."""
+    os.environ["DS_ACCELERATOR"] = "cpu"

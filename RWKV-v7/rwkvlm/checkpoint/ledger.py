@@ -1,0 +1,91 @@
+"""Which rwkv-*.pth files a run has written, so that a training state is never mixed up with weights that came from elsewhere.
+
+`{proj_dir}/state/weights.json` maps file names to identities. A file enters it before it becomes visible under its name; so every
+rwkv-{n}.pth that is not in it was put there by someone else, who wants the run to go on from it, as the official trainer does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from . import ranks
+from .pth import newest_weights, save_weights, sync_folder
+
+
+def identity(path: Path) -> str:
+    """Names a .pth file's content without reading all of it: the checksums in its zip directory. Neither copying nor touching changes it. "" if unreadable."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = sorted((e.filename.partition("/")[2], e.file_size, e.CRC) for e in archive.infolist())
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
+
+
+def publish_weights(proj_dir: str | Path, name: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Writes {proj_dir}/{name} (rwkv-init.pth, rwkv-{n}.pth, rwkv-final.pth) as this run's own. Every rank calls, weights from full_weights.
+
+    Raises UserError on every rank when rank 0 cannot write.
+    """
+    path = Path(proj_dir) / name
+
+    def write() -> None:
+        if ranks.rank() == 0:
+            save_weights(path, weights, before_rename=lambda temporary: _enter(path, identity(temporary)))
+
+    ranks.together(write)
+
+
+def _enter(path: Path, content: str) -> None:
+    file = path.parent / "state" / "weights.json"
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, json.dumps(_entries(path.parent) | {path.name: content}, indent=1))
+
+
+def _entries(proj_dir: Path) -> dict[str, str]:
+    try:
+        return json.loads((proj_dir / "state" / "weights.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_atomically(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+    sync_folder(file.parent)
+
+
+def newest_entry(proj_dir: Path) -> list | None:
+    """What a training state records of the weights beside it: [name, mini-epoch, identity] of the newest, as officially scanned."""
+    newest = newest_weights(proj_dir)
+    return [newest[0].name, newest[1], identity(newest[0])] if newest else None
+
+
+def why_stale(proj_dir: Path, recorded: list | None) -> str:
+    """Why a state that recorded this entry must not be used; "" when it may.
+
+    The weights that were newest then must be there unchanged, and newer ones must be this run's own.
+    """
+    name, mini_epoch, content = recorded or ("", -2, "")
+    if name and not (proj_dir / name).is_file():
+        return f"{name}, saved with it, is gone"
+    if name and identity(proj_dir / name) != content:
+        return f"{name} is not the file that was saved with it"
+    own = _entries(proj_dir)
+    for path in sorted(proj_dir.glob("rwkv-*.pth")):
+        label = path.stem.removeprefix("rwkv-")
+        newer = int(label) > mini_epoch if label.isdecimal() else label == "init" and mini_epoch < -1
+        if newer and own.get(path.name) != identity(path):
+            return f"{path.name} is newer and was not written by this run"
+    return ""

@@ -1,0 +1,354 @@
+"""The full state of a training run: saved atomically, verified by checksum, loaded at any world size, ZeRO stage or precision.
+
+    save_state(proj_dir, step, model, optimizer, meta, keep_last) -> Path     collective
+    find_state(proj_dir) -> StateInfo | None                                  collective once a process group exists
+    load_state(info, model, optimizer) -> meta                                collective
+    set_aside(proj_dir) -> None                                               collective; when a run starts without the state that is there
+
+model: the bare LanguageModel (also when DDP or a DeepSpeed engine wraps it); optimizer: trainer.strategy.optimizers[0].
+meta: whatever JSON can hold (global sample number, tokens, schedule); it comes back unchanged, also in StateInfo.meta. Call between
+optimizer steps only. Every rank's random states (torch, CUDA, numpy, Python) are saved, and restored at the same world size.
+
+    {proj_dir}/state/step{n}/rank00000.pt ...   torch.save: every rank's pieces of masters, moments and steps by parameter name
+    {proj_dir}/state/step{n}/manifest.json      sizes and checksums of these, shapes, meta, the newest rwkv-*.pth at that time
+    {proj_dir}/state/latest                     name of the newest, for people and scripts
+    {proj_dir}/state/weights.json               which rwkv-*.pth files are this run's own (ledger.py)
+
+Saving is (a) `capture`, a copy to host memory, and (b) `write`, which needs no more of the model. Ranks share proj_dir's file system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config import UserError
+from . import ledger, ranks
+from .ledger import write_atomically
+from .pth import sync_folder
+from .shards import Piece, pieces, share, write_back
+
+FORMAT = 1
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's dynamic loss scaler (fp16)
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """An intact training state: its folder, optimizer steps taken, the meta that was saved, the number of processes that saved it."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a state in host memory, and the shapes of all tensors of the model."""
+
+    content: dict[str, Any]
+    shapes: dict[str, list[int]]
+
+
+def save_state(proj_dir: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any], keep_last: int) -> Path:
+    """Saves everything as {proj_dir}/state/step{step} and deletes all but the newest keep_last. All or nothing, whenever it is interrupted.
+
+    Raises UserError on every rank when any rank cannot write; what was there before is intact then.
+    """
+    return write(proj_dir, step, capture(model, optimizer), meta, keep_last)
+
+
+def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """A copy in host memory of what this rank saves. No communication."""
+    tensors = {
+        piece.name: {"start": piece.start, "step": piece.step} | {key: view.to("cpu", copy=True) for key, view in piece.values.items()}
+        for piece in share(pieces(model, optimizer), ranks.rank(), ranks.world_size())
+    }
+    scaler = getattr(optimizer, "loss_scaler", None)
+    content = {
+        "tensors": tensors,
+        "random": _random_states(),
+        "scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
+    }
+    return Snapshot(content, _shapes(model))
+
+
+def write(proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, Any], keep_last: int) -> Path:
+    """Writes every rank's snapshot into step{step}.tmp, then rank 0 seals it with a manifest, renames it and moves `latest`."""
+    folder = Path(proj_dir) / "state"
+    path, temporary = folder / f"step{step}", folder / f"step{step}.tmp"
+
+    def prepare() -> None:
+        if ranks.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write_own() -> tuple[str, int, int]:
+        name = f"rank{ranks.rank():05d}.pt"
+        with open(temporary / name, "wb") as file:
+            checked = _Checked(file)
+            torch.save(snapshot.content, checked)
+            file.flush()
+            os.fsync(file.fileno())
+        return name, checked.size, checked.crc
+
+    def seal() -> None:
+        if ranks.rank() == 0:
+            content = {
+                "format": FORMAT,
+                "step": step,
+                "world_size": ranks.world_size(),
+                "meta": meta,
+                "files": {name: {"size": size, "crc32": crc} for name, size, crc in files},
+                "shapes": snapshot.shapes,
+                "weights": ledger.newest_entry(Path(proj_dir)),
+            }
+            write_atomically(temporary / "manifest.json", json.dumps({"content": content, "crc32": _crc(content)}))
+            _move_into_place(temporary, path)
+            write_atomically(folder / "latest", path.name)
+            _prune(folder, step, keep_last)
+
+    try:
+        ranks.together(prepare)
+        files = ranks.together(write_own)
+        ranks.together(seal)
+    except UserError as error:
+        raise UserError(f"cannot save the training state in {path}: {error}; free some space or choose another --proj_dir") from error
+    return path
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    """Renames; a state of the same step is replaced and found under its spare name if this is interrupted between the two renames."""
+    spare = path.with_name(path.name + ".replaced")
+    if path.exists():
+        shutil.rmtree(spare, ignore_errors=True)
+        os.replace(path, spare)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    shutil.rmtree(spare, ignore_errors=True)
+
+
+def _prune(folder: Path, newest: int, keep_last: int) -> None:
+    """Deletes the oldest states beyond keep_last and remains of interrupted saves; a state of a later step is a damaged one that was passed over."""
+    steps = sorted((step for step in map(_step_of, folder.iterdir()) if step is not None), reverse=True)
+    for step in steps:
+        if step > newest:
+            shutil.rmtree(folder / f"step{step}.damaged", ignore_errors=True)
+            os.replace(folder / f"step{step}", folder / f"step{step}.damaged")
+    for step in [step for step in steps if step <= newest][keep_last:]:
+        os.replace(folder / f"step{step}", folder / f"step{step}.tmp")
+    for remains in folder.glob("step*.tmp"):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"step(\d+)", path.name)
+    return int(match[1]) if match and path.is_dir() else None
+
+
+def find_state(proj_dir: str | Path) -> StateInfo | None:
+    """The newest intact state, or None. Changes nothing on disk.
+
+    A damaged one is reported in one line and the one before it used. None also, with one line, when the rwkv-*.pth files say that
+    someone has replaced or added weights since (ledger.why_stale). With a process group all ranks call, share the reading and agree;
+    before there is one, every process reads everything by itself.
+    """
+    proj_dir = Path(proj_dir)
+    for path in ranks.broadcast(_candidates(proj_dir / "state")):
+        manifest, problem = _verify(path)
+        if problem:
+            ranks.say(f"training state {path} is damaged ({problem}); trying the one before it")
+            continue
+        if reason := ranks.broadcast(ledger.why_stale(proj_dir, manifest["weights"])):
+            ranks.say(f"training state {path} is not used: {reason}")
+            return None
+        return StateInfo(path, manifest["step"], manifest["meta"], manifest["world_size"])
+    return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """State folders, newest first; one that was being replaced after its namesake."""
+    found = [(int(match[1]), not match[2], path) for path in folder.glob("step*") if (match := re.fullmatch(r"step(\d+)(\.replaced)?", path.name))]
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _verify(path: Path) -> tuple[dict[str, Any], str]:
+    """The manifest of a state and what is wrong with the state, "" if nothing. Ranks divide the files among themselves."""
+    try:
+        manifest, problem = _read_manifest(path), ""
+        for name, expected in sorted(manifest["files"].items())[ranks.rank() :: ranks.world_size()]:
+            if (size := (path / name).stat().st_size) != expected["size"]:
+                problem = f"{name} has {size} bytes instead of {expected['size']}"
+            elif _file_crc(path / name) != expected["crc32"]:
+                problem = f"the checksum of {name} is wrong"
+    except OSError as error:
+        manifest, problem = {}, ranks.describe(error)
+    except (ValueError, KeyError, TypeError):
+        manifest, problem = {}, "manifest.json is not readable"
+    return manifest, next(filter(None, ranks.gather(problem)), "")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    sealed = json.loads((path / "manifest.json").read_text())
+    if sealed["content"]["format"] != FORMAT or _crc(sealed["content"]) != sealed["crc32"]:
+        raise ValueError
+    return sealed["content"]
+
+
+def set_aside(proj_dir: str | Path) -> None:
+    """Renames state/ to state.aside-{k} when it holds states, so that a run that does not continue them never mixes with them or deletes them."""
+    folder = Path(proj_dir) / "state"
+
+    def rename() -> None:
+        if ranks.rank() == 0 and _candidates(folder):
+            k = 1
+            while (aside := folder.with_name(f"state.aside-{k}")).exists():
+                k += 1
+            own = folder / "weights.json"
+            kept = own.read_text() if own.exists() else None
+            os.replace(folder, aside)
+            if kept is not None:
+                folder.mkdir()
+                write_atomically(own, kept)
+            ranks.say(f"the older training state is now in {aside}")
+
+    ranks.together(rename)
+
+
+def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts a state into model and optimizer and returns its meta. The optimizer must be fresh or between steps.
+
+    At the world size, strategy and precision of the save, training goes on to the same bits; elsewhere to the same numbers within
+    rounding. Raises UserError on every rank when the state is of a model with other sizes.
+    """
+
+    def fill() -> None:
+        manifest = _read_manifest(info.path)
+        _check_shapes(info.path, manifest["shapes"], _shapes(model))
+        saved, own = manifest["world_size"], ranks.rank()
+        order = sorted(range(saved), key=lambda r: r != own)  # at the same world size everything is in the own file
+        same_world = saved == ranks.world_size()
+        wanted = {piece.name: piece for piece in pieces(model, optimizer)}
+        left = sum(piece.numel for piece in wanted.values())
+        steps: dict[int, tuple[Piece, float]] = {}
+        for number, rank in enumerate(order):
+            content = torch.load(info.path / f"rank{rank:05d}.pt", map_location="cpu", weights_only=True, mmap=True)
+            if number == 0:
+                _set_scaler(optimizer, content["scaler"])
+                if same_world:
+                    _set_random_states(content["random"])
+            for name, entry in content["tensors"].items():
+                if name in wanted:
+                    left -= _copy(entry, wanted[name], steps)
+            if left == 0:
+                break
+        if left:
+            raise RuntimeError(f"{left} numbers of {info.path} are missing")
+        for piece, step in steps.values():
+            piece.set_step(step)
+
+    ranks.together(fill)
+    write_back(model, optimizer)
+    return info.meta
+
+
+@torch.no_grad()
+def _copy(entry: dict[str, Any], piece: Piece, steps: dict[int, tuple[Piece, float]]) -> int:
+    """Copies the overlap of a saved entry with a piece and returns its size; notes the largest step of each counter.
+
+    A tensor that was trained and is frozen now, or the other way round, keeps its numbers; new moments are zero.
+    """
+    main = "master" if "master" in entry else "value"
+    start = entry["start"]
+    part = piece.cut(start, start + entry[main].numel())
+    if part.numel <= 0:
+        return 0
+    for key, view in part.values.items():
+        source = entry.get(main if key in ("master", "value") else key)
+        if source is None:
+            view.zero_()
+        else:
+            view.copy_(source[part.start - start : part.start - start + part.numel])
+    if part.adam:
+        counter = id(part.adam[1])
+        steps[counter] = (part, max(entry["step"], steps[counter][1] if counter in steps else 0.0))
+    return part.numel
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def _check_shapes(path: Path, saved: dict[str, list[int]], own: dict[str, list[int]]) -> None:
+    for name in sorted(saved.keys() | own.keys()):
+        if saved.get(name) != own.get(name):
+            raise UserError(
+                f"the training state {path} has {name} of shape {saved.get(name, 'none')}, the model {own.get(name, 'none')}; "
+                "use the sizes of the run, or another --proj_dir"
+            )
+
+
+def _random_states() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": [version, list(words), gauss],
+        "numpy": [keys.tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _set_scaler(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    scaler = getattr(optimizer, "loss_scaler", None)
+    for key, value in saved.items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)
+
+
+class _Checked:
+    """A file that counts and checksums what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.size, self.crc = file, 0, 0
+
+    def write(self, data: bytes) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _file_crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _crc(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,205 @@
+"""How a run is spread over devices: settings for the Lightning Trainer, DeepSpeed's configuration, ZeRO on the CPU.
+
+    launch(config) -> Launch(accelerator, devices, num_nodes, strategy)    what "auto" means here; world_size
+    make_strategy(config) -> Strategy                                      Trainer(strategy=...)
+    lightning_precision(config) -> str                                     Trainer(precision=...)
+    param_dtype(config) -> torch.dtype                                     cast the model to it before training starts
+
+    run = launch(config)
+    model.to(param_dtype(config))
+    Trainer(accelerator=run.accelerator, devices=run.devices, num_nodes=run.num_nodes, strategy=make_strategy(config),
+            precision=lightning_precision(config), gradient_clip_val=config.grad_clip or None,
+            accumulate_grad_batches=config.accumulate_grad_batches, use_distributed_sampler=False, ...)
+
+The model is built whole in every process (never under zero.Init, which loses in-place edits of initial values); ZeRO-3 partitions it
+when training starts. bf16 is bf16 parameters and activations with fp32 masters, moments and gradient sums everywhere: never autocast.
+config.precision must be resolved ("auto" is the caller's to decide).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+
+from ..config import TrainConfig, UserError, env
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """accelerator: "gpu" or "cpu"; devices: processes per node; strategy: as flag, with "auto" decided."""
+
+    accelerator: str
+    devices: int
+    num_nodes: int
+    strategy: str
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+
+def launch(config: TrainConfig) -> Launch:
+    """What accelerator, devices and strategy mean on this machine and under this launcher. Raises UserError for what it has not."""
+    gpus = torch.cuda.device_count()
+    accelerator = {"auto": "gpu" if gpus else "cpu", "cuda": "gpu"}.get(config.accelerator, config.accelerator)
+    if accelerator == "gpu" and not gpus:
+        raise UserError(f"--accelerator {config.accelerator}: PyTorch sees no GPU here; use --accelerator cpu, or install a CUDA build of torch")
+    launched = _launched_here()
+    devices = int(config.devices) if config.devices != "auto" else launched or (gpus if accelerator == "gpu" else 1)
+    if accelerator == "gpu" and devices > gpus:
+        raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
+    if launched and launched != devices:
+        raise UserError(f"--devices {devices}, but the launcher started {launched} processes on this node; make them equal or leave --devices out")
+    strategy = config.strategy
+    if strategy == "auto" and devices * config.num_nodes > 1:
+        strategy = "ddp"
+    return Launch(accelerator, devices, config.num_nodes, strategy)
+
+
+def _launched_here() -> int:
+    """Processes that torchrun, deepspeed or srun started on this node; 0 when Lightning shall start them."""
+    if env.launched_by_variables():
+        return env.launched_per_node()
+    return env.slurm_tasks_per_node() if SLURMEnvironment.detect() else 0
+
+
+def param_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of parameters and activations."""
+    return DTYPES[config.precision]
+
+
+def lightning_precision(config: TrainConfig) -> str:
+    """Trainer(precision=...). Outside DeepSpeed Lightning shall do nothing: the model has param_dtype already, MasterAdamW has the masters."""
+    if config.strategy.startswith("deepspeed"):
+        return {"fp32": "32-true", "tf32": "32-true", "fp16": "16-true", "bf16": "bf16-true"}[config.precision]
+    return "32-true"
+
+
+def make_strategy(config: TrainConfig) -> Strategy:
+    """The Lightning strategy; also sets the process-wide mode of fp32 matrix products (tf32 or exact)."""
+    run = launch(config)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    if config.precision == "fp16" and (run.accelerator == "cpu" or not run.strategy.startswith("deepspeed")):
+        raise UserError("--precision fp16 needs a GPU and --strategy deepspeed_stage_1, 2 or 3 (it scales the loss); use --precision bf16")
+    if run.strategy.startswith("deepspeed"):
+        return _deepspeed(config, run)
+    if run.strategy == "ddp":
+        return Ddp(**_distributed(config, run))
+    return SingleDeviceStrategy(torch.device("cuda", 0) if run.accelerator == "gpu" else torch.device("cpu"))
+
+
+def _distributed(config: TrainConfig, run: Launch) -> dict:
+    return dict(
+        process_group_backend="nccl" if run.accelerator == "gpu" else "gloo",
+        timeout=timedelta(seconds=config.dist_timeout),
+        cluster_environment=_environment(),
+    )
+
+
+def _environment() -> ClusterEnvironment | None:
+    """Where ranks come from. The deepspeed launcher sets torchrun's variables, but Lightning does not recognise it by itself."""
+    return TorchElasticEnvironment() if env.launched_by_variables() else None
+
+
+class Ddp(DDPStrategy):
+    """DDP that hands over fp32 gradients when parameters are bf16.
+
+    DDP reduces gradients in the parameters' dtype. They are lifted to fp32 after every backward pass, and micro batches are added up
+    there; so each micro batch is reduced on its own.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self._held: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        super().pre_backward(closure_loss)
+        for p in self.model.parameters():
+            if p.dtype != torch.float32 and p.requires_grad:
+                p.grad_dtype = None  # bf16 from DDP, fp32 afterwards
+                if p.grad is not None:
+                    self._held[p], p.grad = p.grad, None
+
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
+        for p in self.model.parameters():
+            if p.grad is not None and p.grad.dtype != torch.float32:
+                grad = p.grad.float()
+                p.grad = self._held.pop(p).add_(grad) if p in self._held else grad
+
+    def block_backward_sync(self):
+        return nullcontext() if any(p.dtype != torch.float32 for p in self.model.parameters()) else super().block_backward_sync()
+
+
+class QuietDeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed without the memory tables that its bf16 optimizer prints."""
+
+    def _setup_model_and_optimizer(self, *args, **kwargs):
+        with redirect_stdout(io.StringIO()):
+            return super()._setup_model_and_optimizer(*args, **kwargs)
+
+
+class CpuDeepSpeed(QuietDeepSpeed):
+    """DeepSpeed on CPU processes: Lightning's strategy without its check for CUDA. DeepSpeed itself needs DS_ACCELERATOR=cpu."""
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def _init_deepspeed_distributed(self) -> None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # half a minute of compiling, for inference only
+        super()._init_deepspeed_distributed()
+
+
+def _deepspeed(config: TrainConfig, run: Launch) -> DeepSpeedStrategy:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--strategy {config.strategy}: deepspeed is not installed; pip install deepspeed, or use --strategy ddp or auto")
+    settings = dict(config=deepspeed_config(config, run.accelerator), **_distributed(config, run))
+    if run.accelerator == "gpu":
+        return QuietDeepSpeed(**settings)
+    env.use_deepspeed_on_cpu()
+    return CpuDeepSpeed(parallel_devices=[torch.device("cpu", i) for i in range(run.devices)], **settings)
+
+
+def deepspeed_config(config: TrainConfig, accelerator: str) -> dict:
+    """DeepSpeed's own configuration, as logged in train_log.txt. Buckets: ds_bucket_mb million elements, as officially.
+
+    Lightning adds gradient_accumulation_steps.
+    """
+    bucket = config.ds_bucket_mb * 1_000_000
+    zero = {
+        "stage": int(config.strategy.split("_")[2]),
+        "contiguous_gradients": True,
+        "overlap_comm": accelerator == "gpu",
+        "allgather_partitions": True,
+        "reduce_scatter": True,
+        "allgather_bucket_size": bucket,
+        "reduce_bucket_size": bucket,
+    }
+    if config.strategy.endswith("_offload"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": accelerator == "gpu"}
+        if zero["stage"] == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": accelerator == "gpu"}
+    settings = {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": config.micro_bsz,
+        "gradient_clipping": config.grad_clip,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    elif config.precision == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+    return settings
