@@ -63,9 +63,9 @@ class Engine:
         """As `tokens`, but yields text as soon as it is whole characters; joined, the pieces are the continuation."""
         stream = self.tokenizer.stream()
         for token in self.tokens(prompt, length, **sampling):
-            if text := stream.feed([token]):
+            if text := stream.push(token):
                 yield text
-        if text := stream.flush():
+        if text := stream.finish():
             yield text
 
 

@@ -1,0 +1,100 @@
+"""Generation: the loop against the whole-sequence model, and the command line as a user meets it."""
+
+import pytest
+import torch
+
+from rwkvlm.checkpoint.pth import save_weights
+from rwkvlm.cli import generate as command
+from rwkvlm.config import ModelConfig, UserError
+from rwkvlm.data.tokenizer import load_tokenizer
+from rwkvlm.infer import engine as engine_module
+from rwkvlm.infer import load_engine
+from rwkvlm.models import build, init_weights
+
+PROMPT = "def first(x):\n    return"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Small, over the real vocabulary, with weights that make every token's logits depend on the tokens before."""
+    model = build(ModelConfig(n_layer=2, n_embd=64, vocab_size=65536, head_size=32))
+    init_weights(model, 3)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
+    path = tmp_path_factory.mktemp("engine") / "rwkv-final.pth"
+    save_weights(path, model.state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    return load_engine(checkpoint, device="cpu")
+
+
+def test_likeliest_tokens_are_those_of_the_whole_sequence(engine):
+    """Token by token with a state == the model run over everything so far, at every step."""
+    got = list(engine.tokens(PROMPT, 12, temperature=0))
+    assert len(got) == 12
+    ids = engine.tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        for token in got:
+            logits = engine.model(torch.tensor([ids]))[0, -1]
+            assert logits[token] > logits.max() - 1e-4
+            ids.append(token)
+
+
+def test_a_long_prompt_is_read_whole(engine, monkeypatch):
+    ids = engine.tokenizer.encode(PROMPT * 5)
+    whole, _ = engine.read(ids)
+    monkeypatch.setattr(engine_module, "PREFILL", 7)
+    pieces, _ = engine.read(ids)
+    assert (whole - pieces).abs().max() < 1e-4 * whole.abs().max()
+    shorter, _ = engine.read(ids[1:])
+    assert (whole - shorter).abs().max() > 1e-2, "the first token must matter"
+
+
+def test_seed_decides_the_text(engine):
+    first, again, other = ("".join(engine.generate(PROMPT, 20, seed=s)) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_pieces_join_to_the_decoded_tokens(engine):
+    tokens = list(engine.tokens(PROMPT, 30, seed=5))
+    assert "".join(engine.generate(PROMPT, 30, seed=5)) == load_tokenizer("world").decode(tokens)
+
+
+def test_stops_at_the_end_of_the_document(checkpoint):
+    ending = load_engine(checkpoint, device="cpu")
+    with torch.no_grad():
+        ending.model.head.weight[0] = 100 * torch.sign(ending.read([1])[0].new_ones(64))
+        ending.model.ln_out.bias.fill_(1.0)
+    assert list(ending.tokens(PROMPT, 10, temperature=0)) == []
+
+
+def test_empty_prompt_starts_a_document(engine):
+    assert len(list(engine.tokens("", 3, seed=0))) == 3
+
+
+def test_vocabulary_too_small_for_the_prompt(tmp_path):
+    model = build(ModelConfig(n_layer=1, n_embd=32, vocab_size=50, head_size=32))
+    init_weights(model, 0)
+    save_weights(tmp_path / "m.pth", model.state_dict())
+    with pytest.raises(UserError, match="vocabulary has 50"):
+        next(load_engine(tmp_path / "m.pth", device="cpu").tokens("hello world", 3))
+
+
+def test_command_line(checkpoint, capsys):
+    argv = ["--model", str(checkpoint), "--prompt", "def ", "--length", "8", "--temperature", "0.8", "--top_p", "0.5", "--seed", "1", "--device", "cpu"]
+    assert command.main(argv) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def ") and len(first) > len("def \n")
+    assert command.main(argv) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("argv,word", [(["--model", "nowhere.pth"], "nowhere.pth"), (["--temperature", "-1"], "--temperature"), (["--top_p", "2"], "--top_p")], ids=str)
+def test_bad_input_names_what_is_wrong(checkpoint, argv, word):
+    with pytest.raises(UserError, match=word):
+        command.main(["--model", str(checkpoint), "--device", "cpu", *argv])

@@ -1,0 +1,56 @@
+"""The sampler against its definition."""
+
+import pytest
+import torch
+
+from rwkvlm.config import UserError
+from rwkvlm.infer.sampling import check_sampling, sample
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -4.0]])
+
+
+def frequencies(logits=LOGITS, draws=20000, **how):
+    g = torch.Generator().manual_seed(0)
+    drawn = sample(logits.expand(draws, -1), generator=g, **how)
+    return torch.bincount(drawn, minlength=logits.shape[-1]) / draws
+
+
+def test_zero_temperature_takes_the_likeliest():
+    assert sample(LOGITS, temperature=0).tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature(temperature):
+    assert torch.allclose(frequencies(temperature=temperature), (LOGITS[0] / temperature).softmax(-1), atol=0.015)
+
+
+def test_top_k():
+    want = LOGITS[0].clone()
+    want[2:] = -torch.inf
+    assert torch.allclose(frequencies(top_k=2), want.softmax(-1), atol=0.015)
+
+
+@pytest.mark.parametrize("top_p,kept", [(0.5, 1), (0.7, 2), (0.9, 3), (1.0, 5)])
+def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
+    """softmax of LOGITS is 0.64, 0.24, 0.09, 0.03, 0.002."""
+    want = LOGITS[0].clone()
+    want[kept:] = -torch.inf
+    assert torch.allclose(frequencies(top_p=top_p), want.softmax(-1), atol=0.015)
+
+
+def test_top_p_ignores_the_temperature():
+    """As in the official sampler: the set is chosen at temperature 1, then the temperature reshapes it."""
+    want = LOGITS[0].clone() / 4
+    want[2:] = -torch.inf
+    assert torch.allclose(frequencies(top_p=0.7, temperature=4.0), want.softmax(-1), atol=0.015)
+
+
+def test_rows_are_independent():
+    both = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
+    assert sample(both, top_p=0.5).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)], ids=str)
+def test_values_outside_their_range(bad):
+    with pytest.raises(UserError, match="--" + next(iter(bad))):
+        check_sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **bad})
