@@ -61,8 +61,6 @@ def magic_prime(n_tokens: int, ctx_len: int) -> int:
     Below some 230 chunks that prime can miss more than a tenth of the data, or not exist; then it is the largest one whose chunks
     lie inside the file. UserError when not even two chunks do.
     """
-    if n_tokens <= ctx_len:
-        raise UserError(f"--ctx_len {ctx_len} needs more than {ctx_len} tokens and the data have {n_tokens}; give more data or a smaller ctx_len")
     prime = _prime_at_most(n_tokens // ctx_len - 1)
     if not _officially_legal(prime, n_tokens, ctx_len):
         prime = _prime_at_most((n_tokens - 1) // ctx_len)
