@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import backend
+from . import native
 from .arguments import check_arguments
 from .chunked import wkv7_chunked
+from .native import wkv7_native
 from .reference import wkv7_reference
 
-__all__ = ["wkv7", "wkv7_chunked", "wkv7_reference"]
+__all__ = ["wkv7", "wkv7_chunked", "wkv7_native", "wkv7_reference"]
 
 
 def wkv7(
@@ -38,6 +41,11 @@ def wkv7(
     """
     inputs = (r, w, k, v, a, b)
     check_arguments(inputs, initial_state, cu_seqlens)
-    backend.choose("wkv7", backend.requested(), r.device, {"torch": lambda: ""})
-    y, state = wkv7_chunked(*inputs, initial_state, cu_seqlens)
+    form = wkv7_chunked if _backend(r.device, r.dtype) == "torch" else wkv7_native
+    y, state = form(*inputs, initial_state, cu_seqlens)
     return (y, state) if output_final_state else y
+
+
+@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+def _backend(device: torch.device, dtype: torch.dtype) -> str:
+    return backend.choose("wkv7", backend.requested(), device, {"cpu": lambda: native.why_not(dtype), "torch": lambda: ""})

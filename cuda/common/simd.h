@@ -1,0 +1,156 @@
+// One vector of W floats, W = 16, 8 or 4 for ISA = avx512, avx2, plain, on the compiler's vector extension: the same source
+// serves x86 and ARM. Everything lives in an unnamed namespace, for the linker must never merge code of two instruction sets.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define SIMD_W 16
+#elif defined(__AVX2__)
+#define SIMD_W 8
+#else
+#define SIMD_W 4
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int W = SIMD_W;
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef float vf_memory __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t vh_memory __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf_memory*>(p); }
+INLINE void store(float* p, vf x) { *reinterpret_cast<vf_memory*>(p) = x; }
+
+INLINE vf load(const bf16* p) {
+  const vh h = *reinterpret_cast<const vh_memory*>(p);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+// To the nearest bf16, ties to even; a NaN stays one.
+INLINE void store(bf16* p, vf x) {
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vu bits = (vu)(x == x) & rounded;
+  const vu nan = ~(vu)(x == x) & 0x7fc0;
+  *reinterpret_cast<vh_memory*>(p) = __builtin_convertvector(bits | nan, vh);
+}
+
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vf select(vi mask, vf x, vf y) { return (vf)((mask & (vi)x) | (~mask & (vi)y)); }
+
+// e^x for x <= 0, to 1 ulp; 0 below -87. A NaN stays one.
+INLINE vf exp_nonpositive(vf x) {
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  x = select(x < -87.f, splat(-87.f), x);
+  const vf shifted = x * 1.44269504f + magic;
+  const vf n = shifted - magic;
+  const vf f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.f;
+  const vf scale = (vf)(((vi)shifted - 0x4b400000 + 127) << 23);
+  return p * scale;
+}
+
+// s = sigmoid(x) and c = sigmoid(-x), each with all its digits.
+INLINE void sigmoids(vf x, vf& s, vf& c) {
+  const vf q = exp_nonpositive(select(x > 0.f, -x, x));
+  const vf p = 1.f / (1.f + q);
+  const vf small = q * p;
+  s = select(x > 0.f, p, small);
+  c = select(x > 0.f, small, p);
+}
+
+// The transpose of a W x W block held in W vectors, by swapping off-diagonal blocks of size W/2, W/4, ..., 1.
+template <int H>
+INLINE void swap_blocks(vf& x, vf& y) {
+  vi low{}, high{};
+  for (int c = 0; c < W; c++) {
+    low[c] = (c & H) ? W + c - H : c;
+    high[c] = (c & H) ? W + c : c + H;
+  }
+#if defined(__clang__)
+  vf a{}, b{};
+  for (int c = 0; c < W; c++) {
+    a[c] = low[c] < W ? x[low[c]] : y[low[c] - W];
+    b[c] = high[c] < W ? x[high[c]] : y[high[c] - W];
+  }
+#else
+  const vf a = __builtin_shuffle(x, y, low), b = __builtin_shuffle(x, y, high);
+#endif
+  x = a;
+  y = b;
+}
+
+template <int H>
+INLINE void transpose_steps(vf* rows) {
+  if constexpr (H > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & H)) swap_blocks<H>(rows[i], rows[i + H]);
+    transpose_steps<H / 2>(rows);
+  }
+}
+
+// to[c][r] = from[r][c] for a ROWS x COLUMNS matrix, both multiples of W.
+template <int ROWS, int COLUMNS>
+INLINE void transpose(const float* from, int from_stride, float* to, int to_stride) {
+  for (int r = 0; r < ROWS; r += W)
+    for (int c = 0; c < COLUMNS; c += W) {
+      vf rows[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) rows[i] = load(from + (r + i) * from_stride + c);
+      transpose_steps<W / 2>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) store(to + (c + i) * to_stride + r, rows[i]);
+    }
+}
+
+// C[m][n] (+)= sum_k A[m][k] B[k][n], with A[m][k] at a[m * a_row + k * a_column]: a register block of MR rows x NR vectors.
+template <int M, int N, int K, bool ADD>
+INLINE void matmul(const float* a, int a_row, int a_column, const float* b, int b_row, float* c, int c_row) {
+  constexpr int NV = N / W;
+  constexpr int NR = NV < (W == 16 ? 4 : 2) ? NV : (W == 16 ? 4 : 2);
+  constexpr int WANTED = W == 16 ? 16 / NR : 4, MR = M < WANTED ? M : WANTED;
+  static_assert(N % W == 0 && NV % NR == 0 && M % MR == 0, "whole register blocks only");
+  for (int n = 0; n < N; n += NR * W)
+    for (int m = 0; m < M; m += MR) {
+      vf sum[MR][NR];
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; j++) sum[i][j] = ADD ? load(c + (m + i) * c_row + n + j * W) : vf{};
+#pragma GCC unroll 2
+      for (int k = 0; k < K; k++) {
+        vf row[NR];
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; j++) row[j] = load(b + k * b_row + n + j * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+          const float x = a[(m + i) * a_row + k * a_column];
+#pragma GCC unroll 4
+          for (int j = 0; j < NR; j++) sum[i][j] += x * row[j];
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; j++) store(c + (m + i) * c_row + n + j * W, sum[i][j]);
+    }
+}
+
+}  // namespace

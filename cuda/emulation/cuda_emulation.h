@@ -1,0 +1,340 @@
+// Runs CUDA kernels on the host: g++ compiles the very .cu file that nvcc compiles, with this header in the place of the CUDA runtime.
+//
+// It finds: wrong maths, wrong fragment layouts, barriers that are missing or that part of a block skips, warp collectives that diverge, reads
+// of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async data before its wait (the copy happens at the
+// wait, not before) and, built with -fsanitize=address,undefined, accesses out of bounds. Races between warps or lanes show when the two
+// schedules (emulation_reverse) give different bits. __shared__ is left undefined: kernels take dynamic shared memory, which it can poison.
+// It cannot find: races that both schedules hide, wgmma, TMA and proxy fences (not emulated), misaligned vector accesses outside UBSan, bank
+// conflicts, register pressure, anything about speed. The mma sums in the order k = 0..15 in fp32, hardware in an order of its own.
+//
+// How: one fiber per CUDA thread. A warp runs until each of its lanes waits at the block barrier or has ended, then the next warp does. At a
+// warp collective a lane parks its operands; the last lane to arrive computes the results of all.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 { unsigned x, y, z; constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {} };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+inline int min(int x, int y) { return x < y ? x : y; }
+inline int max(int x, int y) { return x > y ? x : y; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct __nv_bfloat16 { uint16_t bits; };
+inline float __bfloat162float(__nv_bfloat16 x) { uint32_t u = uint32_t(x.bits) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {  // round to nearest, ties to even; a NaN becomes the hardware's NaN
+    uint32_t u; std::memcpy(&u, &f, 4);
+    if (f != f) return {0x7fff};
+    return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+
+namespace emulation {
+
+enum class Wait : uint8_t { none, warp, block, done };
+
+struct PendingCopy { void* to; const void* from; int bytes, valid; };
+
+struct Fiber {
+    void* sp = nullptr;
+#if !defined(__x86_64__)
+    ucontext_t context;
+#endif
+    std::unique_ptr<char[]> stack;
+    void* fake_stack = nullptr;  // AddressSanitizer's
+    uint3 thread{};
+    Wait wait = Wait::none;
+    std::vector<std::vector<PendingCopy>> groups;  // cp.async groups in flight, oldest first; the last one is still open
+};
+
+struct Warp { unsigned arrived = 0; const char* site = nullptr; void* operands[32]; };
+
+constexpr size_t stack_bytes = 1 << 17;
+
+struct Machine {
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    Fiber scheduler;
+    int current = -1, count = 0;
+    dim3 grid, block;
+    uint3 block_index{};
+    std::function<void()> body;
+    std::unique_ptr<char[]> shared_storage;
+    char* shared = nullptr;
+    bool reverse = false;
+    size_t shared_limit = 227 * 1024;
+    std::string error;
+    const void *scheduler_stack = nullptr;
+    size_t scheduler_stack_bytes = 0;
+};
+inline Machine machine;
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers and the stack pointer of one fiber, restores those of another.
+__attribute__((naked, noinline)) inline void switch_stack(void** /*save*/, void* /*restore*/) {
+    asm volatile("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15; movq %rsp, (%rdi); movq %rsi, %rsp;"
+                 "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
+}
+#endif
+
+inline void switch_fiber(Fiber& from, Fiber& to, const void* stack, size_t bytes, bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, stack, bytes);
+#else
+    (void)stack; (void)bytes; (void)last;
+#endif
+#if defined(__x86_64__)
+    switch_stack(&from.sp, to.sp);
+#else
+    swapcontext(&from.context, &to.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    const void* old; size_t old_bytes;
+    __sanitizer_finish_switch_fiber(from.fake_stack, &old, &old_bytes);
+#endif
+}
+
+inline void to_scheduler(bool last = false) {
+    Machine& m = machine;
+    switch_fiber(m.fibers[m.current], m.scheduler, m.scheduler_stack, m.scheduler_stack_bytes, last);
+}
+
+inline void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+#endif
+    machine.body();
+    machine.fibers[machine.current].wait = Wait::done;
+    to_scheduler(true);
+    std::abort();
+}
+
+inline void start(Fiber& f) {
+    if (!f.stack) f.stack.reset(new char[stack_bytes]);
+#if defined(__x86_64__)
+    auto top = (reinterpret_cast<uintptr_t>(f.stack.get()) + stack_bytes) & ~uintptr_t(15);
+    void** sp = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and the alignment that a call leaves
+    std::memset(sp, 0, 8 * sizeof(void*));
+    sp[6] = reinterpret_cast<void*>(&fiber_main);
+    f.sp = sp;
+#else
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = stack_bytes;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, fiber_main, 0);
+#endif
+    f.wait = Wait::none;
+    f.groups.assign(1, {});
+}
+
+// Ends the launch: the fibers are abandoned where they stand (they hold nothing that needs destruction).
+[[noreturn]] inline void fail(const std::string& what) {
+    Machine& m = machine;
+    if (m.error.empty())
+        m.error = what + " (block " + std::to_string(m.block_index.x) + "," + std::to_string(m.block_index.y) + "," +
+                  std::to_string(m.block_index.z) + " thread " + std::to_string(m.current) + ")";
+    to_scheduler();
+    std::abort();
+}
+
+inline void run(int i) {
+    Machine& m = machine;
+    m.current = i;
+    switch_fiber(m.scheduler, m.fibers[i], m.fibers[i].stack.get(), stack_bytes, false);
+}
+
+inline void run_block() {
+    Machine& m = machine;
+    int n_warps = (m.count + 31) / 32;
+    m.warps.assign(n_warps, Warp{});
+    for (int i = 0; i < m.count; ++i) {
+        unsigned u = i;
+        m.fibers[i].thread = {u % m.block.x, u / m.block.x % m.block.y, u / (m.block.x * m.block.y)};
+        start(m.fibers[i]);
+    }
+    for (;;) {
+        for (int w = 0; w < n_warps; ++w) {
+            int first = (m.reverse ? n_warps - 1 - w : w) * 32, last = std::min(first + 32, m.count);
+            for (bool progress = true; progress;) {
+                progress = false;
+                for (int l = 0; l < last - first; ++l) {
+                    int i = m.reverse ? last - 1 - l : first + l;
+                    if (m.fibers[i].wait != Wait::none) continue;
+                    run(i);
+                    progress = true;
+                    if (!m.error.empty()) return;
+                }
+            }
+        }
+        int done = 0, at_barrier = 0;
+        for (int i = 0; i < m.count; ++i) {
+            done += m.fibers[i].wait == Wait::done;
+            at_barrier += m.fibers[i].wait == Wait::block;
+        }
+        if (done == m.count) return;
+        if (at_barrier != m.count) {
+            m.error = "deadlock: of " + std::to_string(m.count) + " threads " + std::to_string(at_barrier) + " wait at __syncthreads, " +
+                      std::to_string(done) + " have ended, the rest wait in a warp collective";
+            return;
+        }
+        for (int i = 0; i < m.count; ++i) m.fibers[i].wait = Wait::none;
+    }
+}
+
+inline int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+    Machine& m = machine;
+    m.grid = grid, m.block = block, m.body = std::move(body), m.error.clear();
+    m.count = block.x * block.y * block.z;
+    if (m.count < 1 || m.count > 1024 || grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535)
+        m.error = "invalid launch configuration";
+    if (shared_bytes > m.shared_limit)
+        m.error = "a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory of " + std::to_string(m.shared_limit);
+    if (!m.error.empty()) return 1;
+    if (int(m.fibers.size()) < m.count) m.fibers.resize(m.count);
+    m.shared_storage.reset(new char[shared_bytes + 128]);
+    m.shared = m.shared_storage.get() + shared_bytes + 128;  // the end of the block is the end of the heap object, for AddressSanitizer
+    m.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(m.shared) - shared_bytes) & ~uintptr_t(15));
+    uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+    for (uint64_t n = 0; n < blocks; ++n) {
+        uint64_t i = m.reverse ? blocks - 1 - n : n;
+        m.block_index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+        std::memset(m.shared, 0xff, shared_bytes);  // NaN in fp32 and in bf16
+        run_block();
+        if (!m.error.empty()) return 1;
+    }
+    return 0;
+}
+
+// All 32 lanes meet; the last to come runs compute(operands of lane 0..31) for all.
+template <class Operands, class Compute>
+inline void collective(const char* site, Operands& mine, Compute compute) {
+    Machine& m = machine;
+    int lane = m.current % 32, first = m.current - lane;
+    Warp& w = m.warps[m.current / 32];
+    if (first + 32 > m.count) fail(std::string(site) + " in a warp of fewer than 32 threads");
+    if (w.arrived && std::strcmp(w.site, site) != 0) fail(std::string("warp collectives diverge: ") + site + " and " + w.site);
+    w.site = site;
+    w.operands[lane] = &mine;
+    w.arrived |= 1u << lane;
+    if (w.arrived != ~0u) {
+        m.fibers[m.current].wait = Wait::warp;
+        to_scheduler();
+        return;
+    }
+    Operands* all[32];
+    for (int i = 0; i < 32; ++i) all[i] = static_cast<Operands*>(w.operands[i]), m.fibers[first + i].wait = Wait::none;
+    w.arrived = 0;
+    compute(all);
+}
+
+inline void finish_copies(int groups_left) {
+    auto& groups = machine.fibers[machine.current].groups;
+    while (int(groups.size()) - 1 > groups_left) {
+        for (const PendingCopy& c : groups.front()) {
+            std::memcpy(c.to, c.from, c.valid);
+            std::memset(static_cast<char*>(c.to) + c.valid, 0, c.bytes - c.valid);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+inline float bf16_low(uint32_t u) { return __bfloat162float({uint16_t(u)}); }
+inline float bf16_high(uint32_t u) { return __bfloat162float({uint16_t(u >> 16)}); }
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 with the register layout of the PTX manual.
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    struct Operands { float* d; const uint32_t *a, *b; } mine{d, a, b};
+    collective("mma.sync", mine, [](Operands** lane) {
+        float A[16][16], B[16][8];
+        for (int l = 0; l < 32; ++l) {
+            int g = l / 4, c = l % 4 * 2;
+            for (int i = 0; i < 4; ++i) {
+                uint32_t u = lane[l]->a[i];
+                A[g + i % 2 * 8][c + i / 2 * 8] = bf16_low(u), A[g + i % 2 * 8][c + 1 + i / 2 * 8] = bf16_high(u);
+            }
+            for (int i = 0; i < 2; ++i) B[c + i * 8][g] = bf16_low(lane[l]->b[i]), B[c + 1 + i * 8][g] = bf16_high(lane[l]->b[i]);
+        }
+        for (int l = 0; l < 32; ++l)
+            for (int i = 0; i < 4; ++i) {
+                int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+                float sum = lane[l]->d[i];
+                for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+                lane[l]->d[i] = sum;
+            }
+    });
+}
+
+// ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16: lane 8 i + j gives the address of row j of matrix i.
+inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
+    struct Operands { uint32_t* out; const uint16_t* row; bool transposed; } mine{out, static_cast<const uint16_t*>(row), transposed};
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an address that is no multiple of 16");
+    collective("ldmatrix", mine, [](Operands** lane) {
+        for (int l = 0; l < 32; ++l)
+            for (int i = 0; i < 4; ++i) {
+                int g = l / 4, c = l % 4 * 2;
+                auto at = [&](int y, int x) { return uint32_t(lane[8 * i + y]->row[x]); };
+                lane[l]->out[i] = lane[l]->transposed ? at(c, g) | at(c + 1, g) << 16 : at(g, c) | at(g, c + 1) << 16;
+            }
+    });
+}
+
+template <class T>
+inline T shuffle_xor(T value, int mask) {
+    struct Operands { T in, out; int mask; } mine{value, value, mask};
+    collective("__shfl_xor_sync", mine, [](Operands** lane) {
+        for (int l = 0; l < 32; ++l) lane[l]->out = lane[l ^ lane[l]->mask]->in;
+    });
+    return mine.out;
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::machine.fibers[emulation::machine.current].thread)
+#define blockIdx (emulation::machine.block_index)
+#define blockDim (emulation::machine.block)
+#define gridDim (emulation::machine.grid)
+
+inline void __syncthreads() {
+    emulation::machine.fibers[emulation::machine.current].wait = emulation::Wait::block;
+    emulation::to_scheduler();
+}
+inline void __syncwarp(unsigned = ~0u) {
+    struct Operands {} none;
+    emulation::collective("__syncwarp", none, [](Operands**) {});
+}
+template <class T>
+inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle_xor(value, mask); }
+
+// For the tests: which schedule, how much shared memory a block may have, and what went wrong in the last launch.
+extern "C" inline __attribute__((used)) void emulation_reverse(int reverse) { emulation::machine.reverse = reverse != 0; }
+extern "C" inline __attribute__((used)) void emulation_shared_limit(size_t bytes) { emulation::machine.shared_limit = bytes; }
+extern "C" inline __attribute__((used)) const char* emulation_error() { return emulation::machine.error.c_str(); }

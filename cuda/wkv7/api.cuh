@@ -1,0 +1,41 @@
+// The entry points of the WKV7 kernels, free of CUDA and torch headers: whoever binds them includes this file.
+//
+//     S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   d_t = exp(-exp(-1/2) sigmoid(w_t)),   y_t = S_t r_t
+//
+// Tensors are contiguous device memory, 16 byte aligned. r, w, k, v, a, b, y and their gradients: [B, T, H, N] bf16 or fp32; states: fp32
+// [sequences, H, N, N], rows value, columns key. With cu_seqlens (int32 [documents + 1] on the device, from 0 to T, not falling) B is 1 and
+// the sequences are the documents; without it the sequences are the B rows.
+// Every call is asynchronous on `stream` (a cudaStream_t) and returns 0, a cudaError_t, or WKV7_UNSUPPORTED. The results are the same bits on each run.
+#pragma once
+
+#include <stdint.h>
+
+enum { WKV7_BF16 = 0, WKV7_FP32 = 1 };
+enum { WKV7_UNSUPPORTED = -1 };
+
+struct Wkv7Shape {
+    int32_t B, T, H, N;
+    int32_t documents;          // 0 when cu_seqlens is null
+    const int32_t* cu_seqlens;  // may be null
+};
+
+struct Wkv7Inputs {
+    const void *r, *w, *k, *v, *a, *b;
+    const float* initial_state;  // may be null: zeros
+};
+
+struct Wkv7Gradients {
+    void *dr, *dw, *dk, *dv, *da, *db;
+    float* d_initial_state;  // may be null: not wanted
+};
+
+extern "C" {
+
+// One thread per state row, fp32 arithmetic throughout: N in {16, 32, 64, 128}, bf16 or fp32.
+// saved: wkv7_sequential_saved_bytes, written by the forward for its backward; null when there will be none.
+// final_state, d_final_state: may be null.
+int64_t wkv7_sequential_saved_bytes(const Wkv7Shape* shape);
+int wkv7_sequential_forward(const Wkv7Shape* shape, int dtype, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* stream);
+int wkv7_sequential_backward(const Wkv7Shape* shape, int dtype, const Wkv7Inputs* in, const void* saved, const void* dy,
+                             const float* d_final_state, const Wkv7Gradients* out, void* stream);
+}

@@ -1,0 +1,307 @@
+// WKV7 on the CPU. Compiled once per instruction set (common/isa.h), threads are the caller's.
+//
+// Forward: token by token. The state is kept key-major, S[j][i] (key j, value i), so that one pass over it, with vectors
+// along i, updates it and makes both y_t = S_t r_t and the next token's S_t a_{t+1}.
+//
+// Backward: chunks of C = 8 tokens from the last to the first, as products of small matrices. Rows are tokens, P_t is the
+// product of the decays d_1..d_t of the chunk, S0 the state before it and G the gradient of the state after it:
+//     AR = [a_t P_{t-1}; r_t P_t]   KB = [k_t / P_t; b_t / P_t]   VU = [v; u], u_t = S_{t-1} a_t   E = G diag(P_C)
+//     M  = AR KB^T, the a-rows strictly lower triangular, the r-rows lower triangular
+//     ZY = [z; dy], z the solution of z = (KB E^T + M^T [z; dy])_u-rows, from the last token to the first
+//     dVU = KB E^T + M^T ZY       dM  = ZY VU^T, masked like M      dS0 = E + ZY^T AR
+//     dAR = ZY S0 + dM KB         dKB = VU E + dM^T AR
+// The gradient of log d_t needs no work of order N^2 a token: it is the sum over the later uses of P in the chunk plus
+// the column sums of S1 * G, where S1 = (S0 + VU^T KB) diag(P_C).
+// Nothing is ever divided by a decay to go back in time: states come from a checkpoint every 64 tokens and are rolled
+// forward from there. 1/P <= 0.545^-8 = 128, so that no digits are lost at the strongest decay either.
+#include "cpu.h"
+
+#include "../common/simd.h"
+
+namespace {
+
+using wkv7::kCheckpoint;
+using wkv7::Task;
+using wkv7::Tensors;
+
+constexpr int C = 8, C2 = 2 * C;
+constexpr int kChunks = kCheckpoint / C;
+constexpr float kDecayScale = -0.60653065971263342f;  // -exp(-1/2)
+
+template <int N, class T>
+struct Rows {  // the rows of one head of a [tokens, H, N] tensor, counted from the document's first token
+  T* data;
+  int64_t stride;
+  Rows(const void* tensor, const Task& task)
+      : data(static_cast<T*>(const_cast<void*>(tensor)) + (task.first * task.heads + task.head) * N), stride(task.heads * N) {}
+  T* operator[](int64_t t) const { return data + t * stride; }
+};
+
+template <int N>
+INLINE void copy(float* to, const float* from) {
+  memcpy(to, from, N * sizeof(float));
+}
+
+template <int N, class T>
+INLINE void widen(float* to, const T* from) {
+  for (int j = 0; j < N; j += W) store(to + j, load(from + j));
+}
+
+// ---------------------------------------------------------------- forward
+
+constexpr int kBatch = 16;  // tokens converted and prefetched at a time
+
+template <int N>
+struct alignas(64) ForwardScratch {
+  float S[N][N], d[kBatch][N], r[kBatch][N], k[kBatch][N], b[kBatch][N], a[kBatch + 1][N], u[N];
+};
+
+// One token for NR vectors of value channels; u enters as S_{t-1} a_t and leaves as S_t a_{t+1}.
+template <int N, int NR, class T>
+INLINE void step(float* S, const float* d, const float* r, const float* k, const float* b, const float* a_next, const T* v, float* u, T* y) {
+  vf removed[NR], value[NR], out[NR], next[NR];
+#pragma GCC unroll 4
+  for (int i = 0; i < NR; i++) {
+    removed[i] = load(u + i * W);
+    value[i] = load(v + i * W);
+    out[i] = next[i] = vf{};
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < N; j++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < NR; i++) {
+      vf s = load(S + j * N + i * W) * d[j];
+      s += removed[i] * b[j];
+      s += value[i] * k[j];
+      out[i] += s * r[j];
+      next[i] += s * a_next[j];
+      store(S + j * N + i * W, s);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < NR; i++) {
+    store(y + i * W, out[i]);
+    store(u + i * W, next[i]);
+  }
+}
+
+template <int N, class T>
+void forward(const Task& task, const Tensors& io, void* memory) {
+  constexpr int NR = N / W < (W == 16 ? 4 : 2) ? N / W : (W == 16 ? 4 : 2);
+  auto& x = *static_cast<ForwardScratch<N>*>(memory);
+  const Rows<N, const T> r(io.r, task), w(io.w, task), k(io.k, task), v(io.v, task), a(io.a, task), b(io.b, task);
+  const Rows<N, T> y(io.y, task);
+  const Rows<N, float> removed(io.removed, task);
+  if (task.initial)
+    transpose<N, N>(task.initial, N, x.S[0], N);
+  else
+    memset(x.S, 0, sizeof x.S);
+  widen<N>(x.a[0], a[0]);
+  for (int i = 0; i < N; i += W) {
+    vf u{};
+    for (int j = 0; j < N; j++) u += load(x.S[j] + i) * x.a[0][j];
+    store(x.u + i, u);
+  }
+  for (int64_t t0 = 0; t0 < task.length; t0 += kBatch) {
+    const int n = task.length - t0 < kBatch ? int(task.length - t0) : kBatch;
+    if (task.checkpoints && t0 % kCheckpoint == 0)
+      transpose<N, N>(x.S[0], N, task.checkpoints + ((t0 / kCheckpoint) * task.heads + task.head) * N * N, N);
+    for (int t = 0; t < n; t++) {
+      widen<N>(x.r[t], r[t0 + t]);
+      widen<N>(x.k[t], k[t0 + t]);
+      widen<N>(x.b[t], b[t0 + t]);
+      if (t0 + t + 1 < task.length)
+        widen<N>(x.a[t], a[t0 + t + 1]);
+      else
+        memset(x.a[t], 0, sizeof x.a[t]);
+      for (int j = 0; j < N; j += W) {
+        vf s, c;
+        sigmoids(load(w[t0 + t] + j), s, c);
+        store(x.d[t] + j, exp_nonpositive(s * kDecayScale));
+      }
+    }
+    for (int i = 0; i < N; i += NR * W)
+      for (int t = 0; t < n; t++) {
+        if (io.removed)
+          for (int q = 0; q < NR * W; q += W) store(removed[t0 + t] + i + q, load(x.u + i + q));
+        step<N, NR>(x.S[0] + i, x.d[t], x.r[t], x.k[t], x.b[t], x.a[t], v[t0 + t] + i, x.u + i, y[t0 + t] + i);
+      }
+  }
+  transpose<N, N>(x.S[0], N, task.final, N);
+}
+
+// ---------------------------------------------------------------- backward
+
+template <int N>
+struct alignas(64) Chunk {  // what one chunk of up to C tokens contributes, all float; absent tokens are zeros with decay 1
+  float AR[C2][N], KB[C2][N], VU[C2][N];
+  float P[C + 1][N];     // P[t + 1] = product of the decays up to token t
+  float inverse[C][N];   // 1 / P[t + 1]
+  float slope[C][N];     // d log d / d w
+};
+
+template <int N>
+struct alignas(64) BackwardScratch {
+  Chunk<N> chunk[kChunks];
+  float S[kChunks][N][N], G[N][N];                     // states before each chunk, and the running gradient; value-major
+  float KBt[N][C2], VUt[N][C2], dVUt[N][C2];           // transposes
+  float dVU[C2][N], ZY[C2][N], M[C2][C2], dM[C2][C2];
+  float dAR[C2][N], dKB[C2][N], suffix[N];
+};
+
+template <int N, class T>
+void prepare(Chunk<N>& x, const Rows<N, const T>& r, const Rows<N, const T>& w, const Rows<N, const T>& k, const Rows<N, const T>& v,
+             const Rows<N, const T>& a, const Rows<N, const T>& b, const Rows<N, const float>& removed, int64_t t0, int n) {
+  if (n < C) memset(&x, 0, sizeof x);
+  for (int j = 0; j < N; j += W) {
+    vf P = splat(1.f);
+    store(x.P[0] + j, P);
+    for (int t = 0; t < n; t++) {
+      vf s, c;
+      sigmoids(load(w[t0 + t] + j), s, c);
+      store(x.slope[t] + j, s * c * kDecayScale);
+      store(x.AR[t] + j, load(a[t0 + t] + j) * P);
+      P *= exp_nonpositive(s * kDecayScale);
+      const vf inverse = 1.f / P;
+      store(x.P[t + 1] + j, P);
+      store(x.inverse[t] + j, inverse);
+      store(x.AR[C + t] + j, load(r[t0 + t] + j) * P);
+      store(x.KB[t] + j, load(k[t0 + t] + j) * inverse);
+      store(x.KB[C + t] + j, load(b[t0 + t] + j) * inverse);
+      store(x.VU[t] + j, load(v[t0 + t] + j));
+      store(x.VU[C + t] + j, load(removed[t0 + t] + j));
+    }
+    for (int t = n; t < C; t++) store(x.P[t + 1] + j, P);
+  }
+}
+
+// Rows 0..C-1 (a) see earlier tokens only, rows C.. (r) the same token too; columns are k then b.
+INLINE void mask(float (*M)[C2]) {
+  for (int t = 0; t < C; t++)
+    for (int s = t; s < C; s++) {
+      M[t][s] = M[t][C + s] = 0;
+      if (s > t) M[C + t][s] = M[C + t][C + s] = 0;
+    }
+}
+
+// The state before a chunk -> the state after it.
+template <int N>
+void roll(const float* S, const Chunk<N>& x, float* next) {
+  for (int i = 0; i < N * N; i += W) store(next + i, load(S + i));
+  matmul<N, N, C2, true>(x.VU[0], 1, N, x.KB[0], N, next, N);
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < N; j += W) store(next + i * N + j, load(next + i * N + j) * load(x.P[C] + j));
+}
+
+template <int N>
+void chunk_gradients(BackwardScratch<N>& y, const Chunk<N>& x, const float* S) {
+  transpose<C2, N>(x.KB[0], N, y.KBt[0], C2);
+  transpose<C2, N>(x.VU[0], N, y.VUt[0], C2);
+  matmul<C2, C2, N, false>(x.AR[0], N, 1, y.KBt[0], C2, y.M[0], C2);
+  mask(y.M);
+  for (int j = 0; j < N; j += W) {  // G becomes E
+    const vf P = load(x.P[C] + j);
+    vf sum{};
+    for (int i = 0; i < N; i++) {
+      const vf e = load(y.G[i] + j) * P;
+      sum += load(S + i * N + j) * e;
+      store(y.G[i] + j, e);
+    }
+    store(y.suffix + j, sum);
+  }
+  matmul<N, C2, N, false>(y.G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
+  transpose<N, C2>(y.dVUt[0], C2, y.dVU[0], N);
+  matmul<C2, N, C, true>(y.M[C], 1, C2, y.ZY[C], N, y.dVU[0], N);
+  for (int t = C - 1; t >= 0; t--)
+    for (int i = 0; i < N; i += W) {
+      vf z = load(y.dVU[C + t] + i);
+      for (int s = t + 1; s < C; s++) z += y.M[s][C + t] * load(y.ZY[s] + i);
+      store(y.ZY[t] + i, z);
+    }
+  matmul<C, N, C, true>(y.M[0], 1, C2, y.ZY[0], N, y.dVU[0], N);
+  matmul<C2, C2, N, false>(y.ZY[0], N, 1, y.VUt[0], C2, y.dM[0], C2);
+  mask(y.dM);
+  matmul<C2, N, N, false>(y.ZY[0], N, 1, S, N, y.dAR[0], N);
+  matmul<C2, N, C2, true>(y.dM[0], C2, 1, x.KB[0], N, y.dAR[0], N);
+  matmul<C2, N, N, false>(x.VU[0], N, 1, y.G[0], N, y.dKB[0], N);
+  for (int j = 0; j < N; j += W) {
+    vf sum = load(y.suffix + j);
+    for (int s = 0; s < C2; s++) sum += load(x.KB[s] + j) * load(y.dKB[s] + j);
+    store(y.suffix + j, sum);
+  }
+  matmul<C2, N, C2, true>(y.dM[0], 1, C2, x.AR[0], N, y.dKB[0], N);
+  matmul<N, N, C2, true>(y.ZY[0], 1, N, x.AR[0], N, y.G[0], N);
+}
+
+template <int N, class T>
+void backward(const Task& task, const Tensors& io, void* memory) {
+  auto& y = *static_cast<BackwardScratch<N>*>(memory);
+  const Rows<N, const T> r(io.r, task), w(io.w, task), k(io.k, task), v(io.v, task), a(io.a, task), b(io.b, task), dy(io.dy, task);
+  const Rows<N, T> dr(io.dr, task), dw(io.dw, task), dk(io.dk, task), dv(io.dv, task), da(io.da, task), db(io.db, task);
+  const Rows<N, const float> removed(io.removed, task);
+  if (task.d_final)
+    memcpy(y.G, task.d_final, sizeof y.G);
+  else
+    memset(y.G, 0, sizeof y.G);
+  for (int64_t first = (task.length - 1) / kCheckpoint * kCheckpoint; first >= 0; first -= kCheckpoint) {
+    const int64_t left = task.length - first;
+    const int tokens = left < kCheckpoint ? int(left) : kCheckpoint, chunks = (tokens + C - 1) / C;
+    memcpy(y.S[0], task.checkpoints + ((first / kCheckpoint) * task.heads + task.head) * N * N, sizeof y.S[0]);
+    for (int c = 0; c < chunks; c++) {
+      prepare<N, T>(y.chunk[c], r, w, k, v, a, b, removed, first + c * C, tokens - c * C < C ? tokens - c * C : C);
+      if (c + 1 < chunks) roll<N>(y.S[c][0], y.chunk[c], y.S[c + 1][0]);
+    }
+    for (int c = chunks - 1; c >= 0; c--) {
+      const Chunk<N>& x = y.chunk[c];
+      const int64_t t0 = first + c * C;
+      const int n = tokens - c * C < C ? tokens - c * C : C;
+      for (int t = 0; t < C; t++)
+        if (t < n)
+          widen<N>(y.ZY[C + t], dy[t0 + t]);
+        else
+          memset(y.ZY[C + t], 0, sizeof y.ZY[C + t]);
+      chunk_gradients<N>(y, x, y.S[c][0]);
+      for (int j = 0; j < N; j += W) {
+        vf suffix = load(y.suffix + j);
+        for (int t = n - 1; t >= 0; t--) {
+          const vf dA = load(y.dAR[t] + j), dR = load(y.dAR[C + t] + j), dK = load(y.dKB[t] + j), dB = load(y.dKB[C + t] + j);
+          const vf inverse = load(x.inverse[t] + j);
+          store(dr[t0 + t] + j, dR * load(x.P[t + 1] + j));
+          store(da[t0 + t] + j, dA * load(x.P[t] + j));
+          store(dk[t0 + t] + j, dK * inverse);
+          store(db[t0 + t] + j, dB * inverse);
+          store(dv[t0 + t] + j, load(y.dVU[t] + j));
+          suffix += load(x.AR[C + t] + j) * dR - load(x.KB[t] + j) * dK - load(x.KB[C + t] + j) * dB;
+          store(dw[t0 + t] + j, suffix * load(x.slope[t] + j));
+          suffix += load(x.AR[t] + j) * dA;
+        }
+      }
+    }
+  }
+  if (task.d_initial) memcpy(task.d_initial, y.G, sizeof y.G);
+}
+
+template <int N>
+wkv7::Kernels kernels(bool is_bf16) {
+  return {is_bf16 ? &forward<N, bf16> : &forward<N, float>, is_bf16 ? &backward<N, bf16> : &backward<N, float>, sizeof(ForwardScratch<N>),
+          sizeof(BackwardScratch<N>)};
+}
+
+}  // namespace
+
+namespace wkv7 {
+
+#define JOIN(a, b) a##b
+#define KERNELS_OF(isa) JOIN(kernels_, isa)
+
+Kernels KERNELS_OF(ISA)(int64_t head_size, bool is_bf16) {
+  switch (head_size) {
+    case 16: return kernels<16>(is_bf16);
+    case 32: return kernels<32>(is_bf16);
+    case 64: return kernels<64>(is_bf16);
+    case 128: return kernels<128>(is_bf16);
+    default: return {};
+  }
+}
+
+}  // namespace wkv7

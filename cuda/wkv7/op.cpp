@@ -1,0 +1,154 @@
+// Registration of the WKV7 CPU kernels with torch, on its stable ABI: builds in seconds, loads on any torch >= 2.11.
+// Fake tensors and autograd are registered in Python (rwkvlm/ops/wkv7/native.py). No maths here.
+#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/isa.h"
+#include "cpu.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using wkv7::Kernels;
+using wkv7::Task;
+using wkv7::Tensors;
+
+Kernels kernels_for(const Tensor& r) {
+  const bool is_bf16 = r.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(is_bf16 || r.scalar_type() == ScalarType::Float, "wkv7: expected bfloat16 or float32");
+  const int64_t N = r.size(3);
+  Kernels found{};
+#if defined(__x86_64__)
+  if (isa::level() == isa::avx512) found = wkv7::kernels_avx512(N, is_bf16);
+  if (isa::level() == isa::avx2) found = wkv7::kernels_avx2(N, is_bf16);
+#endif
+  if (isa::level() == isa::plain) found = wkv7::kernels_plain(N, is_bf16);
+  STD_TORCH_CHECK(found.forward, "wkv7: head size must be 16, 32, 64 or 128, got ", N);
+  return found;
+}
+
+// Where the documents lie: one a row, or those that cu_seqlens packs into the only row.
+struct Documents {
+  std::vector<int64_t> first, length, slot;
+  int64_t slots = 0;
+
+  Documents(const Tensor& r, const std::optional<Tensor>& cu_seqlens) {
+    const int64_t B = r.size(0), T = r.size(1);
+    if (!cu_seqlens) {
+      const int64_t each = (T + wkv7::kCheckpoint - 1) / wkv7::kCheckpoint;
+      for (int64_t i = 0; i < B; i++) add(i * T, T, i * each);
+      slots = B * each;
+      return;
+    }
+    const bool is_long = cu_seqlens->scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(B == 1 && (is_long || cu_seqlens->scalar_type() == ScalarType::Int) && cu_seqlens->is_contiguous(),
+                    "wkv7: cu_seqlens must be int32 or int64 and contiguous, with B = 1");
+    const int64_t n = cu_seqlens->size(0) - 1;
+    const auto at = [&](int64_t i) {
+      return is_long ? static_cast<const int64_t*>(cu_seqlens->data_ptr())[i] : static_cast<const int32_t*>(cu_seqlens->data_ptr())[i];
+    };
+    // The number of slots must follow from shapes alone: a document has those that could begin in it, and one more.
+    slots = T / wkv7::kCheckpoint + n;
+    int64_t end = 0;
+    for (int64_t i = 0; i < n; i++) {
+      STD_TORCH_CHECK(at(i) == end && at(i + 1) > end && at(i + 1) <= T, "wkv7: cu_seqlens must rise strictly from 0 to T");
+      end = at(i + 1);
+      add(at(i), end - at(i), at(i) / wkv7::kCheckpoint + i);
+    }
+    STD_TORCH_CHECK(end == T, "wkv7: cu_seqlens must end at T");
+  }
+
+  void add(int64_t start, int64_t tokens, int64_t first_slot) {
+    first.push_back(start), length.push_back(tokens), slot.push_back(first_slot);
+  }
+  int64_t count() const { return int64_t(first.size()); }
+};
+
+// Runs every (document, head) on torch's own threads. Who runs which does not matter to the result; taking the next one
+// when ready keeps documents of different length from leaving threads idle.
+void run(const std::vector<Task>& tasks, const Tensors& tensors, void (*kernel)(const Task&, const Tensors&, void*), int64_t scratch) {
+  std::atomic<size_t> next{0};
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(tasks.size()));
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    std::vector<char> memory(scratch + 64);
+    void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    for (; begin < end; begin++)
+      for (size_t i; (i = next++) < tasks.size();) kernel(tasks[i], tensors, aligned);
+  });
+}
+
+float* state_at(const Tensor& states, int64_t slot, int64_t head) {
+  return static_cast<float*>(states.data_ptr()) + (slot * states.size(1) + head) * states.size(2) * states.size(3);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, std::optional<Tensor> initial,
+                                                   std::optional<Tensor> cu_seqlens, bool save) {
+  const Kernels kernels = kernels_for(r);
+  const Documents documents(r, cu_seqlens);
+  const int64_t H = r.size(2), N = r.size(3);
+  Tensor y = torch::stable::empty_like(r);
+  Tensor final = torch::stable::new_empty(r, {documents.count(), H, N, N}, ScalarType::Float);
+  Tensor removed = torch::stable::new_empty(r, {save ? r.size(0) : 0, r.size(1), H, N}, ScalarType::Float);
+  Tensor checkpoints = torch::stable::new_empty(r, {save ? documents.slots : 0, H, N, N}, ScalarType::Float);
+  const Tensors tensors{.r = r.data_ptr(), .w = w.data_ptr(), .k = k.data_ptr(), .v = v.data_ptr(), .a = a.data_ptr(), .b = b.data_ptr(),
+                        .y = y.data_ptr(), .removed = save ? static_cast<float*>(removed.data_ptr()) : nullptr};
+  std::vector<Task> tasks;
+  for (int64_t i = 0; i < documents.count(); i++)
+    for (int64_t h = 0; h < H; h++)
+      tasks.push_back({documents.first[i], documents.length[i], h, H, initial ? state_at(*initial, i, h) : nullptr, state_at(final, i, h),
+                       save ? state_at(checkpoints, documents.slot[i], 0) : nullptr, nullptr, nullptr});
+  run(tasks, tensors, kernels.forward, kernels.forward_scratch);
+  return {y, final, removed, checkpoints};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, std::optional<Tensor> d_final, Tensor r, Tensor w, Tensor k,
+                                                                            Tensor v, Tensor a, Tensor b, std::optional<Tensor> cu_seqlens,
+                                                                            Tensor removed, Tensor checkpoints) {
+  const Kernels kernels = kernels_for(r);
+  const Documents documents(r, cu_seqlens);
+  const int64_t H = r.size(2), N = r.size(3);
+  Tensor grads[6];
+  for (Tensor& grad : grads) grad = torch::stable::empty_like(r);
+  Tensor d_initial = torch::stable::new_empty(r, {documents.count(), H, N, N}, ScalarType::Float);
+  const Tensors tensors{.r = r.data_ptr(), .w = w.data_ptr(), .k = k.data_ptr(), .v = v.data_ptr(), .a = a.data_ptr(), .b = b.data_ptr(),
+                        .y = nullptr, .removed = static_cast<float*>(removed.data_ptr()), .dy = dy.data_ptr(),
+                        .dr = grads[0].data_ptr(), .dw = grads[1].data_ptr(), .dk = grads[2].data_ptr(), .dv = grads[3].data_ptr(),
+                        .da = grads[4].data_ptr(), .db = grads[5].data_ptr()};
+  std::vector<Task> tasks;
+  for (int64_t i = 0; i < documents.count(); i++)
+    for (int64_t h = 0; h < H; h++)
+      tasks.push_back({documents.first[i], documents.length[i], h, H, nullptr, nullptr, state_at(checkpoints, documents.slot[i], 0),
+                       d_final ? state_at(*d_final, i, h) : nullptr, state_at(d_initial, i, h)});
+  run(tasks, tensors, kernels.backward, kernels.backward_scratch);
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], d_initial};
+}
+
+int64_t limit_isa(int64_t level) { return isa::limit_level(int(level)); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
+  m.def(
+      "wkv7_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens, bool save)"
+      " -> (Tensor y, Tensor final_state, Tensor removed, Tensor checkpoints)");
+  m.def(
+      "wkv7_backward(Tensor dy, Tensor? d_final, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? cu_seqlens,"
+      " Tensor removed, Tensor checkpoints) -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor d_initial)");
+  m.def("wkv7_limit_isa(int level) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) {
+  m.impl("wkv7_forward", TORCH_BOX(&forward));
+  m.impl("wkv7_backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("wkv7_limit_isa", TORCH_BOX(&limit_isa)); }
