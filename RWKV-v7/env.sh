@@ -95,7 +95,9 @@ pip_or_die() { # what is installed, then pip's arguments
 
 reachable() { # a web address answers within 5 seconds (name look-up included, hence the thread)
     .venv/bin/python -c 'import os, sys, threading, urllib.request
-def ask(): urllib.request.urlopen(sys.argv[1], timeout=5); os._exit(0)
+def ask():
+    try: urllib.request.urlopen(sys.argv[1], timeout=5); os._exit(0)
+    finally: os._exit(1)
 threading.Thread(target=ask, daemon=True).start(); threading.Event().wait(5); os._exit(1)' "$1" 2>/dev/null
 }
 

@@ -1,0 +1,124 @@
+"""A small world for the shell scripts: a copy of env.sh beside fake python3, pip and nvidia-smi, without a network."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ["sh", "bash", "dash", "cat", "cksum", "grep", "sed", "mkdir", "rm", "cp", "sleep", "tail", "tr", "dirname", "env"]
+FAKE_PIP = """
+import pathlib, re, site, sys
+here = pathlib.Path(site.getsitepackages()[0])
+with open({log!r}, "a") as log:
+    print(*sys.argv[1:], file=log)
+if pathlib.Path({offline!r}).exists() and pathlib.Path({offline!r}).read_text() in " ".join(sys.argv):
+    sys.exit("ERROR: Could not find a version that satisfies the requirement")
+args, names, pins = sys.argv[2:], [], {{}}
+while args:
+    arg = args.pop(0)
+    if arg in ("-r", "-c"):
+        lines = [line.partition(";")[0].strip() for line in open(args.pop(0)) if line.strip() and not line.startswith("#")]
+        names += lines if arg == "-r" else []
+        pins.update(line.split("==") for line in lines if arg == "-c")
+    elif arg in ("--index-url", "-e"):
+        args.pop(0)
+    elif not arg.startswith("-"):
+        names.append(arg)
+from importlib.metadata import PackageNotFoundError, version
+for name in names:
+    package = re.match("[A-Za-z0-9._-]+", name)[0]
+    wanted = name.split("==")[1] if "==" in name else pins[package]
+    try:
+        if version(package) == wanted: continue
+    except PackageNotFoundError: pass
+    info = here / f"{{package.replace(chr(45), chr(95))}}-{{wanted}}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {{package}}\\nVersion: {{wanted}}\\n")
+"""
+PYTHON3 = """#!/bin/sh
+# Behaves as python3, but a venv that it makes has the fake pip, and takes milliseconds.
+if [ "$1 $2" = "-m venv" ]; then
+    "{python}" -m venv --without-pip "$3" && cp -r "{pip}" "$3/{packages}/pip"
+else
+    exec "{python}" "$@"
+fi
+"""
+
+
+class World:
+    """`root` is a checkout with the files of the set-up; `base` the packages of its python3, none at first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.bin, self.pip_log, self.offline = folder / "checkout", folder / "bin", folder / "pip.log", folder / "offline"
+        for name in ("RWKV-v7/env.sh", "RWKV-v7/requirements_met.py", "requirements.txt", "constraints.txt", "pyproject.toml", "tests/requirements.txt"):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.root / name)
+        package = self.root / "RWKV-v7" / "rwkvlm"
+        shutil.copytree(ROOT / "RWKV-v7" / "rwkvlm" / "config", package / "config", ignore=shutil.ignore_patterns("__pycache__"))
+        (package / "cli").mkdir()
+        (package / "__init__.py").touch()
+        (package / "cli" / "__init__.py").touch()
+        shutil.copy(ROOT / "RWKV-v7" / "rwkvlm" / "cli" / "machine.py", package / "cli")
+        self.bin.mkdir()
+        for tool in TOOLS:
+            if shutil.which(tool):
+                (self.bin / tool).symlink_to(shutil.which(tool))
+        venv.create(folder / "base", with_pip=False, symlinks=True)
+        self.packages = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+        self.base = folder / "base" / self.packages
+        (folder / "pip").mkdir()
+        (folder / "pip" / "__main__.py").write_text(FAKE_PIP.format(log=str(self.pip_log), offline=str(self.offline)))
+        self.command("python3", PYTHON3.format(python=folder / "base" / "bin" / "python", pip=folder / "pip", packages=self.packages))
+
+    def command(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def install(self, **versions: str) -> None:
+        """Puts the metadata of packages into python3."""
+        for name, version in versions.items():
+            info = self.base / f"{name.replace('-', '_')}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    def install_requirements(self) -> None:
+        names = [line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+        pins = dict(line.split(";")[0].split("==") for line in reversed((ROOT / "constraints.txt").read_text().splitlines()) if "==" in line)
+        self.install(**{name: pins[name] for name in names})
+
+    def fail_pip(self, when: str) -> None:
+        """pip fails from now on when its arguments contain this text; "" means always."""
+        self.offline.write_text(when)
+
+    def start(self, then: str = "", shell: str = "sh", **environment: str) -> subprocess.CompletedProcess:
+        """Sources env.sh as a script does, then runs `then`. There is no network: the proxy refuses."""
+        env = {"PATH": str(self.bin), "HOME": str(self.root), "https_proxy": "http://127.0.0.1:9", **environment}
+        return subprocess.run([shell, "-c", f". RWKV-v7/env.sh\n{then}"], cwd=self.root, env=env, capture_output=True, text=True, timeout=60)
+
+    def pip_calls(self) -> list[str]:
+        return self.pip_log.read_text().splitlines() if self.pip_log.exists() else []
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+@pytest.fixture(params=["sh", "dash", "bash"])
+def shell(request):
+    if not shutil.which(request.param):
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
+@pytest.fixture
+def shell_scripts():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        return [p for p in [*ROOT.glob("*.sh"), ROOT / "RWKV-v7" / "env.sh", ROOT / ".ci" / "run"]]
+    return [ROOT / name for name in listed.stdout.split() if os.path.exists(ROOT / name)]

@@ -1,0 +1,223 @@
+"""RWKV-v7/env.sh: which interpreter it takes, what it installs, and what it says when it cannot."""
+
+import os
+import subprocess
+import time
+
+import pytest
+
+NO_CUDA_TORCH = "__version__ = '2.13.0+cpu'\nclass version: cuda = None\n"
+GPU = "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'\n"
+
+
+def test_syntax(shell, shell_scripts):
+    assert len(shell_scripts) >= 3
+    for script in shell_scripts:
+        done = subprocess.run([shell, "-n", script], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "", script
+
+
+def test_python3_in_range_is_used_as_it_is(world, shell):
+    world.install_requirements()
+    done = world.start('echo "$PYTHON $ACCELERATOR $DEVICES"', shell)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "python3 cpu 1\n", "")
+    assert not (world.root / ".venv").exists() and world.pip_calls() == []
+
+
+def test_clean_machine(world, shell):
+    done = world.start('echo "$PYTHON"', shell)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(world.root / ".venv/bin/python")
+    calls = world.pip_calls()
+    assert "torch==2.13.0" in calls[0] and "--index-url" not in calls[0]  # the CPU index is out of reach in this world
+    assert "--no-build-isolation -c .venv/constraints.txt -r requirements.txt" in calls[2]
+    assert calls[-1].endswith("--no-deps --no-build-isolation -e .")
+    assert not (world.root / ".venv.lock").exists()
+
+
+def test_second_start_installs_nothing_until_the_requirements_change(world):
+    world.start()
+    calls = len(world.pip_calls())
+    second = world.start()
+    assert (second.stdout, second.stderr, len(world.pip_calls())) == ("", "", calls)
+    with open(world.root / "constraints.txt", "a") as file:
+        file.write("# changed\n")
+    third = world.start()
+    assert third.returncode == 0 and len(world.pip_calls()) > calls
+    assert not any(call.split()[-1].startswith("torch==") for call in world.pip_calls()[calls:])
+
+
+def test_the_packages_of_the_tests_come_on_top(world):
+    world.start()
+    calls = len(world.pip_calls())
+    assert world.start("$PYTHON -m pytest --version", WITH_TESTS="1").returncode != 0  # only metadata: pytest itself is not there
+    assert any("-r tests/requirements.txt" in call for call in world.pip_calls()[calls:])
+    calls = len(world.pip_calls())
+    world.start()
+    world.start(WITH_TESTS="1")
+    assert len(world.pip_calls()) == calls
+
+
+def test_torch_of_python3_is_taken_over_and_never_replaced(world):
+    world.install(torch="2.12.1+cu126")
+    (world.base / "torch.py").write_text("__version__ = '2.12.1+cu126'")
+    done = world.start('$PYTHON -c "import torch; print(torch.__file__)"')
+    assert done.stdout.splitlines()[-1] == str(world.base / "torch.py"), done.stderr
+    assert not any(call.split()[-1].startswith("torch==") for call in world.pip_calls())
+    assert "torch==2.12.1+cu126" in (world.root / ".venv/constraints.txt").read_text().splitlines()
+    assert not list((world.root / ".venv" / world.packages).glob("torch-*"))
+
+
+def test_torch_out_of_range_is_not_taken_over(world):
+    world.install(torch="2.9.0")
+    assert world.start().returncode == 0
+    assert list((world.root / ".venv" / world.packages).glob("torch-2.13.0.dist-info"))
+
+
+def test_index_for_torch_is_tried_first_then_the_default_one(world):
+    done = world.start(TORCH_INDEX_URL="https://mirror.invalid/whl")
+    assert done.returncode == 0
+    assert "--index-url https://mirror.invalid/whl --no-deps torch==2.13.0" in world.pip_calls()[0]
+    assert "torch==2.13.0" not in world.pip_calls()[1]
+
+
+def test_index_for_torch_without_torch(world):
+    world.fail_pip("mirror.invalid")
+    done = world.start(TORCH_INDEX_URL="https://mirror.invalid/whl")
+    assert done.returncode == 0 and "trying the default index" in done.stdout
+    assert world.pip_calls()[1].endswith("-c constraints.txt torch==2.13.0")
+
+
+def test_offline_is_reported_and_the_next_start_goes_on(world, shell):
+    world.fail_pip("requirements.txt")
+    done = world.start("echo not reached", shell)
+    assert done.returncode == 1 and "not reached" not in done.stdout
+    assert "ERROR: Could not find a version" in done.stderr and ".venv/setup.log" in done.stderr and "no network?" in done.stderr
+    assert not (world.root / ".venv.lock").exists()
+    world.offline.unlink()
+    calls = len(world.pip_calls())
+    assert world.start(shell=shell).returncode == 0
+    assert not any(call.split()[-1].startswith("torch==") for call in world.pip_calls()[calls:])
+
+
+def test_python_too_old(world, shell):
+    world.command("python3", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.18 && exit\nexit 1\n')
+    done = world.start("echo not reached", shell)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: Python 3.10 or newer is needed; found: Python 3.8.18\n")
+
+
+def test_a_newer_python_beside_python3_is_found(world):
+    (world.bin / "python3").rename(world.bin / "python3.12")
+    world.command("python3", "#!/bin/sh\nexit 1\n")
+    assert world.start().returncode == 0 and (world.root / ".venv/bin/python").exists()
+
+
+def test_no_python(world):
+    (world.bin / "python3").unlink()
+    assert world.start().stderr.startswith("error: Python 3.10 or newer is needed; found: ")
+
+
+def test_no_venv_module(world):
+    world.command("python3.11", (world.bin / "python3").read_text())
+    world.command("python3", '#!/bin/sh\ncase $2 in "import ensurepip"*) exit 1; esac\nexec python3.11 "$@"\n')
+    done = world.start()
+    assert done.returncode == 1 and "has no venv module" in done.stderr and "apt install python3-venv" in done.stderr
+    assert not (world.root / ".venv").exists()
+
+
+def test_failed_venv_leaves_nothing(world):
+    real = (world.bin / "python3").read_text()
+    world.command("python3", real.replace('"$3" && cp', '"$3" && echo disk full && exit 1 && cp'))
+    done = world.start()
+    assert done.returncode == 1 and "disk full" in done.stderr and not (world.root / ".venv").exists()
+    world.command("python3", real)
+    assert world.start().returncode == 0
+
+
+def test_python_knob_is_checked_and_never_changed(world):
+    world.install(torch="2.12.0")
+    done = world.start(PYTHON="python3")
+    assert done.returncode == 1 and "error: PYTHON=python3 lacks: deepspeed" in done.stderr and "torch" not in done.stderr.split("install them")[0].split("lacks")[1].replace("pytorch", "")
+    assert world.pip_calls() == [] and not (world.root / ".venv").exists()
+    assert "is not a Python 3.10 or newer" in world.start(PYTHON="/bin/false").stderr
+
+
+def test_a_dead_lock_is_taken_over(world):
+    (world.root / ".venv.lock").mkdir()
+    (world.root / ".venv.lock/pid").write_text("999999999\n")
+    assert world.start().returncode == 0
+
+
+def test_a_second_start_waits_for_the_first(world):
+    (world.root / ".venv.lock").mkdir()
+    (world.root / ".venv.lock/pid").write_text(f"{os.getpid()}\n")
+    env = {"PATH": str(world.bin), "https_proxy": "http://127.0.0.1:9"}
+    second = subprocess.Popen(["sh", "-c", ". RWKV-v7/env.sh"], cwd=world.root, env=env, stdout=subprocess.PIPE, text=True)
+    assert f"Waiting for another start (process {os.getpid()})" in second.stdout.readline()
+    time.sleep(0.2)
+    assert second.poll() is None and world.pip_calls() == []
+    (world.root / ".venv.lock/pid").unlink()
+    (world.root / ".venv.lock").rmdir()
+    assert second.wait(30) == 0
+    second.stdout.close()
+
+
+def test_listed_gpu_that_torch_cannot_use_stops_with_the_cure(world, shell):
+    world.install_requirements()
+    (world.base / "torch.py").write_text(NO_CUDA_TORCH)
+    world.command("nvidia-smi", GPU)
+    done = world.start("echo not reached", shell)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.startswith("error: nvidia-smi lists a GPU, but torch 2.13.0+cpu") and "--force-reinstall torch==2.13.0" in done.stderr
+    chosen = world.start('echo "$ACCELERATOR"', shell, ACCELERATOR="cpu")
+    assert (chosen.returncode, chosen.stdout) == (0, "cpu\n")
+
+
+def test_a_listed_gpu_is_used(world):
+    world.install_requirements()
+    (world.base / "torch.py").write_text(
+        "__version__ = '2.13.0'\nclass version: cuda = '13.0'\nclass cuda:\n is_available = staticmethod(lambda: True)\n"
+        " device_count = staticmethod(lambda: 2)\n get_device_capability = staticmethod(lambda i: (9, 0))\n get_arch_list = staticmethod(lambda: ['sm_80', 'sm_90'])\n"
+    )
+    world.command("nvidia-smi", GPU)
+    knobs = 'knob M_BSZ 4 16; knob N_LAYER 6 12; knob WANDB "" ""; echo "$ACCELERATOR $DEVICES $M_BSZ $N_LAYER [$WANDB]"'
+    assert world.start(knobs, N_LAYER="3").stdout == "gpu 2 16 3 []\n"
+    assert world.start(knobs, N_LAYER="3", ACCELERATOR="cpu").stdout == "cpu 1 4 3 []\n"
+
+
+def test_no_cpu_build_is_sought_where_there_is_a_gpu(world):
+    world.command("nvidia-smi", GPU)
+    begin = time.monotonic()
+    world.start("exit 0")
+    assert "--index-url" not in world.pip_calls()[0] and time.monotonic() - begin < 20
+
+
+def test_accelerator_that_is_not_there(world):
+    world.install_requirements()
+    assert "ACCELERATOR=gpu, but nvidia-smi lists no GPU" in world.start(ACCELERATOR="gpu").stderr
+    assert "ACCELERATOR=tpu is not known" in world.start(ACCELERATOR="tpu").stderr
+
+
+@pytest.mark.parametrize("signal, status", [("TERM", 143), ("INT", 130)])
+def test_signals_reach_the_command_and_its_status_comes_back(world, shell, signal, status):
+    world.install_requirements()
+    child = (
+        "import signal, sys, time\n"
+        "def stop(number, frame): print('saved', flush=True); time.sleep(0.3); sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)\n"
+        "print('ready', flush=True); time.sleep(30)\n"
+    )
+    (world.root / "child.py").write_text(child)
+    script = ". RWKV-v7/env.sh\nforward_signals $PYTHON child.py\nstatus=$?\necho status $status\nexit $status\n"
+    process = subprocess.Popen([shell, "-c", script], cwd=world.root, env={"PATH": str(world.bin)}, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    subprocess.run(["sh", "-c", f"kill -{signal} {process.pid}"], check=True)
+    rest = process.communicate(timeout=20)[0]
+    assert rest == f"saved\nstatus {status}\n" and process.returncode == status
+
+
+def test_exit_status_passes_through_without_signals(world):
+    world.install_requirements()
+    assert world.start("forward_signals sh -c 'exit 7'\nexit $?").returncode == 7
+    assert world.start("forward_signals true && echo fine").stdout == "fine\n"
