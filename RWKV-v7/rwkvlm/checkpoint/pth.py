@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -149,12 +149,12 @@ def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bo
     return missing
 
 
-def newest_weights(proj_dir: str | Path) -> tuple[Path, int] | None:
+def newest_weights(proj_dir: str | Path, skip: Collection[Path] = ()) -> tuple[Path, int] | None:
     """The newest rwkv-{n}.pth of a run and its mini-epoch n, or rwkv-init.pth and -1, or None. As the official scan: rwkv-final.pth does not count."""
     found = []
     for path in Path(proj_dir).glob("rwkv-*.pth"):
         label = path.stem.removeprefix("rwkv-")
-        if label == "init" or label.isdecimal():
+        if path not in skip and (label == "init" or label.isdecimal()):
             found.append((INIT if label == "init" else int(label), path))
     if not found:
         return None
