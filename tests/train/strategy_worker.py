@@ -76,9 +76,8 @@ class Module(pl.LightningModule):
 
 def run(job: dict) -> dict:
     own = ("steps", "save_at", "resume", "noise", "out")
-    config = TrainConfig(accelerator="cpu", devices=str(ranks.world_size() if ranks.world_size() > 1 else job.get("devices", "1")), beta2=0.99,
-                         lr_init=1e-2, weight_decay=0.1, ds_bucket_mb=1,
-                         **{k: v for k, v in job.items() if k not in (*own, "devices")})
+    config = TrainConfig(accelerator="cpu", lr_init=1e-2, weight_decay=0.1, ds_bucket_mb=1,
+                         **{k: v for k, v in job.items() if k not in own})
     torch.manual_seed(100 + ranks.rank())
     module = Module(config, job)
     strategy = make_strategy(config)

@@ -140,15 +140,19 @@ class Ddp(DDPStrategy):
         return nullcontext() if any(p.dtype != torch.float32 for p in self.model.parameters()) else super().block_backward_sync()
 
 
-class QuietDeepSpeed(DeepSpeedStrategy):
-    """DeepSpeed without the memory tables that its bf16 optimizer prints."""
+class DeepSpeed(DeepSpeedStrategy):
+    """Lightning's strategy, with gradients that are averages over micro batches, and without the memory tables that DeepSpeed prints."""
+
+    def backward(self, *args, **kwargs) -> torch.Tensor:
+        """Lightning divides the loss by the number of micro batches; DeepSpeed must not do it again (it would shift gradient clipping)."""
+        return super().backward(*args, scale_wrt_gas=False, **kwargs)
 
     def _setup_model_and_optimizer(self, *args, **kwargs):
         with redirect_stdout(io.StringIO()):
             return super()._setup_model_and_optimizer(*args, **kwargs)
 
 
-class CpuDeepSpeed(QuietDeepSpeed):
+class CpuDeepSpeed(DeepSpeed):
     """DeepSpeed on CPU processes: Lightning's strategy without its check for CUDA. DeepSpeed itself needs DS_ACCELERATOR=cpu."""
 
     def setup_environment(self) -> None:
@@ -166,7 +170,7 @@ def _deepspeed(config: TrainConfig, run: Launch) -> DeepSpeedStrategy:
         raise UserError(f"--strategy {config.strategy}: deepspeed is not installed; pip install deepspeed, or use --strategy ddp or auto")
     settings = dict(config=deepspeed_config(config, run.accelerator), **_distributed(config, run))
     if run.accelerator == "gpu":
-        return QuietDeepSpeed(**settings)
+        return DeepSpeed(**settings)
     env.use_deepspeed_on_cpu()
     return CpuDeepSpeed(parallel_devices=[torch.device("cpu", i) for i in range(run.devices)], **settings)
 
