@@ -173,6 +173,6 @@ forward_signals() { # runs a command to its end; SIGTERM and SIGINT go on to it,
 find_python
 PYTHONPATH=$ROOT/RWKV-v7${PYTHONPATH:+:$PYTHONPATH}
 export PYTHON PYTHONPATH
-machine=$("$PYTHON" -m rwkvlm.cli.machine --accelerator "${ACCELERATOR:-auto}") || exit
+machine=$("$PYTHON" -m rwkvlm machine --accelerator "${ACCELERATOR:-auto}") || exit
 eval "$machine"
 export ACCELERATOR

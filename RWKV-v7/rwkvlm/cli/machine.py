@@ -73,10 +73,3 @@ def main(argv: list[str]) -> int:
     print(f"ACCELERATOR={'gpu' if gpus else 'cpu'}")
     print(f"DEVICES={gpus or 1}")
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
