@@ -93,6 +93,7 @@ def write(proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, A
         if ranks.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            _restore_replaced(folder)
 
     def write_own() -> tuple[str, int, int]:
         name = f"rank{ranks.rank():05d}.pt"
@@ -137,6 +138,14 @@ def _move_into_place(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     sync_folder(path.parent)
     shutil.rmtree(spare, ignore_errors=True)
+
+
+def _restore_replaced(folder: Path) -> None:
+    for spare in folder.glob("step*.replaced"):
+        if spare.with_suffix("").exists():
+            shutil.rmtree(spare, ignore_errors=True)
+        else:
+            os.replace(spare, spare.with_suffix(""))
 
 
 def _prune(folder: Path, newest: int, keep_last: int) -> None:

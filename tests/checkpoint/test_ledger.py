@@ -1,0 +1,93 @@
+import shutil
+
+import pytest
+import torch
+
+from rwkvlm.checkpoint import ledger
+from rwkvlm.checkpoint.pth import save_weights
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(5000, generator=torch.Generator().manual_seed(seed))}
+
+
+def test_identity_follows_content_only(tmp_path):
+    save_weights(tmp_path / "a.pth", weights(0))
+    save_weights(tmp_path / "b.pth", weights(0))
+    save_weights(tmp_path / "c.pth", weights(1))
+    shutil.copy(tmp_path / "a.pth", tmp_path / "d.pth")
+    a, b, c, d = (ledger.identity(tmp_path / f"{name}.pth") for name in "abcd")
+    assert a == b == d != c and a
+    (tmp_path / "c.pth").write_bytes(b"cut")
+    assert ledger.identity(tmp_path / "c.pth") == "" == ledger.identity(tmp_path / "none.pth")
+
+
+def test_own_newer_weights_do_not_make_a_state_stale(tmp_path):
+    assert ledger.why_stale(tmp_path, ledger.newest_entry(tmp_path)) == ""
+    recorded = ledger.newest_entry(tmp_path)
+    ledger.publish_weights(tmp_path, "rwkv-init.pth", weights(0))
+    assert ledger.why_stale(tmp_path, recorded) == ""
+    for n in range(3):
+        recorded = ledger.newest_entry(tmp_path)
+        ledger.publish_weights(tmp_path, f"rwkv-{n}.pth", weights(n))
+        ledger.publish_weights(tmp_path, "rwkv-final.pth", weights(n))
+        assert ledger.why_stale(tmp_path, recorded) == ""
+        assert ledger.why_stale(tmp_path, ledger.newest_entry(tmp_path)) == ""
+
+
+def test_a_kill_between_ledger_and_rename_leaves_a_usable_state(tmp_path, monkeypatch):
+    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(0))
+    recorded = ledger.newest_entry(tmp_path)
+    real = ledger.os.replace
+
+    class Killed(BaseException):
+        pass
+
+    def kill(source, target):
+        if str(target).endswith(".pth"):
+            raise Killed
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", kill)
+    with pytest.raises(Killed):
+        ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(1))
+    assert not (tmp_path / "rwkv-1.pth").exists()
+    assert ledger.why_stale(tmp_path, recorded) == ""
+
+
+def delete_newest(folder):
+    (folder / "rwkv-1.pth").unlink()
+
+
+def replace_newest(folder):
+    save_weights(folder / "rwkv-1.pth", weights(7))
+
+
+def add_newer(folder):
+    save_weights(folder / "rwkv-5.pth", weights(7))
+
+
+def replace_own_newer(folder):
+    save_weights(folder / "rwkv-2.pth", weights(7))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [(delete_newest, "is gone"), (replace_newest, "is not the file"), (add_newer, "rwkv-5.pth is newer"), (replace_own_newer, "rwkv-2.pth is newer")],
+)
+def test_weights_changed_by_hand_make_a_state_stale(tmp_path, change, reason):
+    for n in range(2):
+        ledger.publish_weights(tmp_path, f"rwkv-{n}.pth", weights(n))
+    recorded = ledger.newest_entry(tmp_path)
+    ledger.publish_weights(tmp_path, "rwkv-2.pth", weights(2))
+    change(tmp_path)
+    assert reason in ledger.why_stale(tmp_path, recorded)
+
+
+def test_deleting_old_weights_or_touching_them_is_allowed(tmp_path):
+    for n in range(3):
+        ledger.publish_weights(tmp_path, f"rwkv-{n}.pth", weights(n))
+    recorded = ledger.newest_entry(tmp_path)
+    (tmp_path / "rwkv-0.pth").unlink()
+    (tmp_path / "rwkv-2.pth").touch()
+    assert ledger.why_stale(tmp_path, recorded) == ""

@@ -1,0 +1,285 @@
+"""The training state in one process; several processes and DeepSpeed are in tests/train/test_strategy.py."""
+
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rwkvlm.checkpoint import ledger, state
+from rwkvlm.checkpoint.shards import Piece, pieces, share
+from rwkvlm.config import UserError
+from rwkvlm.train.optimizer import MasterAdamW
+
+
+class Toy(nn.Module):
+    """Three groups as RWKV-7 has them, odd sizes, a buffer and a parameter that never gets a gradient."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.matrix = nn.Parameter(torch.randn(7, 5))
+        self.w0 = nn.Parameter(torch.randn(1, 1, 5))
+        self.gain = nn.Parameter(torch.randn(5))
+        self.idle = nn.Parameter(torch.randn(3))
+        self.register_buffer("unused", torch.randn(4))
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(x @ self.matrix) * self.w0 + self.gain).float().square().mean() + 0 * torch.rand(())
+
+
+def build(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Toy, torch.optim.Optimizer]:
+    model = Toy(seed, dtype)
+    groups = [
+        {"params": [model.matrix], "weight_decay": 0.1, "lr": 1e-2},
+        {"params": [model.w0], "weight_decay": 0.0, "lr": 2e-2},
+        {"params": [model.gain, model.idle], "weight_decay": 0.0, "lr": 1e-2},
+    ]
+    kind = MasterAdamW if dtype == torch.bfloat16 else torch.optim.AdamW
+    return model, kind(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-18)
+
+
+def train(model: Toy, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        loss = model(torch.randn(3, 7).to(model.matrix.dtype))  # from the global random state, which the training state holds
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """States of steps 2 and 4, and the model and optimizer at step 4."""
+    model, optimizer = build(0)
+    for step in (2, 4):
+        train(model, optimizer, 2)
+        state.save_state(tmp_path, step, model, optimizer, {"step": step}, keep_last=2)
+    return tmp_path, model, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_going_on_gives_the_same_bits(tmp_path, dtype):
+    model, optimizer = build(0, dtype)
+    train(model, optimizer, 3)
+    meta = {"samples": 12, "nested": {"list": [1, 2.5, None]}}
+    path = state.save_state(tmp_path, 3, model, optimizer, meta, keep_last=1)
+    assert path == tmp_path / "state" / "step3" and (tmp_path / "state" / "latest").read_text() == "step3"
+    train(model, optimizer, 3)
+    after = torch.rand(2), random.random(), np.random.rand()
+
+    other, optimizer2 = build(9, dtype)
+    info = state.find_state(tmp_path)
+    assert (info.step, info.meta, info.world_size) == (3, meta, 1)
+    assert state.load_state(info, other, optimizer2) == meta
+    train(other, optimizer2, 3)
+    assert same(model, other)
+    assert all(np.array_equal(x, y) for x, y in zip(after, (torch.rand(2), random.random(), np.random.rand())))
+    for p, q in zip(model.parameters(), other.parameters()):
+        if p is not model.idle:
+            assert optimizer.state[p]["step"] == optimizer2.state[q]["step"] == 6
+
+
+def test_between_precisions_masters_survive(tmp_path):
+    model, optimizer = build(0, torch.bfloat16)
+    train(model, optimizer, 3)
+    state.save_state(tmp_path, 3, model, optimizer, {}, 1)
+    other, optimizer2 = build(1)
+    state.load_state(state.find_state(tmp_path), other, optimizer2)
+    assert torch.equal(other.matrix, optimizer.state[model.matrix]["master"])
+    assert torch.equal(optimizer2.state[other.w0]["exp_avg_sq"], optimizer.state[model.w0]["exp_avg_sq"])
+
+
+def test_frozen_parameters_keep_their_values_and_thawed_ones_start_without_moments(tmp_path):
+    model, optimizer = build(0)
+    train(model, optimizer, 2)
+    state.save_state(tmp_path, 2, model, optimizer, {}, 1)
+    frozen = Toy(1)
+    frozen.matrix.requires_grad_(False)
+    half = torch.optim.AdamW([frozen.w0, frozen.gain, frozen.idle])
+    state.load_state(state.find_state(tmp_path), frozen, half)
+    assert same(model, frozen)
+    state.save_state(tmp_path, 3, frozen, half, {}, 1)
+    thawed, whole = build(2)
+    state.load_state(state.find_state(tmp_path), thawed, whole)
+    assert same(model, thawed) and not whole.state[thawed.matrix]["exp_avg"].any() and whole.state[thawed.matrix]["step"] == 0
+    assert torch.equal(whole.state[thawed.w0]["exp_avg"], optimizer.state[model.w0]["exp_avg"])
+
+
+def test_a_state_of_other_sizes_is_refused(saved):
+    folder, _, _ = saved
+    model, optimizer = build(1)
+    model.gain = nn.Parameter(torch.zeros(6))
+    with pytest.raises(UserError, match=r"gain of shape \[5\], the model \[6\]") as caught:
+        state.load_state(state.find_state(folder), model, torch.optim.AdamW(model.parameters()))
+    assert "\n" not in str(caught.value)
+
+
+def flip(folder):
+    data = bytearray((folder / "rank00000.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "rank00000.pt").write_bytes(data)
+
+
+def cut(folder):
+    data = (folder / "rank00000.pt").read_bytes()
+    (folder / "rank00000.pt").write_bytes(data[:-100])
+
+
+def lose(folder):
+    (folder / "rank00000.pt").unlink()
+
+
+def lose_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def empty_manifest(folder):
+    (folder / "manifest.json").write_text("")
+
+
+def change_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    assert '"step": 4' in text
+    (folder / "manifest.json").write_text(text.replace('"step": 4', '"step": 5'))
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lose, lose_manifest, empty_manifest, change_manifest])
+def test_a_damaged_state_is_reported_and_the_one_before_used(saved, capsys, damage):
+    folder, model, optimizer = saved
+    damage(folder / "state" / "step4")
+    info = state.find_state(folder)
+    assert info.step == 2 and info.meta == {"step": 2}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "step4 is damaged" in said
+    state.load_state(info, model, optimizer)
+    train(model, optimizer, 1)
+    state.save_state(folder, 3, model, optimizer, {"step": 3}, keep_last=2)
+    assert state.find_state(folder).step == 3 and (folder / "state" / "latest").read_text() == "step3"
+    assert (folder / "state" / "step4.damaged").is_dir(), "never deleted"
+    damage(folder / "state" / "step3") if damage is not change_manifest else lose(folder / "state" / "step3")
+    damage(folder / "state" / "step2") if damage is not change_manifest else lose(folder / "state" / "step2")
+    assert state.find_state(folder) is None
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may catch it."""
+
+
+@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("same_step", [False, True])
+@pytest.mark.parametrize("failure", [Killed, lambda: OSError(28, "No space left on device")])
+def test_an_interrupted_save_never_costs_an_older_state(saved, monkeypatch, call, same_step, failure):
+    """The save is stopped before its call-th rename: manifest, (replaced namesake,) folder, latest."""
+    folder, model, optimizer = saved
+    train(model, optimizer, 1)
+    step, calls, real = 4 if same_step else 5, [], os.replace
+
+    def replace(source, target):
+        if len(calls) == call:
+            raise failure()
+        calls.append((source, target))
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    with pytest.raises((Killed, UserError)):
+        state.save_state(folder, step, model, optimizer, {"step": step, "new": True}, keep_last=2)
+    monkeypatch.undo()
+    renamed = any(str(source).endswith(".tmp") and target.name == f"step{step}" for source, target in calls)
+    info = state.find_state(folder)
+    assert info.meta == ({"step": step, "new": True} if renamed else {"step": 4})
+    other, optimizer2 = build(9)
+    state.load_state(info, other, optimizer2)
+    if renamed:
+        assert same(model, other)
+    train(other, optimizer2, 2)
+    state.save_state(folder, 7, other, optimizer2, {"step": 7}, keep_last=2)
+    assert state.find_state(folder).step == 7
+    assert sorted(p.name for p in (folder / "state").iterdir()) == sorted(["latest", "step7", f"step{step if renamed else 4}"])
+
+
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_old_states_are_deleted(tmp_path, keep_last):
+    model, optimizer = build(0)
+    for step in range(5):
+        state.save_state(tmp_path, step, model, optimizer, {}, keep_last)
+    names = sorted(p.name for p in (tmp_path / "state").iterdir() if p.is_dir())
+    assert names == [f"step{step}" for step in range(5 - keep_last, 5)]
+
+
+def test_a_state_is_not_used_when_weights_were_replaced_and_is_set_aside(saved, capsys):
+    folder, model, optimizer = saved
+    ledger.publish_weights(folder, "rwkv-0.pth", model.state_dict())
+    state.save_state(folder, 5, model, optimizer, {}, 2)
+    ledger.publish_weights(folder, "rwkv-1.pth", model.state_dict())
+    assert state.find_state(folder).step == 5
+    (folder / "rwkv-9.pth").write_bytes((folder / "rwkv-0.pth").read_bytes())
+    assert state.find_state(folder) is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "rwkv-9.pth is newer" in said
+    state.set_aside(folder)
+    assert (folder / "state.aside-1" / "step5").is_dir() and "state.aside-1" in capsys.readouterr().err
+    state.set_aside(folder)
+    assert not (folder / "state.aside-2").exists(), "nothing is left to be set aside"
+    state.save_state(folder, 1, model, optimizer, {}, 2)
+    assert state.find_state(folder).step == 1
+    (folder / "rwkv-9.pth").unlink()
+    assert state.find_state(folder) is None
+
+
+def test_no_state(tmp_path):
+    assert state.find_state(tmp_path) is None and state.find_state(tmp_path / "none") is None
+    state.set_aside(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "state").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot save the training state") as caught:
+        state.save_state(tmp_path, 1, *build(0), {}, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_snapshot_does_not_follow_the_model(tmp_path):
+    model, optimizer = build(0)
+    train(model, optimizer, 2)
+    snapshot, before = state.capture(model, optimizer), {k: v.clone() for k, v in model.state_dict().items()}
+    train(model, optimizer, 2)
+    state.write(tmp_path, 2, snapshot, {}, 1)
+    state.load_state(state.find_state(tmp_path), model, optimizer)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 100])
+def test_ranks_share_what_all_keep_evenly_and_completely(world_size):
+    sizes = {"a": 35, "b": 1, "c": 5, "d": 12}
+    whole = {name: torch.randn(size) for name, size in sizes.items()}
+    everywhere = [Piece(name, 0, size, {"value": whole[name]}, shared=True) for name, size in sizes.items()]
+    found = {name: torch.full((size,), torch.nan) for name, size in sizes.items()}
+    for rank in range(world_size):
+        part = share(everywhere, rank, world_size)
+        assert abs(sum(p.numel for p in part) - sum(sizes.values()) / world_size) < 1
+        for p in part:
+            assert found[p.name][p.start : p.start + p.numel].isnan().all(), "written twice"
+            found[p.name][p.start : p.start + p.numel] = p.values["value"]
+    assert all(torch.equal(found[name], whole[name]) for name in sizes)
+
+
+def test_pieces_are_live_views():
+    model, optimizer = build(0)
+    piece = next(p for p in pieces(model, optimizer) if p.name == "matrix")
+    piece.cut(2, 4).values["master"].fill_(3.0)
+    assert model.matrix.detach().view(-1)[2:4].tolist() == [3.0, 3.0] and piece.step == 0
+
+
+def test_the_manifest_is_plain_json(saved):
+    folder, _, _ = saved
+    content = json.loads((folder / "state" / "step4" / "manifest.json").read_text())["content"]
+    assert content["shapes"]["w0"] == [1, 1, 5] and content["files"]["rank00000.pt"]["size"] > 0
