@@ -1,11 +1,11 @@
-"""Text to training data; see RWKV-v7/rwkvlm/cli/make_data.py."""
+"""Text to training data: `python make_data.py demo.jsonl 3 4096`; --help lists the flags."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-v7"))
 
-from rwkvlm.cli.make_data import main
+from rwkvlm.cli import main  # noqa: E402  (the package becomes importable in the line above)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["make_data", *sys.argv[1:]]))

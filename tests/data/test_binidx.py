@@ -77,6 +77,9 @@ def test_megatron_documents_of_several_items(tmp_path):
     write_by_hand(tmp_path / "a", [[1, 2], [3, 0], [4, 0]], 4, doc_idx=[0, 2, 3])
     data = BinIdx(tmp_path / "a")
     assert [data.doc(i).tolist() for i in range(data.n_docs)] == [[1, 2, 3, 0], [4, 0]]
+    write_by_hand(tmp_path / "b", [[1, 0], [3, 0]], doc_idx=[0])  # merged by an older Megatron tool
+    data = BinIdx(tmp_path / "b")
+    assert [data.doc(i).tolist() for i in range(data.n_docs)] == [[1, 0], [3, 0]]
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -125,7 +128,7 @@ def patched(tmp_path, at, data, name="a.idx"):
         (42, struct.pack("<i", 1), "a.bin is 18 bytes long, but .*a.idx ends at byte 16"),
         (46, struct.pack("<q", 2), "item 0 at 2 .byte 46., but the item before it ends at 0"),
         (54, struct.pack("<q", 6), "item 1 at 6 .byte 54., but the item before it ends at 8"),
-        (62, struct.pack("<q", 2**62), "truncated"),
+        (62, struct.pack("<q", 2**62), "item 2 at 4611686018427387904 .byte 62."),
         (70, struct.pack("<q", 1), r"doc_idx\[0\] = 1 .byte 70."),
         (86, struct.pack("<q", 0), r"doc_idx\[2\] = 0 .byte 86."),
         (86, struct.pack("<q", 2**63 - 1), r"doc_idx\[3\] = 3"),

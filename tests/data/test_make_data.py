@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkvlm.cli.make_data import main
+from rwkvlm.cli import main as cli
 from rwkvlm.data import pack as pack_module
 from rwkvlm.data.binidx import BinIdx
 from rwkvlm.data.tokenizer import WorldTokenizer, load_tokenizer
 
 SHIM = Path(__file__).resolve().parents[2] / "make_data.py"
+
+
+def main(argv):
+    return cli(["make_data", *argv])
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from ..config import MINI_EPOCH, UserError
 from ..data.binidx import BinIdx
@@ -16,10 +18,11 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 
 PREVIEW = 100  # tokens shown from each end of a document
 SHOWN = 10  # skipped inputs listed
+PAUSE = 5.0  # seconds between lines that say how far it is
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; usage: make_data.py INPUT [INPUT ...] COPIES CTX_LEN (see --help)")
 
 
@@ -37,17 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _progress(started: float):
-    """Says how far it is: every half second in place on a terminal, every ten seconds in a log."""
-    pause = 0.5 if sys.stderr.isatty() else 10.0
+def _progress(started: float) -> Callable[[int, int], None]:
     last = started
 
     def say(documents: int, text_bytes: int) -> None:
         nonlocal last
-        if (now := time.monotonic()) - last >= pause:
+        if (now := time.monotonic()) - last >= PAUSE:
             last = now
-            end = "\r" if sys.stderr.isatty() else "\n"
-            print(f"{documents} documents, {text_bytes / 1e6:.1f} MB, {text_bytes / 1e6 / (now - started):.1f} MB/s", end=end, file=sys.stderr, flush=True)
+            print(f"{documents} documents, {text_bytes / 1e6:.1f} MB, {text_bytes / 1e6 / (now - started):.1f} MB/s", file=sys.stderr, flush=True)
 
     return say
 
@@ -85,7 +85,8 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
     print(f"\n--my_exit_tokens {made.tokens} --magic_prime {prime} --ctx_len {ctx_len}\n")
 
 
-def _run(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Returns 0; raises UserError for whatever is wrong with arguments or input, and then no output has been made."""
     args = _parser().parse_args(argv)
     if args.ctx_len < 1:
         raise UserError(f"CTX_LEN {args.ctx_len} must be at least 1")
@@ -101,16 +102,4 @@ def _run(argv: list[str]) -> None:
     seconds = time.monotonic() - started
     print(f"{made.text_bytes} bytes of text in {seconds:.1f} s ({made.text_bytes / 1e6 / seconds:.1f} MB/s)")
     _summary(made, prefix, tokenizer, args.ctx_len)
-
-
-def main(argv: list[str]) -> int:
-    """Exit code: 0, or 2 after one line on stderr."""
-    try:
-        _run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; no output was made", file=sys.stderr)
-        return 130
     return 0

@@ -34,6 +34,11 @@ def cuda_home() -> str:
     return os.environ.get("CUDA_HOME", "/usr/local/cuda")
 
 
+def minipile_url() -> str:
+    """MINIPILE_URL: folder (http, https) that holds minipile.bin and minipile.idx; default: the official one."""
+    return os.environ.get("MINIPILE_URL", "")
+
+
 def first_process() -> bool:
     """True in the one process that may print: read from the launcher's variables (torchrun, deepspeed, SLURM, Lightning's own), alone True."""
     for name in ("RANK", "SLURM_PROCID"):

@@ -53,16 +53,102 @@ class TokenRange:
         return f"token ids {self.smallest} to {self.largest} ({how} checked)"
 
 
+class Index:
+    """An .idx file, memory-mapped and checked. Raises UserError naming the file and the byte that is wrong.
+
+    sizes    [n_items] int32, in tokens;  pointers [n_items] int64, in bytes
+    doc_idx  [n_docs + 1] int64: document i is the items doc_idx[i] to doc_idx[i + 1] - 1; or only [0], as in files merged by
+             older Megatron tools: then every item is a document
+    """
+
+    def __init__(self, path: Path, check: bool = True) -> None:
+        self.path = path
+        n_bytes = path.stat().st_size
+        if n_bytes < HEADER.size:
+            raise UserError(f"{path} is {n_bytes} bytes long, shorter than its {HEADER.size}-byte header; copy or make it again")
+        with open(path, "rb") as file:
+            magic, version, code, n_items, n_entries = HEADER.unpack(file.read(HEADER.size))
+        if magic != MAGIC:
+            raise UserError(f"{path} is not a binidx index: at byte 0 stands {magic!r}, not {MAGIC!r}")
+        if version != 1:
+            raise UserError(f"{path} has version {version} at byte 9; only version 1 is known")
+        if code not in DTYPES:
+            raise UserError(f"{path} has dtype code {code} at byte 17; tokens are integers: one of {sorted(DTYPES)}")
+        expected = HEADER.size + 12 * n_items + 8 * n_entries
+        if n_bytes != expected:
+            raise UserError(
+                f"{path} is {n_bytes} bytes long, but its header ({n_items} items, {n_entries} doc_idx entries) means {expected}; copy or make it again"
+            )
+        if n_items == 0 or n_entries == 0:
+            raise UserError(f"{path} lists {n_items} items and {n_entries} doc_idx entries; there is no document in it")
+        self.dtype = np.dtype(DTYPES[code])
+        raw = np.memmap(path, mode="r", dtype=np.uint8)
+        self._at_pointers = HEADER.size + 4 * n_items
+        self._at_doc_idx = HEADER.size + 12 * n_items
+        self.sizes = np.frombuffer(raw, "<i4", n_items, HEADER.size)
+        self.pointers = np.frombuffer(raw, "<i8", n_items, self._at_pointers)
+        self.doc_idx = np.frombuffer(raw, "<i8", n_entries, self._at_doc_idx)
+        if check:
+            self._check_items()
+            self._check_documents()
+
+    def _check_items(self) -> None:
+        """Every item starts where the one before ends, the first at 0."""
+        end = 0
+        for first in range(0, len(self.sizes), BLOCK):
+            sizes = self.sizes[first : first + BLOCK].astype(np.int64)
+            if (sizes < 0).any():
+                i = first + int(np.argmax(sizes < 0))
+                raise UserError(f"{self.path} gives item {i} (byte {HEADER.size + 4 * i}) the size {self.sizes[i]}; make it again")
+            ends = end + np.cumsum(sizes) * self.dtype.itemsize
+            starts = ends - sizes * self.dtype.itemsize
+            wrong = self.pointers[first : first + BLOCK] != starts
+            if wrong.any():
+                i = first + int(np.argmax(wrong))
+                raise UserError(
+                    f"{self.path} places item {i} at {self.pointers[i]} (byte {self._at_pointers + 8 * i}), "
+                    f"but the item before it ends at {starts[i - first]}; make it again"
+                )
+            end = int(ends[-1])
+
+    def _check_documents(self) -> None:
+        """doc_idx rises from 0 to the number of items, or is [0] alone."""
+        before = 0
+        for first in range(0, len(self.doc_idx), BLOCK):
+            entries = self.doc_idx[first : first + BLOCK]
+            wrong = entries < np.concatenate(([before], entries[:-1]))
+            if first == 0:
+                wrong[0] = entries[0] != 0
+            if wrong.any():
+                i = first + int(np.argmax(wrong))
+                at = self._at_doc_idx + 8 * i
+                raise UserError(f"{self.path} has doc_idx[{i}] = {self.doc_idx[i]} (byte {at}); it must start at 0 and never fall; make it again")
+            before = int(entries[-1])
+        if len(self.doc_idx) > 1 and before != len(self.sizes):
+            raise UserError(f"{self.path} ends its doc_idx with {before}, but lists {len(self.sizes)} items; make it again")
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the .bin that belongs to it."""
+        return int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
+
+    @property
+    def n_docs(self) -> int:
+        return len(self.doc_idx) - 1 or len(self.sizes)
+
+    def span(self, i: int) -> tuple[int, int]:
+        """First token of document i and the token after its last."""
+        items = (i, i + 1) if len(self.doc_idx) == 1 else (int(self.doc_idx[i]), int(self.doc_idx[i + 1]))
+        first, last = (int(self.pointers[k]) if k < len(self.pointers) else self.n_bytes for k in items)
+        return first // self.dtype.itemsize, last // self.dtype.itemsize
+
+
 class BinIdx:
     """A pair of files, memory-mapped and read-only; `prefix` is their path without .bin / .idx.
 
     Opening checks the index completely and the size of the .bin, in time proportional to the number of documents;
     token values are checked by `check_token_range`. Pickles as its path, so it can go to DataLoader workers.
-    Raises UserError naming the file and the position.
-
-    tokens   [n_tokens] of `dtype`: the flat .bin
-    sizes    [n_items] int32, in tokens;  pointers [n_items] int64, in bytes
-    doc_idx  [n_docs + 1] int64: document i is the items doc_idx[i] to doc_idx[i + 1] - 1
+    Raises UserError naming the file and the position. `tokens` [n_tokens] of `dtype` is the flat .bin.
     """
 
     def __init__(self, prefix: str | Path, check: bool = True) -> None:
@@ -72,83 +158,31 @@ class BinIdx:
             if not path.is_file():
                 raise UserError(f"data file {path} does not exist; give the path without .bin/.idx of a pair made by make_data.py")
         try:
-            self._open()
+            self.index = Index(self.idx_path, check)
+            self.tokens = self._map()
         except OSError as error:
             raise UserError(f"data file {error.filename or self.prefix} cannot be read: {error.strerror or error}") from None
-        if check:
-            self._check_index()
 
     def __reduce__(self) -> tuple:
         return BinIdx, (self.prefix, False)
 
-    def _open(self) -> None:
-        idx_bytes = self.idx_path.stat().st_size
-        if idx_bytes < HEADER.size:
-            raise UserError(f"{self.idx_path} is {idx_bytes} bytes long, shorter than its {HEADER.size}-byte header; copy or make it again")
-        with open(self.idx_path, "rb") as file:
-            magic, version, code, n_items, n_entries = HEADER.unpack(file.read(HEADER.size))
-        if magic != MAGIC:
-            raise UserError(f"{self.idx_path} is not a binidx index: at byte 0 stands {magic!r}, not {MAGIC!r}")
-        if version != 1:
-            raise UserError(f"{self.idx_path} has version {version} at byte 9; only version 1 is known")
-        if code not in DTYPES:
-            raise UserError(f"{self.idx_path} has dtype code {code} at byte 17; tokens are integers: one of {sorted(DTYPES)}")
-        expected = HEADER.size + 12 * n_items + 8 * n_entries
-        if idx_bytes != expected:
-            raise UserError(
-                f"{self.idx_path} is {idx_bytes} bytes long, but its header ({n_items} items, {n_entries} doc_idx entries) means {expected}; copy or make it again"
-            )
-        if n_items == 0 or n_entries < 2:
-            raise UserError(f"{self.idx_path} lists {n_items} items and {n_entries} doc_idx entries; there is no document in it")
-        index = np.memmap(self.idx_path, mode="r", dtype=np.uint8)
-        self.dtype = np.dtype(DTYPES[code])
-        at = HEADER.size
-        self.sizes = np.frombuffer(index, "<i4", n_items, at)
-        self.pointers = np.frombuffer(index, "<i8", n_items, at + 4 * n_items)
-        self.doc_idx = np.frombuffer(index, "<i8", n_entries, at + 12 * n_items)
-
-        bin_bytes = self.bin_path.stat().st_size
-        needed = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
-        if bin_bytes < needed:
-            raise UserError(f"{self.bin_path} is truncated: {bin_bytes} bytes, but {self.idx_path} points up to byte {needed}; copy or make it again")
-        if bin_bytes > needed:
-            raise UserError(f"{self.bin_path} is {bin_bytes} bytes long, but {self.idx_path} ends at byte {needed}: the two files do not belong together")
-        if bin_bytes == 0:
+    def _map(self) -> np.ndarray:
+        size, expected = self.bin_path.stat().st_size, self.index.n_bytes
+        if size < expected:
+            raise UserError(f"{self.bin_path} is truncated: {size} bytes, but {self.idx_path} points up to byte {expected}; copy or make it again")
+        if size > expected:
+            raise UserError(f"{self.bin_path} is {size} bytes long, but {self.idx_path} ends at byte {expected}: the two files do not belong together")
+        if size == 0:
             raise UserError(f"{self.bin_path} is empty; make it again from text")
-        self.tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype).view(np.ndarray)
+        return np.memmap(self.bin_path, mode="r", dtype=self.dtype).view(np.ndarray)
 
-    def _check_index(self) -> None:
-        """Every item starts where the one before ends, the first at 0; doc_idx rises from 0 to the number of items."""
-        end = 0
-        for first in range(0, len(self.sizes), BLOCK):
-            sizes = self.sizes[first : first + BLOCK].astype(np.int64)
-            pointers = self.pointers[first : first + BLOCK]
-            if (sizes < 0).any():
-                i = first + int(np.argmax(sizes < 0))
-                raise UserError(f"{self.idx_path} gives item {i} (byte {HEADER.size + 4 * i}) the size {self.sizes[i]}; make it again")
-            ends = end + np.cumsum(sizes) * self.dtype.itemsize
-            starts = ends - sizes * self.dtype.itemsize
-            wrong = pointers != starts
-            if wrong.any():
-                i = first + int(np.argmax(wrong))
-                at = HEADER.size + 4 * len(self.sizes) + 8 * i
-                raise UserError(
-                    f"{self.idx_path} places item {i} at {self.pointers[i]} (byte {at}), but the item before it ends at {starts[i - first]}; make it again"
-                )
-            end = int(ends[-1])
-        before = 0
-        for first in range(0, len(self.doc_idx), BLOCK):
-            entries = self.doc_idx[first : first + BLOCK]
-            wrong = entries < np.concatenate(([before], entries[:-1]))
-            if first == 0:
-                wrong[0] = entries[0] != 0
-            if wrong.any():
-                i = first + int(np.argmax(wrong))
-                at = HEADER.size + 12 * len(self.sizes) + 8 * i
-                raise UserError(f"{self.idx_path} has doc_idx[{i}] = {self.doc_idx[i]} (byte {at}); it must start at 0 and never fall; make it again")
-            before = int(entries[-1])
-        if before != len(self.sizes):
-            raise UserError(f"{self.idx_path} ends its doc_idx with {before}, but lists {len(self.sizes)} items; make it again")
+    @property
+    def dtype(self) -> np.dtype:
+        return self.index.dtype
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.index.sizes
 
     @property
     def n_tokens(self) -> int:
@@ -156,16 +190,14 @@ class BinIdx:
 
     @property
     def n_docs(self) -> int:
-        return len(self.doc_idx) - 1
+        return self.index.n_docs
 
     def doc(self, i: int) -> np.ndarray:
         """Tokens of document i (negative: from the end), a read-only view [size], its final 0 included."""
         if not -self.n_docs <= i < self.n_docs:
             raise IndexError(f"document {i} of {self.n_docs}")
-        i %= self.n_docs
-        first, last = int(self.doc_idx[i]), int(self.doc_idx[i + 1])
-        start, end = (int(self.pointers[k]) if k < len(self.pointers) else self.tokens.nbytes for k in (first, last))
-        return self.tokens[start // self.dtype.itemsize : end // self.dtype.itemsize]
+        first, last = self.index.span(i % self.n_docs)
+        return self.tokens[first:last]
 
     def _blocks(self, limit: int) -> Iterator[tuple[int, np.ndarray]]:
         """(position, tokens) over the file: all of it up to `limit` bytes, else evenly spread blocks, both ends included."""

@@ -1,0 +1,161 @@
+"""Token files from the network: resumed after every interruption, and put in place only when they are what they should be."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import UserError, env
+from .binidx import BinIdx, Index, bin_path, idx_path
+
+TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 8  # in a row without a new byte
+LONGEST_PAUSE = 30.0
+SAY_EVERY = 10.0
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Remote:
+    """{url}/{name}.idx and {url}/{name}.bin, which together hold n_tokens tokens."""
+
+    name: str
+    url: str
+    n_tokens: int
+
+
+# Source: RWKV-LM, RWKV-v7/train_temp/demo-training-prepare.sh
+MINIPILE = Remote("minipile", "https://huggingface.co/datasets/BlinkDL/minipile-tokenized/resolve/main/rwkv_vocab_v20230424", 1498226207)
+
+
+def minipile() -> Remote:
+    """MiniPile from the official place, or from the mirror that MINIPILE_URL names."""
+    return replace(MINIPILE, url=env.minipile_url().rstrip("/") or MINIPILE.url)
+
+
+def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print, pause: float = 1.0) -> BinIdx:
+    """{prefix}.bin/.idx, downloaded unless they are there, checked in size, index and number of tokens.
+
+    Until all is checked the files rest in the folder {prefix}.download, from where the next call goes on. `pause`: seconds before
+    the second attempt, doubled for each further one. UserError when the server does not deliver, or delivers something else.
+    """
+    prefix = Path(prefix)
+    if idx_path(prefix).exists() and bin_path(prefix).exists():
+        try:
+            data = BinIdx(prefix)
+            _check_count(data.n_tokens, remote)
+        except UserError as error:
+            raise UserError(f"{error}; to download it again, remove {prefix}.bin and {prefix}.idx") from None
+        return data
+    folder = prefix.with_name(prefix.name + ".download")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        here = folder / remote.name
+        download(f"{remote.url}/{remote.name}.idx", idx_path(here), None, say, pause)
+        try:
+            index = Index(idx_path(here))
+            _check_count(index.n_bytes // index.dtype.itemsize, remote)
+        except UserError as error:
+            idx_path(here).unlink()
+            raise UserError(f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)") from None
+        download(f"{remote.url}/{remote.name}.bin", bin_path(here), index.n_bytes, say, pause)
+        BinIdx(here)
+        bin_path(here).replace(bin_path(prefix))
+        idx_path(here).replace(idx_path(prefix))
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}; choose another place or free some space") from None
+    return BinIdx(prefix)
+
+
+def _check_count(n_tokens: int, remote: Remote) -> None:
+    if n_tokens != remote.n_tokens:
+        raise UserError(f"the index counts {n_tokens} tokens, and {remote.name} has {remote.n_tokens}")
+
+
+class _Interrupted(Exception):
+    """The transfer broke off in a way that another attempt may mend."""
+
+
+def download(url: str, path: Path, size: int | None, say: Callable[[str], None] = print, pause: float = 1.0) -> None:
+    """The file at `url`, of `size` bytes if given, goes to `path` by way of {path}.partial, from which a later attempt goes on.
+
+    Nothing is done if `path` exists with that size. UserError after ATTEMPTS fruitless attempts in a row, at once for an answer that will
+    not change (404, another size).
+    """
+    if path.exists() and size in (None, path.stat().st_size):
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    fruitless = 0
+    while True:
+        before = partial.stat().st_size
+        try:
+            _attempt(url, partial, size, say)
+            break
+        except _Interrupted as reason:
+            fruitless = fruitless + 1 if partial.stat().st_size <= before else 0
+            if fruitless == ATTEMPTS:
+                raise UserError(f"{url} cannot be downloaded ({reason}); start again to go on from byte {before}, or set another mirror (MINIPILE_URL)") from None
+            say(f"{url}: {reason}; trying again")
+            time.sleep(min(pause * 2**fruitless, LONGEST_PAUSE))
+    partial.replace(path)
+
+
+def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], None]) -> None:
+    """One request for what is missing. Returns when the file is complete; raises _Interrupted or UserError."""
+    have = partial.stat().st_size
+    if size is not None and have == size:
+        return
+    try:
+        with urllib.request.urlopen(_request(url, have), timeout=TIMEOUT) as answer:
+            if answer.status != 206:
+                have = 0  # the whole file comes, from its beginning
+            length = answer.headers.get("Content-Length")
+            total = have + int(length) if length else size
+            if size is not None and total != size:
+                raise UserError(f"{url} is {total} bytes long and should be {size}: not the right file; try another mirror (MINIPILE_URL)")
+            free = shutil.disk_usage(partial.parent).free
+            if total is not None and total - have > free:
+                raise UserError(f"{url} needs {total - have} more bytes and {partial.parent} has {free} free; free some space or choose another place")
+            _receive(answer, partial, have, total, url, say)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # what is there is no beginning of that file
+            partial.write_bytes(b"")
+            raise _Interrupted("the server holds another file than before") from None
+        if error.code in TRANSIENT:
+            raise _Interrupted(f"answer {error.code} {error.reason}") from None
+        raise UserError(f"{url}: the server answers {error.code} {error.reason}; check the address, or set another mirror (MINIPILE_URL)") from None
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise _Interrupted(str(getattr(error, "reason", error)) or type(error).__name__) from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{url} is not a web address: {error}") from None
+
+
+def _request(url: str, have: int) -> urllib.request.Request:
+    return urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+
+
+def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, total: int | None, url: str, say: Callable[[str], None]) -> None:
+    started, first, last = time.monotonic(), have, time.monotonic()
+    with open(partial, "r+b") as file:
+        file.truncate(have)
+        file.seek(have)
+        while block := answer.read(1 << 20):
+            file.write(block)
+            have += len(block)
+            if (now := time.monotonic()) - last > SAY_EVERY:
+                last = now
+                rate = (have - first) / (now - started)
+                left = f" of {total / 1e6:.0f} MB, {(total - have) / rate:.0f} s left" if total else " MB"
+                say(f"{url}: {have / 1e6:.0f}{left} ({rate / 1e6:.1f} MB/s)")
+    if total is not None and have < total:
+        raise _Interrupted(f"the connection ended at byte {have} of {total}")

@@ -1,0 +1,184 @@
+"""Downloading from a server on this machine that drops connections, answers with errors, or holds something else."""
+
+import os
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from rwkvlm.cli import main
+from rwkvlm.config import UserError
+from rwkvlm.data import download as module
+from rwkvlm.data.binidx import BinIdx, BinIdxWriter
+from rwkvlm.data.download import MINIPILE, Remote, fetch, minipile
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; `faults` are used up one an answer: an HTTP status, or ("drop", bytes sent before the connection ends)."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.log, self.ranges = {}, [], [], True
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/mirror"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, wanted = self.server, self.headers.get("Range")
+        server.log.append((self.path, wanted))
+        fault = server.faults.pop(0) if server.faults else None
+        body = server.files.get(self.path)
+        if isinstance(fault, int) or body is None:
+            return self.send_error(fault or 404)
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
+        if start >= len(body) and wanted and server.ranges:
+            return self.send_error(416)
+        self.send_response(206 if wanted and server.ranges else 200)
+        if wanted and server.ranges:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start : start + fault[1]] if fault else body[start:])
+        self.close_connection = True
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    with BinIdxWriter(tmp_path / "origin" / "mini") as out:
+        for k in range(40):
+            out.add(np.random.default_rng(k).integers(1, 65000, 5000).astype(np.uint16))
+    for suffix in ("bin", "idx"):
+        server.files[f"/mirror/mini.{suffix}"] = (tmp_path / "origin" / f"mini.{suffix}").read_bytes()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def get(server, tmp_path):
+    def get(n_tokens=200_000, say=lambda line: None):
+        return fetch(Remote("mini", server.url, n_tokens), tmp_path / "data" / "mini", say, pause=0.0)
+
+    return get
+
+
+def origin(server):
+    return np.frombuffer(server.files["/mirror/mini.bin"], np.uint16)
+
+
+def left(tmp_path):
+    return sorted(str(p.relative_to(tmp_path / "data")) for p in (tmp_path / "data").rglob("*") if p.is_file())
+
+
+def test_plain_download_and_nothing_the_second_time(server, get, tmp_path):
+    assert np.array_equal(get().tokens, origin(server)) and left(tmp_path) == ["mini.bin", "mini.idx"]
+    assert len(server.log) == 2
+    assert get().n_docs == 40 and len(server.log) == 2 and not (tmp_path / "data" / "mini.download").exists()
+
+
+def test_dropped_connections_are_resumed(server, get, tmp_path):
+    server.faults = [("drop", 100), 503, None, ("drop", 150_000), ("drop", 1000), 500, ("drop", 0), 429]
+    said = []
+    assert np.array_equal(get(say=said.append).tokens, origin(server)) and left(tmp_path) == ["mini.bin", "mini.idx"]
+    ranges = [r for p, r in server.log if p.endswith("bin")]
+    assert ranges == [None, "bytes=150000-", "bytes=151000-", "bytes=151000-", "bytes=151000-", "bytes=151000-"]
+    assert any("ended at byte 150000 of 400000" in line for line in said) and any("503" in line for line in said)
+
+
+def test_a_later_call_goes_on(server, get, tmp_path):
+    server.faults = [None, ("drop", 200_000), 404]
+    with pytest.raises(UserError, match="404"):
+        get()
+    assert left(tmp_path) == ["mini.download/mini.bin.partial", "mini.download/mini.idx"]
+    server.log.clear()
+    assert np.array_equal(get().tokens, origin(server)) and server.log == [("/mirror/mini.bin", "bytes=200000-")]
+
+
+def test_a_server_without_ranges(server, get):
+    server.ranges, server.faults = False, [None, ("drop", 200_000)]
+    assert np.array_equal(get().tokens, origin(server))
+
+
+def test_giving_up(server, get, tmp_path, monkeypatch):
+    server.faults = [503] * 100
+    with pytest.raises(UserError, match=r"mini.idx cannot be downloaded \(answer 503 .*MINIPILE_URL") as caught:
+        get()
+    assert "\n" not in str(caught.value) and len(server.log) == module.ATTEMPTS
+    server.shutdown(), server.server_close()
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        get()
+    assert not (tmp_path / "data" / "mini.bin").exists()
+
+
+def test_missing_file(server, get):
+    del server.files["/mirror/mini.idx"]
+    with pytest.raises(UserError, match="mini.idx: the server answers 404 .*MINIPILE_URL"):
+        get()
+    assert len(server.log) == 1
+
+
+def test_wrong_files_are_not_put_in_place(server, get, tmp_path):
+    good = dict(server.files)
+    server.files["/mirror/mini.idx"] = b"<html>please log in</html>" * 10
+    with pytest.raises(UserError, match="does not hold mini: .*not a binidx index.*it was removed"):
+        get()
+    server.files = dict(good)
+    with pytest.raises(UserError, match="the index counts 200000 tokens, and mini has 200001"):
+        get(200_001)
+    server.files["/mirror/mini.bin"] = good["/mirror/mini.bin"][:-2]
+    with pytest.raises(UserError, match="mini.bin is 399998 bytes long and should be 400000"):
+        get()
+    assert not (tmp_path / "data" / "mini.bin").exists() and not (tmp_path / "data" / "mini.idx").exists()
+    server.files = good
+    assert get().n_tokens == 200_000
+
+
+def test_a_file_that_shrank_is_fetched_anew(server, get, tmp_path):
+    folder = tmp_path / "data" / "mini.download"
+    folder.mkdir(parents=True)
+    (folder / "mini.idx.partial").write_bytes(b"x" * 5000)
+    assert get().n_tokens == 200_000
+
+
+def test_damaged_files_already_there(server, get, tmp_path):
+    get()
+    os.truncate(tmp_path / "data" / "mini.bin", 1000)
+    with pytest.raises(UserError, match="truncated.*remove .*mini.bin"):
+        get()
+
+
+def test_disk_too_small(server, get, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="needs 400000 more bytes and .* has 1000 free"):
+        get()
+
+
+def test_mirror_variable_and_command(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MINIPILE_URL", raising=False)
+    assert minipile() == MINIPILE and MINIPILE.n_tokens == 1498226207
+    monkeypatch.setenv("MINIPILE_URL", server.url + "/")
+    assert minipile().url == server.url
+    assert main(["download", "--out", str(tmp_path / "m")]) == 2
+    assert "minipile.idx: the server answers 404" in capsys.readouterr().err
+    monkeypatch.setattr(module, "MINIPILE", Remote("mini", "", 200_000))
+    assert main(["download", "--out", str(tmp_path / "m")]) == 0
+    assert "200000 tokens, 40 documents, uint16" in capsys.readouterr().out
+    assert BinIdx(tmp_path / "m").n_tokens == 200_000
+    monkeypatch.setenv("MINIPILE_URL", "nonsense")
+    assert main(["download", "--out", str(tmp_path / "n")]) == 2
+    assert capsys.readouterr().err.startswith("error: nonsense/mini.idx is not a web address")
