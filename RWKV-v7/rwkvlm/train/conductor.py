@@ -1,0 +1,100 @@
+"""What happens around the steps of a run, in one place and one order: rate, counting, logs, validation, saving, stopping."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ..checkpoint.ranks import say
+from ..checkpoint.state import load_state
+from .logs import make_logs
+from .meter import Meter
+from .module import TrainModule
+from .plan import Plan
+from .saver import Saver
+from .signals import Agreement, Signals
+from .validation import Validation
+
+
+class Conductor(pl.Callback):
+    """Drives a plan through Lightning's loop. After `fit`, exit_code says how the run ended.
+
+    All processes decide the same at every step: what differs between them (signals, clocks) goes through an Agreement.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.position = replace(plan.start.position)
+        self.exit_code = 0
+        self.steps_made = 0
+        self.signals = Signals()
+
+    def on_train_start(self, trainer: pl.Trainer, module: TrainModule) -> None:
+        plan, optimizer = self.plan, trainer.strategy.optimizers[0]
+        self.signals.install()
+        if plan.start.state is not None:
+            load_state(plan.start.state, module.model, optimizer)
+        self.agreement = Agreement(plan.config.dist_timeout)
+        self.saver = Saver(plan, self.position, module.model, optimizer)
+        self.meter = Meter(plan, self.position, make_logs(plan, trainer.strategy) if trainer.is_global_zero else [])
+        self.validation = Validation(plan, trainer)
+        self.lr = 0.0
+        if plan.finished:  # only rwkv-final.pth is missing
+            self.saver.final()
+            trainer.should_stop = True
+        elif plan.start.state is None:
+            self._validate()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: TrainModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.plan.config.accumulate_grad_batches:
+            return
+        tokens = self.position.samples * self.plan.config.ctx_len
+        self.lr = self.plan.schedule.lr(tokens, self.position.warmup_step)
+        for group in trainer.strategy.optimizers[0].param_groups:
+            group["lr"] = self.lr * group["my_lr_scale"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: TrainModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.plan.config.accumulate_grad_batches == 0:
+            self._after_step(trainer, module)
+
+    def _after_step(self, trainer: pl.Trainer, module: TrainModule) -> None:
+        plan, position = self.plan, self.position
+        position.advance(plan.batch)
+        self.steps_made += 1
+        self.meter.step(module.step_loss, module.gradient_norm(), self.lr)
+
+        ended = plan.schedule.finished(position.samples * plan.config.ctx_len)
+        mini_epoch_ends = plan.mini_epoch_ends(position.samples)
+        mini_epoch = plan.mini_epoch(position.samples) - mini_epoch_ends
+        stop, save = self.agreement.exchange(self.signals.stop, self.signals.take_save() or self.saver.minutes_due())
+
+        if mini_epoch_ends or ended:
+            self.meter.close_mini_epoch(mini_epoch)
+        if self.validation.due(position.step, mini_epoch_ends) or ended:
+            self._validate()
+        if mini_epoch_ends and plan.config.epoch_save and mini_epoch % plan.config.epoch_save == 0:
+            self.saver.weights(mini_epoch)
+        if ended:
+            self.saver.final()
+        if stop or save or ended or self.steps_made == plan.steps or self.saver.state_due(mini_epoch_ends):
+            self.meter.drain()
+            self.saver.state()
+        if stop and not ended:
+            self.exit_code = 128 + stop
+            trainer.should_stop = True
+
+    def _validate(self) -> None:
+        loss = self.validation.loss()
+        if loss is not None:
+            self.meter.validated(loss)
+
+    def on_train_end(self, trainer: pl.Trainer, module: TrainModule) -> None:
+        self.agreement.finish()
+        self.meter.close()
+        self.signals.restore()
+        if self.exit_code:
+            say(f"stopped by signal {self.exit_code - 128} at step {self.position.step}; the training state is saved, the same command goes on from it")
+        elif not self.plan.schedule.finished(self.position.samples * self.plan.config.ctx_len):
+            say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")

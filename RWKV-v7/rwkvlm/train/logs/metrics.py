@@ -1,0 +1,37 @@
+"""metrics.jsonl: every number of a run, one JSON object a line, for programs.
+
+    {"run": "2026-11-21-10-00-00", "step": 0, "settings": {...}}         a process begins
+    {"step": 1, "tokens": 4096, "loss": 11.09, "lr": 6e-06, "grad_norm": 1.5, "tokens_per_s": 8000.0, "seconds": 0.5, "memory_mb": 900.0}
+    {"step": 100, "tokens": 409600, "val_loss": 6.5}
+
+A run that goes on from an earlier step writes its steps again: of two records of a step the later one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from typing import Any
+
+from ..plan import Plan
+from .log import Log
+
+
+class Metrics(Log):
+    def __init__(self, plan: Plan, now: datetime) -> None:
+        self.file = open(plan.proj_dir / "metrics.jsonl", "a", buffering=1)
+        self._write({"run": f"{now:%Y-%m-%d-%H-%M-%S}", "step": plan.start.position.step, "settings": plan.settings()})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
+        self.file.write(json.dumps(plain) + "\n")
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._write(record)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self._write(record)
+
+    def close(self) -> None:
+        self.file.close()

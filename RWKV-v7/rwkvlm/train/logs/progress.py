@@ -1,0 +1,77 @@
+"""The line that a person watches: rewritten in place in a terminal, a new one every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections import deque
+from typing import Any
+
+from ..plan import Plan
+from .log import Log
+
+IN_TERMINAL_S, ELSEWHERE_S = 0.2, 10.0  # seconds between two lines
+WINDOW_S = 30.0  # speed and time left are averages over so many seconds
+SMOOTH = 0.95  # of the loss, per step
+
+
+class Progress(Log):
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.terminal = sys.stdout.isatty()
+        self.total = plan.start.position.step + plan.schedule.steps_left(plan.tokens)
+        self.times: deque[tuple[float, int]] = deque()
+        self.loss: float | None = None
+        self.shown = -ELSEWHERE_S
+        self.line = ""
+
+    def step(self, record: dict[str, Any]) -> None:
+        now, tokens = time.monotonic(), record["tokens"]
+        self.loss = record["loss"] if self.loss is None else SMOOTH * self.loss + (1 - SMOOTH) * record["loss"]
+        self.times.append((now, tokens))
+        while now - self.times[0][0] > WINDOW_S and len(self.times) > 2:
+            self.times.popleft()
+        first_time, first_tokens = self.times[0]
+        rate = (tokens - first_tokens) / (now - first_time) if now > first_time else record["tokens_per_s"]
+        left = max(0, self.plan.schedule.exit_tokens - tokens) / max(rate, 1e-9)
+        samples = tokens // self.plan.config.ctx_len
+        mini_epoch, into = divmod(samples - 1, self.plan.config.epoch_samples)
+        self.line = (
+            f"step {record['step']}/{self.total}  mini-epoch {mini_epoch} {100 * (into + 1) // self.plan.config.epoch_samples:3d}%  "
+            f"loss {self.loss:.4f}  lr {record['lr']:.2e}  {rate / 1000:.2f} kt/s  left {clock(left)}"
+        )
+        if now - self.shown >= (IN_TERMINAL_S if self.terminal else ELSEWHERE_S):
+            self.shown = now
+            self._show()
+
+    def _show(self) -> None:
+        if self.terminal:
+            print(f"\r{self.line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
+        else:
+            print(self.line, flush=True)
+
+    def _note(self, text: str) -> None:
+        """A line that stays."""
+        print(f"\r{text}\x1b[K" if self.terminal else text, flush=True)
+
+    def mini_epoch(self, number: int, loss: float, lr: float, number_in_this_run: int) -> None:
+        self._note(f"mini-epoch {number}: mean loss {loss:.4f}")
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self._note(f"validation loss {record['val_loss']:.4f} at step {record['step']}")
+
+    def close(self) -> None:
+        if self.line:
+            self._show()
+            if self.terminal:
+                print(flush=True)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour, with days in front where there are any."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    text = f"{h}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    return f"{days}d {text}" if days else text

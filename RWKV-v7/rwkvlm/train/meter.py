@@ -1,0 +1,96 @@
+"""Numbers of every step, from device to logs without making the device wait."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .logs import Log
+from .plan import Plan
+from .position import Position
+
+DRAIN_EVERY = 1.0  # seconds between two looks at a GPU's numbers; on a CPU looking costs nothing
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    samples: int
+    lr: float
+    loss: torch.Tensor
+    grad_norm: torch.Tensor | float | None
+
+
+class Meter:
+    """Collects loss and gradient norm of every step and hands complete records to the logs, in order, a second late at most.
+
+    Every process runs one (the mean over devices is a collective operation); only the first has logs.
+    """
+
+    def __init__(self, plan: Plan, position: Position, logs: list[Log]) -> None:
+        self.plan, self.position, self.logs = plan, position, logs
+        self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.begin = self.drained = time.monotonic()
+        self.pending: list[_Pending] = []
+        self.mini_epochs_closed = 0
+        self.lr = 0.0
+
+    def step(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, lr: float) -> None:
+        """After an optimizer step. loss: this process's mean, on its device, is reduced in place to the mean over all."""
+        if self.world > 1:
+            dist.all_reduce(loss)
+            loss /= self.world
+        self.lr = lr
+        self.pending.append(_Pending(self.position.step, self.position.samples, lr, loss, grad_norm))
+        if loss.device.type == "cpu" or time.monotonic() - self.drained >= DRAIN_EVERY:
+            self.drain()
+
+    def drain(self) -> None:
+        """Waits for the device and writes what is pending."""
+        if not self.pending:
+            return
+        losses = torch.stack([p.loss.float() for p in self.pending]).tolist()
+        norms = [None if p.grad_norm is None else float(p.grad_norm) for p in self.pending]
+        now = time.monotonic()
+        rate = len(self.pending) * self.plan.schedule.tokens_per_step / max(now - self.drained, 1e-9)
+        shared = {"tokens_per_s": round(rate, 1), "seconds": round(now - self.begin, 3), "memory_mb": memory_mb(self.plan.device)}
+        for p, loss, norm in zip(self.pending, losses, norms):
+            self.position.epoch_loss += loss
+            self.position.epoch_steps += 1
+            for log in self.logs:
+                log.step({"step": p.step, "tokens": p.samples * self.plan.config.ctx_len, "loss": loss, "lr": p.lr, "grad_norm": norm} | shared)
+        self.pending.clear()
+        self.drained = now
+
+    def close_mini_epoch(self, number: int) -> None:
+        self.drain()
+        loss = self.position.close_mini_epoch()
+        for log in self.logs:
+            log.mini_epoch(number, loss, self.lr, self.mini_epochs_closed)
+        self.mini_epochs_closed += 1
+
+    def validated(self, loss: float) -> None:
+        self.drain()
+        for log in self.logs:
+            log.validation({"step": self.position.step, "tokens": self.position.samples * self.plan.config.ctx_len, "val_loss": loss})
+        self.drained = time.monotonic()  # its time is not training time
+
+    def close(self) -> None:
+        self.drain()
+        for log in self.logs:
+            log.close()
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak of the allocator on a GPU, the resident size of this process on a CPU; 0 where the system does not say."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return round(pages * 4096 / 2**20, 1)

@@ -1,0 +1,127 @@
+"""From flags and what the disk holds to a complete plan of a run: everything is checked here, before anything is built."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..config import TrainConfig, UserError, env
+from ..data.binidx import BinIdx, TokenRange, idx_path
+from ..data.dataset import HeldOutSamples, TrainingSamples
+from ..data.sampler import magic_prime
+from ..ops import backend
+from ..ops.precision import fastest_precision
+from .schedule import Schedule
+from .start import Start, find_start
+from .strategy import Launch, launch
+
+SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """config: with precision decided. batch: samples per optimizer step, all devices and micro batches together."""
+
+    config: TrainConfig
+    launch: Launch
+    start: Start
+    samples: TrainingSamples
+    held_out: HeldOutSamples | None
+    token_range: TokenRange | None
+    batch: int
+    schedule: Schedule
+
+    @property
+    def proj_dir(self) -> Path:
+        return Path(self.config.proj_dir)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.launch.accelerator == "gpu" else "cpu")
+
+    @property
+    def tokens(self) -> int:
+        """Consumed before the first step of this process."""
+        return self.start.position.samples * self.config.ctx_len
+
+    @property
+    def finished(self) -> bool:
+        return self.schedule.finished(self.tokens)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that this process shall make."""
+        left = self.schedule.steps_left(self.tokens)
+        return min(left, self.config.max_steps) if self.config.max_steps else left
+
+    def settings(self) -> dict[str, object]:
+        """Flags and what was decided from them, for logs."""
+        decided = {"real_bsz": self.batch, "magic_prime": self.samples.prime, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
+        return self.config.as_dict() | self.start.model.as_dict() | decided
+
+    def mini_epoch(self, samples: int) -> int:
+        """The mini-epoch to which the step beginning after `samples` belongs."""
+        return samples // self.config.epoch_samples
+
+    def mini_epoch_ends(self, samples: int) -> bool:
+        """Whether the step that has just consumed up to `samples` was the last of its mini-epoch."""
+        return self.mini_epoch(samples) > self.mini_epoch(samples - self.batch)
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Raises UserError for everything that would make the run fail later: data, checkpoints, folders, devices."""
+    data, prime = check_data(config)
+    check_folder(config)
+    run = launch(config)
+    if config.precision == "auto":
+        device = torch.device("cuda" if run.accelerator == "gpu" else "cpu")
+        config = replace(config, precision=fastest_precision(device))
+    backend.set_kernel(config.kernel)
+    start = find_start(config, prime)
+    vocab_size = start.model.vocab_size
+    samples = TrainingSamples(data, config.ctx_len, prime, vocab_size)
+    batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
+    exit_tokens = config.my_exit_tokens if config.my_exit_tokens > 0 else prime * config.ctx_len
+    return Plan(
+        config=config,
+        launch=run,
+        start=start,
+        samples=samples,
+        held_out=_held_out(config, vocab_size),
+        token_range=data.check_token_range(vocab_size, SCAN_BYTES) if env.first_process() else None,
+        batch=batch,
+        schedule=Schedule(config.lr_init, config.lr_final, start.warmup_steps, exit_tokens, batch * config.ctx_len),
+    )
+
+
+def check_data(config: TrainConfig) -> tuple[BinIdx, int]:
+    """The training data and the prime that orders them."""
+    if not config.data_file:
+        raise UserError("--data_file is missing; give the path without .bin/.idx of a pair made by make_data.py")
+    data = BinIdx(config.data_file)
+    return data, config.magic_prime or magic_prime(data.n_tokens, config.ctx_len)
+
+
+def check_folder(config: TrainConfig) -> None:
+    """proj_dir exists afterwards and can be written to."""
+    folder = Path(config.proj_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
+
+
+def _held_out(config: TrainConfig, vocab_size: int) -> HeldOutSamples | None:
+    """--val_file, else DATA_FILE.val when it exists, else none."""
+    default = f"{config.data_file}.val"
+    if not config.val_file and not idx_path(default).is_file():
+        return None
+    data = BinIdx(config.val_file or default)
+    data.check_token_range(vocab_size, SCAN_BYTES)
+    return HeldOutSamples(data, config.ctx_len, vocab_size)

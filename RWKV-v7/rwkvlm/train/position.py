@@ -1,0 +1,34 @@
+"""How far a run has come. Everything that decides what the next step reads and with which rate is in here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Position:
+    """step: optimizer steps of the whole run. samples: consumed so far; the next is number samples + 1.
+
+    warmup_step: optimizer steps since the warm-up began (it begins again only when a run goes on from weights alone).
+    epoch_loss, epoch_steps: sum of the losses and number of steps of the current mini-epoch.
+    """
+
+    step: int = 0
+    samples: int = 0
+    warmup_step: int = 0
+    epoch_loss: float = 0.0
+    epoch_steps: int = 0
+
+    def advance(self, samples: int) -> None:
+        self.step += 1
+        self.samples += samples
+        self.warmup_step += 1
+
+    def close_mini_epoch(self) -> float:
+        """The mean loss of the mini-epoch that has ended; its sums begin anew."""
+        mean = self.epoch_loss / max(1, self.epoch_steps)
+        self.epoch_loss, self.epoch_steps = 0.0, 0
+        return mean
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)

@@ -1,0 +1,114 @@
+"""A whole run from its settings: plan, build, train, and the exit code."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from ..checkpoint.ledger import publish_weights
+from ..checkpoint.ranks import rank, say
+from ..checkpoint.state import set_aside
+from ..config import TrainConfig, env
+from ..data.dataset import RankBatches, make_loader
+from ..models import LanguageModel
+from .banner import show_plan
+from .conductor import Conductor
+from .module import TrainModule
+from .plan import Plan, check_data, check_folder, make_plan
+from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite
+from .strategy import lightning_precision, make_strategy, param_dtype
+
+GPU_LOADER_WORKERS = 2
+
+
+def run(config: TrainConfig) -> int:
+    """Returns the exit code: 0 at the last token or after max_steps, 128 + signal when stopped by one. Raises UserError."""
+    for line in config.flags_without_effect():
+        say(line)
+    if config.train_stage == 1:
+        return write_init(config)
+    plan = make_plan(config)
+    if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
+        say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do")
+        return 0
+    if env.first_process():
+        show_plan(plan)
+    return train(plan)
+
+
+def write_init(config: TrainConfig) -> int:
+    """--train_stage 1: writes rwkv-init.pth. An untrained one that is there is replaced, a run that has begun is not touched."""
+    check_folder(config)
+    refuse_to_overwrite(config)
+    sizes = model_sizes(config)
+    if config.data_file:
+        check_data(config)[0].check_token_range(sizes.vocab_size)
+    if env.first_process():
+        weights = initial_weights(config, sizes)
+        publish_weights(config.proj_dir, INIT_NAME, weights)
+        count = sum(tensor.numel() for tensor in weights.values())
+        print(f"wrote {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count / 1e6:.6f} M parameters")
+    return 0
+
+
+def train(plan: Plan) -> int:
+    config = plan.config
+    quiet()
+    conductor = Conductor(plan)
+    trainer = pl.Trainer(
+        accelerator=plan.launch.accelerator,
+        devices=plan.launch.devices,
+        num_nodes=plan.launch.num_nodes,
+        strategy=make_strategy(config),
+        precision=lightning_precision(config),
+        max_epochs=1,  # to Lightning the run is one epoch of exactly the batches that are left; mini-epochs are ours
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        gradient_clip_val=config.grad_clip or None,
+        use_distributed_sampler=False,
+        callbacks=[conductor],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    # Lightning broadcasts a flag before every batch and waits for it; the Conductor's Agreement does this without waiting.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer.fit(PlannedModule(plan))
+    return conductor.exit_code
+
+
+class PlannedModule(TrainModule):
+    """Builds model and data of a plan inside the processes that train, after they have been launched."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan.config)
+        self.plan = plan
+
+    def setup(self, stage: str) -> None:
+        plan, start = self.plan, self.plan.start
+        if start.state is None:
+            set_aside(plan.proj_dir)
+        if start.fresh:
+            publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
+        self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
+
+    def train_dataloader(self) -> DataLoader:
+        plan, trainer = self.plan, self.trainer
+        batches = RankBatches(
+            trainer.global_rank, trainer.world_size, plan.config.micro_bsz, plan.steps * plan.config.accumulate_grad_batches, plan.start.position.samples
+        )
+        on_gpu = plan.device.type == "cuda"
+        return make_loader(plan.samples, batches, workers=GPU_LOADER_WORKERS if on_gpu else 0, pin_memory=on_gpu)
+
+
+def quiet() -> None:
+    """Silence what the libraries print on every start; their warnings are about choices that are made on purpose here."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "lightning_fabric", "deepspeed", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")

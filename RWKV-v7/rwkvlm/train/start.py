@@ -1,0 +1,171 @@
+"""Where a run begins: from its saved training state, from a .pth file, or from fresh weights; and the sizes of the model that follow."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import models
+from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights, read_config
+from ..checkpoint.ranks import say
+from ..checkpoint.state import StateInfo, find_state
+from ..config import ModelConfig, TrainConfig, UserError
+from .position import Position
+
+SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
+INIT_NAME, FINAL_NAME = "rwkv-init.pth", "rwkv-final.pth"
+WARMUP_AFTER_WEIGHTS = 10  # steps, as officially, when a run goes on from weights without optimizer state
+
+
+@dataclass(frozen=True)
+class Start:
+    """state: a training state to go on from, exactly; else path: weights. fresh: path does not exist yet and is to be made.
+
+    position: of the first step. warmup_steps: decided. model: the sizes of what is loaded.
+    """
+
+    model: ModelConfig
+    position: Position
+    warmup_steps: int
+    path: Path | None = None
+    state: StateInfo | None = None
+    fresh: bool = False
+
+    def __str__(self) -> str:
+        if self.state is not None:
+            return f"training state {self.state.path}, step {self.position.step}"
+        return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
+
+
+def find_start(config: TrainConfig, prime: int) -> Start:
+    """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
+    rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
+
+    Raises UserError when the files do not fit the flags, and instead of overwriting a run that is not being continued.
+    """
+    if config.train_stage >= 2:
+        start = _from_state(config, prime) or _from_newest_weights(config)
+        if start is not None:
+            for name in ("load_model", "epoch_begin"):
+                if getattr(config, name):
+                    say(f"--{name} {getattr(config, name)} has no effect: --train_stage {config.train_stage} goes on with what {config.proj_dir} holds")
+            return start
+    else:
+        refuse_to_overwrite(config, from_mini_epoch=config.epoch_begin)
+    position = Position(samples=config.epoch_begin * config.epoch_samples)
+    if config.load_model:
+        path = Path(config.load_model)
+        warmup = _warmup(config, WARMUP_AFTER_WEIGHTS if config.epoch_begin else 0)
+        return Start(model_sizes(config, path), position, warmup, path)
+    return Start(model_sizes(config), position, _warmup(config, 0), Path(config.proj_dir) / INIT_NAME, fresh=True)
+
+
+def _warmup(config: TrainConfig, default: int) -> int:
+    return default if config.warmup_steps < 0 else config.warmup_steps
+
+
+def _from_state(config: TrainConfig, prime: int) -> Start | None:
+    info = find_state(config.proj_dir)
+    if info is None:
+        return None
+    for name, now in (("ctx_len", config.ctx_len), ("magic_prime", prime)):
+        if info.meta[name] != now:
+            raise UserError(
+                f"--{name} is {now}, but {info.path} was trained with {info.meta[name]}: the order of the data would break; "
+                f"use --{name} {info.meta[name]}, or another --proj_dir with --load_model to begin anew"
+            )
+    model = _agree(config, ModelConfig(**info.meta["model"]), info.path)
+    return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
+
+
+def _from_newest_weights(config: TrainConfig) -> Start | None:
+    """The official scan; a file that cannot be read is reported and the one before it used."""
+    newest, unreadable = newest_weights(config.proj_dir), []
+    while newest is not None:
+        path, mini_epoch = newest
+        try:
+            load_weights(path)
+        except UserError as error:
+            say(f"{error}; trying the one before it")
+            unreadable.append(path)
+            newest = newest_weights(config.proj_dir, unreadable)
+            continue
+        position = Position(samples=(mini_epoch + 1) * config.epoch_samples)
+        warmup = _warmup(config, 0 if mini_epoch == INIT else WARMUP_AFTER_WEIGHTS)
+        return Start(model_sizes(config, path), position, warmup, path)
+    if unreadable:
+        raise UserError(f"no checkpoint in {config.proj_dir} can be read; delete {unreadable[0].name} and the other broken ones to begin anew")
+    return None
+
+
+def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
+    """UserError when proj_dir holds a run of which something would be lost."""
+    found = newest_weights(config.proj_dir)
+    if found is not None and found[1] >= from_mini_epoch:
+        held = found[0].name
+    elif (Path(config.proj_dir) / FINAL_NAME).exists():
+        held = FINAL_NAME
+    elif (Path(config.proj_dir) / "state" / "latest").exists():
+        held = "state/"
+    else:
+        return
+    raise UserError(
+        f"--train_stage {config.train_stage} would overwrite the run in {config.proj_dir} (it holds {held}); "
+        "continue it with --train_stage 3, or choose another --proj_dir"
+    )
+
+
+def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
+    """Sizes from the checkpoint at path, where there is one, and the flags; UserError where they contradict each other."""
+    if path is not None:
+        return _agree(config, read_config(load_weights(path), config.my_testing), path)
+    given = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
+    return _dim_att_fits(config, ModelConfig(model_type=config.my_testing, **given))
+
+
+def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
+    deeper = bool(config.load_partial) and config.n_layer > found.n_layer
+    for name in SIZES:
+        given, there = getattr(config, name), getattr(found, name)
+        if given and given != there and not (deeper and name == "n_layer"):
+            raise UserError(f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint")
+    return _dim_att_fits(config, found.with_(n_layer=config.n_layer) if deeper else found)
+
+
+def _dim_att_fits(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    if config.dim_att and config.dim_att != model.n_embd:
+        raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; RWKV-7 needs them equal (leave --dim_att out)")
+    return model
+
+
+def build_model(config: TrainConfig, sizes: ModelConfig, path: Path | None) -> models.LanguageModel:
+    """The model with the weights of path; without a path its numbers are arbitrary, to be filled from a training state."""
+    model = models.build(sizes)
+    if path is not None:
+        tensors = load_weights(path)
+        if model.state_dict().keys() - tensors.keys():
+            models.init_weights(model, seed_of(config) if config.load_partial else 0)
+        kept = load_into(model, tensors, bool(config.load_partial))
+        if kept and config.load_partial:
+            say(f"{len(kept)} tensors are not in {path} and keep their initial values: {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}")
+    return model
+
+
+def seed_of(config: TrainConfig) -> int:
+    """--random_seed, or a new one, said so that the run can be repeated."""
+    if config.random_seed >= 0:
+        return config.random_seed
+    seed = secrets.randbelow(2**31)
+    say(f"initial weights from --random_seed {seed}")
+    return seed
+
+
+def initial_weights(config: TrainConfig, sizes: ModelConfig) -> dict[str, torch.Tensor]:
+    """What rwkv-init.pth shall hold: the weights of load_model, or fresh ones."""
+    model = build_model(config, sizes, Path(config.load_model) if config.load_model else None)
+    if not config.load_model:
+        models.init_weights(model, seed_of(config))
+    return model.state_dict()

@@ -1,0 +1,49 @@
+"""The loss on held-out text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from .plan import Plan
+
+
+class Validation:
+    """Mean loss over the first val_batches batches of the held-out data, the same samples each time and for any number of devices.
+
+    It reads beside the training data, so their order is not touched.
+    """
+
+    def __init__(self, plan: Plan, trainer: pl.Trainer) -> None:
+        self.plan, self.trainer = plan, trainer
+        self.n_batches = 0
+        if plan.held_out is not None:
+            self.batch = min(plan.config.micro_bsz, len(plan.held_out))
+            self.n_batches = min(plan.config.val_batches, len(plan.held_out) // self.batch)
+
+    def due(self, step: int, mini_epoch_ends: bool) -> bool:
+        every = self.plan.config.val_every
+        return step % every == 0 if every else mini_epoch_ends
+
+    @torch.no_grad()
+    def loss(self) -> float | None:
+        """Collective; None without held-out data."""
+        if not self.n_batches:
+            return None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        device = self.trainer.strategy.root_device
+        self.trainer.strategy.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for first in range(0, self.n_batches, world):  # every process makes as many passes: under ZeRO-3 each pass is collective
+            number = first + rank
+            ii = 1 + min(number, self.n_batches - 1) * self.batch + np.arange(self.batch)
+            batch = tuple(t.to(device) for t in self.plan.held_out[ii])
+            part = self.trainer.strategy.validation_step(batch, 0)
+            if number < self.n_batches:
+                total += part
+        if world > 1:
+            dist.all_reduce(total)
+        self.trainer.strategy.model.train()
+        return total.item() / self.n_batches
