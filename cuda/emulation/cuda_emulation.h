@@ -24,6 +24,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -139,6 +140,9 @@ inline void fiber_main() {
 
 inline void start(Fiber& f) {
     if (!f.stack) f.stack.reset(new char[stack_bytes]);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(f.stack.get(), stack_bytes);  // the thread before never left its frames
+#endif
 #if defined(__x86_64__)
     auto top = (reinterpret_cast<uintptr_t>(f.stack.get()) + stack_bytes) & ~uintptr_t(15);
     void** sp = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and the alignment that a call leaves

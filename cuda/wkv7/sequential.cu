@@ -46,10 +46,12 @@ template <int N> struct Tokens {
 
 __device__ __forceinline__ float dot(float4 x, float4 y, float sum) { return sum + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w; }
 
+constexpr int blocks_per_sm(int N) { return N > 64 ? 2 : N > 32 ? 5 : 10; }  // leaves each thread the registers for its row
+
 // Token t of the chunk, channel i = the thread; 0 behind the end (then k = v = a = b = r = 0 and d = 1 leave state and gradients alone).
 template <class T> __device__ __forceinline__ float load(const T* x, int64_t offset, bool inside) { return inside ? to_float(x[offset]) : 0.f; }
 
-template <class T, int N> __launch_bounds__(N)
+template <class T, int N> __launch_bounds__(N, blocks_per_sm(N))
 __global__ void sequential_forward(Sequences q, Inputs<T> in, T* __restrict__ y, float* __restrict__ final_state, Saved<N> saved) {
     const int sequence = blockIdx.x, head = blockIdx.y, i = threadIdx.x;
     const int start = q.start(sequence), length = q.length(sequence);
@@ -113,7 +115,7 @@ template <int N> constexpr size_t forward_shared = 6 * Tokens<N>::size * sizeof(
 constexpr int table_stride = C + 1;
 template <int N> constexpr size_t backward_shared = (10 * Tokens<N>::size + 4 * C * table_stride) * sizeof(float);
 
-template <class T, int N> __launch_bounds__(N, N > 64 ? 2 : 384 / N)
+template <class T, int N> __launch_bounds__(N, blocks_per_sm(N))
 __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, const T* __restrict__ dy_, const float* __restrict__ d_final_state,
                                     Gradients<T> out) {
     const int sequence = blockIdx.x, head = blockIdx.y, i = threadIdx.x;
@@ -130,8 +132,8 @@ __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, c
     for (int j = 0; j < N; ++j) G[j] = d_final_state ? d_final_state[state_block + i * N + j] : 0.f;
 
     for (int t0 = (length - 1) / C * C; t0 >= 0 && length > 0; t0 -= C) {
-        const int64_t first = (int64_t(start + t0) * q.H + head) * N + i, step = int64_t(q.H) * N;
-        const int tokens = min(C, length - t0);
+        const int64_t first = (int64_t(start + t0) * q.H + head) * N + i;
+        const int tokens = min(C, length - t0), step = q.H * N;
         const int64_t slot = (int64_t(q.first_slot<C>(sequence) + t0 / C) * q.H + head) * N * N;
         const float* S_end = saved.checkpoints + slot;
         const float* S0 = t0 ? S_end - int64_t(q.H) * N * N : in.initial_state ? in.initial_state + state_block : nullptr;

@@ -1,0 +1,100 @@
+// The PTX instructions that the chunked kernels use, each with its host body.
+#pragma once
+
+#include "device.cuh"
+
+namespace wkv7 {
+
+#ifdef __CUDACC__
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+#endif
+
+// Two floats as bf16 in one register, the first in the low half.
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+#ifdef __CUDACC__
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+#else
+    return __float2bfloat16_rn(low).bits | uint32_t(__float2bfloat16_rn(high).bits) << 16;
+#endif
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t x) {
+#ifdef __CUDACC__
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+#else
+    return make_float2(emulation::bf16_low(x), emulation::bf16_high(x));
+#endif
+}
+
+// 2^x: error 2 ulp, and that of the argument.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+// d [16, 8] += a [16, 16] b [16, 8], bf16 in, fp32 sums. With g = lane / 4 and c = lane % 4 * 2 a lane holds
+//     d: (g, c) (g, c + 1) (g + 8, c) (g + 8, c + 1)                                   [row, column]
+//     a: (g, c..) (g + 8, c..) (g, c + 8..) (g + 8, c + 8..)                           pairs along k
+//     b: (c.., g) (c + 8.., g)                                                         pairs along k
+// so two neighbouring d tiles, packed, are an a tile; and a d tile, packed, is the b tile of its transpose.
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    emulation::mma_m16n8k16(d, a, b);
+#endif
+}
+
+// Four 8 x 8 matrices of bf16; lane 8 i + j points at row j of matrix i, register i receives matrix i.
+template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x)[4], const bf16* row) {
+#ifdef __CUDACC__
+    if constexpr (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+#else
+    emulation::ldmatrix_x4(x, row, transposed);
+#endif
+}
+
+// 16 bytes from global to shared memory, zeros where !valid; visible after copy_wait and a barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+#else
+    emulation::machine.fibers[emulation::machine.current].groups.back().push_back({to, from, 16, valid ? 16 : 0});
+#endif
+}
+
+__device__ __forceinline__ void copy_commit() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    emulation::machine.fibers[emulation::machine.current].groups.emplace_back();
+#endif
+}
+
+// Waits until at most `left` of this thread's committed groups are still in flight.
+template <int left> __device__ __forceinline__ void copy_wait() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+#else
+    emulation::finish_copies(left);
+#endif
+}
+
+}  // namespace wkv7

@@ -1,0 +1,101 @@
+"""The host emulation must find what it says it finds: each of these small kernels is right, or has one planted fault."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from oracles.emulated_wkv7 import CUDA
+
+SOURCE = r"""
+#include "wkv7/mma.cuh"
+using namespace wkv7;
+
+// Neighbour exchange through shared memory, with or without the barrier between writing and reading.
+__global__ void exchange(float* out, int barrier) {
+    float* x = reinterpret_cast<float*>(shared_memory());
+    x[threadIdx.x] = float(threadIdx.x);
+    if (barrier) __syncthreads();
+    out[threadIdx.x] = x[(threadIdx.x + 1) % blockDim.x];
+}
+__global__ void half_a_barrier(float*, int) { if (threadIdx.x < 32) __syncthreads(); }
+__global__ void half_a_warp(float* out, int) { if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.f, 1); }
+__global__ void copy(float* out, int wait) {
+    float* x = reinterpret_cast<float*>(shared_memory());
+    copy_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x, true);
+    copy_commit();
+    if (wait) copy_wait<0>();
+    out[4 * threadIdx.x] = x[4 * threadIdx.x] + 1.f;
+}
+// D [16, 8] = A [16, 16] B [16, 8] with A and B made of small integers, through ldmatrix of bf16 tiles in shared memory (B transposed).
+__global__ void product(float* out, int) {
+    bf16* a = reinterpret_cast<bf16*>(shared_memory());
+    bf16* b = a + 256;  // [8][16]: row n, column k
+    const int lane = threadIdx.x;
+    for (int i = lane; i < 256; i += 32) a[i] = from_float<bf16>(float((i / 16) * 3 % 7 - i % 16 % 5));
+    for (int i = lane; i < 128; i += 32) b[i] = from_float<bf16>(float((i / 16) * 5 % 3 + i % 16 % 4));
+    __syncthreads();
+    uint32_t A[4], B[4];
+    ldmatrix<false>(A, a + (lane % 16) * 16 + lane / 16 * 8);
+    ldmatrix<false>(B, b + (lane % 8) * 16 + lane / 8 % 2 * 8);
+    float d[4] = {0.f, 0.f, 0.f, 0.f};
+    const uint32_t b2[2] = {B[0], B[1]};
+    mma(d, A, b2);
+    for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+#define ENTRY(name, threads, bytes) \
+    extern "C" int run_##name(float* out, int flag) { return launch(name, dim3(1), threads, bytes, nullptr, out, flag); }
+ENTRY(exchange, 64, 256)
+ENTRY(half_a_barrier, 64, 0)
+ENTRY(half_a_warp, 32, 0)
+ENTRY(copy, 32, 512)
+ENTRY(product, 32, 768)
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.cu").write_text(SOURCE)
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.so"]
+    build = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert build.returncode == 0, build.stderr
+    found = ctypes.CDLL(str(Path(folder) / "planted.so"))
+    found.emulation_error.restype = ctypes.c_char_p
+    return found
+
+
+def run(library: ctypes.CDLL, name: str, flag: int = 0, reverse: int = 0) -> tuple[int, list[float]]:
+    out = (ctypes.c_float * 256)(*range(256))
+    library.emulation_reverse(reverse)
+    return getattr(library, f"run_{name}")(out, flag), list(out)
+
+
+def test_a_barrier_orders_and_its_absence_shows(library: ctypes.CDLL) -> None:
+    right = [float((i + 1) % 64) for i in range(64)]
+    assert [run(library, "exchange", 1, reverse)[1][:64] == right for reverse in (0, 1)] == [True, True]
+    assert [run(library, "exchange", 0, reverse)[1][:64] == right for reverse in (0, 1)] == [False, False]  # NaN poison, then order
+
+
+@pytest.mark.parametrize("name", ["half_a_barrier", "half_a_warp"])
+def test_divergence_is_an_error_and_not_a_hang(library: ctypes.CDLL, name: str) -> None:
+    code, _ = run(library, name)
+    assert code == 1 and b"deadlock" in library.emulation_error()
+
+
+def test_a_missing_wait_for_an_asynchronous_copy_shows(library: ctypes.CDLL) -> None:
+    assert run(library, "copy", 1)[1][:128:4] == [4.0 * i + 1 for i in range(32)]
+    assert all(x != x for x in run(library, "copy", 0)[1][:128:4])
+
+
+def test_fragments_multiply_as_matrices(library: ctypes.CDLL) -> None:
+    a = [[i * 3 % 7 - k % 5 for k in range(16)] for i in range(16)]
+    b = [[n * 5 % 3 + k % 4 for k in range(16)] for n in range(8)]
+    right = [float(sum(p * q for p, q in zip(a[i], b[n]))) for i in range(16) for n in range(8)]
+    assert run(library, "product")[1][:128] == right

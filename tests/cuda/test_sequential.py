@@ -1,0 +1,69 @@
+"""The sequential CUDA kernels, emulated, against float64: outputs, all gradients, states, any T and N, packed documents, both schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oracles.emulated_wkv7 import Kernels, errors, make_case
+
+FP32, BF16 = torch.float32, torch.bfloat16
+LIMITS = {FP32: 2e-6, BF16: 2.2e-3}  # relative rms; rounding a result to bf16 alone costs 1.7e-3
+
+
+def check(kernels: Kernels, limit: float, **options) -> None:
+    case = make_case(**options)
+    worst = errors(kernels.run("sequential", case), case.expected())
+    assert max(worst.values()) < limit, worst
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 64, 100, 130])
+def test_any_length(kernels: Kernels, T: int) -> None:
+    check(kernels, LIMITS[FP32], T=T, dtype=FP32, seed=T)
+
+
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_head_sizes_and_dtypes(kernels: Kernels, N: int, dtype: torch.dtype) -> None:
+    check(kernels, LIMITS[dtype], T=35, N=N, B=2, dtype=dtype, seed=N)
+
+
+@pytest.mark.parametrize("kind", ["clamp", "repeated"])
+def test_fast_decay_and_repeated_keys(kernels: Kernels, kind: str) -> None:
+    check(kernels, LIMITS[FP32], T=130, dtype=FP32, kind=kind)
+
+
+def test_without_states(kernels: Kernels) -> None:
+    check(kernels, LIMITS[FP32], T=40, dtype=FP32, states=False)
+
+
+def test_packed_documents_equal_separate_runs(kernels: Kernels) -> None:
+    documents = [1, 31, 16, 17, 5]
+    packed = make_case(T=sum(documents), dtype=FP32, documents=documents)
+    got, start = kernels.run("sequential", packed), 0
+    for i, length in enumerate(documents):
+        piece = slice(start, start + length)
+        one = make_case(T=length, dtype=FP32)
+        one.inputs = [x[:, piece].contiguous() for x in packed.inputs]
+        one.dy = packed.dy[:, piece].contiguous()
+        one.initial_state, one.d_final_state = packed.initial_state[i : i + 1], packed.d_final_state[i : i + 1]
+        for name, x in kernels.run("sequential", one).items():
+            assert torch.equal(x, got[name][i : i + 1] if "state" in name else got[name][:, piece]), (name, i)
+        start += length
+
+
+def test_both_schedules_give_the_same_bits(kernels: Kernels) -> None:
+    case = make_case(T=50)
+    forwards, backwards = kernels.run("sequential", case), kernels.run("sequential", case, reverse=True)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+def test_inference_saves_nothing_and_gives_the_same(kernels: Kernels) -> None:
+    case = make_case(T=33)
+    assert torch.equal(kernels.run("sequential", case, backward=False)["y"], kernels.run("sequential", case)["y"])
+
+
+def test_another_head_size_is_refused(kernels: Kernels) -> None:
+    case = make_case(T=4, N=48)
+    with pytest.raises(AssertionError, match="returned -1"):
+        kernels.run("sequential", case, backward=False)

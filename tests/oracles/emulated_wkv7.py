@@ -1,0 +1,160 @@
+"""The CUDA kernels of cuda/wkv7 on the host: g++ compiles the real sources under cuda/emulation, ctypes calls their entry points."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkvlm.ops.wkv7 import wkv7_reference
+
+CUDA = Path(__file__).resolve().parents[2] / "cuda"
+SOURCES = sorted((CUDA / "wkv7").glob("*.cu"))
+NAMES = ("r", "w", "k", "v", "a", "b")
+GUARD = 64  # bytes behind each buffer that no kernel may touch
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [("cu_seqlens", ctypes.c_void_p)]
+
+
+class Pointers(ctypes.Structure):
+    """Wkv7Inputs and Wkv7Gradients alike: six tensors and a state."""
+
+    _fields_ = [(n, ctypes.c_void_p) for n in (*NAMES, "state")]
+
+
+@dataclass
+class Case:
+    """Inputs [B, T, H, N] in the kernel's dtype, the gradients that come in, and what float64 makes of them."""
+
+    inputs: list[Tensor]
+    dy: Tensor
+    initial_state: Tensor | None = None
+    d_final_state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def expected(self) -> dict[str, Tensor]:
+        inputs = [x.double().requires_grad_() for x in self.inputs]
+        sequences = self.inputs[0].shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        B, T, H, N = self.inputs[0].shape
+        state = torch.zeros(sequences, H, N, N, dtype=torch.float64) if self.initial_state is None else self.initial_state.double()
+        state.requires_grad_()
+        y, final_state = wkv7_reference(*inputs, state, self.cu_seqlens)
+        outputs, slopes = [y], [self.dy.double()]
+        if self.d_final_state is not None:
+            outputs, slopes = outputs + [final_state], slopes + [self.d_final_state.double()]
+        gradients = torch.autograd.grad(outputs, [*inputs, state], slopes)
+        return {"y": y.detach(), "final_state": final_state.detach(), **dict(zip([f"d{n}" for n in (*NAMES, "_initial_state")], gradients))}
+
+
+def make_case(
+    T: int,
+    N: int = 64,
+    B: int = 1,
+    H: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    states: bool = True,
+    documents: list[int] | None = None,
+    kind: str = "normal",
+    seed: int = 0,
+) -> Case:
+    """kind: normal | clamp (the fastest decay, w = +8) | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay)."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    r, w, k, v, keys, rate = (normal(B, T, H, N) for _ in range(6))
+    w, rate = 2 * w - 2, torch.sigmoid(rate)
+    if kind == "clamp":
+        w = torch.full_like(w, 8.0)
+    if kind == "repeated":
+        keys = normal(1, 1, H, N) + 0.03 * keys
+        w, rate = w - 3, 0.9 + 0.1 * rate
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    if kind == "repeated":
+        assert torch.einsum("bthn,bshn->bhts", keys, keys).min() >= 0.99
+    inputs = [x.to(dtype) for x in (r, w, k if kind != "repeated" else 8 * keys, v, -keys, keys * rate)]
+    bounds = None if documents is None else torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
+    sequences = B if bounds is None else len(bounds) - 1
+    state = (lambda: (normal(sequences, H, N, N)).float()) if states else (lambda: None)
+    return Case(inputs, normal(B, T, H, N).to(dtype), state(), state(), bounds)
+
+
+class Kernels:
+    """One library of emulated kernels. `run` calls forward and backward with every buffer poisoned, and checks guards and error codes."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulation_error.restype = ctypes.c_char_p
+
+    def call(self, name: str, *arguments) -> None:
+        code = getattr(self.library, name)(*arguments)
+        assert code == 0, f"{name} returned {code}: {self.library.emulation_error().decode()}"
+
+    def run(self, kernel: str, case: Case, backward: bool = True, reverse: bool = False) -> dict[str, Tensor]:
+        """kernel: "sequential" or "chunked". Returns y, final_state and, with backward, the gradients."""
+        r = case.inputs[0]
+        B, T, H, N = r.shape
+        documents = 0 if case.cu_seqlens is None else len(case.cu_seqlens) - 1
+        shape = Shape(B, T, H, N, documents, case.cu_seqlens.data_ptr() if documents else None)
+        buffers: list[Tensor] = []
+
+        def poisoned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            count = torch.Size(size).numel()
+            storage = torch.full((count * dtype.itemsize + GUARD,), 0xFF, dtype=torch.uint8)
+            buffers.append(storage)
+            return storage[: count * dtype.itemsize].view(dtype).view(size)
+
+        def workspace(name: str) -> Tensor:
+            function = getattr(self.library, f"wkv7_{kernel}_{name}_bytes")
+            function.restype = ctypes.c_int64
+            return poisoned((function(ctypes.byref(shape)),), torch.uint8)
+
+        def pointer(x: Tensor | None) -> ctypes.c_void_p:
+            return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+        self.library.emulation_reverse(int(reverse))
+        states = (documents or B, H, N, N)
+        y, final_state = poisoned(r.shape, r.dtype), poisoned(states, torch.float32)
+        saved = workspace("saved") if backward else None
+        inputs = Pointers(*(x.data_ptr() for x in case.inputs), pointer(case.initial_state))
+        head = [ctypes.byref(shape)] + ([int(r.dtype == torch.float32)] if kernel == "sequential" else []) + [ctypes.byref(inputs)]
+        scratch = [pointer(workspace("forward_scratch"))] if kernel == "chunked" else []
+        self.call(f"wkv7_{kernel}_forward", *head, pointer(y), pointer(final_state), pointer(saved), *scratch, None)
+        results = {"y": y, "final_state": final_state}
+        if backward:
+            gradients = {f"d{n}": poisoned(r.shape, r.dtype) for n in NAMES}
+            gradients["d_initial_state"] = poisoned(states, torch.float32)
+            out = Pointers(*(x.data_ptr() for x in gradients.values()))
+            scratch = [pointer(workspace("backward_scratch"))] if kernel == "chunked" else []
+            self.call(
+                f"wkv7_{kernel}_backward", *head, pointer(saved), pointer(case.dy), pointer(case.d_final_state), ctypes.byref(out), *scratch, None
+            )
+            results.update(gradients)
+        assert all((b[-GUARD:] == 0xFF).all() for b in buffers), "a kernel wrote behind its buffer"
+        return results
+
+
+def compile_kernels(folder: Path, *flags: str) -> Path:
+    """g++ over every kernel source, into one library."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    path = folder / "kernels.so"
+    sources = [part for source in SOURCES for part in ("-x", "c++", str(source))]
+    # The pattern fills uninitialised locals: reading one gives the same garbage on each run.
+    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern", *flags]
+    build = subprocess.run([*command, *sources, "-o", str(path)], capture_output=True, text=True, timeout=600)
+    assert build.returncode == 0, build.stderr
+    assert "warning" not in build.stderr, build.stderr
+    return path
+
+
+def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative rms error of each result; NaN where a NaN is left."""
+    rms = lambda x: x.double().square().mean().sqrt()  # noqa: E731
+    return {name: (rms(x.double() - expected[name]) / rms(expected[name]).clamp_min(1e-30)).item() for name, x in got.items()}
