@@ -3,6 +3,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define SIMD_W 16
@@ -48,7 +51,64 @@ INLINE void store(bf16* p, vf x) {
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf select(vi mask, vf x, vf y) { return (vf)((mask & (vi)x) | (~mask & (vi)y)); }
 
-// e^x for x <= 0, to 1 ulp; 0 below -87. A NaN stays one.
+// x in every lane, in a register. Without this GCC reads the scalar again for each use, which costs a load port each time.
+INLINE vf broadcast(float x) {
+  vf all = splat(x);
+#if defined(__x86_64__) && defined(__AVX512F__)
+  asm("" : "+v"(all));
+#elif defined(__x86_64__)
+  asm("" : "+x"(all));
+#endif
+  return all;
+}
+
+// Stores that go past the caches, for results that are not read again soon. p must be aligned to the vector.
+INLINE void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, x);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, x);
+#else
+  store(p, x);
+#endif
+}
+
+INLINE void stream(bf16* p, vf x) {
+#if defined(__AVX512F__)
+  alignas(32) bf16 narrow[W];
+  store(narrow, x);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(narrow));
+#else
+  store(p, x);
+#endif
+}
+
+// Orders streamed stores before whatever tells another thread that they are done.
+INLINE void end_of_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+INLINE void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// 1 / x for x in [1, 2], to 1 ulp; a division would block the divider for longer than the rest of a sigmoid takes.
+INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  const vf y = _mm512_rcp14_ps(x);
+  return y + y * (1.f - x * y);
+#elif defined(__AVX2__)
+  vf y = _mm256_rcp_ps(x);
+  y += y * (1.f - x * y);
+  return y + y * (1.f - x * y);
+#else
+  return 1.f / x;
+#endif
+}
+
+// e^x for x <= 0, to 1 ulp; e^-87 below -87. A NaN stays one.
 INLINE vf exp_nonpositive(vf x) {
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   x = select(x < -87.f, splat(-87.f), x);
@@ -69,7 +129,7 @@ INLINE vf exp_nonpositive(vf x) {
 // s = sigmoid(x) and c = sigmoid(-x), each with all its digits.
 INLINE void sigmoids(vf x, vf& s, vf& c) {
   const vf q = exp_nonpositive(select(x > 0.f, -x, x));
-  const vf p = 1.f / (1.f + q);
+  const vf p = reciprocal(1.f + q);
   const vf small = q * p;
   s = select(x > 0.f, p, small);
   c = select(x > 0.f, small, p);
@@ -141,7 +201,7 @@ INLINE void matmul(const float* a, int a_row, int a_column, const float* b, int 
         for (int j = 0; j < NR; j++) row[j] = load(b + k * b_row + n + j * W);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-          const float x = a[(m + i) * a_row + k * a_column];
+          const vf x = NR > 1 ? broadcast(a[(m + i) * a_row + k * a_column]) : splat(a[(m + i) * a_row + k * a_column]);
 #pragma GCC unroll 4
           for (int j = 0; j < NR; j++) sum[i][j] += x * row[j];
         }

@@ -29,7 +29,7 @@ constexpr int64_t kLanes = 16;     // fp32 lanes of a vector
 constexpr int64_t kBlock = 128;    // rows of the vocabulary whose logits are in the cache at a time
 constexpr int64_t kRows = 32;      // rows per matrix product: the fastest with AMX
 constexpr int64_t kColumns = 1024; // columns per matrix product, so that its right operand stays in the cache
-constexpr int64_t kSegments = 16;  // of the vocabulary, with partial sums of their own
+constexpr int64_t kParts = 16;     // of the vocabulary, with partial sums of their own
 constexpr float kOverflow = 60;    // nats
 
 using floats = float __attribute__((vector_size(64)));
@@ -62,6 +62,18 @@ inline floats exponential(floats z) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
+  return (floats)((ints)p + ((ints)shifted << 23));
+}
+
+// The same to a relative error of 1e-4.
+inline floats rough_exponential(floats z) {
+  z = z < -87.0f ? floats{} - 87.0f : z;
+  z = z * 1.44269504088896341f;
+  const floats shifted = z + 12582912.0f;
+  const floats f = z - (shifted - 12582912.0f);
+  floats p = f * 0.05517167f + 0.24261114f;
+  p = p * f + 0.69326099f;
+  p = p * f + 0.99992807f;
   return (floats)((ints)p + ((ints)shifted << 23));
 }
 
@@ -135,136 +147,147 @@ struct Entry {
   bool operator<(const Entry& other) const { return row != other.row ? row < other.row : token < other.token; }
 };
 
+// Tokens whose logits are in the cache at a time.
+struct Chunk {
+  int64_t begin, count;
+  std::vector<float> m, target_logit, scale; // scale = 1 / (sum e * all tokens)
+  std::vector<Entry> targets;                // sorted by row; tokens counted from `begin`
+  at::Tensor x;                              // [C / pair, width] units
+  at::Tensor scaled_x;                       // x * scale, [width / pair, C] units
+};
+
 template <typename T>
 class Head {
   static constexpr int64_t pair = 4 / sizeof(T); // elements in a 32-bit unit
-  const at::Tensor &x, &weight, &targets;
-  const int64_t n, V, C, width; // width: tokens of a chunk, rounded up to whole vectors
+  // bf16 products are so fast that computing e again in pass 2 is cheaper than writing it to memory and reading it back.
+  static constexpr bool again = sizeof(T) == 2;
+
+  const at::Tensor &x_, &weight_, &targets_;
+  const int64_t n, V, C;
+  const int64_t width; // tokens of a chunk, rounded up to whole vectors
   const float l2wrap;
+  const bool need_dx, need_dw;
+  const int64_t blocks, parts; // of the vocabulary
+  const T *const x, *const weight;
   at::Tensor dx, dw;
-
-  // One chunk's state, all [..., width].
-  at::Tensor scores_;             // e, [V, width] T; empty where the weight needs no gradient
-  at::Tensor x_units_, xs_units_; // x [C / pair, width] and x / (sum n) [width / pair, C], packed
-  at::Tensor sums_, tops_, top_rows_; // [segments, width]
-  at::Tensor dx_sums_;            // [segments, C, width]
-  at::Tensor accumulator_;        // [V, C] fp32
-  std::vector<float> m, target_logit, scale;
-  std::vector<Entry> target_entries, entries;
-
-  const T* X() const { return reinterpret_cast<const T*>(x.const_data_ptr()); }
-  const T* W() const { return reinterpret_cast<const T*>(weight.const_data_ptr()); }
-
-  int64_t segments() const { return std::min(kSegments, (V + kBlock - 1) / kBlock); }
+  at::Tensor scores;               // e of one chunk, [V, width], where it is kept
+  at::Tensor sums, tops, top_rows; // [parts, width]
+  at::Tensor dx_sums;              // [parts, C, width]
+  std::vector<Entry> entries;      // sorted by row; tokens counted from 0
 
  public:
   Head(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& targets, int64_t chunk, double l2wrap, bool need_dx, bool need_dw)
-      : x(x), weight(weight), targets(targets), n(x.size(0)), V(weight.size(0)), C(weight.size(1)),
-        width((std::min(chunk, n) + 31) / 32 * 32), l2wrap(l2wrap) {
-    const auto fp32 = x.options().dtype(at::kFloat), int32 = x.options().dtype(at::kInt);
+      : x_(x), weight_(weight), targets_(targets), n(x.size(0)), V(weight.size(0)), C(weight.size(1)),
+        width((std::min(chunk, n) + 31) / 32 * 32), l2wrap(l2wrap), need_dx(need_dx), need_dw(need_dw),
+        blocks((V + kBlock - 1) / kBlock), parts(std::min(kParts, blocks)), x(pointer<T>(x)), weight(pointer<T>(weight)) {
+    const auto fp32 = x.options().dtype(at::kFloat);
     dx = at::empty({need_dx ? n : 0, C}, x.options());
     dw = at::empty({need_dw ? V : 0, C}, x.options());
-    x_units_ = at::empty({C / pair, width}, int32);
-    sums_ = at::empty({segments(), width}, fp32);
-    tops_ = at::empty({segments(), width}, fp32);
-    top_rows_ = at::empty({segments(), width}, int32);
+    sums = at::empty({parts, width}, fp32);
+    tops = at::empty({parts, width}, fp32);
+    top_rows = at::empty({parts, width}, x.options().dtype(at::kInt));
     if (need_dx)
-      dx_sums_ = at::empty({segments(), C, width}, fp32);
-    if (need_dw) {
-      scores_ = at::empty({V, width}, x.options());
-      xs_units_ = at::empty({width / pair, C}, int32);
-      if (sizeof(T) == 4)
-        accumulator_ = dw;
-      else if (chunk < n)
-        accumulator_ = at::empty({V, C}, fp32);
-    }
-    m.resize(width), target_logit.resize(width), scale.resize(width);
+      dx_sums = at::empty({parts, C, width}, fp32);
+    if (need_dw && !again)
+      scores = at::empty({V, width}, x.options());
   }
 
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> run(int64_t chunk) {
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> run(int64_t size) {
     double loss = 0;
-    for (int64_t begin = 0; begin < n; begin += chunk) {
-      const int64_t count = std::min(chunk, n - begin);
-      prepare(begin, count);
-      exponentiate();
-      if (!finite(count))
-        exponentiate();
-      loss += finish(begin, count);
-      if (dx.size(0))
-        write_dx(begin, count);
-      if (dw.size(0))
-        add_dw(begin, count);
+    std::vector<Chunk> chunks;
+    for (int64_t begin = 0; begin < n; begin += size) {
+      chunks.push_back({begin, std::min(size, n - begin)});
+      Chunk& chunk = chunks.back();
+      prepare(chunk);
+      exponentiate(chunk);
+      if (!in_range(chunk))
+        exponentiate(chunk);
+      loss += finish(chunk);
+      if (need_dx)
+        write_dx(chunk);
+      if (need_dw)
+        pack_scaled(chunk);
+      if (need_dw && (!again || begin + size >= n)) {
+        add_dw(chunks);
+        entries.clear();
+      }
+      if (!need_dw || !again)
+        chunks.clear(), entries.clear();
     }
-    return {at::scalar_tensor(loss / n, x.options().dtype(at::kFloat)), dx, dw};
+    return {at::scalar_tensor(loss / n, x_.options().dtype(at::kFloat)), dx, dw};
   }
 
  private:
+  template <typename P>
+  static P* pointer(const at::Tensor& t) { return reinterpret_cast<P*>(t.data_ptr()); }
+
   // Packs x, and takes each token's own target logit as its m.
-  void prepare(int64_t begin, int64_t count) {
-    auto* packed = reinterpret_cast<uint32_t*>(x_units_.data_ptr());
-    if (count < width)
-      x_units_.zero_();
-    transpose(reinterpret_cast<const uint32_t*>(X() + begin * C), C / pair, packed, width, count, C / pair);
-    const int64_t* target = targets.const_data_ptr<int64_t>() + begin;
-    target_entries.clear();
-    for (int64_t i = 0; i < count; ++i) {
-      const T *a = X() + (begin + i) * C, *b = W() + target[i] * C;
+  void prepare(Chunk& chunk) {
+    const T* from = x + chunk.begin * C;
+    chunk.x = at::empty({C / pair, width}, x_.options().dtype(at::kInt));
+    if (chunk.count < width)
+      chunk.x.zero_();
+    transpose(reinterpret_cast<const uint32_t*>(from), C / pair, pointer<uint32_t>(chunk.x), width, chunk.count, C / pair);
+    chunk.m.assign(width, 0);
+    chunk.scale.assign(width, 0);
+    const int64_t* target = targets_.const_data_ptr<int64_t>() + chunk.begin;
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      const T *a = from + i * C, *b = weight + target[i] * C;
       float dot = 0;
 #pragma omp simd reduction(+ : dot)
       for (int64_t c = 0; c < C; ++c)
         dot += to_float(a[c]) * to_float(b[c]);
-      m[i] = target_logit[i] = dot;
-      target_entries.push_back({target[i], i, 0});
+      chunk.m[i] = dot;
+      chunk.targets.push_back({target[i], i, 0});
     }
-    std::fill(m.begin() + count, m.end(), 0.0f);
-    std::sort(target_entries.begin(), target_entries.end());
+    chunk.target_logit = chunk.m;
+    std::sort(chunk.targets.begin(), chunk.targets.end());
   }
 
   // Pass 1.
-  void exponentiate() {
-    const bool need_dx = dx.size(0), need_dw = dw.size(0);
-    const int64_t blocks = (V + kBlock - 1) / kBlock, parts = segments();
+  void exponentiate(const Chunk& chunk) {
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       const int64_t stride = width + kLanes; // not a power of two: columns would share a cache set
       std::vector<float> tile(kBlock * stride);
-      std::vector<uint32_t> interleaved(need_dx && pair == 2 ? kBlock / pair * C : 0);
+      std::vector<uint32_t> right(need_dx && pair == 2 ? kBlock / pair * width : 0); // e packed
+      std::vector<uint32_t> paired(need_dx && pair == 2 ? kBlock / pair * C : 0);
       std::vector<T> turned(need_dx ? C * kBlock : 0); // the block of the weight, transposed
-      std::vector<uint32_t> right(need_dx && pair == 2 ? kBlock / pair * width : 0);
       for (int64_t part = first; part < last; ++part) {
-        float* sum = sums_.data_ptr<float>() + part * width;
-        float* top = tops_.data_ptr<float>() + part * width;
-        int32_t* top_row = top_rows_.data_ptr<int32_t>() + part * width;
+        float* sum = pointer<float>(sums) + part * width;
+        float* top = pointer<float>(tops) + part * width;
+        int32_t* top_row = pointer<int32_t>(top_rows) + part * width;
         std::fill(sum, sum + width, 0.0f);
         std::fill(top, top + width, -INFINITY);
         std::fill(top_row, top_row + width, 0);
-        bool add = false;
-        for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block, add = true) {
+        const int64_t begin = blocks * part / parts;
+        for (int64_t block = begin; block < blocks * (part + 1) / parts; ++block) {
           const int64_t row = block * kBlock, rows = std::min(kBlock, V - row);
-          const T* w = W() + row * C;
+          const T* w = weight + row * C;
           for (int64_t r = 0; r < rows; r += kRows) {
             const int64_t here = std::min(kRows, rows - r);
             float* logits = tile.data() + r * stride;
-            multiply<T>(here, width, C, w + r * C, C, units_of(x_units_), width, logits, stride, false);
-            softmax_rows(logits, stride, row + r, here, sum, top, top_row);
+            multiply<T>(here, width, C, w + r * C, C, pointer<uint32_t>(chunk.x), width, logits, stride, false);
+            softmax(chunk, logits, stride, row + r, here, sum, top, top_row);
           }
-          if (!need_dx && !need_dw)
+          if (!need_dx && !scores.defined())
             continue;
-          auto entry = std::lower_bound(target_entries.begin(), target_entries.end(), Entry{row, 0, 0});
-          for (; entry != target_entries.end() && entry->row < row + rows; ++entry)
-            tile[(entry->row - row) * stride + entry->token] = 0;
-          T* kept = need_dw ? reinterpret_cast<T*>(scores_.data_ptr()) + row * width : nullptr;
-          keep(tile.data(), stride, rows, kept, right.data());
+          clear_targets(chunk, row, rows, tile.data(), stride);
+          if (scores.defined())
+            for (int64_t r = 0; r < rows; ++r)
+              std::memcpy(pointer<T>(scores) + (row + r) * width, tile.data() + r * stride, width * sizeof(T));
           if (!need_dx)
             continue;
-          float* dx_sum = dx_sums_.data_ptr<float>() + part * C * width;
-          const int64_t depth = (rows + pair - 1) / pair * pair;
+          float* to = pointer<float>(dx_sums) + part * C * width;
+          auto* left = reinterpret_cast<uint32_t*>(turned.data());
           if constexpr (pair == 2) {
-            interleave(w, C, interleaved.data(), rows, C);
-            transpose(interleaved.data(), C, reinterpret_cast<uint32_t*>(turned.data()), kBlock / pair, depth / pair, C);
-            multiply<T>(C, width, depth, turned.data(), kBlock, right.data(), width, dx_sum, width, add);
+            pack(tile.data(), stride, rows, right.data());
+            interleave(w, C, paired.data(), rows, C);
+            transpose(paired.data(), C, left, kBlock / 2, (rows + 1) / 2, C);
+            multiply<T>(C, width, (rows + 1) / 2 * 2, turned.data(), kBlock, right.data(), width, to, width, block > begin);
           } else {
-            transpose(reinterpret_cast<const uint32_t*>(w), C, reinterpret_cast<uint32_t*>(turned.data()), kBlock, rows, C);
-            multiply<T>(C, width, depth, turned.data(), kBlock, reinterpret_cast<uint32_t*>(tile.data()), stride, dx_sum, width, add);
+            transpose(reinterpret_cast<const uint32_t*>(w), C, left, kBlock, rows, C);
+            const auto* e = reinterpret_cast<uint32_t*>(tile.data());
+            multiply<T>(C, width, rows, turned.data(), kBlock, e, stride, to, width, block > begin);
           }
         }
       }
@@ -272,12 +295,10 @@ class Head {
     });
   }
 
-  static const uint32_t* units_of(const at::Tensor& t) { return reinterpret_cast<const uint32_t*>(t.const_data_ptr()); }
-
   // logits -> e, in place; sums, maxima and where they are.
-  void softmax_rows(float* logits, int64_t stride, int64_t row, int64_t rows, float* sum, float* top, int32_t* top_row) const {
+  void softmax(const Chunk& chunk, float* logits, int64_t stride, int64_t row, int64_t rows, float* sum, float* top, int32_t* top_row) const {
     for (int64_t i = 0; i < width; i += kLanes) {
-      const floats shift = load<floats>(m.data() + i);
+      const floats m = load<floats>(chunk.m.data() + i);
       floats total = {}, best = load<floats>(top + i);
       ints best_row = load<ints>(top_row + i);
       for (int64_t r = 0; r < rows; ++r) {
@@ -286,7 +307,7 @@ class Head {
         const ints better = logit > best;
         best = better ? logit : best;
         best_row = better ? ints{} + int32_t(row + r) : best_row;
-        const floats e = exponential(logit - shift);
+        const floats e = exponential(logit - m);
         total += e;
         store(at, e);
       }
@@ -296,90 +317,75 @@ class Head {
     }
   }
 
-  // Stores e [rows, width] for pass 2, and for bf16 packs it as the right operand of dX.
-  void keep(const float* tile, int64_t stride, int64_t rows, T* kept, uint32_t* right) const {
-    if constexpr (pair == 1) {
-      for (int64_t r = 0; kept && r < rows; ++r)
-        std::memcpy(kept + r * width, tile + r * stride, width * sizeof(T));
-    } else {
-      using halves = uint16_t __attribute__((vector_size(32)));
-      auto* bits = reinterpret_cast<uint16_t*>(kept);
-      for (int64_t r = 0; r < rows; r += 2)
-        for (int64_t i = 0; i < width; i += kLanes) {
-          const units even = round_bf16(load<floats>(tile + r * stride + i)) >> 16;
-          units odd = {};
-          if (r + 1 < rows)
-            odd = round_bf16(load<floats>(tile + (r + 1) * stride + i)) & 0xffff0000u;
-          if (bits) {
-            store(bits + r * width + i, __builtin_convertvector(even, halves));
-            if (r + 1 < rows)
-              store(bits + (r + 1) * width + i, __builtin_convertvector(odd >> 16, halves));
-          }
-          if (right != nullptr)
-            store(right + r / 2 * width + i, even | odd);
-        }
-    }
+  // The targets' own entries are added later, in fp32.
+  static void clear_targets(const Chunk& chunk, int64_t row, int64_t rows, float* tile, int64_t stride) {
+    auto entry = std::lower_bound(chunk.targets.begin(), chunk.targets.end(), Entry{row, 0, 0});
+    for (; entry != chunk.targets.end() && entry->row < row + rows; ++entry)
+      tile[(entry->row - row) * stride + entry->token] = 0;
+  }
+
+  // e [rows, width] in bf16 as the right operand of dX.
+  void pack(const float* tile, int64_t stride, int64_t rows, uint32_t* right) const {
+    for (int64_t r = 0; r < rows; r += 2, tile += 2 * stride, right += width)
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const units even = round_bf16(load<floats>(tile + i)) >> 16;
+        const units odd = r + 1 < rows ? round_bf16(load<floats>(tile + stride + i)) & 0xffff0000u : units{};
+        store(right + i, even | odd);
+      }
   }
 
   // False if a token's m was too low for exp; then m is its maximum instead.
-  bool finite(int64_t count) {
+  bool in_range(Chunk& chunk) const {
     bool good = true;
-    for (int64_t i = 0; i < count; ++i) {
-      float top = -INFINITY;
-      for (int64_t part = 0; part < segments(); ++part)
-        top = std::max(top, tops_.data_ptr<float>()[part * width + i]);
-      if (top - m[i] > kOverflow)
-        m[i] = top, good = false;
-    }
+    for (int64_t i = 0; i < chunk.count; ++i)
+      for (int64_t part = 0; part < parts; ++part) {
+        const float top = pointer<float>(tops)[part * width + i];
+        if (top - chunk.target_logit[i] > kOverflow)
+          chunk.m[i] = std::max(chunk.m[i], top), good = false;
+      }
     return good;
   }
 
-  // Sum of the chunk's losses; scale = 1 / (sum n), and the entries of target and arg-max.
-  double finish(int64_t begin, int64_t count) {
+  // Sum of the chunk's losses; its scales, and the entries of targets and arg-maxima.
+  double finish(Chunk& chunk) {
     double loss = 0;
-    entries.clear();
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < chunk.count; ++i) {
       double sum = 0;
       float top = -INFINITY;
       int64_t top_row = 0;
-      for (int64_t part = 0; part < segments(); ++part) {
+      for (int64_t part = 0; part < parts; ++part) {
         const int64_t at = part * width + i;
-        sum += sums_.data_ptr<float>()[at];
-        if (tops_.data_ptr<float>()[at] > top)
-          top = tops_.data_ptr<float>()[at], top_row = top_rows_.data_ptr<int32_t>()[at];
+        sum += pointer<float>(sums)[at];
+        if (pointer<float>(tops)[at] > top)
+          top = pointer<float>(tops)[at], top_row = pointer<int32_t>(top_rows)[at];
       }
-      const double own = std::log(sum) + m[i] - target_logit[i];
+      const double own = std::log(sum) + chunk.m[i] - chunk.target_logit[i];
       loss += own;
-      scale[i] = 1 / (sum * n);
-      entries.push_back({targets.const_data_ptr<int64_t>()[begin + i], i, float(std::expm1(-own) / n)});
-      if (l2wrap != 0)
-        entries.push_back({top_row, i, l2wrap / n * top});
+      chunk.scale[i] = 1 / (sum * n);
+      entries.push_back({targets_.const_data_ptr<int64_t>()[chunk.begin + i], chunk.begin + i, float(std::expm1(-own) / n)});
+      entries.push_back({top_row, chunk.begin + i, l2wrap / n * top});
     }
     return loss;
   }
 
-  void write_dx(int64_t begin, int64_t count) {
-    const int64_t parts = segments(), per_token = int64_t(entries.size()) / count;
-    at::parallel_for(0, (count + kLanes - 1) / kLanes, 1, [&](int64_t first, int64_t last) {
+  void write_dx(const Chunk& chunk) {
+    const Entry* own = entries.data() + entries.size() - 2 * chunk.count; // two of each token, in order
+    at::parallel_for(0, (chunk.count + kLanes - 1) / kLanes, 1, [&](int64_t first, int64_t last) {
       std::vector<float> total(C * kLanes), out(C);
-      for (int64_t block = first; block < last; ++block) {
-        const int64_t i = block * kLanes;
-        const floats factor = load<floats>(scale.data() + i);
+      for (int64_t i = first * kLanes; i < std::min(last * kLanes, chunk.count); i += kLanes) {
+        const floats scale = load<floats>(chunk.scale.data() + i);
         for (int64_t c = 0; c < C; ++c) {
           floats sum = {};
           for (int64_t part = 0; part < parts; ++part)
-            sum += load<floats>(dx_sums_.data_ptr<float>() + (part * C + c) * width + i);
-          store(total.data() + c * kLanes, sum * factor);
+            sum += load<floats>(pointer<float>(dx_sums) + (part * C + c) * width + i);
+          store(total.data() + c * kLanes, sum * scale);
         }
-        for (int64_t j = 0; j < std::min(kLanes, count - i); ++j) {
+        for (int64_t j = 0; j < std::min(kLanes, chunk.count - i); ++j) {
           for (int64_t c = 0; c < C; ++c)
             out[c] = total[c * kLanes + j];
-          for (int64_t k = (i + j) * per_token; k < (i + j + 1) * per_token; ++k) {
-            const T* w = W() + entries[k].row * C;
-            for (int64_t c = 0; c < C; ++c)
-              out[c] += entries[k].value * to_float(w[c]);
-          }
-          T* to = reinterpret_cast<T*>(dx.data_ptr()) + (begin + i + j) * C;
+          for (const Entry* entry = own + 2 * (i + j); entry < own + 2 * (i + j + 1); ++entry)
+            add_scaled(out.data(), weight + entry->row * C, entry->value);
+          T* to = pointer<T>(dx) + (chunk.begin + i + j) * C;
           for (int64_t c = 0; c < C; ++c)
             to[c] = out[c];
         }
@@ -387,47 +393,72 @@ class Head {
     });
   }
 
+  void add_scaled(float* to, const T* from, float factor) const {
+    for (int64_t c = 0; c < C; ++c)
+      to[c] += factor * to_float(from[c]);
+  }
+
+  // x * scale as the right operand of dW; rows beyond the chunk are zero.
+  void pack_scaled(Chunk& chunk) {
+    chunk.scaled_x = at::empty({width / pair, C}, x_.options().dtype(at::kInt));
+    if (chunk.count < width)
+      chunk.scaled_x.zero_();
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      const T* from = x + (chunk.begin + i) * C;
+      T* to = pointer<T>(chunk.scaled_x) + i / pair * pair * C + i % pair;
+      for (int64_t c = 0; c < C; ++c)
+        to[c * pair] = to_float(from[c]) * chunk.scale[i];
+    }
+  }
+
   // Pass 2.
-  void add_dw(int64_t begin, int64_t count) {
-    pack_scaled(begin, count);
+  void add_dw(const std::vector<Chunk>& chunks) {
     std::sort(entries.begin(), entries.end());
-    const bool first_chunk = begin == 0, last_chunk = begin + count == n, summed = accumulator_.defined();
-    at::parallel_for(0, (V + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
-      std::vector<float> local(summed ? 0 : kRows * C);
+    at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+      const int64_t stride = width + kLanes;
+      std::vector<float> tile(again ? kRows * stride : 0), local(again ? kBlock * C : 0);
+      std::vector<T> rounded(again ? kRows * width : 0);
       for (int64_t block = first; block < last; ++block) {
-        const int64_t row = block * kRows, rows = std::min(kRows, V - row);
-        float* sum = summed ? accumulator_.data_ptr<float>() + row * C : local.data();
-        const T* e = reinterpret_cast<const T*>(scores_.const_data_ptr()) + row * width;
-        multiply<T>(rows, C, width, e, width, units_of(xs_units_), C, sum, C, !first_chunk);
-        auto entry = std::lower_bound(entries.begin(), entries.end(), Entry{row, 0, 0});
-        for (; entry != entries.end() && entry->row < row + rows; ++entry) {
-          float* to = sum + (entry->row - row) * C;
-          const T* from = X() + (begin + entry->token) * C;
-          for (int64_t c = 0; c < C; ++c)
-            to[c] += entry->value * to_float(from[c]);
-        }
-        if constexpr (pair == 2)
-          if (last_chunk) {
-            T* to = reinterpret_cast<T*>(dw.data_ptr()) + row * C;
-            for (int64_t k = 0; k < rows * C; ++k)
-              to[k] = sum[k];
+        const int64_t row = block * kBlock, rows = std::min(kBlock, V - row);
+        float* sum = local.data();
+        if constexpr (!again)
+          sum = pointer<float>(dw) + row * C;
+        for (const Chunk& chunk : chunks)
+          for (int64_t r = 0; r < rows; r += kRows) {
+            const int64_t here = std::min(kRows, rows - r);
+            const T* e = rounded.data();
+            if constexpr (again) {
+              multiply<T>(here, width, C, weight + (row + r) * C, C, pointer<uint32_t>(chunk.x), width, tile.data(), stride, false);
+              softmax_again(chunk, tile.data(), stride, row + r, here, rounded.data());
+            } else {
+              e = pointer<T>(scores) + (row + r) * width;
+            }
+            multiply<T>(here, C, width, e, width, pointer<uint32_t>(chunk.scaled_x), C, sum + r * C, C, chunk.begin > 0);
           }
+        auto entry = std::lower_bound(entries.begin(), entries.end(), Entry{row, 0, 0});
+        for (; entry != entries.end() && entry->row < row + rows; ++entry)
+          add_scaled(sum + (entry->row - row) * C, x + entry->token * C, entry->value);
+        if constexpr (again)
+          for (int64_t k = 0; k < rows * C; ++k)
+            pointer<T>(dw)[row * C + k] = sum[k];
       }
       at::native::cpublas::brgemm_release(pair == 2);
     });
   }
 
-  // x / (sum n) as the right operand of dW; rows beyond the chunk are zero.
-  void pack_scaled(int64_t begin, int64_t count) {
-    auto* packed = reinterpret_cast<T*>(xs_units_.data_ptr());
-    if (count < width)
-      xs_units_.zero_();
-    for (int64_t i = 0; i < count; ++i) {
-      const T* from = X() + (begin + i) * C;
-      T* to = packed + i / pair * pair * C + i % pair;
-      for (int64_t c = 0; c < C; ++c)
-        to[c * pair] = to_float(from[c]) * scale[i];
+  // logits -> e in bf16, as the left operand of dW; exp to 1e-4 is enough for it.
+  void softmax_again(const Chunk& chunk, float* logits, int64_t stride, int64_t row, int64_t rows, T* e) const {
+    using halves = uint16_t __attribute__((vector_size(32)));
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const floats m = load<floats>(chunk.m.data() + i);
+      for (int64_t r = 0; r < rows; ++r) {
+        const floats p = rough_exponential(load<floats>(logits + r * stride + i) - m);
+        store(e + r * width + i, __builtin_convertvector(round_bf16(p) >> 16, halves));
+      }
     }
+    auto entry = std::lower_bound(chunk.targets.begin(), chunk.targets.end(), Entry{row, 0, 0});
+    for (; entry != chunk.targets.end() && entry->row < row + rows; ++entry)
+      e[(entry->row - row) * width + entry->token] = 0;
   }
 };
 
