@@ -1,0 +1,58 @@
+#!/bin/sh
+# Prepares a training: sets up Python, gets the data, writes the initial model to the output folder. What is there already is kept.
+# demo-training-run.sh does all this first, so this script alone is needed only to prepare without training.
+#
+# Knobs: change them here, or set them in the environment: N_LAYER=4 ./demo-training-prepare.sh
+# (then set them likewise for demo-training-run.sh). Relative paths are meant from this folder.
+#
+cd "$(dirname "$0")" || exit 1
+. RWKV-v7/env.sh
+#
+# DATA=demo       30 MB of text found on this machine: Python's standard library and packages (default without a GPU)
+# DATA=minipile   1498226207 tokens, around 3GB, downloaded to data/ (default with a GPU, and where it is there already)
+# DATA=pile       the two official files, see demo-training-prepare-v7-pile.sh
+# DATA=PREFIX     your own PREFIX.bin and PREFIX.idx, made by make_data.py
+#
+[ -e data/minipile.bin ] && : "${DATA:=minipile}"
+#
+#    name        CPU   GPU
+knob DATA        demo  minipile
+knob MODEL_TYPE  x070  x070 # x070 => rwkv-7.0
+knob N_LAYER     6     12
+knob N_EMBD      256   768
+knob HEAD_SIZE   64    64
+knob CTX_LEN     256   512
+knob RANDOM_SEED -1    -1 # of the initial weights; -1 => a new one each time
+: "${PROJ_DIR:=out/L$N_LAYER-D$N_EMBD-$MODEL_TYPE}" # set output folder
+#
+case $DATA in
+demo | minipile) DATA_FILE=data/$DATA VOCAB_SIZE=65536 ;;
+pile) DATA_FILE=${PILE_PREFIX:-data/pile_20B_tokenizer_text_document} VOCAB_SIZE=50304 ;;
+*) DATA_FILE=$DATA VOCAB_SIZE=${VOCAB_SIZE:-65536} ;;
+esac
+
+check_size() { # FILE BYTES
+    [ -r "$1" ] || die "$1 is not there" "put the official file there, or set PILE_PREFIX="
+    [ "$(wc -c <"$1" | tr -d ' ')" = "$2" ] || die "$1 has $(wc -c <"$1" | tr -d ' ') bytes, not $2" "it is incomplete or another file; get it again"
+}
+
+case $DATA in
+demo)
+    [ -e data/demo.bin ] && [ -e data/demo.idx ] || {
+        "$PYTHON" -m rwkvlm demo_corpus --out data/demo.jsonl &&
+            "$PYTHON" make_data.py data/demo.jsonl 1 "$CTX_LEN" --out data/demo --val_split 0.02
+    } || exit
+    ;;
+minipile) "$PYTHON" -m rwkvlm download --out data/minipile || exit ;;
+pile)
+    check_size "$DATA_FILE.bin" 664230651068
+    check_size "$DATA_FILE.idx" 4212099722
+    ;;
+esac
+
+if [ ! -e "$PROJ_DIR/rwkv-init.pth" ]; then
+    "$PYTHON" train.py --wandb "" --proj_dir "$PROJ_DIR" \
+        --data_file "$DATA_FILE" --data_type "binidx" --vocab_size "$VOCAB_SIZE" --my_testing "$MODEL_TYPE" \
+        --ctx_len "$CTX_LEN" --train_stage 1 --head_size "$HEAD_SIZE" --random_seed "$RANDOM_SEED" \
+        --n_layer "$N_LAYER" --n_embd "$N_EMBD" --accelerator cpu --devices 1 || exit
+fi
