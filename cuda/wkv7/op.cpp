@@ -75,14 +75,15 @@ struct Documents {
 
 // Runs every (document, head) on torch's own threads. Who runs which does not matter to the result; taking the next one
 // when ready keeps documents of different length from leaving threads idle.
-void run(const std::vector<Task>& tasks, const Tensors& tensors, void (*kernel)(const Task&, const Tensors&, void*), int64_t scratch) {
+void run(const std::vector<Task>& tasks, const Tensors& tensors, void (*kernel)(const Task&, const Tensors&, void*), int64_t scratch_bytes,
+         const Tensor& like) {
   std::atomic<size_t> next{0};
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(tasks.size()));
+  const Tensor scratch = torch::stable::new_empty(like, {workers, scratch_bytes}, ScalarType::Byte);  // aligned to 64 by torch
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> memory(scratch + 64);
-    void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
     for (; begin < end; begin++)
-      for (size_t i; (i = next++) < tasks.size();) kernel(tasks[i], tensors, aligned);
+      for (size_t i; (i = next++) < tasks.size();)
+        kernel(tasks[i], tensors, static_cast<char*>(scratch.data_ptr()) + begin * scratch_bytes);
   });
 }
 
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k,
     for (int64_t h = 0; h < H; h++)
       tasks.push_back({documents.first[i], documents.length[i], h, H, initial ? state_at(*initial, i, h) : nullptr, state_at(final, i, h),
                        save ? state_at(checkpoints, documents.slot[i], 0) : nullptr, nullptr, nullptr});
-  run(tasks, tensors, kernels.forward, kernels.forward_scratch);
+  run(tasks, tensors, kernels.forward, kernels.forward_scratch, r);
   return {y, final, removed, checkpoints};
 }
 
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tens
     for (int64_t h = 0; h < H; h++)
       tasks.push_back({documents.first[i], documents.length[i], h, H, nullptr, nullptr, state_at(checkpoints, documents.slot[i], 0),
                        d_final ? state_at(*d_final, i, h) : nullptr, state_at(d_initial, i, h)});
-  run(tasks, tensors, kernels.backward, kernels.backward_scratch);
+  run(tasks, tensors, kernels.backward, kernels.backward_scratch, r);
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], d_initial};
 }
 

@@ -1,0 +1,137 @@
+// What the chunk-parallel kernels share: the chunk length, what the forward leaves behind, and the tokens of a chunk scaled by their decays.
+// The mathematics is derived in RWKV-v7/docs/wkv7_chunked.md; names are those of that document.
+#pragma once
+
+#include "tile.cuh"
+
+namespace wkv7 {
+
+constexpr int chunk_tokens = 64;
+
+struct ChunkInputs {
+    const bf16 *r, *w, *k, *v, *a, *b;
+    const float* initial_state;
+    explicit ChunkInputs(const Wkv7Inputs& in)
+        : r((const bf16*)in.r), w((const bf16*)in.w), k((const bf16*)in.k), v((const bf16*)in.v), a((const bf16*)in.a), b((const bf16*)in.b),
+          initial_state(in.initial_state) {}
+};
+
+// A record for each (slot, head): what the forward leaves for the scan and the backward. bf16 matrices in blocks, the decay in fp32.
+template <int C, int N> struct SavedChunk {
+    static constexpr int64_t F = 0, E = F + N * N, S = E + C * N, X = S + N * N, decay = X + C * C, size = decay + 2 * N;  // in bf16s
+};
+// H and O, which live from the intra-chunk kernel to the scan; and G, the scaled gradient of the leaving state, in the backward.
+template <int C, int N> struct ForwardScratch { static constexpr int64_t H = 0, O = H + N * N, size = O + C * N; };
+template <int C, int N> struct BackwardScratch { static constexpr int64_t G = 0, size = N * N; };
+
+// One chunk of one head.
+struct Place {
+    int64_t record;  // (slot, head)
+    int64_t first;   // element offset of token 0, channel 0
+    int tokens;      // 1 .. C
+    int stride;      // elements from a token to the next
+};
+
+// The chunk of sequence s that begins at its token t0.
+template <int C> __device__ __forceinline__ Place place_of(const Sequences& q, int N, int s, int t0, int head) {
+    return {int64_t(q.first_slot<C>(s) + t0 / C) * q.H + head, (int64_t(q.start(s) + t0) * q.H + head) * N, min(C, q.length(s) - t0), q.H * N};
+}
+
+// The chunk in `slot`, found by bisection among packed documents; tokens < 1: the slot is empty.
+template <int C> __device__ __forceinline__ Place place_in_slot(const Sequences& q, int N, int slot, int head) {
+    int low = 0, high = q.count - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (q.first_slot<C>(middle) <= slot)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return place_of<C>(q, N, low, (slot - q.first_slot<C>(low)) * C, head);
+}
+
+// Elementwise passes: warp w of `warps` has tokens w * rows .. of the chunk, lane l channels 2 l and 2 l + 1 (none where N < 64 runs out).
+template <int C, int N, int warps> struct Columns {
+    static_assert(N <= 64 && C % warps == 0, "one lane has two channels");
+    static constexpr int rows = C / warps;
+
+    __device__ static bool active() { return lane_index() * 2 < N; }
+    __device__ static int column() { return lane_index() * 2; }
+    __device__ static int row() { return warp_index() * rows; }
+
+    __device__ static float2 load(const bf16* x, const Place& place, int t) {
+        const bool inside = active() && row() + t < place.tokens;
+        return inside ? unpack(*reinterpret_cast<const uint32_t*>(x + place.first + int64_t(row() + t) * place.stride + column())) : make_float2(0.f, 0.f);
+    }
+
+    // log2 of the decays, summed over this warp's tokens from its first to each; padding does not decay.
+    __device__ static void log_decays(float2 (&g)[rows], const bf16* w, const Place& place) {
+        constexpr float scale = decay_scale * 1.4426950408889634f;
+        float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int t = 0; t < rows; ++t) {
+            const float2 x = load(w, place, t);
+            if (row() + t < place.tokens) sum = make_float2(sum.x + scale * sigmoid(x.x), sum.y + scale * sigmoid(x.y));
+            g[t] = sum;
+        }
+    }
+
+    // Exchanges one value per warp and column through totals [warps][N]; returns the sum over the warps before this one and over all.
+    // A barrier inside; the caller puts another before totals is used again.
+    __device__ static void across_warps(float2 mine, float* totals, float2& before, float2& all) {
+        if (active()) *reinterpret_cast<float2*>(totals + warp_index() * N + column()) = mine;
+        __syncthreads();
+        before = all = make_float2(0.f, 0.f);
+        if (active())
+#pragma unroll
+            for (int i = 0; i < warps; ++i) {
+                const float2 x = *reinterpret_cast<const float2*>(totals + i * N + column());
+                all = make_float2(all.x + x.x, all.y + x.y);
+                if (i < warp_index()) before = make_float2(before.x + x.x, before.y + x.y);
+            }
+    }
+
+    // Tiles of the chunk: At = a 2^e, Rt = r 2^g, Bt = b 2^-g, Kt = k 2^-g with g (e) the log2 decay up to and with (without) the token,
+    // and decay [N] = 2^g of the whole chunk. The caller's barrier makes them visible.
+    template <class T>
+    __device__ static void scaled_tokens(const ChunkInputs& in, const Place& place, const T& At, const T& Rt, const T& Bt, const T& Kt, float* totals,
+                                         float* decay) {
+        float2 r[rows], k[rows], a[rows], b[rows], g[rows], before, all;
+#pragma unroll
+        for (int t = 0; t < rows; ++t) {
+            r[t] = load(in.r, place, t), k[t] = load(in.k, place, t);
+            a[t] = load(in.a, place, t), b[t] = load(in.b, place, t);
+        }
+        log_decays(g, in.w, place);
+        across_warps(g[rows - 1], totals, before, all);
+        if (!active()) return;
+        if (warp_index() == 0) *reinterpret_cast<float2*>(decay + column()) = make_float2(exp2_fast(all.x), exp2_fast(all.y));
+        float2 e = make_float2(exp2_fast(before.x), exp2_fast(before.y));
+#pragma unroll
+        for (int t = 0; t < rows; ++t) {
+            const float2 sum = make_float2(before.x + g[t].x, before.y + g[t].y);
+            const float2 up = make_float2(exp2_fast(sum.x), exp2_fast(sum.y)), down = make_float2(exp2_fast(-sum.x), exp2_fast(-sum.y));
+            At.put(row() + t, column(), a[t].x * e.x, a[t].y * e.y);
+            Rt.put(row() + t, column(), r[t].x * up.x, r[t].y * up.y);
+            Bt.put(row() + t, column(), b[t].x * down.x, b[t].y * down.y);
+            Kt.put(row() + t, column(), k[t].x * down.x, k[t].y * down.y);
+            e = up;
+        }
+    }
+};
+
+// Multiplies columns by decay [N].
+template <int J> __device__ __forceinline__ void scale_columns(float (&d)[J][4], const float* decay) {
+    for_pairs(d, 0, [&](int, int column, float& x, float& y) { x *= decay[column], y *= decay[column + 1]; });
+}
+
+// Below this many (sequence, head) pairs the scans split a head's value rows over blocks, to fill the chip.
+constexpr int small_batch = 264;
+
+template <template <int, int> class Record> int64_t records_bytes(const Wkv7Shape& s) {
+    constexpr int C = chunk_tokens;
+    const int64_t size = s.N == 16 ? Record<C, 16>::size : s.N == 32 ? Record<C, 32>::size : s.N == 64 ? Record<C, 64>::size : 0;
+    return size * int64_t(sizeof(bf16)) * sequences_of(s).slots<C>() * s.H;
+}
+
+}  // namespace wkv7

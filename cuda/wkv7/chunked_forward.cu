@@ -1,0 +1,314 @@
+// WKV7 forward in chunks of 64 tokens on the tensor cores. Two kernels:
+//   chunk_maps   all chunks at once: F and H, which carry the state through the chunk (S <- S F + H), E and O, which give its output
+//                (Y = E S^T + O), and X = (I - L)^-1 for the backward;
+//   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of them.
+// RWKV-v7/docs/wkv7_chunked.md derives the formulas.
+#include "chunk.cuh"
+
+namespace wkv7 {
+namespace {
+
+// X = (I - L)^-1 of a 16 x 16 strictly lower triangle, by forward substitution in fp32. L: [16][16] floats in shared memory; lane j has column j.
+__device__ __forceinline__ void invert_block(float (&x)[16], const float* L) {
+    const int column = lane_index() % 16;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        float sum = i == column ? 1.f : 0.f;
+#pragma unroll
+        for (int s = 0; s < i; ++s) sum += L[i * 16 + s] * x[s];
+        x[i] = sum;
+    }
+}
+
+// One step of the merge of diagonal blocks: where X holds the inverses of the diagonal blocks of h x h 16-blocks, fills the blocks below the
+// diagonal of the pairs of them: X21 = X22 L21 X11. A warp makes one 16-block; T = L21 X11 is computed transposed, since then its registers
+// are the right factor of the second product.
+template <int h, class T> __device__ __forceinline__ void merge_inverses(const T& X, const T& L, int job) {
+    const int top = job / (h * h) * 2 * h, row = top + h + job / h % h, column = top + job % h;
+    float t[2 * h][4], x[2][4];
+    clear(t), clear(x);
+    const int lane = lane_index();
+#pragma unroll
+    for (int m = 0; m < h; ++m)
+        if (top + m >= column) {
+            uint32_t a[4];
+            ldmatrix<true>(a, X.at((top + m) * 16 + lane % 8 + lane / 16 * 8, column * 16 + lane / 8 % 2 * 8));
+#pragma unroll
+            for (int n = 0; n < h; ++n) {
+                uint32_t b[4];
+                ldmatrix<false>(b, L.at((top + h + n) * 16 + lane % 8 + lane / 16 * 8, (top + m) * 16 + lane / 8 % 2 * 8));
+                const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+                mma(t[2 * n], a, b0);
+                mma(t[2 * n + 1], a, b1);
+            }
+        }
+#pragma unroll
+    for (int n = 0; n < h; ++n)
+        if (top + h + n <= row) {
+            uint32_t a[4];
+            ldmatrix<false>(a, X.at(row * 16 + lane % 16, (top + h + n) * 16 + lane / 16 * 8));
+            const uint32_t b0[2] = {pack(t[2 * n][0], t[2 * n][1]), pack(t[2 * n + 1][0], t[2 * n + 1][1])};
+            const uint32_t b1[2] = {pack(t[2 * n][2], t[2 * n][3]), pack(t[2 * n + 1][2], t[2 * n + 1][3])};
+            mma(x[0], a, b0);
+            mma(x[1], a, b1);
+        }
+    for_pairs(x, row * 16, [&](int i, int j, float x0, float x1) { X.put(i, column * 16 + j, x0, x1); });
+}
+
+template <int C, int N> struct MapsShared {
+    static constexpr int tokens = C * N * 2, square = C * C * 2, blocks = C * 16 * 4, sums = C / 8 * N * 4;
+    static constexpr size_t size = 6 * tokens + square + (square > tokens ? square : tokens) + blocks + sums + N * 4;
+};
+
+template <int C, int N> __launch_bounds__(C * 4, 2)
+__global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved_, bf16* __restrict__ scratch_) {
+    using Token = Tile<C, N>;
+    using Square = Tile<C, C>;
+    constexpr int n_blocks = C / 16;
+    static_assert(n_blocks == 4, "the merges below are those of 4 blocks");
+    const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
+    if (place.tokens < 1) return;
+    bf16* const saved = saved_ + place.record * SavedChunk<C, N>::size;
+    bf16* const scratch = scratch_ + place.record * ForwardScratch<C, N>::size;
+
+    bf16* memory = reinterpret_cast<bf16*>(shared_memory());
+    const Token At{memory}, Rt{At.base + Token::size}, Bt{Rt.base + Token::size}, Kt{Bt.base + Token::size}, V{Kt.base + Token::size}, P{V.base + Token::size};
+    const Square X{P.base + Token::size}, L{X.base + Square::size};
+    const Token W{L.base};  // takes the place of L
+    float* const blocks = reinterpret_cast<float*>(L.base + (Square::size > Token::size ? Square::size : Token::size));
+    float *const totals = blocks + C * 16, *const decay = totals + C / 8 * N;
+
+    copy_tokens(V, in.v + place.first, place.stride, place.tokens);
+    copy_commit();
+    Columns<C, N, C / 8>::scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
+    copy_wait<0>();
+    __syncthreads();
+
+    // Half of the warps follow a: L, its inverse X, W = X At, F and H. The other half: M V, then r's: Qb, Qk, E and O. Each has 16 rows.
+    const int warp = warp_index(), block = warp % n_blocks;
+    const bool for_a = warp < n_blocks;
+    const Blocks all{0, N / 16}, lower{0, block + 1};
+    Left<N> rows;
+    Left<C> Qb;
+    Sums<N> O;
+    if (for_a) {
+        Sums<C> l;
+        load_left<false>(rows, At, block * 16, all);
+        triangle<true, 1>(l, rows, Bt, block);
+        float* const mine = blocks + block * 256;
+        for_pairs(l, 0, [&](int row, int column, float x, float y) {
+            if (column / 16 == block) *reinterpret_cast<float2*>(mine + row * 16 + column % 16) = make_float2(x, y);
+            if (column / 16 < block) L.put(block * 16 + row, column, x, y);
+            if (column / 16 > block) X.put(block * 16 + row, column, 0.f, 0.f);
+        });
+        __syncwarp();
+        float x[16];
+        invert_block(x, mine);
+        const int column = lane_index();
+        if (column < 16)
+#pragma unroll
+            for (int i = 0; i < 16; ++i) *X.at(block * 16 + i, block * 16 + column) = from_float<bf16>(x[i]);
+    } else {
+        Sums<C> m;
+        Left<C> M;
+        load_left<false>(rows, At, block * 16, all);
+        triangle<true, 1>(m, rows, Kt, block);
+        as_left(M, m);
+        clear(O);
+        multiply<false>(O, M, V, lower, all);
+        store(O, P, block * 16);  // M V, until P replaces it
+        load_left<false>(rows, Rt, block * 16, all);
+    }
+    __syncthreads();
+    if (for_a) {
+        if (block < 2) merge_inverses<1>(X, L, block);
+    } else {
+        Sums<C> x;
+        triangle<true, 0>(x, rows, Bt, block);
+        as_left(Qb, x);
+    }
+    __syncthreads();
+    if (for_a) {
+        merge_inverses<2>(X, L, block);
+    } else {
+        Sums<C> x;
+        Left<C> Qk;
+        triangle<true, 0>(x, rows, Kt, block);
+        as_left(Qk, x);
+        clear(O);
+        multiply<false>(O, Qk, V, lower, all);
+    }
+    __syncthreads();
+
+    Left<C> x;
+    Sums<N> d;
+    clear(d);
+    load_left<false>(x, X, block * 16, lower);
+    if (for_a) {
+        multiply<false>(d, x, At, lower, all);
+        store(d, W, block * 16);
+    } else {
+        multiply<false>(d, x, P, lower, all);
+    }
+    __syncthreads();
+    if (!for_a) store(d, P, block * 16);
+    __syncthreads();
+
+    if (for_a) {
+        constexpr Blocks tokens{0, n_blocks};
+        for (int row = block * 16; row < N; row += C) {
+            Left<C> left;
+            clear(d);
+            load_left<true>(left, W, row, tokens);
+            multiply<false>(d, left, Bt, tokens, all);
+            scale_columns(d, decay);
+            store_blocks(d, saved + SavedChunk<C, N>::F, row);
+            clear(d);
+            load_left<true>(left, V, row, tokens);
+            multiply<false>(d, left, Kt, tokens, all);
+            load_left<true>(left, P, row, tokens);
+            multiply<false>(d, left, Bt, tokens, all);
+            scale_columns(d, decay);
+            store_blocks(d, scratch + ForwardScratch<C, N>::H, row);
+        }
+    } else {
+        for_pairs(d, block * 16, [&](int row, int column, float& x0, float& x1) {
+            const float2 r = Rt.get(row, column);
+            x0 = r.x, x1 = r.y;
+        });
+        multiply<false>(d, Qb, W, lower, all);
+        store_blocks(d, saved + SavedChunk<C, N>::E, block * 16);
+        multiply<false>(O, Qb, P, lower, all);
+        store_blocks(O, scratch + ForwardScratch<C, N>::O, block * 16);
+    }
+    for (int i = threadIdx.x; i < Square::size / 8; i += blockDim.x) {
+        const int piece = i / 8, row = piece / Square::pieces * 8 + i % 8, column = piece % Square::pieces * 8;
+        *reinterpret_cast<uint4*>(saved + SavedChunk<C, N>::X + i * 8) = *reinterpret_cast<const uint4*>(X.at(row, column));
+    }
+    if (threadIdx.x < N) reinterpret_cast<float*>(saved + SavedChunk<C, N>::decay)[threadIdx.x] = decay[threadIdx.x];
+}
+
+constexpr int scan_stages = 2;
+
+template <int C, int N> struct ScanShared {
+    static constexpr int stage = (N * N + C * N + 2 * N) * 2;
+    static constexpr size_t size = scan_stages * stage;
+};
+
+// blockIdx: sequence, head, and the part of the value rows where a block has fewer than N / 16 warps.
+template <int C, int N> __launch_bounds__(N * 2)
+__global__ void chunk_scan(Sequences q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch, bf16* __restrict__ y,
+                           float* __restrict__ final_state) {
+    const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16, lane = lane_index();
+    const int length = q.length(sequence), chunks = ceil_div(length, C);
+    const int64_t state_offset = (int64_t(sequence) * q.H + head) * N * N;
+    char* memory = shared_memory();
+
+    auto fetch = [&](int chunk) {
+        if (chunk < chunks) {
+            const bf16* record = saved + place_of<C>(q, N, sequence, chunk * C, head).record * SavedChunk<C, N>::size;
+            bf16* stage = reinterpret_cast<bf16*>(memory + chunk % scan_stages * ScanShared<C, N>::stage);
+            copy_blocks(Tile<N, N>{stage}, record + SavedChunk<C, N>::F);
+            copy_blocks(Tile<C, N>{stage + N * N}, record + SavedChunk<C, N>::E);
+            if (threadIdx.x < N / 4) copy_async(stage + N * N + C * N + threadIdx.x * 8, record + SavedChunk<C, N>::decay + threadIdx.x * 8, true);
+        }
+        copy_commit();
+    };
+
+    Sums<N> S;
+    for_pairs(S, slab, [&](int row, int column, float& x0, float& x1) {
+        const float2 s = initial_state ? *reinterpret_cast<const float2*>(initial_state + state_offset + row * N + column) : make_float2(0.f, 0.f);
+        x0 = s.x, x1 = s.y;
+    });
+    for (int chunk = 0; chunk < scan_stages - 1; ++chunk) fetch(chunk);
+
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const Place place = place_of<C>(q, N, sequence, chunk * C, head);
+        fetch(chunk + scan_stages - 1);
+
+        // H and O of this warp's rows straight into registers, while F and E arrive.
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(scratch + place.record * ForwardScratch<C, N>::size) + lane;
+        uint32_t h[N / 8][2], o[C / 8][2];
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) h[j][half] = from[(ForwardScratch<C, N>::H + block_offset<N>(slab + half * 8, j * 8)) / 2];
+#pragma unroll
+        for (int t = 0; t < C / 8; ++t)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) o[t][half] = from[(ForwardScratch<C, N>::O + block_offset<N>(t * 8, slab + half * 8)) / 2];
+
+        store_blocks(S, saved + place.record * SavedChunk<C, N>::size + SavedChunk<C, N>::S, slab);
+        Left<N> s;
+        as_left(s, S);
+
+        copy_wait<scan_stages - 1>();
+        __syncthreads();
+        bf16* const stage = reinterpret_cast<bf16*>(memory + chunk % scan_stages * ScanShared<C, N>::stage);
+        const Tile<N, N> F{stage};
+        const Tile<C, N> E{stage + N * N};
+        const float* decay = reinterpret_cast<const float*>(stage + N * N + C * N);
+
+#pragma unroll
+        for (int t = 0; t < C / 16; ++t) {  // 16 tokens of Y = E S^T + O
+            Left<N> e;
+            load_left<false>(e, E, t * 16, {0, N / 16});
+            Sums<16> d;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 upper = unpack(o[2 * t][half]), lower = unpack(o[2 * t + 1][half]);
+                d[half][0] = upper.x, d[half][1] = upper.y, d[half][2] = lower.x, d[half][3] = lower.y;
+            }
+#pragma unroll
+            for (int k = 0; k < N / 16; ++k) {  // the left fragments of S are, rearranged, the right fragments of its transpose
+                const uint32_t upper[2] = {s[k][0], s[k][2]}, lower[2] = {s[k][1], s[k][3]};
+                mma(d[0], e[k], upper);
+                mma(d[1], e[k], lower);
+            }
+            for_pairs(d, t * 16, [&](int row, int column, float x0, float x1) {
+                if (row < place.tokens) *reinterpret_cast<uint32_t*>(y + place.first + int64_t(row) * place.stride + slab + column) = pack(x0, x1);
+            });
+        }
+
+        scale_columns(S, decay);
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 x = unpack(h[j][half]);
+                S[j][2 * half] += x.x, S[j][2 * half + 1] += x.y;
+            }
+        multiply<false>(S, s, F, {0, N / 16}, {0, N / 16});
+        __syncthreads();
+    }
+    if (final_state)
+        for_pairs(S, slab, [&](int row, int column, float x0, float x1) {
+            *reinterpret_cast<float2*>(final_state + state_offset + row * N + column) = make_float2(x0, x1);
+        });
+}
+
+template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+    constexpr int C = chunk_tokens;
+    const Sequences q = sequences_of(shape);
+    const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4, MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved, (bf16*)scratch);
+    if (error) return error;
+    const int parts = int64_t(q.count) * q.H < small_batch ? N / 16 : 1;
+    return launch(chunk_scan<C, N>, dim3(q.count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, q, in.initial_state, (bf16*)saved,
+                  (const bf16*)scratch, (bf16*)y, final_state);
+}
+
+}  // namespace
+}  // namespace wkv7
+
+extern "C" int64_t wkv7_chunked_saved_bytes(const Wkv7Shape* shape) { return wkv7::records_bytes<wkv7::SavedChunk>(*shape); }
+
+extern "C" int64_t wkv7_chunked_forward_scratch_bytes(const Wkv7Shape* shape) { return wkv7::records_bytes<wkv7::ForwardScratch>(*shape); }
+
+extern "C" int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+    switch (wkv7::valid(*shape) ? shape->N : 0) {
+        case 16: return wkv7::forward<16>(*shape, *in, y, final_state, saved, scratch, stream);
+        case 32: return wkv7::forward<32>(*shape, *in, y, final_state, saved, scratch, stream);
+        case 64: return wkv7::forward<64>(*shape, *in, y, final_state, saved, scratch, stream);
+        default: return WKV7_UNSUPPORTED;
+    }
+}

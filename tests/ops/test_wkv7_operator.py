@@ -1,0 +1,130 @@
+"""WKV7 as a citizen of torch: dispatch, opcheck, torch.compile, activation checkpointing, autocast, sanitizers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rwkvlm.config import UserError
+from rwkvlm.ops import backend
+from rwkvlm.ops.wkv7 import native, wkv7, wkv7_chunked
+
+FAILURE = native.why_not(torch.float32)
+needs_native = pytest.mark.skipif(bool(FAILURE), reason=FAILURE)
+
+
+def inputs(B=2, T=19, H=2, N=32, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(B, T, H, N, generator=generator) / 4 for _ in range(6)]
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+def gradients(function, tensors):
+    return torch.autograd.grad(function(*tensors).float().square().sum(), tensors)
+
+
+@needs_native
+def test_dispatch_takes_the_kernel_and_gives_its_bits(monkeypatch):
+    monkeypatch.setattr(backend, "_requested", "cpu")
+    x = inputs()
+    y, state = wkv7(*x, output_final_state=True)
+    assert torch.equal(y, native.wkv7_native(*x)[0]) and state.dtype == torch.float32
+    assert torch.equal(wkv7(*x), y)
+    monkeypatch.setattr(backend, "_requested", "torch")
+    assert torch.equal(wkv7(*x), wkv7_chunked(*x)[0])
+
+
+def test_an_asked_for_kernel_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(backend, "_requested", "cuda")
+    with pytest.raises(UserError, match="--kernel cuda: wkv7 cannot run: the tensors are on cpu"):
+        wkv7(*inputs())
+    monkeypatch.setattr(backend, "_requested", "cpu")
+    with pytest.raises(UserError, match="takes bfloat16 or float32, not torch.float64"):
+        wkv7(*(x.double() for x in inputs()))
+
+
+def test_auto_falls_back_with_one_line_said_once(monkeypatch, capfd):
+    monkeypatch.setattr(backend, "_requested", "auto")
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr("rwkvlm.native.available", lambda name: (False, "native kernel wkv7: no C++ compiler (g++ is not on the PATH)"))
+    x = inputs()
+    for _ in range(3):
+        assert torch.equal(wkv7(*x), wkv7_chunked(*x)[0])
+    assert capfd.readouterr().err == "wkv7: running in plain PyTorch, which is slower (native kernel wkv7: no C++ compiler (g++ is not on the PATH))\n"
+
+
+@needs_native
+@pytest.mark.parametrize("case", ["plain", "bfloat16", "initial state", "packed", "nothing saved"])
+def test_opcheck(case):
+    x = inputs(1, 9, 2, 16, torch.bfloat16 if case == "bfloat16" else torch.float32)
+    if case == "nothing saved":
+        x = [t.detach() for t in x]
+    state = torch.randn(1, 2, 16, 16, requires_grad=True) if case == "initial state" else None
+    cu_seqlens = torch.tensor([0, 4, 9]) if case == "packed" else None
+    torch.library.opcheck(torch.ops.rwkvlm.wkv7_forward, (*x, state, cu_seqlens, case != "nothing saved"))
+
+
+@needs_native
+def test_opcheck_of_the_backward():
+    x = [t.detach() for t in inputs(1, 9, 2, 16)]
+    _, state, removed, checkpoints = torch.ops.rwkvlm.wkv7_forward(*x, None, None, True)
+    arguments = (torch.randn_like(x[0]), torch.randn_like(state), *x, None, removed, checkpoints)
+    torch.library.opcheck(torch.ops.rwkvlm.wkv7_backward, arguments)
+
+
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(monkeypatch, kernel, compiler):
+    if compiler == "inductor" and FAILURE:
+        pytest.skip("inductor needs a C++ compiler too")
+    monkeypatch.setattr(backend, "_requested", kernel)
+    torch._dynamo.reset()
+    x = inputs()
+    compiled = torch.compile(lambda *t: wkv7(*t) * 2, fullgraph=True, backend=compiler)
+    for ours, theirs in zip(gradients(lambda *t: wkv7(*t) * 2, x), gradients(compiled, x)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_bits(reentrant):
+    x = inputs()
+    again = gradients(lambda *t: checkpoint(wkv7, *t, use_reentrant=reentrant), x) if not reentrant else None
+    if reentrant:  # the reentrant form supports .backward() only
+        checkpoint(wkv7, *x, use_reentrant=True).float().square().sum().backward()
+        again = [t.grad for t in x]
+    assert all(torch.equal(p, q) for p, q in zip(gradients(wkv7, x), again))
+
+
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("cpu", marks=needs_native)])
+def test_autocast_changes_nothing(monkeypatch, kernel):
+    monkeypatch.setattr(backend, "_requested", kernel)
+    x = inputs()
+    plain = wkv7(*x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(wkv7(*x), plain)
+
+
+@needs_native
+@pytest.mark.slow
+def test_clean_under_the_address_and_undefined_behaviour_sanitizers(tmp_path):
+    """The whole of test_wkv7.py's short cases, with the kernel built under both sanitizers."""
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("this compiler has no libasan")
+    environment = os.environ | {
+        "RWKV_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -g",
+        "RWKV_CACHE_DIR": str(tmp_path),
+        "LD_PRELOAD": os.path.realpath(library),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    tests = Path(__file__).with_name("test_wkv7.py")
+    chosen = "(any_length or head_size or heads or bfloat16 or packed) and not torch"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", chosen, "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:] + done.stderr[-2000:]
