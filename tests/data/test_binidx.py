@@ -90,6 +90,25 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert BinIdx(tmp_path / "a").tokens.tolist() == [1, 0] and sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
 
 
+def test_no_moment_shows_a_mixed_pair(tmp_path, monkeypatch):
+    """Stopped between the two renames, the new .bin stands without an index, not with the old one."""
+    write_by_hand(tmp_path / "a", [[1, 0]])
+    rename, calls = os.replace, []
+
+    def stop_at_the_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt), BinIdxWriter(tmp_path / "a") as out:
+        out.add([2, 0])
+    assert os.listdir(tmp_path) == ["a.bin"]
+    with pytest.raises(UserError, match="a.idx does not exist"):
+        BinIdx(tmp_path / "a")
+
+
 @pytest.mark.parametrize("token", [-1, 65536])
 def test_writer_never_wraps_a_token(tmp_path, token):
     with pytest.raises(ValueError, match=str(token)), BinIdxWriter(tmp_path / "a") as out:

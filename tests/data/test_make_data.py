@@ -61,10 +61,10 @@ def test_the_official_call(here, capsys):
 
 
 def test_the_shim_runs_as_a_program(here):
-    jsonl("demo.jsonl", ["aa", "bb"])
+    jsonl("demo.jsonl", ["a\xff", "中"])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, str(SHIM), "demo.jsonl", "2", "1"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "--my_exit_tokens 8 --magic_prime 5 --ctx_len 1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--my_exit_tokens 10 --magic_prime 5 --ctx_len 1" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, str(SHIM), "none.jsonl", "2", "1"], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: input none.jsonl does not exist\n")
 
@@ -242,3 +242,24 @@ def test_a_full_disk_leaves_nothing(here, capsys, monkeypatch):
     jsonl("demo.jsonl", words(20))
     assert main(["demo.jsonl", "1", "4"]) == 2
     assert "cannot write demo.bin: No space left on device" in capsys.readouterr().err and os.listdir() == ["demo.jsonl"]
+
+
+def test_fuzzed_lines_end_in_one_line_or_in_tokens(here, capsys):
+    rng = random.Random(5)
+    good = "".join(json.dumps({"text": t}, ensure_ascii=k % 2 == 0) + "\n" for k, t in enumerate(words(6))).encode()
+    codes = Counter()
+    for _ in range(300):
+        raw = bytearray(good)
+        for _ in range(rng.randrange(1, 3)):
+            raw[rng.randrange(len(raw))] = rng.choice(b'"\\{}\n\r\0\xff\xc3u:,d8 ')
+        Path("demo.jsonl").write_bytes(raw)
+        code = main(["demo.jsonl", "1", "4"])
+        err = capsys.readouterr().err
+        codes[code] += 1
+        if code == 0:
+            expected = [json.loads(line)["text"] for line in bytes(raw).split(b"\n") if line.strip()]
+            assert Counter(texts_of("demo")) == Counter(expected)
+        else:
+            assert code == 2 and err.startswith("error: demo.jsonl, line ") and err.count("\n") == 1
+            assert not Path("demo.bin.partial").exists() and not Path("demo.tokens.partial").exists()
+    assert codes[0] > 20 and codes[2] > 20

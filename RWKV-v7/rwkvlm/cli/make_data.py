@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -59,8 +60,7 @@ def _show(data: BinIdx, tokenizer: Tokenizer, i: int) -> None:
         text = tokenizer.decode(tokens)
     else:
         text = f"{tokenizer.decode(tokens[:PREVIEW])}\n· · · · ·\n{tokenizer.decode(tokens[-PREVIEW:])}"
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    print(text)
 
 
 def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> None:
@@ -88,6 +88,8 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
 def main(argv: list[str]) -> int:
     """Returns 0; raises UserError for whatever is wrong with arguments or input, and then no output has been made."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # it shows texts of any language on terminals of any encoding
     if args.ctx_len < 1:
         raise UserError(f"CTX_LEN {args.ctx_len} must be at least 1")
     if not 0 <= args.seed < 1 << 32:

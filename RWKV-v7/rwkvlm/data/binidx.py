@@ -250,11 +250,11 @@ class BinIdxWriter:
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document. ValueError if a token does not fit into the dtype."""
-        given = np.asarray(tokens)
-        data = given.astype(self.dtype)
-        if given.dtype != self.dtype and not np.array_equal(given, data):
+        given = np.ascontiguousarray(tokens)
+        data = given.astype(self.dtype, copy=False)
+        if data is not given and not np.array_equal(given, data):
             raise ValueError(f"a token outside {self.dtype} (largest: {given.max()}, smallest: {given.min()})")
-        self._bin.write(memoryview(data).cast("B") if data.size else b"")
+        self._bin.write(data)
         self._sizes.append(data.size)
         self.n_tokens += data.size
 
