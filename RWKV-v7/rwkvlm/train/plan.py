@@ -84,6 +84,8 @@ def make_plan(config: TrainConfig) -> Plan:
     vocab_size = start.model.vocab_size
     samples = TrainingSamples(data, config.ctx_len, prime, vocab_size)
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
+    if start.state is None:  # weights know mini-epochs only
+        start.position.step = start.position.samples // batch
     exit_tokens = config.my_exit_tokens if config.my_exit_tokens > 0 else prime * config.ctx_len
     return Plan(
         config=config,

@@ -6,6 +6,8 @@ import logging
 import warnings
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.data import DataLoader
 
 from ..checkpoint.ledger import publish_weights
@@ -13,7 +15,6 @@ from ..checkpoint.ranks import rank, say
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, env
 from ..data.dataset import RankBatches, make_loader
-from ..models import LanguageModel
 from .banner import show_plan
 from .conductor import Conductor
 from .module import TrainModule
@@ -34,9 +35,11 @@ def run(config: TrainConfig) -> int:
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do")
         return 0
+    quiet()
+    strategy = make_strategy(plan.config)
     if env.first_process():
         show_plan(plan)
-    return train(plan)
+    return train(plan, strategy)
 
 
 def write_init(config: TrainConfig) -> int:
@@ -54,15 +57,14 @@ def write_init(config: TrainConfig) -> int:
     return 0
 
 
-def train(plan: Plan) -> int:
+def train(plan: Plan, strategy: Strategy) -> int:
     config = plan.config
-    quiet()
     conductor = Conductor(plan)
     trainer = pl.Trainer(
         accelerator=plan.launch.accelerator,
         devices=plan.launch.devices,
         num_nodes=plan.launch.num_nodes,
-        strategy=make_strategy(config),
+        strategy=strategy,
         precision=lightning_precision(config),
         max_epochs=1,  # to Lightning the run is one epoch of exactly the batches that are left; mini-epochs are ours
         accumulate_grad_batches=config.accumulate_grad_batches,
@@ -79,7 +81,20 @@ def train(plan: Plan) -> int:
     # Lightning broadcasts a flag before every batch and waits for it; the Conductor's Agreement does this without waiting.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     trainer.fit(PlannedModule(plan))
-    return conductor.exit_code
+    return end_together(trainer, conductor.exit_code)
+
+
+def end_together(trainer: pl.Trainer, exit_code: int) -> int:
+    """The exit code of this process. Where Lightning started the others, the first one waits for them and speaks for all.
+
+    Lightning kills everything when one of its children exits with another code than 0, which here means "asked to stop, all saved".
+    """
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher) or launcher.cluster_environment.creates_processes_externally:
+        return exit_code
+    for process in launcher.procs:
+        process.wait()
+    return exit_code if trainer.local_rank == 0 else 0
 
 
 class PlannedModule(TrainModule):
@@ -99,8 +114,9 @@ class PlannedModule(TrainModule):
 
     def train_dataloader(self) -> DataLoader:
         plan, trainer = self.plan, self.trainer
+        steps = max(1, plan.steps)  # Lightning would skip an empty epoch with all its hooks, and a run may have only its last file to write
         batches = RankBatches(
-            trainer.global_rank, trainer.world_size, plan.config.micro_bsz, plan.steps * plan.config.accumulate_grad_batches, plan.start.position.samples
+            trainer.global_rank, trainer.world_size, plan.config.micro_bsz, steps * plan.config.accumulate_grad_batches, plan.start.position.samples
         )
         on_gpu = plan.device.type == "cuda"
         return make_loader(plan.samples, batches, workers=GPU_LOADER_WORKERS if on_gpu else 0, pin_memory=on_gpu)

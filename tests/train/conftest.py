@@ -1,0 +1,108 @@
+"""A tiny corpus and a tiny run: what the tests of training share."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvlm.cli import main
+from rwkvlm.data.binidx import BinIdxWriter
+from rwkvlm.ops import backend
+
+VOCAB, CTX, BATCH, STEPS = 256, 32, 4, 30
+FLAGS = {
+    "vocab_size": VOCAB, "n_layer": 2, "n_embd": 64, "head_size": 32, "ctx_len": CTX, "micro_bsz": BATCH, "my_exit_tokens": STEPS * BATCH * CTX,
+    "lr_init": 2e-3, "lr_final": 2e-4, "warmup_steps": 5, "weight_decay": 0.1, "epoch_samples": 40, "epoch_save": 2, "random_seed": 1,
+    "accelerator": "cpu", "devices": 1, "precision": "fp32", "kernel": "torch", "train_stage": 3, "val_batches": 2, "enable_progress_bar": False,
+}  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write tests/assets/golden_x070.json anew instead of comparing with it")
+
+
+def tokens(n: int, seed: int) -> np.ndarray:
+    """Text-like numbers that are the same on every machine and in every version of every library: a walk driven by a linear congruence."""
+    state, at, out = seed, 0, np.empty(n, dtype=np.uint16)
+    for i in range(n):
+        state = (1103515245 * state + 12345) % 2**31
+        at = (at + (state >> 16) % 7) % VOCAB
+        out[i] = at
+    return out
+
+
+def write_data(prefix: Path, n: int = 20000, seed: int = 1, dtype=np.uint16) -> str:
+    with BinIdxWriter(prefix, dtype) as writer:
+        for document in np.array_split(tokens(n, seed).astype(dtype), 20):
+            writer.add(document)
+    return str(prefix)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> str:
+    """Prefix of a tiny corpus with held-out data beside it."""
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder / "tiny.val", 2000, seed=2)
+    return write_data(folder / "tiny")
+
+
+class TinyRun:
+    """Runs `train.py` in this process: run(proj_dir, flag=value, ...) -> exit code; argv() for subprocesses."""
+
+    def __init__(self, data: str) -> None:
+        self.data = data
+
+    def argv(self, proj_dir: Path, **flags) -> list[str]:
+        flags = {"data_file": self.data, "proj_dir": proj_dir} | FLAGS | flags
+        return [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+
+    def __call__(self, proj_dir: Path, **flags) -> int:
+        return main(["train", *self.argv(proj_dir, **flags)])
+
+
+@pytest.fixture
+def run(data):
+    """A TinyRun; afterwards the process is as it was."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    yield TinyRun(data)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    backend._requested = None
+
+
+@pytest.fixture(scope="session")
+def records():
+    """records(proj_dir, key="loss") -> {step: record} of metrics.jsonl, of two records of a step the later one."""
+
+    def read(proj_dir: Path, key: str = "loss") -> dict[int, dict]:
+        lines = (json.loads(line) for line in (Path(proj_dir) / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line for line in lines if key in line}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def losses(records):
+    """losses(proj_dir) -> the loss of every step in order."""
+
+    def read(proj_dir: Path) -> list[float]:
+        found = records(proj_dir)
+        assert list(sorted(found)) == list(range(1, len(found) + 1))
+        return [found[step]["loss"] for step in sorted(found)]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def whole(data, losses, tmp_path_factory):
+    """The folder of an undisturbed run of 30 steps, 3 mini-epochs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert TinyRun(data)(folder) == 0
+    torch.set_num_threads(threads)
+    backend._requested = None
+    return folder

@@ -1,0 +1,169 @@
+"""Everything a user can get wrong at the start of a run: one line with the cure on stderr, exit code 2, nothing trained."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvlm.data.binidx import bin_path, idx_path
+from rwkvlm.models import build, init_weights
+from rwkvlm.config import ModelConfig
+from rwkvlm.checkpoint.pth import save_weights
+
+NEW = dict(train_stage=0)
+
+
+def copied(data: str, folder: Path) -> str:
+    prefix = folder / "data"
+    for path in (bin_path, idx_path):
+        path(prefix).write_bytes(path(data).read_bytes())
+    return str(prefix)
+
+
+def truncated(data, folder):
+    prefix = copied(data, folder)
+    bin_path(prefix).write_bytes(bin_path(prefix).read_bytes()[:-100])
+    return dict(data_file=prefix)
+
+
+def mismatched_val(data, folder):
+    prefix = copied(data, folder)
+    bin_path(prefix).write_bytes(bin_path(prefix).read_bytes()[:-100])
+    return dict(val_file=prefix)
+
+
+def cut_index(data, folder):
+    prefix = copied(data, folder)
+    idx_path(prefix).write_bytes(idx_path(prefix).read_bytes()[:50])
+    return dict(data_file=prefix)
+
+
+def large_token(data, folder):
+    prefix = copied(data, folder)
+    tokens = np.fromfile(bin_path(prefix), dtype=np.uint16)
+    tokens[1234] = 300
+    tokens.tofile(bin_path(prefix))
+    return dict(data_file=prefix)
+
+
+def weights(folder: Path, name: str = "model.pth", **sizes) -> Path:
+    model = build(ModelConfig(**(dict(n_layer=2, n_embd=32, head_size=16, vocab_size=256) | sizes)))
+    init_weights(model, 0)
+    save_weights(folder / name, model.state_dict())
+    return folder / name
+
+
+def without(folder: Path, name: str) -> Path:
+    path = weights(folder)
+    tensors = torch.load(path)
+    del tensors[name]
+    save_weights(path, tensors)
+    return path
+
+
+def broken_file(folder: Path) -> Path:
+    path = weights(folder)
+    path.write_bytes(path.read_bytes()[:1000])
+    return path
+
+
+def held(folder: Path, name: str) -> dict:
+    weights(folder, name)
+    return dict(proj_dir=folder, n_embd=32, head_size=16)
+
+
+def regular_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file"
+
+
+CASES = {
+    "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
+    "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
+    "truncated .bin": (truncated, "data.bin is truncated:"),
+    "truncated .idx": (cut_index, "copy or make it again"),
+    "token >= vocab_size": (large_token, "holds token 300 at position 1234, outside the vocabulary (--vocab_size 256)"),
+    "vocab_size too small": (lambda d, f: dict(vocab_size=200), "outside the vocabulary (--vocab_size 200)"),
+    "ctx_len > data": (lambda d, f: dict(ctx_len=30000), "--ctx_len 30000 needs at least 60001 tokens and the data have 20000"),
+    "ctx_len > half the data": (lambda d, f: dict(ctx_len=15000), "--ctx_len 15000 needs at least 30001 tokens"),
+    "magic_prime not prime": (lambda d, f: dict(magic_prime=620), "use --magic_prime 617"),
+    "magic_prime 1 mod 3": (lambda d, f: dict(magic_prime=619), "use --magic_prime 617"),
+    "magic_prime too large": (lambda d, f: dict(magic_prime=641), "reads past the end of the data"),
+    "magic_prime too small": (lambda d, f: dict(magic_prime=101), "use --magic_prime 617"),
+    "missing val_file": (lambda d, f: dict(val_file=f / "held"), "held.idx does not exist"),
+    "truncated val_file": (mismatched_val, "is truncated"),
+    "missing load_model": (lambda d, f: NEW | dict(load_model=f / "none.pth"), "none.pth does not exist"),
+    "broken load_model": (lambda d, f: NEW | dict(load_model=broken_file(f)), "is truncated or not a PyTorch weights file"),
+    "load_model is no model": (lambda d, f: NEW | dict(load_model=d + ".bin"), "is truncated or not a PyTorch weights file"),
+    "checkpoint of another width": (lambda d, f: NEW | dict(load_model=weights(f)), "--n_embd 64, but"),
+    "checkpoint of another depth": (lambda d, f: NEW | dict(load_model=weights(f), n_embd=32, head_size=16, n_layer=3), "--n_layer 3, but"),
+    "checkpoint of another vocabulary": (lambda d, f: NEW | dict(load_model=weights(f, vocab_size=300), n_embd=32, head_size=16), "has 300; leave --vocab_size out"),
+    "checkpoint lacks a tensor": (
+        lambda d, f: NEW | dict(load_model=without(f, "blocks.1.ln1.weight"), n_embd=32, head_size=16),
+        "the checkpoint lacks blocks.1.ln1.weight (1 missing in all); use --load_partial 1",
+    ),
+    "checkpoint in proj_dir of another width": (lambda d, f: held(f, "rwkv-3.pth") | dict(n_embd=64), "--n_embd 64, but"),
+    "unknown my_testing": (lambda d, f: dict(my_testing="x060"), "choose one of: x070"),
+    "unknown strategy": (lambda d, f: dict(strategy="ddp_spawn"), "choose one of: auto, ddp, deepspeed_stage_1"),
+    "unknown precision": (lambda d, f: dict(precision="8"), "choose one of: auto, fp32, tf32, fp16, bf16"),
+    "fp16 on a CPU": (lambda d, f: dict(precision="fp16"), "--precision fp16 needs a GPU"),
+    "kernel that cannot run": (lambda d, f: dict(kernel="cuda"), "--kernel cuda: "),
+    "width and head size": (lambda d, f: dict(n_embd=80), "--n_embd 80 is not a multiple of --head_size 32"),
+    "dim_att": (lambda d, f: dict(dim_att=32), "--dim_att 32 differs from --n_embd 64"),
+    "proj_dir below a file": (lambda d, f: dict(proj_dir=regular_file(f) / "out"), "cannot be written: "),
+    "proj_dir is a file": (lambda d, f: dict(proj_dir=regular_file(f)), "cannot be written: "),
+    "stage 1 over a run": (lambda d, f: held(f, "rwkv-3.pth") | dict(train_stage=1), "would overwrite the run in"),
+    "stage 0 over a run": (lambda d, f: held(f, "rwkv-3.pth") | NEW, "continue it with --train_stage 3"),
+    "stage 0 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | NEW, "(it holds rwkv-final.pth)"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
+    make, said = CASES[case]
+    flags = dict(proj_dir=tmp_path / "out") | make(data, tmp_path)
+    assert run(flags.pop("proj_dir"), **flags) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and said in lines[0], err
+    assert "Traceback" not in err and "\nstep " not in out
+    assert not list((tmp_path / "out").glob("rwkv-[0-9f]*.pth"))
+
+
+def test_deepspeed_where_there_is_none(run, tmp_path, capfd, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest))
+    assert run(tmp_path / "out", strategy="deepspeed_stage_2") == 2
+    assert capfd.readouterr() == ("", "error: --strategy deepspeed_stage_2: deepspeed is not installed; pip install deepspeed, or use --strategy ddp or auto\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_where_there_is_none(run, tmp_path, capfd):
+    assert run(tmp_path / "out", accelerator="gpu") == 2
+    assert "PyTorch sees no GPU here; use --accelerator cpu" in capfd.readouterr().err
+
+
+def test_another_order_of_the_data_is_not_mixed_into_a_run(run, tmp_path, capfd):
+    assert run(tmp_path / "out", max_steps=1) == 0
+    assert run(tmp_path / "out", ctx_len=16) == 2
+    assert "was trained with 32: the order of the data would break; use --ctx_len 32" in capfd.readouterr().err
+
+
+def test_the_newest_checkpoint_unreadable_the_one_before_is_used(run, tmp_path, capfd):
+    out = tmp_path / "out"
+    out.mkdir()
+    sizes = dict(n_embd=64, head_size=32)
+    weights(out, "rwkv-1.pth", **sizes)
+    weights(out, "rwkv-2.pth", **sizes)
+    (out / "rwkv-2.pth").write_bytes((out / "rwkv-2.pth").read_bytes()[:1000])
+    assert run(out, max_steps=1, my_exit_tokens=60000) == 0
+    out_text, err = capfd.readouterr()
+    assert "rwkv-2.pth is truncated" in err and "trying the one before it" in err and "rwkv-1.pth; " in out_text
+
+
+def test_flags_without_effect_are_one_line_each(run, tmp_path, capfd):
+    assert run(tmp_path / "out", max_steps=1, epoch_count=999999, pre_ffn=1, epoch_begin=7) == 0
+    err = capfd.readouterr().err
+    assert "--epoch_count 999999 has no effect: the end is set by my_exit_tokens\n--pre_ffn 1 has no effect" in err

@@ -1,0 +1,215 @@
+"""A whole run on the CPU through the command line: what it writes, and that stopping and going on changes nothing."""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvlm.checkpoint.pth import load_weights
+from rwkvlm.train.logs.metrics import Metrics
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    left, right = load_weights(a), load_weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_run_writes_what_the_ecosystem_knows(whole, losses):
+    assert files(whole) == ["metrics.jsonl", "rwkv-0.pth", "rwkv-2.pth", "rwkv-final.pth", "rwkv-init.pth", "state", "train_log.txt"]
+    assert len(losses(whole)) == 30
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_weights(whole / "rwkv-final.pth").values())
+    assert same_weights(whole / "rwkv-2.pth", whole / "rwkv-final.pth")
+
+
+def test_the_loss_falls(whole, losses, records):
+    curve = losses(whole)
+    assert curve[0] == pytest.approx(5.6, abs=0.2) and sum(curve[-5:]) / 5 < 4.6
+    held_out = records(whole, "val_loss")
+    assert list(held_out) == [0, 10, 20, 30] and held_out[30]["val_loss"] < held_out[0]["val_loss"] - 0.8
+
+
+def test_train_log_is_in_the_official_format(whole, losses):
+    lines = (whole / "train_log.txt").read_text().splitlines()
+    assert re.fullmatch(r"NEW RUN \d{4}(-\d\d){5}", lines[0])
+    assert eval(lines[1])["n_layer"] == 2
+    curve = losses(whole)
+    for n, line in enumerate(lines[2:]):
+        epoch, loss, perplexity, lr, date, time, in_this_run = line.split()
+        assert int(epoch) == int(in_this_run) == n
+        assert float(loss) == pytest.approx(sum(curve[10 * n : 10 * n + 10]) / 10, abs=1e-6)
+        assert float(perplexity) == pytest.approx(2.718281828 ** float(loss), rel=1e-4)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", date) and re.fullmatch(r"\d\d:\d\d:\d\d\.\d+", time)
+    assert n == 2 and re.fullmatch(r"0\.000[23]\d{4}", lr)
+
+
+def test_metrics_say_everything_about_a_step(whole, records):
+    for step, record in records(whole).items():
+        assert set(record) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "memory_mb"}
+        assert record["tokens"] == step * 128 and record["grad_norm"] > 0 and record["tokens_per_s"] > 0 and record["memory_mb"] > 10
+
+
+def test_rates_follow_the_schedule(whole, records):
+    lrs = [record["lr"] for _, record in sorted(records(whole).items())]
+    assert lrs[0] == pytest.approx(2e-5) and max(lrs) == lrs[5] == 2e-3 and lrs[5:] == sorted(lrs[5:], reverse=True) and lrs[-1] > 2e-4
+
+
+def test_a_finished_run_says_so(whole, run, capsys):
+    before = {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
+    assert run(whole) == 0
+    assert "this run is finished" in capsys.readouterr().err
+    assert before == {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
+
+
+def test_only_the_final_weights_missing_are_written_from_the_state(whole, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "rwkv-final.pth").unlink()
+    assert run(copy) == 0
+    assert same_weights(copy / "rwkv-final.pth", whole / "rwkv-final.pth")
+
+
+@pytest.mark.parametrize("stops", [[10], [1, 17]], ids=str)
+def test_max_steps_and_going_on_change_nothing(run, whole, losses, tmp_path, stops):
+    """Exactly: at the end of a mini-epoch, in the middle of one, within the warm-up."""
+    for stop in stops:
+        assert run(tmp_path / "out", max_steps=stop) == 0
+        assert not (tmp_path / "out" / "rwkv-final.pth").exists()
+    assert run(tmp_path / "out") == 0
+    assert losses(tmp_path / "out") == losses(whole)
+    assert same_weights(tmp_path / "out" / "rwkv-final.pth", whole / "rwkv-final.pth")
+    fields = [line.split()[:4] for f in (whole, tmp_path / "out") for line in (f / "train_log.txt").read_text().splitlines() if line[0].isdecimal()]
+    assert fields[:3] == fields[3:]  # mean losses of mini-epochs too
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signals_save_and_stop(run, whole, losses, tmp_path, monkeypatch, capsys, name, code):
+    write = Metrics.step
+
+    def step(self, record):
+        write(self, record)
+        if record["step"] == 7:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "step", step)
+        assert run(tmp_path / "out") == code
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert (tmp_path / "out" / "state" / "latest").read_text() == "step7"
+    assert "goes on from it" in capsys.readouterr().err
+    assert run(tmp_path / "out") == 0
+    assert losses(tmp_path / "out") == losses(whole)
+
+
+def test_sigusr1_saves_and_goes_on(run, whole, losses, tmp_path, monkeypatch):
+    write = Metrics.step
+
+    def step(self, record):
+        write(self, record)
+        if record["step"] == 7:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Metrics, "step", step)
+    assert run(tmp_path / "out", keep_last=9) == 0
+    assert {"step7", "step10", "step20", "step30"} <= set(files(tmp_path / "out" / "state"))
+    assert losses(tmp_path / "out") == losses(whole)
+
+
+def test_from_weights_alone_the_warm_up_comes_again(run, whole, records, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(whole / "rwkv-0.pth", out)
+    assert run(out, warmup_steps=-1) == 0
+    steps = records(out)
+    assert min(steps) == 11 and steps[11]["tokens"] == 11 * 128 and max(steps) == 30
+    assert steps[11]["lr"] == pytest.approx(0.01 * 2e-3) and steps[11]["lr"] < steps[15]["lr"] < steps[20]["lr"] > steps[21]["lr"]
+    assert not (out / "rwkv-init.pth").exists()
+
+
+def test_new_weights_from_elsewhere_outrank_the_state(run, whole, losses, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(out, max_steps=13) == 0
+    (out / "rwkv-5.pth").write_bytes((whole / "rwkv-final.pth").read_bytes())
+    assert run(out, max_steps=1, my_exit_tokens=60000) == 0
+    said = capsys.readouterr().err
+    assert "rwkv-5.pth is newer and was not written by this run" in said and "state.aside-1" in said
+    assert (out / "state.aside-1" / "step13").is_dir()
+
+
+def test_stage_1_writes_the_weights_with_which_stage_3_begins(run, whole, losses, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(out, train_stage=1, epoch_samples=99) == 0
+    assert files(out) == ["rwkv-init.pth", "state"] and "166528 M parameters" in capsys.readouterr().out
+    assert same_weights(out / "rwkv-init.pth", whole / "rwkv-init.pth")
+    sizes = dict.fromkeys(("n_layer", "n_embd", "head_size", "vocab_size"))
+    assert run(out, max_steps=3, **sizes) == 0  # sizes come from the checkpoint
+    assert losses(out) == losses(whole)[:3]
+
+
+def test_sizes_and_low_ranks_come_from_the_checkpoint(run, tmp_path):
+    sizes = dict.fromkeys(("n_layer", "n_embd", "head_size", "vocab_size"))
+    assert run(tmp_path / "a", train_stage=1, rank_w=64, dim_ffn=96) == 0
+    assert run(tmp_path / "b", train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth", max_steps=1, **sizes) == 0
+    assert run(tmp_path / "b", max_steps=1, **sizes) == 0  # and from the state
+    assert run(tmp_path / "c", train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth", max_steps=1, rank_w=32) == 2
+
+
+def test_load_model_0_means_none(run, whole, losses, tmp_path):
+    assert run(tmp_path / "out", load_model=0, max_steps=2) == 0
+    assert losses(tmp_path / "out") == losses(whole)[:2]
+
+
+def test_one_pass_over_the_data_is_the_default_length(run, records, tmp_path):
+    """20000 tokens: magic_prime 617, 617 chunks, 10 steps of 64 samples; epoch_samples 40 does not divide by 64."""
+    assert run(tmp_path / "out", my_exit_tokens=None, micro_bsz=64, epoch_save=0, val_every=7) == 0
+    assert max(records(tmp_path / "out")) == 10
+    assert list(records(tmp_path / "out", "val_loss")) == [0, 7, 10]
+
+
+def test_mini_epochs_that_do_not_divide_by_the_batch_keep_their_numbers(run, tmp_path):
+    """48 samples a mini-epoch, 20 a step: they end at the first step at or past 48, 96, 144 samples."""
+    assert run(tmp_path / "out", epoch_samples=48, micro_bsz=20, my_exit_tokens=9 * 20 * 32, epoch_save=1, keep_last=9) == 0
+    found = files(tmp_path / "out")
+    assert [n for n in found if re.fullmatch(r"rwkv-\d+\.pth", n)] == ["rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth"]
+    log = [line.split()[0] for line in (tmp_path / "out" / "train_log.txt").read_text().splitlines() if line[0].isdecimal()]
+    assert log == ["0", "1", "2", "3"]  # the last ends with the run
+    assert sorted(n for n in os.listdir(tmp_path / "out" / "state") if n.startswith("step")) == ["step3", "step5", "step8", "step9"]
+
+
+@pytest.mark.parametrize("flags", [{"micro_bsz": 2, "accumulate_grad_batches": 2}, {"micro_bsz": 1, "accumulate_grad_batches": 4}], ids=str)
+def test_accumulation_gives_the_same_curve(run, whole, losses, records, tmp_path, flags):
+    assert run(tmp_path / "out", **flags) == 0
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)
+    assert [r["lr"] for r in records(tmp_path / "out").values()] == [r["lr"] for r in records(whole).values()]
+    assert files(tmp_path / "out") == files(whole)
+
+
+@pytest.mark.parametrize("flags", [{"grad_cp": 1}, {"head_chunk": 24}], ids=str)
+def test_memory_savers_change_no_number_beyond_rounding(run, whole, losses, tmp_path, flags):
+    assert run(tmp_path / "out", **flags) == 0
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_bf16_trains_with_fp32_masters_and_resumes_exactly(run, losses, tmp_path):
+    assert run(tmp_path / "a", precision="bf16") == 0
+    curve = losses(tmp_path / "a")
+    assert sum(curve[-5:]) / 5 < 4.6
+    assert run(tmp_path / "b", precision="bf16", max_steps=13) == 0 and run(tmp_path / "b", precision="bf16") == 0
+    assert losses(tmp_path / "b") == curve
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(run, tmp_path, capsys):
+    assert run(tmp_path / "out", enable_progress_bar=True) == 0
+    out = capsys.readouterr().out
+    assert "\r" not in out
+    assert re.search(r"step 30/30  mini-epoch 2 100%  loss \d\.\d{4}  lr \d\.\d\de-0\d  \d+\.\d\d kt/s  left 0:00\n", out)
+    assert re.search(r"validation loss \d\.\d{4} at step 20\n", out)
+    assert "x070 L2 D64, 2 heads of 32, vocabulary 256, 0.166528 M parameters" in out
