@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -245,6 +246,20 @@ def test_unwritable_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot save the training state") as caught:
         state.save_state(tmp_path, 1, *build(0), {}, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_costs_nothing(saved):
+    folder, model, optimizer = saved
+    before = sorted(p for p in folder.rglob("*"))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))  # any larger file fails like on a full disk
+    try:
+        with pytest.raises(UserError, match="File too large") as caught:
+            state.save_state(folder, 6, model, optimizer, {}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "\n" not in str(caught.value)
+    assert sorted(p for p in folder.rglob("*")) == before and state.find_state(folder).step == 4
 
 
 def test_a_snapshot_does_not_follow_the_model(tmp_path):

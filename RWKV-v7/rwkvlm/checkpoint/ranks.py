@@ -61,19 +61,22 @@ def together(action: Callable[[], T]) -> list[T]:
 
     So a full disk on one node ends a run everywhere with its reason, instead of leaving the others waiting.
     """
+    cause: Exception | None = None
     try:
         outcome = (action(), "")
     except (OSError, UserError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        outcome = (None, str(error) if isinstance(error, UserError) else describe(error))
+        cause, outcome = error, (None, describe(error))
     outcomes = gather(outcome)
-    for rank_, (_, problem) in enumerate(outcomes):
+    for failed, (_, problem) in enumerate(outcomes):
         if problem:
-            raise UserError(problem if world_size() == 1 else f"{problem} (rank {rank_})")
+            raise UserError(problem if world_size() == 1 else f"{problem} (rank {failed})") from cause
     return [result for result, _ in outcomes]
 
 
 def describe(error: BaseException) -> str:
-    """One line about an error, with the file that it concerns."""
+    """One line about an error. torch hides what the disk said behind an error of its own."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]

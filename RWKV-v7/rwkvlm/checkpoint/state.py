@@ -125,6 +125,8 @@ def write(proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, A
         files = ranks.together(write_own)
         ranks.together(seal)
     except UserError as error:
+        if ranks.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save the training state in {path}: {error}; free some space or choose another --proj_dir") from error
     return path
 

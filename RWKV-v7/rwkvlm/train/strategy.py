@@ -18,7 +18,6 @@ config.precision must be resolved ("auto" is the caller's to decide).
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -118,7 +117,7 @@ class Ddp(DDPStrategy):
     """
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs, broadcast_buffers=False)
         self._held: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
@@ -166,12 +165,18 @@ class CpuDeepSpeed(DeepSpeed):
 
 
 def _deepspeed(config: TrainConfig, run: Launch) -> DeepSpeedStrategy:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"--strategy {config.strategy}: deepspeed is not installed; pip install deepspeed, or use --strategy ddp or auto")
+    if run.accelerator == "cpu":
+        env.use_deepspeed_on_cpu()
+    try:
+        import deepspeed  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"--strategy {config.strategy}: {error.name} is not installed; pip install deepspeed, or use --strategy ddp or auto") from error
+    except Exception as error:  # its checks of CUDA, compilers and accelerators run at import
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--strategy {config.strategy}: deepspeed does not work here ({reason}); reinstall it, or use --strategy ddp or auto") from error
     settings = dict(config=deepspeed_config(config, run.accelerator), **_distributed(config, run))
     if run.accelerator == "gpu":
         return DeepSpeed(**settings)
-    env.use_deepspeed_on_cpu()
     return CpuDeepSpeed(parallel_devices=[torch.device("cpu", i) for i in range(run.devices)], **settings)
 
 
