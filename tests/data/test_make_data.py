@@ -234,13 +234,18 @@ def test_too_short_for_the_context_is_said(here, capsys):
     assert "--ctx_len 4096 needs at least 8193 tokens and the data have 2" in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_nothing(here, capsys, monkeypatch):
-    def full(self, *_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("failing", ["demo.idx", "demo.val.idx"])
+def test_a_full_disk_leaves_nothing(here, capsys, monkeypatch, failing):
+    seal = pack_module.BinIdxWriter.seal
 
-    monkeypatch.setattr(pack_module.BinIdxWriter, "_finish", full)
+    def full(self):
+        if self.idx_path.name == failing:
+            raise OSError(28, "No space left on device")
+        seal(self)
+
+    monkeypatch.setattr(pack_module.BinIdxWriter, "seal", full)
     jsonl("demo.jsonl", words(20))
-    assert main(["demo.jsonl", "1", "4"]) == 2
+    assert main(["demo.jsonl", "1", "4", "--val_split", "2"]) == 2
     assert "cannot write demo.bin: No space left on device" in capsys.readouterr().err and os.listdir() == ["demo.jsonl"]
 
 

@@ -268,13 +268,19 @@ class BinIdxWriter:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if kind is None:
-                self._finish()
+                self.seal()
+                self.idx_path.unlink(missing_ok=True)
+                for partial, path in zip(self._partial, (self.bin_path, self.idx_path)):
+                    os.replace(partial, path)
         finally:
             self._bin.close()
             for path in self._partial:
                 path.unlink(missing_ok=True)
 
-    def _finish(self) -> None:
+    def seal(self) -> None:
+        """Complete both files on disk, so that only renaming is left; to be called before leaving several writers together."""
+        if self._bin.closed:
+            return
         with open(self._partial[1], "wb") as idx:
             n = self.n_docs
             idx.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], n, n + 1))
@@ -292,6 +298,4 @@ class BinIdxWriter:
             os.fsync(idx.fileno())
         self._bin.flush()
         os.fsync(self._bin.fileno())
-        self.idx_path.unlink(missing_ok=True)
-        os.replace(self._partial[0], self.bin_path)
-        os.replace(self._partial[1], self.idx_path)
+        self._bin.close()

@@ -70,13 +70,15 @@ def pack(
             starts = np.concatenate(([0], ends[:-1]))
             held_out = _held_out(ends - starts, val_split, seed)
             kept = np.setdiff1d(np.arange(len(ends)), held_out, assume_unique=True)
-            val = stack.enter_context(BinIdxWriter(val_prefix, dtype)) if len(held_out) else None
             out = stack.enter_context(BinIdxWriter(prefix, dtype))
+            val = stack.enter_context(BinIdxWriter(val_prefix, dtype)) if len(held_out) else None
             for i in held_out:
                 val.add(tokens[starts[i] : ends[i]])
             for epoch in range(epochs):
                 for i in kept[np.random.RandomState([seed, epoch]).permutation(len(kept))]:
                     out.add(tokens[starts[i] : ends[i]])
+            for writer in filter(None, (out, val)):
+                writer.seal()  # a full disk shows here, before either pair is renamed
     except OSError as error:
         raise UserError(f"cannot write {prefix}.bin: {error.strerror or error}; choose another place with --out") from None
     return Packed(
