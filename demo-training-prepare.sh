@@ -40,7 +40,7 @@ case $DATA in
 demo)
     [ -e data/demo.bin ] && [ -e data/demo.idx ] || {
         "$PYTHON" -m rwkvlm demo_corpus --out data/demo.jsonl &&
-            "$PYTHON" make_data.py data/demo.jsonl 1 "$CTX_LEN" --out data/demo --val_split 0.02
+            "$PYTHON" make_data.py data/demo.jsonl 1 "$CTX_LEN" --out data/demo --val_split 0.03
     } || exit
     ;;
 minipile) "$PYTHON" -m rwkvlm download --out data/minipile || exit ;;
