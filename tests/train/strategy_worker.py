@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from rwkvlm import models
-from rwkvlm.checkpoint import ranks, state
+from rwkvlm.checkpoint import gather, ledger, ranks, state
 from rwkvlm.config import ModelConfig, TrainConfig
 from rwkvlm.train.optimizer import make_optimizer
 from rwkvlm.train.strategy import launch, lightning_precision, make_strategy, param_dtype
@@ -72,6 +72,7 @@ class Module(pl.LightningModule):
         if (batch_idx + 1) % self.config.accumulate_grad_batches == 0:
             step = self.first + (batch_idx + 1) // self.config.accumulate_grad_batches
             if step in self.job.get("save_at", ()):
+                ledger.publish_weights(self.config.proj_dir, "rwkv-0.pth", gather.full_weights(self.net))
                 state.save_state(self.config.proj_dir, step, self.net, self.trainer.strategy.optimizers[0], {"steps": step}, self.config.keep_last)
 
 

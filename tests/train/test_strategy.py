@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.config import TrainConfig, UserError
 from rwkvlm.train import strategy
 from rwkvlm.train.strategy import deepspeed_config, launch, lightning_precision, make_strategy, param_dtype
@@ -78,6 +79,20 @@ def test_two_processes_give_the_curve_of_one(two_processes, one_process, name):
 def test_resumed_training_has_the_same_bits(two_processes, name, precision):
     whole, rest = (two_processes[1][name, precision, resumed] for resumed in (False, True))
     assert whole["losses"][3:] == rest["losses"] and whole["numbers"] == rest["numbers"]
+
+
+@pytest.mark.parametrize("name", ["ddp", *ZERO, "bf16"])
+def test_published_weights_are_the_masters_rounded(two_processes, name):
+    """What full_weights gathers against the pieces that all ranks saved."""
+    folder = two_processes[0] / name
+    weights = load_weights(folder / "rwkv-0.pth")
+    masters = {key: torch.full((tensor.numel(),), torch.nan) for key, tensor in weights.items()}
+    for file in sorted(folder.glob("state/step3/rank*.pt")):
+        for key, entry in torch.load(file)["tensors"].items():
+            values = entry["master"] if "master" in entry else entry["value"]
+            masters[key][entry["start"] : entry["start"] + values.numel()] = values.float()
+    for key, tensor in weights.items():
+        assert torch.equal(tensor, masters[key].bfloat16().view_as(tensor)), key
 
 
 def test_states_of_two_processes_go_on_in_one_under_another_strategy(one_process):

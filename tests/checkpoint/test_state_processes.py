@@ -1,0 +1,63 @@
+"""What several processes must agree on: failures of one, damage to one's file, set-aside."""
+
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rwkvlm.checkpoint import ranks, state
+from rwkvlm.config import UserError
+
+
+def processes(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    sys.stderr = open(Path(folder) / f"said{rank}", "w")
+    proj = Path(folder) / "out"
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 40)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 40)).sum().backward()
+    for step in (1, 2):
+        optimizer.step()
+        state.save_state(proj, step, model, optimizer, {"step": step}, keep_last=2)
+
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    with pytest.raises(UserError, match=r"File too large.*\(rank 1\)"):
+        state.save_state(proj, 3, model, optimizer, {"step": 3}, keep_last=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert state.find_state(proj).step == 2
+    ranks.barrier()
+
+    if rank == 0:
+        file = proj / "state" / "step2" / "rank00001.pt"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 128
+        file.write_bytes(data)
+    ranks.barrier()
+    info = state.find_state(proj)
+    assert info.step == 1 and info.world_size == 2
+    weight = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    state.load_state(info, model, optimizer)
+    assert not torch.equal(model.weight, weight) and model.weight.any()
+    assert all(s["step"] == 1 for s in optimizer.state.values())
+    different = torch.rand(4)
+    torch.manual_seed(0)  # the ranks' random states were equal when saved
+    assert len({tuple(x) for x in ranks.gather(different.tolist())}) == 1
+
+    state.set_aside(proj)
+    assert state.find_state(proj) is None and (proj / "state.aside-1" / "step1").is_dir()
+    dist.destroy_process_group()
+
+
+def test_processes_agree(tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    mp.spawn(processes, (2, str(tmp_path)), nprocs=2)
+    assert "step2 is damaged (the checksum of rank00001.pt is wrong)" in (tmp_path / "said0").read_text()
