@@ -190,7 +190,7 @@ def test_fuzzed_index_gives_an_error_or_the_same_tokens(tmp_path):
     write_by_hand(tmp_path / "a", docs)
     good = (tmp_path / "a.idx").read_bytes()
     refused = 0
-    for _ in range(1500):
+    for _ in range(800):
         raw = bytearray(good)
         for _ in range(rng.randrange(1, 4)):
             raw[rng.randrange(len(raw))] = rng.choice([0, 1, 2, 4, 8, 127, 128, 255, rng.randrange(256)])
@@ -208,7 +208,7 @@ def test_fuzzed_index_gives_an_error_or_the_same_tokens(tmp_path):
             data.doc(i)
         if data.dtype == np.uint16:
             assert data.tokens.tolist() == [t for d in docs for t in d]
-    assert refused > 1000
+    assert refused > 500
 
 
 def test_token_range(tmp_path):
