@@ -173,6 +173,10 @@ def test_what_auto_means(monkeypatch):
     assert launch(TrainConfig()).devices == 2
     with pytest.raises(UserError, match="--devices 4, but the launcher started 2"):
         launch(TrainConfig(devices="4"))
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert launch(TrainConfig(num_nodes=3)).world_size == 6
+    with pytest.raises(UserError, match="use --num_nodes 3"):
+        launch(TrainConfig())
 
 
 def test_precision_is_never_autocast():

@@ -57,6 +57,12 @@ def launched_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
 
 
+def launched_nodes() -> int:
+    """Nodes according to a launcher's WORLD_SIZE and its processes per node; 0 when unknown."""
+    here = launched_per_node()
+    return int(os.environ.get("WORLD_SIZE") or 0) // here if here else 0
+
+
 def slurm_tasks_per_node() -> int:
     """SLURM_NTASKS_PER_NODE; 0 when unknown. Meaningful only in processes that srun started."""
     return int(os.environ.get("SLURM_NTASKS_PER_NODE") or 0)

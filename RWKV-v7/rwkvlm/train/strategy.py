@@ -58,6 +58,8 @@ def launch(config: TrainConfig) -> Launch:
         raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
     if launched and launched != devices:
         raise UserError(f"--devices {devices}, but the launcher started {launched} processes on this node; make them equal or leave --devices out")
+    if env.launched_by_variables() and (nodes := env.launched_nodes()) and nodes != config.num_nodes:
+        raise UserError(f"--num_nodes {config.num_nodes}, but the launcher started processes on {nodes} nodes; use --num_nodes {nodes}")
     strategy = config.strategy
     if strategy == "auto" and devices * config.num_nodes > 1:
         strategy = "ddp"
