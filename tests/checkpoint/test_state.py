@@ -70,7 +70,7 @@ def saved(tmp_path):
 def test_going_on_gives_the_same_bits(tmp_path, dtype):
     model, optimizer = build(0, dtype)
     train(model, optimizer, 3)
-    meta = {"samples": 12, "nested": {"list": [1, 2.5, None]}}
+    meta = {"samples": 12, "nested": {"list": [1, 2.5, None], "10": 1, "9": 0}}
     path = state.save_state(tmp_path, 3, model, optimizer, meta, keep_last=1)
     assert path == tmp_path / "state" / "step3" and (tmp_path / "state" / "latest").read_text() == "step3"
     train(model, optimizer, 3)

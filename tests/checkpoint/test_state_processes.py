@@ -26,6 +26,8 @@ def processes(rank: int, world_size: int, folder: str) -> None:
         optimizer.step()
         state.save_state(proj, step, model, optimizer, {"step": step}, keep_last=2)
 
+    with pytest.raises(UserError, match="file system that all nodes share"):
+        state.save_state(proj if rank == 0 else Path(folder) / "elsewhere", 3, model, optimizer, {"step": 3}, keep_last=1)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     with pytest.raises(UserError, match=r"File too large.*\(rank 1\)"):

@@ -97,6 +97,7 @@ def write(proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, A
 
     def write_own() -> tuple[str, int, int]:
         name = f"rank{ranks.rank():05d}.pt"
+        temporary.mkdir(parents=True, exist_ok=True)  # network file systems may show rank 0's later
         with open(temporary / name, "wb") as file:
             checked = _Checked(file)
             torch.save(snapshot.content, checked)
@@ -106,11 +107,13 @@ def write(proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, A
 
     def seal() -> None:
         if ranks.rank() == 0:
+            if absent := [name for name, _, _ in files if not (temporary / name).exists()]:
+                raise UserError(f"{absent[0]} of another node is not there; --proj_dir must be on a file system that all nodes share")
             content = {
                 "format": FORMAT,
                 "step": step,
                 "world_size": ranks.world_size(),
-                "meta": meta,
+                "meta": json.loads(json.dumps(meta)),
                 "files": {name: {"size": size, "crc32": crc} for name, size, crc in files},
                 "shapes": snapshot.shapes,
                 "weights": ledger.newest_entry(Path(proj_dir)),
