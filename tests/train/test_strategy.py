@@ -122,6 +122,18 @@ def test_every_state_goes_on_everywhere(tmp_path, processes):
 
 
 @pytest.mark.slow
+def test_frozen_parameters_are_saved_and_stay(tmp_path):
+    frozen = ["emb.weight", "blocks.0.ln0.bias", "blocks.1.att.k_k"]
+    jobs = []
+    for name in ("ddp", *ZERO):
+        common = dict(strategy=name, precision="bf16", freeze=frozen, proj_dir=str(tmp_path / name))
+        jobs += [dict(common, steps=6, save_at=[3]), dict(common, steps=3, resume=1)]
+    results = train(tmp_path, 2, jobs)
+    for job, whole, rest in zip(jobs[::2], results[::2], results[1::2]):
+        assert whole["losses"][3:] == rest["losses"] and whole["numbers"] == rest["numbers"], job
+
+
+@pytest.mark.slow
 def test_micro_batches_give_the_curve_of_the_whole_batch(tmp_path):
     jobs = [dict(strategy=name, precision=precision, steps=6, accumulate_grad_batches=k)
             for name in ("ddp", *ZERO) for precision in ("fp32", "bf16") for k in (1, 2)]
