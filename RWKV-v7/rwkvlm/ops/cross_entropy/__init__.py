@@ -9,26 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from . import chunked
+from .. import backend
+from . import chunked, native
 
 __all__ = ["head_cross_entropy"]
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-
-
-class _HeadCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int, l2wrap: float) -> torch.Tensor:
-        loss, *grads = chunked.loss_and_grads(x, weight, targets, chunk, l2wrap, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: torch.Tensor):
-        # Multiplying by a tensor, not by a number, keeps the host from waiting for a GPU.
-        dx, dw = (None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors)
-        return dx, dw, None, None, None
 
 
 def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int = 0, l2wrap: float = 1e-4) -> torch.Tensor:
@@ -45,10 +31,34 @@ def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     Raises ValueError for shapes, dtypes, devices or targets that do not fit.
     """
     _check(x, weight, targets, chunk)
-    x, targets = x.reshape(-1, x.shape[-1]).contiguous(), targets.reshape(-1)
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    form = _form(x.device, x.dtype, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _HeadCrossEntropy.apply(x, weight, targets, chunk, l2wrap)
-    return chunked.loss_and_grads(x, weight, targets, chunk, l2wrap, False, False)[0]
+        return _HeadCrossEntropy.apply(x, weight, targets, chunk, l2wrap, form)
+    return form.loss_and_grads(x, weight, targets, chunk, l2wrap, False, False)[0]
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk, l2wrap, form) -> torch.Tensor:
+        loss, *grads = form.loss_and_grads(x, weight, targets, chunk, l2wrap, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor):
+        # Multiplying by a tensor, not by a number, keeps the host from waiting for a GPU.
+        dx, dw = (None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors)
+        return dx, dw, None, None, None, None
+
+
+@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+def _form(device: torch.device, dtype: torch.dtype, n_embd: int):
+    if device.type != "cpu":
+        return chunked  # its matrix products are the GPU's own
+    supported = {"cpu": lambda: native.why_not(dtype, n_embd), "torch": lambda: ""}
+    return native if backend.choose("head_cross_entropy", backend.requested(), device, supported) == "cpu" else chunked
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> None:

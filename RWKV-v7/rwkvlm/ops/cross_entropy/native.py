@@ -1,0 +1,52 @@
+"""The C++ kernel (cuda/loss): bf16 and fp32 on the CPU, at the speed of its matrix products."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from rwkvlm import native
+
+
+def why_not(dtype: torch.dtype, n_embd: int) -> str:
+    """"" when the kernel runs here on such inputs (it is then built and registered), else the reason."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"it takes bfloat16 or float32, not {dtype}"
+    if dtype == torch.bfloat16 and n_embd % 2:
+        return f"in bfloat16 it takes an even number of features, not {n_embd}"
+    built, reason = native.available("loss")
+    return reason if not built else _processor(dtype)
+
+
+@functools.cache
+def _processor(dtype: torch.dtype) -> str:
+    torch.library.register_fake("rwkvlm::head_ce", _fake, allow_override=True)
+    supported = torch.ops.rwkvlm.head_ce_supported(dtype == torch.bfloat16)
+    return "" if supported else f"torch has no {dtype} matrix kernels for this processor"
+
+
+def _fake(x, weight, targets, chunk, l2wrap, need_dx, need_dw):
+    (n, C), V = x.shape, weight.shape[0]
+    return x.new_empty((), dtype=torch.float32), x.new_empty(n if need_dx else 0, C), x.new_empty(V if need_dw else 0, C)
+
+
+def auto_chunk(weight: torch.Tensor) -> int:
+    """Tokens per chunk, 64 to 512: few enough that a chunk's features and their gradient stay in a second-level cache of 2 MiB.
+
+    In fp32 a [V, chunk] array is kept as well; it takes about 64 MiB at most.
+    """
+    V, C = weight.shape
+    chunk = (192 << 10) // C // 32 * 32
+    if weight.dtype == torch.float32:
+        chunk = min(chunk, (64 << 20) // (4 * V) // 32 * 32)
+    return min(512, max(64, chunk))
+
+
+def loss_and_grads(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int, l2wrap: float, need_dx: bool, need_dw: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """As `chunked.loss_and_grads`, where `why_not` has returned ""."""
+    inputs = (x.contiguous(), weight.contiguous(), targets.contiguous())
+    loss, dx, dw = torch.ops.rwkvlm.head_ce(*inputs, chunk or auto_chunk(weight), l2wrap, need_dx, need_dw)
+    return loss, dx if need_dx else None, dw if need_dw else None
