@@ -71,7 +71,8 @@ def test_kinds():
     assert sorted({(g["weight_decay"], g["my_lr_scale"], g["lr"]) for g in optimizer.param_groups}) == [(0.0, 1.0, LR), (0.0, 2.0, 2 * LR), (DECAY, 1.0, LR)]
 
 
-def test_no_autocast_but_bf16_parameters_and_fp32_gradients_and_moments():
+def test_no_autocast_but_bf16_parameters_and_fp32_gradients_and_moments(monkeypatch):
+    monkeypatch.setenv("RWKV_KERNEL", "torch")
     model, optimizer = build(precision="bf16")
     idx = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
     assert model(idx).dtype == torch.bfloat16
