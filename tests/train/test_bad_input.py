@@ -1,16 +1,16 @@
 """Everything a user can get wrong at the start of a run: one line with the cure on stderr, exit code 2, nothing trained."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from rwkvlm.checkpoint.pth import save_weights
+from rwkvlm.config import ModelConfig
 from rwkvlm.data.binidx import bin_path, idx_path
 from rwkvlm.models import build, init_weights
-from rwkvlm.config import ModelConfig
-from rwkvlm.checkpoint.pth import save_weights
 
 NEW = dict(train_stage=0)
 
@@ -133,8 +133,7 @@ def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
 
 
 def test_deepspeed_where_there_is_none(run, tmp_path, capfd, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert run(tmp_path / "out", strategy="deepspeed_stage_2") == 2
     assert capfd.readouterr() == ("", "error: --strategy deepspeed_stage_2: deepspeed is not installed; pip install deepspeed, or use --strategy ddp or auto\n")
 

@@ -71,3 +71,13 @@ def slurm_tasks_per_node() -> int:
 def use_deepspeed_on_cpu() -> None:
     """Makes DeepSpeed, imported after this, run on the CPU (it would look for other accelerators first)."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def decided_precision() -> str:
+    """RWKV_PRECISION: what the first process found for --precision auto, for the processes that it starts; "" when nothing was decided."""
+    return os.environ.get("RWKV_PRECISION", "")
+
+
+def hand_on_precision(precision: str) -> None:
+    """Tells the processes that this one will start what --precision auto means."""
+    os.environ["RWKV_PRECISION"] = precision

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..models import build, count_parameters
-from ..ops import backend
 from .plan import Plan
+
+KERNELS = {"cuda": "CUDA", "cpu": "C++", "torch": "plain PyTorch"}
 
 
 def show_plan(plan: Plan) -> None:
@@ -23,7 +24,7 @@ def show_plan(plan: Plan) -> None:
         "order": f"{plan.samples.prime:,} chunks of {config.ctx_len} tokens (magic_prime), mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
         "schedule": f"{schedule.exit_tokens:,} tokens, {epochs} mini-epochs, lr {config.lr_init:g} to {config.lr_final:g}, warm-up {schedule.warmup_steps} steps",
-        "machine": f"{nodes}{run.devices} {run.accelerator}, {config.precision}, {run.strategy}{', grad_cp' if config.grad_cp else ''}, kernel {backend.requested() or 'auto'}",
+        "machine": f"{nodes}{run.devices} {run.accelerator}, {config.precision}, {run.strategy}{', grad_cp' if config.grad_cp else ''}, wkv7 in {KERNELS[plan.kernel]}",
         "start": f"{plan.start}; {schedule.steps_left(plan.tokens):,} steps to go",
         "output": f"{plan.proj_dir}",
     }

@@ -13,20 +13,23 @@ from ..data.binidx import BinIdx, TokenRange, idx_path
 from ..data.dataset import HeldOutSamples, TrainingSamples
 from ..data.sampler import magic_prime
 from ..ops import backend
-from ..ops.precision import fastest_precision
+from ..ops.precision import bf16_is_faster
+from ..ops.wkv7 import backend_for
 from .schedule import Schedule
 from .start import Start, find_start
-from .strategy import Launch, launch
+from .strategy import Launch, launch, param_dtype
 
+DEVICE = {"gpu": "cuda", "cpu": "cpu"}
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
 
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with precision decided. batch: samples per optimizer step, all devices and micro batches together."""
+    """config: with precision decided. kernel: who computes wkv7. batch: samples per optimizer step, all devices and micro batches together."""
 
     config: TrainConfig
     launch: Launch
+    kernel: str
     start: Start
     samples: TrainingSamples
     held_out: HeldOutSamples | None
@@ -40,7 +43,7 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if self.launch.accelerator == "gpu" else "cpu")
+        return torch.device(DEVICE[self.launch.accelerator])
 
     @property
     def tokens(self) -> int:
@@ -76,11 +79,9 @@ def make_plan(config: TrainConfig) -> Plan:
     data, prime = check_data(config)
     check_folder(config)
     run = launch(config)
-    if config.precision == "auto":
-        device = torch.device("cuda" if run.accelerator == "gpu" else "cpu")
-        config = replace(config, precision=fastest_precision(device))
     backend.set_kernel(config.kernel)
     start = find_start(config, prime)
+    config = replace(config, precision=decide_precision(config, run, start))
     vocab_size = start.model.vocab_size
     samples = TrainingSamples(data, config.ctx_len, prime, vocab_size)
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
@@ -90,6 +91,7 @@ def make_plan(config: TrainConfig) -> Plan:
     return Plan(
         config=config,
         launch=run,
+        kernel=backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config)),
         start=start,
         samples=samples,
         held_out=_held_out(config, vocab_size),
@@ -97,6 +99,24 @@ def make_plan(config: TrainConfig) -> Plan:
         batch=batch,
         schedule=Schedule(config.lr_init, config.lr_final, start.warmup_steps, exit_tokens, batch * config.ctx_len),
     )
+
+
+def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
+    """What --precision auto means: as the run began, on a GPU bf16 where it has that, on a CPU the measured faster of bf16 and fp32.
+
+    Processes must agree: the first one measures and hands its answer on to those that it starts.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if start.state is not None:
+        return start.state.meta["precision"]
+    if run.accelerator == "gpu":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
+    if not env.decided_precision():
+        if env.launched_by_variables() and run.world_size > 1:
+            raise UserError("--precision auto cannot be decided by processes that a launcher has started; give --precision bf16 or fp32")
+        env.hand_on_precision("bf16" if bf16_is_faster() else "fp32")
+    return env.decided_precision()
 
 
 def check_data(config: TrainConfig) -> tuple[BinIdx, int]:

@@ -36,6 +36,7 @@ class Saver:
             "ctx_len": plan.config.ctx_len,
             "magic_prime": plan.samples.prime,
             "warmup_steps": plan.schedule.warmup_steps,
+            "precision": plan.config.precision,
         }
         save_state(plan.proj_dir, self.position.step, self.model, self.optimizer, meta, plan.config.keep_last)
 

@@ -15,7 +15,7 @@ from .chunked import wkv7_chunked
 from .native import wkv7_native
 from .reference import wkv7_reference
 
-__all__ = ["wkv7", "wkv7_chunked", "wkv7_native", "wkv7_reference"]
+__all__ = ["backend_for", "wkv7", "wkv7_chunked", "wkv7_native", "wkv7_reference"]
 
 
 def wkv7(
@@ -41,11 +41,12 @@ def wkv7(
     """
     inputs = (r, w, k, v, a, b)
     check_arguments(inputs, initial_state, cu_seqlens)
-    form = wkv7_chunked if _backend(r.device, r.dtype) == "torch" else wkv7_native
+    form = wkv7_chunked if backend_for(r.device, r.dtype) == "torch" else wkv7_native
     y, state = form(*inputs, initial_state, cu_seqlens)
     return (y, state) if output_final_state else y
 
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
-def _backend(device: torch.device, dtype: torch.dtype) -> str:
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     return backend.choose("wkv7", backend.requested(), device, {"cpu": lambda: native.why_not(dtype), "torch": lambda: ""})

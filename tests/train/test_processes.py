@@ -1,0 +1,106 @@
+"""Two processes on the CPU, as a user starts them: the same curve under every strategy, saved and stopped together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkvlm.checkpoint.pth import load_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO = dict(devices=2, micro_bsz=2)
+STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+
+
+def start(argv: list[str], **more) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def wait_for(path: Path, lines: int) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        if path.exists() and path.read_text().count('"loss"') >= lines:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(path)
+
+
+def check_same_run(one: Path, other: Path, losses) -> None:
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+    assert load_weights(other / "rwkv-final.pth").keys() == load_weights(one / "rwkv-final.pth").keys()
+
+
+def test_two_processes_give_the_curve_of_one(run, whole, losses, records, tmp_path):
+    """Plain DDP: what `--devices 2` means by itself; stopped in the middle and gone on with one process."""
+    argv = run.argv(tmp_path / "out", **TWO, val_batches=4, max_steps=17)
+    code, out, err = finish(start(argv))
+    assert code == 0 and "2 x 2 = 4 samples" in out and "2 cpu, fp32, ddp" in out, err
+    assert out.count("mini-epochs of 40 samples") == 1  # only the first process speaks
+    assert run(tmp_path / "out") == 0
+    check_same_run(whole, tmp_path / "out", losses)
+    assert [r["val_loss"] for r in records(tmp_path / "out", "val_loss").values()] == pytest.approx(
+        [r["val_loss"] for r in records(whole, "val_loss").values()], rel=1e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_zero_gives_the_curve_of_one_process(run, whole, losses, tmp_path, strategy):
+    code, out, err = finish(start(run.argv(tmp_path / "out", **TWO, strategy=strategy)))
+    assert code == 0, err
+    assert "Traceback" not in err
+    check_same_run(whole, tmp_path / "out", losses)
+    assert sum(line.startswith("{") for line in (tmp_path / "out" / "train_log.txt").read_text().splitlines()) == 2  # settings, DeepSpeed's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_interrupted_and_resumed_at_the_same_size_is_exact(run, losses, tmp_path, strategy):
+    flags = TWO | dict(strategy=strategy, accumulate_grad_batches=2, micro_bsz=1)
+    for name, stops in (("a", [None]), ("b", [13, None])):
+        for stop in stops:
+            code, out, err = finish(start(run.argv(tmp_path / name, **flags, max_steps=stop)))
+            assert code == 0, err
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    a, b = ((tmp_path / name / "rwkv-final.pth").read_bytes() for name in "ab")
+    assert a == b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy, name, code", [("ddp", "SIGTERM", 143), ("deepspeed_stage_3", "SIGINT", 130)])
+def test_a_signal_to_the_first_process_stops_all_of_them(run, whole, losses, tmp_path, strategy, name, code):
+    out = tmp_path / "out"
+    process = start(run.argv(out, **TWO, strategy=strategy, my_exit_tokens=400000))
+    wait_for(out / "metrics.jsonl", 4)
+    others = children(process.pid)
+    assert len(others) == 1
+    process.send_signal(getattr(signal, name))
+    assert finish(process)[0] == code
+    assert not Path(f"/proc/{others[0]}").exists()
+    step = int((out / "state" / "latest").read_text().removeprefix("step"))
+    assert 4 <= step == len(losses(out)) < 100
+    assert run(out, my_exit_tokens=400000, max_steps=3) == 0
+    assert len(losses(out)) == step + 3
+
+
+@pytest.mark.slow
+def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
+    """torchrun: every process exits by itself; errors of the user are one line of ours."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    done = subprocess.run([*torchrun, *run.argv(tmp_path / "out", **TWO)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    check_same_run(whole, tmp_path / "out", losses)
