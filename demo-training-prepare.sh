@@ -25,11 +25,14 @@ knob CTX_LEN     256   512
 knob RANDOM_SEED -1    -1 # of the initial weights; -1 => a new one each time
 : "${PROJ_DIR:=out/L$N_LAYER-D$N_EMBD-$MODEL_TYPE}" # set output folder
 #
+VOCAB=65536 ALL_TOKENS=0 # 0 => as many as the files hold
 case $DATA in
-demo | minipile) DATA_FILE=data/$DATA VOCAB_SIZE=65536 ;;
-pile) DATA_FILE=${PILE_PREFIX:-data/pile_20B_tokenizer_text_document} VOCAB_SIZE=50304 ;;
-*) DATA_FILE=$DATA VOCAB_SIZE=${VOCAB_SIZE:-65536} ;;
+demo) DATA_FILE=data/demo ;;
+minipile) DATA_FILE=data/minipile ALL_TOKENS=1498226207 ;;
+pile) DATA_FILE=${PILE_PREFIX:-data/pile_20B_tokenizer_text_document} ALL_TOKENS=332115325534 VOCAB=50304 ;;
+*) DATA_FILE=$DATA ;;
 esac
+knob VOCAB_SIZE  $VOCAB $VOCAB
 
 check_size() { # FILE BYTES
     [ -r "$1" ] || die "$1 is not there" "put the official file there, or set PILE_PREFIX="

@@ -15,8 +15,9 @@
 # Larger model => use smaller LR
 # Finetuning => use very small LR, such as 1e-5
 #
+[ "$DATA" != demo ] || : "${EPOCH_SAMPLES:=500}" # it has no 40320 samples
 #    name          CPU     GPU
-knob M_BSZ         4       16 # samples per step and device; 16 takes ~7G VRAM => reduce this to save VRAM, increase this for faster speed
+knob M_BSZ         8       16 # samples per step and device; 16 takes ~7G VRAM => reduce this to save VRAM, increase this for faster speed
 knob LR_INIT       2e-3    6e-4
 knob LR_FINAL      2e-4    6e-5
 knob W_DECAY       0.001   0.001
@@ -27,16 +28,17 @@ knob HEAD_CHUNK    0       0 # tokens per chunk of LM head and loss; 0 => chosen
 knob KERNEL        ""      "@rwkv3" # "" and "@rwkv3" => automatic; cuda, cpu, torch => this one or an error
 knob PRECISION     auto    bf16 # auto => bf16 or fp32, whichever is faster here
 knob STRATEGY      auto    deepspeed_stage_2
-knob EPOCH_SAMPLES 400     40320 # samples in a "miniepoch": a line in train_log.txt, a validation, a full training state
+knob EPOCH_SAMPLES 500     40320 # samples in a "miniepoch": a line in train_log.txt, a validation, a full training state
 knob EPOCH_SAVE    1       10 # save rwkv-*.pth every so many "miniepochs" => decrease if your GPU is weak
 knob SAVE_MINUTES  1       10 # also save the full training state after so many minutes
-knob EXIT_TOKENS   1000000 0 # tokens to train => increase it to train longer; 0 => once through the data
+knob EXIT_TOKENS   1000000 $ALL_TOKENS # tokens to train => increase it to train longer; 0 => once through the data
 knob N_NODE        1       1 # number of nodes
 knob GPU_PER_NODE  1       1 # number of GPUs (without GPUs: processes) per node
 knob WANDB         ""      "" # Weights & Biases project
 knob PROMPT        "def "  "The " # beginning of the sample text at the end; "" => no sample
 #
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # without it torchrun's restarts of a failed node fail
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1       # without it torchrun's restarts of a failed node fail
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # waiting threads sleep: on a busy machine spinning ones made each step three times as expensive
 if [ "$N_NODE" -gt 1 ] && [ -z "${NODE_RANK:-}${SLURM_NODEID:-}${GROUP_RANK:-}" ]; then
     address=$(hostname -I 2>/dev/null | cut -d ' ' -f 1)
     echo "$N_NODE nodes of $GPU_PER_NODE: start this on each node (same files, same knobs; MASTER_ADDR is the address of node 0):"

@@ -1,5 +1,6 @@
 """A small world for the shell scripts: a copy of env.sh beside fake python3, pip and nvidia-smi, without a network."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ["sh", "bash", "dash", "cat", "cksum", "grep", "sed", "mkdir", "rm", "cp", "sleep", "tail", "tr", "dirname", "env"]
+TOOLS = ["sh", "bash", "dash", "cat", "cksum", "cut", "env", "grep", "sed", "mkdir", "rm", "cp", "sleep", "tail", "tr", "dirname", "wc"]
+CUDA_TORCH = """
+__version__ = '2.13.0'
+class version: cuda = '13.0'
+class cuda:
+    is_available = staticmethod(lambda: True)
+    device_count = staticmethod(lambda: 2)
+    get_device_capability = staticmethod(lambda i: (9, 0))
+    get_arch_list = staticmethod(lambda: ['sm_80', 'sm_90'])
+"""
 FAKE_PIP = """
 import pathlib, re, site, sys
 here = pathlib.Path(site.getsitepackages()[0])
@@ -40,6 +50,25 @@ for name in names:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {{package}}\\nVersion: {{wanted}}\\n")
 """
+FAKE_TRAIN = """
+import json, os, pathlib, signal, sys, time
+with open("calls", "a") as log:
+    print(json.dumps([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]), file=log)
+if "train_stage" in str(sys.argv):
+    flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    folder = pathlib.Path(flags["--proj_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ("rwkv-init.pth" if flags["--train_stage"] == "1" else "rwkv-final.pth")).touch()
+    if flags["--train_stage"] == "3" and pathlib.Path("status").exists():
+        sys.exit(int(pathlib.Path("status").read_text()))
+"""
+FAKE_COMMAND = """
+import json
+def main(argv):
+    with open("calls", "a") as log:
+        print(json.dumps([__name__.rpartition(".")[2], *argv]), file=log)
+    return 0
+"""
 PYTHON3 = """#!/bin/sh
 # Behaves as python3, but a venv that it makes has the fake pip, and takes milliseconds.
 if [ "$1 $2" = "-m venv" ]; then
@@ -54,7 +83,7 @@ class World:
     """`root` is a checkout with the files of the set-up; `base` the packages of its python3, none at first."""
 
     def __init__(self, folder: Path) -> None:
-        self.root, self.bin, self.pip_log, self.offline = folder / "checkout", folder / "bin", folder / "pip.log", folder / "offline"
+        self.root, self.bin, self.pip_log, self.offline = folder / "a checkout", folder / "bin", folder / "pip.log", folder / "offline"
         for name in ("RWKV-v7/env.sh", "RWKV-v7/requirements_met.py", "requirements.txt", "constraints.txt", "pyproject.toml", "tests/requirements.txt"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
@@ -73,6 +102,32 @@ class World:
         (folder / "pip").mkdir()
         (folder / "pip" / "__main__.py").write_text(FAKE_PIP.format(log=str(self.pip_log), offline=str(self.offline)))
         self.command("python3", PYTHON3.format(python=folder / "base" / "bin" / "python", pip=folder / "pip", packages=self.packages))
+
+    def add_scripts(self) -> None:
+        """The demo scripts, beside a train.py, a make_data.py and commands that only write down how they were called."""
+        for script in ROOT.glob("demo-training-*.sh"):
+            shutil.copy(script, self.root)
+        for name in ("train.py", "make_data.py"):
+            (self.root / name).write_text(FAKE_TRAIN)
+        for name in ("demo_corpus", "download", "generate"):
+            (self.root / "RWKV-v7/rwkvlm/cli" / f"{name}.py").write_text(FAKE_COMMAND)
+        self.install_requirements()
+
+    def run(self, script: str, shell: str = "sh", **environment: str) -> subprocess.CompletedProcess:
+        """Calls a script from another folder."""
+        env = {"PATH": str(self.bin), "HOME": str(self.root), **environment}
+        return subprocess.run([shell, f"../{self.root.name}/{script}"], cwd=self.bin, env=env, capture_output=True, text=True, timeout=60)
+
+    def calls(self) -> list[list[str]]:
+        """What train.py, make_data.py and the commands were called with since the last question."""
+        log = self.root / "calls"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return lines
+
+    def add_gpu(self) -> None:
+        (self.base / "torch.py").write_text(CUDA_TORCH)
+        self.command("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'\n")
 
     def command(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)

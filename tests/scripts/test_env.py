@@ -50,7 +50,7 @@ def test_second_start_installs_nothing_until_the_requirements_change(world):
 def test_the_packages_of_the_tests_come_on_top(world):
     world.start()
     calls = len(world.pip_calls())
-    assert world.start("$PYTHON -m pytest --version", WITH_TESTS="1").returncode != 0  # only metadata: pytest itself is not there
+    assert world.start('"$PYTHON" -m pytest --version', WITH_TESTS="1").returncode != 0  # only metadata: pytest itself is not there
     assert any("-r tests/requirements.txt" in call for call in world.pip_calls()[calls:])
     calls = len(world.pip_calls())
     world.start()
@@ -61,7 +61,7 @@ def test_the_packages_of_the_tests_come_on_top(world):
 def test_torch_of_python3_is_taken_over_and_never_replaced(world):
     world.install(torch="2.12.1+cu126")
     (world.base / "torch.py").write_text("__version__ = '2.12.1+cu126'")
-    done = world.start('$PYTHON -c "import torch; print(torch.__file__)"')
+    done = world.start('"$PYTHON" -c "import torch; print(torch.__file__)"')
     assert done.stdout.splitlines()[-1] == str(world.base / "torch.py"), done.stderr
     assert not any(call.split()[-1].startswith("torch==") for call in world.pip_calls())
     assert "torch==2.12.1+cu126" in (world.root / ".venv/constraints.txt").read_text().splitlines()
@@ -138,7 +138,7 @@ def test_failed_venv_leaves_nothing(world):
 def test_python_knob_is_checked_and_never_changed(world):
     world.install(torch="2.12.0")
     done = world.start(PYTHON="python3")
-    assert done.returncode == 1 and "error: PYTHON=python3 lacks: deepspeed" in done.stderr and "torch" not in done.stderr.split("install them")[0].split("lacks")[1].replace("pytorch", "")
+    assert done.returncode == 1 and "error: PYTHON=python3 lacks: deepspeed>=" in done.stderr and " torch>=" not in done.stderr
     assert world.pip_calls() == [] and not (world.root / ".venv").exists()
     assert "is not a Python 3.10 or newer" in world.start(PYTHON="/bin/false").stderr
 
@@ -176,11 +176,7 @@ def test_listed_gpu_that_torch_cannot_use_stops_with_the_cure(world, shell):
 
 def test_a_listed_gpu_is_used(world):
     world.install_requirements()
-    (world.base / "torch.py").write_text(
-        "__version__ = '2.13.0'\nclass version: cuda = '13.0'\nclass cuda:\n is_available = staticmethod(lambda: True)\n"
-        " device_count = staticmethod(lambda: 2)\n get_device_capability = staticmethod(lambda i: (9, 0))\n get_arch_list = staticmethod(lambda: ['sm_80', 'sm_90'])\n"
-    )
-    world.command("nvidia-smi", GPU)
+    world.add_gpu()
     knobs = 'knob M_BSZ 4 16; knob N_LAYER 6 12; knob WANDB "" ""; echo "$ACCELERATOR $DEVICES $M_BSZ $N_LAYER [$WANDB]"'
     assert world.start(knobs, N_LAYER="3").stdout == "gpu 2 16 3 []\n"
     assert world.start(knobs, N_LAYER="3", ACCELERATOR="cpu").stdout == "cpu 1 4 3 []\n"
@@ -203,8 +199,8 @@ def test_accelerator_that_is_not_there(world):
 def test_signals_reach_the_command_and_its_status_comes_back(world, shell, signal, status):
     world.install_requirements()
     child = (
-        "import signal, sys, time\n"
-        "def stop(number, frame): print('saved', flush=True); time.sleep(0.3); sys.exit(128 + number)\n"
+        "import os, signal, sys, time\n"
+        "def stop(number, frame): os.write(1, b'saved\\n'); time.sleep(0.3); sys.exit(128 + number)\n"
         "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)\n"
         "print('ready', flush=True); time.sleep(30)\n"
     )

@@ -1,0 +1,209 @@
+"""The demo and Pile scripts: which commands they give, with which flags. A train.py that only writes down its flags stands in."""
+
+import os
+import subprocess
+
+import pytest
+
+from rwkvlm.cli.flags import parse_flags
+from rwkvlm.config import TrainConfig
+
+
+@pytest.fixture
+def demo(world):
+    world.add_scripts()
+    return world
+
+
+def flags(call):
+    return dict(zip(call[1::2], call[2::2]))
+
+
+def test_whole_way_on_a_cpu_from_another_folder(demo, shell):
+    done = demo.run("demo-training-run.sh", shell)
+    assert done.returncode == 0 and done.stderr == ""
+    corpus, data, init, train, sample = demo.calls()
+    assert corpus == ["demo_corpus", "--out", "data/demo.jsonl"]
+    assert data[:2] == ["make_data", "data/demo.jsonl"] and "--val_split" in data
+    assert flags(init)["--train_stage"] == "1" and flags(train)["--train_stage"] == "3"
+    assert flags(train)["--accelerator"] == "cpu" and flags(train)["--data_file"] == "data/demo"
+    assert sample[:3] == ["generate", "--model", flags(train)["--proj_dir"] + "/rwkv-final.pth"]
+    for name in ("--n_layer", "--n_embd", "--ctx_len", "--vocab_size", "--proj_dir", "--my_testing", "--head_size", "--data_file"):
+        assert flags(init)[name] == flags(train)[name]
+
+
+def test_what_is_there_is_kept(demo):
+    demo.run("demo-training-run.sh")
+    (demo.root / "data").mkdir()
+    for name in ("demo.bin", "demo.idx"):
+        (demo.root / "data" / name).touch()
+    folder = demo.root / "out/L6-D256-x070"
+    (folder / "rwkv-7.pth").touch()
+    before = sorted(os.listdir(folder))
+    demo.calls()
+    assert demo.run("demo-training-run.sh").returncode == 0
+    assert [call[0] for call in demo.calls()] == ["train", "generate"]
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("script", ["demo-training-run.sh", "demo-training-run-v7-pile.sh"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_train_py_takes_every_flag(demo, script, gpu):
+    if gpu:
+        demo.add_gpu()
+    pile_files(demo)
+    assert demo.run(script, ACCELERATOR="gpu" if gpu else "cpu").returncode == 0
+    configs = [parse_flags(TrainConfig, call[1:], "train.py") for call in demo.calls() if call[0] == "train"]
+    assert [config.train_stage for config in configs] == [1, 3]
+    for config in configs:
+        assert config.flags_without_effect() == []
+
+
+KNOBS = {
+    "N_LAYER": ("4", "--n_layer"),
+    "N_EMBD": ("128", "--n_embd"),
+    "HEAD_SIZE": ("32", "--head_size"),
+    "CTX_LEN": ("128", "--ctx_len"),
+    "MODEL_TYPE": ("x070", "--my_testing"),
+    "PROJ_DIR": ("out/a b", "--proj_dir"),
+    "M_BSZ": ("3", "--micro_bsz"),
+    "LR_INIT": ("1e-5", "--lr_init"),
+    "LR_FINAL": ("1e-6", "--lr_final"),
+    "W_DECAY": ("0.2", "--weight_decay"),
+    "BETA_2": ("0.95", "--beta2"),
+    "ADAM_EPS": ("1e-8", "--adam_eps"),
+    "GRAD_CP": ("1", "--grad_cp"),
+    "HEAD_CHUNK": ("4096", "--head_chunk"),
+    "KERNEL": ("torch", "--kernel"),
+    "PRECISION": ("fp32", "--precision"),
+    "STRATEGY": ("deepspeed_stage_3", "--strategy"),
+    "EPOCH_SAMPLES": ("64", "--epoch_samples"),
+    "EPOCH_SAVE": ("3", "--epoch_save"),
+    "SAVE_MINUTES": ("2.5", "--save_minutes"),
+    "EXIT_TOKENS": ("12345", "--my_exit_tokens"),
+    "GPU_PER_NODE": ("2", "--devices"),
+    "WANDB": ("my project", "--wandb"),
+    "DATA": ("somewhere/my data", "--data_file"),
+}
+
+
+def test_knobs_reach_train_py(demo):
+    assert demo.run("demo-training-run.sh", **{knob: value for knob, (value, _) in KNOBS.items()}).returncode == 0
+    changed = flags([call for call in demo.calls() if call[0] == "train"][-1])
+    demo.run("demo-training-run.sh")
+    default = flags([call for call in demo.calls() if call[0] == "train"][-1])
+    for knob, (value, flag) in KNOBS.items():
+        assert changed[flag] == value, knob
+        assert default[flag] != value or knob == "MODEL_TYPE", knob
+
+
+def test_seed_and_prompt(demo):
+    demo.run("demo-training-run.sh", RANDOM_SEED="7", PROMPT="class A")
+    calls = demo.calls()
+    assert flags(calls[-3])["--random_seed"] == "7" and flags(calls[-1])["--prompt"] == "class A"
+    demo.run("demo-training-run.sh", PROMPT="")
+    assert demo.calls()[-1][0] == "train"
+
+
+def test_official_minipile_recipe_on_a_gpu(demo):
+    demo.add_gpu()
+    demo.run("demo-training-run.sh")
+    download, init, train, sample = demo.calls()
+    assert download == ["download", "--out", "data/minipile"]
+    official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run.sh
+        "--n_layer": "12", "--n_embd": "768", "--ctx_len": "512", "--vocab_size": "65536", "--my_testing": "x070", "--proj_dir": "out/L12-D768-x070",
+        "--micro_bsz": "16", "--lr_init": "6e-4", "--lr_final": "6e-5", "--warmup_steps": "10", "--beta1": "0.9", "--beta2": "0.99", "--adam_eps": "1e-18",
+        "--weight_decay": "0.001", "--epoch_save": "10", "--head_size": "64", "--head_chunk": "0", "--kernel": "@rwkv3", "--grad_cp": "1",
+        "--accelerator": "gpu", "--devices": "1", "--num_nodes": "1", "--precision": "bf16", "--strategy": "deepspeed_stage_2", "--train_stage": "3",
+        "--my_exit_tokens": "1498226207", "--data_file": "data/minipile", "--data_type": "binidx", "--load_model": "0", "--epoch_samples": "40320",
+    }  # fmt: skip
+    assert {name: flags(train).get(name) for name in official} == official
+
+
+def test_data(demo):
+    (demo.root / "data").mkdir()
+    demo.run("demo-training-prepare.sh", DATA="minipile", PROJ_DIR="out/a")
+    assert demo.calls()[0] == ["download", "--out", "data/minipile"]
+    (demo.root / "data/minipile.bin").touch()
+    demo.run("demo-training-prepare.sh", PROJ_DIR="out/b")
+    assert flags(demo.calls()[-1])["--data_file"] == "data/minipile"
+    demo.run("demo-training-prepare.sh", DATA="demo", PROJ_DIR="out/c")
+    assert flags(demo.calls()[-1])["--data_file"] == "data/demo"
+    demo.run("demo-training-prepare.sh", DATA="/my/text", VOCAB_SIZE="256", PROJ_DIR="out/d")
+    (init,) = demo.calls()
+    assert (flags(init)["--data_file"], flags(init)["--vocab_size"]) == ("/my/text", "256")
+
+
+@pytest.mark.parametrize("status", [1, 2, 130, 143])
+def test_exit_status_of_the_training_is_that_of_the_script(demo, shell, status):
+    (demo.root / "status").write_text(str(status))
+    assert demo.run("demo-training-run.sh", shell).returncode == status
+    assert demo.calls()[-1][0] == "train"
+
+
+def test_failing_preparation_stops(demo):
+    (demo.root / "make_data.py").write_text("raise SystemExit(2)")
+    assert demo.run("demo-training-run.sh").returncode == 2
+    assert [call[0] for call in demo.calls()] == ["demo_corpus"]
+
+
+def test_nodes(demo):
+    done = demo.run("demo-training-run.sh", N_NODE="2", GPU_PER_NODE="8", MASTER_ADDR="10.0.0.1", M_BSZ="8")
+    assert done.returncode == 2
+    commands = [line.strip() for line in done.stdout.splitlines() if "NODE_RANK=" in line]
+    assert [line.split()[0] for line in commands] == ["NODE_RANK=0", "NODE_RANK=1"]
+    assert all("MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 N_NODE=2 GPU_PER_NODE=8 " in line for line in commands)
+    assert all(flags(call)["--train_stage"] == "1" for call in demo.calls() if call[0] == "train")
+    assert demo.run("demo-training-run.sh", N_NODE="2", GPU_PER_NODE="8", NODE_RANK="1").returncode == 0
+    (train,) = [call for call in demo.calls() if call[0] == "train"]
+    assert (flags(train)["--num_nodes"], flags(train)["--devices"]) == ("2", "8")
+
+
+def pile_files(demo, bin_size=664230651068):
+    """Files of the official sizes that take no room."""
+    (demo.root / "data").mkdir(exist_ok=True)
+    for suffix, size in (("bin", bin_size), ("idx", 4212099722)):
+        with open(demo.root / f"data/pile_20B_tokenizer_text_document.{suffix}", "wb") as file:
+            try:
+                file.truncate(size)
+            except OSError:
+                pytest.skip("no sparse files of this size here")
+
+
+def test_pile(demo):
+    done = demo.run("demo-training-prepare-v7-pile.sh")
+    assert done.returncode == 1 and "error: data/pile_20B_tokenizer_text_document.bin is not there" in done.stderr
+    pile_files(demo, bin_size=664230651066)
+    done = demo.run("demo-training-prepare-v7-pile.sh")
+    assert done.returncode == 1 and "has 664230651066 bytes, not 664230651068" in done.stderr
+    pile_files(demo)
+    assert demo.run("demo-training-prepare-v7-pile.sh").returncode == 0
+    assert demo.run("demo-training-run-v7-pile.sh", ACCELERATOR="cpu").returncode == 0
+    init, train = demo.calls()
+    official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh
+        "--vocab_size": "50304", "--ctx_len": "4096", "--micro_bsz": "30", "--lr_init": "8e-4", "--lr_final": "3e-5", "--weight_decay": "0.1",
+        "--epoch_save": "50", "--my_exit_tokens": "332115325534", "--devices": "8", "--precision": "bf16", "--strategy": "deepspeed_stage_2",
+        "--beta2": "0.99", "--adam_eps": "1e-18", "--n_layer": "12", "--n_embd": "768",
+    }  # fmt: skip
+    assert {name: flags(train).get(name) for name in official} == official
+    assert flags(init)["--proj_dir"] == flags(train)["--proj_dir"]
+
+
+def test_pile_is_not_trained_on_a_cpu_by_itself(demo):
+    done = demo.run("demo-training-run-v7-pile.sh")
+    assert done.returncode == 2 and "ACCELERATOR=gpu, but nvidia-smi lists no GPU" in done.stderr
+
+
+@pytest.mark.parametrize("signal, status", [("TERM", 143), ("INT", 130)])
+def test_signals_to_the_script_reach_train_py(demo, shell, signal, status):
+    demo.run("demo-training-prepare.sh")
+    (demo.root / "train.py").write_text(
+        "import os, signal, sys, time\n"
+        "def stop(number, frame): os.write(1, b'saved\\n'); time.sleep(0.2); sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)\n"
+        "print('training', flush=True); time.sleep(30)\n"
+    )
+    process = subprocess.Popen([shell, "demo-training-run.sh"], cwd=demo.root, env={"PATH": str(demo.bin)}, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "training\n"
+    subprocess.run(["sh", "-c", f"kill -{signal} {process.pid}"], check=True)
+    assert process.communicate(timeout=20)[0] == "saved\n" and process.returncode == status
