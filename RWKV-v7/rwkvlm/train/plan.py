@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +79,8 @@ def make_plan(config: TrainConfig) -> Plan:
     """Raises UserError for everything that would make the run fail later: data, checkpoints, folders, devices."""
     data, prime = check_data(config)
     check_folder(config)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {config.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
     run = launch(config)
     backend.set_kernel(config.kernel)
     start = find_start(config, prime)

@@ -1,4 +1,4 @@
-"""Weights & Biases, with the official keys and run name; offline, with one line, where nobody is logged in."""
+"""Weights & Biases, with the official keys and run name; offline, with one line, where nobody is logged in or nothing is reached."""
 
 from __future__ import annotations
 
@@ -14,36 +14,42 @@ class WeightsAndBiases(Log):
     def __init__(self, plan: Plan, now: datetime) -> None:
         import wandb
 
-        mode = wandb.setup().settings.mode
-        if mode == "online" and not wandb.api.api_key:
-            mode = "offline"
-            say(f"wandb: nobody is logged in; logging offline to {plan.proj_dir}/wandb (wandb login, then wandb sync)")
         model, config = plan.start.model, plan.config
-        self.config, self.wd = config, config.weight_decay
-        self.run = wandb.init(
-            project=config.wandb,
-            name=f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {now:%Y-%m-%d-%H-%M-%S}",
-            config=plan.settings(),
-            dir=str(plan.proj_dir),
-            mode=mode,
-            save_code=False,
-            settings=wandb.Settings(silent=True),
-        )
+        self.wd = config.weight_decay
+        mode = wandb.setup().settings.mode
+        if mode == "online" and not _logged_in(wandb.setup().settings):
+            mode = "offline"
+            say(f"wandb: nobody is logged in; logging offline into {plan.proj_dir}/wandb (to upload: wandb login, then wandb sync)")
+
+        def begin(mode: str):
+            return wandb.init(
+                project=config.wandb,
+                name=f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {now:%Y-%m-%d-%H-%M-%S}",
+                config=plan.settings(),
+                dir=str(plan.proj_dir),
+                mode=mode,
+                settings=wandb.Settings(silent=True),
+            )
+
+        try:
+            self.run = begin(mode)
+        except wandb.errors.Error as error:
+            say(f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb")
+            self.run = begin("offline")
 
     def step(self, record: dict[str, Any]) -> None:
-        self.run.log(
-            {
-                "loss": record["loss"],
-                "lr": record["lr"],
-                "wd": self.wd,
-                "Gtokens": record["tokens"] / 1e9,
-                "kt/s": record["tokens_per_s"] / 1000,
-            },
-            step=record["step"],
-        )
+        numbers = {"loss": record["loss"], "lr": record["lr"], "wd": self.wd, "Gtokens": record["tokens"] / 1e9, "kt/s": record["tokens_per_s"] / 1000}
+        self.run.log(numbers, step=record["step"])
 
     def validation(self, record: dict[str, Any]) -> None:
         self.run.log({"val_loss": record["val_loss"]}, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _logged_in(settings: Any) -> bool:
+    """Whether wandb.init would find credentials; asking it would prompt."""
+    from requests.utils import get_netrc_auth  # requests comes with wandb
+
+    return bool(settings.api_key or settings.identity_token_file or get_netrc_auth(settings.base_url))

@@ -1,0 +1,101 @@
+"""Logs by themselves: what a person and what wandb see."""
+
+import io
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.train.logs.metrics import Metrics
+from rwkvlm.train.logs.progress import Progress, clock
+from rwkvlm.train.position import Position
+from rwkvlm.train.schedule import Schedule
+
+
+def plan(folder, **flags):
+    config = TrainConfig(ctx_len=100, epoch_samples=50, **flags)
+    return SimpleNamespace(
+        config=config,
+        proj_dir=folder,
+        schedule=Schedule(1e-3, 1e-4, 0, 20_000, 1000),
+        tokens=0,
+        start=SimpleNamespace(position=Position(), model=ModelConfig(n_layer=2, n_embd=64, vocab_size=256)),
+        settings=lambda: {"n_layer": 2},
+    )
+
+
+def record(step: int, loss: float = 3.0) -> dict:
+    return {"step": step, "tokens": 1000 * step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 500.0, "seconds": 2.0 * step, "memory_mb": 100.0}
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (90061, "1d 1:01:01")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_one_line_is_rewritten(tmp_path, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    bar = Progress(plan(tmp_path))
+    bar.step(record(1))
+    for step in range(2, 12):
+        bar.step(record(step))  # within a fraction of a second: not drawn
+    bar.validation({"step": 11, "tokens": 11000, "val_loss": 2.5})
+    bar.close()
+    drawn = screen.getvalue()
+    assert drawn.count("\n") == 2 and drawn.count("\r") == 3 and max(map(len, re.split(r"[\r\n]", drawn))) <= 84
+    assert "validation loss 2.5000 at step 11" in drawn and "step 11/20" in drawn and "mini-epoch 2" in drawn
+
+
+def test_elsewhere_a_line_every_ten_seconds(tmp_path, capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("rwkvlm.train.logs.progress.time.monotonic", lambda: now[0])
+    bar = Progress(plan(tmp_path))
+    for step in range(1, 13):
+        now[0] += 2
+        bar.step(record(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(re.match(r"step (\d+)/20 ", line)[1]) for line in lines] == [1, 6, 11]
+    assert lines[-1].endswith("0.50 kt/s  left 0:18")  # 9000 tokens at 500 a second
+
+
+def test_json_has_no_nan(tmp_path):
+    from datetime import datetime
+
+    log = Metrics(plan(tmp_path), datetime(2026, 11, 21))
+    log.step(record(1, float("nan")))
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert '"loss": null' in text and "NaN" not in text and text.startswith('{"run": "2026-11-21-00-00-00"')
+
+
+def test_wandb_without_a_login_is_offline_and_asks_nothing(run, tmp_path, monkeypatch, capfd):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run(tmp_path / "out", wandb="Test", max_steps=3) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("wandb")]
+    assert len(said) == 1 and "nobody is logged in; logging offline into" in said[0]
+    written = list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(written) == 1
+    content = written[0].read_bytes()
+    for key in (b"loss", b"lr", b"wd", b"Gtokens", b"kt/s", b"256 ctx32 L2 D64 20"):
+        assert key in content
+
+
+def test_wandb_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypatch, capfd):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
+    assert run(tmp_path / "out", wandb="Test") == 2
+    assert "--wandb Test: wandb is not installed; pip install wandb" in capfd.readouterr().err
