@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,9 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(run, tmp_path, monkey
     assert len(said) == 1 and "nobody is logged in; logging offline into" in said[0]
     written = list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(written) == 1
+    until = time.monotonic() + 60  # its service writes behind
+    while b"kt/s" not in written[0].read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
     content = written[0].read_bytes()
     for key in (b"loss", b"lr", b"wd", b"Gtokens", b"kt/s", b"256 ctx32 L2 D64 20"):
         assert key in content

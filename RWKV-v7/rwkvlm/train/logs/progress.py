@@ -24,7 +24,7 @@ class Progress(Log):
         self.times: deque[tuple[float, int]] = deque()
         self.loss: float | None = None
         self.shown = -ELSEWHERE_S
-        self.line = ""
+        self.line = self.last_shown = ""
 
     def step(self, record: dict[str, Any]) -> None:
         now, tokens = time.monotonic(), record["tokens"]
@@ -46,6 +46,7 @@ class Progress(Log):
             self._show()
 
     def _show(self) -> None:
+        self.last_shown = self.line
         if self.terminal:
             print(f"\r{self.line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
         else:
@@ -62,10 +63,10 @@ class Progress(Log):
         self._note(f"validation loss {record['val_loss']:.4f} at step {record['step']}")
 
     def close(self) -> None:
-        if self.line:
+        if self.line != self.last_shown:
             self._show()
-            if self.terminal:
-                print(flush=True)
+        if self.terminal:
+            print(flush=True)
 
 
 def clock(seconds: float) -> str:
