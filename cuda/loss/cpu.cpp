@@ -26,18 +26,40 @@ INLINE void narrow(float x, bf16* to) {
   to->bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
-// bf16 in the upper half of each lane, to nearest; ties, which hardly occur, go up. NaN stays NaN when it comes from arithmetic.
-INLINE vu upper(vf x) { return ((vu)x + 0x8000u) & 0xffff0000u; }
+// bf16 in the lower half of each lane, to nearest; ties, which hardly occur, go up. A NaN that arithmetic made stays one.
+INLINE vu rounded(vf x) { return ((vu)x + 0x8000u) >> 16; }
 
-// exp to a relative error of 1e-4 for x <= 88.
-INLINE vf rough_exp(vf x) {
-  x = select(x < -87.f, splat(-87.f), x) * 1.44269504f;
-  const vf shifted = x + 12582912.f;
-  const vf f = x - (shifted - 12582912.f);
+// Not below `low`; a NaN stays one.
+INLINE vf at_least(float low, vf x) { return splat(low) > x ? splat(low) : x; }
+
+// 2^n p, n the integer that adding 1.5 * 2^23 has left in the low bits of `shifted`.
+INLINE vf scaled(vf p, vf shifted) { return (vf)((vi)p + ((vi)shifted << 23)); }
+
+constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kLog2e = 1.44269504088896341f;
+
+// exp to 2 ulp, for x <= 88; 0 below -87. Cephes' polynomial.
+INLINE vf exact_exp(vf x) {
+  x = at_least(-87.f, x);
+  const vf shifted = x * kLog2e + kMagic;
+  const vf n = shifted - kMagic;
+  const vf f = x - n * 0.693359375f - n * -2.12194440e-4f;
+  vf p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  return scaled(p * (f * f) + (f + 1.f), shifted);
+}
+
+// 2^x to a relative error of 1e-4, for x <= 127; 0 below -126.
+INLINE vf rough_exp2(vf x) {
+  x = at_least(-126.f, x);
+  const vf shifted = x + kMagic;
+  const vf f = x - (shifted - kMagic);
   vf p = f * 0.05517167f + 0.24261114f;
   p = p * f + 0.69326099f;
-  p = p * f + 0.99992807f;
-  return (vf)((vi)p + ((vi)shifted << 23));
+  return scaled(p * f + 0.99992807f, shifted);
 }
 
 // One row of units of the right operand `turn` makes: a row of fp32, or two of bf16 interleaved.
@@ -107,7 +129,9 @@ struct Ahead {
 };
 
 template <class T>
-void softmax(const Logits& l, Totals totals, void* e_) {
+void softmax(const Logits& logits, Totals totals, void* e_) {
+  const Logits l = logits;  // a copy, which no store below can change
+  auto* e = static_cast<float*>(e_);
   Ahead ahead(l);
   for (int64_t i = 0; i < l.width; i += W) {
     const vf m = load(l.m + i);
@@ -118,19 +142,19 @@ void softmax(const Logits& l, Totals totals, void* e_) {
       const vi better = logit > best;
       best = better ? logit : best;
       best_row = better ? vi{} + int32_t(l.row + r) : best_row;
-      const vf e = exp_nonpositive(logit - m);  // exact up to 88 as well
-      total += e;
-      return e;
+      const vf value = exact_exp(logit - m);
+      total += value;
+      return value;
     };
     for (int64_t r = 0; r < l.rows; r += 2) {
       ahead.fetch();
       const vf even = see(r), odd = r + 1 < l.rows ? see(r + 1) : vf{};
-      if (!e_) continue;
+      if (!e) continue;
       if constexpr (kPair<T> == 2) {
-        store(static_cast<float*>(e_) + r / 2 * l.width + i, (vf)(upper(even) >> 16 | upper(odd)));
+        store(e + r / 2 * l.width + i, (vf)(rounded(even) | rounded(odd) << 16));
       } else {
-        store(static_cast<float*>(e_) + r * l.width + i, even);
-        if (r + 1 < l.rows) store(static_cast<float*>(e_) + (r + 1) * l.width + i, odd);
+        store(e + r * l.width + i, even);
+        if (r + 1 < l.rows) store(e + (r + 1) * l.width + i, odd);
       }
     }
     store(totals.sum + i, load(totals.sum + i) + total);
@@ -139,15 +163,16 @@ void softmax(const Logits& l, Totals totals, void* e_) {
   }
 }
 
-void softmax_again(const Logits& l, void* e_) {
+void softmax_again(const Logits& logits, void* e_) {
+  const Logits l = logits;
   auto* e = static_cast<bf16*>(e_);
   Ahead ahead(l);
   for (int64_t i = 0; i < l.width; i += W) {
-    const vf m = load(l.m + i);
+    const vf m = load(l.m + i) * kLog2e;
     for (int64_t r = 0; r < l.rows; r++) {
       if (r % 2 == 0) ahead.fetch();
-      const vu bits = upper(rough_exp(load(l.data + r * l.stride + i) - m));
-      *reinterpret_cast<vh_memory*>(e + r * l.width + i) = __builtin_convertvector(bits >> 16, vh);
+      const vu bits = rounded(rough_exp2(load(l.data + r * l.stride + i) * kLog2e - m));
+      *reinterpret_cast<vh_memory*>(e + r * l.width + i) = __builtin_convertvector(bits, vh);
     }
   }
 }

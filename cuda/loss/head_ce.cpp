@@ -39,7 +39,7 @@ using loss::Totals;
 
 constexpr int64_t kRows = 32;       // rows per matrix product: the fastest with AMX
 constexpr int64_t kColumns = 1024;  // columns per matrix product, so that the right operand stays in the cache
-constexpr int64_t kBlock = 128;     // rows of the vocabulary that pass 1 takes at a time: the depth of its products for dX
+constexpr int64_t kBlock = 256;     // rows of the vocabulary that pass 1 takes at a time: the depth of its products for dX
 constexpr int64_t kParts = 16;      // of the vocabulary, with partial sums of their own
 constexpr float kOverflow = 60;     // nats
 
