@@ -11,7 +11,7 @@ from .plan import Plan
 
 
 class Validation:
-    """Mean loss over the first val_batches batches of the held-out data, the same samples each time and for any number of devices.
+    """Mean loss over val_batches batches spread evenly over the held-out data, the same samples each time and for any number of devices.
 
     It reads beside the training data, so their order is not touched.
     """
@@ -22,6 +22,7 @@ class Validation:
         if plan.held_out is not None:
             self.batch = min(plan.config.micro_bsz, len(plan.held_out))
             self.n_batches = min(plan.config.val_batches, len(plan.held_out) // self.batch)
+            self.stride = len(plan.held_out) // (self.n_batches * self.batch)
 
     def due(self, step: int, mini_epoch_ends: bool) -> bool:
         every = self.plan.config.val_every
@@ -38,7 +39,7 @@ class Validation:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for first in range(0, self.n_batches, world):  # every process makes as many passes: under ZeRO-3 each pass is collective
             number = first + rank
-            ii = 1 + min(number, self.n_batches - 1) * self.batch + np.arange(self.batch)
+            ii = 1 + (min(number, self.n_batches - 1) * self.batch + np.arange(self.batch)) * self.stride
             batch = tuple(t.to(device) for t in self.plan.held_out[ii])
             part = self.trainer.strategy.validation_step(batch, 0)
             if number < self.n_batches:
