@@ -11,7 +11,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from ..config import UserError
+from ..config import UserError, env
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _command(argv[0])(argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error{'' if env.first_process() else ' in another process'}: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -6,8 +6,8 @@ import logging
 import warnings
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.data import DataLoader
 
 from ..checkpoint.ledger import publish_weights
@@ -89,12 +89,10 @@ def end_together(trainer: pl.Trainer, exit_code: int) -> int:
 
     Lightning kills everything when one of its children exits with another code than 0, which here means "asked to stop, all saved".
     """
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher) or launcher.cluster_environment.creates_processes_externally:
-        return exit_code
-    for process in launcher.procs:
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
         process.wait()
-    return exit_code if trainer.local_rank == 0 else 0
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else exit_code
 
 
 class PlannedModule(TrainModule):

@@ -1,0 +1,161 @@
+"""Where a run begins, what it is asked by signals, and what --precision auto means."""
+
+import signal
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rwkvlm.checkpoint.pth import save_weights
+from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
+from rwkvlm.models import build, init_weights
+from rwkvlm.train import plan as planning
+from rwkvlm.train import signals
+from rwkvlm.train.position import Position
+from rwkvlm.train.signals import Agreement, Signals
+from rwkvlm.train.start import build_model, find_start, initial_weights
+
+
+def config(folder, **flags) -> TrainConfig:
+    return TrainConfig(**(dict(proj_dir=str(folder), n_layer=2, n_embd=32, head_size=16, vocab_size=64, epoch_samples=40, train_stage=3, random_seed=1) | flags))
+
+
+def put(folder, name, **sizes):
+    model = build(ModelConfig(**(dict(n_layer=2, n_embd=32, head_size=16, vocab_size=64) | sizes)))
+    init_weights(model, 0)
+    save_weights(folder / name, model.state_dict())
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "names, name, samples, warmup",
+    [
+        (["rwkv-init.pth"], "rwkv-init.pth", 0, 0),
+        (["rwkv-init.pth", "rwkv-0.pth"], "rwkv-0.pth", 40, 10),
+        (["rwkv-init.pth", "rwkv-9.pth", "rwkv-10.pth", "rwkv-final.pth"], "rwkv-10.pth", 440, 10),
+    ],
+)
+def test_the_official_scan(tmp_path, names, name, samples, warmup):
+    for each in names:
+        put(tmp_path, each)
+    start = find_start(config(tmp_path), 101)
+    assert start.path == tmp_path / name and start.position == Position(samples=samples) and not start.fresh
+    assert start.warmup_steps == warmup and find_start(config(tmp_path, warmup_steps=3), 101).warmup_steps == 3
+
+
+def test_nothing_there_is_a_fresh_start(tmp_path):
+    start = find_start(config(tmp_path), 101)
+    assert start.fresh and start.path == tmp_path / "rwkv-init.pth" and start.warmup_steps == 0 and start.model.n_embd == 32
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_load_model_and_epoch_begin(tmp_path, stage):
+    path = put(tmp_path, "other.pth")
+    out = tmp_path / "out"
+    start = find_start(config(out, train_stage=stage, load_model=str(path), epoch_begin=2), 101)
+    assert start.path == path and start.position.samples == 80 and start.warmup_steps == 10
+    assert find_start(config(out, train_stage=stage, load_model=str(path)), 101).warmup_steps == 0
+
+
+def test_stage_0_from_a_later_mini_epoch_keeps_the_earlier_files(tmp_path):
+    path = put(tmp_path, "rwkv-4.pth")
+    assert find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=5), 101).path == path
+    with pytest.raises(UserError, match="would overwrite"):
+        find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=4), 101)
+
+
+def test_load_partial_grows_a_model(tmp_path):
+    path = put(tmp_path, "small.pth")
+    flags = config(tmp_path / "out", train_stage=0, load_model=str(path), load_partial=1, n_layer=3)
+    start = find_start(flags, 101)
+    assert start.model.n_layer == 3
+    grown, small = build_model(flags, start.model, path).state_dict(), torch.load(path)
+    assert all(torch.equal(grown[name], small[name].float()) for name in small)
+    assert float(grown["blocks.2.att.key.weight"].std()) > 0
+    with pytest.raises(UserError, match="--n_layer 3, but"):
+        find_start(config(tmp_path / "out", train_stage=0, load_model=str(path), n_layer=3), 101)
+
+
+def test_a_file_without_block_0s_unused_tensors(tmp_path):
+    path = put(tmp_path, "x.pth")
+    tensors = {name: t for name, t in torch.load(path).items() if name not in {f"blocks.0.att.v{i}" for i in range(3)}}
+    save_weights(path, tensors)
+    model = build_model(config(tmp_path), ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=64), path)
+    assert all(bool(torch.isfinite(t).all()) for t in model.state_dict().values())
+
+
+def test_initial_weights_follow_the_seed(tmp_path, capsys):
+    sizes = ModelConfig(n_layer=1, n_embd=32, head_size=16, vocab_size=64)
+    one, two, three = (initial_weights(config(tmp_path, random_seed=seed), sizes)["emb.weight"] for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, three)
+    new = initial_weights(config(tmp_path, random_seed=-1), sizes)["emb.weight"]
+    seed = int(capsys.readouterr().err.split("--random_seed ")[1])
+    assert torch.equal(new, initial_weights(config(tmp_path, random_seed=seed), sizes)["emb.weight"])
+
+
+def test_the_official_prepare_script_needs_neither_gpu_nor_deepspeed(run, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    flags = dict(train_stage=1, precision="bf16", strategy="deepspeed_stage_2", grad_cp=1, epoch_count=1, adam_eps=1e-8)
+    assert run(tmp_path / "out", **flags) == 0 and run(tmp_path / "out", **flags) == 0  # again: an untrained file may be replaced
+    assert (tmp_path / "out" / "rwkv-init.pth").exists()
+
+
+def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKV_PRECISION", "")
+    monkeypatch.setattr(planning, "bf16_is_faster", lambda: True)
+    assert run(tmp_path / "out", precision="auto", max_steps=1) == 0
+    assert env.decided_precision() == "bf16"
+    monkeypatch.setenv("RWKV_PRECISION", "")
+    monkeypatch.setattr(planning, "bf16_is_faster", lambda: pytest.fail("the state says it"))
+    assert run(tmp_path / "out", precision="auto", max_steps=1) == 0
+
+
+def test_a_second_request_counts_only_after_a_while(monkeypatch):
+    now, killed = [100.0], []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "kill", lambda pid, signum: killed.append(signum))
+    before = signal.getsignal(signal.SIGTERM)
+    asked = Signals()
+    asked.install()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # `timeout` sends it twice
+    assert asked.stop == signal.SIGTERM and not killed
+    now[0] += 4
+    signal.raise_signal(signal.SIGINT)
+    assert killed == [signal.SIGINT] and asked.stop == signal.SIGTERM
+    signal.raise_signal(signal.SIGUSR1)
+    assert asked.take_save() and not asked.take_save()
+    asked.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_alone_the_agreement_is_immediate():
+    assert Agreement(10).exchange(15, 0) == [15, 0]
+
+
+def _agree(rank: int, port: int, results) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    agreement = Agreement(60)
+    wishes = [(0, 0), (15 * rank, 1 - rank), (0, 0)]
+    results.put((rank, [tuple(agreement.exchange(*w)) for w in wishes]))
+    agreement.finish()
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree_one_step_later():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_agree, args=(rank, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    seen = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert seen == {rank: [(0, 0), (0, 0), (15, 1)] for rank in range(2)}
