@@ -26,7 +26,9 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev
 
 lacking() { "$1" RWKV-v7/requirements_met.py $REQUIREMENTS; } # prints what is missing; true when nothing is
 
-gpu_listed() { [ "${ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
+lacks_torch() { "$1" RWKV-v7/requirements_met.py requirements.txt | grep '^torch[<>=!]' >/dev/null; } # missing, or out of range
+
+gpu_listed() { [ "${ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; }
 
 stamp() { echo "$(cat pyproject.toml constraints.txt "$@" | cksum) $* $ROOT"; } # files of requirements
 
@@ -75,7 +77,7 @@ make_venv() {
     }
     # A torch within range is taken over: its folder is put behind .venv's own on the search path, whether it belongs to the
     # system, to the user, to conda or to another venv.
-    "$BASE" RWKV-v7/requirements_met.py requirements.txt | grep -q '^torch[^-a-z]' ||
+    lacks_torch "$BASE" ||
         "$BASE" -c 'from importlib.metadata import distribution as d; print(d("torch").locate_file(""))' >"$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/torch_of_base.pth"
 }
 
@@ -116,7 +118,7 @@ install_torch() {
 set_up() {
     [ -x .venv/bin/python ] || { find_base; make_venv; }
     .venv/bin/python -c '' 2>/dev/null || die ".venv/bin/python does not start (its base interpreter may be gone)" "remove the folder .venv and start again"
-    .venv/bin/python RWKV-v7/requirements_met.py requirements.txt | grep -q '^torch[^-a-z]' && install_torch
+    lacks_torch .venv/bin/python && install_torch
     # torch stays as it is, whatever version within the range it has
     kept=$(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))')
     sed "s/^torch==.*/torch==$kept/" constraints.txt >.venv/constraints.txt
