@@ -11,6 +11,7 @@ import torch
 
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.train.logs.metrics import Metrics
+from rwkvlm.train.run import PlannedModule
 
 
 def files(folder: Path) -> list[str]:
@@ -107,6 +108,14 @@ def test_signals_save_and_stop(run, whole, losses, tmp_path, monkeypatch, capsys
     assert "goes on from it" in capsys.readouterr().err
     assert run(tmp_path / "out") == 0
     assert losses(tmp_path / "out") == losses(whole)
+
+
+def test_ctrl_c_before_the_first_step_just_ends(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(PlannedModule, "train_dataloader", lambda self: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    assert run(tmp_path / "out") == 130
+    signal.signal(signal.SIGINT, before)  # Lightning has it ignored
+    assert files(tmp_path / "out") == ["rwkv-init.pth", "state"]
 
 
 def test_sigusr1_saves_and_goes_on(run, whole, losses, tmp_path, monkeypatch):

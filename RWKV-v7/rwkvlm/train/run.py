@@ -80,7 +80,10 @@ def train(plan: Plan, strategy: Strategy) -> int:
     )
     # Lightning broadcasts a flag before every batch and waits for it; the Conductor's Agreement does this without waiting.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    trainer.fit(PlannedModule(plan))
+    try:
+        trainer.fit(PlannedModule(plan))
+    except SystemExit as stop:  # what Lightning makes of a Ctrl-C before the first step; later ones are the Conductor's
+        raise KeyboardInterrupt from stop
     return end_together(trainer, conductor.exit_code)
 
 

@@ -108,7 +108,7 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
         held = found[0].name
     elif (Path(config.proj_dir) / FINAL_NAME).exists():
         held = FINAL_NAME
-    elif (Path(config.proj_dir) / "state" / "latest").exists():
+    elif from_mini_epoch == 0 and (Path(config.proj_dir) / "state" / "latest").exists():
         held = "state/"
     else:
         return
