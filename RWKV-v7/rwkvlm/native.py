@@ -85,7 +85,7 @@ def _key(name: str, compiler: str) -> str:
     facts = [version, platform.machine(), torch.__version__, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
     digest = hashlib.sha256("\n".join(facts).encode())
     for folder in ("common", name):
-        for source in sorted((SOURCE_DIR / folder).glob("*")):
+        for source in sorted(p for p in (SOURCE_DIR / folder).glob("*") if p.suffix in (".cpp", ".h")):
             digest.update(f"\n{source.name}\n".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 

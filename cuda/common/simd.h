@@ -128,7 +128,7 @@ INLINE vf exp_nonpositive(vf x) {
 
 // s = sigmoid(x) and c = sigmoid(-x), each with all its digits.
 INLINE void sigmoids(vf x, vf& s, vf& c) {
-  const vf q = exp_nonpositive(select(x > 0.f, -x, x));
+  const vf q = exp_nonpositive((vf)((vu)x | 0x80000000u));
   const vf p = reciprocal(1.f + q);
   const vf small = q * p;
   s = select(x > 0.f, p, small);
@@ -167,7 +167,7 @@ INLINE void transpose_steps(vf* rows) {
 }
 
 // to[c][r] = from[r][c] for a ROWS x COLUMNS matrix, both multiples of W.
-template <int ROWS, int COLUMNS>
+template <int ROWS, int COLUMNS, bool STREAM = false>
 INLINE void transpose(const float* from, int from_stride, float* to, int to_stride) {
   for (int r = 0; r < ROWS; r += W)
     for (int c = 0; c < COLUMNS; c += W) {
@@ -176,40 +176,47 @@ INLINE void transpose(const float* from, int from_stride, float* to, int to_stri
       for (int i = 0; i < W; i++) rows[i] = load(from + (r + i) * from_stride + c);
       transpose_steps<W / 2>(rows);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) store(to + (c + i) * to_stride + r, rows[i]);
+      for (int i = 0; i < W; i++) STREAM ? stream(to + (c + i) * to_stride + r, rows[i]) : store(to + (c + i) * to_stride + r, rows[i]);
     }
 }
 
-// C[m][n] (+)= sum_k A[m][k] B[k][n], with A[m][k] at a[m * a_row + k * a_column]: a register block of MR rows x NR vectors.
-template <int M, int N, int K, bool ADD>
-INLINE void matmul(const float* a, int a_row, int a_column, const float* b, int b_row, float* c, int c_row) {
+// C = A B, C += A B, or C = (START + A B) diag(SCALE), in register blocks of MR rows x NR vectors. A[m][k] lies at
+// a[m * a_row + k * a_column].
+enum class From { zero, self, start };
+
+template <int M, int N, int K, From FROM>
+INLINE void matmul(const float* a, int a_row, int a_column, const float* b, int b_row, float* c, int c_row, const float* start = nullptr,
+                   const float* scale = nullptr) {
   constexpr int NV = N / W;
   constexpr int NR = NV < (W == 16 ? 4 : 2) ? NV : (W == 16 ? 4 : 2);
   constexpr int WANTED = W == 16 ? 16 / NR : 4, MR = M < WANTED ? M : WANTED;
   static_assert(N % W == 0 && NV % NR == 0 && M % MR == 0, "whole register blocks only");
+  if (FROM == From::self) start = c;
   for (int n = 0; n < N; n += NR * W)
     for (int m = 0; m < M; m += MR) {
       vf sum[MR][NR];
 #pragma GCC unroll 16
       for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < NR; j++) sum[i][j] = ADD ? load(c + (m + i) * c_row + n + j * W) : vf{};
-#pragma GCC unroll 2
+        for (int j = 0; j < NR; j++) sum[i][j] = FROM == From::zero ? vf{} : load(start + (m + i) * c_row + n + j * W);
+#pragma GCC unroll 4
       for (int k = 0; k < K; k++) {
         vf row[NR];
 #pragma GCC unroll 4
         for (int j = 0; j < NR; j++) row[j] = load(b + k * b_row + n + j * W);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-          const vf x = NR > 1 ? broadcast(a[(m + i) * a_row + k * a_column]) : splat(a[(m + i) * a_row + k * a_column]);
+          const float x = a[(m + i) * a_row + k * a_column];
+          const vf all = NR > 1 ? broadcast(x) : splat(x);
 #pragma GCC unroll 4
-          for (int j = 0; j < NR; j++) sum[i][j] += x * row[j];
+          for (int j = 0; j < NR; j++) sum[i][j] += all * row[j];
         }
       }
 #pragma GCC unroll 16
       for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < NR; j++) store(c + (m + i) * c_row + n + j * W, sum[i][j]);
+        for (int j = 0; j < NR; j++)
+          store(c + (m + i) * c_row + n + j * W, FROM == From::start ? sum[i][j] * load(scale + n + j * W) : sum[i][j]);
     }
 }
 

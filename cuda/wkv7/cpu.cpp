@@ -42,6 +42,17 @@ INLINE void widen(float* to, const T* from) {
   for (int j = 0; j < N; j += W) store(to + j, load(from + j));
 }
 
+// A row as float: itself, or its copy in `to`.
+template <int N>
+INLINE const float* as_float(const float* row, float*) {
+  return row;
+}
+template <int N>
+INLINE const float* as_float(const bf16* row, float* to) {
+  widen<N>(to, row);
+  return to;
+}
+
 template <int N, class T>
 INLINE void prefetch_row(const T* row) {
   for (size_t byte = 0; byte < N * sizeof(T); byte += 64) prefetch_line(reinterpret_cast<const char*>(row) + byte);
@@ -69,7 +80,7 @@ constexpr int kBatch = 16;  // tokens converted and prefetched at a time
 
 template <int N>
 struct alignas(64) ForwardScratch {
-  float S[N][N], d[kBatch][N], r[kBatch][N], k[kBatch][N], b[kBatch][N], a[kBatch + 1][N], u[N];
+  float S[N][N], d[kBatch][N], r[N], k[N], b[N], a[N], zeros[N], u[N];
 };
 
 // One token for NR vectors of value channels; u enters as S_{t-1} a_t and leaves as S_t a_{t+1}.
@@ -113,24 +124,18 @@ void forward(const Task& task, const Tensors& io, void* memory) {
     transpose<N, N>(task.initial, N, x.S[0], N);
   else
     memset(x.S, 0, sizeof x.S);
-  widen<N>(x.a[0], a[0]);
+  memset(x.zeros, 0, sizeof x.zeros);
+  widen<N>(x.a, a[0]);
   for (int i = 0; i < N; i += W) {
     vf u{};
-    for (int j = 0; j < N; j++) u += load(x.S[j] + i) * x.a[0][j];
+    for (int j = 0; j < N; j++) u += load(x.S[j] + i) * x.a[j];
     store(x.u + i, u);
   }
   for (int64_t t0 = 0; t0 < task.length; t0 += kBatch) {
     const int n = task.length - t0 < kBatch ? int(task.length - t0) : kBatch;
     if (task.checkpoints && t0 % kCheckpoint == 0)
-      transpose<N, N>(x.S[0], N, task.checkpoints + ((t0 / kCheckpoint) * task.heads + task.head) * N * N, N);
+      transpose<N, N, true>(x.S[0], N, task.checkpoints + ((t0 / kCheckpoint) * task.heads + task.head) * N * N, N);
     for (int t = 0; t < n; t++) {
-      widen<N>(x.r[t], r[t0 + t]);
-      widen<N>(x.k[t], k[t0 + t]);
-      widen<N>(x.b[t], b[t0 + t]);
-      if (t0 + t + 1 < task.length)
-        widen<N>(x.a[t], a[t0 + t + 1]);
-      else
-        memset(x.a[t], 0, sizeof x.a[t]);
       for (int j = 0; j < N; j += W) {
         vf s, c;
         sigmoids(load(w[t0 + t] + j), s, c);
@@ -146,7 +151,9 @@ void forward(const Task& task, const Tensors& io, void* memory) {
         }
         if (io.removed)
           for (int q = 0; q < NR * W; q += W) stream(removed[t0 + t] + i + q, load(x.u + i + q));
-        step<N, NR>(x.S[0] + i, x.d[t], x.r[t], x.k[t], x.b[t], x.a[t], v[t0 + t] + i, x.u + i, y[t0 + t] + i);
+        const float* a_next = t0 + t + 1 < task.length ? as_float<N>(a[t0 + t + 1], x.a) : x.zeros;
+        step<N, NR>(x.S[0] + i, x.d[t], as_float<N>(r[t0 + t], x.r), as_float<N>(k[t0 + t], x.k), as_float<N>(b[t0 + t], x.b), a_next,
+                    v[t0 + t] + i, x.u + i, y[t0 + t] + i);
       }
   }
   transpose<N, N>(x.S[0], N, task.final, N);
@@ -166,7 +173,7 @@ struct alignas(64) Chunk {  // what one chunk of up to C tokens contributes, all
 template <int N>
 struct alignas(64) BackwardScratch {
   Chunk<N> chunk[kChunks];
-  float S[kChunks][N][N], G[N][N];                     // states before each chunk, and the running gradient; value-major
+  float S[kChunks - 1][N][N], G[N][N];                 // states before the later chunks, and the running gradient; value-major
   float KBt[N][C2], VUt[N][C2], dVUt[N][C2];           // transposes
   float dVU[C2][N], ZY[C2][N], M[C2][C2], dM[C2][C2];
   float dAR[C2][N], dKB[C2][N], suffix[N];
@@ -228,50 +235,48 @@ INLINE void mask(float (*M)[C2]) {
 // The state before a chunk -> the state after it.
 template <int N>
 void roll(const float* S, const Chunk<N>& x, float* next) {
-  for (int i = 0; i < N * N; i += W) store(next + i, load(S + i));
-  matmul<N, N, C2, true>(x.VU[0], 1, N, x.KB[0], N, next, N);
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < N; j += W) store(next + i * N + j, load(next + i * N + j) * load(x.P[C] + j));
+  matmul<N, N, C2, From::start>(x.VU[0], 1, N, x.KB[0], N, next, N, S, x.P[C]);
 }
 
 template <int N>
 void chunk_gradients(BackwardScratch<N>& y, const Chunk<N>& x, const float* S) {
   transpose<C2, N>(x.KB[0], N, y.KBt[0], C2);
   transpose<C2, N>(x.VU[0], N, y.VUt[0], C2);
-  matmul<C2, C2, N, false>(x.AR[0], N, 1, y.KBt[0], C2, y.M[0], C2);
+  matmul<C2, C2, N, From::zero>(x.AR[0], N, 1, y.KBt[0], C2, y.M[0], C2);
   mask(y.M);
-  for (int j = 0; j < N; j += W) {  // G becomes E
-    const vf P = load(x.P[C] + j);
-    vf sum{};
-    for (int i = 0; i < N; i++) {
-      const vf e = load(y.G[i] + j) * P;
-      sum += load(S + i * N + j) * e;
-      store(y.G[i] + j, e);
-    }
-    store(y.suffix + j, sum);
+  vf P[N / W], sum[N / W];
+  for (int q = 0; q < N / W; q++) {
+    P[q] = load(x.P[C] + q * W);
+    sum[q] = vf{};
   }
-  matmul<N, C2, N, false>(y.G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
+  for (int i = 0; i < N; i++)  // G becomes E
+#pragma GCC unroll 4
+    for (int q = 0; q < N / W; q++) {
+      const vf e = load(y.G[i] + q * W) * P[q];
+      sum[q] += load(S + i * N + q * W) * e;
+      store(y.G[i] + q * W, e);
+    }
+  matmul<N, C2, N, From::zero>(y.G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
   transpose<N, C2>(y.dVUt[0], C2, y.dVU[0], N);
-  matmul<C2, N, C, true>(y.M[C], 1, C2, y.ZY[C], N, y.dVU[0], N);
+  matmul<C2, N, C, From::self>(y.M[C], 1, C2, y.ZY[C], N, y.dVU[0], N);
   for (int t = C - 1; t >= 0; t--)
     for (int i = 0; i < N; i += W) {
-      vf z = load(y.dVU[C + t] + i);
-      for (int s = t + 1; s < C; s++) z += y.M[s][C + t] * load(y.ZY[s] + i);
-      store(y.ZY[t] + i, z);
+      vf row = load(y.dVU[C + t] + i);
+      for (int s = t + 1; s < C; s++) row += y.M[s][C + t] * load(y.ZY[s] + i);
+      store(y.ZY[t] + i, row);
     }
-  matmul<C, N, C, true>(y.M[0], 1, C2, y.ZY[0], N, y.dVU[0], N);
-  matmul<C2, C2, N, false>(y.ZY[0], N, 1, y.VUt[0], C2, y.dM[0], C2);
+  matmul<C, N, C, From::self>(y.M[0], 1, C2, y.ZY[0], N, y.dVU[0], N);
+  matmul<C2, C2, N, From::zero>(y.ZY[0], N, 1, y.VUt[0], C2, y.dM[0], C2);
   mask(y.dM);
-  matmul<C2, N, N, false>(y.ZY[0], N, 1, S, N, y.dAR[0], N);
-  matmul<C2, N, C2, true>(y.dM[0], C2, 1, x.KB[0], N, y.dAR[0], N);
-  matmul<C2, N, N, false>(x.VU[0], N, 1, y.G[0], N, y.dKB[0], N);
-  for (int j = 0; j < N; j += W) {
-    vf sum = load(y.suffix + j);
-    for (int s = 0; s < C2; s++) sum += load(x.KB[s] + j) * load(y.dKB[s] + j);
-    store(y.suffix + j, sum);
+  matmul<C2, N, N, From::zero>(y.ZY[0], N, 1, S, N, y.dAR[0], N);
+  matmul<C2, N, C2, From::self>(y.dM[0], C2, 1, x.KB[0], N, y.dAR[0], N);
+  matmul<C2, N, N, From::zero>(x.VU[0], N, 1, y.G[0], N, y.dKB[0], N);
+  for (int q = 0; q < N / W; q++) {
+    for (int s = 0; s < C2; s++) sum[q] += load(x.KB[s] + q * W) * load(y.dKB[s] + q * W);
+    store(y.suffix + q * W, sum[q]);
   }
-  matmul<C2, N, C2, true>(y.dM[0], 1, C2, x.AR[0], N, y.dKB[0], N);
-  matmul<N, N, C2, true>(y.ZY[0], 1, N, x.AR[0], N, y.G[0], N);
+  matmul<C2, N, C2, From::self>(y.dM[0], 1, C2, x.AR[0], N, y.dKB[0], N);
+  matmul<N, N, C2, From::self>(y.ZY[0], 1, N, x.AR[0], N, y.G[0], N);
 }
 
 template <int N, class T>
@@ -287,21 +292,13 @@ void backward(const Task& task, const Tensors& io, void* memory) {
   for (int64_t first = (task.length - 1) / kCheckpoint * kCheckpoint; first >= 0; first -= kCheckpoint) {
     const int64_t left = task.length - first;
     const int tokens = left < kCheckpoint ? int(left) : kCheckpoint, chunks = (tokens + C - 1) / C;
-    memcpy(y.S[0], task.checkpoints + ((first / kCheckpoint) * task.heads + task.head) * N * N, sizeof y.S[0]);
+    const float* checkpoint = task.checkpoints + ((first / kCheckpoint) * task.heads + task.head) * N * N;
     for (int c = 0; c < chunks; c++) {
       prepare<N, T>(y.chunk[c], r, w, k, v, a, b, removed, first + c * C, tokens - c * C < C ? tokens - c * C : C);
-      if (c + 1 < chunks) roll<N>(y.S[c][0], y.chunk[c], y.S[c + 1][0]);
+      if (c + 1 < chunks) roll<N>(c ? y.S[c - 1][0] : checkpoint, y.chunk[c], y.S[c][0]);
     }
     for (int c = chunks - 1; c >= 0; c--) {
       const Chunk<N>& x = y.chunk[c];
-      if (first > 0) {
-        for (int64_t t = first - kCheckpoint + c * C; t < first - kCheckpoint + (c + 1) * C; t++) {
-          prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
-          prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
-        }
-        const float* state = task.checkpoints + ((first / kCheckpoint - 1) * task.heads + task.head) * N * N;
-        for (int row = c * (N / kChunks); row < (c + 1) * (N / kChunks); row++) prefetch_row<N>(state + row * N);
-      }
       const int64_t t0 = first + c * C;
       const int n = tokens - c * C < C ? tokens - c * C : C;
       for (int t = 0; t < C; t++)
@@ -309,7 +306,15 @@ void backward(const Task& task, const Tensors& io, void* memory) {
           widen<N>(y.ZY[C + t], dy[t0 + t]);
         else
           memset(y.ZY[C + t], 0, sizeof y.ZY[C + t]);
-      chunk_gradients<N>(y, x, y.S[c][0]);
+      if (first > 0) {
+        for (int64_t t = first - kCheckpoint + c * C; t < first - kCheckpoint + (c + 1) * C; t++) {
+          prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
+          prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
+        }
+        const float* state = checkpoint - task.heads * N * N;
+        for (int row = c * (N / kChunks); row < (c + 1) * (N / kChunks); row++) prefetch_row<N>(state + row * N);
+      }
+      chunk_gradients<N>(y, x, c ? y.S[c - 1][0] : checkpoint);
       vf suffix[N / W];
       for (int j = 0; j < N / W; j++) suffix[j] = load(y.suffix + j * W);
       for (int t = n - 1; t >= 0; t--)
