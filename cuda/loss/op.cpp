@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "../common/isa.h"
 #include "head_ce.h"
 
 namespace {
@@ -34,6 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Tensor targe
 
 bool supported(bool is_bf16) { return loss::head_ce_supported(is_bf16); }
 
+int64_t limit_isa(int64_t level) { return isa::limit_level(int(level)); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
@@ -41,8 +44,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
       "head_ce(Tensor x, Tensor weight, Tensor targets, int chunk, float l2wrap, bool need_dx, bool need_dw)"
       " -> (Tensor loss, Tensor dx, Tensor dw)");
   m.def("head_ce_supported(bool is_bf16) -> bool");
+  m.def("head_ce_limit_isa(int level) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) { m.impl("head_ce", TORCH_BOX(&forward)); }
 
-STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("head_ce_supported", TORCH_BOX(&supported)); }
+STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) {
+  m.impl("head_ce_supported", TORCH_BOX(&supported));
+  m.impl("head_ce_limit_isa", TORCH_BOX(&limit_isa));
+}

@@ -118,6 +118,17 @@ def test_grad_output_scales(dtype):
         assert torch.equal(a * 0.25, b)
 
 
+def test_backward_twice():
+    """The gradients kept for backward are not those handed out."""
+    x, weight, targets = make((50,), 32, 300, torch.float32)
+    loss = head_cross_entropy(x, weight, targets, 16)
+    loss.backward(retain_graph=True)
+    expected = weight.grad.clone()
+    weight.grad.zero_()
+    loss.backward()
+    assert torch.equal(weight.grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", ["x", "weight", "none"])
 def test_only_what_is_needed(dtype, wanted):
@@ -213,6 +224,21 @@ def test_the_operator_is_well_formed(form):
         pytest.skip("no C++ form here")
     x, weight, targets = make((20,), 16, 40, torch.bfloat16)
     torch.library.opcheck(torch.ops.rwkvlm.head_ce.default, (x.detach(), weight.detach(), targets, 8, 1e-4, True, False))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["plain", "avx2", "avx512"])
+def test_every_instruction_set(form, level):
+    if form == "torch" or native_form.why_not(torch.bfloat16, 2):
+        pytest.skip("no C++ form here")
+    limit = torch.ops.rwkvlm.head_ce_limit_isa
+    try:
+        if limit(level) != level:
+            pytest.skip("this processor lacks it")
+        for dtype in (torch.float32, torch.bfloat16):
+            test_matches_reference(form, dtype, (101,), 50, 403, 37)
+            test_matches_reference(form, dtype, (300,), 96, 5001, 128)
+    finally:
+        limit(2)
 
 
 def test_same_bits_for_any_number_of_threads():
