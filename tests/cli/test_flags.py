@@ -124,3 +124,12 @@ def test_wrong_flags_are_answered_without_importing_torch():
 def test_train_py_runs_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--train_stage", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr == "error: --train_stage 9 is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)\n"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """`python -m rwkvlm ... | head -1`: no traceback."""
+    code = "import sys; from rwkvlm import cli; cli._command = lambda name: lambda argv: print('x' * 10**7); sys.exit(cli.main(['generate']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141

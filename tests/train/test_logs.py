@@ -55,6 +55,18 @@ def test_in_a_terminal_one_line_is_rewritten(tmp_path, monkeypatch):
     assert "validation loss 2.5000 at step 11" in drawn and "step 11/20" in drawn and "mini-epoch 2" in drawn
 
 
+def test_training_outlives_its_terminal(tmp_path, monkeypatch):
+    class Gone(Terminal):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    bar = Progress(plan(tmp_path))
+    bar.step(record(1))
+    bar.mini_epoch(0, 3.0, 1e-3, 0)
+    bar.close()
+
+
 def test_elsewhere_a_line_every_ten_seconds(tmp_path, capsys, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("rwkvlm.train.logs.progress.time.monotonic", lambda: now[0])

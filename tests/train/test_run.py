@@ -90,7 +90,7 @@ def test_max_steps_and_going_on_change_nothing(run, whole, losses, tmp_path, sto
     assert fields[:3] == fields[3:]  # mean losses of mini-epochs too
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_signals_save_and_stop(run, whole, losses, tmp_path, monkeypatch, capsys, name, code):
     write = Metrics.step
 

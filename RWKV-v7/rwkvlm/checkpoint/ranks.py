@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -53,7 +54,8 @@ def broadcast(value: Any) -> Any:
 def say(line: str) -> None:
     """One line for the user on stderr, from the first process only."""
     if env.first_process():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal must not end what is being reported
+            print(line, file=sys.stderr, flush=True)
 
 
 def together(action: Callable[[], T]) -> list[T]:

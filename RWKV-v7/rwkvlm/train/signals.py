@@ -14,7 +14,8 @@ INSIST_AFTER = 3.0  # seconds; `timeout` and terminals may deliver one request t
 
 
 class Signals:
-    """SIGTERM and SIGINT ask the run to save and stop (asked again after some seconds, they end the process at once); SIGUSR1 asks it to save."""
+    """SIGTERM, SIGINT and SIGHUP (a closed terminal) ask the run to save and stop; asked again after some seconds, they end the process
+    at once. SIGUSR1 asks it to save. SIGHUP stays ignored where nohup has it ignored."""
 
     def __init__(self) -> None:
         self.stop = 0  # number of the signal
@@ -23,7 +24,10 @@ class Signals:
         self._before: dict[int, object] = {}
 
     def install(self) -> None:
-        for signum, handler in ((signal.SIGTERM, self._on_stop), (signal.SIGINT, self._on_stop), (signal.SIGUSR1, self._on_save)):
+        handlers = {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop, signal.SIGUSR1: self._on_save}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            handlers[signal.SIGHUP] = self._on_stop
+        for signum, handler in handlers.items():
             self._before[signum] = signal.signal(signum, handler)
 
     def restore(self) -> None:

@@ -19,7 +19,7 @@ SMOOTH = 0.95  # of the loss, per step
 class Progress(Log):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.terminal = sys.stdout.isatty()
+        self.terminal, self.watched = sys.stdout.isatty(), True
         self.total = plan.start.position.step + plan.schedule.steps_left(plan.tokens)
         self.times: deque[tuple[float, int]] = deque()
         self.loss: float | None = None
@@ -48,13 +48,20 @@ class Progress(Log):
     def _show(self) -> None:
         self.last_shown = self.line
         if self.terminal:
-            print(f"\r{self.line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
+            self._print(f"\r{self.line[: shutil.get_terminal_size().columns - 1]}\x1b[K")
         else:
-            print(self.line, flush=True)
+            self._print(f"{self.line}\n")
 
     def _note(self, text: str) -> None:
         """A line that stays."""
-        print(f"\r{text}\x1b[K" if self.terminal else text, flush=True)
+        self._print(f"\r{text}\x1b[K\n" if self.terminal else f"{text}\n")
+
+    def _print(self, text: str) -> None:
+        if self.watched:
+            try:
+                print(text, end="", flush=True)
+            except OSError:  # the terminal or the reader of the pipe is gone: training goes on
+                self.watched = False
 
     def mini_epoch(self, number: int, loss: float, lr: float, number_in_this_run: int) -> None:
         self._note(f"mini-epoch {number}: mean loss {loss:.4f}")
@@ -66,7 +73,7 @@ class Progress(Log):
         if self.line != self.last_shown:
             self._show()
         if self.terminal:
-            print(flush=True)
+            self._print("\n")
 
 
 def clock(seconds: float) -> str:
