@@ -23,7 +23,7 @@ def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     x        [..., C] bf16, fp32 or float64: the features after the last normalisation
     weight   [V, C]   same dtype: the head
     targets  [...]    int64 in [0, V)
-    chunk    tokens whose logits exist at a time; 0 chooses
+    chunk    tokens whose logits exist at a time, at most; 0 chooses
     l2wrap   `l2wrap / tokens * max_logit` is added to the gradient at each row's arg-max; the loss value is unchanged
              (RWKV-LM, RWKV-v7/train_temp)
 

@@ -8,6 +8,8 @@ import torch
 
 from rwkvlm import native
 
+LARGEST_CHUNK = 512
+
 
 def why_not(dtype: torch.dtype, n_embd: int) -> str:
     """"" when the kernel runs here on such inputs (it is then built and registered), else the reason."""
@@ -40,7 +42,7 @@ def auto_chunk(weight: torch.Tensor) -> int:
     chunk = (192 << 10) // C // 32 * 32
     if weight.dtype == torch.float32:
         chunk = min(chunk, (64 << 20) // (4 * V) // 32 * 32)
-    return min(512, max(64, chunk))
+    return min(LARGEST_CHUNK, max(64, chunk))
 
 
 def loss_and_grads(
@@ -48,5 +50,5 @@ def loss_and_grads(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """As `chunked.loss_and_grads`, where `why_not` has returned ""."""
     inputs = (x.contiguous(), weight.contiguous(), targets.contiguous())
-    loss, dx, dw = torch.ops.rwkvlm.head_ce(*inputs, chunk or auto_chunk(weight), l2wrap, need_dx, need_dw)
+    loss, dx, dw = torch.ops.rwkvlm.head_ce(*inputs, min(chunk, LARGEST_CHUNK) or auto_chunk(weight), l2wrap, need_dx, need_dw)
     return loss, dx if need_dx else None, dw if need_dw else None
