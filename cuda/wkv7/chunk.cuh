@@ -8,6 +8,18 @@ namespace wkv7 {
 
 constexpr int chunk_tokens = 64;
 
+// Blocks with `bytes` of shared memory that fit on a multiprocessor, at most `wanted`: what the registers are divided by.
+constexpr int blocks_per_sm(int bytes, int wanted) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10
+    const int fit = 228 * 1024 / (bytes + 1024);
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+    const int fit = 164 * 1024 / (bytes + 1024);
+#else
+    const int fit = 100 * 1024 / (bytes + 1024);
+#endif
+    return fit < 1 ? 1 : fit < wanted ? fit : wanted;
+}
+
 struct ChunkInputs {
     const bf16 *r, *w, *k, *v, *a, *b;
     const float* initial_state;
@@ -59,9 +71,10 @@ template <int C, int N, int warps> struct Columns {
     __device__ static int column() { return lane_index() * 2; }
     __device__ static int row() { return warp_index() * rows; }
 
-    __device__ static float2 load(const bf16* x, const Place& place, int t) {
+    // Two channels of a token as they lie in memory, zeros behind the last token.
+    __device__ static uint32_t load(const bf16* x, const Place& place, int t) {
         const bool inside = active() && row() + t < place.tokens;
-        return inside ? unpack(*reinterpret_cast<const uint32_t*>(x + place.first + int64_t(row() + t) * place.stride + column())) : make_float2(0.f, 0.f);
+        return inside ? *reinterpret_cast<const uint32_t*>(x + place.first + int64_t(row() + t) * place.stride + column()) : 0u;
     }
 
     // log2 of the decays, summed over this warp's tokens from its first to each; padding does not decay.
@@ -70,60 +83,67 @@ template <int C, int N, int warps> struct Columns {
         float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
         for (int t = 0; t < rows; ++t) {
-            const float2 x = load(w, place, t);
-            if (row() + t < place.tokens) sum = make_float2(sum.x + scale * sigmoid(x.x), sum.y + scale * sigmoid(x.y));
+            const float2 x = unpack(load(w, place, t));
+            if (row() + t < place.tokens) sum = make_float2(sum.x + scale * sigmoid_fast(x.x), sum.y + scale * sigmoid_fast(x.y));
             g[t] = sum;
         }
     }
 
-    // Exchanges one value per warp and column through totals [warps][N]; returns the sum over the warps before this one and over all.
+    // One value per warp and column through totals [warps][N]: the sums over the warps before this one and after it.
     // A barrier inside; the caller puts another before totals is used again.
-    __device__ static void across_warps(float2 mine, float* totals, float2& before, float2& all) {
-        if (active()) *reinterpret_cast<float2*>(totals + warp_index() * N + column()) = mine;
+    __device__ static void across_warps(float2 mine, int totals, float2& before, float2& after) {
+        if (active()) shared<float2>(totals + (warp_index() * N + column()) * 4) = mine;
         __syncthreads();
-        before = all = make_float2(0.f, 0.f);
+        before = after = make_float2(0.f, 0.f);
         if (active())
 #pragma unroll
             for (int i = 0; i < warps; ++i) {
-                const float2 x = *reinterpret_cast<const float2*>(totals + i * N + column());
-                all = make_float2(all.x + x.x, all.y + x.y);
+                const float2 x = shared<float2>(totals + (i * N + column()) * 4);
                 if (i < warp_index()) before = make_float2(before.x + x.x, before.y + x.y);
+                if (i > warp_index()) after = make_float2(after.x + x.x, after.y + x.y);
             }
     }
 
     // Tiles of the chunk: At = a 2^e, Rt = r 2^g, Bt = b 2^-g, Kt = k 2^-g with g (e) the log2 decay up to and with (without) the token,
     // and decay [N] = 2^g of the whole chunk. The caller's barrier makes them visible.
     template <class T>
-    __device__ static void scaled_tokens(const ChunkInputs& in, const Place& place, const T& At, const T& Rt, const T& Bt, const T& Kt, float* totals,
-                                         float* decay) {
-        float2 r[rows], k[rows], a[rows], b[rows], g[rows], before, all;
+    __device__ static void scaled_tokens(const ChunkInputs& in, const Place& place, const T& At, const T& Rt, const T& Bt, const T& Kt, int totals, int decay) {
+        uint32_t r[rows], k[rows], a[rows], b[rows];
+        float2 g[rows], before, after;
 #pragma unroll
         for (int t = 0; t < rows; ++t) {
             r[t] = load(in.r, place, t), k[t] = load(in.k, place, t);
             a[t] = load(in.a, place, t), b[t] = load(in.b, place, t);
         }
         log_decays(g, in.w, place);
-        across_warps(g[rows - 1], totals, before, all);
+        across_warps(g[rows - 1], totals, before, after);
         if (!active()) return;
-        if (warp_index() == 0) *reinterpret_cast<float2*>(decay + column()) = make_float2(exp2_fast(all.x), exp2_fast(all.y));
         float2 e = make_float2(exp2_fast(before.x), exp2_fast(before.y));
 #pragma unroll
         for (int t = 0; t < rows; ++t) {
             const float2 sum = make_float2(before.x + g[t].x, before.y + g[t].y);
             const float2 up = make_float2(exp2_fast(sum.x), exp2_fast(sum.y)), down = make_float2(exp2_fast(-sum.x), exp2_fast(-sum.y));
-            At.put(row() + t, column(), a[t].x * e.x, a[t].y * e.y);
-            Rt.put(row() + t, column(), r[t].x * up.x, r[t].y * up.y);
-            Bt.put(row() + t, column(), b[t].x * down.x, b[t].y * down.y);
-            Kt.put(row() + t, column(), k[t].x * down.x, k[t].y * down.y);
+            const float2 at = unpack(a[t]), rt = unpack(r[t]), bt = unpack(b[t]), kt = unpack(k[t]);
+            At.put(row() + t, column(), at.x * e.x, at.y * e.y);
+            Rt.put(row() + t, column(), rt.x * up.x, rt.y * up.y);
+            Bt.put(row() + t, column(), bt.x * down.x, bt.y * down.y);
+            Kt.put(row() + t, column(), kt.x * down.x, kt.y * down.y);
             e = up;
         }
+        if (warp_index() == warps - 1) shared<float2>(decay + column() * 4) = e;
     }
 };
 
-// Multiplies columns by decay [N].
-template <int J> __device__ __forceinline__ void scale_columns(float (&d)[J][4], const float* decay) {
-    for_pairs(d, 0, [&](int, int column, float& x, float& y) { x *= decay[column], y *= decay[column + 1]; });
+// Multiplies columns by the decays [N] at an offset in shared memory.
+template <int J> __device__ __forceinline__ void scale_columns(float (&d)[J][4], int decay) {
+    for_pairs(d, 0, [&](int, int column, float& x, float& y) {
+        const float2 by = shared<float2>(decay + column * 4);
+        x *= by.x, y *= by.y;
+    });
 }
+
+constexpr int scan_stages = 2;  // chunks of factors that a scan has in flight or in use
+constexpr int scan_blocks(int N) { return N == 64 ? 4 : 160 / N; }  // per multiprocessor, wanted
 
 // Below this many (sequence, head) pairs the scans split a head's value rows over blocks, to fill the chip.
 constexpr int small_batch = 264;

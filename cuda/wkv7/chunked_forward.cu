@@ -8,15 +8,14 @@
 namespace wkv7 {
 namespace {
 
-// X = (I - L)^-1 of a 16 x 16 strictly lower triangle, by forward substitution in fp32. L: [16][16] floats in shared memory; lane j has column j.
-__device__ __forceinline__ void invert_block(float (&x)[16], const float* L) {
+// X = (I - L)^-1 of a 16 x 16 strictly lower triangle, by forward substitution in fp32. L: [16][16] floats at an offset in shared memory; lane j has column j.
+__device__ __forceinline__ void invert_block(float (&x)[16], int L) {
     const int column = lane_index() % 16;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-        float sum = i == column ? 1.f : 0.f;
+        x[i] = i == column ? 1.f : 0.f;
 #pragma unroll
-        for (int s = 0; s < i; ++s) sum += L[i * 16 + s] * x[s];
-        x[i] = sum;
+        for (int s = 0; s < i; ++s) x[i] += shared<float>(L + (i * 16 + s) * 4) * x[s];
     }
 }
 
@@ -60,7 +59,7 @@ template <int C, int N> struct MapsShared {
     static constexpr size_t size = 6 * tokens + square + (square > tokens ? square : tokens) + blocks + sums + N * 4;
 };
 
-template <int C, int N> __launch_bounds__(C * 4, 2)
+template <int C, int N> __launch_bounds__(C * 4, blocks_per_sm(MapsShared<C, N>::size, 2))
 __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved_, bf16* __restrict__ scratch_) {
     using Token = Tile<C, N>;
     using Square = Tile<C, C>;
@@ -71,12 +70,10 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     bf16* const saved = saved_ + place.record * SavedChunk<C, N>::size;
     bf16* const scratch = scratch_ + place.record * ForwardScratch<C, N>::size;
 
-    bf16* memory = reinterpret_cast<bf16*>(shared_memory());
-    const Token At{memory}, Rt{At.base + Token::size}, Bt{Rt.base + Token::size}, Kt{Bt.base + Token::size}, V{Kt.base + Token::size}, P{V.base + Token::size};
-    const Square X{P.base + Token::size}, L{X.base + Square::size};
+    const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()}, V{Kt.end()}, P{V.end()};
+    const Square X{P.end()}, L{X.end()};
     const Token W{L.base};  // takes the place of L
-    float* const blocks = reinterpret_cast<float*>(L.base + (Square::size > Token::size ? Square::size : Token::size));
-    float *const totals = blocks + C * 16, *const decay = totals + C / 8 * N;
+    const int blocks = max(L.end(), W.end()), totals = blocks + C * 16 * 4, decay = totals + C / 8 * N * 4;
 
     copy_tokens(V, in.v + place.first, place.stride, place.tokens);
     copy_commit();
@@ -89,33 +86,32 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     const bool for_a = warp < n_blocks;
     const Blocks all{0, N / 16}, lower{0, block + 1};
     Left<N> rows;
-    Left<C> Qb;
     Sums<N> O;
+    load_left<false>(rows, At, block * 16, all);
     if (for_a) {
-        Sums<C> l;
-        load_left<false>(rows, At, block * 16, all);
-        triangle<true, 1>(l, rows, Bt, block);
-        float* const mine = blocks + block * 256;
-        for_pairs(l, 0, [&](int row, int column, float x, float y) {
-            if (column / 16 == block) *reinterpret_cast<float2*>(mine + row * 16 + column % 16) = make_float2(x, y);
-            if (column / 16 < block) L.put(block * 16 + row, column, x, y);
-            if (column / 16 > block) X.put(block * 16 + row, column, 0.f, 0.f);
-        });
+        const int mine = blocks + block * 256 * 4;
+#pragma unroll
+        for (int i = 0; i < n_blocks; ++i) {
+            float t[2][4];
+            if (i > block)
+                clear(t);
+            else
+                triangle_block<true>(t, rows, Bt, block, i, 1);
+            if (i == block)
+                for_pairs(t, 0, [&](int row, int column, float x, float y) { shared<float2>(mine + (row * 16 + column) * 4) = make_float2(x, y); });
+            else
+                for_pairs(t, block * 16, [&](int row, int column, float x, float y) { Square{i < block ? L.base : X.base}.put(row, i * 16 + column, x, y); });
+        }
         __syncwarp();
         float x[16];
         invert_block(x, mine);
         const int column = lane_index();
         if (column < 16)
 #pragma unroll
-            for (int i = 0; i < 16; ++i) *X.at(block * 16 + i, block * 16 + column) = from_float<bf16>(x[i]);
+            for (int i = 0; i < 16; ++i) shared<bf16>(X.at(block * 16 + i, block * 16 + column)) = from_float<bf16>(x[i]);
     } else {
-        Sums<C> m;
-        Left<C> M;
-        load_left<false>(rows, At, block * 16, all);
-        triangle<true, 1>(m, rows, Kt, block);
-        as_left(M, m);
         clear(O);
-        multiply<false>(O, M, V, lower, all);
+        multiply_triangle<true>(O, rows, Kt, 1, V, block);
         store(O, P, block * 16);  // M V, until P replaces it
         load_left<false>(rows, Rt, block * 16, all);
     }
@@ -123,21 +119,11 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     if (for_a) {
         if (block < 2) merge_inverses<1>(X, L, block);
     } else {
-        Sums<C> x;
-        triangle<true, 0>(x, rows, Bt, block);
-        as_left(Qb, x);
+        clear(O);
+        multiply_triangle<true>(O, rows, Kt, 0, V, block);
     }
     __syncthreads();
-    if (for_a) {
-        merge_inverses<2>(X, L, block);
-    } else {
-        Sums<C> x;
-        Left<C> Qk;
-        triangle<true, 0>(x, rows, Kt, block);
-        as_left(Qk, x);
-        clear(O);
-        multiply<false>(O, Qk, V, lower, all);
-    }
+    if (for_a) merge_inverses<2>(X, L, block);
     __syncthreads();
 
     Left<C> x;
@@ -160,57 +146,74 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
             Left<C> left;
             clear(d);
             load_left<true>(left, W, row, tokens);
-            multiply<false>(d, left, Bt, tokens, all);
+            multiply_rows(d, left, Bt);
             scale_columns(d, decay);
             store_blocks(d, saved + SavedChunk<C, N>::F, row);
+            __syncwarp();  // or else ptxas fetches ahead until it spills
             clear(d);
             load_left<true>(left, V, row, tokens);
-            multiply<false>(d, left, Kt, tokens, all);
+            multiply_rows(d, left, Kt);
             load_left<true>(left, P, row, tokens);
-            multiply<false>(d, left, Bt, tokens, all);
+            multiply_rows(d, left, Bt);
             scale_columns(d, decay);
             store_blocks(d, scratch + ForwardScratch<C, N>::H, row);
         }
     } else {
+        Left<C> Qb;
+#pragma unroll
+        for (int i = 0; i < n_blocks; ++i)
+            if (i <= block) {
+                float t[2][4];
+                triangle_block<true>(t, rows, Bt, block, i, 0);
+                as_left(Qb[i], t[0], t[1]);
+            }
+        multiply<false>(O, Qb, P, lower, all);
+        store_blocks(O, scratch + ForwardScratch<C, N>::O, block * 16);
         for_pairs(d, block * 16, [&](int row, int column, float& x0, float& x1) {
             const float2 r = Rt.get(row, column);
             x0 = r.x, x1 = r.y;
         });
         multiply<false>(d, Qb, W, lower, all);
         store_blocks(d, saved + SavedChunk<C, N>::E, block * 16);
-        multiply<false>(O, Qb, P, lower, all);
-        store_blocks(O, scratch + ForwardScratch<C, N>::O, block * 16);
     }
-    for (int i = threadIdx.x; i < Square::size / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < Square::bytes / 16; i += blockDim.x) {
         const int piece = i / 8, row = piece / Square::pieces * 8 + i % 8, column = piece % Square::pieces * 8;
-        *reinterpret_cast<uint4*>(saved + SavedChunk<C, N>::X + i * 8) = *reinterpret_cast<const uint4*>(X.at(row, column));
+        *reinterpret_cast<uint4*>(saved + SavedChunk<C, N>::X + i * 8) = shared<uint4>(X.at(row, column));
     }
-    if (threadIdx.x < N) reinterpret_cast<float*>(saved + SavedChunk<C, N>::decay)[threadIdx.x] = decay[threadIdx.x];
+    if (threadIdx.x < N) reinterpret_cast<float*>(saved + SavedChunk<C, N>::decay)[threadIdx.x] = shared<float>(decay + threadIdx.x * 4);
 }
 
-constexpr int scan_stages = 2;
-
 template <int C, int N> struct ScanShared {
-    static constexpr int stage = (N * N + C * N + 2 * N) * 2;
+    static constexpr int stage = (N * N + 2 * C * N + 2 * N) * 2;
     static constexpr size_t size = scan_stages * stage;
 };
 
 // blockIdx: sequence, head, and the part of the value rows where a block has fewer than N / 16 warps.
-template <int C, int N> __launch_bounds__(N * 2)
+template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
 __global__ void chunk_scan(Sequences q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch, bf16* __restrict__ y,
                            float* __restrict__ final_state) {
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16, lane = lane_index();
+    using Token = Tile<C, N>;
+    using State = Tile<N, N>;
     const int length = q.length(sequence), chunks = ceil_div(length, C);
     const int64_t state_offset = (int64_t(sequence) * q.H + head) * N * N;
-    char* memory = shared_memory();
 
     auto fetch = [&](int chunk) {
         if (chunk < chunks) {
-            const bf16* record = saved + place_of<C>(q, N, sequence, chunk * C, head).record * SavedChunk<C, N>::size;
-            bf16* stage = reinterpret_cast<bf16*>(memory + chunk % scan_stages * ScanShared<C, N>::stage);
-            copy_blocks(Tile<N, N>{stage}, record + SavedChunk<C, N>::F);
-            copy_blocks(Tile<C, N>{stage + N * N}, record + SavedChunk<C, N>::E);
-            if (threadIdx.x < N / 4) copy_async(stage + N * N + C * N + threadIdx.x * 8, record + SavedChunk<C, N>::decay + threadIdx.x * 8, true);
+            const Place place = place_of<C>(q, N, sequence, chunk * C, head);
+            const bf16* record = saved + place.record * SavedChunk<C, N>::size;
+            const State F{chunk % scan_stages * ScanShared<C, N>::stage};
+            const Token E{F.end()};
+            copy_blocks(F, record + SavedChunk<C, N>::F);
+            copy_blocks(E, record + SavedChunk<C, N>::E);
+            const Token O{E.end()};  // the columns of this block's value rows
+            const bf16* from = scratch + place.record * ForwardScratch<C, N>::size + ForwardScratch<C, N>::O;
+            const int width = blockDim.x / 2, column0 = blockIdx.z * width;
+            for (int i = threadIdx.x; i < C / 8 * width; i += blockDim.x) {
+                const int row = i / width * 8, column = column0 + i % width / 8 * 8;
+                copy_async(O.at(row + i % 8, column), from + block_offset<N>(row, column) + i % 8 * 8, true);
+            }
+            if (threadIdx.x < N / 4) copy_async(O.end() + threadIdx.x * 16, record + SavedChunk<C, N>::decay + threadIdx.x * 8, true);
         }
         copy_commit();
     };
@@ -226,17 +229,13 @@ __global__ void chunk_scan(Sequences q, const float* __restrict__ initial_state,
         const Place place = place_of<C>(q, N, sequence, chunk * C, head);
         fetch(chunk + scan_stages - 1);
 
-        // H and O of this warp's rows straight into registers, while F and E arrive.
+        // H of this warp's rows straight into registers, while the rest arrives.
         const uint32_t* from = reinterpret_cast<const uint32_t*>(scratch + place.record * ForwardScratch<C, N>::size) + lane;
-        uint32_t h[N / 8][2], o[C / 8][2];
+        uint32_t h[N / 8][2];
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half) h[j][half] = from[(ForwardScratch<C, N>::H + block_offset<N>(slab + half * 8, j * 8)) / 2];
-#pragma unroll
-        for (int t = 0; t < C / 8; ++t)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) o[t][half] = from[(ForwardScratch<C, N>::O + block_offset<N>(t * 8, slab + half * 8)) / 2];
 
         store_blocks(S, saved + place.record * SavedChunk<C, N>::size + SavedChunk<C, N>::S, slab);
         Left<N> s;
@@ -244,33 +243,10 @@ __global__ void chunk_scan(Sequences q, const float* __restrict__ initial_state,
 
         copy_wait<scan_stages - 1>();
         __syncthreads();
-        bf16* const stage = reinterpret_cast<bf16*>(memory + chunk % scan_stages * ScanShared<C, N>::stage);
-        const Tile<N, N> F{stage};
-        const Tile<C, N> E{stage + N * N};
-        const float* decay = reinterpret_cast<const float*>(stage + N * N + C * N);
+        const State F{chunk % scan_stages * ScanShared<C, N>::stage};
+        const Token E{F.end()}, O{E.end()};
 
-#pragma unroll
-        for (int t = 0; t < C / 16; ++t) {  // 16 tokens of Y = E S^T + O
-            Left<N> e;
-            load_left<false>(e, E, t * 16, {0, N / 16});
-            Sums<16> d;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float2 upper = unpack(o[2 * t][half]), lower = unpack(o[2 * t + 1][half]);
-                d[half][0] = upper.x, d[half][1] = upper.y, d[half][2] = lower.x, d[half][3] = lower.y;
-            }
-#pragma unroll
-            for (int k = 0; k < N / 16; ++k) {  // the left fragments of S are, rearranged, the right fragments of its transpose
-                const uint32_t upper[2] = {s[k][0], s[k][2]}, lower[2] = {s[k][1], s[k][3]};
-                mma(d[0], e[k], upper);
-                mma(d[1], e[k], lower);
-            }
-            for_pairs(d, t * 16, [&](int row, int column, float x0, float x1) {
-                if (row < place.tokens) *reinterpret_cast<uint32_t*>(y + place.first + int64_t(row) * place.stride + slab + column) = pack(x0, x1);
-            });
-        }
-
-        scale_columns(S, decay);
+        scale_columns(S, O.end());
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
 #pragma unroll
@@ -278,7 +254,28 @@ __global__ void chunk_scan(Sequences q, const float* __restrict__ initial_state,
                 const float2 x = unpack(h[j][half]);
                 S[j][2 * half] += x.x, S[j][2 * half + 1] += x.y;
             }
-        multiply<false>(S, s, F, {0, N / 16}, {0, N / 16});
+
+#pragma unroll
+        for (int t = 0; t < C / 16; ++t) {  // 16 tokens of Y = E S^T + O
+            Sums<16> d;
+            for_pairs(d, t * 16, [&](int row, int column, float& x0, float& x1) {
+                const float2 o = O.get(row, slab + column);
+                x0 = o.x, x1 = o.y;
+            });
+#pragma unroll
+            for (int k = 0; k < N / 16; ++k) {  // the left fragments of S are, rearranged, the right fragments of its transpose
+                uint32_t e[4];
+                ldmatrix<false>(e, E.at(t * 16 + lane % 16, k * 16 + lane / 16 * 8));
+                const uint32_t upper[2] = {s[k][0], s[k][2]}, lower[2] = {s[k][1], s[k][3]};
+                mma(d[0], e, upper);
+                mma(d[1], e, lower);
+            }
+            for_pairs(d, t * 16, [&](int row, int column, float x0, float x1) {
+                if (row < place.tokens) *reinterpret_cast<uint32_t*>(y + place.first + int64_t(row) * place.stride + slab + column) = pack(x0, x1);
+            });
+        }
+
+        multiply_rows(S, s, F);
         __syncthreads();
     }
     if (final_state)

@@ -5,8 +5,10 @@
 
 namespace wkv7 {
 
+// Shared memory is addressed by byte offsets from the beginning of the block's dynamic shared memory.
+template <class T> __device__ __forceinline__ T& shared(int offset) { return *reinterpret_cast<T*>(shared_memory() + offset); }
 #ifdef __CUDACC__
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t shared_address(int offset) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + offset; }
 #endif
 
 // Two floats as bf16 in one register, the first in the low half.
@@ -38,6 +40,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
+__device__ __forceinline__ float sigmoid_fast(float x) {
+#ifdef __CUDACC__
+    return __fdividef(1.f, 1.f + exp2_fast(-1.4426950408889634f * x));
+#else
+    return sigmoid(x);
+#endif
+}
+
 // d [16, 8] += a [16, 16] b [16, 8], bf16 in, fp32 sums. With g = lane / 4 and c = lane % 4 * 2 a lane holds
 //     d: (g, c) (g, c + 1) (g + 8, c) (g + 8, c + 1)                                   [row, column]
 //     a: (g, c..) (g + 8, c..) (g, c + 8..) (g + 8, c + 8..)                           pairs along k
@@ -45,7 +55,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // so two neighbouring d tiles, packed, are an a tile; and a d tile, packed, is the b tile of its transpose.
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -53,8 +63,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 #endif
 }
 
-// Four 8 x 8 matrices of bf16; lane 8 i + j points at row j of matrix i, register i receives matrix i.
-template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x)[4], const bf16* row) {
+// Four 8 x 8 matrices of bf16 in shared memory; lane 8 i + j gives the offset of row j of matrix i, register i receives matrix i.
+template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x)[4], int row) {
 #ifdef __CUDACC__
     if constexpr (transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -67,16 +77,16 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x
                      : "r"(shared_address(row))
                      : "memory");
 #else
-    emulation::ldmatrix_x4(x, row, transposed);
+    emulation::ldmatrix_x4(x, shared_memory() + row, transposed);
 #endif
 }
 
 // 16 bytes from global to shared memory, zeros where !valid; visible after copy_wait and a barrier.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+__device__ __forceinline__ void copy_async(int to, const void* from, bool valid) {
 #ifdef __CUDACC__
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 #else
-    emulation::machine.fibers[emulation::machine.current].groups.back().push_back({to, from, 16, valid ? 16 : 0});
+    emulation::machine.fibers[emulation::machine.current].groups.back().push_back({shared_memory() + to, from, 16, valid ? 16 : 0});
 #endif
 }
 

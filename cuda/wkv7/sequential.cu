@@ -46,7 +46,7 @@ template <int N> struct Tokens {
 
 __device__ __forceinline__ float dot(float4 x, float4 y, float sum) { return sum + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w; }
 
-constexpr int blocks_per_sm(int N) { return N > 64 ? 2 : N > 32 ? 5 : 10; }  // leaves each thread the registers for its row
+constexpr int blocks_per_sm(int N) { return N > 32 ? 256 / N : 8; }  // 8 warps: a thread may have 255 registers, its row and its sums need them
 
 // Token t of the chunk, channel i = the thread; 0 behind the end (then k = v = a = b = r = 0 and d = 1 leave state and gradients alone).
 template <class T> __device__ __forceinline__ float load(const T* x, int64_t offset, bool inside) { return inside ? to_float(x[offset]) : 0.f; }

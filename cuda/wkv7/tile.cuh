@@ -18,17 +18,16 @@ __device__ __forceinline__ int warp_index() {
 // A bf16 matrix in shared memory, row by row. The 16 byte pieces of a row are permuted by the row, so that neither the eight rows that one
 // ldmatrix reads, nor a row, nor a fragment of sums that a warp writes, ever meet twice in a bank; nothing is lost to padding.
 template <int rows_, int columns_> struct Tile {
-    static constexpr int rows = rows_, columns = columns_, pieces = columns / 8, size = rows * columns;
-    bf16* base;
+    static constexpr int rows = rows_, columns = columns_, pieces = columns / 8, bytes = rows * columns * 2;
+    int base;  // byte offset in the block's shared memory: address arithmetic stays in 32 bits
 
-    __device__ __forceinline__ bf16* at(int row, int column) const {
+    __device__ __forceinline__ int end() const { return base + bytes; }
+    __device__ __forceinline__ int at(int row, int column) const {
         constexpr int rows_per_line = pieces < 8 ? 8 / pieces : 1, mask = (pieces < 8 ? pieces : 8) - 1;  // a line: all 32 banks
-        return base + row * columns + ((column / 8 ^ (row / rows_per_line & mask)) * 8 | column % 8);
+        return base + (row * columns + ((column / 8 ^ (row / rows_per_line & mask)) * 8 | column % 8)) * 2;
     }
-    __device__ __forceinline__ void put(int row, int column, float x, float y) const {  // column even
-        *reinterpret_cast<uint32_t*>(at(row, column)) = pack(x, y);
-    }
-    __device__ __forceinline__ float2 get(int row, int column) const { return unpack(*reinterpret_cast<const uint32_t*>(at(row, column))); }
+    __device__ __forceinline__ void put(int row, int column, float x, float y) const { shared<uint32_t>(at(row, column)) = pack(x, y); }  // column even
+    __device__ __forceinline__ float2 get(int row, int column) const { return unpack(shared<uint32_t>(at(row, column))); }
 };
 
 // 16 rows of fp32 sums over `columns` columns, the d tiles of mma side by side.
@@ -56,14 +55,6 @@ template <int J, class F> __device__ __forceinline__ void for_pairs(float (&d)[J
     }
 }
 
-// Keeps row >= column + distance (lower) or column >= row + distance (upper). By selection: the dropped sums can be huge.
-template <bool lower, int distance, int J> __device__ __forceinline__ void keep_triangle(float (&d)[J][4], int row0) {
-    for_pairs(d, row0, [](int row, int column, float& x, float& y) {
-        x = (lower ? row - column : column - row) >= distance ? x : 0.f;
-        y = (lower ? row - column - 1 : column + 1 - row) >= distance ? y : 0.f;
-    });
-}
-
 template <int J, class T> __device__ __forceinline__ void store(float (&d)[J][4], const T& tile, int row0) {
     for_pairs(d, row0, [&](int row, int column, float x, float y) { tile.put(row, column, x, y); });
 }
@@ -82,18 +73,19 @@ template <bool transposed, int K, class T> __device__ __forceinline__ void load_
 }
 
 // Sums rounded to bf16 as a left factor: they stay in their registers.
+__device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&d)[4], const float (&next)[4]) {
+    a[0] = pack(d[0], d[1]), a[1] = pack(d[2], d[3]), a[2] = pack(next[0], next[1]), a[3] = pack(next[2], next[3]);
+}
 template <int K> __device__ __forceinline__ void as_left(uint32_t (&a)[K][4], const float (&d)[2 * K][4]) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-        a[k][0] = pack(d[2 * k][0], d[2 * k][1]), a[k][1] = pack(d[2 * k][2], d[2 * k][3]);
-        a[k][2] = pack(d[2 * k + 1][0], d[2 * k + 1][1]), a[k][3] = pack(d[2 * k + 1][2], d[2 * k + 1][3]);
-    }
+    for (int k = 0; k < K; ++k) as_left(a[k], d[2 * k], d[2 * k + 1]);
 }
 
-// d += a B over inner blocks `inner` and column blocks `outer`, where B is the tile, or (transposed) its transpose. The columns of d
-// begin at column `column0` of B.
+// d += a B over inner blocks `inner` and column blocks `outer`, where B is the tile, or (transposed) its transpose. Column 0 of d is column
+// `column0` of B, column 0 of a is row `inner0` of B.
 template <bool transposed, int J, int K, class T>
-__device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0) {
+__device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
+                                         int inner0 = 0) {
     const int lane = lane_index();
 #pragma unroll
     for (int k = 0; k < K; ++k)
@@ -103,9 +95,9 @@ __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K
                 if (outer.begin <= n && n < outer.end) {
                     uint32_t b[4];
                     if constexpr (transposed)
-                        ldmatrix<false>(b, tile.at(column0 + n * 16 + lane % 8 + lane / 16 * 8, k * 16 + lane / 8 % 2 * 8));
+                        ldmatrix<false>(b, tile.at(column0 + n * 16 + lane % 8 + lane / 16 * 8, inner0 + k * 16 + lane / 8 % 2 * 8));
                     else
-                        ldmatrix<true>(b, tile.at(k * 16 + lane % 16, column0 + n * 16 + lane / 16 * 8));
+                        ldmatrix<true>(b, tile.at(inner0 + k * 16 + lane % 16, column0 + n * 16 + lane / 16 * 8));
                     const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
                     mma(d[2 * n], a[k], b0);
                     mma(d[2 * n + 1], a[k], b1);
@@ -113,12 +105,42 @@ __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K
         }
 }
 
-// d = a B^T for a 16 row band of a triangular product: only the wanted blocks are computed, the rest is zero.
-template <bool lower, int distance, int J, int K, class T>
-__device__ __forceinline__ void triangle(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int block) {
+template <int K, int J, class T> __device__ __forceinline__ void multiply_rows(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int column0 = 0) {
+    multiply<false>(d, a, tile, {0, K}, {0, J / 2}, column0);
+}
+template <int K, int J, class T> __device__ __forceinline__ void multiply_transpose(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int column0 = 0) {
+    multiply<true>(d, a, tile, {0, K}, {0, J / 2}, column0);
+}
+
+// Keeps the elements of a 16 x 16 block with row >= column + distance (lower) or column >= row + distance (upper), where the block's corner is
+// (row0, column0). By selection and not by multiplication: what is dropped can be huge.
+template <bool lower> __device__ __forceinline__ void keep_triangle(float (&d)[2][4], int row0, int column0, int distance) {
+    for_pairs(d, row0 - column0, [&](int row, int column, float& x, float& y) {
+        x = (lower ? row - column : column - row) >= distance ? x : 0.f;
+        y = (lower ? row - column - 1 : column + 1 - row) >= distance ? y : 0.f;
+    });
+}
+
+// One 16 x 16 block of a B^T, rows `row` and columns `column` (in blocks) of a triangular C x C matrix; a holds the 16 rows.
+template <bool lower, int K, class T>
+__device__ __forceinline__ void triangle_block(float (&d)[2][4], const uint32_t (&a)[K][4], const T& B, int row, int column, int distance) {
     clear(d);
-    multiply<true>(d, a, tile, {0, K}, lower ? Blocks{0, block + 1} : Blocks{block, J / 2});
-    keep_triangle<lower, distance>(d, block * 16);
+    multiply<true>(d, a, B, {0, K}, {0, 1}, column * 16);
+    keep_triangle<lower>(d, row * 16, column * 16, distance);
+}
+
+// d += triangle(a B^T) D for 16 rows, block after block: the triangular matrix passes from sums to factors within the registers.
+template <bool lower, int J, int K, class T>
+__device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const uint32_t (&a)[K][4], const T& B, int distance, const T& D, int row, int column0 = 0) {
+    constexpr int n = T::rows / 16;
+#pragma unroll 1
+    for (int i = lower ? 0 : row; i < (lower ? row + 1 : n); ++i) {
+        float t[2][4];
+        uint32_t left[1][4];
+        triangle_block<lower>(t, a, B, row, i, distance);
+        as_left(left, t);
+        multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16);
+    }
 }
 
 // In global memory a bf16 matrix lies in blocks of 8 x 8, 128 bytes each, so that a warp writes and reads a d tile in whole lines.
@@ -134,7 +156,7 @@ template <int J> __device__ __forceinline__ void store_blocks(float (&d)[J][4], 
 
 // A matrix of blocks into a tile, by all threads of the block, asynchronously.
 template <class T> __device__ __forceinline__ void copy_blocks(const T& tile, const bf16* matrix) {
-    for (int i = threadIdx.x; i < T::size / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < T::bytes / 16; i += blockDim.x) {
         const int block = i / 8, row = block / T::pieces * 8 + i % 8, column = block % T::pieces * 8;
         copy_async(tile.at(row, column), matrix + i * 8, true);
     }
@@ -142,7 +164,7 @@ template <class T> __device__ __forceinline__ void copy_blocks(const T& tile, co
 
 // Tokens (rows of one head, `stride` elements apart) into a tile, zeros behind the last; by all threads, asynchronously.
 template <class T> __device__ __forceinline__ void copy_tokens(const T& tile, const bf16* first, int64_t stride, int tokens) {
-    for (int i = threadIdx.x; i < T::size / 8; i += blockDim.x) {
+    for (int i = threadIdx.x; i < T::bytes / 16; i += blockDim.x) {
         const int row = i / T::pieces, column = i % T::pieces * 8;
         const bool inside = row < tokens;
         copy_async(tile.at(row, column), first + (inside ? row : 0) * stride + column, inside);

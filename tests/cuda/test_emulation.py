@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oracles.emulated_wkv7 import CUDA
+from oracles.emulated_wkv7 import CUDA, run_sanitized
 
 SOURCE = r"""
 #include "wkv7/mma.cuh"
@@ -26,26 +26,28 @@ __global__ void half_a_barrier(float*, int) { if (threadIdx.x < 32) __syncthread
 __global__ void half_a_warp(float* out, int) { if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.f, 1); }
 __global__ void copy(float* out, int wait) {
     float* x = reinterpret_cast<float*>(shared_memory());
-    copy_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x, true);
+    copy_async(16 * threadIdx.x, out + 4 * threadIdx.x, true);
     copy_commit();
     if (wait) copy_wait<0>();
     out[4 * threadIdx.x] = x[4 * threadIdx.x] + 1.f;
 }
 // D [16, 8] = A [16, 16] B [16, 8] with A and B made of small integers, through ldmatrix of bf16 tiles in shared memory (B transposed).
 __global__ void product(float* out, int) {
-    bf16* a = reinterpret_cast<bf16*>(shared_memory());
-    bf16* b = a + 256;  // [8][16]: row n, column k
-    const int lane = threadIdx.x;
-    for (int i = lane; i < 256; i += 32) a[i] = from_float<bf16>(float((i / 16) * 3 % 7 - i % 16 % 5));
-    for (int i = lane; i < 128; i += 32) b[i] = from_float<bf16>(float((i / 16) * 5 % 3 + i % 16 % 4));
+    const int a = 0, b = 512, lane = threadIdx.x;  // b: [8][16], row n, column k
+    for (int i = lane; i < 256; i += 32) shared<bf16>(a + 2 * i) = from_float<bf16>(float((i / 16) * 3 % 7 - i % 16 % 5));
+    for (int i = lane; i < 128; i += 32) shared<bf16>(b + 2 * i) = from_float<bf16>(float((i / 16) * 5 % 3 + i % 16 % 4));
     __syncthreads();
     uint32_t A[4], B[4];
-    ldmatrix<false>(A, a + (lane % 16) * 16 + lane / 16 * 8);
-    ldmatrix<false>(B, b + (lane % 8) * 16 + lane / 8 % 2 * 8);
+    ldmatrix<false>(A, a + ((lane % 16) * 16 + lane / 16 * 8) * 2);
+    ldmatrix<false>(B, b + ((lane % 8) * 16 + lane / 8 % 2 * 8) * 2);
     float d[4] = {0.f, 0.f, 0.f, 0.f};
     const uint32_t b2[2] = {B[0], B[1]};
     mma(d, A, b2);
     for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+__global__ void beyond(float* out, int index) {
+    shared<float>(4 * threadIdx.x) = 1.f;
+    out[threadIdx.x] = shared<float>(4 * (threadIdx.x + index));
 }
 #define ENTRY(name, threads, bytes) \
     extern "C" int run_##name(float* out, int flag) { return launch(name, dim3(1), threads, bytes, nullptr, out, flag); }
@@ -54,19 +56,23 @@ ENTRY(half_a_barrier, 64, 0)
 ENTRY(half_a_warp, 32, 0)
 ENTRY(copy, 32, 512)
 ENTRY(product, 32, 768)
+ENTRY(beyond, 32, 128)
 """
+
+
+def compile_planted(folder: Path, *flags: str) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    (folder / "planted.cu").write_text(SOURCE)
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", *flags, f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.so"]
+    build = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert build.returncode == 0, build.stderr
+    return folder / "planted.so"
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("planted")
-    (folder / "planted.cu").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.so"]
-    build = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert build.returncode == 0, build.stderr
-    found = ctypes.CDLL(str(Path(folder) / "planted.so"))
+    found = ctypes.CDLL(str(compile_planted(tmp_path_factory.mktemp("planted"))))
     found.emulation_error.restype = ctypes.c_char_p
     return found
 
@@ -99,3 +105,10 @@ def test_fragments_multiply_as_matrices(library: ctypes.CDLL) -> None:
     b = [[n * 5 % 3 + k % 4 for k in range(16)] for n in range(8)]
     right = [float(sum(p * q for p, q in zip(a[i], b[n]))) for i in range(16) for n in range(8)]
     assert run(library, "product")[1][:128] == right
+
+
+def test_the_sanitizer_sees_the_end_of_shared_memory(tmp_path: Path) -> None:
+    path = compile_planted(tmp_path, "-fsanitize=address")
+    for index, found in ((0, False), (1, True)):
+        done = run_sanitized(f"import ctypes; ctypes.CDLL({str(path)!r}).run_beyond((ctypes.c_float * 32)(), {index})")
+        assert ("heap-buffer-overflow" in done.stderr) == found == (done.returncode != 0), done.stderr

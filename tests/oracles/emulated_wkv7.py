@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 import torch
@@ -46,11 +50,14 @@ class Case:
         B, T, H, N = self.inputs[0].shape
         state = torch.zeros(sequences, H, N, N, dtype=torch.float64) if self.initial_state is None else self.initial_state.double()
         state.requires_grad_()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # thousands of tiny operations: threads would only wait for one another
         y, final_state = wkv7_reference(*inputs, state, self.cu_seqlens)
         outputs, slopes = [y], [self.dy.double()]
         if self.d_final_state is not None:
             outputs, slopes = outputs + [final_state], slopes + [self.d_final_state.double()]
         gradients = torch.autograd.grad(outputs, [*inputs, state], slopes)
+        torch.set_num_threads(threads)
         return {"y": y.detach(), "final_state": final_state.detach(), **dict(zip([f"d{n}" for n in (*NAMES, "_initial_state")], gradients))}
 
 
@@ -121,7 +128,7 @@ class Kernels:
         self.library.emulation_reverse(int(reverse))
         states = (documents or B, H, N, N)
         y, final_state = poisoned(r.shape, r.dtype), poisoned(states, torch.float32)
-        saved = workspace("saved") if backward else None
+        saved = workspace("saved") if backward or kernel == "chunked" else None
         inputs = Pointers(*(x.data_ptr() for x in case.inputs), pointer(case.initial_state))
         head = [ctypes.byref(shape)] + ([int(r.dtype == torch.float32)] if kernel == "sequential" else []) + [ctypes.byref(inputs)]
         scratch = [pointer(workspace("forward_scratch"))] if kernel == "chunked" else []
@@ -144,17 +151,40 @@ def compile_kernels(folder: Path, *flags: str) -> Path:
     """g++ over every kernel source, into one library."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    path = folder / "kernels.so"
-    sources = [part for source in SOURCES for part in ("-x", "c++", str(source))]
     # The pattern fills uninitialised locals: reading one gives the same garbage on each run.
-    command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern", *flags]
-    build = subprocess.run([*command, *sources, "-o", str(path)], capture_output=True, text=True, timeout=600)
-    assert build.returncode == 0, build.stderr
-    assert "warning" not in build.stderr, build.stderr
-    return path
+    command = ["g++", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern", *flags]
+
+    def compiled(source: Path) -> Path:
+        run([*command, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
+        return folder / f"{source.stem}.o"
+
+    def run(arguments: list[str]) -> None:
+        build = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+        assert build.returncode == 0 and "warning" not in build.stderr, build.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(x) for x in pool.map(compiled, SOURCES)]
+    run(["g++", "-shared", *flags, *objects, "-o", str(folder / "kernels.so")])
+    return folder / "kernels.so"
+
+
+def separate(case: Case) -> Iterator[tuple[Case, slice]]:
+    """Each document of a packed case as a case of its own, with its tokens."""
+    bounds = case.cu_seqlens.tolist()
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        tokens = slice(start, end)
+        pieces = [x[:, tokens].contiguous() for x in (*case.inputs, case.dy)]
+        yield Case(pieces[:-1], pieces[-1], case.initial_state[i : i + 1], case.d_final_state[i : i + 1]), tokens
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative rms error of each result; NaN where a NaN is left."""
     rms = lambda x: x.double().square().mean().sqrt()  # noqa: E731
     return {name: (rms(x.double() - expected[name]) / rms(expected[name]).clamp_min(1e-30)).item() for name, x in got.items()}
+
+
+def run_sanitized(program: str) -> subprocess.CompletedProcess:
+    """A Python program in a process of its own, into which libraries built with -fsanitize=address can be loaded."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)

@@ -1,0 +1,298 @@
+// WKV7 backward in chunks of 64 tokens on the tensor cores. Two kernels:
+//   gradient_scan     from the last chunk to the first: the gradient of the state, G <- G F^T + dY^T E, in fp32 registers; leaves for each chunk
+//                     the gradient of its leaving state, scaled by the chunk's decay. Value rows do not meet: each warp carries 16 of them.
+//   chunk_gradients   all chunks at once: the six gradients, from the entering state (saved by the forward) and the leaving gradient.
+// No state is ever recomputed backwards, nothing is divided by a decay. RWKV-v7/docs/wkv7_chunked.md derives the formulas.
+#include "chunk.cuh"
+
+namespace wkv7 {
+namespace {
+
+struct ChunkGradients {
+    bf16 *dr, *dw, *dk, *dv, *da, *db;
+    explicit ChunkGradients(const Wkv7Gradients& g) : dr((bf16*)g.dr), dw((bf16*)g.dw), dk((bf16*)g.dk), dv((bf16*)g.dv), da((bf16*)g.da), db((bf16*)g.db) {}
+};
+
+template <int C, int N> struct ScanShared {
+    static constexpr int stage = (N * N + 2 * C * N + 2 * N) * 2;
+    static constexpr size_t size = scan_stages * stage;
+};
+
+// blockIdx: sequence, head, and the part of the value rows where a block has fewer than N / 16 warps.
+template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
+__global__ void gradient_scan(Sequences q, const bf16* __restrict__ saved, const bf16* __restrict__ dy, const float* __restrict__ d_final_state,
+                              bf16* __restrict__ scratch, float* __restrict__ d_initial_state) {
+    using Token = Tile<C, N>;
+    using State = Tile<N, N>;
+    const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16;
+    const int chunks = ceil_div(q.length(sequence), C);
+    const int64_t state_offset = (int64_t(sequence) * q.H + head) * N * N;
+
+    auto fetch = [&](int chunk) {
+        if (chunk >= 0) {
+            const Place place = place_of<C>(q, N, sequence, chunk * C, head);
+            const bf16* record = saved + place.record * SavedChunk<C, N>::size;
+            const State F{chunk % scan_stages * ScanShared<C, N>::stage};
+            const Token E{F.end()}, Y{E.end()};
+            copy_blocks(F, record + SavedChunk<C, N>::F);
+            copy_blocks(E, record + SavedChunk<C, N>::E);
+            copy_tokens(Y, dy + place.first, place.stride, place.tokens);
+            if (threadIdx.x < N / 4) copy_async(Y.end() + threadIdx.x * 16, record + SavedChunk<C, N>::decay + threadIdx.x * 8, true);
+        }
+        copy_commit();
+    };
+
+    Sums<N> G;
+    for_pairs(G, slab, [&](int row, int column, float& x0, float& x1) {
+        const float2 g = d_final_state ? *reinterpret_cast<const float2*>(d_final_state + state_offset + row * N + column) : make_float2(0.f, 0.f);
+        x0 = g.x, x1 = g.y;
+    });
+    for (int i = 1; i < scan_stages; ++i) fetch(chunks - i);
+
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+        fetch(chunk - scan_stages + 1);
+        Left<N> g;
+        as_left(g, G);
+        copy_wait<scan_stages - 1>();
+        __syncthreads();
+        const State F{chunk % scan_stages * ScanShared<C, N>::stage};
+        const Token E{F.end()}, Y{E.end()};
+
+        scale_columns(G, Y.end());
+        store_blocks(G, scratch + place_of<C>(q, N, sequence, chunk * C, head).record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G, slab);
+        __syncwarp();  // or else ptxas fetches ahead until it spills
+        multiply_transpose(G, g, F);
+        __syncwarp();
+        Left<C> y;
+        load_left<true>(y, Y, slab, {0, C / 16});
+        multiply_rows(G, y, E);
+        __syncthreads();
+    }
+    if (d_initial_state)
+        for_pairs(G, slab, [&](int row, int column, float x0, float x1) {
+            *reinterpret_cast<float2*>(d_initial_state + state_offset + row * N + column) = make_float2(x0, x1);
+        });
+}
+
+// fp32 [C][N] in shared memory; the padding keeps the rows of a fragment in different banks.
+template <int N> struct Plane {
+    static constexpr int stride = N + 8;
+    int base;  // byte offset
+    __device__ __forceinline__ float2& at(int row, int column) const { return shared<float2>(base + (row * stride + column) * 4); }
+};
+
+template <int C, int N> struct GradientsShared {
+    static constexpr int factors = 4 * C * N * 2;                                // At, Rt, Bt, Kt: alive to the end
+    static constexpr int rest = (4 * C * N + 2 * N * N + C * C) * 2;             // V, Y, U, Z, S, G, X
+    static constexpr int planes = 3 * C * Plane<N>::stride * 4;                  // take the place of the rest
+    static constexpr int sums = 2 * (C / 8) * N * 4;
+    static constexpr size_t size = factors + (rest > planes ? rest : planes) + sums + N * 4;
+};
+
+// Adds, for this warp, sum over its 16 rows of tile o d to sums [N].
+template <int J, class T> __device__ __forceinline__ void column_sums(float (&d)[J][4], const T& tile, int row0, int sums) {
+    const int row = row0 + lane_index() / 4;
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+        const int column = j * 8 + lane_index() % 4 * 2;
+        const float2 upper = tile.get(row, column), lower = tile.get(row + 8, column);
+        float x = upper.x * d[j][0] + lower.x * d[j][2], y = upper.y * d[j][1] + lower.y * d[j][3];
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask), y += __shfl_xor_sync(~0u, y, mask);
+        if (lane_index() < 4) shared<float2>(sums + column * 4) = make_float2(x, y);
+    }
+}
+
+template <int C, int N> __launch_bounds__(C * 4, blocks_per_sm(GradientsShared<C, N>::size, 2))
+__global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy, const bf16* __restrict__ scratch,
+                                ChunkGradients out) {
+    using Token = Tile<C, N>;
+    using State = Tile<N, N>;
+    using Channel = Columns<C, N, C / 8>;
+    const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
+    if (place.tokens < 1) return;
+    const bf16* const saved = saved_ + place.record * SavedChunk<C, N>::size;
+
+    const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()}, V{Kt.end()}, Y{V.end()}, U{Y.end()}, Z{U.end()};
+    const State S{Z.end()}, G{S.end()};
+    const Tile<C, C> X{G.end()};
+    constexpr int sums_size = C / 8 * N * 4, sums = GradientsShared<C, N>::size - 2 * sums_size - N * 4, totals = sums + sums_size, decay = totals + sums_size;
+
+    copy_tokens(V, in.v + place.first, place.stride, place.tokens);
+    copy_tokens(Y, dy + place.first, place.stride, place.tokens);
+    copy_blocks(S, saved + SavedChunk<C, N>::S);
+    copy_blocks(G, scratch + place.record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G);
+    copy_blocks(X, saved + SavedChunk<C, N>::X);
+    copy_commit();
+    Channel::scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
+    copy_wait<0>();
+    __syncthreads();
+
+    // Half of the warps follow a (and what it shares with b), the other half r (and k). Each has 16 rows.
+    const int warp = warp_index(), block = warp % (C / 16), row0 = block * 16;
+    const bool for_a = warp < C / 16;
+    const auto choose = [for_a](const Token& a, const Token& r) { return Token{for_a ? a.base : r.base}; };
+    constexpr Blocks all{0, N / 16};
+    const Blocks lower{0, block + 1}, upper{block, C / 16};
+    Left<N> rows;
+    Sums<N> d;
+
+    // U's right side At S^T + M V | dU = Qb^T Y + Bt G^T.
+    clear(d);
+    load_left<false>(rows, choose(At, Bt), row0, all);
+    multiply_transpose(d, rows, State{for_a ? S.base : G.base});
+    if (for_a)
+        multiply_triangle<true>(d, rows, Kt, 1, V, block);
+    else
+        multiply_triangle<false>(d, rows, Rt, 0, Y, block);
+    store(d, choose(U, Z), row0);
+    __syncthreads();
+
+    // U = X (...) | Z = X^T dU.
+    {
+        Left<C> x;
+        clear(d);
+        if (for_a) {
+            load_left<false>(x, X, row0, lower);
+            multiply<false>(d, x, U, lower, all);
+        } else {
+            load_left<true>(x, X, row0, upper);
+            multiply<false>(d, x, Z, upper, all);
+        }
+        __syncthreads();
+        store(d, choose(U, Z), row0);
+    }
+    __syncthreads();
+
+    // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt | dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt.
+    Sums<N> d_read;
+    clear(d_read);
+    load_left<false>(rows, choose(Z, Y), row0, all);
+    multiply_rows(d_read, rows, S);
+    multiply_triangle<true>(d_read, rows, U, for_a, Bt, block);
+    multiply_triangle<true>(d_read, rows, V, for_a, Kt, block);
+
+    // dV = Kt G^T + Qk^T Y + M^T Z, half of the channels in each half of the warps.
+    constexpr int halves = N >= 32 ? 2 : 1, width = N / halves;
+    if (halves == 2 || for_a) {
+        const int column0 = for_a ? 0 : N - width;
+        Sums<width> dv;
+        clear(dv);
+        load_left<false>(rows, Kt, row0, all);
+        multiply_transpose(dv, rows, G, column0);
+        multiply_triangle<false>(dv, rows, Rt, 0, Y, block, column0);
+        multiply_triangle<false>(dv, rows, At, 1, Z, block, column0);
+        for_pairs(dv, row0, [&](int row, int column, float x, float y) {
+            if (row < place.tokens)
+                *reinterpret_cast<uint32_t*>(out.dv + place.first + int64_t(row) * place.stride + column0 + column) = pack(x, y);
+        });
+    }
+
+    // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt | dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt.
+    // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike.
+    Sums<N> d_write;
+    clear(d_write);
+    load_left<false>(rows, choose(U, V), row0, all);
+    multiply_rows(d_write, rows, G);
+    column_sums(d_write, choose(Bt, Kt), row0, sums + warp * N * 4);
+    __syncwarp();  // or else ptxas fetches ahead until it spills
+    multiply_triangle<false>(d_write, rows, Z, 1, At, block);
+    multiply_triangle<false>(d_write, rows, Y, 0, Rt, block);
+    __syncwarp();
+    if (Channel::active()) {  // and so does that of S decaying through the whole chunk
+        float2& sum = shared<float2>(sums + (warp * N + Channel::column()) * 4);
+        for (int i = warp; i < N; i += C / 8) {
+            const float2 s = S.get(i, Channel::column()), g = G.get(i, Channel::column());
+            sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
+        }
+    }
+    __syncthreads();
+
+    // From here the tiles behind Kt are dead. g: log2 decay up to and with the token. d log(decay) gathers what each use of a decay earns.
+    const Plane<N> g{V.base}, earned{g.base + C * g.stride * 4}, earned_a{earned.base + C * g.stride * 4};
+    const Plane<N> mine{for_a ? earned_a.base : earned.base};
+    {
+        float2 sum[Channel::rows], before, after;
+        Channel::log_decays(sum, in.w, place);
+        Channel::across_warps(sum[Channel::rows - 1], totals, before, after);
+        if (Channel::active())
+#pragma unroll
+            for (int t = 0; t < Channel::rows; ++t) g.at(Channel::row() + t, Channel::column()) = make_float2(before.x + sum[t].x, before.y + sum[t].y);
+    }
+    __syncthreads();
+    bf16 *const out_read = for_a ? out.da : out.dr, *const out_write = for_a ? out.db : out.dk;
+    for_pairs(d_read, row0, [&](int row, int column, float x, float y) {
+        if (row >= place.tokens) return;
+        const int used = row - for_a;  // a_t meets the decays before its token, r_t that of its token as well
+        const float2 s = used >= 0 ? g.at(used, column) : make_float2(0.f, 0.f);
+        *reinterpret_cast<uint32_t*>(out_read + place.first + int64_t(row) * place.stride + column) = pack(x * exp2_fast(s.x), y * exp2_fast(s.y));
+    });
+    for_pairs(d_write, row0, [&](int row, int column, float x, float y) {
+        const float2 s = g.at(row, column), tile = choose(Bt, Kt).get(row, column);
+        mine.at(row, column) = make_float2(-tile.x * x, -tile.y * y);
+        if (row < place.tokens)
+            *reinterpret_cast<uint32_t*>(out_write + place.first + int64_t(row) * place.stride + column) = pack(x * exp2_fast(-s.x), y * exp2_fast(-s.y));
+    });
+    __syncthreads();
+    for_pairs(d_read, row0, [&](int row, int column, float x, float y) {
+        const float2 tile = choose(At, Rt).get(row, column);
+        if (row < for_a) return;
+        float2& sum = mine.at(row - for_a, column);
+        sum = make_float2(sum.x + tile.x * x, sum.y + tile.y * y);
+    });
+    __syncthreads();
+    {
+        float2 later[Channel::rows], before, after, sum = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int t = Channel::rows - 1; t >= 0; --t) {
+            if (Channel::active()) {
+                const float2 x = earned.at(Channel::row() + t, Channel::column()), y = earned_a.at(Channel::row() + t, Channel::column());
+                sum = make_float2(sum.x + x.x + y.x, sum.y + x.y + y.y);
+            }
+            later[t] = sum;
+        }
+        Channel::across_warps(later[0], totals, before, after);
+        if (!Channel::active()) return;
+#pragma unroll
+        for (int i = 0; i < C / 8; ++i) {
+            const float2 x = shared<float2>(sums + (i * N + Channel::column()) * 4);
+            after = make_float2(after.x + x.x, after.y + x.y);
+        }
+#pragma unroll
+        for (int t = 0; t < Channel::rows; ++t) {
+            if (Channel::row() + t >= place.tokens) break;
+            const float2 w = unpack(Channel::load(in.w, place, t));
+            const float x = (later[t].x + after.x) * decay_scale * sigmoid_fast(w.x) * sigmoid_fast(-w.x);
+            const float y = (later[t].y + after.y) * decay_scale * sigmoid_fast(w.y) * sigmoid_fast(-w.y);
+            *reinterpret_cast<uint32_t*>(out.dw + place.first + int64_t(Channel::row() + t) * place.stride + Channel::column()) = pack(x, y);
+        }
+    }
+}
+
+template <int N>
+int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, const void* dy, const float* d_final_state, const Wkv7Gradients& out,
+             void* scratch, void* stream) {
+    constexpr int C = chunk_tokens;
+    const Sequences q = sequences_of(shape);
+    const int parts = int64_t(q.count) * q.H < small_batch ? N / 16 : 1;
+    const int error = launch(gradient_scan<C, N>, dim3(q.count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, q, (const bf16*)saved, (const bf16*)dy,
+                             d_final_state, (bf16*)scratch, out.d_initial_state);
+    if (error) return error;
+    return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4, GradientsShared<C, N>::size, stream, q, ChunkInputs(in), (const bf16*)saved,
+                  (const bf16*)dy, (const bf16*)scratch, ChunkGradients(out));
+}
+
+}  // namespace
+}  // namespace wkv7
+
+extern "C" int64_t wkv7_chunked_backward_scratch_bytes(const Wkv7Shape* shape) { return wkv7::records_bytes<wkv7::BackwardScratch>(*shape); }
+
+extern "C" int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const void* saved, const void* dy, const float* d_final_state,
+                                     const Wkv7Gradients* out, void* scratch, void* stream) {
+    switch (wkv7::valid(*shape) ? shape->N : 0) {
+        case 16: return wkv7::backward<16>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
+        case 32: return wkv7::backward<32>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
+        case 64: return wkv7::backward<64>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
+        default: return WKV7_UNSUPPORTED;
+    }
+}
