@@ -24,8 +24,8 @@ CHUNK = 16
 
 
 def _log_decay(w: Tensor) -> Tensor:
-    # Autograd takes the slope as s (1 - s), which has lost its digits where s is near 1: there, the slope of sigmoid(-w) serves.
-    return DECAY_SCALE * torch.where(w > 0, 1 - torch.sigmoid(-w), torch.sigmoid(w))
+    # Not torch.sigmoid: autograd takes its slope as s (1 - s), which has lost its digits where s is near 1.
+    return DECAY_SCALE * F.logsigmoid(w).exp()
 
 
 @per_sequence
@@ -35,7 +35,9 @@ def wkv7_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tenso
     n = -(-T // CHUNK)
 
     def chunks(x: Tensor) -> Tensor:  # [B, T, H, N] -> [n, B*H, CHUNK, N]; padding tokens are zero and change no state
-        x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, n * CHUNK - T))
+        x = x.to(dtype)
+        if T % CHUNK:
+            x = F.pad(x, (0, 0, 0, 0, 0, n * CHUNK - T))
         return x.view(B, n, CHUNK, H, N).permute(1, 0, 3, 2, 4).reshape(n, B * H, CHUNK, N)
 
     R, K, V, A, Bt = (chunks(x) for x in (r, k, v, a, b))
@@ -43,12 +45,13 @@ def wkv7_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tenso
     log_P = log_d.cumsum(2)
     P = log_P.exp()
     A, R = A * (log_P - log_d).exp(), R * P
-    KB = torch.cat([K, Bt], dim=2) * (-log_P).exp().repeat(1, 1, 2, 1)
+    inverse_P = (-log_P).exp()
+    KB = torch.cat([K * inverse_P, Bt * inverse_P], dim=2)
     M = torch.cat([A, R], dim=2) @ KB.mT
-    strict = M.new_ones(CHUNK, CHUNK, dtype=torch.bool).tril(-1)
-    AK = M[:, :, :CHUNK, :CHUNK].where(strict, 0)
-    AB = M[:, :, :CHUNK, CHUNK:].where(strict, 0)
-    RKB = M[:, :, CHUNK:].where(strict.logical_or(torch.eye(CHUNK, dtype=torch.bool, device=M.device)).repeat(1, 2), 0)
+    earlier = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=M.device).tril(-1)
+    until = earlier.logical_or(torch.eye(CHUNK, dtype=torch.bool, device=M.device))
+    M = M.where(torch.cat([earlier.repeat(1, 2), until.repeat(1, 2)]), 0)
+    AK, AB, RKB = M[:, :, :CHUNK, :CHUNK], M[:, :, :CHUNK, CHUNK:], M[:, :, CHUNK:]
     # Forward substitution and not a product of powers of AB: those grow without bound when keys repeat.
     identity = torch.eye(CHUNK, dtype=dtype, device=M.device)
     X = torch.linalg.solve_triangular(identity - AB, identity.expand_as(AB), upper=False, unitriangular=True)
@@ -59,10 +62,11 @@ def wkv7_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tenso
 
     S = V.new_zeros(B * H, N, N) if initial_state is None else initial_state.reshape(B * H, N, N).mT  # key rows, value columns
     y = []
-    for c in range(n):
-        Q = XAR[c] @ S
-        VU = torch.cat([V[c], Q[:, :CHUNK] + XAKV[c]], dim=1)
-        y.append(torch.baddbmm(Q[:, CHUNK:], RKB[c], VU))
-        S = torch.baddbmm(S * P_last[c].unsqueeze(-1), KB_last[c], VU)
+    # Unbound at once: the backward of indexing in the loop would build a zero tensor of the whole for every chunk.
+    for xar, xakv, rkb, kb, p, value in zip(*(x.unbind(0) for x in (XAR, XAKV, RKB, KB_last, P_last.unsqueeze(-1), V))):
+        Q = xar @ S
+        VU = torch.cat([value, Q[:, :CHUNK] + xakv], dim=1)
+        y.append(torch.baddbmm(Q[:, CHUNK:], rkb, VU))
+        S = torch.baddbmm(S * p, kb, VU)
     Y = torch.stack(y).view(n, B, H, CHUNK, N).permute(1, 0, 3, 2, 4).reshape(B, n * CHUNK, H, N)
     return Y[:, :T].to(r.dtype), S.mT.reshape(B, H, N, N).contiguous()
