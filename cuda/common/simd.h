@@ -199,7 +199,6 @@ INLINE void matmul(const float* a, int a_row, int a_column, const float* b, int 
       for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < NR; j++) sum[i][j] = FROM == From::zero ? vf{} : load(start + (m + i) * c_row + n + j * W);
-#pragma GCC unroll 4
       for (int k = 0; k < K; k++) {
         vf row[NR];
 #pragma GCC unroll 4

@@ -4,7 +4,7 @@
 
 namespace wkv7 {
 
-constexpr int kCheckpoint = 32;  // tokens from one saved state to the next
+constexpr int kCheckpoint = 64;  // tokens from one saved state to the next
 
 // One head of one document. Its tokens are rows first .. first + length - 1 of the [rows, H, N] tensors.
 struct Task {

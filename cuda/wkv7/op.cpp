@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string.h>
+
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <tuple>
@@ -71,6 +74,7 @@ struct Documents {
     first.push_back(start), length.push_back(tokens), slot.push_back(first_slot);
   }
   int64_t count() const { return int64_t(first.size()); }
+  int64_t checkpoints(int64_t i) const { return (length[i] + wkv7::kCheckpoint - 1) / wkv7::kCheckpoint; }
 };
 
 // Runs every (document, head) on torch's own threads. Who runs which does not matter to the result; taking the next one
@@ -102,6 +106,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k,
   Tensor checkpoints = torch::stable::new_empty(r, {save ? documents.slots : 0, H, N, N}, ScalarType::Float);
   const Tensors tensors{.r = r.data_ptr(), .w = w.data_ptr(), .k = k.data_ptr(), .v = v.data_ptr(), .a = a.data_ptr(), .b = b.data_ptr(),
                         .y = y.data_ptr(), .removed = save ? static_cast<float*>(removed.data_ptr()) : nullptr};
+  if (save)
+    for (int64_t i = 0; i < documents.count(); i++) {  // the slots that no document fills
+      const int64_t end = i + 1 < documents.count() ? documents.slot[i + 1] : documents.slots;
+      for (int64_t unused = documents.slot[i] + documents.checkpoints(i); unused < end; unused++)
+        memset(state_at(checkpoints, unused, 0), 0, H * N * N * sizeof(float));
+    }
   std::vector<Task> tasks;
   for (int64_t i = 0; i < documents.count(); i++)
     for (int64_t h = 0; h < H; h++)

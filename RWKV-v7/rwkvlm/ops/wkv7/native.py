@@ -11,7 +11,7 @@ from rwkvlm import native
 
 from .arguments import sequence_bounds
 
-CHECKPOINT = 32  # tokens from one saved state to the next; kCheckpoint of cpu.h
+CHECKPOINT = 64  # tokens from one saved state to the next; kCheckpoint of cpu.h
 
 
 def why_not(dtype: torch.dtype) -> str:
