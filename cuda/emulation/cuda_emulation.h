@@ -1,9 +1,10 @@
 // Runs CUDA kernels on the host: g++ compiles the very .cu file that nvcc compiles, with this header in the place of the CUDA runtime.
 //
 // It finds: wrong maths, wrong fragment layouts, barriers that are missing or that part of a block skips, warp collectives that diverge, reads
-// of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async data before its wait (the copy happens at the
-// wait, not before) and, built with -fsanitize=address,undefined, accesses out of bounds. Races between warps or lanes show when the two
-// schedules (emulation_reverse) give different bits. __shared__ is left undefined: kernels take dynamic shared memory, which it can poison.
+// of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async data before its wait and copies over data still in
+// use (one schedule copies at the wait, the other at once) and, built with -fsanitize=address,undefined, accesses out of bounds. Races between
+// warps or lanes show when the two schedules (emulation_reverse) give different bits. __shared__ is left undefined: kernels take dynamic shared
+// memory, which it can poison.
 // It cannot find: races that both schedules hide, wgmma, TMA and proxy fences (not emulated), misaligned vector accesses outside UBSan, bank
 // conflicts, register pressure, anything about speed. The mma sums in the order k = 0..15 in fp32, hardware in an order of its own.
 //
@@ -260,13 +261,23 @@ inline void collective(const char* site, Operands& mine, Compute compute) {
     compute(all);
 }
 
+inline void copy(const PendingCopy& c) {
+    std::memcpy(c.to, c.from, c.valid);
+    std::memset(static_cast<char*>(c.to) + c.valid, 0, c.bytes - c.valid);
+}
+
+// The copy may land at any time up to the wait: at the last moment in one schedule, at the first in the other.
+inline void copy_async(void* to, const void* from, int bytes, int valid) {
+    if (machine.reverse)
+        copy({to, from, bytes, valid});
+    else
+        machine.fibers[machine.current].groups.back().push_back({to, from, bytes, valid});
+}
+inline void commit_copies() { machine.fibers[machine.current].groups.emplace_back(); }
 inline void finish_copies(int groups_left) {
     auto& groups = machine.fibers[machine.current].groups;
     while (int(groups.size()) - 1 > groups_left) {
-        for (const PendingCopy& c : groups.front()) {
-            std::memcpy(c.to, c.from, c.valid);
-            std::memset(static_cast<char*>(c.to) + c.valid, 0, c.bytes - c.valid);
-        }
+        for (const PendingCopy& c : groups.front()) copy(c);
         groups.erase(groups.begin());
     }
 }
@@ -311,14 +322,16 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
     });
 }
 
-template <class T>
-inline T shuffle_xor(T value, int mask) {
-    struct Operands { T in, out; int mask; } mine{value, value, mask};
-    collective("__shfl_xor_sync", mine, [](Operands** lane) {
-        for (int l = 0; l < 32; ++l) lane[l]->out = lane[l ^ lane[l]->mask]->in;
+template <class T, class Source>
+inline T shuffle(const char* site, T value, Source source) {  // source(lane): whose value a lane receives
+    struct Operands { T in, out; } mine{value, value};
+    collective(site, mine, [&](Operands** lane) {
+        for (int l = 0; l < 32; ++l) lane[l]->out = lane[source(l)]->in;
     });
     return mine.out;
 }
+template <class T> inline T shuffle_xor(T value, int mask) { return shuffle("__shfl_xor_sync", value, [=](int lane) { return lane ^ mask; }); }
+template <class T> inline T shuffle_from(T value, int source) { return shuffle("__shfl_sync", value, [=](int) { return source; }); }
 
 }  // namespace emulation
 
@@ -337,6 +350,8 @@ inline void __syncwarp(unsigned = ~0u) {
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle_xor(value, mask); }
+template <class T>
+inline T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle_from(value, source); }
 
 // For the tests: which schedule, how much shared memory a block may have, and what went wrong in the last launch.
 extern "C" inline __attribute__((used)) void emulation_reverse(int reverse) { emulation::machine.reverse = reverse != 0; }

@@ -66,57 +66,56 @@ template <int C> __device__ __forceinline__ Place place_in_slot(const Sequences&
 template <int C, int N, int warps> struct Columns {
     static_assert(N <= 64 && C % warps == 0, "one lane has two channels");
     static constexpr int rows = C / warps;
+    int warp;
 
-    __device__ static bool active() { return lane_index() * 2 < N; }
-    __device__ static int column() { return lane_index() * 2; }
-    __device__ static int row() { return warp_index() * rows; }
+    __device__ bool active() const { return lane_index() * 2 < N; }
+    __device__ int column() const { return lane_index() * 2; }
+    __device__ int row() const { return warp * rows; }
 
     // Two channels of a token as they lie in memory, zeros behind the last token.
-    __device__ static uint32_t load(const bf16* x, const Place& place, int t) {
+    __device__ uint32_t load(const bf16* x, const Place& place, int t) const {
         const bool inside = active() && row() + t < place.tokens;
         return inside ? *reinterpret_cast<const uint32_t*>(x + place.first + int64_t(row() + t) * place.stride + column()) : 0u;
     }
 
-    // log2 of the decays, summed over this warp's tokens from its first to each; padding does not decay.
-    __device__ static void log_decays(float2 (&g)[rows], const bf16* w, const Place& place) {
+    __device__ static float2 add_log_decay(float2 sum, float2 w) {  // to a sum of log2 of decays
         constexpr float scale = decay_scale * 1.4426950408889634f;
-        float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-        for (int t = 0; t < rows; ++t) {
-            const float2 x = unpack(load(w, place, t));
-            if (row() + t < place.tokens) sum = make_float2(sum.x + scale * sigmoid_fast(x.x), sum.y + scale * sigmoid_fast(x.y));
-            g[t] = sum;
-        }
+        return make_float2(sum.x + scale * sigmoid_fast(w.x), sum.y + scale * sigmoid_fast(w.y));
     }
 
     // One value per warp and column through totals [warps][N]: the sums over the warps before this one and after it.
     // A barrier inside; the caller puts another before totals is used again.
-    __device__ static void across_warps(float2 mine, int totals, float2& before, float2& after) {
-        if (active()) shared<float2>(totals + (warp_index() * N + column()) * 4) = mine;
+    __device__ void across_warps(float2 mine, int totals, float2& before, float2& after) const {
+        if (active()) shared<float2>(totals + (warp * N + column()) * 4) = mine;
         __syncthreads();
         before = after = make_float2(0.f, 0.f);
         if (active())
 #pragma unroll
             for (int i = 0; i < warps; ++i) {
                 const float2 x = shared<float2>(totals + (i * N + column()) * 4);
-                if (i < warp_index()) before = make_float2(before.x + x.x, before.y + x.y);
-                if (i > warp_index()) after = make_float2(after.x + x.x, after.y + x.y);
+                if (i < warp) before = make_float2(before.x + x.x, before.y + x.y);
+                if (i > warp) after = make_float2(after.x + x.x, after.y + x.y);
             }
     }
 
     // Tiles of the chunk: At = a 2^e, Rt = r 2^g, Bt = b 2^-g, Kt = k 2^-g with g (e) the log2 decay up to and with (without) the token,
     // and decay [N] = 2^g of the whole chunk. The caller's barrier makes them visible.
     template <class T>
-    __device__ static void scaled_tokens(const ChunkInputs& in, const Place& place, const T& At, const T& Rt, const T& Bt, const T& Kt, int totals, int decay) {
-        uint32_t r[rows], k[rows], a[rows], b[rows];
-        float2 g[rows], before, after;
+    __device__ void scaled_tokens(const ChunkInputs& in, const Place& place, const T& At, const T& Rt, const T& Bt, const T& Kt, int totals,
+                                  int decay) const {
+        uint32_t r[rows], w[rows], k[rows], a[rows], b[rows];
+        float2 g[rows], before, after, total = make_float2(0.f, 0.f);
 #pragma unroll
         for (int t = 0; t < rows; ++t) {
-            r[t] = load(in.r, place, t), k[t] = load(in.k, place, t);
+            w[t] = load(in.w, place, t), r[t] = load(in.r, place, t), k[t] = load(in.k, place, t);
             a[t] = load(in.a, place, t), b[t] = load(in.b, place, t);
         }
-        log_decays(g, in.w, place);
-        across_warps(g[rows - 1], totals, before, after);
+#pragma unroll
+        for (int t = 0; t < rows; ++t) {
+            if (row() + t < place.tokens) total = add_log_decay(total, unpack(w[t]));  // padding does not decay
+            g[t] = total;
+        }
+        across_warps(total, totals, before, after);
         if (!active()) return;
         float2 e = make_float2(exp2_fast(before.x), exp2_fast(before.y));
 #pragma unroll
@@ -130,7 +129,7 @@ template <int C, int N, int warps> struct Columns {
             Kt.put(row() + t, column(), kt.x * down.x, kt.y * down.y);
             e = up;
         }
-        if (warp_index() == warps - 1) shared<float2>(decay + column() * 4) = e;
+        if (warp == warps - 1) shared<float2>(decay + column() * 4) = e;
     }
 };
 

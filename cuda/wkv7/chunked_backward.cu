@@ -82,9 +82,9 @@ template <int N> struct Plane {
 };
 
 template <int C, int N> struct GradientsShared {
-    static constexpr int factors = 4 * C * N * 2;                                // At, Rt, Bt, Kt: alive to the end
-    static constexpr int rest = (4 * C * N + 2 * N * N + C * C) * 2;             // V, Y, U, Z, S, G, X
-    static constexpr int planes = 3 * C * Plane<N>::stride * 4;                  // take the place of the rest
+    static constexpr int factors = 4 * C * N * 2 + C * C * 2;         // At, Rt, Bt, Kt, and X, whose place w takes
+    static constexpr int rest = (4 * C * N + 2 * N * N) * 2;          // V, Y, U, Z, S, G
+    static constexpr int planes = 3 * C * Plane<N>::stride * 4;       // take the place of the rest
     static constexpr int sums = 2 * (C / 8) * N * 4;
     static constexpr size_t size = factors + (rest > planes ? rest : planes) + sums + N * 4;
 };
@@ -108,14 +108,14 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
                                 ChunkGradients out) {
     using Token = Tile<C, N>;
     using State = Tile<N, N>;
-    using Channel = Columns<C, N, C / 8>;
     const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
     if (place.tokens < 1) return;
     const bf16* const saved = saved_ + place.record * SavedChunk<C, N>::size;
 
-    const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()}, V{Kt.end()}, Y{V.end()}, U{Y.end()}, Z{U.end()};
+    const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()};
+    const Tile<C, C> X{Kt.end()};
+    const Token V{X.end()}, Y{V.end()}, U{Y.end()}, Z{U.end()};
     const State S{Z.end()}, G{S.end()};
-    const Tile<C, C> X{G.end()};
     constexpr int sums_size = C / 8 * N * 4, sums = GradientsShared<C, N>::size - 2 * sums_size - N * 4, totals = sums + sums_size, decay = totals + sums_size;
 
     copy_tokens(V, in.v + place.first, place.stride, place.tokens);
@@ -124,12 +124,13 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     copy_blocks(G, scratch + place.record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G);
     copy_blocks(X, saved + SavedChunk<C, N>::X);
     copy_commit();
-    Channel::scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
+    const int warp = uniform(warp_index()), block = warp % (C / 16), row0 = block * 16;
+    const Columns<C, N, C / 8> channels{warp};
+    channels.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
     copy_wait<0>();
     __syncthreads();
 
     // Half of the warps follow a (and what it shares with b), the other half r (and k). Each has 16 rows.
-    const int warp = warp_index(), block = warp % (C / 16), row0 = block * 16;
     const bool for_a = warp < C / 16;
     const auto choose = [for_a](const Token& a, const Token& r) { return Token{for_a ? a.base : r.base}; };
     constexpr Blocks all{0, N / 16};
@@ -162,6 +163,9 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         __syncthreads();
         store(d, choose(U, Z), row0);
     }
+    const Token w{X.base};  // needed again at the end: fetched once X has served
+    copy_tokens(w, in.w + place.first, place.stride, place.tokens);
+    copy_commit();
     __syncthreads();
 
     // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt | dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt.
@@ -199,72 +203,78 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     multiply_triangle<false>(d_write, rows, Z, 1, At, block);
     multiply_triangle<false>(d_write, rows, Y, 0, Rt, block);
     __syncwarp();
-    if (Channel::active()) {  // and so does that of S decaying through the whole chunk
-        float2& sum = shared<float2>(sums + (warp * N + Channel::column()) * 4);
+    if (channels.active()) {  // and so does that of S decaying through the whole chunk
+        float2& sum = shared<float2>(sums + (warp * N + channels.column()) * 4);
         for (int i = warp; i < N; i += C / 8) {
-            const float2 s = S.get(i, Channel::column()), g = G.get(i, Channel::column());
+            const float2 s = S.get(i, channels.column()), g = G.get(i, channels.column());
             sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
         }
     }
+    copy_wait<0>();
     __syncthreads();
 
-    // From here the tiles behind Kt are dead. g: log2 decay up to and with the token. d log(decay) gathers what each use of a decay earns.
+    // From here the tiles behind X are dead. g: log2 decay up to and with the token. d log(decay) gathers what each use of a decay earns.
     const Plane<N> g{V.base}, earned{g.base + C * g.stride * 4}, earned_a{earned.base + C * g.stride * 4};
     const Plane<N> mine{for_a ? earned_a.base : earned.base};
     {
-        float2 sum[Channel::rows], before, after;
-        Channel::log_decays(sum, in.w, place);
-        Channel::across_warps(sum[Channel::rows - 1], totals, before, after);
-        if (Channel::active())
-#pragma unroll
-            for (int t = 0; t < Channel::rows; ++t) g.at(Channel::row() + t, Channel::column()) = make_float2(before.x + sum[t].x, before.y + sum[t].y);
+        float2 sum = make_float2(0.f, 0.f), before, after;
+        const int t0 = channels.row(), column = channels.column();
+        if (channels.active())
+#pragma unroll 2
+            for (int t = t0; t < t0 + channels.rows; ++t) {
+                if (t < place.tokens) sum = channels.add_log_decay(sum, w.get(t, column));
+                g.at(t, column) = sum;
+            }
+        channels.across_warps(sum, totals, before, after);
+        if (channels.active())
+#pragma unroll 2
+            for (int t = t0; t < t0 + channels.rows; ++t) g.at(t, column) = make_float2(before.x + g.at(t, column).x, before.y + g.at(t, column).y);
     }
     __syncthreads();
-    bf16 *const out_read = for_a ? out.da : out.dr, *const out_write = for_a ? out.db : out.dk;
+    const Token read = choose(At, Rt), written = choose(Bt, Kt);  // each element gives way to its gradient
     for_pairs(d_read, row0, [&](int row, int column, float x, float y) {
-        if (row >= place.tokens) return;
         const int used = row - for_a;  // a_t meets the decays before its token, r_t that of its token as well
-        const float2 s = used >= 0 ? g.at(used, column) : make_float2(0.f, 0.f);
-        *reinterpret_cast<uint32_t*>(out_read + place.first + int64_t(row) * place.stride + column) = pack(x * exp2_fast(s.x), y * exp2_fast(s.y));
+        const float2 s = used < 0 ? make_float2(0.f, 0.f) : g.at(used, column), tile = read.get(row, column);
+        // What a_0 earns is in the share of the chunk before; the last token's place is free for a zero.
+        mine.at(used < 0 ? C - 1 : used, column) = used < 0 ? make_float2(0.f, 0.f) : make_float2(tile.x * x, tile.y * y);
+        read.put(row, column, x * exp2_fast(s.x), y * exp2_fast(s.y));
     });
+    __syncthreads();
     for_pairs(d_write, row0, [&](int row, int column, float x, float y) {
-        const float2 s = g.at(row, column), tile = choose(Bt, Kt).get(row, column);
-        mine.at(row, column) = make_float2(-tile.x * x, -tile.y * y);
-        if (row < place.tokens)
-            *reinterpret_cast<uint32_t*>(out_write + place.first + int64_t(row) * place.stride + column) = pack(x * exp2_fast(-s.x), y * exp2_fast(-s.y));
+        const float2 s = g.at(row, column), tile = written.get(row, column);
+        float2& sum = mine.at(row, column);
+        sum = make_float2(sum.x - tile.x * x, sum.y - tile.y * y);
+        written.put(row, column, x * exp2_fast(-s.x), y * exp2_fast(-s.y));
     });
     __syncthreads();
-    for_pairs(d_read, row0, [&](int row, int column, float x, float y) {
-        const float2 tile = choose(At, Rt).get(row, column);
-        if (row < for_a) return;
-        float2& sum = mine.at(row - for_a, column);
-        sum = make_float2(sum.x + tile.x * x, sum.y + tile.y * y);
-    });
-    __syncthreads();
+    store_tokens(At, out.da + place.first, place.stride, place.tokens);
+    store_tokens(Rt, out.dr + place.first, place.stride, place.tokens);
+    store_tokens(Bt, out.db + place.first, place.stride, place.tokens);
+    store_tokens(Kt, out.dk + place.first, place.stride, place.tokens);
     {
-        float2 later[Channel::rows], before, after, sum = make_float2(0.f, 0.f);
+        float2 later[channels.rows], before, after, sum = make_float2(0.f, 0.f);
 #pragma unroll
-        for (int t = Channel::rows - 1; t >= 0; --t) {
-            if (Channel::active()) {
-                const float2 x = earned.at(Channel::row() + t, Channel::column()), y = earned_a.at(Channel::row() + t, Channel::column());
+        for (int t = channels.rows - 1; t >= 0; --t) {
+            if (channels.active()) {
+                const float2 x = earned.at(channels.row() + t, channels.column()), y = earned_a.at(channels.row() + t, channels.column());
                 sum = make_float2(sum.x + x.x + y.x, sum.y + x.y + y.y);
             }
             later[t] = sum;
         }
-        Channel::across_warps(later[0], totals, before, after);
-        if (!Channel::active()) return;
+        channels.across_warps(later[0], totals, before, after);
+        if (!channels.active()) return;
 #pragma unroll
         for (int i = 0; i < C / 8; ++i) {
-            const float2 x = shared<float2>(sums + (i * N + Channel::column()) * 4);
+            const float2 x = shared<float2>(sums + (i * N + channels.column()) * 4);
             after = make_float2(after.x + x.x, after.y + x.y);
         }
 #pragma unroll
-        for (int t = 0; t < Channel::rows; ++t) {
-            if (Channel::row() + t >= place.tokens) break;
-            const float2 w = unpack(Channel::load(in.w, place, t));
-            const float x = (later[t].x + after.x) * decay_scale * sigmoid_fast(w.x) * sigmoid_fast(-w.x);
-            const float y = (later[t].y + after.y) * decay_scale * sigmoid_fast(w.y) * sigmoid_fast(-w.y);
-            *reinterpret_cast<uint32_t*>(out.dw + place.first + int64_t(Channel::row() + t) * place.stride + Channel::column()) = pack(x, y);
+        for (int t = 0; t < channels.rows; ++t) {
+            if (channels.row() + t >= place.tokens) break;
+            const float2 raw = w.get(channels.row() + t, channels.column());
+            const float x = (later[t].x + after.x) * decay_scale * sigmoid_fast(raw.x) * sigmoid_fast(-raw.x);
+            const float y = (later[t].y + after.y) * decay_scale * sigmoid_fast(raw.y) * sigmoid_fast(-raw.y);
+            *reinterpret_cast<uint32_t*>(out.dw + place.first + int64_t(channels.row() + t) * place.stride + channels.column()) = pack(x, y);
         }
     }
 }

@@ -77,12 +77,12 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
 
     copy_tokens(V, in.v + place.first, place.stride, place.tokens);
     copy_commit();
-    Columns<C, N, C / 8>::scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
+    const int warp = uniform(warp_index()), block = warp % n_blocks;
+    Columns<C, N, C / 8>{warp}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
     copy_wait<0>();
     __syncthreads();
 
     // Half of the warps follow a: L, its inverse X, W = X At, F and H. The other half: M V, then r's: Qb, Qk, E and O. Each has 16 rows.
-    const int warp = warp_index(), block = warp % n_blocks;
     const bool for_a = warp < n_blocks;
     const Blocks all{0, N / 16}, lower{0, block + 1};
     Left<N> rows;
@@ -270,10 +270,13 @@ __global__ void chunk_scan(Sequences q, const float* __restrict__ initial_state,
                 mma(d[0], e, upper);
                 mma(d[1], e, lower);
             }
-            for_pairs(d, t * 16, [&](int row, int column, float x0, float x1) {
-                if (row < place.tokens) *reinterpret_cast<uint32_t*>(y + place.first + int64_t(row) * place.stride + slab + column) = pack(x0, x1);
-            });
+            store(d, O, t * 16, slab);  // Y takes the place of O
         }
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < C * 2; i += 32)  // 16 bytes each of this warp's 16 columns
+            if (i / 2 < place.tokens)
+                *reinterpret_cast<uint4*>(y + place.first + int64_t(i / 2) * place.stride + slab + i % 2 * 8) = shared<uint4>(O.at(i / 2, slab + i % 2 * 8));
 
         multiply_rows(S, s, F);
         __syncthreads();

@@ -86,7 +86,7 @@ __device__ __forceinline__ void copy_async(int to, const void* from, bool valid)
 #ifdef __CUDACC__
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 #else
-    emulation::machine.fibers[emulation::machine.current].groups.back().push_back({shared_memory() + to, from, 16, valid ? 16 : 0});
+    emulation::copy_async(shared_memory() + to, from, 16, valid ? 16 : 0);
 #endif
 }
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ void copy_commit() {
 #ifdef __CUDACC__
     asm volatile("cp.async.commit_group;" ::: "memory");
 #else
-    emulation::machine.fibers[emulation::machine.current].groups.emplace_back();
+    emulation::commit_copies();
 #endif
 }
 

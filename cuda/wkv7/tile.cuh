@@ -7,13 +7,10 @@ namespace wkv7 {
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 
-__device__ __forceinline__ int warp_index() {
-#ifdef __CUDACC__
-    return __shfl_sync(~0u, int(threadIdx.x / 32), 0);  // the compiler sees that a warp agrees on it
-#else
-    return threadIdx.x / 32;
-#endif
-}
+__device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
+
+// A value on which all 32 lanes agree, in a form that lets the compiler know. Every lane must come here.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // A bf16 matrix in shared memory, row by row. The 16 byte pieces of a row are permuted by the row, so that neither the eight rows that one
 // ldmatrix reads, nor a row, nor a fragment of sums that a warp writes, ever meet twice in a bank; nothing is lost to padding.
@@ -55,8 +52,8 @@ template <int J, class F> __device__ __forceinline__ void for_pairs(float (&d)[J
     }
 }
 
-template <int J, class T> __device__ __forceinline__ void store(float (&d)[J][4], const T& tile, int row0) {
-    for_pairs(d, row0, [&](int row, int column, float x, float y) { tile.put(row, column, x, y); });
+template <int J, class T> __device__ __forceinline__ void store(float (&d)[J][4], const T& tile, int row0, int column0 = 0) {
+    for_pairs(d, row0, [&](int row, int column, float x, float y) { tile.put(row, column0 + column, x, y); });
 }
 
 // Rows row0.. of a tile as a left factor, or (transposed) its columns row0.. as rows.
@@ -168,6 +165,14 @@ template <class T> __device__ __forceinline__ void copy_tokens(const T& tile, co
         const int row = i / T::pieces, column = i % T::pieces * 8;
         const bool inside = row < tokens;
         copy_async(tile.at(row, column), first + (inside ? row : 0) * stride + column, inside);
+    }
+}
+
+// The reverse: a tile's tokens into global memory, by all threads.
+template <class T> __device__ __forceinline__ void store_tokens(const T& tile, bf16* first, int64_t stride, int tokens) {
+    for (int i = threadIdx.x; i < T::bytes / 16; i += blockDim.x) {
+        const int row = i / T::pieces, column = i % T::pieces * 8;
+        if (row < tokens) *reinterpret_cast<uint4*>(first + row * stride + column) = shared<uint4>(tile.at(row, column));
     }
 }
 

@@ -63,6 +63,13 @@ def test_many_heads_take_whole_blocks_in_the_scans(kernels: Kernels, N: int) -> 
 
 
 @pytest.mark.slow
+def test_both_schedules_give_the_same_bits_in_whole_blocks(kernels: Kernels) -> None:
+    case = make_case(T=200, N=32, B=3, H=90)  # four chunks: the scans use their buffers again
+    forwards, backwards = kernels.run("chunked", case), kernels.run("chunked", case, reverse=True)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+@pytest.mark.slow
 def test_many_chunks_do_not_accumulate_error(kernels: Kernels) -> None:
     check(kernels, T=1500, H=1)
 

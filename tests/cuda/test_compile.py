@@ -12,9 +12,9 @@ import pytest
 from oracles.emulated_wkv7 import SOURCES, compile_kernels, run_sanitized
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
-# Bytes of spill stores a thread may have. Tensor-core kernels: some scalars that a kernel needs again at its end. Sequential: with N = 128 a
-# row fills the registers, and it is not a hot kernel.
-TENSOR_CORE_SPILLS, SEQUENTIAL_SPILLS = 32, 256
+# Bytes of spills that a thread may have. chunk_gradients holds two 16 x 64 sums and a factor in the 128 registers that two blocks per
+# multiprocessor leave it (sm_90, sm_100). In the sequential backward a row of N = 128 fills the registers; it is not a hot kernel.
+ALLOWED = {"chunk_gradients": 144, "sequential_backward": 256}
 
 
 @pytest.mark.slow
@@ -28,11 +28,12 @@ def test_nvcc_compiles_without_spills(architecture: str, source: Path, tmp_path:
     build = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert build.returncode == 0, build.stderr
     assert "warning" not in build.stderr, build.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", build.stderr, re.S)
+    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", build.stderr, re.S)
     assert kernels
-    for name, stores, loads, registers in kernels:
-        allowed = SEQUENTIAL_SPILLS if "sequential" in name else TENSOR_CORE_SPILLS
-        assert int(stores) <= allowed, f"sm_{architecture} {name}: {stores} bytes of spill stores, {loads} of loads, {registers} registers"
+    for name, stack, stores, registers in kernels:
+        allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=0)
+        # A stack without spills is an array that ptxas could not keep in registers: as slow.
+        assert max(int(stores), int(stack)) <= allowed, f"sm_{architecture} {name}: {stores} bytes spilled, stack {stack}, {registers} registers"
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def test_divergence_is_an_error_and_not_a_hang(library: ctypes.CDLL, name: str) 
 def test_a_missing_wait_for_an_asynchronous_copy_shows(library: ctypes.CDLL) -> None:
     assert run(library, "copy", 1)[1][:128:4] == [4.0 * i + 1 for i in range(32)]
     assert all(x != x for x in run(library, "copy", 0)[1][:128:4])
+    assert run(library, "copy", 0, reverse=1)[1][:128:4] == [4.0 * i + 1 for i in range(32)]  # there it lands at once
 
 
 def test_fragments_multiply_as_matrices(library: ctypes.CDLL) -> None:
