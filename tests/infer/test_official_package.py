@@ -15,7 +15,10 @@ def official():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("RWKV_V7_ON", "1"), ("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "0")):
             patch.setenv(name, value)
-        yield importlib.import_module("rwkv.model").RWKV_x070
+        precision = torch.get_float32_matmul_precision()
+        module = importlib.import_module("rwkv.model")
+        torch.set_float32_matmul_precision(precision)  # the package allows TF32 for the whole process
+        yield module.RWKV_x070
 
 
 @pytest.fixture(scope="module")

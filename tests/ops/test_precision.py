@@ -29,7 +29,8 @@ def test_choice_is_fp32_and_says_so():
 
 
 def test_apply_sets_the_choice():
-    assert torch.get_float32_matmul_precision() == precision.fp32_matmul_choice(apply=True).setting
+    choice = precision.fp32_matmul_choice(apply=True)
+    assert torch.get_float32_matmul_precision() == choice.setting
 
 
 @pytest.mark.parametrize(
