@@ -38,7 +38,11 @@ knob WANDB         ""      "" # Weights & Biases project
 knob PROMPT        "def "  "The " # beginning of the sample text at the end; "" => no sample
 #
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1       # without it torchrun's restarts of a failed node fail
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # waiting threads sleep: on a busy machine spinning ones made each step three times as expensive
+if [ "$ACCELERATOR" = cpu ]; then # measured: records/2026-11-21-cpu-demo
+    export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"       # waiting threads soon sleep: as fast on a free machine, three times as fast on a busy one
+    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"       # memory is kept for the next step, not given back and cleared again
+    export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
+fi
 if [ "$N_NODE" -gt 1 ] && [ -z "${NODE_RANK:-}${SLURM_NODEID:-}${GROUP_RANK:-}" ]; then
     address=$(hostname -I 2>/dev/null | cut -d ' ' -f 1)
     echo "$N_NODE nodes of $GPU_PER_NODE: start this on each node (same files, same knobs; MASTER_ADDR is the address of node 0):"
