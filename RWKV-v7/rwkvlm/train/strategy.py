@@ -18,12 +18,14 @@ config.precision must be resolved ("auto" is the caller's to decide).
 
 from __future__ import annotations
 
+import atexit
 import io
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
@@ -99,11 +101,18 @@ def make_strategy(config: TrainConfig) -> Strategy:
 
 
 def _distributed(config: TrainConfig, run: Launch) -> dict:
+    atexit.register(_leave)
     return dict(
         process_group_backend="nccl" if run.accelerator == "gpu" else "gloo",
         timeout=timedelta(seconds=config.dist_timeout),
         cluster_environment=_environment(),
     )
+
+
+def _leave() -> None:
+    """Ends the process group before the interpreter goes: else gloo's threads abort one exit in ten, and a finished run returns 134."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _environment() -> ClusterEnvironment | None:
