@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from . import ranks
 from .pth import newest_weights, save_weights, sync_folder
@@ -29,7 +30,7 @@ def identity(path: Path) -> str:
     return hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
 
 
-def publish_weights(proj_dir: str | Path, name: str, weights: Mapping[str, torch.Tensor]) -> None:
+def publish_weights(proj_dir: str | Path, name: str, weights: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Writes {proj_dir}/{name} (rwkv-init.pth, rwkv-{n}.pth, rwkv-final.pth) as this run's own. Every rank calls, weights from full_weights.
 
     Raises UserError on every rank when rank 0 cannot write.
@@ -40,7 +41,7 @@ def publish_weights(proj_dir: str | Path, name: str, weights: Mapping[str, torch
         if ranks.rank() == 0:
             save_weights(path, weights, before_rename=lambda temporary: _enter(path, identity(temporary)))
 
-    ranks.together(write)
+    ranks.together(write, group)
 
 
 def _enter(path: Path, content: str) -> None:

@@ -1,10 +1,14 @@
-"""The few collective operations that saving and loading need; each does the obvious thing in a single process."""
+"""The few collective operations that saving and loading need; each does the obvious thing in a single process.
+
+group: a process group of all ranks; None is the default one, which only the training thread may use. A thread beside it needs its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -33,12 +37,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Any) -> list[Any]:
+def new_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """A group of all ranks between CPUs for a thread of its own; None in a single process. Collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world_size() > 1 else None
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every process's value, by rank, in every process. Collective."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -58,7 +67,7 @@ def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def together(action: Callable[[], T]) -> list[T]:
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Runs action in every process and returns all results by rank; if it fails in any, raises UserError in all. Collective.
 
     So a full disk on one node ends a run everywhere with its reason, instead of leaving the others waiting.
@@ -68,7 +77,7 @@ def together(action: Callable[[], T]) -> list[T]:
         outcome = (action(), "")
     except (OSError, UserError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         cause, outcome = error, (None, describe(error))
-    outcomes = gather(outcome)
+    outcomes = gather(outcome, group)
     for failed, (_, problem) in enumerate(outcomes):
         if problem:
             raise UserError(problem if world_size() == 1 else f"{problem} (rank {failed})") from cause

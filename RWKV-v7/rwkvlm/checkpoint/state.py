@@ -14,7 +14,8 @@ optimizer steps only. Every rank's random states (torch, CUDA, numpy, Python) ar
     {proj_dir}/state/latest                     name of the newest, for people and scripts
     {proj_dir}/state/weights.json               which rwkv-*.pth files are this run's own (ledger.py)
 
-Saving is (a) `capture`, a copy to host memory, and (b) `write`, which needs no more of the model. Ranks share proj_dir's file system.
+Saving is (a) `capture`, a copy to host memory, and (b) `write`, which needs no more of the model: with a process group of its own it runs
+in a thread beside the training (train/saver.py). Ranks share proj_dir's file system.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..config import UserError
@@ -84,8 +86,10 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
     return Snapshot(content, _shapes(model))
 
 
-def write(proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, Any], keep_last: int) -> Path:
-    """Writes every rank's snapshot into step{step}.tmp, then rank 0 seals it with a manifest, renames it and moves `latest`."""
+def write(
+    proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, Any], keep_last: int, group: dist.ProcessGroup | None = None
+) -> Path:
+    """Writes every rank's snapshot into step{step}.tmp, then rank 0 seals it with a manifest, renames it and moves `latest`. Collective in group."""
     folder = Path(proj_dir) / "state"
     path, temporary = folder / f"step{step}", folder / f"step{step}.tmp"
 
@@ -124,9 +128,9 @@ def write(proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, A
             _prune(folder, step, keep_last)
 
     try:
-        ranks.together(prepare)
-        files = ranks.together(write_own)
-        ranks.together(seal)
+        ranks.together(prepare, group)
+        files = ranks.together(write_own, group)
+        ranks.together(seal, group)
     except UserError as error:
         if ranks.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)

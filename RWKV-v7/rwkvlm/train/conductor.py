@@ -15,6 +15,7 @@ from .module import TrainModule
 from .plan import Plan
 from .saver import Saver
 from .signals import Agreement, Signals
+from .start import FINAL_NAME
 from .validation import Validation
 
 
@@ -42,7 +43,7 @@ class Conductor(pl.Callback):
         self.validation = Validation(plan, trainer)
         self.lr = 0.0
         if plan.finished:  # only rwkv-final.pth is missing
-            self.saver.final()
+            self.saver.save([FINAL_NAME], state=False, last=True)
             trainer.should_stop = True
         elif plan.start.state is None:
             self._validate()
@@ -74,13 +75,14 @@ class Conductor(pl.Callback):
             self.meter.close_mini_epoch(mini_epoch)
         if self.validation.due(position.step, mini_epoch_ends) or ended:
             self._validate()
-        if mini_epoch_ends and plan.config.epoch_save and mini_epoch % plan.config.epoch_save == 0:
-            self.saver.weights(mini_epoch)
+        weights = [f"rwkv-{mini_epoch}.pth"] if mini_epoch_ends and plan.config.epoch_save and mini_epoch % plan.config.epoch_save == 0 else []
         if ended:
-            self.saver.final()
-        if stop or save or ended or self.steps_made == plan.steps or self.saver.state_due(mini_epoch_ends):
+            weights.append(FINAL_NAME)
+        last = bool(stop) or ended or self.steps_made == plan.steps
+        state = last or bool(save) or self.saver.state_due(mini_epoch_ends)
+        if weights or state:
             self.meter.drain()
-            self.saver.state()
+            self.saver.save(weights, state, last)
         if stop and not ended:
             self.exit_code = 128 + stop
             trainer.should_stop = True

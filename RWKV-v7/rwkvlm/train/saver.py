@@ -1,36 +1,70 @@
-"""Saving: weights for the world, training states for this run."""
+"""Saving beside the training: weights for the world, training states for this run."""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from ..checkpoint import ranks
 from ..checkpoint.gather import full_weights
 from ..checkpoint.ledger import publish_weights
-from ..checkpoint.state import save_state
+from ..checkpoint.state import Snapshot, capture, write
+from ..config import UserError
 from ..models import LanguageModel
 from .plan import Plan
 from .position import Position
-from .start import FINAL_NAME
 
 
 class Saver:
-    """Every method that saves is collective."""
+    """Copies to host memory while training waits, and writes in a thread of its own, with a process group of its own, while it goes on.
+
+    One save is under way at most: the next one waits for it. The threads of all ranks do the same in the same order, and what fails
+    in one fails in all, so that ranks agree about every file.
+    """
 
     def __init__(self, plan: Plan, position: Position, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
         self.plan, self.position, self.model, self.optimizer = plan, position, model, optimizer
         self._asked = time.monotonic()
+        self._group = ranks.new_group(plan.config.dist_timeout)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._under_way: Future[None] | None = None
 
-    def weights(self, mini_epoch: int) -> None:
-        publish_weights(self.plan.proj_dir, f"rwkv-{mini_epoch}.pth", full_weights(self.model))
+    def save(self, weights: list[str], state: bool, last: bool) -> None:
+        """Saves bf16 weights under these names, then, if asked, the training state. Collective.
 
-    def final(self) -> None:
-        publish_weights(self.plan.proj_dir, FINAL_NAME, full_weights(self.model))
+        last: waits for the files and raises UserError when one could not be written. Otherwise a line says so, what was there stays,
+        and training goes on: the disk may have room for the next one.
+        """
+        self.wait()
+        tensors = full_weights(self.model) if weights else {}
+        snapshot = capture(self.model, self.optimizer) if state else None
+        self._under_way = self._thread.submit(self._write, weights, tensors, snapshot, self.position.step, self._meta(), last)
+        if last:
+            self.wait()
 
-    def state(self) -> None:
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+    def _write(self, weights: list[str], tensors: dict[str, torch.Tensor], snapshot: Snapshot | None, step: int, meta: dict, last: bool) -> None:
+        config = self.plan.config
+        try:
+            for name in weights:
+                publish_weights(config.proj_dir, name, tensors, self._group)
+            if snapshot is not None:
+                write(config.proj_dir, step, snapshot, meta, config.keep_last, self._group)
+        except UserError as error:
+            if last:
+                raise
+            ranks.say(f"{error}; training goes on, and older files are as they were")
+
+    def _meta(self) -> dict:
         plan = self.plan
-        meta = {
+        return {
             "position": self.position.as_dict(),
             "model": plan.start.model.as_dict(),
             "ctx_len": plan.config.ctx_len,
@@ -38,7 +72,6 @@ class Saver:
             "warmup_steps": plan.schedule.warmup_steps,
             "precision": plan.config.precision,
         }
-        save_state(plan.proj_dir, self.position.step, self.model, self.optimizer, meta, plan.config.keep_last)
 
     def state_due(self, mini_epoch_ends: bool) -> bool:
         every = self.plan.config.save_steps

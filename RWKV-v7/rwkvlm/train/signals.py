@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from ..checkpoint import ranks
 
 INSIST_AFTER = 3.0  # seconds; `timeout` and terminals may deliver one request twice
 
@@ -58,8 +59,8 @@ class Agreement:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self._alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        self._group = None if self._alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._alone = ranks.world_size() == 1
+        self._group = ranks.new_group(timeout_s)
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def exchange(self, *wishes: int) -> list[int]:
