@@ -1,7 +1,8 @@
 """The full state of a training run: saved atomically, verified by checksum, loaded at any world size, ZeRO stage or precision.
 
     save_state(proj_dir, step, model, optimizer, meta, keep_last) -> Path     collective
-    find_state(proj_dir) -> StateInfo | None                                  collective once a process group exists
+    find_state(proj_dir) -> StateInfo | None                                  every process by itself, from the manifests alone
+    check(info) -> str                                                        collective: reads the checksums of the files, divided among the ranks
     load_state(info, model, optimizer) -> meta                                collective
     set_aside(proj_dir) -> None                                               collective; when a run starts without the state that is there
 
@@ -26,6 +27,7 @@ import random
 import re
 import shutil
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -175,46 +177,56 @@ def _step_of(path: Path) -> int | None:
     return int(match[1]) if match and path.is_dir() else None
 
 
-def find_state(proj_dir: str | Path) -> StateInfo | None:
-    """The newest intact state, or None. Changes nothing on disk.
+def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo | None:
+    """The newest state with a sound manifest and files of the right sizes, or None. Changes nothing on disk; no communication.
 
-    A damaged one is reported in one line and the one before it used. None also, with one line, when the rwkv-*.pth files say that
-    someone has replaced or added weights since (ledger.why_stale). With a process group all ranks call, share the reading and agree;
-    before there is one, every process reads everything by itself.
+    What is wrong with a newer one is reported in one line. None also, with one line, when the rwkv-*.pth files say that someone has
+    replaced or added weights since (ledger.why_stale). `check` reads the files; a state found damaged is then to be skipped.
     """
     proj_dir = Path(proj_dir)
-    for path in ranks.broadcast(_candidates(proj_dir / "state")):
-        manifest, problem = _verify(path)
-        if problem:
-            ranks.say(f"training state {path} is damaged ({problem}); trying the one before it")
+    for path in _candidates(proj_dir / "state"):
+        if path in skip:
             continue
-        if reason := ranks.broadcast(ledger.why_stale(proj_dir, manifest["weights"])):
+        try:
+            manifest, problem = _read_manifest(path), ""
+            for name, expected in manifest["files"].items():
+                if (size := (path / name).stat().st_size) != expected["size"]:
+                    problem = f"{name} has {size} bytes instead of {expected['size']}"
+        except OSError as error:
+            problem = ranks.describe(error)
+        except (ValueError, KeyError, TypeError):
+            problem = "manifest.json is not readable"
+        if problem:
+            say_damaged(path, problem)
+        elif reason := ledger.why_stale(proj_dir, manifest["weights"]):
             ranks.say(f"training state {path} is not used: {reason}")
             return None
-        return StateInfo(path, manifest["step"], manifest["meta"], manifest["world_size"])
+        else:
+            return StateInfo(path, manifest["step"], manifest["meta"], manifest["world_size"])
     return None
+
+
+def say_damaged(path: Path, problem: str) -> None:
+    ranks.say(f"training state {path} is damaged ({problem}); trying the one before it")
+
+
+def check(info: StateInfo) -> str:
+    """What is wrong with the files of a state, "" if nothing. Collective: every file is read by one rank, at the same world size by the one that will load it."""
+    problem = ""
+    try:
+        files = sorted(_read_manifest(info.path)["files"].items())
+        for name, expected in files[ranks.rank() :: ranks.world_size()]:
+            if _file_crc(info.path / name) != expected["crc32"]:
+                problem = f"the checksum of {name} is wrong"
+    except OSError as error:
+        problem = ranks.describe(error)
+    return next(filter(None, ranks.gather(problem)), "")
 
 
 def _candidates(folder: Path) -> list[Path]:
     """State folders, newest first; one that was being replaced after its namesake."""
     found = [(int(match[1]), not match[2], path) for path in folder.glob("step*") if (match := re.fullmatch(r"step(\d+)(\.replaced)?", path.name))]
     return [path for _, _, path in sorted(found, reverse=True)]
-
-
-def _verify(path: Path) -> tuple[dict[str, Any], str]:
-    """The manifest of a state and what is wrong with the state, "" if nothing. Ranks divide the files among themselves."""
-    try:
-        manifest, problem = _read_manifest(path), ""
-        for name, expected in sorted(manifest["files"].items())[ranks.rank() :: ranks.world_size()]:
-            if (size := (path / name).stat().st_size) != expected["size"]:
-                problem = f"{name} has {size} bytes instead of {expected['size']}"
-            elif _file_crc(path / name) != expected["crc32"]:
-                problem = f"the checksum of {name} is wrong"
-    except OSError as error:
-        manifest, problem = {}, ranks.describe(error)
-    except (ValueError, KeyError, TypeError):
-        manifest, problem = {}, "manifest.json is not readable"
-    return manifest, next(filter(None, ranks.gather(problem)), "")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import pytorch_lightning as pl
 
 from ..checkpoint.ranks import say
 from ..checkpoint.state import load_state
+from .banner import show_plan
 from .logs import make_logs
 from .meter import Meter
 from .module import TrainModule
-from .plan import Plan
+from .plan import Plan, checked
 from .saver import Saver
 from .signals import Agreement, Signals
 from .start import FINAL_NAME
@@ -27,10 +28,16 @@ class Conductor(pl.Callback):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.position = replace(plan.start.position)
         self.exit_code = 0
         self.steps_made = 0
         self.signals = Signals()
+
+    def setup(self, trainer: pl.Trainer, module: TrainModule, stage: str) -> None:
+        """Before the model is built; the processes can talk to each other."""
+        module.plan = self.plan = plan = checked(self.plan)
+        self.position = replace(plan.start.position)
+        if trainer.is_global_zero:
+            show_plan(plan)
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainModule) -> None:
         plan, optimizer = self.plan, trainer.strategy.optimizers[0]

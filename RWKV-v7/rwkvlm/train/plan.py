@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ..checkpoint import ranks
+from ..checkpoint.state import check, say_damaged
 from ..config import TrainConfig, UserError, env
 from ..data.binidx import BinIdx, TokenRange, idx_path
 from ..data.dataset import HeldOutSamples, TrainingSamples
@@ -75,15 +78,18 @@ class Plan:
         return self.mini_epoch(samples) > self.mini_epoch(samples - self.batch)
 
 
-def make_plan(config: TrainConfig) -> Plan:
-    """Raises UserError for everything that would make the run fail later: data, checkpoints, folders, devices."""
+def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
+    """Raises UserError for everything that would make the run fail later: data, checkpoints, folders, devices.
+
+    damaged: training states that are not to be used.
+    """
     data, prime = check_data(config)
     check_folder(config)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
     run = launch(config)
     backend.set_kernel(config.kernel)
-    start = find_start(config, prime)
+    start = find_start(config, prime, damaged)
     config = replace(config, precision=decide_precision(config, run, start))
     vocab_size = start.model.vocab_size
     samples = TrainingSamples(data, config.ctx_len, prime, vocab_size)
@@ -102,6 +108,22 @@ def make_plan(config: TrainConfig) -> Plan:
         batch=batch,
         schedule=Schedule(config.lr_init, config.lr_final, start.warmup_steps, exit_tokens, batch * config.ctx_len),
     )
+
+
+def checked(plan: Plan) -> Plan:
+    """The plan, once the processes together have read the checksums of its training state; where these are wrong, one that begins before it.
+
+    Collective. Raises UserError when processes do not see the same files.
+    """
+    damaged: list[Path] = []
+    while (state := plan.start.state) is not None and (problem := check(state)):
+        say_damaged(state.path, problem)
+        damaged.append(state.path)
+        plan = make_plan(plan.config, damaged)
+    starts = ranks.gather(str(plan.start))
+    if len(set(starts)) > 1:
+        raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
+    return plan
 
 
 def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:

@@ -15,7 +15,6 @@ from ..checkpoint.ranks import rank, say
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, env
 from ..data.dataset import RankBatches, make_loader
-from .banner import show_plan
 from .conductor import Conductor
 from .module import TrainModule
 from .plan import Plan, check_data, check_folder, make_plan
@@ -37,8 +36,6 @@ def run(config: TrainConfig) -> int:
         return 0
     quiet()
     strategy = make_strategy(plan.config)
-    if env.first_process():
-        show_plan(plan)
     return train(plan, strategy)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +41,15 @@ class Start:
         return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
 
 
-def find_start(config: TrainConfig, prime: int) -> Start:
+def find_start(config: TrainConfig, prime: int, damaged: Collection[Path] = ()) -> Start:
     """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
     rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
+    damaged: training states that are not to be used.
 
     Raises UserError when the files do not fit the flags, and instead of overwriting a run that is not being continued.
     """
     if config.train_stage >= 2:
-        start = _from_state(config, prime) or _from_newest_weights(config)
+        start = _from_state(config, prime, damaged) or _from_newest_weights(config)
         if start is not None:
             for name in ("load_model", "epoch_begin"):
                 if getattr(config, name):
@@ -67,8 +69,8 @@ def _warmup(config: TrainConfig, default: int) -> int:
     return default if config.warmup_steps < 0 else config.warmup_steps
 
 
-def _from_state(config: TrainConfig, prime: int) -> Start | None:
-    info = find_state(config.proj_dir)
+def _from_state(config: TrainConfig, prime: int, damaged: Collection[Path]) -> Start | None:
+    info = find_state(config.proj_dir, damaged)
     if info is None:
         return None
     for name, now in (("ctx_len", config.ctx_len), ("magic_prime", prime)):
