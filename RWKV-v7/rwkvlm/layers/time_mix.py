@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..config import ModelConfig
 from ..ops.wkv7 import wkv7
+from .linear import Linear, dense
 from .token_shift import token_shift
 
 
@@ -17,9 +18,11 @@ class TimeMix(nn.Module):
     Source: RWKV-7 paper (arXiv 2503.14456), section 4; names as in the official checkpoints.
     The first block's value is the target of the value residual of all others, so block 0 has no residual of its own;
     official files carry v0, v1, v2 there all the same, and so do we, as buffers that nothing reads.
+
+    linear makes the large matrices. ttt, when given, runs in the place of the wkv7 operator, with its signature and a state of its own.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
         super().__init__()
         C, H, N = config.n_embd, config.n_head, config.head_size
         self.layer, self.n_head, self.head_size = layer, H, N
@@ -42,11 +45,12 @@ class TimeMix(nn.Module):
         self.g1, self.g2 = low_rank(config.rank_g)
         self.k_k, self.k_a = vector(), vector()
         self.r_k = nn.Parameter(torch.empty(H, N))
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.key = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(C, C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
+        self.receptance = linear("att.receptance", C, C)
+        self.key = linear("att.key", C, C)
+        self.value = linear("att.value", C, C)
+        self.output = linear("att.output", C, C)
         self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+        self.ttt = ttt
 
     def forward(
         self,
@@ -81,7 +85,8 @@ class TimeMix(nn.Module):
         kk = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
         k = k * (1 + (a - 1) * self.k_a)
         r, w, k, v_, a = (t.view(heads) for t in (r, w, k, v, a))
-        out = wkv7(r, w, k, v_, -kk, kk * a, initial_state=wkv, output_final_state=return_state)
+        recurrence = wkv7 if self.ttt is None else self.ttt
+        out = recurrence(r, w, k, v_, -kk, kk * a, initial_state=wkv, output_final_state=return_state)
         y, new_wkv = out if return_state else (out, None)
 
         y = self.ln_x(y.reshape(B * T, C)).view(heads)

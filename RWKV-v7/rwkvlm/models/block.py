@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config import ModelConfig
 from ..layers.channel_mix import ChannelMix
+from ..layers.linear import Linear, dense
 from ..layers.state import BlockState
 from ..layers.time_mix import TimeMix
 
@@ -14,7 +15,7 @@ from ..layers.time_mix import TimeMix
 class Block(nn.Module):
     """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
         super().__init__()
         C = config.n_embd
         self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
@@ -22,8 +23,8 @@ class Block(nn.Module):
             self.ln0 = nn.LayerNorm(C)
         self.ln1 = nn.LayerNorm(C)
         self.ln2 = nn.LayerNorm(C)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config)
+        self.att = TimeMix(config, layer, linear, ttt)
+        self.ffn = ChannelMix(config, linear)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         return BlockState.zeros(batch, self.n_head, self.head_size, device, dtype)
@@ -34,6 +35,12 @@ class Block(nn.Module):
         """x: [B, T, C] residual stream; v_first: [B, T, C] block 0's value. Returns x, v_first and the new state or None."""
         if self.layer == 0:
             x = self.ln0(x)
+        return self.mix(x, v_first, state, return_state)
+
+    def mix(
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, BlockState | None]:
+        """The two residual branches; arguments and results as for forward."""
         att_x, wkv, ffn_x = state if state is not None else (None, None, None)
         att_in = self.ln1(x)
         att, v_first, wkv = self.att(att_in, v_first, att_x, wkv, return_state)
