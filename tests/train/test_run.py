@@ -171,6 +171,14 @@ def test_sizes_and_low_ranks_come_from_the_checkpoint(run, tmp_path):
     assert run(tmp_path / "c", train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth", max_steps=1, rank_w=32) == 2
 
 
+def test_fine_tuning_with_a_longer_context(run, whole, losses, records, tmp_path):
+    """Weights of a run with 32 tokens go on with 128; the loss begins where they left off, far below that of fresh weights."""
+    tune = dict(train_stage=0, load_model=whole / "rwkv-final.pth", ctx_len=128, micro_bsz=2, my_exit_tokens=8 * 256, lr_init=1e-3)
+    assert run(tmp_path / "out", **tune) == 0
+    assert len(losses(tmp_path / "out")) == 8 and losses(tmp_path / "out")[0] < losses(whole)[0] - 0.8
+    assert records(tmp_path / "out")[1]["tokens"] == 256
+
+
 def test_load_model_0_means_none(run, whole, losses, tmp_path):
     assert run(tmp_path / "out", load_model=0, max_steps=2) == 0
     assert losses(tmp_path / "out") == losses(whole)[:2]

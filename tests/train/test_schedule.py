@@ -66,3 +66,26 @@ def test_a_run_shorter_than_its_warm_up_still_ends():
     s = schedule(warmup_steps=10, exit_tokens=3 * STEP)
     assert s.steps_left(0) == 3 and s.progress(2 * STEP) == 0 and s.finished(3 * STEP)
     assert [s.lr(t * STEP, t) for t in range(3)] == pytest.approx([6e-4 * (0.01 + 0.099 * t) for t in range(3)])
+
+
+def test_wsd_stays_until_its_last_part_and_falls_to_the_end():
+    s = Schedule(6e-4, 6e-5, 10, 100 * STEP, STEP, "wsd", 0.2)
+    assert s.lr(0, 0) == pytest.approx(6e-6)
+    assert [s.lr(t * STEP, t) for t in (10, 40, 80)] == pytest.approx([6e-4] * 3, rel=1e-12)
+    assert s.lr(85 * STEP, 85) == pytest.approx(3.3e-4) and s.lr(100 * STEP, 100) == pytest.approx(6e-5)  # sqrt(1/4) is half of the way
+    falling = [s.lr(t * STEP, t) for t in range(80, 101)]
+    assert falling == sorted(falling, reverse=True) and len(set(falling)) == 21
+    longer = Schedule(6e-4, 6e-5, 10, 200 * STEP, STEP, "wsd", 0.2)
+    assert [longer.lr(t * STEP, t) for t in range(81)] == [s.lr(t * STEP, t) for t in range(81)]  # what makes a run prolongable
+
+
+def test_constant_stays_after_the_warm_up():
+    s = Schedule(6e-4, 6e-5, 10, 100 * STEP, STEP, "constant")
+    assert s.lr(5 * STEP, 5) == pytest.approx(6e-4 * 0.505) and [s.lr(t * STEP, t) for t in (10, 50, 99)] == [6e-4] * 3
+
+
+@pytest.mark.parametrize("shape, rates", [("wsd", (2e-3, 2e-3, 2e-4)), ("constant", (2e-3, 2e-3, 2e-3))])
+def test_a_run_follows_it(run, records, tmp_path, shape, rates):
+    assert run(tmp_path / "out", lr_schedule=shape, wsd_decay=0.5, max_steps=17) == 0 and run(tmp_path / "out", lr_schedule=shape, wsd_decay=0.5) == 0
+    lrs = {step: record["lr"] for step, record in records(tmp_path / "out").items()}
+    assert (lrs[6], lrs[16]) == pytest.approx(rates[:2]) and lrs[30] == pytest.approx(rates[2], rel=0.35) and len(lrs) == 30

@@ -24,6 +24,7 @@ STRATEGIES = (
     "deepspeed_stage_3_offload",
 )
 DATA_TYPES = ("binidx",)
+LR_SCHEDULES = ("cosine", "wsd", "constant")
 KERNELS = ("", "auto", "cuda", "cpu", "torch", "@rwkv3")
 MINI_EPOCH = 40320  # samples in an official mini-epoch
 
@@ -45,6 +46,7 @@ class TrainConfig:
     data_file: str = flag("", "prefix of the training data: DATA_FILE.bin and DATA_FILE.idx")
     data_type: str = flag("binidx", "format of the training data", DATA_TYPES)
     load_partial: int = flag(0, "1: parameters missing in load_model keep their initial values instead of being an error")
+    freeze: str = flag("", "parts of the model that are not trained, by name, separated by commas: emb,head or blocks.0,blocks.*.ffn")
     train_stage: int = flag(0, "1: write rwkv-init.pth and stop; 2 or 3: train, resuming from what proj_dir holds; 0: train from load_model or from scratch")
 
     # model
@@ -72,7 +74,9 @@ class TrainConfig:
 
     # optimizer and schedule
     lr_init: float = flag(6e-4, "learning rate after warm-up")
-    lr_final: float = flag(1e-5, "learning rate at my_exit_tokens (cosine in between)")
+    lr_final: float = flag(1e-5, "learning rate at my_exit_tokens")
+    lr_schedule: str = flag("cosine", "from lr_init to lr_final: cosine all along, wsd: lr_init until the last wsd_decay of the tokens; constant: lr_init to the end", LR_SCHEDULES)
+    wsd_decay: float = flag(0.2, "share of my_exit_tokens over which --lr_schedule wsd falls to lr_final")
     warmup_steps: int = flag(-1, "optimizer steps of linear warm-up; -1: 10 when resuming from a .pth, else 0")
     beta1: float = flag(0.9, "Adam beta1")
     beta2: float = flag(0.99, "Adam beta2")
@@ -140,6 +144,8 @@ class TrainConfig:
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
         if self.grad_cp not in (0, 1):
             raise UserError(f"--grad_cp {self.grad_cp} is not known; use 0 or 1")
+        if not 0 < self.wsd_decay <= 1:
+            raise UserError(f"--wsd_decay {self.wsd_decay} must lie in (0, 1]: a share of the training")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must lie in [0, 1)")

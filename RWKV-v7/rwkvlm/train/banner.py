@@ -25,12 +25,14 @@ def describe(plan: Plan) -> dict[str, str]:
     accumulated = f" x {config.accumulate_grad_batches} accumulated" if config.accumulate_grad_batches > 1 else ""
     devices = f"{f'{run.num_nodes} nodes x ' if run.num_nodes > 1 else ''}{run.devices} {run.accelerator}"
     strategy = "one process" if run.strategy == "auto" else run.strategy
+    fall = {"cosine": "", "wsd": f" over the last {100 * config.wsd_decay:g}%", "constant": ""}[config.lr_schedule]
+    rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
     return {
         "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {heads}, vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
         "data": f"{data.prefix}: {data.n_tokens:,} tokens, {plan.token_range}, {held_out}",
         "order": f"{plan.samples.prime:,} chunks of {config.ctx_len} tokens (magic_prime), mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
-        "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epochs, lr {config.lr_init:g} to {config.lr_final:g}, warm-up {schedule.warmup_steps} steps",
+        "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epochs, {rate}, warm-up {schedule.warmup_steps} steps",
         "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}, wkv7 in {KERNELS[plan.kernel]}",
         "start": f"{plan.start}; {schedule.steps_left(plan.tokens):,} steps to go",
         "output": f"{plan.proj_dir}",

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..models import LanguageModel
 from ..ops.cross_entropy import head_cross_entropy
+from .freeze import freeze
 from .optimizer import make_optimizer
 
 
@@ -42,6 +43,7 @@ class TrainModule(pl.LightningModule):
         self._grad_norm: torch.Tensor | None = None
 
     def attach(self, model: LanguageModel) -> None:
+        freeze(model, self.config.freeze)
         self.model = model
         self.head_loss = HeadLoss(model.head.weight, self.config.head_chunk)
 
