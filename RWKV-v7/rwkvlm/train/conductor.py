@@ -18,6 +18,7 @@ from .saver import Saver
 from .signals import Agreement, Signals
 from .start import FINAL_NAME
 from .validation import Validation
+from .watch import Watch
 
 
 class Conductor(pl.Callback):
@@ -26,14 +27,16 @@ class Conductor(pl.Callback):
     All processes decide the same at every step: what differs between them (signals, clocks) goes through an Agreement.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, watch: Watch | None) -> None:
+        self.plan, self.watch = plan, watch
         self.exit_code = 0
         self.steps_made = 0
         self.signals = Signals()
 
     def setup(self, trainer: pl.Trainer, module: TrainModule, stage: str) -> None:
         """Before the model is built; the processes can talk to each other."""
+        if self.watch is not None:
+            self.watch.connect(trainer.strategy.cluster_environment.main_address, one_node=trainer.num_nodes == 1)
         module.plan = self.plan = plan = checked(self.plan)
         self.position = replace(plan.start.position)
         if trainer.is_global_zero:
@@ -98,6 +101,10 @@ class Conductor(pl.Callback):
         loss = self.validation.loss()
         if loss is not None:
             self.meter.validated(loss)
+
+    def on_exception(self, trainer: pl.Trainer, module: TrainModule, exception: BaseException) -> None:
+        if self.watch is not None:
+            self.watch.report(exception)
 
     def on_train_end(self, trainer: pl.Trainer, module: TrainModule) -> None:
         self.agreement.finish()

@@ -8,6 +8,7 @@ import warnings
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.strategies.launchers import subprocess_script
 from torch.utils.data import DataLoader
 
 from ..checkpoint.ledger import publish_weights
@@ -20,6 +21,7 @@ from .module import TrainModule
 from .plan import Plan, check_data, check_folder, make_plan
 from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite
 from .strategy import lightning_precision, make_strategy, param_dtype
+from .watch import Watch
 
 GPU_LOADER_WORKERS = 2
 
@@ -56,7 +58,6 @@ def write_init(config: TrainConfig) -> int:
 
 def train(plan: Plan, strategy: Strategy) -> int:
     config = plan.config
-    conductor = Conductor(plan)
     trainer = pl.Trainer(
         accelerator=plan.launch.accelerator,
         devices=plan.launch.devices,
@@ -67,7 +68,6 @@ def train(plan: Plan, strategy: Strategy) -> int:
         accumulate_grad_batches=config.accumulate_grad_batches,
         gradient_clip_val=config.grad_clip or None,
         use_distributed_sampler=False,
-        callbacks=[conductor],
         limit_val_batches=0,
         num_sanity_val_steps=0,
         logger=False,
@@ -77,22 +77,39 @@ def train(plan: Plan, strategy: Strategy) -> int:
     )
     # Lightning broadcasts a flag before every batch and waits for it; the Conductor's Agreement does this without waiting.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    # Its observer kills everything, without a word, some seconds after a process that it started has ended; the Watch says which and why.
+    subprocess_script._launch_process_observer = lambda processes: None
+    watch = watch_over(trainer)
+    conductor = Conductor(plan, watch)
+    trainer.callbacks.append(conductor)
     try:
         trainer.fit(PlannedModule(plan))
     except SystemExit as stop:  # what Lightning makes of a Ctrl-C before the first step; later ones are the Conductor's
         raise KeyboardInterrupt from stop
-    return end_together(trainer, conductor.exit_code)
+    except Exception as error:
+        if watch is not None:
+            watch.end(error)
+        raise
+    if watch is None:
+        return conductor.exit_code
+    watch.close()
+    return 0 if watch.parent else conductor.exit_code  # the process that has started others speaks for them
 
 
-def end_together(trainer: pl.Trainer, exit_code: int) -> int:
-    """The exit code of this process. Where Lightning started the others, the first one waits for them and speaks for all.
-
-    Lightning kills everything when one of its children exits with another code than 0, which here means "asked to stop, all saved".
-    """
-    for process in getattr(trainer.strategy.launcher, "procs", ()):
-        process.wait()
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else exit_code
+def watch_over(trainer: pl.Trainer) -> Watch | None:
+    """The Watch of this process, begun; none when it trains alone."""
+    if trainer.world_size == 1:
+        return None
+    started_here = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+    watch = Watch(
+        trainer.strategy._timeout.total_seconds(),
+        trainer.global_rank,
+        trainer.local_rank,
+        processes=lambda: getattr(trainer.strategy.launcher, "procs", ()),
+        started=started_here and trainer.local_rank > 0,
+    )
+    watch.start()
+    return watch
 
 
 class PlannedModule(TrainModule):

@@ -1,0 +1,274 @@
+"""Who is still there: when a process of a run dies or falls silent, all of them end within seconds, and one line says which and why.
+
+Collective operations alone do not do this: gloo reports a closed connection without saying whose, NCCL may wait for minutes, and
+Lightning kills everything without a word. So a thread in every process watches what it can see: the processes that this one has
+started, the one that has started it, and a TCP connection between rank 0 and every other rank. What it sees goes to rank 0, which
+waits a moment for further reports, names the cause, tells the others, and ends. Nothing here needs the training thread, which may hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from ..checkpoint import ranks
+
+TICK, BEAT = 0.25, 2.0  # seconds between two looks, and between two signs of life
+GRACE = 3.0  # from the first report to the verdict: time for a better one
+LAST_WORDS = 10.0  # for the training thread to end by an error of its own
+CONNECT = 30.0
+KILLED, DIED, FAILED, SILENT = range(4)  # what says more comes first
+EXIT_CODE = 1
+
+
+@dataclass
+class _Peer:
+    """The other end of a connection. heard: when it last gave a sign of life."""
+
+    rank: int
+    name: str
+    socket: socket.socket
+    heard: float
+    unread: bytes = b""
+
+
+class Watch:
+    """One for each process of a run, from before the process group exists to its end; no thread when a run has only one process.
+
+    timeout_s: silence, or waiting for others in a collective operation, after which a run ends.
+    processes(): those that this one has started, of the ranks after its own. started: by another of the run.
+    """
+
+    def __init__(self, timeout_s: float, rank: int, local_rank: int, processes: Callable[[], Sequence[subprocess.Popen]], started: bool) -> None:
+        self.timeout_s, self.rank, self.local_rank, self.processes = timeout_s, rank, local_rank, processes
+        self.parent = os.getppid() if started else 0
+        self.world_size = 1  # of the process group, once there is one
+        self.names: dict[int, str] = {}
+        self._lock = threading.RLock()
+        self._selector = selectors.DefaultSelector()
+        self._peers: dict[int, _Peer] = {}
+        self._left: set[int] = set()  # ranks that have ended well
+        self._causes: list[tuple[int, int, int, str]] = []  # kind, number, rank, what happened
+        self._waiting: dict[int, str] = {}  # ranks whose collective operations fail because of another one
+        self._since = self._beaten = 0.0
+        self._failed_here = self._closed = False
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def connect(self, address: str, one_node: bool) -> None:
+        """Rank 0 listens at address and the others come. Collective, on the default process group."""
+        self.world_size = ranks.world_size()
+        if self.rank == 0:
+            server = socket.create_server(("127.0.0.1" if one_node else "", 0), backlog=self.world_size)
+            where = ranks.broadcast((server.getsockname()[1], secrets.token_hex(8)))
+            threading.Thread(target=self._welcome, args=(server, where[1]), daemon=True).start()
+            return
+        port, token = ranks.broadcast(None)
+        try:
+            own = socket.create_connection(("127.0.0.1" if one_node else address, port), CONNECT)
+            self._add(0, "rank 0", own, dict(token=token, rank=self.rank, name=self._own_name()))
+        except OSError as error:
+            print(f"rank {self.rank} cannot reach rank 0 at {address}:{port} ({error}); a dead process will be noticed late", file=sys.stderr, flush=True)
+
+    def _own_name(self) -> str:
+        return f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"
+
+    def _welcome(self, server: socket.socket, token: str) -> None:
+        server.settimeout(CONNECT)
+        with server, suppress(OSError):
+            for _ in range(self.world_size - 1):
+                guest = server.accept()[0]
+                guest.settimeout(CONNECT)
+                with suppress(OSError, ValueError, KeyError):
+                    hello = json.loads(guest.makefile().readline())
+                    if hello["token"] == token:
+                        self._add(int(hello["rank"]), hello["name"], guest, dict(name=self._own_name()))
+
+    def _add(self, rank: int, name: str, own: socket.socket, hello: dict) -> None:
+        own.settimeout(GRACE)
+        with self._lock:
+            self._peers[rank] = _Peer(rank, name, own, time.monotonic())
+            self._send(self._peers[rank], **hello)
+            self._selector.register(own, selectors.EVENT_READ, self._peers[rank])
+
+    def _send(self, peer: _Peer, **message) -> None:
+        with self._lock, suppress(OSError):
+            peer.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def _tell_all(self, **message) -> None:
+        for peer in list(self._peers.values()):
+            self._send(peer, **message)
+
+    # what the training thread says
+
+    def report(self, error: BaseException) -> None:
+        """The training of this process is failing; to be called before anything is torn down."""
+        line = f"{type(error).__name__}: {ranks.describe(error)}"
+        with self._lock:
+            if is_communication(error):
+                self._wait_for_others(self.rank, line)
+                self._tell_all(waiting=line)
+            else:
+                self._failed_here = True
+                self._cause(FAILED, self.rank, f"failed: {line}")
+
+    def end(self, error: BaseException) -> None:
+        """Does not return when the error is only a consequence: the cause is being found, and the process ends with it."""
+        if is_communication(error):
+            self._thread.join()
+        self._wait_for_processes(GRACE)
+
+    def close(self) -> None:
+        """The training of this process has ended well; waits for the processes that it has started."""
+        with self._lock:
+            self._closed = True
+            self._tell_all(bye=True)
+        self._thread.join()
+        self._wait_for_processes(self.timeout_s)
+
+    def _wait_for_processes(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for process in self.processes():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+
+    # what the thread sees
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._listen()
+            with self._lock:
+                if not self._closed:
+                    self._look_around()
+                    if self._since and time.monotonic() - self._since > self._patience():
+                        self._end(self._verdict(), speak=self._speaks())
+
+    def _listen(self) -> None:
+        if not self._selector.get_map():
+            time.sleep(TICK)
+            return
+        for key, _ in self._selector.select(TICK):
+            peer: _Peer = key.data
+            try:
+                data = peer.socket.recv(1 << 16)
+            except OSError:
+                data = b""
+            with self._lock:
+                peer.heard = time.monotonic()
+                *lines, peer.unread = (peer.unread + data).split(b"\n")
+                for line in lines:
+                    self._understand(peer, json.loads(line))
+                if not data and peer.rank in self._peers:
+                    self._forget(peer)
+                    if peer.rank not in self._lost():  # it has not said why
+                        self._cause(DIED, peer.rank, "died (killed, or out of memory)")
+
+    def _understand(self, peer: _Peer, message: dict) -> None:
+        peer.name = message.get("name", peer.name)
+        if "bye" in message:
+            self._left.add(peer.rank)
+            self._forget(peer)
+        if "cause" in message:
+            self._cause(*message["cause"])
+        if "waiting" in message:
+            self._wait_for_others(peer.rank, message["waiting"])
+        if "verdict" in message:
+            self._end(message["verdict"], speak=False)
+
+    def _forget(self, peer: _Peer) -> None:
+        self.names[peer.rank] = peer.name
+        self._selector.unregister(peer.socket)
+        peer.socket.close()
+        del self._peers[peer.rank]
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        for number, process in enumerate(self.processes(), 1):
+            if (code := process.poll()) and self.rank + number not in self._left:
+                self.names.setdefault(self.rank + number, f"rank {self.rank + number} (process {process.pid})")
+                died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                self._cause(KILLED if code < 0 else FAILED, self.rank + number, died)
+        if self.parent and os.getppid() != self.parent:
+            self._cause(DIED, self.rank - self.local_rank, "died (killed, or out of memory)")
+        for peer in self._peers.values():
+            if now - peer.heard > max(self.timeout_s, 3 * BEAT):
+                self._cause(SILENT, peer.rank, f"has not answered for {self.timeout_s:g} s (--dist_timeout)")
+        if now - self._beaten > BEAT:
+            self._beaten = now
+            self._tell_all()
+
+    # what follows from it
+
+    def _cause(self, kind: int, rank: int, what: str) -> None:
+        if not any(kind == k and rank == r for k, _, r, _ in self._causes):
+            self._since = self._since or time.monotonic()
+            self._causes.append((kind, len(self._causes), rank, what))
+            if self.rank != 0 or rank == 0:
+                self._tell_all(cause=[kind, rank, what])
+
+    def _wait_for_others(self, rank: int, line: str) -> None:
+        self._since = self._since or time.monotonic()
+        self._waiting[rank] = line
+
+    def _lost(self) -> set[int]:
+        return {rank for _, _, rank, _ in self._causes}
+
+    def _patience(self) -> float:
+        """Rank 0 decides. Others do when it does not."""
+        return GRACE if self.rank == 0 or 0 in self._lost() else 2 * GRACE + BEAT
+
+    def _verdict(self) -> str:
+        if self._causes:
+            _, _, rank, what = min(self._causes)
+            return f"{self._name(rank)} {what}"
+        absent = [rank for rank in ([0] if self.rank else range(self.world_size)) if rank not in self._waiting]
+        line = next(iter(self._waiting.values()))
+        if not absent:
+            return f"the processes lost each other: {line}"
+        self._causes += [(SILENT, len(self._causes), rank, "") for rank in absent]
+        what = f"did not answer for {self.timeout_s:g} s (--dist_timeout)" if "imed out" in line else f"cannot be reached: {line}"
+        return f"{' and '.join(map(self._name, absent))} {what}"
+
+    def _speaks(self) -> bool:
+        """Rank 0 does; where it has gone without a word, the first process of each node that is left."""
+        gone = any(rank == 0 and kind != FAILED for kind, _, rank, _ in self._causes)
+        return self.rank == 0 or (gone and (self.rank == 1 or self.local_rank == 0))
+
+    def _name(self, rank: int) -> str:
+        peer = self._peers.get(rank)
+        return peer.name if peer else self.names.get(rank, f"rank {rank}")
+
+    def _end(self, verdict: str, speak: bool) -> None:
+        """The end of this process, whatever its training thread is doing. What it was saving is as after kill -9: not there, or whole."""
+        self._tell_all(verdict=verdict)
+        if self._failed_here:
+            time.sleep(LAST_WORDS)
+        if speak:
+            with suppress(OSError):
+                print(f"error: {verdict}; the same command goes on from the last training state", file=sys.stderr, flush=True)
+        for process in self.processes():
+            process.kill()
+        if self.parent and os.getppid() == self.parent and self.rank - self.local_rank in self._lost():
+            os.kill(self.parent, signal.SIGKILL)  # it is frozen, and whoever waits for it would wait forever
+        os._exit(EXIT_CODE)
+
+
+def is_communication(error: BaseException) -> bool:
+    """Whether another process may be the cause of this error."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")))
