@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..config import UserError
+from .tokens import Tokens
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -28,7 +28,6 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 
 BLOCK = 1 << 20  # entries looked at together, so that checks of any file run in bounded memory
-SCAN_LIMIT = 4 << 30  # bytes of tokens that check_token_range reads
 
 
 def idx_path(prefix: str | Path) -> Path:
@@ -37,20 +36,6 @@ def idx_path(prefix: str | Path) -> Path:
 
 def bin_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.bin")
-
-
-@dataclass(frozen=True)
-class TokenRange:
-    """What check_token_range saw; as a string, one line for the log."""
-
-    smallest: int
-    largest: int
-    checked: int  # tokens read
-    total: int
-
-    def __str__(self) -> str:
-        how = "all" if self.checked == self.total else f"{self.checked} of {self.total}, evenly spread,"
-        return f"token ids {self.smallest} to {self.largest} ({how} checked)"
 
 
 class Index:
@@ -143,7 +128,7 @@ class Index:
         return first // self.dtype.itemsize, last // self.dtype.itemsize
 
 
-class BinIdx:
+class BinIdx(Tokens):
     """A pair of files, memory-mapped and read-only; `prefix` is their path without .bin / .idx.
 
     Opening checks the index completely and the size of the .bin, in time proportional to the number of documents;
@@ -153,7 +138,8 @@ class BinIdx:
 
     def __init__(self, prefix: str | Path, check: bool = True) -> None:
         self.prefix = str(prefix)
-        self.idx_path, self.bin_path = idx_path(prefix), bin_path(prefix)
+        self.idx_path = idx_path(prefix)
+        self.bin_path = self.file = bin_path(prefix)
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise UserError(f"data file {path} does not exist; give the path without .bin/.idx of a pair made by make_data.py")
@@ -185,10 +171,6 @@ class BinIdx:
         return self.index.sizes
 
     @property
-    def n_tokens(self) -> int:
-        return len(self.tokens)
-
-    @property
     def n_docs(self) -> int:
         return self.index.n_docs
 
@@ -198,33 +180,6 @@ class BinIdx:
             raise IndexError(f"document {i} of {self.n_docs}")
         first, last = self.index.span(i % self.n_docs)
         return self.tokens[first:last]
-
-    def _blocks(self, limit: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(position, tokens) over the file: all of it up to `limit` bytes, else evenly spread blocks, both ends included."""
-        n, most = self.n_tokens, max(2, limit // (BLOCK * self.dtype.itemsize))
-        if -(-n // BLOCK) <= most:
-            starts: Sequence[int] = range(0, n, BLOCK)
-        else:
-            starts = [k * (n - BLOCK) // (most - 1) for k in range(most)]
-        for start in starts:
-            yield start, self.tokens[start : start + BLOCK]
-
-    def check_token_range(self, vocab_size: int, limit: int = SCAN_LIMIT) -> TokenRange:
-        """Every token lies in [0, vocab_size): UserError naming file and position of the first that does not.
-
-        Reads at most `limit` bytes: a larger file is sampled evenly, and the result says so.
-        """
-        smallest, largest, checked = vocab_size, 0, 0
-        for start, tokens in self._blocks(limit):
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= vocab_size:
-                at = start + int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
-                raise UserError(
-                    f"{self.bin_path} holds token {self.tokens[at]} at position {at}, outside the vocabulary (--vocab_size {vocab_size}); "
-                    "set the vocab_size of the tokenizer that made the file"
-                )
-            smallest, largest, checked = min(smallest, low), max(largest, high), checked + len(tokens)
-        return TokenRange(smallest, largest, checked, self.n_tokens)
 
 
 class BinIdxWriter:

@@ -17,37 +17,51 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..config import UserError
 from .binidx import BinIdx
 from .sampler import check_magic_prime, chunks_of
+from .tokens import Tokens
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Chunks(Dataset):
-    """Chunks of ctx_len tokens of a binidx file; a subclass says which chunk a sample number means.
+class Samples(Dataset):
+    """Samples by number; a subclass says which tokens a number means.
 
     dataset[ii]      x, y int64 [ctx_len]: y is x moved by one token
     dataset[array]   x, y int64 [len(array), ctx_len], gathered together
+    """
+
+    def windows(self, ii: np.ndarray) -> np.ndarray:
+        """The ctx_len + 1 tokens of each sample, [*ii.shape, ctx_len + 1]."""
+        raise NotImplementedError
+
+    def __getitem__(self, ii: int | np.ndarray) -> Pair:
+        windows = self.windows(np.asarray(ii))
+        return torch.from_numpy(windows[..., :-1].astype(np.int64)), torch.from_numpy(windows[..., 1:].astype(np.int64))
+
+
+class _Chunks(Samples):
+    """Chunks of ctx_len tokens of one file; a subclass says which chunk a sample number means.
 
     With vocab_size > 0 a sample that holds another token is a UserError (files too large for a whole check_token_range).
     """
 
-    def __init__(self, data: BinIdx | str | Path, ctx_len: int, vocab_size: int = 0) -> None:
-        self.data = data if isinstance(data, BinIdx) else BinIdx(data)
+    def __init__(self, data: Tokens | str | Path, ctx_len: int, vocab_size: int = 0) -> None:
+        self.data = data if isinstance(data, Tokens) else BinIdx(data)
         self.ctx_len = ctx_len
         self.vocab_size = vocab_size
 
     def _chunks_of(self, ii: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    def __getitem__(self, ii: int | np.ndarray) -> Pair:
-        starts = self._chunks_of(np.asarray(ii)) * self.ctx_len
+    def windows(self, ii: np.ndarray) -> np.ndarray:
+        starts = self._chunks_of(ii) * self.ctx_len
         windows = sliding_window_view(self.data.tokens, self.ctx_len + 1)[starts]
         if self.vocab_size and not 0 <= int(windows.min()) <= int(windows.max()) < self.vocab_size:
             row, at = np.argwhere(((windows < 0) | (windows >= self.vocab_size)).reshape(-1, self.ctx_len + 1))[0]
             position = int(starts.reshape(-1)[row] + at)
             raise UserError(
-                f"{self.data.bin_path} holds token {self.data.tokens[position]} at position {position}, outside the vocabulary (--vocab_size {self.vocab_size})"
+                f"{self.data.file} holds token {self.data.tokens[position]} at position {position}, outside the vocabulary (--vocab_size {self.vocab_size})"
             )
-        return torch.from_numpy(windows[..., :-1].astype(np.int64)), torch.from_numpy(windows[..., 1:].astype(np.int64))
+        return windows
 
 
 class TrainingSamples(_Chunks):
@@ -56,7 +70,7 @@ class TrainingSamples(_Chunks):
     UserError if `magic_prime` does not fit the data and ctx_len.
     """
 
-    def __init__(self, data: BinIdx | str | Path, ctx_len: int, magic_prime: int, vocab_size: int = 0) -> None:
+    def __init__(self, data: Tokens | str | Path, ctx_len: int, magic_prime: int, vocab_size: int = 0) -> None:
         super().__init__(data, ctx_len, vocab_size)
         check_magic_prime(magic_prime, self.data.n_tokens, ctx_len)
         self.prime = magic_prime
@@ -71,7 +85,7 @@ class TrainingSamples(_Chunks):
 class HeldOutSamples(_Chunks):
     """Validation data from front to back: sample ii is chunk ii - 1, starting over after the last of len() chunks."""
 
-    def __init__(self, data: BinIdx | str | Path, ctx_len: int, vocab_size: int = 0) -> None:
+    def __init__(self, data: Tokens | str | Path, ctx_len: int, vocab_size: int = 0) -> None:
         super().__init__(data, ctx_len, vocab_size)
         self.n_chunks = (self.data.n_tokens - 1) // ctx_len
         if not self.n_chunks:
@@ -105,7 +119,7 @@ class RankBatches(Sampler):
             yield 1 + self.start + (batch * self.micro_bsz + idx) * self.world + self.rank
 
 
-def make_loader(samples: _Chunks, batches: RankBatches, workers: int = 0, pin_memory: bool = False) -> DataLoader:
+def make_loader(samples: Samples, batches: RankBatches, workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """A loader of (x, y) int64 [micro_bsz, ctx_len]; the gather and the conversion to int64 happen in the workers."""
     return DataLoader(
         samples,

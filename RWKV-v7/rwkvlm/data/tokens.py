@@ -1,0 +1,67 @@
+"""A long row of tokens in a file: what training reads, whatever the format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import UserError
+
+BLOCK = 1 << 20  # tokens looked at together, so that checks of any file run in bounded memory
+SCAN_LIMIT = 4 << 30  # bytes of tokens that check_token_range reads
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """What check_token_range saw; as a string, one line for the log."""
+
+    smallest: int
+    largest: int
+    checked: int  # tokens read
+    total: int
+
+    def __str__(self) -> str:
+        how = "all" if self.checked == self.total else f"{self.checked} of {self.total}, evenly spread,"
+        return f"token ids {self.smallest} to {self.largest} ({how} checked)"
+
+
+class Tokens:
+    """prefix: what the user calls it; file: where the tokens are; tokens: [n_tokens] of any integer dtype, read-only."""
+
+    prefix: str
+    file: Path
+    tokens: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    def blocks(self, limit: int = 1 << 62) -> Iterator[tuple[int, np.ndarray]]:
+        """(position, tokens) over the file: all of it up to `limit` bytes, else evenly spread blocks, both ends included."""
+        n, most = self.n_tokens, max(2, limit // (BLOCK * self.tokens.itemsize))
+        if -(-n // BLOCK) <= most:
+            starts: Sequence[int] = range(0, n, BLOCK)
+        else:
+            starts = [k * (n - BLOCK) // (most - 1) for k in range(most)]
+        for start in starts:
+            yield start, self.tokens[start : start + BLOCK]
+
+    def check_token_range(self, vocab_size: int, limit: int = SCAN_LIMIT) -> TokenRange:
+        """Every token lies in [0, vocab_size): UserError naming file and position of the first that does not.
+
+        Reads at most `limit` bytes: a larger file is sampled evenly, and the result says so.
+        """
+        smallest, largest, checked = vocab_size, 0, 0
+        for start, tokens in self.blocks(limit):
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= vocab_size:
+                at = start + int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+                raise UserError(
+                    f"{self.file} holds token {self.tokens[at]} at position {at}, outside the vocabulary (--vocab_size {vocab_size}); "
+                    "set the vocab_size of the tokenizer that made the file"
+                )
+            smallest, largest, checked = min(smallest, low), max(largest, high), checked + len(tokens)
+        return TokenRange(smallest, largest, checked, self.n_tokens)
