@@ -20,6 +20,7 @@ from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
 from ..ops.wkv7 import backend_for
+from .freeze import check_freeze
 from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype
@@ -107,7 +108,9 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
         held_out=_held_out(config, vocab_size),
         token_range=data.check_token_range(vocab_size, SCAN_BYTES) if env.first_process() else None,
         batch=batch,
-        schedule=Schedule(config.lr_init, config.lr_final, start.warmup_steps, exit_tokens, batch * config.ctx_len),
+        schedule=Schedule(
+            config.lr_init, config.lr_final, start.warmup_steps, exit_tokens, batch * config.ctx_len, config.lr_schedule, config.wsd_decay
+        ),
     )
 
 
