@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkvlm.checkpoint.pth import load_weights
+from rwkvlm.train.freeze import frozen_names
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = dict(devices=2, micro_bsz=2)
@@ -105,3 +106,20 @@ def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
     done = subprocess.run([*torchrun, *run.argv(tmp_path / "out", **TWO)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     check_same_run(whole, tmp_path / "out", losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_frozen_parts_under_every_strategy(run, tmp_path, losses, strategy):
+    """The embedding, whose gradient would come last, and the head, which the loss reads by itself; stopped in a mini-epoch and gone on."""
+    patterns = "emb,head,blocks.0.ffn"
+    for name, stops in (("a", [None]), ("b", [13, None])):
+        for stop in stops:
+            code, out, err = finish(start(run.argv(tmp_path / name, **TWO, strategy=strategy, precision="bf16", freeze=patterns, max_steps=stop)))
+            assert code == 0, err
+    before, a, b = (load_weights(path) for path in (tmp_path / "a" / "rwkv-init.pth", tmp_path / "a" / "rwkv-final.pth", tmp_path / "b" / "rwkv-final.pth"))
+    frozen = frozen_names(patterns, list(a))
+    trained = set(a) - {f"blocks.0.att.v{n}" for n in range(3)} - frozen
+    assert {name for name in a if not a[name].equal(before[name])} >= {name for name in trained if "weight" in name and "ln" not in name}
+    assert all(a[name].equal(before[name]) for name in frozen)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(a[name].equal(b[name]) for name in a)
