@@ -2,6 +2,7 @@
 
 import io
 import re
+import resource
 import sys
 import time
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.train.logs.log import LogFile
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.logs.progress import Progress, clock
 from rwkvlm.train.position import Position
@@ -115,3 +117,29 @@ def test_wandb_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypatch,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
     assert run(tmp_path / "out", wandb="Test") == 2
     assert "--wandb Test: wandb is not installed; pip install wandb" in capfd.readouterr().err
+
+
+def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
+    (tmp_path / "log").write_text("whole\n" + "x" * 100_000)
+    file = LogFile(tmp_path / "log")
+    file.write("next\n")
+    assert (tmp_path / "log").read_text() == "whole\nnext\n"
+    (tmp_path / "cut").write_text("no line")
+    LogFile(tmp_path / "cut").write("first\n")
+    assert (tmp_path / "cut").read_text() == "first\n"
+
+
+def test_a_full_disk_costs_lines_not_the_training(tmp_path, capsys):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = LogFile(tmp_path / "log")
+    file.write("before\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, old[1]))  # any larger file fails like on a full disk, after a part of the line
+    try:
+        file.write("lost\n")
+        file.write("lost\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    file.write("after\n")
+    assert (tmp_path / "log").read_text() == "before\nafter\n"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "lines are lost until there is room" in said

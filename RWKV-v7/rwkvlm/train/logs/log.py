@@ -1,8 +1,13 @@
-"""What every log can be told; each one listens to what concerns it."""
+"""What every log can be told; each one listens to what concerns it. And the file that logs append lines to."""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from ...checkpoint.ranks import describe, say
 
 
 class Log:
@@ -17,3 +22,40 @@ class Log:
 
     def close(self) -> None:
         """Nothing follows."""
+
+
+class LogFile:
+    """A file of whole lines, also after kill -9 and on a full disk, which costs lines, said once, and not the training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.complained = path, False
+        self.file = open(path, "a+b", buffering=0)
+        self.size = self._whole_lines()
+        self.file.truncate(self.size)
+
+    def _whole_lines(self) -> int:
+        """Bytes up to the last line break: a process may have been stopped within a line."""
+        end = self.file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - (1 << 16))
+            self.file.seek(start)
+            if (at := self.file.read(end - start).rfind(b"\n")) >= 0:
+                return start + at + 1
+            end = start
+        return 0
+
+    def write(self, lines: str) -> None:
+        data = lines.encode()
+        try:
+            if self.file.write(data) < len(data):
+                raise OSError(f"no space left for {self.path}")
+            self.size += len(data)
+        except OSError as error:
+            with suppress(OSError):
+                self.file.truncate(self.size)
+            if not self.complained:
+                self.complained = True
+                say(f"cannot write {self.path}: {describe(error)}; lines are lost until there is room")
+
+    def close(self) -> None:
+        self.file.close()

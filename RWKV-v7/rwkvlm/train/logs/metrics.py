@@ -15,12 +15,12 @@ from datetime import datetime
 from typing import Any
 
 from ..plan import Plan
-from .log import Log
+from .log import Log, LogFile
 
 
 class Metrics(Log):
     def __init__(self, plan: Plan, now: datetime) -> None:
-        self.file = open(plan.proj_dir / "metrics.jsonl", "a", buffering=1)
+        self.file = LogFile(plan.proj_dir / "metrics.jsonl")
         self._write({"run": f"{now:%Y-%m-%d-%H-%M-%S}", "step": plan.start.position.step, "settings": plan.settings()})
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from ..plan import Plan
-from .log import Log
+from .log import Log, LogFile
 
 
 class TrainLog(Log):
@@ -15,7 +15,7 @@ class TrainLog(Log):
     `{mini-epoch} {loss} {exp(loss)} {lr} {date} {time} {mini-epoch of this process}`."""
 
     def __init__(self, plan: Plan, deepspeed_config: dict[str, Any] | None, now: datetime) -> None:
-        self.file = open(plan.proj_dir / "train_log.txt", "a", buffering=1)
+        self.file = LogFile(plan.proj_dir / "train_log.txt")
         self.file.write(f"NEW RUN {now:%Y-%m-%d-%H-%M-%S}\n{plan.settings()}\n")
         if deepspeed_config:
             self.file.write(f"{deepspeed_config}\n")
