@@ -33,6 +33,10 @@ class Samples(Dataset):
         """The ctx_len + 1 tokens of each sample, [*ii.shape, ctx_len + 1]."""
         raise NotImplementedError
 
+    def where(self, ii: int) -> str:
+        """Where a person finds a sample, for messages."""
+        raise NotImplementedError
+
     def __getitem__(self, ii: int | np.ndarray) -> Pair:
         windows = self.windows(np.asarray(ii))
         return torch.from_numpy(windows[..., :-1].astype(np.int64)), torch.from_numpy(windows[..., 1:].astype(np.int64))
@@ -62,6 +66,10 @@ class _Chunks(Samples):
                 f"{self.data.file} holds token {self.data.tokens[position]} at position {position}, outside the vocabulary (--vocab_size {self.vocab_size})"
             )
         return windows
+
+    def where(self, ii: int) -> str:
+        chunk = int(self._chunks_of(np.asarray(ii)))
+        return f"chunk {chunk}, tokens {chunk * self.ctx_len:,} to {(chunk + 1) * self.ctx_len:,} of {self.data.file}"
 
 
 class TrainingSamples(_Chunks):
