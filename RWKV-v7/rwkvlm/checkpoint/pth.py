@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config import ModelConfig, UserError
+from ..config import ModelConfig, UserError, model_config
+from ..config.phantom import CARRIED, decode
 from . import ranks
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
@@ -92,8 +93,11 @@ def _unwrap(name: str) -> str:
     return name
 
 
-def read_config(tensors: Mapping[str, torch.Tensor], model_type: str = "x070") -> ModelConfig:
-    """All sizes, low ranks included, from the shapes of a checkpoint. Raises UserError naming what is missing."""
+def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+    """All sizes, low ranks included, from the shapes of a checkpoint; a Phantom's also from the tensor by which it says what shapes do not.
+
+    Raises UserError naming what is missing.
+    """
     layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     if not layers or layers != set(range(len(layers))):
         raise UserError(f"the checkpoint is not an RWKV-7 model: its blocks are {sorted(layers) or 'missing'}; give a complete x070 .pth file")
@@ -110,17 +114,21 @@ def read_config(tensors: Mapping[str, torch.Tensor], model_type: str = "x070") -
     if n_head * head_size != n_embd:
         raise UserError(f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight")
     with_value_rank = next((layer for layer in sorted(layers, reverse=True) if f"blocks.{layer}.att.v1" in tensors), None)
-    return ModelConfig(
-        model_type=model_type,
+    ghost = "blocks.0.ffn.key.ghost.weight" in tensors
+    dim_ffn = sum(shape(f"blocks.0.ffn.key.{part}", 2)[0] for part in (("core.weight", "ghost.weight") if ghost else ("weight",)))
+    carried = decode(tensors[CARRIED].tolist()) if CARRIED in tensors else None
+    return model_config(
+        "x070" if carried is None else "phantom",
         n_layer=len(layers),
         n_embd=n_embd,
         vocab_size=vocab_size,
         head_size=head_size,
-        dim_ffn=shape("blocks.0.ffn.key.weight", 2)[0],
+        dim_ffn=dim_ffn,
         rank_w=shape("blocks.0.att.w1", 2)[1],
         rank_a=shape("blocks.0.att.a1", 2)[1],
         rank_v=0 if with_value_rank is None else shape(f"blocks.{with_value_rank}.att.v1", 2)[1],
         rank_g=shape("blocks.0.att.g1", 2)[1],
+        **(carried or {}),
     )
 
 

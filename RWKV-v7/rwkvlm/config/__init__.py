@@ -2,6 +2,7 @@
 
 from .errors import UserError
 from .model import HEAD_SIZES, MODEL_TYPES, ModelConfig, low_rank
+from .phantom import PhantomConfig, model_config
 from .train import MINI_EPOCH, TrainConfig
 
-__all__ = ["HEAD_SIZES", "MINI_EPOCH", "MODEL_TYPES", "ModelConfig", "TrainConfig", "UserError", "low_rank"]
+__all__ = ["HEAD_SIZES", "MINI_EPOCH", "MODEL_TYPES", "ModelConfig", "PhantomConfig", "TrainConfig", "UserError", "low_rank", "model_config"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from .errors import UserError
 
-MODEL_TYPES = ("x070",)
+MODEL_TYPES = ("x070", "phantom")
 HEAD_SIZES = (16, 32, 64, 128)
 
 

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig
 
 State = list  # one entry per block
+Terms = dict[str, tuple[float, torch.Tensor]]  # of a training loss beside the cross entropy: name -> weight, scalar
 
 
 class LanguageModel(nn.Module):
@@ -52,6 +53,10 @@ class LanguageModel(nn.Module):
             new_state.append(block_state)
         x = self.ln_out(x)
         return (x, new_state) if return_state else x
+
+    def for_training(self, idx: torch.Tensor, grad_cp: bool = False) -> tuple[torch.Tensor, Terms]:
+        """The features, and what else the training shall lower beside the cross entropy."""
+        return self.features(idx, grad_cp=grad_cp), {}
 
     def forward(
         self, idx: torch.Tensor, state: State | None = None, return_state: bool = False

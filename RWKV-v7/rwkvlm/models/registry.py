@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import nn
 
 from ..config import ModelConfig
-from . import rwkv7
+from . import phantom, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
-RECIPES = {"x070": rwkv7}
+RECIPES = {"x070": rwkv7, "phantom": phantom}
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -27,6 +30,15 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
     return groups_from_table(model, RECIPES[model.config.model_type].TABLE, weight_decay)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in a checkpoint of the model, the first block's unused value residual included."""
-    return sum(t.numel() for t in model.state_dict().values())
+def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel, seed: int) -> Mapping[str, torch.Tensor]:
+    """A file's weights in the form that the model has them: those of an RWKV-7, for a Phantom, factorised; what is new gets its initial values."""
+    if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
+        return tensors
+    init_weights(model, seed)
+    return phantom.from_rwkv7(tensors, model)
+
+
+def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:
+    """Numbers in a checkpoint of the model, the first block's unused value residual included, what describes the model left out."""
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
+    return sum(t.numel() for name, t in tensors.items() if name != phantom.CARRIED and not name.endswith(".order"))

@@ -46,7 +46,7 @@ def _depth(s: Slot) -> float:
     return s.layer / (s.config.n_layer - 1) if s.config.n_layer > 1 else 0.0
 
 
-def _shift_mix(power: float):
+def shift_mix(power: float):
     return lambda s: 1 - (_channels(s) / s.config.n_embd) ** (power * _depth_left(s))
 
 
@@ -55,21 +55,21 @@ def _decay(s: Slot) -> torch.Tensor:
     return -6 + 6 * ramp + 0.5 + 2.5 * _zigzag(s)
 
 
-def _constant(value: float):
+def constant(value: float):
     return lambda s: torch.full(s.shape, value)
 
 
-def _orthogonal(gain: float):
+def orthogonal(gain: float):
     return lambda s: torch.nn.init.orthogonal_(torch.empty(s.shape), gain, generator=s.generator)
 
 
 def _low_rank_up(s: Slot) -> torch.Tensor:
     rows, cols = s.shape
-    return _orthogonal(0.1 * max(1.0, math.sqrt(rows / cols)))(s)
+    return orthogonal(0.1 * max(1.0, math.sqrt(rows / cols)))(s)
 
 
 def _head(s: Slot) -> torch.Tensor:
-    return _orthogonal(0.5 * max(1.0, math.sqrt(s.config.vocab_size / s.config.n_embd)))(s)
+    return orthogonal(0.5 * max(1.0, math.sqrt(s.config.vocab_size / s.config.n_embd)))(s)
 
 
 def _embedding(s: Slot) -> torch.Tensor:
@@ -82,26 +82,26 @@ FFN = BLOCK + r"ffn\."
 
 TABLE = [
     Row(r"emb\.weight", _embedding, decay=True),
-    Row(rf"(?:{BLOCK}ln[012]|ln_out)\.weight", _constant(1.0)),
-    Row(rf"(?:{BLOCK}ln[012]|ln_out)\.bias", _constant(0.0)),
-    Row(ATT + r"x_[rg]", _shift_mix(0.2)),
-    Row(ATT + r"x_[wa]", _shift_mix(0.9)),
-    Row(ATT + r"x_[kv]", _shift_mix(0.7)),
+    Row(rf"(?:{BLOCK}ln[012]|ln_out)\.weight", constant(1.0)),
+    Row(rf"(?:{BLOCK}ln[012]|ln_out)\.bias", constant(0.0)),
+    Row(ATT + r"x_[rg]", shift_mix(0.2)),
+    Row(ATT + r"x_[wa]", shift_mix(0.9)),
+    Row(ATT + r"x_[kv]", shift_mix(0.7)),
     Row(ATT + r"w0", _decay, lr=2.0),
-    Row(ATT + r"[wavg]1", _constant(0.0)),
+    Row(ATT + r"[wavg]1", constant(0.0)),
     Row(ATT + r"[wavg]2", _low_rank_up),
     Row(ATT + r"a0", lambda s: -0.19 + 0.3 * _zigzag(s) + 0.4 * _linear(s)),
     Row(ATT + r"v0", lambda s: 0.73 - 0.4 * _linear(s)),
     Row(ATT + r"k_k", lambda s: 0.71 - 0.1 * _linear(s)),
-    Row(ATT + r"k_a", _constant(1.02)),
-    Row(ATT + r"r_k", _constant(-0.04)),
-    Row(ATT + r"(?:receptance|value)\.weight", _orthogonal(1.0), decay=True),
-    Row(ATT + r"key\.weight", _orthogonal(0.1), decay=True),
-    Row(ATT + r"output\.weight", _constant(0.0), decay=True),
+    Row(ATT + r"k_a", constant(1.02)),
+    Row(ATT + r"r_k", constant(-0.04)),
+    Row(ATT + r"(?:receptance|value)\.weight", orthogonal(1.0), decay=True),
+    Row(ATT + r"key\.weight", orthogonal(0.1), decay=True),
+    Row(ATT + r"output\.weight", constant(0.0), decay=True),
     Row(ATT + r"ln_x\.weight", lambda s: torch.full(s.shape, ((1 + s.layer) / s.config.n_layer) ** 0.7)),
-    Row(ATT + r"ln_x\.bias", _constant(0.0)),
+    Row(ATT + r"ln_x\.bias", constant(0.0)),
     Row(FFN + r"x_k", lambda s: 1 - (_channels(s) / s.config.n_embd) ** (_depth_left(s) ** 4)),
-    Row(FFN + r"key\.weight", _orthogonal(1.0), decay=True),
-    Row(FFN + r"value\.weight", _constant(0.0), decay=True),
+    Row(FFN + r"key\.weight", orthogonal(1.0), decay=True),
+    Row(FFN + r"value\.weight", constant(0.0), decay=True),
     Row(r"head\.weight", _head, decay=True),
 ]

@@ -41,15 +41,15 @@ class Start:
         return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
 
 
-def find_start(config: TrainConfig, prime: int, damaged: Collection[Path] = ()) -> Start:
+def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] = ()) -> Start:
     """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
     rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
-    damaged: training states that are not to be used.
+    order: what decides the order of the data (Mixture.order). damaged: training states that are not to be used.
 
     Raises UserError when the files do not fit the flags, and instead of overwriting a run that is not being continued.
     """
     if config.train_stage >= 2:
-        start = _from_state(config, prime, damaged) or _from_newest_weights(config)
+        start = _from_state(config, order, damaged) or _from_newest_weights(config)
         if start is not None:
             for name in ("load_model", "epoch_begin"):
                 if getattr(config, name):
@@ -69,15 +69,17 @@ def _warmup(config: TrainConfig, default: int) -> int:
     return default if config.warmup_steps < 0 else config.warmup_steps
 
 
-def _from_state(config: TrainConfig, prime: int, damaged: Collection[Path]) -> Start | None:
+def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]) -> Start | None:
     info = find_state(config.proj_dir, damaged)
     if info is None:
         return None
-    for name, now in (("ctx_len", config.ctx_len), ("magic_prime", prime)):
-        if info.meta[name] != now:
+    for name, now in (("ctx_len", config.ctx_len), ("magic_prime", order)):
+        if (then := info.meta[name]) != now:
+            one_file = isinstance(now, int) and isinstance(then, int)
+            is_now, cure = (f"--{name} is {now}", f"--{name} {then}") if one_file else (f"--data_file means {now}", "the --data_file of that run")
             raise UserError(
-                f"--{name} is {now}, but {info.path} was trained with {info.meta[name]}: the order of the data would break; "
-                f"use --{name} {info.meta[name]}, or another --proj_dir with --load_model to begin anew"
+                f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
+                f"use {cure}, or another --proj_dir with --load_model to begin anew"
             )
     model = _agree(config, ModelConfig(**info.meta["model"]), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
@@ -123,7 +125,7 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
 def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
     """Sizes from the checkpoint at path, where there is one, and the flags; UserError where they contradict each other."""
     if path is not None:
-        return _agree(config, read_config(load_weights(path), config.my_testing), path)
+        return _agree(config, read_config(load_weights(path)), path)
     given = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
     return _dim_att_fits(config, ModelConfig(model_type=config.my_testing, **given))
 

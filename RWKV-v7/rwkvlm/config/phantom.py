@@ -1,0 +1,209 @@
+"""The shape of RWKV-7 TTT Phantom: RWKV-7's sizes, its Ghost layers and its test-time training. Both switched off, it is RWKV-7."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from .errors import UserError
+from .model import ModelConfig
+
+MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+ACTIVATIONS = ("identity", "relu")
+TTT_KINDS = ("state", "memory")
+TTT_TARGETS = ("stored", "value")
+CHUNKS = {"state": 64, "memory": 256}
+TRAINING_ONLY = ("ttt_second_order", "ttt_meta", "ttt_loss_weight", "dropout")
+
+
+@dataclass(frozen=True)
+class PhantomConfig(ModelConfig):
+    """Settings of a Phantom; those of TRAINING_ONLY change how it is trained, all others what it computes.
+
+    core_ratio        share of each large matrix's rows that are trained in full; 1: no Ghost layers
+    core_ratios       other shares for some matrices, as "ffn.key=1,att.output=0.5"
+    ghost_activation  between core and ghost. The identity is the default: it lost less than ReLU at equal parameters (first evidence)
+    ghost_permuted    rows are stored in another order, as a factorised RWKV-7 needs them
+    ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (a fast-weight network beside it)
+    ttt_chunk         tokens per segment, a multiple of 16; 0: 64 for "state", 256 for "memory"
+    ttt_lr            step size per token at the start. The steps average over the segment, so that eta starts at ttt_lr * ttt_chunk:
+                      0.01 alone moved the state by 0.1 % and did nothing
+    ttt_steps         gradient steps per segment
+    ttt_core_ratio    share of the state's value rows that are stepped on, rounded up to a multiple of 8
+    ttt_head          a small prediction head in the inner loss
+    ttt_target        "stored": what the delta rule has stored for a key, v (k . kk); "value": v. The default is "stored": against v
+                      alone, which is two to three times smaller, the step mostly shrinks the state
+    ttt_anchor        weight of the squared distance from the state before the steps; without effect when ttt_steps is 1
+    memory_dim        width of the "memory"; 0: half of n_embd in whole heads
+    max_depth_iter    passes through each block
+    ttt_second_order  False: the inner gradient is a constant to the outer loss
+    ttt_meta          adds ttt_loss_weight * the inner loss on the segment after the step
+    """
+
+    model_type: str = "phantom"
+    core_ratio: float = 0.2
+    core_ratios: str = ""
+    ghost_activation: str = "identity"
+    ghost_permuted: bool = False
+    ttt_enabled: bool = True
+    ttt_kind: str = "state"
+    ttt_chunk: int = 0
+    ttt_lr: float = 0.01
+    ttt_steps: int = 1
+    ttt_core_ratio: float = 0.25
+    ttt_head: bool = True
+    ttt_target: str = "stored"
+    ttt_anchor: float = 0.01
+    memory_dim: int = 0
+    max_depth_iter: int = 1
+    layer_norm_eps: float = 1e-5
+    ttt_second_order: bool = True
+    ttt_meta: bool = False
+    ttt_loss_weight: float = 0.1
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (("ghost_activation", ACTIVATIONS), ("ttt_kind", TTT_KINDS), ("ttt_target", TTT_TARGETS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name} {getattr(self, name)!r} is not known; choose one of: {', '.join(choices)}")
+        for name in ("core_ratio", "ttt_core_ratio"):
+            _check_ratio(f"--{name}", getattr(self, name))
+        parse_ratios(self.core_ratios)
+        for name in ("ttt_steps", "max_depth_iter"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("ttt_lr", "layer_norm_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} {getattr(self, name)} must be above 0")
+        for name in ("ttt_anchor", "ttt_loss_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout {self.dropout} must lie in [0, 1)")
+        if self.ttt_chunk == 0:
+            object.__setattr__(self, "ttt_chunk", CHUNKS[self.ttt_kind])
+        if self.ttt_chunk < 16 or self.ttt_chunk % 16:
+            raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
+        if self.memory_dim == 0:
+            object.__setattr__(self, "memory_dim", -(-self.n_head // 2) * self.head_size)
+        if self.memory_dim < 1 or self.memory_dim % self.head_size:
+            raise UserError(f"--memory_dim {self.memory_dim} is not a multiple of --head_size {self.head_size}; change one of them")
+        if self.ttt_enabled:
+            self._check_ttt()
+
+    def _check_ttt(self) -> None:
+        if self.ttt_kind == "state" and self.ttt_lr * self.ttt_chunk >= 2:
+            raise UserError(
+                f"--ttt_lr {self.ttt_lr} times --ttt_chunk {self.ttt_chunk} is {self.ttt_lr * self.ttt_chunk:g}, but steps of 2 and more diverge; "
+                f"use --ttt_lr below {2 / self.ttt_chunk:g}"
+            )
+        if self.ttt_kind == "memory":
+            for name, value, why in (
+                ("ttt_steps", 1, "its one step sums up gradients as the tokens come"),
+                ("ttt_second_order", True, "otherwise nothing would train its keys and values"),
+                ("ttt_meta", False, "every token reads the memory, so the cross entropy itself trains the step"),
+            ):
+                if getattr(self, name) != value:
+                    raise UserError(f"--{name} {int(getattr(self, name))} does not go with --ttt_kind memory: {why}; use --{name} {int(value)}")
+
+    @property
+    def steps_on_state(self) -> bool:
+        return self.ttt_enabled and self.ttt_kind == "state"
+
+    @property
+    def has_memory(self) -> bool:
+        return self.ttt_enabled and self.ttt_kind == "memory"
+
+    @property
+    def ttt_rows(self) -> int:
+        """Value rows of a head's state that TTT steps on."""
+        return 8 * math.ceil(self.ttt_core_ratio * self.head_size / 8)
+
+    def core_rows(self, matrix: str) -> int:
+        """Rows of a Ghost layer's core in the place of this matrix of MATRICES; 0 where it stays dense because nothing would be saved.
+
+        c (in + out - c) < in out just when c < min(in, out).
+        """
+        inputs, outputs = self.matrix_shape(matrix)
+        ratio = parse_ratios(self.core_ratios).get(matrix, self.core_ratio)
+        rows = max(8, 8 * round(ratio * outputs / 8))
+        return rows if ratio < 1 and rows < min(inputs, outputs) else 0
+
+    def matrix_shape(self, matrix: str) -> tuple[int, int]:
+        """Inputs and outputs of one of MATRICES."""
+        return {"ffn.key": (self.n_embd, self.dim_ffn), "ffn.value": (self.dim_ffn, self.n_embd)}.get(matrix, (self.n_embd, self.n_embd))
+
+    @property
+    def has_ghosts(self) -> bool:
+        return any(map(self.core_rows, MATRICES))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is RWKV-7: its files are plain RWKV-7 files then."""
+        return not (self.has_ghosts or self.ttt_enabled or self.max_depth_iter > 1 or self.layer_norm_eps != 1e-5)
+
+    def carried(self) -> dict[str, object]:
+        """What a weight file must say because the shapes of its tensors do not: everything of Phantom's own that changes what it computes."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(ModelConfig)} - set(TRAINING_ONLY)
+        return {name: value for name, value in self.as_dict().items() if name in own}
+
+
+CARRIED = "phantom_config"  # the tensor by which a weight file says what shapes do not
+CARRIED_BYTES = 512
+
+
+def encode(config: PhantomConfig) -> list[int]:
+    """What is carried, as JSON in a fixed number of bytes. Whole numbers up to 256 are exact in bfloat16, so it travels as one more tensor."""
+    text = json.dumps(config.carried(), separators=(",", ":")).encode().ljust(CARRIED_BYTES)
+    if len(text) > CARRIED_BYTES:
+        raise UserError(f"--core_ratios is {len(config.core_ratios)} characters long; shorten it")
+    return list(text)
+
+
+def decode(numbers: Iterable[float]) -> dict[str, object]:
+    """The inverse of encode, as fields of a PhantomConfig. Raises UserError for anything that encode has not written."""
+    try:
+        found = json.loads(bytes(int(n) for n in numbers))
+        known = {f.name for f in fields(PhantomConfig)}
+        if not isinstance(found, dict) or found.keys() - known:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError("the checkpoint's phantom_config cannot be read: it is damaged or of a newer version; use the version that wrote it") from None
+    return found
+
+
+def parse_ratios(text: str) -> dict[str, float]:
+    """ "ffn.key=1,att.output=0.5" -> {"ffn.key": 1.0, "att.output": 0.5}. UserError naming what is wrong."""
+    ratios = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = part.partition("=")
+        if name not in MATRICES:
+            raise UserError(f"--core_ratios names {name!r}; write MATRIX=RATIO,... with matrices of: {', '.join(MATRICES)}")
+        try:
+            ratios[name] = float(number)
+        except ValueError:
+            raise UserError(f"--core_ratios {part!r}: {number!r} is not a number; write MATRIX=RATIO,...") from None
+        _check_ratio(f"--core_ratios {name}", ratios[name])
+    return ratios
+
+
+def model_config(model_type: str = "x070", **sizes: object) -> ModelConfig:
+    """The sizes of a model of this type."""
+    return (PhantomConfig if model_type == "phantom" else ModelConfig)(model_type=model_type, **sizes)
+
+
+def core_ratio_of(core_ratio: float | None, ghost_ratio: float | None) -> float | None:
+    """The core ratio that two flags mean; None when neither is given. UserError when they do not sum to 1."""
+    if ghost_ratio is None:
+        return core_ratio
+    if core_ratio is not None and abs(core_ratio + ghost_ratio - 1) > 1e-6:
+        raise UserError(f"--core_ratio {core_ratio} and --ghost_ratio {ghost_ratio} do not sum to 1; give only one of them")
+    return 1 - ghost_ratio if core_ratio is None else core_ratio
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise UserError(f"{name} {ratio} must lie in (0, 1]")

@@ -1,0 +1,157 @@
+"""Test-time training on the wkv state: at the end of each segment, gradient steps that make the state recall the segment's values better."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..config.phantom import PhantomConfig
+from ..ops.wkv7 import wkv7
+from .segments import pieces, seen_after
+
+
+class TttState(NamedTuple):
+    """wkv:    [B, H, N, N] fp32, as RWKV-7's
+    keys:   [B, segment, H, N] fp32, normalised keys of the segment that is not complete, rows from `seen` on are meaningless
+    values: [B, segment, H, c] fp32, its targets
+    seen:   [B] int64 on the CPU, tokens in it; rows of a batch may stand at different positions
+    error:  [B] fp32, sum over the steps so far of the relative error on the segment after each; counted when meta-learning only
+    """
+
+    wkv: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    seen: torch.Tensor
+    error: torch.Tensor
+
+
+class StateTTT(nn.Module):
+    """The wkv7 operator, and at each segment's end, per head, with S_c the first c value rows of the state, kk_t the normalised keys and z_t
+    the targets of the segment:
+
+        u_t = S_c kk_t,    P(u) = u + W2 relu(W1 u),    l(S_c) = mean_t 1/2 |P(u_t) - z_t|^2 + anchor/2 |S_c - S_c,before|^2
+        S_c <- S_c - eta_h grad l(S_c)
+
+    eta = 2 sigmoid(rate) lies below 2: with |kk| = 1 and P the identity, that is where steps do not diverge. The gradient is written out,
+    so it needs no autograd, and autograd goes through it. The targets are constants to the outer loss.
+    The prediction head is left out where nothing would train it.
+    """
+
+    def __init__(self, config: PhantomConfig) -> None:
+        super().__init__()
+        self.config, self.rows = config, config.ttt_rows
+        self.rate = nn.Parameter(torch.empty(config.n_head))
+        self.has_head = config.ttt_head and (config.ttt_second_order or config.ttt_meta)
+        if self.has_head:
+            self.w1 = nn.Parameter(torch.empty(self.rows // 4, self.rows))
+            self.w2 = nn.Parameter(torch.empty(self.rows, self.rows // 4))
+
+    def init_state(self, wkv: torch.Tensor) -> TttState:
+        """The state before the first token, around RWKV-7's."""
+        B, H, N, _ = wkv.shape
+        T = self.config.ttt_chunk
+        return TttState(wkv, wkv.new_zeros(B, T, H, N), wkv.new_zeros(B, T, H, self.rows), torch.zeros(B, dtype=torch.int64), wkv.new_zeros(B))
+
+    def forward(
+        self,
+        r: torch.Tensor,
+        w: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        initial_state: TttState | None = None,
+        output_final_state: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, TttState]:
+        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk. Returns y [B, T, H, N], with output_final_state also the new state.
+
+        The kernel runs once a segment: the state after a step is what the next segment begins with.
+        """
+        B, T, H, N = r.shape
+        config, segment = self.config, self.config.ttt_chunk
+        S, held_keys, held_values, seen, error = initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
+        plan = pieces(seen.tolist(), T, segment)
+        lengths = [piece.stop - piece.start for piece in plan]
+        inputs = zip(*(x.split(lengths, 1) for x in (r, w, k, v, a, b)))  # split, for the backward of slices would pad each to the whole
+        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+        keys = -a.to(dtype)
+        keys, values = keys.split(lengths, 1), self._targets(k.to(dtype), v[..., : self.rows].to(dtype), keys).split(lengths, 1)
+        eta = 2 * torch.sigmoid(self.rate.to(dtype))[:, None, None]
+        watch = config.ttt_meta and self.training
+
+        ys, stepped = [], False
+        for i, (piece, tensors) in enumerate(zip(plan, inputs)):
+            K, V = keys[i], values[i]
+            if watch and stepped:
+                found = self.relative_error(S, K, V)
+                error = found if error is None else error + found
+            y, S = wkv7(*(x.contiguous() for x in tensors), initial_state=S, output_final_state=True)
+            ys.append(y)
+            stepped = len(piece.full) == B
+            if i + 1 == len(plan) and not output_final_state:
+                break
+            if lengths[i] == segment:  # a whole segment in every row
+                S = self.step(S, K, V, eta)
+                continue
+            if held_keys is None:
+                held_keys, held_values = K.new_zeros(B, segment, H, N), V.new_zeros(B, segment, H, self.rows)
+            where = torch.tensor(piece.seen)[:, None] + torch.arange(lengths[i])
+            where = (torch.arange(B, device=K.device)[:, None], where.to(K.device))
+            held_keys, held_values = held_keys.index_put(where, K), held_values.index_put(where, V)
+            if stepped:
+                S = self.step(S, held_keys, held_values, eta)
+            elif piece.full:
+                rows = torch.tensor(piece.full, device=K.device)
+                S = S.index_copy(0, rows, self.step(S[rows], held_keys[rows], held_values[rows], eta))
+
+        y = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
+        if not output_final_state:
+            return y
+        empty = self.init_state(S)
+        keep = (new if new is not None else old for new, old in zip((S, held_keys, held_values), empty))
+        return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error)
+
+    def step(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
+        """The state after the steps of one segment. S [B, H, N, N]; keys [B, n, H, N]; values [B, n, H, c]; eta [H, 1, 1]."""
+        core = before = S[:, :, : self.rows]
+        K, V = keys.transpose(1, 2), values.transpose(1, 2)
+        for _ in range(self.config.ttt_steps):
+            gradient = self.gradient(core, before, K, V)
+            core = core - eta * (gradient if self.config.ttt_second_order else gradient.detach())
+        return torch.cat([core, S[:, :, self.rows :]], dim=2)
+
+    def gradient(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """grad l, [B, H, c, N], of core [B, H, c, N] with K [B, H, n, N] and V [B, H, n, c]."""
+        U = K @ core.mT
+        D = U - V
+        if self.has_head:
+            w1, w2 = self.w1.to(U.dtype), self.w2.to(U.dtype)
+            Z = U @ w1.mT
+            D = D + torch.relu(Z) @ w2.mT
+            D = D + ((D @ w2) * (Z > 0)) @ w1
+        gradient = D.mT @ (K / K.shape[2])
+        return gradient if core is before else gradient + self.config.ttt_anchor * (core - before)
+
+    def inner_loss(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """l for each row and head, [B, H]; shapes as for gradient."""
+        return 0.5 * self._miss(core, K, V).square().sum(-1).mean(-1) + self.config.ttt_anchor / 2 * (core - before).square().sum((-2, -1))
+
+    def relative_error(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """|P(S_c kk) - z|^2 / |z|^2 over a segment's tokens and heads, [B]; shapes as for step. Relative, so that its weight in the outer
+        loss means the same for every model: |z|^2 itself is in the hundreds."""
+        V = values.transpose(1, 2)
+        miss = self._miss(S[:, :, : self.rows], keys.transpose(1, 2), V)
+        return miss.square().sum((1, 2, 3)) / V.square().sum((1, 2, 3)).clamp(min=1e-6)
+
+    def _miss(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        U = K @ core.mT
+        if self.has_head:
+            U = U + torch.relu(U @ self.w1.to(U.dtype).mT) @ self.w2.to(U.dtype).mT
+        return U - V
+
+    @torch.no_grad()
+    def _targets(self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """z [B, T, H, c]: v, or what the delta rule has stored for the key, v (k . kk)."""
+        return v if self.config.ttt_target == "value" else v * (k * keys).sum(-1, keepdim=True)

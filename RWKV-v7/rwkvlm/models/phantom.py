@@ -1,0 +1,176 @@
+"""RWKV-7 TTT Phantom: RWKV-7 with Ghost layers and test-time training. With both switched off it is RWKV-7, name by name and bit by bit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config.phantom import CARRIED, CARRIED_BYTES, MATRICES, PhantomConfig, encode
+from ..layers.ghost import GhostLinear, factorise, to_digits
+from ..layers.linear import dense
+from ..layers.memory import Memory, MemoryState
+from ..layers.state import BlockState
+from ..layers.ttt import StateTTT
+from . import rwkv7
+from .block import Block
+from .lm import LanguageModel, Terms
+from .rwkv7 import ATT, BLOCK, FFN, constant, orthogonal, shift_mix
+from .table import Row, Slot
+
+
+class PhantomState(NamedTuple):
+    """State of one pass through a block: RWKV-7's (with a TttState as wkv where TTT steps on it), and the memory's or None."""
+
+    block: BlockState
+    memory: MemoryState | None
+
+
+class PhantomBlock(Block):
+    """RWKV-7's block, run max_depth_iter times with the same weights, each time with a state of its own; before it the memory, if any."""
+
+    def __init__(self, config: PhantomConfig, layer: int) -> None:
+        super().__init__(config, layer, functools.partial(_linear, config), StateTTT(config) if config.steps_on_state else None)
+        self.passes = config.max_depth_iter
+        self.mem = Memory(config) if config.has_memory else None
+        if config.dropout:
+            for last in (self.att.output, self.ffn.value):
+                last.register_forward_hook(lambda module, _, y: F.dropout(y, config.dropout, module.training))
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> list[PhantomState]:
+        state = super().init_state(batch, device, dtype)
+        if self.att.ttt is not None:
+            state = state._replace(wkv=self.att.ttt.init_state(state.wkv))
+        memory = None if self.mem is None else self.mem.init_state(batch, device, dtype)
+        return [PhantomState(state, memory)] * self.passes
+
+    def forward(
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[PhantomState] | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, list[PhantomState] | None]:
+        if self.layer == 0:
+            x = self.ln0(x)
+        new_state = []
+        for i in range(self.passes):
+            block, memory = state[i] if state is not None else (None, None)
+            if self.mem is not None:
+                read, memory = self.mem(x, memory, return_state)
+                x = x + read
+            x, v, block = self.mix(x, v_first, block, return_state)
+            v_first = v_first if v_first is not None else v
+            new_state.append(PhantomState(block, memory))
+        return x, v_first, new_state if return_state else None
+
+
+class Phantom(LanguageModel):
+    def __init__(self, config: PhantomConfig) -> None:
+        super().__init__(config, [PhantomBlock(config, layer) for layer in range(config.n_layer)])
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.layer_norm_eps
+        if not config.is_plain:
+            self.register_buffer(CARRIED, torch.empty(CARRIED_BYTES))
+
+    def for_training(self, idx: torch.Tensor, grad_cp: bool = False) -> tuple[torch.Tensor, Terms]:
+        config, steps = self.config, -(-idx.shape[1] // self.config.ttt_chunk) - 1
+        if not (self.training and config.steps_on_state and config.ttt_meta):
+            return super().for_training(idx, grad_cp)
+        x, state = self.features(idx, return_state=True, grad_cp=grad_cp)
+        errors = torch.stack([p.block.wkv.error for passes in state for p in passes])
+        return x, {"meta_loss": (config.ttt_loss_weight, errors.mean() / steps)}
+
+
+def build(config: PhantomConfig) -> LanguageModel:
+    return Phantom(config)
+
+
+def _linear(config: PhantomConfig, name: str, inputs: int, outputs: int) -> nn.Module:
+    rows = config.core_rows(name)
+    return GhostLinear(inputs, outputs, rows, config.ghost_activation, config.ghost_permuted) if rows else dense(name, inputs, outputs)
+
+
+@torch.no_grad()
+def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
+    """The weights of an RWKV-7 in the form of this model, whose own parts that RWKV-7 has not keep the values that they have in it."""
+    converted = dict(tensors)
+    for name, own in model.state_dict().items():
+        matrix, _, part = name.rpartition(".core.")
+        if part:
+            rows = own.shape[0]
+            core, ghost, order = factorise(converted.pop(f"{matrix}.weight").float(), rows)
+            converted |= {f"{matrix}.core.weight": core, f"{matrix}.ghost.weight": ghost, f"{matrix}.order": to_digits(order)}
+        elif name == CARRIED or ".ttt." in name or ".mem." in name:
+            converted[name] = own
+    return converted
+
+
+def describe(config: PhantomConfig) -> list[str]:
+    """Parameters and FLOPs per token of a block's large matrices, dense beside ghost, as the lines of a table."""
+    lines = [f"{'matrix':15} {'shape':>12} {'core':>5} {'parameters':>22} {'FLOPs/token':>22} {'saved':>6}"]
+    total = [0, 0]
+    for name in MATRICES:
+        inputs, outputs = config.matrix_shape(name)
+        rows, whole = config.core_rows(name), inputs * outputs
+        parts = rows * inputs + (outputs - rows) * rows if rows else whole
+        total = [total[0] + whole, total[1] + parts]
+        lines.append(_line(name, f"{outputs}x{inputs}", str(rows) if rows else "dense", whole, parts))
+    return [*lines, _line("per block", "", "", *total)]
+
+
+def _line(name: str, shape: str, core: str, whole: int, parts: int) -> str:
+    return f"{name:15} {shape:>12} {core:>5} {f'{whole:,} -> {parts:,}':>22} {f'{2 * whole:,} -> {2 * parts:,}':>22} {1 - parts / whole:6.0%}"
+
+
+def _unit_rows(s: Slot) -> torch.Tensor:
+    """Orthogonal, with rows of length 1 where there are more rows than columns: a ghost is as large as the core that it is made of."""
+    rows, cols = s.shape
+    return orthogonal(max(1.0, math.sqrt(rows / cols)))(s)
+
+
+def _ffn_core(s: Slot) -> torch.Tensor:
+    """Rows as long as those of the dense key, an orthogonal matrix with more rows than columns."""
+    return orthogonal(min(1.0, math.sqrt(s.config.n_embd / s.config.dim_ffn)))(s)
+
+
+def _logit_of_step(s: Slot) -> torch.Tensor:
+    """2 sigmoid(rate) = ttt_lr * ttt_chunk."""
+    half = s.config.ttt_lr * s.config.ttt_chunk / 2
+    return torch.full(s.shape, math.log(half / (1 - half)))
+
+
+def _softplus_inverse_of_step(s: Slot) -> torch.Tensor:
+    return torch.full(s.shape, math.log(math.expm1(s.config.ttt_lr)))
+
+
+def _fast(s: Slot) -> torch.Tensor:
+    heads, three, N, _ = s.shape
+    return torch.randn(s.shape, generator=s.generator) / math.sqrt(N)
+
+
+MEM = BLOCK + r"mem\."
+
+TABLE = [
+    Row(CARRIED, lambda s: torch.tensor(encode(s.config), dtype=torch.float32)),
+    Row(r".*\.order", lambda s: to_digits(torch.arange(s.shape[1]))),
+    Row(ATT + r"(?:receptance|value)\.core\.weight", orthogonal(1.0), decay=True),
+    Row(ATT + r"key\.core\.weight", orthogonal(0.1), decay=True),
+    Row(FFN + r"key\.core\.weight", _ffn_core, decay=True),
+    Row(BLOCK + r"(?:att\.output|ffn\.value)\.core\.weight", constant(0.0), decay=True),
+    Row(r".*\.ghost\.weight", _unit_rows, decay=True),
+    Row(ATT + r"ttt\.rate", _logit_of_step, lr=2.0),
+    Row(ATT + r"ttt\.w1", orthogonal(1.0), lr=2.0),
+    Row(ATT + r"ttt\.w2", constant(0.0), lr=2.0),
+    Row(MEM + r"ln(?:_x)?\.weight", constant(1.0)),
+    Row(MEM + r"ln(?:_x)?\.bias", constant(0.0)),
+    Row(MEM + r"x_[qkv]", shift_mix(0.7)),
+    Row(MEM + r"(?:query|key|value)\.weight", orthogonal(1.0), decay=True),
+    Row(MEM + r"rate\.weight", constant(0.0), lr=2.0),
+    Row(MEM + r"rate\.bias", _softplus_inverse_of_step, lr=2.0),
+    Row(MEM + r"fast", _fast),
+    Row(MEM + r"output\.weight", constant(0.0), decay=True),
+    *rwkv7.TABLE,
+]
