@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..checkpoint.pth import load_into, load_weights, read_config
 from ..config import UserError
 from ..data.tokenizer import load_tokenizer
 from ..models import LanguageModel, build
+from ..ops import backend, rwkv7_step
 from .sampling import check_sampling, sample
 
 PREFILL = 512  # tokens of a prompt read at once: bounds the memory of a long prompt, changes no number beyond rounding
@@ -18,7 +20,7 @@ END_OF_DOCUMENT = 0
 
 
 class Engine:
-    """Recurrent inference with one model. Memory does not grow with the length of the text."""
+    """Recurrent inference with one model, whose weights stay as they are. Memory does not grow with the length of the text."""
 
     def __init__(self, model: LanguageModel, tokenizer) -> None:
         self.model = model.eval()
@@ -27,10 +29,29 @@ class Engine:
     @torch.inference_mode()
     def read(self, tokens: list[int], state: list | None = None) -> tuple[torch.Tensor, list]:
         """Feeds tokens (at least one). Returns the logits after the last one, [1, V], and the new state."""
+        if len(tokens) == 1 and state is not None and self._step is not None:
+            return self._read_one(tokens[0], state)
         idx = torch.tensor([tokens], device=self.model.emb.weight.device)
         for piece in idx.split(PREFILL, dim=1):
             x, state = self.model.features(piece, state, return_state=True)
         return self.model.head(x[:, -1]), state
+
+    @functools.cached_property
+    def _step(self) -> rwkv7_step.Rwkv7Step | None:
+        """The native step for single tokens, where there is one for this model here."""
+        config, weight = self.model.config, self.model.emb.weight
+        if config.model_type != "x070" or weight.device.type != "cpu" or weight.dtype == torch.float64:
+            return None
+        if backend.choose("rwkv7_step", backend.requested(), weight.device, {"cpu": rwkv7_step.why_not, "torch": lambda: ""}) == "torch":
+            return None
+        return rwkv7_step.Rwkv7Step(self.model.state_dict(), config.n_layer, config.head_size)
+
+    def _read_one(self, token: int, state: list) -> tuple[torch.Tensor, list]:
+        weight = self.model.emb.weight
+        att_x, wkv, ffn_x = zip(*state)
+        logits, att_x, wkv, ffn_x = self._step(weight[token].float(), [x.float() for x in att_x], wkv, [x.float() for x in ffn_x])
+        after = zip(att_x.to(weight.dtype).unbind(), wkv.unbind(), ffn_x.to(weight.dtype).unbind())
+        return logits.unsqueeze(0), [block._make(tensors) for block, tensors in zip(state, after)]
 
     def tokens(
         self, prompt: str, length: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None

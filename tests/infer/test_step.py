@@ -1,0 +1,142 @@
+"""The native single-token step against the model itself, which is its slow reference."""
+
+import functools
+
+import pytest
+import torch
+
+from rwkvlm.config import ModelConfig
+from rwkvlm.infer import Engine
+from rwkvlm.models import build, init_weights
+from rwkvlm.ops import backend, rwkv7_step
+
+TOKENS = torch.randint(300, (12,), generator=torch.Generator().manual_seed(1)).tolist()
+SIZES = {
+    "N16": dict(n_layer=2, n_embd=48, head_size=16),
+    "N32": dict(n_layer=3, n_embd=64, head_size=32),
+    "N64": dict(n_layer=2, n_embd=192, head_size=64),
+    "N128": dict(n_layer=2, n_embd=128, head_size=128),
+    "one block": dict(n_layer=1, n_embd=64, head_size=64),
+    "odd ranks": dict(n_layer=2, n_embd=64, head_size=32, rank_w=5, rank_a=17, rank_v=20, rank_g=33, dim_ffn=101),
+}
+
+
+def model_of(size, dtype=torch.float32, in_file=torch.bfloat16, seed=2):
+    """A model whose numbers all fit `in_file`, away from its initial values, where the output would be trivial."""
+    model = build(ModelConfig(vocab_size=300, **SIZES[size]))
+    init_weights(model, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.5 * torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
+            p.copy_(p.to(in_file))
+        for name in ("v0", "v1", "v2"):
+            getattr(model.blocks[0].att, name).fill_(torch.nan)  # unused: a file may lack them
+    return model.to(dtype)
+
+
+def engine_of(model):
+    engine = Engine(model, tokenizer=None)
+    assert engine._step is not None, rwkv7_step.why_not()
+    return engine
+
+
+def by_model(model, state=None, tokens=TOKENS):
+    """Logits after each token and the last state, by the model's own path."""
+    logits = []
+    with torch.inference_mode():
+        for token in tokens:
+            x, state = model(torch.tensor([[token]]), state, return_state=True)
+            logits.append(x[0])
+    return torch.cat(logits), state
+
+
+def by_step(engine, state, tokens=TOKENS):
+    logits = []
+    for token in tokens:
+        x, state = engine.read([token], state)
+        logits.append(x)
+    return torch.cat(logits), state
+
+
+@functools.cache
+def reference(size, in_file):
+    model = model_of(size, in_file=in_file)
+    return model, *by_model(model)
+
+
+def close(got, want, tolerance):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    return (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
+def isa(request):
+    assert not rwkv7_step.why_not()
+    if torch.ops.rwkvlm.rwkv7_step_limit_isa(request.param) != request.param:
+        pytest.skip("not on this processor")
+    yield
+    torch.ops.rwkvlm.rwkv7_step_limit_isa(2)
+
+
+@pytest.mark.parametrize("in_file", [torch.bfloat16, torch.float32], ids=["bf16 file", "fp32 file"])
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_the_model(size, in_file, isa):
+    model, want, want_state = reference(size, in_file)
+    engine = engine_of(model)
+    assert engine._step.head.dtype == in_file, "matrices are kept as narrow as they are, and no narrower"
+    got, state = by_step(engine, model.init_state(1))
+    assert want.std() > 0.1, "a trivial output would prove nothing"
+    assert close(got, want, 1e-5)
+    for block, want_block in zip(state, want_state):
+        assert type(block) is type(want_block)
+        assert all(close(x, y, 1e-5) for x, y in zip(block, want_block))
+
+
+def test_a_bf16_model_is_stepped_in_float32():
+    """Nearer to the exact logits of its weights than its own bf16 arithmetic, with states that both paths read."""
+    model, exact = model_of("N64", torch.bfloat16), model_of("N64").double()
+    want, _ = by_model(exact)
+    own, _ = by_model(model)
+    got, state = by_step(engine_of(model), model.init_state(1))
+    assert state[0].att_x.dtype == torch.bfloat16 and state[0].wkv.dtype == torch.float32
+    assert (got - want).norm() < (own - want).norm() < 0.1 * want.norm()
+
+
+def test_prompt_step_and_prompt_share_their_state():
+    model = model_of("N32")
+    engine = engine_of(model)
+    want, _ = by_model(model)
+    _, state = engine.read(TOKENS[:6])
+    kept = [[x.clone() for x in block] for block in state]
+    _, after = engine.read(TOKENS[6:7], state)
+    assert all(torch.equal(x, y) for block, copy in zip(state, kept) for x, y in zip(block, copy)), "a state is not changed by reading on"
+    logits, _ = engine.read(TOKENS[7:], after)
+    assert close(logits, want[-1:], 1e-5)
+
+
+def test_same_bits_for_any_number_of_threads():
+    engine = engine_of(model_of("N64"))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(by_step(engine, engine.model.init_state(1))[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_kernel_asked_for_decides(monkeypatch):
+    monkeypatch.setattr(backend, "_requested", "torch")
+    assert Engine(model_of("N32"), tokenizer=None)._step is None
+    assert Engine(model_of("N32", torch.float64), tokenizer=None)._step is None
+
+
+def test_wrong_states_are_refused():
+    engine = engine_of(model_of("N32"))
+    state = engine.model.init_state(2)
+    with pytest.raises(RuntimeError, match="rwkv7_step: expected 64 contiguous float32"):
+        engine.read([1], state)
+    with pytest.raises(RuntimeError, match="do not fit 3 blocks"):
+        engine.read([1], engine.model.init_state(1)[:2])
