@@ -4,14 +4,19 @@ Every *.cpp of the folder is compiled once, except cpu.cpp, which is compiled on
 (see cuda/common/isa.h). The compiler is called directly, since torch.utils.cpp_extension.load takes half a minute for what the
 stable ABI of torch makes a matter of seconds. Nothing is built at import. Threads are torch's own (torch::stable::parallel_for):
 no second OpenMP runtime enters the process, none is needed to build, and torch.set_num_threads is obeyed.
+
+A folder without op.cpp has nothing to do with torch: a plain C interface, for commands that should not wait for torch to load.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -22,8 +27,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterator
-
-import torch
 
 from .config import env
 
@@ -45,11 +48,23 @@ class NativeBuildError(RuntimeError):
 @functools.cache
 def load(name: str) -> None:
     """Make the operators of cuda/<name>/ available as torch.ops.rwkvlm.*; builds them on the first use ever. NativeBuildError."""
+    import torch
+
     library = build(name)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise NativeBuildError(f"native kernel {name}: {library} does not load: {_one_line(str(error))}") from None
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """The C functions of cuda/<name>/, a folder without op.cpp; built on the first use ever, torch is not imported. NativeBuildError."""
+    path = build(name)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeBuildError(f"native kernel {name}: {path} does not load: {_one_line(str(error))}") from None
 
 
 @functools.cache
@@ -80,9 +95,15 @@ def build(name: str) -> Path:
     return library
 
 
+def _registers(name: str) -> bool:
+    """Whether the folder registers operators with torch."""
+    return (SOURCE_DIR / name / "op.cpp").exists()
+
+
 def _key(name: str, compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIME_OUT).stdout
-    facts = [version, platform.machine(), torch.__version__, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
+    torch_version = importlib.metadata.version("torch") if _registers(name) else "none"
+    facts = [version, platform.machine(), torch_version, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
     digest = hashlib.sha256("\n".join(facts).encode())
     for folder in ("common", name):
         for source in sorted(p for p in (SOURCE_DIR / folder).glob("*") if p.suffix in (".cpp", ".h")):
@@ -128,8 +149,11 @@ def _compile(name: str, compiler: str, library: Path) -> None:
     print(f"building native kernel {name} (once, about 10 s)", file=sys.stderr, flush=True)
     work = Path(tempfile.mkdtemp(prefix=f"{name}-", suffix=".building", dir=library.parent))
     try:
-        root = Path(torch.__file__).parent
-        common = [compiler, *FLAGS, f"-I{root / 'include'}"]
+        common, linked = [compiler, *FLAGS], []
+        if _registers(name):
+            root = Path(importlib.util.find_spec("torch").origin).parent
+            common.append(f"-I{root / 'include'}")
+            linked = [f"-L{root / 'lib'}", "-ltorch_cpu"]
         jobs = []
         for source in sources:
             variants = INSTRUCTION_SETS if source.name == "cpu.cpp" else {"": []}
@@ -141,7 +165,7 @@ def _compile(name: str, compiler: str, library: Path) -> None:
             list(pool.map(lambda job: _run(name, job[1]), jobs))
         objects = [str(target) for target, _ in jobs]
         built = work / "built.so"
-        _run(name, [compiler, "-shared", *env.cxx_flags(), *objects, "-o", str(built), f"-L{root / 'lib'}", "-ltorch_cpu"])
+        _run(name, [compiler, "-shared", *env.cxx_flags(), *objects, "-o", str(built), *linked])
         os.replace(built, library)
     finally:
         shutil.rmtree(work, ignore_errors=True)
