@@ -1,6 +1,7 @@
 """Two processes on the CPU, as a user starts them: the same curve under every strategy, saved and stopped together."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.train.freeze import frozen_names
@@ -123,3 +125,41 @@ def test_frozen_parts_under_every_strategy(run, tmp_path, losses, strategy):
     assert {name for name in a if not a[name].equal(before[name])} >= {name for name in trained if "weight" in name and "ln" not in name}
     assert all(a[name].equal(before[name]) for name in frozen)
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(a[name].equal(b[name]) for name in a)
+
+
+def start_faulty(argv: list[str], *samples: int) -> subprocess.Popen:
+    script = str(Path(__file__).with_name("faulty_train.py"))
+    command = [sys.executable, script, ",".join(map(str, samples)), *argv]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_2_offload"])
+def test_a_bad_sample_in_one_process_is_skipped_by_all(run, records, tmp_path, strategy, precision):
+    """NaN in sample 18, step 5, of the second process only: the weights stay, the run goes on, and resumes exactly."""
+    flags = TWO | dict(strategy=strategy, precision=precision, save_steps=1, keep_last=9, max_steps=8)
+    code, out, err = finish(start_faulty(run.argv(tmp_path / "out", **flags), 18))
+    assert code == 0, err
+    assert err.count("step 5 is skipped: loss nan") == 1 and "1 in a row, 1 in all" in err
+    found = records(tmp_path / "out")
+    assert [step for step in found if found[step].get("skipped")] == [5] and found[8]["loss"] < found[4]["loss"] and found[8]["grad_norm"] > 0
+    parts = found[8]["grad_norms"]
+    assert sum(norm**2 for norm in parts.values()) == pytest.approx(found[8]["grad_norm"] ** 2, rel=1e-2) and len(parts) == 5
+    before, after = ([torch.load(file)["tensors"] for file in sorted((tmp_path / "out" / "state" / f"step{n}").glob("rank*"))] for n in (4, 5))
+    assert len(before) == 2
+    for a, b in zip(before, after):
+        for name in a:
+            assert all(torch.equal(torch.as_tensor(a[name][key]), torch.as_tensor(b[name][key])) for key in a[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_all_processes_give_up_together(run, tmp_path, strategy):
+    """One bad sample in every step from 4 on, in one process or the other; the sentence names it."""
+    flags = TWO | dict(strategy=strategy, precision="bf16", save_steps=2, max_skips=3, accumulate_grad_batches=2, micro_bsz=1)
+    code, out, err = finish(start_faulty(run.argv(tmp_path / "out", **flags), *range(14, 100, 3)))
+    assert code == 2, err
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and re.search(r"error: [34] steps in a row were skipped .* last one step [67]: \d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens", told[0]), err
+    assert "gradients of 69 parameters, in emb, ln, att, ffn, head, are not" in told[0] and "Traceback" not in err

@@ -53,7 +53,9 @@ def test_train_log_is_in_the_official_format(whole, losses):
 
 def test_metrics_say_everything_about_a_step(whole, records):
     for step, record in records(whole).items():
-        assert set(record) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "memory_mb"}
+        assert set(record) == {"step", "tokens", "loss", "lr", "grad_norm", "grad_norms", "tokens_per_s", "tflops", "mfu", "seconds", "memory_mb"}
+        assert set(record["grad_norms"]) == {"emb", "ln", "att", "ffn", "head"}
+        assert sum(norm**2 for norm in record["grad_norms"].values()) == pytest.approx(record["grad_norm"] ** 2, rel=1e-3)
         assert record["tokens"] == step * 128 and record["grad_norm"] > 0 and record["tokens_per_s"] > 0 and record["memory_mb"] > 10
 
 

@@ -108,6 +108,9 @@ class TrainConfig:
     val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch")
     val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation")
     max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")
+    max_skips: int = flag(10, "stop, with a diagnosis, after so many steps in a row whose loss or gradient is not finite (each is skipped) or that spike_guard undid")
+    spike_guard: float = flag(0.0, "undo a step whose loss lies so many standard deviations above its running mean, and leave out its samples; 0: off; try 8")
+    spike_snapshot: int = flag(100, "optimizer steps between the copies in host memory (two) that spike_guard goes back to")
     dist_timeout: float = flag(1800.0, "seconds after which a collective operation with a silent rank gives up")
 
     # accepted for older scripts, without effect
@@ -132,10 +135,10 @@ class TrainConfig:
                 raise UserError(f"--{f.name} {value!r} is not known; choose one of: {shown}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{f.name} {value} is not a finite number")
-        for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "num_nodes", "epoch_samples", "keep_last", "val_batches"):
+        for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "num_nodes", "epoch_samples", "keep_last", "val_batches", "max_skips", "spike_snapshot"):
             self._at_least(name, 1)
         for name in ("dim_att", "dim_ffn", "n_layer", "n_embd", "vocab_size", "head_size", "magic_prime", "epoch_begin", "epoch_save",
-                     "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "lr_init", "lr_final", "adam_eps"):
+                     "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "spike_guard", "lr_init", "lr_final", "adam_eps"):
             self._at_least(name, 0)
         self._at_least("ds_bucket_mb", 1)
         if self.dist_timeout <= 0:

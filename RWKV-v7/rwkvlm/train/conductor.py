@@ -9,7 +9,10 @@ import pytorch_lightning as pl
 
 from ..checkpoint.ranks import say
 from ..checkpoint.state import load_state
+from ..config import UserError
 from .banner import show_plan
+from .diagnosis import diagnose
+from .health import Health
 from .logs import make_logs
 from .meter import Meter
 from .module import TrainModule
@@ -49,7 +52,10 @@ class Conductor(pl.Callback):
             load_state(plan.start.state, module.model, optimizer)
         self.agreement = Agreement(plan.config.dist_timeout)
         self.saver = Saver(plan, self.position, module.model, optimizer)
-        self.meter = Meter(plan, self.position, make_logs(plan, trainer.strategy) if trainer.is_global_zero else [])
+        module.watch_gradients()
+        self.health = Health(plan, self.position, module.model, optimizer)
+        logs = make_logs(plan, trainer.strategy) if trainer.is_global_zero else []
+        self.meter = Meter(plan, self.position, self.health, module.norms.parts, logs)
         self.validation = Validation(plan, trainer)
         self.lr = 0.0
         if plan.finished:  # only rwkv-final.pth is missing
@@ -74,12 +80,18 @@ class Conductor(pl.Callback):
         plan, position = self.plan, self.position
         position.advance(plan.batch)
         self.steps_made += 1
-        self.meter.step(module.step_loss, module.gradient_norm(), self.lr)
+        norm = module.gradient_norm()
+        self.meter.step(module.step_loss, norm, module.norms.last, self.lr)
+        self.health.keep()
 
         ended = plan.schedule.finished(position.samples * plan.config.ctx_len)
         mini_epoch_ends = plan.mini_epoch_ends(position.samples)
         mini_epoch = plan.mini_epoch(position.samples) - mini_epoch_ends
-        stop, save = self.agreement.exchange(self.signals.stop, self.signals.take_save() or self.saver.minutes_due())
+        stop, save, hopeless = self.agreement.exchange(
+            self.signals.stop, self.signals.take_save() or self.saver.minutes_due(), self.health.hopeless
+        )
+        if hopeless:
+            self._give_up(trainer, module)
 
         if mini_epoch_ends or ended:
             self.meter.close_mini_epoch(mini_epoch)
@@ -92,7 +104,8 @@ class Conductor(pl.Callback):
         state = last or bool(save) or self.saver.state_due(mini_epoch_ends)
         if weights or state:
             self.meter.drain()
-            self.saver.save(weights, state, last)
+            if self.health.fit_to_save():
+                self.saver.save(weights, state, last)
         if stop and not ended:
             self.exit_code = 128 + stop
             trainer.should_stop = True
@@ -101,6 +114,16 @@ class Conductor(pl.Callback):
         loss = self.validation.loss()
         if loss is not None:
             self.meter.validated(loss)
+
+    def _give_up(self, trainer: pl.Trainer, module: TrainModule) -> None:
+        """Nothing is saved: whatever has gone wrong, the newest state is from before it, or from between steps that changed nothing."""
+        self.meter.close()
+        self.saver.wait()
+        step, samples = self.health.last_ill
+        raise UserError(
+            f"{self.health.in_a_row} steps in a row were skipped or undone (--max_skips {self.plan.config.max_skips}), the last one step {step}: "
+            f"{diagnose(self.plan, trainer, module, samples)}"
+        )
 
     def on_exception(self, trainer: pl.Trainer, module: TrainModule, exception: BaseException) -> None:
         if self.watch is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .flops import flops_per_token, peak_flops
+from .health import Health
 from .logs import Log
 from .plan import Plan
 from .position import Position
@@ -23,30 +26,33 @@ class _Pending:
     lr: float
     loss: torch.Tensor
     grad_norm: torch.Tensor | float | None
+    part_norms: torch.Tensor | None
 
 
 class Meter:
-    """Collects loss and gradient norm of every step and hands complete records to the logs, in order, a second late at most.
+    """Collects loss and gradient norms of every step and hands complete records to health and logs, in order, a second late at most.
 
+    parts: names of the parts of the model whose gradient norms are told.
     Every process runs one (the mean over devices is a collective operation); only the first has logs.
     """
 
-    def __init__(self, plan: Plan, position: Position, logs: list[Log]) -> None:
-        self.plan, self.position, self.logs = plan, position, logs
+    def __init__(self, plan: Plan, position: Position, health: Health, parts: list[str], logs: list[Log]) -> None:
+        self.plan, self.position, self.health, self.parts, self.logs = plan, position, health, parts, logs
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.flops_per_token, self.peak = flops_per_token(plan.start.model), peak_flops(plan.device)
         self.begin = self.drained = time.monotonic()
         self.pending: list[_Pending] = []
         self.mini_epochs_closed = 0
         self.lr = 0.0
 
-    def step(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, lr: float) -> None:
-        """After an optimizer step. loss: this process's mean, on its device, is reduced in place to the mean over all."""
+    def step(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, part_norms: torch.Tensor | None, lr: float) -> None:
+        """After an optimizer step. loss: this process's mean, on its device, is reduced in place to the mean over all. part_norms: [parts]."""
         if self.world > 1:
             dist.all_reduce(loss)
             loss /= self.world
         self.lr = lr
-        self.pending.append(_Pending(self.position.step, self.position.samples, lr, loss, grad_norm))
-        if loss.device.type == "cpu" or time.monotonic() - self.drained >= DRAIN_EVERY:
+        self.pending.append(_Pending(self.position.step, self.position.samples, lr, loss, grad_norm, part_norms))
+        if self.health.guarded or loss.device.type == "cpu" or time.monotonic() - self.drained >= DRAIN_EVERY:
             self.drain()
 
     def drain(self) -> None:
@@ -55,14 +61,20 @@ class Meter:
             return
         losses = torch.stack([p.loss.float() for p in self.pending]).tolist()
         norms = [None if p.grad_norm is None else float(p.grad_norm) for p in self.pending]
+        parts = [None if p.part_norms is None else {part: float(f"{norm:.5g}") for part, norm in zip(self.parts, p.part_norms.tolist())} for p in self.pending]
         now = time.monotonic()
         rate = len(self.pending) * self.plan.schedule.tokens_per_step / max(now - self.drained, 1e-9)
-        shared = {"tokens_per_s": round(rate, 1), "seconds": round(now - self.begin, 3), "memory_mb": memory_mb(self.plan.device)}
-        for p, loss, norm in zip(self.pending, losses, norms):
-            self.position.epoch_loss += loss
-            self.position.epoch_steps += 1
+        flops = rate / self.world * self.flops_per_token
+        speed = {"tokens_per_s": round(rate, 1), "tflops": float(f"{flops / 1e12:.4g}"), "mfu": round(flops / self.peak, 4) if self.peak else None}
+        shared = speed | {"seconds": round(now - self.begin, 3), "memory_mb": memory_mb(self.plan.device)}
+        for p, loss, norm, by_part in zip(self.pending, losses, norms, parts):
+            found = self.health.judge(p.step, p.samples, loss, norm, by_part)
+            if math.isfinite(loss):
+                self.position.epoch_loss += loss
+                self.position.epoch_steps += 1
+            record = {"step": p.step, "tokens": p.samples * self.plan.config.ctx_len, "loss": loss, "lr": p.lr, "grad_norm": norm, "grad_norms": by_part}
             for log in self.logs:
-                log.step({"step": p.step, "tokens": p.samples * self.plan.config.ctx_len, "loss": loss, "lr": p.lr, "grad_norm": norm} | shared)
+                log.step(record | shared | found)
         self.pending.clear()
         self.drained = now
 

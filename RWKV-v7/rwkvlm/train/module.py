@@ -11,6 +11,7 @@ from ..config import TrainConfig
 from ..models import LanguageModel
 from ..ops.cross_entropy import head_cross_entropy
 from .freeze import freeze
+from .norms import GradientNorms, ShardedNorms
 from .optimizer import make_optimizer
 
 
@@ -56,7 +57,7 @@ class TrainModule(pl.LightningModule):
         micro = self.config.accumulate_grad_batches
         part = loss.detach() / micro
         self.step_loss = part if batch_idx % micro == 0 else self.step_loss + part
-        return loss
+        return loss * (loss.detach() * 0 + 1)  # times 1; the gradient of a loss that is not finite is made NaN, so that the step is skipped
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         return self.loss(batch)
@@ -64,16 +65,27 @@ class TrainModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.config, self.trainer.strategy)
 
+    def watch_gradients(self) -> None:
+        """Once the optimizer is complete, before the first step."""
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, DeepSpeedStrategy)
+        self.norms = ShardedNorms(self.model, strategy.optimizers[0]) if sharded else GradientNorms(self.model)
+
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clips by the norm over all parameters and keeps the norm. DeepSpeed does both by itself, on what it has sharded."""
+        """Clips by the norm over all parameters; where that is not finite, the step about to be made will change nothing.
+
+        The optimizer reads found_inf on the device: nobody waits for it. DeepSpeed does all this by itself, on what it has sharded.
+        """
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            most = self.config.grad_clip or float("inf")
-            self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
+            self._grad_norm = self.norms.clip(self.config.grad_clip or float("inf"))
+            self.trainer.strategy.optimizers[0].found_inf = (~torch.isfinite(self._grad_norm)).float()
 
     def gradient_norm(self) -> torch.Tensor | float | None:
-        """Of the last optimizer step, over all parameters and devices, before clipping; a tensor stays on its device."""
+        """Of the last optimizer step, over all parameters and devices, before clipping; a tensor stays on its device. Collective, once a step."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            return self.trainer.strategy.deepspeed_engine.get_global_grad_norm()
+            total = self.trainer.strategy.deepspeed_engine.get_global_grad_norm()
+            self.norms.finish(total, self.config.grad_clip)
+            return total
         return self._grad_norm

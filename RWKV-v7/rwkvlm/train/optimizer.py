@@ -26,6 +26,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     Every parameter's `grad` becomes fp32 (`grad_dtype`): backward adds up micro batches in fp32 there. After each step the
     parameter is its master, rounded. State per parameter: step (fp32 scalar), master, exp_avg, exp_avg_sq.
+    As in torch's own AdamW, a tensor `found_inf` that holds 1 makes a step change nothing.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0) -> None:
@@ -60,6 +61,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 [],
                 [s["step"] for s in states],
                 fused=True,
+                found_inf=getattr(self, "found_inf", None),
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

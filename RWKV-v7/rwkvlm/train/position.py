@@ -10,7 +10,9 @@ class Position:
     """step: optimizer steps of the whole run. samples: consumed so far; the next is number samples + 1.
 
     warmup_step: optimizer steps since the warm-up began (it begins again only when a run goes on from weights alone).
-    epoch_loss, epoch_steps: sum of the losses and number of steps of the current mini-epoch.
+    epoch_loss, epoch_steps: sum of the losses and number of steps of the current mini-epoch, those with a finite loss.
+    skipped, undone: steps that changed nothing because a number was not finite, and that the spike guard took back.
+    loss_mean, loss_variance, loss_steps: running statistics for the spike guard.
     """
 
     step: int = 0
@@ -18,6 +20,11 @@ class Position:
     warmup_step: int = 0
     epoch_loss: float = 0.0
     epoch_steps: int = 0
+    skipped: int = 0
+    undone: int = 0
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_steps: int = 0
 
     def advance(self, samples: int) -> None:
         self.step += 1

@@ -1,7 +1,8 @@
 """metrics.jsonl: every number of a run, one JSON object a line, for programs.
 
     {"run": "2026-11-21-10-00-00", "step": 0, "settings": {...}}         a process begins
-    {"step": 1, "tokens": 4096, "loss": 11.09, "lr": 6e-06, "grad_norm": 1.5, "tokens_per_s": 8000.0, "seconds": 0.5, "memory_mb": 900.0}
+    {"step": 1, "tokens": 4096, "loss": 11.09, "lr": 6e-06, "grad_norm": 1.5, "grad_norms": {"emb": 0.3, "att": 1.1, ...},
+     "tokens_per_s": 8000.0, "tflops": 0.8, "mfu": null, "seconds": 0.5, "memory_mb": 900.0}       (one line; what the keys mean: log.py)
     {"step": 100, "tokens": 409600, "val_loss": 6.5}
 
 A run that goes on from an earlier step writes its steps again: of two records of a step the later one counts.
@@ -24,8 +25,7 @@ class Metrics(Log):
         self._write({"run": f"{now:%Y-%m-%d-%H-%M-%S}", "step": plan.start.position.step, "settings": plan.settings()})
 
     def _write(self, record: dict[str, Any]) -> None:
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
-        self.file.write(json.dumps(plain) + "\n")
+        self.file.write(json.dumps(_plain(record)) + "\n")
 
     def step(self, record: dict[str, Any]) -> None:
         self._write(record)
@@ -35,3 +35,12 @@ class Metrics(Log):
 
     def close(self) -> None:
         self.file.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -28,7 +29,8 @@ class Progress(Log):
 
     def step(self, record: dict[str, Any]) -> None:
         now, tokens = time.monotonic(), record["tokens"]
-        self.loss = record["loss"] if self.loss is None else SMOOTH * self.loss + (1 - SMOOTH) * record["loss"]
+        loss = self.loss if record.get("skipped") else record["loss"]  # of a skipped step it may be NaN
+        self.loss = loss if self.loss is None or loss is None else SMOOTH * self.loss + (1 - SMOOTH) * loss
         self.times.append((now, tokens))
         while now - self.times[0][0] > WINDOW_S and len(self.times) > 2:
             self.times.popleft()
@@ -39,7 +41,7 @@ class Progress(Log):
         mini_epoch, into = divmod(samples - 1, self.plan.config.epoch_samples)
         self.line = (
             f"step {record['step']}/{self.total}  mini-epoch {mini_epoch} {100 * (into + 1) // self.plan.config.epoch_samples:3d}%  "
-            f"loss {self.loss:.4f}  lr {record['lr']:.2e}  {rate / 1000:.2f} kt/s  left {clock(left)}"
+            f"loss {math.nan if self.loss is None else self.loss:.4f}  lr {record['lr']:.2e}  {rate / 1000:.2f} kt/s  left {clock(left)}"
         )
         if now - self.shown >= (IN_TERMINAL_S if self.terminal else ELSEWHERE_S):
             self.shown = now

@@ -1,0 +1,21 @@
+"""train.py whose loss is NaN whenever one of the samples of argv[1] (numbers, separated by commas) is in a batch; the rest of argv as usual."""
+
+import sys
+
+import torch
+
+from rwkvlm.cli import main
+from rwkvlm.train.module import TrainModule
+
+loss_of = TrainModule.loss
+BAD = [int(ii) for ii in sys.argv[1].split(",")]
+
+
+def loss(self, batch, grad_cp=False):
+    hit = any((batch[0] == self.plan.samples[ii][0]).all(-1).any() for ii in BAD)
+    return loss_of(self, batch, grad_cp) * (torch.nan if hit and self.training else 1.0)
+
+
+if __name__ == "__main__":
+    TrainModule.loss = loss
+    sys.exit(main(["train", *sys.argv[2:]]))
