@@ -73,7 +73,7 @@ def test_flags_without_effect_are_named():
         (["--my_testing", "x060"], "--my_testing 'x060' is not known; choose one of: x070"),
         (["--strategy", "fsdp"], "--strategy 'fsdp' is not known; choose one of: auto, ddp, deepspeed_stage_1"),
         (["--precision", "fp8"], "--precision 'fp8' is not known; choose one of: auto, fp32, tf32, fp16, bf16"),
-        (["--data_type", "utf-8"], "--data_type 'utf-8' is not known; choose one of: binidx"),
+        (["--data_type", "utf8"], "--data_type 'utf8' is not known; choose one of: binidx, numpy, utf-8, bytes"),
         (["--accelerator", "tpu"], "--accelerator 'tpu' is not known"),
         (["--devices", "two"], "--devices 'two' is not a number of devices"),
         (["--dim_att", "64", "--n_embd", "128"], "--dim_att 64 differs from --n_embd 128"),

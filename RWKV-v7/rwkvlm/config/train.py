@@ -23,7 +23,7 @@ STRATEGIES = (
     "deepspeed_stage_2_offload",
     "deepspeed_stage_3_offload",
 )
-DATA_TYPES = ("binidx",)
+DATA_TYPES = ("binidx", "numpy", "utf-8", "bytes")
 LR_SCHEDULES = ("cosine", "wsd", "constant")
 KERNELS = ("", "auto", "cuda", "cpu", "torch", "@rwkv3")
 MINI_EPOCH = 40320  # samples in an official mini-epoch
@@ -43,8 +43,8 @@ class TrainConfig:
     # files
     load_model: str = flag("", 'weights to start from, a .pth file ("" or "0": none; train_stage 2 and 3 find the newest in proj_dir)')
     proj_dir: str = flag("out", "folder of this run: checkpoints, logs, training state")
-    data_file: str = flag("", "prefix of the training data: DATA_FILE.bin and DATA_FILE.idx")
-    data_type: str = flag("binidx", "format of the training data", DATA_TYPES)
+    data_file: str = flag("", "prefix of the training data, DATA_FILE.bin and DATA_FILE.idx; several are mixed: A:0.7,B:0.3, or A,B in proportion to their sizes")
+    data_type: str = flag("binidx", "format of the training data; other than binidx, DATA_FILE is a file: a .npy of tokens, a text by characters, anything by bytes", DATA_TYPES)
     load_partial: int = flag(0, "1: parameters missing in load_model keep their initial values instead of being an error")
     freeze: str = flag("", "parts of the model that are not trained, by name, separated by commas: emb,head or blocks.0,blocks.*.ffn")
     train_stage: int = flag(0, "1: write rwkv-init.pth and stop; 2 or 3: train, resuming from what proj_dir holds; 0: train from load_model or from scratch")
@@ -104,7 +104,7 @@ class TrainConfig:
     save_steps: int = flag(0, "save the full training state every so many optimizer steps; 0: at the end of each mini-epoch")
     save_minutes: float = flag(0.0, "also save the full training state after so many minutes; 0: no")
     keep_last: int = flag(2, "number of training states kept")
-    val_file: str = flag("", "prefix of held-out data; default: DATA_FILE.val when it exists")
+    val_file: str = flag("", "prefix of held-out data, several separated by commas; default: DATA_FILE.val, where it exists")
     val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch")
     val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation")
     max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")

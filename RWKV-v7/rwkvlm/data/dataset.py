@@ -29,6 +29,8 @@ class Samples(Dataset):
     dataset[array]   x, y int64 [len(array), ctx_len], gathered together
     """
 
+    name: str  # of the data, for people
+
     def windows(self, ii: np.ndarray) -> np.ndarray:
         """The ctx_len + 1 tokens of each sample, [*ii.shape, ctx_len + 1]."""
         raise NotImplementedError
@@ -50,6 +52,7 @@ class _Chunks(Samples):
 
     def __init__(self, data: Tokens | str | Path, ctx_len: int, vocab_size: int = 0) -> None:
         self.data = data if isinstance(data, Tokens) else BinIdx(data)
+        self.name = self.data.prefix
         self.ctx_len = ctx_len
         self.vocab_size = vocab_size
 

@@ -29,11 +29,23 @@ class TokenRange:
 
 
 class Tokens:
-    """prefix: what the user calls it; file: where the tokens are; tokens: [n_tokens] of any integer dtype, read-only."""
+    """prefix: what the user calls it; file: where the tokens are; tokens: [n_tokens] of any integer dtype, read-only.
+
+    vocab_size: 0 where the file does not define its vocabulary itself. The constructor takes the prefix.
+    """
 
     prefix: str
     file: Path
     tokens: np.ndarray
+    vocab_size = 0
+
+    def like(self, prefix: str) -> Tokens:
+        """Another file of the same format and vocabulary."""
+        return type(self)(prefix)
+
+    def tokenizer_json(self) -> str:
+        """The vocabulary that the file defines as a tokenizer.json of Hugging Face's `tokenizers`; "" for none."""
+        return ""
 
     @property
     def n_tokens(self) -> int:

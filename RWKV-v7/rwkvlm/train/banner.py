@@ -16,11 +16,11 @@ def show_plan(plan: Plan) -> None:
 
 
 def describe(plan: Plan) -> dict[str, str]:
-    config, model, run, schedule, data = plan.config, plan.start.model, plan.launch, plan.schedule, plan.samples.data
+    config, model, run, schedule = plan.config, plan.start.model, plan.launch, plan.schedule
     with torch.device("meta"):
         parameters = count_parameters(build(model))
     heads = f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"
-    held_out = f"held out {plan.held_out.data.prefix}" if plan.held_out is not None else "nothing held out"
+    held_out = f"held out {plan.held_out.name}" if plan.held_out is not None else "nothing held out"
     mini_epochs = -(-schedule.exit_tokens // (config.ctx_len * config.epoch_samples))
     accumulated = f" x {config.accumulate_grad_batches} accumulated" if config.accumulate_grad_batches > 1 else ""
     devices = f"{f'{run.num_nodes} nodes x ' if run.num_nodes > 1 else ''}{run.devices} {run.accelerator}"
@@ -29,11 +29,21 @@ def describe(plan: Plan) -> dict[str, str]:
     rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
     return {
         "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {heads}, vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
-        "data": f"{data.prefix}: {data.n_tokens:,} tokens, {plan.token_range}, {held_out}",
-        "order": f"{plan.samples.prime:,} chunks of {config.ctx_len} tokens (magic_prime), mini-epochs of {config.epoch_samples:,} samples",
+        "data": f"{_files(plan)}, {held_out}",
+        "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
         "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epochs, {rate}, warm-up {schedule.warmup_steps} steps",
         "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}, wkv7 in {KERNELS[plan.kernel]}",
         "start": f"{plan.start}; {schedule.steps_left(plan.tokens):,} steps to go",
         "output": f"{plan.proj_dir}",
     }
+
+
+def _files(plan: Plan) -> str:
+    """The one file, or a line for each of several: its share of the samples, and how often the run reads it."""
+    samples = plan.schedule.exit_tokens / plan.config.ctx_len
+    lines = []
+    for part, seen in zip(plan.data.parts, plan.token_ranges):
+        share = "" if len(plan.data.parts) == 1 else f"{100 * float(part.share):.4g}% of the samples, {samples * part.share / part.prime:.3g} passes, "
+        lines.append(f"{part.data.prefix}: {share}{part.data.n_tokens:,} tokens, {seen}")
+    return f",\n{'':10}".join(lines)

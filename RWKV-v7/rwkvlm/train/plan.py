@@ -13,9 +13,10 @@ import torch
 from ..checkpoint import ranks
 from ..checkpoint.state import check, say_damaged
 from ..config import TrainConfig, UserError, env
-from ..data.binidx import BinIdx, idx_path
-from ..data.dataset import HeldOutSamples, TrainingSamples
-from ..data.sampler import magic_prime
+from ..data.binidx import idx_path
+from ..data.dataset import Samples
+from ..data.formats import FORMATS
+from ..data.mixture import Mixture, held_out, open_mixture, prefixes
 from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
@@ -37,9 +38,10 @@ class Plan:
     launch: Launch
     kernel: str
     start: Start
-    samples: TrainingSamples
-    held_out: HeldOutSamples | None
-    token_range: TokenRange | None
+    data: Mixture
+    samples: Samples
+    held_out: Samples | None
+    token_ranges: tuple[TokenRange, ...] | None  # one a file; the first process alone has them
     batch: int
     schedule: Schedule
 
@@ -68,7 +70,7 @@ class Plan:
 
     def settings(self) -> dict[str, object]:
         """Flags and what was decided from them, for logs."""
-        decided = {"real_bsz": self.batch, "magic_prime": self.samples.prime, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
+        decided = {"real_bsz": self.batch, "magic_prime": self.data.order, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
         return self.config.as_dict() | self.start.model.as_dict() | decided
 
     def mini_epoch(self, samples: int) -> int:
@@ -85,28 +87,28 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
 
     damaged: training states that are not to be used.
     """
-    data, prime = check_data(config)
+    config, data = check_data(config)
     check_folder(config)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
     run = launch(config)
     backend.set_kernel(config.kernel)
-    start = find_start(config, prime, damaged)
+    start = find_start(config, data.order, damaged)
     config = replace(config, precision=decide_precision(config, run, start))
     vocab_size = start.model.vocab_size
-    samples = TrainingSamples(data, config.ctx_len, prime, vocab_size)
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
-    exit_tokens = config.my_exit_tokens if config.my_exit_tokens > 0 else prime * config.ctx_len
+    exit_tokens = config.my_exit_tokens if config.my_exit_tokens > 0 else data.chunks * config.ctx_len
     return Plan(
         config=config,
         launch=run,
         kernel=backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config)),
         start=start,
-        samples=samples,
-        held_out=_held_out(config, vocab_size),
-        token_range=data.check_token_range(vocab_size, SCAN_BYTES) if env.first_process() else None,
+        data=data,
+        samples=data.samples(vocab_size),
+        held_out=_held_out(config, data, vocab_size),
+        token_ranges=data.check_token_range(vocab_size, SCAN_BYTES) if env.first_process() else None,
         batch=batch,
         schedule=Schedule(
             config.lr_init, config.lr_final, start.warmup_steps, exit_tokens, batch * config.ctx_len, config.lr_schedule, config.wsd_decay
@@ -148,12 +150,12 @@ def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
     return env.decided_precision()
 
 
-def check_data(config: TrainConfig) -> tuple[BinIdx, int]:
-    """The training data and the prime that orders them."""
+def check_data(config: TrainConfig) -> tuple[TrainConfig, Mixture]:
+    """The training data, and the settings with the vocabulary that the data define, if they do and none is given."""
     if not config.data_file:
         raise UserError("--data_file is missing; give the path without .bin/.idx of a pair made by make_data.py")
-    data = BinIdx(config.data_file)
-    return data, config.magic_prime or magic_prime(data.n_tokens, config.ctx_len)
+    data = open_mixture(config.data_file, config.ctx_len, config.magic_prime, FORMATS[config.data_type])
+    return replace(config, vocab_size=config.vocab_size or data.parts[0].data.vocab_size), data
 
 
 def check_folder(config: TrainConfig) -> None:
@@ -168,11 +170,13 @@ def check_folder(config: TrainConfig) -> None:
         raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
 
 
-def _held_out(config: TrainConfig, vocab_size: int) -> HeldOutSamples | None:
-    """--val_file, else DATA_FILE.val when it exists, else none."""
-    default = f"{config.data_file}.val"
-    if not config.val_file and not idx_path(default).is_file():
-        return None
-    data = BinIdx(config.val_file or default)
-    data.check_token_range(vocab_size, SCAN_BYTES)
-    return HeldOutSamples(data, config.ctx_len, vocab_size)
+def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:
+    """--val_file, else the DATA_FILE.val that exist, else none."""
+    if config.val_file:
+        found = list(prefixes(config.val_file))
+    else:
+        found = [val for part in data.parts if idx_path(val := f"{part.data.prefix}.val").is_file()]
+    files = [data.parts[0].data.like(prefix) for prefix in found]
+    for file in files:
+        file.check_token_range(vocab_size, SCAN_BYTES)
+    return held_out(files, config.ctx_len, vocab_size) if files else None

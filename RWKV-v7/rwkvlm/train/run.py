@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -11,11 +12,12 @@ from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.strategies.launchers import subprocess_script
 from torch.utils.data import DataLoader
 
-from ..checkpoint.ledger import publish_weights
+from ..checkpoint.ledger import publish_weights, write_atomically
 from ..checkpoint.ranks import rank, say
 from ..checkpoint.state import set_aside
-from ..config import TrainConfig, env
+from ..config import TrainConfig, UserError, env
 from ..data.dataset import RankBatches, make_loader
+from ..data.mixture import Mixture
 from .conductor import Conductor
 from .module import TrainModule
 from .plan import Plan, check_data, check_folder, make_plan
@@ -36,6 +38,7 @@ def run(config: TrainConfig) -> int:
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do")
         return 0
+    save_tokenizer(plan.config, plan.data)
     quiet()
     strategy = make_strategy(plan.config)
     return train(plan, strategy)
@@ -45,15 +48,26 @@ def write_init(config: TrainConfig) -> int:
     """--train_stage 1: writes rwkv-init.pth. An untrained one that is there is replaced, a run that has begun is not touched."""
     check_folder(config)
     refuse_to_overwrite(config)
-    sizes = model_sizes(config)
     if config.data_file:
-        check_data(config)[0].check_token_range(sizes.vocab_size)
+        config, data = check_data(config)
+        data.check_token_range(model_sizes(config).vocab_size)
+        save_tokenizer(config, data)
+    sizes = model_sizes(config)
     if env.first_process():
         weights = initial_weights(config, sizes)
         publish_weights(config.proj_dir, INIT_NAME, weights)
         count = sum(tensor.numel() for tensor in weights.values())
         print(f"wrote {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count / 1e6:.6f} M parameters")
     return 0
+
+
+def save_tokenizer(config: TrainConfig, data: Mixture) -> None:
+    """{proj_dir}/tokenizer.json, for data that define their vocabulary. UserError when another one is there: its tokens mean other characters."""
+    if env.first_process() and (text := data.parts[0].data.tokenizer_json()):
+        path = Path(config.proj_dir) / "tokenizer.json"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(f"--data_file {config.data_file} has other characters than {path}, with which this run began; use another --proj_dir")
+        write_atomically(path, text)
 
 
 def train(plan: Plan, strategy: Strategy) -> int:

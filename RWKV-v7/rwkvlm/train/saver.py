@@ -68,7 +68,7 @@ class Saver:
             "position": self.position.as_dict(),
             "model": plan.start.model.as_dict(),
             "ctx_len": plan.config.ctx_len,
-            "magic_prime": plan.samples.prime,
+            "magic_prime": plan.data.order,
             "warmup_steps": plan.schedule.warmup_steps,
             "precision": plan.config.precision,
         }

@@ -1,0 +1,71 @@
+"""Runs on several files and on data that are not binidx: what they say, that they resume exactly, what they refuse."""
+
+import random
+
+import numpy as np
+import pytest
+
+from rwkvlm.cli import main
+from rwkvlm.data.binidx import BinIdx, BinIdxWriter
+
+
+@pytest.fixture(scope="module")
+def mixed(data, tmp_path_factory) -> str:
+    """Two files and their held-out ones, as --data_file names them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    tokens = BinIdx(data).tokens
+    for name, part in (("a", tokens[:9000]), ("b", tokens[9000:] // 2), ("a.val", tokens[:500]), ("b.val", tokens[-700:])):
+        with BinIdxWriter(folder / name) as out:
+            out.add(part)
+    return f"{folder}/a:0.7,{folder}/b:0.3"
+
+
+def test_a_mixture_resumes_to_the_same_losses(run, mixed, losses, tmp_path, capfd):
+    assert run(tmp_path / "whole", data_file=mixed, my_exit_tokens=12 * 128) == 0
+    told = capfd.readouterr().out
+    a, b = (piece.rpartition(":")[0] for piece in mixed.split(","))
+    lines = told[told.index("data  ") :].splitlines()
+    assert lines[0].startswith(f"data      {a}: 70% of the samples, 0.125 passes, 9,000 tokens, token ids ") and lines[0].endswith(" (all checked),")
+    assert lines[1].startswith(f"          {b}: 30% of the samples, 0.0454 passes, 11,000 tokens, token ids ")
+    assert f"held out {a}.val, {b}.val" in told and "586 chunks of 32 tokens, mini-epochs" in told
+    for steps in (5, 4, 0):
+        assert run(tmp_path / "parts", data_file=mixed, my_exit_tokens=12 * 128, max_steps=steps) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 12
+    capfd.readouterr()
+    assert run(tmp_path / "parts", data_file=mixed.replace("0.7", "0.6")) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "--data_file means 269 chunks x 2/3, 317 chunks x 1/3, but" in err and "use the --data_file of that run" in err
+    assert run(tmp_path / "parts", data_file=a) == 2
+    assert "--data_file means 269, but" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("data_type", ["utf-8", "bytes"])
+def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, data_type):
+    rng = random.Random(0)
+    (tmp_path / "text.txt").write_text("".join(rng.choice(["der ", "die ", "das ", "größte ", "→\n"]) for _ in range(3000)))
+    (tmp_path / "val.txt").write_text("der größte→\n" * 20)
+    flags = dict(data_file=tmp_path / "text.txt", data_type=data_type, val_file=tmp_path / "val.txt", vocab_size=None, my_exit_tokens=8 * 128, n_embd=32)
+    assert run(tmp_path / "out", **flags) == 0
+    vocabulary = 1 + len(set((tmp_path / "text.txt").read_text())) if data_type == "utf-8" else 256
+    told = capfd.readouterr().out
+    assert f"vocabulary {vocabulary}, " in told and f"held out {tmp_path}/val.txt" in told and records(tmp_path / "out", "val_loss")
+    model, tokenizer = str(tmp_path / "out" / "rwkv-final.pth"), str(tmp_path / "out" / "tokenizer.json")
+    assert main(["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
+    assert capfd.readouterr().out.startswith("größ")
+
+
+def test_other_characters_are_not_mixed_into_a_run(run, tmp_path, capfd):
+    """As many as before, so that only their meaning has changed."""
+    text = tmp_path / "text.txt"
+    text.write_text("der die das größte→\n" * 300)
+    flags = dict(data_file=text, data_type="utf-8", vocab_size=None, my_exit_tokens=2 * 128, n_embd=32)
+    assert run(tmp_path / "out", **flags) == 0
+    text.write_text(text.read_text().replace("d", "x"))
+    assert run(tmp_path / "out", **flags | dict(my_exit_tokens=9 * 128)) == 2
+    assert f"text.txt has other characters than {tmp_path}/out/tokenizer.json, with which this run began; use another --proj_dir" in capfd.readouterr().err
+
+
+def test_numpy_gives_the_run_of_the_same_tokens(run, data, losses, whole, tmp_path):
+    np.save(tmp_path / "tokens.npy", BinIdx(data).tokens.astype(np.int64))
+    assert run(tmp_path / "out", data_file=tmp_path / "tokens.npy", data_type="numpy", max_steps=4) == 0
+    assert losses(tmp_path / "out") == losses(whole)[:4]
