@@ -220,4 +220,4 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
 
 def test_collectives_give_up_after_dist_timeout():
     for name in ("ddp", "deepspeed_stage_2"):
-        assert make_strategy(TrainConfig(strategy=name, accelerator="cpu", dist_timeout=77.0))._timeout.total_seconds() == 77
+        assert make_strategy(TrainConfig(strategy=name, accelerator="cpu", dist_timeout=7777.0))._timeout.total_seconds() == 7777

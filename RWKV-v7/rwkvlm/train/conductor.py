@@ -50,6 +50,8 @@ class Conductor(pl.Callback):
         self.signals.install()
         if plan.start.state is not None:
             load_state(plan.start.state, module.model, optimizer)
+        if self.watch is not None:
+            self.watch.training_begins()
         self.agreement = Agreement(plan.config.dist_timeout)
         self.saver = Saver(plan, self.position, module.model, optimizer)
         module.watch_gradients()

@@ -93,7 +93,7 @@ def train(plan: Plan, strategy: Strategy) -> int:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     # Its observer kills everything, without a word, some seconds after a process that it started has ended; the Watch says which and why.
     subprocess_script._launch_process_observer = lambda processes: None
-    watch = watch_over(trainer)
+    watch = watch_over(trainer, config.dist_timeout)
     conductor = Conductor(plan, watch)
     trainer.callbacks.append(conductor)
     try:
@@ -110,13 +110,13 @@ def train(plan: Plan, strategy: Strategy) -> int:
     return 0 if watch.parent else conductor.exit_code  # the process that has started others speaks for them
 
 
-def watch_over(trainer: pl.Trainer) -> Watch | None:
+def watch_over(trainer: pl.Trainer, timeout_s: float) -> Watch | None:
     """The Watch of this process, begun; none when it trains alone."""
     if trainer.world_size == 1:
         return None
     started_here = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
     watch = Watch(
-        trainer.strategy._timeout.total_seconds(),
+        timeout_s,
         trainer.global_rank,
         trainer.local_rank,
         processes=lambda: getattr(trainer.strategy.launcher, "procs", ()),

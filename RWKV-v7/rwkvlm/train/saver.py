@@ -17,6 +17,9 @@ from .plan import Plan
 from .position import Position
 
 
+SLOW_DISK = 1800.0  # seconds that one process may write longer than another
+
+
 class Saver:
     """Copies to host memory while training waits, and writes in a thread of its own, with a process group of its own, while it goes on.
 
@@ -27,7 +30,7 @@ class Saver:
     def __init__(self, plan: Plan, position: Position, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
         self.plan, self.position, self.model, self.optimizer = plan, position, model, optimizer
         self._asked = time.monotonic()
-        self._group = ranks.new_group(plan.config.dist_timeout)
+        self._group = ranks.new_group(max(plan.config.dist_timeout, SLOW_DISK))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._under_way: Future[None] | None = None
 

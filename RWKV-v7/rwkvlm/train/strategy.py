@@ -31,6 +31,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from ..config import TrainConfig, UserError, env
 
+START_TIMEOUT = 1800.0  # seconds: processes may take long to come, to build kernels and to read their files; --dist_timeout counts from the first step
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -104,7 +105,7 @@ def _distributed(config: TrainConfig, run: Launch) -> dict:
     atexit.register(_leave)
     return dict(
         process_group_backend="nccl" if run.accelerator == "gpu" else "gloo",
-        timeout=timedelta(seconds=config.dist_timeout),
+        timeout=timedelta(seconds=max(config.dist_timeout, START_TIMEOUT)),
         cluster_environment=_environment(),
     )
 

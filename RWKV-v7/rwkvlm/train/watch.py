@@ -21,8 +21,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..checkpoint import ranks
 
@@ -84,6 +86,10 @@ class Watch:
             self._add(0, "rank 0", own, dict(token=token, rank=self.rank, name=self._own_name()))
         except OSError as error:
             print(f"rank {self.rank} cannot reach rank 0 at {address}:{port} ({error}); a dead process will be noticed late", file=sys.stderr, flush=True)
+
+    def training_begins(self) -> None:
+        """From now on no process may keep the others waiting for longer than timeout_s."""
+        _set_pg_timeout(timedelta(seconds=self.timeout_s))
 
     def _own_name(self) -> str:
         return f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"

@@ -1,0 +1,142 @@
+"""Launched as users do: a dead process ends the run with its name, torchrun restarts it, and two nodes train as one."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkvlm.checkpoint.pth import load_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = str(ROOT / "train.py")
+TWO = dict(devices=2, micro_bsz=2, save_steps=2)
+LONG = TWO | dict(my_exit_tokens=4_000_000, dist_timeout=8)
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(command: list[str], log: Path, **variables: str) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    with open(log, "w") as file:
+        return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"} | variables, stdout=file, stderr=subprocess.STDOUT)
+
+
+def descendants(pid: int) -> list[int]:
+    own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return own + [below for child in own for below in descendants(child)]
+
+
+def ranks_of(pid: int) -> dict[int, int]:
+    """Process ids of the training processes below pid, by LOCAL_RANK."""
+    found = {}
+    for child in descendants(pid):
+        variables = dict(item.split(b"=", 1) for item in Path(f"/proc/{child}/environ").read_bytes().split(b"\0") if b"=" in item)
+        if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes() and b"LOCAL_RANK" in variables:
+            found[int(variables[b"LOCAL_RANK"])] = child
+    return found
+
+
+def gone(pid: int, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        state = Path(f"/proc/{pid}/stat")
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def wait_for_steps(out: Path, steps: int, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count('"loss"') >= steps:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(log.read_text())
+
+
+@pytest.mark.parametrize(
+    "victim, signum, said",
+    [
+        (1, signal.SIGKILL, r"error: rank 1 \(\S+, process \d+\) was killed by SIGKILL; the same command goes on"),
+        pytest.param(0, signal.SIGKILL, r"error: rank 0 \(\S+, process \d+\) died", marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, r"error: rank 1 \(\S+, process \d+\) (has not answered|did not answer) for 8 s \(--dist_timeout\)", marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, r"error: rank 0 \(\S+, process \d+\) (has not answered|did not answer) for 8 s \(--dist_timeout\)", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_dead_or_frozen_process_ends_the_run_with_its_name(run, tmp_path, victim, signum, said):
+    """Lightning's own launch: rank 0 is the user's process, rank 1 its child."""
+    log = tmp_path / "log"
+    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **LONG)], log)
+    wait_for_steps(tmp_path / "out", 3, process, log)
+    child = ranks_of(process.pid)[1]
+    os.kill(process.pid if victim == 0 else child, signum)
+    code = process.wait(60)
+    assert gone(child) and code == (1 if victim else -signal.SIGKILL)
+    text = log.read_text()
+    assert re.search(said, text) and text.count("error: ") == 1 and "Traceback" not in text, text
+
+
+def test_a_process_that_ends_before_it_has_begun_is_named(run, tmp_path):
+    """While rank 0 waits for it to come: the exit code is in the line."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('LOCAL_RANK') == '1': os._exit(7)\n")
+    log = tmp_path / "log"
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **TWO)], log, PYTHONPATH=path)
+    assert process.wait(120) == 1
+    assert re.search(r"error: rank 1 \(process \d+\) ended with exit code 7; ", log.read_text()), log.read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process(run, losses, tmp_path):
+    """With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the run script exports; the weights are those of an undisturbed run."""
+    flags, weights = TWO | dict(my_exit_tokens=60 * 128), []
+    for name, kills in (("a", 0), ("b", 2)):
+        log, out = tmp_path / f"log-{name}", tmp_path / name
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", TRAIN, *run.argv(out, **flags)]
+        process = start(command, log, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        for number in range(kills):
+            wait_for_steps(out, 5 + 15 * number, process, log)
+            os.kill(ranks_of(process.pid)[number], signal.SIGKILL)
+            while (out / "metrics.jsonl").read_text().count('"run"') < number + 2:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
+        assert process.wait(300) == 0, log.read_text()
+        weights.append((out / "rwkv-final.pth").read_bytes())
+    assert "start     training state" in log.read_text() and losses(tmp_path / "a") == losses(tmp_path / "b") and weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+def test_two_nodes_train_as_one_with_two_processes(run, whole, losses, tmp_path, launcher, strategy):
+    """Nodes on loopback: NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it, and torchrun."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    curves = []
+    for nodes in (1, 2):
+        out, started = tmp_path / str(nodes), []
+        argv = run.argv(out, micro_bsz=2, num_nodes=nodes, devices=2 // nodes, strategy=strategy)
+        for node in range(nodes):
+            where, command = {}, [sys.executable, TRAIN]
+            if nodes == 2 and launcher == "python":
+                where = dict(NODE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            elif nodes == 2:
+                torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}", "--master_addr=127.0.0.1"]
+                command = [sys.executable, *torchrun, f"--master_port={port}", TRAIN]
+            started.append(start([*command, *argv], tmp_path / f"log{nodes}{node}", **where))
+        assert [process.wait(300) for process in started] == [0] * nodes, "".join(log.read_text() for log in tmp_path.glob(f"log{nodes}*"))
+        curves.append((losses(out), (out / "rwkv-final.pth").read_bytes()))
+    assert curves[0] == curves[1]
+    assert losses(tmp_path / "2") == pytest.approx(losses(whole), rel=1e-5)
+    said = "".join(log.read_text() for log in tmp_path.glob("log2*"))
+    assert said.count("2 nodes x 1 cpu") == 1 and load_weights(tmp_path / "2" / "rwkv-final.pth")
