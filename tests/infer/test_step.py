@@ -103,6 +103,19 @@ def test_a_bf16_model_is_stepped_in_float32():
     assert (got - want).norm() < (own - want).norm() < 0.1 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_matrices_that_stay_as_they_are_are_in_memory_once(dtype):
+    model = model_of("N32", dtype, in_file=dtype)
+    before, _ = by_model(model)
+    engine = engine_of(model)
+    with torch.inference_mode():
+        engine.read(TOKENS, None)
+    assert engine._step.head.data_ptr() == model.head.weight.data_ptr()
+    assert engine._step.matrices[-1].data_ptr() == model.blocks[-1].ffn.value.weight.data_ptr()
+    assert torch.equal(by_model(model)[0], before)
+    model.head.weight.sum().backward()  # still a parameter
+
+
 def test_prompt_step_and_prompt_share_their_state():
     model = model_of("N32")
     engine = engine_of(model)

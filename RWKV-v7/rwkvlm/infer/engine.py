@@ -37,6 +37,7 @@ class Engine:
         return self.model.head(x[:, -1]), state
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def _step(self) -> rwkv7_step.Rwkv7Step | None:
         """The native step for single tokens, where there is one for this model here."""
         config, weight = self.model.config, self.model.emb.weight
@@ -44,7 +45,7 @@ class Engine:
             return None
         if backend.choose("rwkv7_step", backend.requested(), weight.device, {"cpu": rwkv7_step.why_not, "torch": lambda: ""}) == "torch":
             return None
-        return rwkv7_step.Rwkv7Step(self.model.state_dict(), config.n_layer, config.head_size)
+        return rwkv7_step.Rwkv7Step(self.model.state_dict(keep_vars=True), config.n_layer, config.head_size)
 
     def _read_one(self, token: int, state: list) -> tuple[torch.Tensor, list]:
         weight = self.model.emb.weight

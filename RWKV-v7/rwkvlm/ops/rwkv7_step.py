@@ -8,6 +8,7 @@ models/lm.py, which also reads prompts and serves every other device, batch and 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 
 import torch
@@ -20,11 +21,14 @@ VECTORS = (
     "ln1.weight ln1.bias att.x_r att.x_w att.x_k att.x_v att.x_a att.x_g att.w0 att.a0 att.v0 att.k_k att.k_a att.r_k"
     " att.ln_x.weight att.ln_x.bias ln2.weight ln2.bias ffn.x_k"
 ).split()
+LOW_RANK = tuple(f"att.{letter}{i}" for i in "12" for letter in "wavg")  # [in, out] in the files, all other matrices [out, in]
 MATRICES = (
-    "att.receptance.weight att.key.weight att.value.weight att.w1 att.a1 att.v1 att.g1 att.w2 att.a2 att.v2 att.g2"
-    " att.output.weight ffn.key.weight ffn.value.weight"
-).split()
+    *("att.receptance.weight", "att.key.weight", "att.value.weight"),
+    *LOW_RANK,
+    *("att.output.weight", "ffn.key.weight", "ffn.value.weight"),
+)
 NORMS = ("blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias")
+LINE = 64  # bytes of a cache line
 
 
 def why_not() -> str:
@@ -33,20 +37,28 @@ def why_not() -> str:
 
 
 class Rwkv7Step:
-    """The step of one model. Reads the weights when it is made: later changes of them do not reach it."""
+    """The step of one model. Reads the weights when it is made: later changes of them need not reach it."""
 
     def __init__(self, weights: Mapping[str, Tensor], n_layer: int, head_size: int) -> None:
-        """weights: the model's state dict, on the CPU, float32 or bfloat16. Only where `why_not` has returned ""."""
+        """weights: the model's own tensors by name, on the CPU, float32 or bfloat16. Only where `why_not` has returned "".
+
+        Matrices that the step keeps as they are move into its memory, so that they are not there twice.
+        """
         self.head_size = head_size
-        weights = {name: t.detach() for name, t in weights.items()}
+        weights = dict(weights)
         for name in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"):  # unused, and filled by nobody where the file lacks them
             weights[name] = torch.zeros_like(weights[name])
         blocks = [f"blocks.{i}." for i in range(n_layer)]
         names = [*(block + name for block in blocks for name in MATRICES), "head.weight"]
-        narrow = all(_fits_bfloat16(weights[name]) for name in names)
-        *self.matrices, self.head = (_rows(name, weights[name]).to(torch.bfloat16 if narrow else torch.float32) for name in names)
-        self.vectors = [torch.stack([weights[block + name].float().flatten() for name in VECTORS]) for block in blocks]
-        self.norms = torch.stack([weights[name].float() for name in NORMS])
+        matrices = [weights[name].detach().t() if name.endswith(LOW_RANK) else weights[name].detach() for name in names]
+        dtype = torch.bfloat16 if all(_fits_bfloat16(matrix) for matrix in matrices) else torch.float32
+        copies = _on_large_pages(matrices, dtype)
+        for name, copy in zip(names, copies):
+            if weights[name].dtype == dtype and not name.endswith(LOW_RANK):
+                weights[name].data = copy
+        *self.matrices, self.head = copies
+        self.vectors = [torch.stack([weights[block + name].detach().float().flatten() for name in VECTORS]) for block in blocks]
+        self.norms = torch.stack([weights[name].detach().float() for name in NORMS])
 
     def __call__(self, x: Tensor, att_x: list[Tensor], wkv: list[Tensor], ffn_x: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x: [C], the token's embedding; the state before the token, for each of L blocks: att_x and ffn_x [1, C], wkv [1, H, N, N].
@@ -56,10 +68,20 @@ class Rwkv7Step:
         return torch.ops.rwkvlm.rwkv7_step(x, self.matrices, self.vectors, self.norms, self.head, att_x, wkv, ffn_x, self.head_size)
 
 
-def _rows(name: str, matrix: Tensor) -> Tensor:
-    """Outputs as rows. The low-rank maps are [in, out] in the files, all other matrices [out, in]."""
-    return matrix.t().contiguous() if name[-2:] in {f"{letter}{i}" for letter in "wavg" for i in "12"} else matrix.contiguous()
-
-
 def _fits_bfloat16(matrix: Tensor) -> bool:
     return matrix.dtype == torch.bfloat16 or torch.equal(matrix.bfloat16().to(matrix.dtype), matrix)
+
+
+def _on_large_pages(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in one piece of memory, on large pages where the system grants them: memory is read up to 1.4 times as fast from these."""
+    ends, end = [], 0
+    for matrix in matrices:
+        end += -(-matrix.numel() * dtype.itemsize // LINE) * LINE
+        ends.append(end)
+    memory = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    copies = []
+    for matrix, begin in zip(matrices, [0, *ends]):
+        copies.append(torch.frombuffer(memory, dtype=dtype, count=matrix.numel(), offset=begin).view(matrix.shape).copy_(matrix))
+    return copies
