@@ -115,14 +115,17 @@ def test_torchrun_restarts_a_killed_process(run, losses, tmp_path):
     assert "start     training state" in log.read_text() and losses(tmp_path / "a") == losses(tmp_path / "b") and weights[0] == weights[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "python"])
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
-def test_two_nodes_train_as_one_with_two_processes(run, whole, losses, tmp_path, launcher, strategy):
-    """Nodes on loopback: NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it, and torchrun."""
+def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    curves = []
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, strategy", [("torchrun", "ddp"), ("python", "deepspeed_stage_2"), ("slurm", "ddp")])
+def test_two_nodes_train_as_one_with_two_processes(run, whole, losses, tmp_path, launcher, strategy):
+    """Nodes on loopback: NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it; torchrun; srun's variables."""
+    port, curves = free_port(), []
+    slurm = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="1", SLURM_LOCALID="0", SLURM_JOB_ID="4711", SLURM_JOB_NAME="job", SLURM_NODELIST="localhost")
     for nodes in (1, 2):
         out, started = tmp_path / str(nodes), []
         argv = run.argv(out, micro_bsz=2, num_nodes=nodes, devices=2 // nodes, strategy=strategy)
@@ -130,6 +133,8 @@ def test_two_nodes_train_as_one_with_two_processes(run, whole, losses, tmp_path,
             where, command = {}, [sys.executable, TRAIN]
             if nodes == 2 and launcher == "python":
                 where = dict(NODE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            elif nodes == 2 and launcher == "slurm":
+                where = slurm | dict(SLURM_PROCID=str(node), SLURM_NODEID=str(node), MASTER_PORT=port)
             elif nodes == 2:
                 torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}", "--master_addr=127.0.0.1"]
                 command = [sys.executable, *torchrun, f"--master_port={port}", TRAIN]
@@ -140,3 +145,13 @@ def test_two_nodes_train_as_one_with_two_processes(run, whole, losses, tmp_path,
     assert losses(tmp_path / "2") == pytest.approx(losses(whole), rel=1e-5)
     said = "".join(log.read_text() for log in tmp_path.glob("log2*"))
     assert said.count("2 nodes x 1 cpu") == 1 and load_weights(tmp_path / "2" / "rwkv-final.pth")
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher(run, whole, losses, tmp_path):
+    """It gives every process a --local_rank of its own."""
+    argv = run.argv(tmp_path / "out", **TWO, strategy="deepspeed_stage_2")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}", TRAIN, *argv]
+    process = start(command, tmp_path / "log", DS_ACCELERATOR="cpu")
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)

@@ -121,6 +121,7 @@ class TrainConfig:
     pre_ffn: int = flag(0, "no effect: not part of RWKV-7")
     head_qk: int = flag(0, "no effect: not part of RWKV-7")
     head_size_a: int = flag(0, "older name of head_size")
+    local_rank: int = flag(-1, "what the deepspeed launcher adds to every command; its variables say the same")
 
     def __post_init__(self) -> None:
         self._rename("my_pile_stage", "train_stage")
