@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.log, self.ranges = {}, [], [], True
+        self.etags, self.shift = {}, 0  # by path; how far from the byte asked for the answer begins
 
     @property
     def url(self):
@@ -38,12 +39,17 @@ class Handler(BaseHTTPRequestHandler):
         body = server.files.get(self.path)
         if isinstance(fault, int) or body is None:
             return self.send_error(fault or 404)
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
+        etag = server.etags.get(self.path)
+        if self.headers.get("If-Range") not in (None, etag):
+            wanted = None
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) + server.shift if wanted and server.ranges else 0
         if start >= len(body) and wanted and server.ranges:
             return self.send_error(416)
         self.send_response(206 if wanted and server.ranges else 200)
         if wanted and server.ranges:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if etag:
+            self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         self.wfile.write(body[start : start + fault[1]] if fault else body[start:])
@@ -145,6 +151,48 @@ def test_wrong_files_are_not_put_in_place(server, get, tmp_path):
     assert not (tmp_path / "data" / "mini.bin").exists() and not (tmp_path / "data" / "mini.idx").exists()
     server.files = good
     assert get().n_tokens == 200_000
+
+
+def test_another_file_of_the_same_size_is_not_mixed_in(server, get, tmp_path):
+    """What has come so far is of another file, which only the ETag tells."""
+    server.etags["/mirror/mini.bin"] = '"first"'
+    server.faults = [None, ("drop", 200_000), 404]
+    with pytest.raises(UserError, match="404"):
+        get()
+    server.etags["/mirror/mini.bin"] = '"second"'
+    other = np.random.default_rng(99).integers(1, 65000, 200_000).astype(np.uint16)
+    server.files["/mirror/mini.bin"] = other.tobytes()
+    assert np.array_equal(get().tokens, other) and left(tmp_path) == ["mini.bin", "mini.idx"]
+
+
+@pytest.mark.parametrize("etag", ['"strong"', 'W/"weak"', None])
+def test_the_same_file_goes_on(server, get, etag):
+    server.etags["/mirror/mini.bin"] = etag
+    server.faults = [None, ("drop", 200_000), ("drop", 50_000)]
+    assert np.array_equal(get().tokens, origin(server))
+    assert [wanted for path, wanted in server.log if path.endswith("bin")] == [None, "bytes=200000-", "bytes=250000-"]
+
+
+def test_a_server_that_sends_another_part(server, get):
+    server.shift, server.faults = -1000, [None, ("drop", 200_000)]
+    said = []
+    assert np.array_equal(get(say=said.append).tokens, origin(server))
+    assert any("was asked for byte 200000 and sends bytes 199000-399999/400000" in line for line in said)
+    assert [wanted for path, wanted in server.log if path.endswith("bin")] == [None, "bytes=200000-", None]
+
+
+def test_tokens_outside_the_vocabulary(server, tmp_path):
+    """Right in size and index, wrong inside."""
+    good = server.files["/mirror/mini.bin"]
+    wrong = bytearray(good)
+    wrong[123_456:123_458] = (65530).to_bytes(2, "little")
+    server.files["/mirror/mini.bin"] = bytes(wrong)
+    remote = Remote("mini", server.url, 200_000, 65530)
+    with pytest.raises(UserError, match="does not hold mini: .*mini.bin holds token 65530 at position 61728.*it was removed") as caught:
+        fetch(remote, tmp_path / "data" / "mini", lambda line: None, pause=0.0)
+    assert "\n" not in str(caught.value) and left(tmp_path) == ["mini.download/mini.idx"]
+    server.files["/mirror/mini.bin"] = good
+    assert fetch(remote, tmp_path / "data" / "mini", lambda line: None, pause=0.0).n_tokens == 200_000
 
 
 def test_a_file_that_shrank_is_fetched_anew(server, get, tmp_path):

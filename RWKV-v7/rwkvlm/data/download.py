@@ -23,15 +23,20 @@ TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True)
 class Remote:
-    """{url}/{name}.idx and {url}/{name}.bin, which together hold n_tokens tokens."""
+    """{url}/{name}.idx and {url}/{name}.bin, which together hold n_tokens tokens below vocab_size; n_docs 0: not known."""
 
     name: str
     url: str
     n_tokens: int
+    vocab_size: int = 65536
+    n_docs: int = 0
 
 
-# Source: RWKV-LM, RWKV-v7/train_temp/demo-training-prepare.sh
-MINIPILE = Remote("minipile", "https://huggingface.co/datasets/BlinkDL/minipile-tokenized/resolve/main/rwkv_vocab_v20230424", 1498226207)
+# Source: RWKV-LM, RWKV-v7/train_temp/demo-training-prepare.sh; the World tokenizer gives ids up to 65529
+MINIPILE = Remote("minipile", "https://huggingface.co/datasets/BlinkDL/minipile-tokenized/resolve/main/rwkv_vocab_v20230424", 1498226207, 65530)
+# Source: demo-training-prepare-v7-pile.sh there; an index of 4212099722 bytes is 42 + 20 a document. It is not offered for download.
+PILE = Remote("pile_20B_tokenizer_text_document", "", 332115325534, 50304, 210604984)
+KNOWN = {"minipile": MINIPILE, "pile": PILE}
 
 
 def minipile() -> Remote:
@@ -42,8 +47,9 @@ def minipile() -> Remote:
 def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print, pause: float = 1.0) -> BinIdx:
     """{prefix}.bin/.idx, downloaded unless they are there, checked in size, index and number of tokens.
 
-    Until all is checked the files rest in the folder {prefix}.download, from where the next call goes on. `pause`: seconds before
-    the second attempt, doubled for each further one. UserError when the server does not deliver, or delivers something else.
+    Until all is checked, every token included, the files rest in the folder {prefix}.download, from where the next call goes on. `pause`:
+    seconds before the second attempt, doubled for each further one. UserError when the server does not deliver, or delivers something
+    else, which is removed.
     """
     prefix = Path(prefix)
     if idx_path(prefix).exists() and bin_path(prefix).exists():
@@ -65,13 +71,28 @@ def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print
             idx_path(here).unlink()
             raise UserError(f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)") from None
         download(f"{remote.url}/{remote.name}.bin", bin_path(here), index.n_bytes, say, pause)
-        BinIdx(here)
+        say(f"checking {bin_path(here)}")
+        try:
+            BinIdx(here).check_token_range(remote.vocab_size, index.n_bytes)
+        except UserError as error:
+            bin_path(here).unlink()
+            raise UserError(f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)") from None
         bin_path(here).replace(bin_path(prefix))
         idx_path(here).replace(idx_path(prefix))
         shutil.rmtree(folder)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}; choose another place or free some space") from None
     return BinIdx(prefix)
+
+
+def check_is(data: BinIdx, remote: Remote) -> None:
+    """UserError when the pair has not the numbers of tokens and documents that the data set has. Its tokens are not looked at."""
+    try:
+        _check_count(data.n_tokens, remote)
+        if remote.n_docs and data.n_docs != remote.n_docs:
+            raise UserError(f"the index counts {data.n_docs} documents, and {remote.name} has {remote.n_docs}")
+    except UserError as error:
+        raise UserError(f"{data.prefix} is another data set: {error}") from None
 
 
 def _check_count(n_tokens: int, remote: Remote) -> None:
@@ -86,7 +107,7 @@ class _Interrupted(Exception):
 def download(url: str, path: Path, size: int | None, say: Callable[[str], None] = print, pause: float = 1.0) -> None:
     """The file at `url`, of `size` bytes if given, goes to `path` by way of {path}.partial, from which a later attempt goes on.
 
-    Nothing is done if `path` exists with that size. UserError after ATTEMPTS fruitless attempts in a row, at once for an answer that will
+    It goes on only with the same file, as far as the server can tell (ETag). Nothing is done if `path` exists with that size. UserError after ATTEMPTS fruitless attempts in a row, at once for an answer that will
     not change (404, another size).
     """
     if path.exists() and size in (None, path.stat().st_size):
@@ -106,6 +127,12 @@ def download(url: str, path: Path, size: int | None, say: Callable[[str], None] 
             say(f"{url}: {reason}; trying again")
             time.sleep(min(pause * 2**fruitless, LONGEST_PAUSE))
     partial.replace(path)
+    _etag(partial).unlink(missing_ok=True)
+
+
+def _etag(partial: Path) -> Path:
+    """Where the server's name for the contents of a partial file is kept."""
+    return partial.with_name(partial.name + ".etag")
 
 
 def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], None]) -> None:
@@ -114,9 +141,15 @@ def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], Non
     if size is not None and have == size:
         return
     try:
-        with urllib.request.urlopen(_request(url, have), timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(_request(url, partial, have), timeout=TIMEOUT) as answer:
             if answer.status != 206:
                 have = 0  # the whole file comes, from its beginning
+            elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                partial.write_bytes(b"")
+                raise _Interrupted(f"the server was asked for byte {have} and sends {answer.headers.get('Content-Range', 'it does not say which')}")
+            _etag(partial).unlink(missing_ok=True)
+            if (name := answer.headers.get("ETag", "")).startswith('"'):  # W/"..." does not promise the same bytes
+                _etag(partial).write_text(name)
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else size
             if size is not None and total != size:
@@ -140,8 +173,11 @@ def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], Non
         raise UserError(f"{url} is not a web address: {error}") from None
 
 
-def _request(url: str, have: int) -> urllib.request.Request:
-    return urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _request(url: str, partial: Path, have: int) -> urllib.request.Request:
+    if not have:
+        return urllib.request.Request(url)
+    same = {"If-Range": _etag(partial).read_text()} if _etag(partial).exists() else {}
+    return urllib.request.Request(url, headers={"Range": f"bytes={have}-"} | same)
 
 
 def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, total: int | None, url: str, say: Callable[[str], None]) -> None:
