@@ -24,7 +24,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def test_a_run_writes_what_the_ecosystem_knows(whole, losses):
-    assert files(whole) == ["metrics.jsonl", "rwkv-0.pth", "rwkv-2.pth", "rwkv-final.pth", "rwkv-init.pth", "state", "train_log.txt"]
+    assert files(whole) == ["metrics.jsonl", "report.html", "rwkv-0.pth", "rwkv-2.pth", "rwkv-final.pth", "rwkv-init.pth", "state", "train_log.txt"]
     assert len(losses(whole)) == 30
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_weights(whole / "rwkv-final.pth").values())
     assert same_weights(whole / "rwkv-2.pth", whole / "rwkv-final.pth")

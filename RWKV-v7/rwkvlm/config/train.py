@@ -120,6 +120,7 @@ class TrainConfig:
     my_pile_edecay: int = flag(0, "no effect: the decay of the learning rate follows my_exit_tokens")
     pre_ffn: int = flag(0, "no effect: not part of RWKV-7")
     head_qk: int = flag(0, "no effect: not part of RWKV-7")
+    tensorboard: int = flag(0, "1: also log for TensorBoard, into proj_dir/tensorboard")
     head_size_a: int = flag(0, "older name of head_size")
     local_rank: int = flag(-1, "what the deepspeed launcher adds to every command; its variables say the same")
 
@@ -146,8 +147,9 @@ class TrainConfig:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
-        if self.grad_cp not in (0, 1):
-            raise UserError(f"--grad_cp {self.grad_cp} is not known; use 0 or 1")
+        for name in ("grad_cp", "tensorboard"):
+            if getattr(self, name) not in (0, 1):
+                raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:
             raise UserError(f"--wsd_decay {self.wsd_decay} must lie in (0, 1]: a share of the training")
         for name in ("beta1", "beta2"):

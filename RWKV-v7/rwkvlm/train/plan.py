@@ -91,6 +91,8 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     check_folder(config)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard 1: tensorboard is not installed; pip install tensorboard, or leave --tensorboard out")
     run = launch(config)
     backend.set_kernel(config.kernel)
     start = find_start(config, data.order, damaged)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import logging
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -152,13 +153,22 @@ class Ddp(DDPStrategy):
 
 
 class DeepSpeed(DeepSpeedStrategy):
-    """Lightning's strategy, with gradients that are averages over micro batches, and without the memory tables that DeepSpeed prints."""
+    """Lightning's strategy, with gradients that are averages over micro batches, and without what DeepSpeed prints."""
 
     def backward(self, *args, **kwargs) -> torch.Tensor:
         """Lightning divides the loss by the number of micro batches; DeepSpeed must not do it again (it would shift gradient clipping)."""
         return super().backward(*args, scale_wrt_gas=False, **kwargs)
 
+    def optimizer_step(self, *args, **kwargs):
+        """After a step that DeepSpeed has skipped, with the optimizer offloaded, 0.19.8 would add the next gradients to those that are not finite."""
+        result = super().optimizer_step(*args, **kwargs)
+        zero = self.deepspeed_engine.optimizer
+        if getattr(zero, "overflow", False) and getattr(zero, "cpu_offload", False):
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        return result
+
     def _setup_model_and_optimizer(self, *args, **kwargs):
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # after its import, which sets it; skipped steps are told by Health
         with redirect_stdout(io.StringIO()):
             return super()._setup_model_and_optimizer(*args, **kwargs)
 

@@ -10,6 +10,8 @@ from ..plan import Plan
 from .log import Log
 from .metrics import Metrics
 from .progress import Progress
+from .report import Report
+from .tensorboard import TensorBoard
 from .train_log import TrainLog
 from .weights_and_biases import WeightsAndBiases
 
@@ -18,9 +20,11 @@ __all__ = ["Log", "make_logs"]
 
 def make_logs(plan: Plan, strategy: Strategy) -> list[Log]:
     now = datetime.now()
-    logs: list[Log] = [TrainLog(plan, getattr(strategy, "config", None), now), Metrics(plan, now)]
+    logs: list[Log] = [TrainLog(plan, getattr(strategy, "config", None), now), Metrics(plan, now), Report(plan.proj_dir)]
     if plan.config.wandb:
         logs.append(WeightsAndBiases(plan, now))
+    if plan.config.tensorboard:
+        logs.append(TensorBoard(plan))
     if plan.config.enable_progress_bar:
         logs.append(Progress(plan))
     return logs
