@@ -35,6 +35,7 @@ from rwkvlm.config import ModelConfig
 from rwkvlm.infer import Engine, load_engine
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.precision import fp32_matmul_choice
+from rwkvlm.ops.rwkv7_step import on_large_pages
 
 TOLERANCE = {"package fp32": 2e-4, "ours fp32": 2e-4, "ours bf16": 5e-2}  # of the logits, whose deviation is about 0.5
 BAR = {"decode": 1.5, "prefill": 2.0}  # ours fp32 over the package, tokens/s
@@ -110,7 +111,7 @@ def measure(forms: dict[str, Form], options: argparse.Namespace) -> dict[str, di
     """Seconds a token of each round: {"decode" | "prefill" | "memory": {form: [...]}}; "memory" is a sum over the bytes of its weights."""
     vocabulary = forms["package fp32"].read([0], None)[0].numel()
     prompt = torch.randint(vocabulary, (options.prompt,), generator=torch.Generator().manual_seed(2)).tolist()
-    buffer = torch.ones(max(form.weights for form in forms.values()) // 4)
+    (buffer,) = on_large_pages([torch.ones(max(form.weights for form in forms.values()) // 4)], torch.float32)
     states = {name: form.read(prompt, None)[1] for name, form in forms.items()}
     for name, form in forms.items():  # TorchScript specialises during the first calls
         form.read(prompt, None)

@@ -37,7 +37,8 @@ INLINE void load_pair(const float* p, vf& x, vf& y) {
   y = load(p + W);
 }
 INLINE void load_pair(const bf16* p, vf& x, vf& y) {
-  const vu both = (vu)load(reinterpret_cast<const float*>(p));
+  vu both;
+  memcpy(&both, p, sizeof both);
   x = (vf)(both << 16);
   y = (vf)(both & 0xffff0000u);
 }

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string.h>
+
 #include <tuple>
 #include <vector>
 
@@ -62,9 +64,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, std::vector<Tensor> ma
     const auto down = [&](int j) { return read.matrix(m[j], -1, C); };
     const auto up = [&](int j, int from) { return read.matrix(m[j], C, m[from].size(0)); };
     const float* v = floats(vectors[i], kVectors * C);
+    const float* rows[kVectors];
+    for (int64_t j = 0; j < kVectors; j++) rows[j] = v + j * C;
     Vectors named;
-    const float** slot = &named.ln1_weight;
-    for (int64_t j = 0; j < kVectors; j++) slot[j] = v + j * C;
+    static_assert(sizeof rows == sizeof named);
+    memcpy(&named, rows, sizeof named);
     model.blocks.push_back({.receptance = square(0), .key = square(1), .value = square(2),
                             .w1 = down(3), .a1 = down(4), .v1 = down(5), .g1 = down(6),
                             .w2 = up(7, 3), .a2 = up(8, 4), .v2 = up(9, 5), .g2 = up(10, 6),
