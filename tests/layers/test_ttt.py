@@ -73,7 +73,7 @@ def test_one_step_by_hand(head, target):
 def test_derivatives_through_the_steps(settings):
     """Second order: the outer loss sees how the update depends on the state, the keys, the rate and the head."""
     ttt = make(**settings)
-    S, K, V = problem(ttt)
+    S, K, V = (x[:1] for x in problem(ttt, tokens=3))
 
     def step(S, K, *parameters):
         named = dict(zip(dict(ttt.named_parameters()), parameters))
@@ -81,7 +81,7 @@ def test_derivatives_through_the_steps(settings):
         return torch.func.functional_call(_Step(ttt), {f"ttt.{name}": p for name, p in named.items()}, (S, K, V, eta))
 
     parameters = [p.detach().clone().requires_grad_() for p in ttt.parameters()]
-    assert torch.autograd.gradcheck(step, (S.requires_grad_(), K.requires_grad_(), *parameters))
+    assert torch.autograd.gradcheck(step, (S.requires_grad_(), K.requires_grad_(), *parameters), fast_mode=True)
 
 
 class _Step(torch.nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import UserError
 from .model import MODEL_TYPES
+from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, core_ratio_of
 
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
 STRATEGIES = (
@@ -50,7 +51,7 @@ class TrainConfig:
     train_stage: int = flag(0, "1: write rwkv-init.pth and stop; 2 or 3: train, resuming from what proj_dir holds; 0: train from load_model or from scratch")
 
     # model
-    my_testing: str = flag("x070", "model type", MODEL_TYPES)
+    my_testing: str = flag("x070", "model type", (*MODEL_TYPES, "x070_phantom"))
     vocab_size: int = flag(0, "vocabulary size; 0: from the checkpoint, else 65536")
     n_layer: int = flag(0, "number of blocks; 0: from the checkpoint, else 6")
     n_embd: int = flag(0, "width; 0: from the checkpoint, else 512")
@@ -61,6 +62,28 @@ class TrainConfig:
     rank_a: int = flag(0, "low rank of the in-context learning rate; 0: as rank_w")
     rank_v: int = flag(0, "low rank of the value residual; 0: as rank_w")
     rank_g: int = flag(0, "low rank of the gate; 0: as rank_w")
+
+    # Phantom (--my_testing phantom); -1 and "": from the checkpoint, else the default in [config/phantom.py]
+    core_ratio: float = flag(-1.0, "Phantom: share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers; else 0.2")
+    ghost_ratio: float = flag(-1.0, "Phantom: 1 - core_ratio")
+    core_ratios: str = flag("", "Phantom: other core ratios for some matrices: ffn.key=1,att.output=0.5")
+    ghost_activation: str = flag("", "Phantom: between core and ghost; else identity", ("", *ACTIVATIONS))
+    ttt_enabled: int = flag(-1, "Phantom: 1: test-time training, 0: none; else 1")
+    ttt_kind: str = flag("", "Phantom: steps on the wkv state, or a memory beside it; else state", ("", *TTT_KINDS))
+    ttt_chunk: int = flag(-1, "Phantom: tokens between two steps, a multiple of 16; else 64 (memory: 256)")
+    ttt_lr: float = flag(-1.0, "Phantom: first step size per token of ttt_chunk, learned from there; else 0.01")
+    ttt_steps: int = flag(-1, "Phantom: steps at each segment's end; else 1")
+    ttt_core_ratio: float = flag(-1.0, "Phantom: share of the state's value rows that are stepped on; else 0.25")
+    ttt_head: int = flag(-1, "Phantom: 1: a prediction head in the inner loss; else 1")
+    ttt_target: str = flag("", "Phantom: what a key shall recall: what the delta rule has stored, or the value; else stored", ("", *TTT_TARGETS))
+    ttt_anchor: float = flag(-1.0, "Phantom: pull towards the state before the steps; without effect when ttt_steps is 1; else 0.01")
+    ttt_second_order: int = flag(-1, "Phantom: 1: the loss is differentiated through the inner gradient; else 1")
+    ttt_meta: int = flag(-1, "Phantom: 1: adds the inner loss on the segment after each step to the loss; else 0")
+    ttt_loss_weight: float = flag(-1.0, "Phantom: weight of ttt_meta's term; else 0.1")
+    memory_dim: int = flag(-1, "Phantom: width of the memory; else half of n_embd in whole heads")
+    max_depth_iter: int = flag(-1, "Phantom: passes through each block with the same weights; else 1")
+    dropout: float = flag(-1.0, "Phantom: share of each branch's outputs set to zero in training; else 0")
+    layer_norm_eps: float = flag(-1.0, "Phantom: epsilon of the LayerNorms; else 1e-5")
 
     # batches and their order
     ctx_len: int = flag(1024, "tokens per sample")
@@ -127,6 +150,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._rename("my_pile_stage", "train_stage")
         self._rename("head_size_a", "head_size")
+        if self.my_testing == "x070_phantom":
+            object.__setattr__(self, "my_testing", "phantom")
         if self.load_model == "0":
             object.__setattr__(self, "load_model", "")
         for f in fields(self):
@@ -172,6 +197,17 @@ class TrainConfig:
         if getattr(self, name) < least:
             raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
 
+    def phantom_settings(self) -> dict[str, Any]:
+        """Those fields of a PhantomConfig that flags were given for."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"].startswith("Phantom: ") and getattr(self, f.name) != f.default}
+        ratio = core_ratio_of(given.get("core_ratio"), given.pop("ghost_ratio", None))
+        for name in ("ttt_enabled", "ttt_head", "ttt_second_order", "ttt_meta"):
+            if name in given:
+                if given[name] not in (0, 1):
+                    raise UserError(f"--{name} {given[name]} is not known; use 0 or 1")
+                given[name] = bool(given[name])
+        return given if ratio is None else given | {"core_ratio": ratio}
+
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
@@ -182,4 +218,6 @@ class TrainConfig:
             help = f.metadata["help"]
             if help.startswith("no effect: ") and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
+            if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no Ghost layers and no test-time training")
         return lines

@@ -25,10 +25,10 @@ from .table import Row, Slot
 
 
 class PhantomState(NamedTuple):
-    """State of one pass through a block: RWKV-7's (with a TttState as wkv where TTT steps on it), and the memory's or None."""
+    """State of one pass through a block: RWKV-7's (with a TttState as wkv where TTT steps on it), and the memory's where there is one."""
 
     block: BlockState
-    memory: MemoryState | None
+    memory: MemoryState | tuple[()]
 
 
 class PhantomBlock(Block):
@@ -46,7 +46,7 @@ class PhantomBlock(Block):
         state = super().init_state(batch, device, dtype)
         if self.att.ttt is not None:
             state = state._replace(wkv=self.att.ttt.init_state(state.wkv))
-        memory = None if self.mem is None else self.mem.init_state(batch, device, dtype)
+        memory = () if self.mem is None else self.mem.init_state(batch, device, dtype)
         return [PhantomState(state, memory)] * self.passes
 
     def forward(
@@ -56,9 +56,9 @@ class PhantomBlock(Block):
             x = self.ln0(x)
         new_state = []
         for i in range(self.passes):
-            block, memory = state[i] if state is not None else (None, None)
+            block, memory = state[i] if state is not None else (None, ())
             if self.mem is not None:
-                read, memory = self.mem(x, memory, return_state)
+                read, memory = self.mem(x, memory or None, return_state)
                 x = x + read
             x, v, block = self.mix(x, v_first, block, return_state)
             v_first = v_first if v_first is not None else v
@@ -98,17 +98,16 @@ def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dic
     """The weights of an RWKV-7 in the form of this model, whose own parts that RWKV-7 has not keep the values that they have in it."""
     converted = dict(tensors)
     for name, own in model.state_dict().items():
-        matrix, _, part = name.rpartition(".core.")
-        if part:
-            rows = own.shape[0]
-            core, ghost, order = factorise(converted.pop(f"{matrix}.weight").float(), rows)
+        matrix, core, _ = name.partition(".core.")
+        if core:
+            core, ghost, order = factorise(converted.pop(f"{matrix}.weight").float(), own.shape[0])
             converted |= {f"{matrix}.core.weight": core, f"{matrix}.ghost.weight": ghost, f"{matrix}.order": to_digits(order)}
         elif name == CARRIED or ".ttt." in name or ".mem." in name:
             converted[name] = own
     return converted
 
 
-def describe(config: PhantomConfig) -> list[str]:
+def costs(config: PhantomConfig) -> list[str]:
     """Parameters and FLOPs per token of a block's large matrices, dense beside ghost, as the lines of a table."""
     lines = [f"{'matrix':15} {'shape':>12} {'core':>5} {'parameters':>22} {'FLOPs/token':>22} {'saved':>6}"]
     total = [0, 0]

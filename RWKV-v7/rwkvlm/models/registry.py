@@ -30,12 +30,17 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
     return groups_from_table(model, RECIPES[model.config.model_type].TABLE, weight_decay)
 
 
-def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel, seed: int) -> Mapping[str, torch.Tensor]:
-    """A file's weights in the form that the model has them: those of an RWKV-7, for a Phantom, factorised; what is new gets its initial values."""
+def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
+    """A file's weights in the form that the model has them: for a Phantom, those of an RWKV-7 are factorised, and what is new there is as it is
+    in the model."""
     if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
         return tensors
-    init_weights(model, seed)
     return phantom.from_rwkv7(tensors, model)
+
+
+def costs(config: ModelConfig) -> list[str]:
+    """Lines of a table of parameters and FLOPs, for models whose matrices are not all dense."""
+    return phantom.costs(config) if config.model_type == "phantom" and config.has_ghosts else []
 
 
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:

@@ -83,7 +83,7 @@ class Conductor(pl.Callback):
         position.advance(plan.batch)
         self.steps_made += 1
         norm = module.gradient_norm()
-        self.meter.step(module.step_loss, norm, module.norms.last, self.lr)
+        self.meter.step(module.step_loss, module.step_terms, norm, module.norms.last, self.lr)
         self.health.keep()
 
         ended = plan.schedule.finished(position.samples * plan.config.ctx_len)

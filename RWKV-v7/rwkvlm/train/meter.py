@@ -25,6 +25,7 @@ class _Pending:
     samples: int
     lr: float
     loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
     grad_norm: torch.Tensor | float | None
     part_norms: torch.Tensor | None
 
@@ -45,13 +46,16 @@ class Meter:
         self.mini_epochs_closed = 0
         self.lr = 0.0
 
-    def step(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, part_norms: torch.Tensor | None, lr: float) -> None:
-        """After an optimizer step. loss: this process's mean, on its device, is reduced in place to the mean over all. part_norms: [parts]."""
+    def step(
+        self, loss: torch.Tensor, terms: dict[str, torch.Tensor], grad_norm: torch.Tensor | float | None, part_norms: torch.Tensor | None, lr: float
+    ) -> None:
+        """After an optimizer step. loss and terms: this process's means, on its device, are reduced in place to means over all. part_norms: [parts]."""
         if self.world > 1:
-            dist.all_reduce(loss)
-            loss /= self.world
+            for mean in (loss, *terms.values()):
+                dist.all_reduce(mean)
+                mean /= self.world
         self.lr = lr
-        self.pending.append(_Pending(self.position.step, self.position.samples, lr, loss, grad_norm, part_norms))
+        self.pending.append(_Pending(self.position.step, self.position.samples, lr, loss, terms, grad_norm, part_norms))
         if self.health.guarded or loss.device.type == "cpu" or time.monotonic() - self.drained >= DRAIN_EVERY:
             self.drain()
 
@@ -73,6 +77,7 @@ class Meter:
                 self.position.epoch_loss += loss
                 self.position.epoch_steps += 1
             record = {"step": p.step, "tokens": p.samples * self.plan.config.ctx_len, "loss": loss, "lr": p.lr, "grad_norm": norm, "grad_norms": by_part}
+            record |= {name: float(value) for name, value in p.terms.items()}
             for log in self.logs:
                 log.step(record | shared | found)
         self.pending.clear()

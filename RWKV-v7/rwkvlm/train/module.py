@@ -35,12 +35,14 @@ class TrainModule(pl.LightningModule):
     """Loss, optimizer and gradient clipping; `attach` gives it its model. What happens around the steps is the Conductor's.
 
     step_loss: mean loss of this process's micro batches in the current optimizer step, on the device (nothing waits for it)
+    step_terms: likewise, what else the model has its training lower, by name and without its weight
     """
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
         self.step_loss: torch.Tensor | None = None
+        self.step_terms: dict[str, torch.Tensor] = {}
         self._grad_norm: torch.Tensor | None = None
 
     def attach(self, model: LanguageModel) -> None:
@@ -48,19 +50,22 @@ class TrainModule(pl.LightningModule):
         self.model = model
         self.head_loss = HeadLoss(model.head.weight, self.config.head_chunk)
 
-    def loss(self, batch: tuple[torch.Tensor, torch.Tensor], grad_cp: bool = False) -> torch.Tensor:
-        x, y = batch
-        return self.head_loss(self.model.features(x, grad_cp=grad_cp), y)
-
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss = self.loss(batch, bool(self.config.grad_cp))
+        idx, targets = batch
+        x, terms = self.model.for_training(idx, bool(self.config.grad_cp))
+        cross_entropy = self.head_loss(x, targets)
         micro = self.config.accumulate_grad_batches
-        part = loss.detach() / micro
-        self.step_loss = part if batch_idx % micro == 0 else self.step_loss + part
+        if batch_idx % micro == 0:
+            self.step_loss, self.step_terms = 0.0, dict.fromkeys(terms, 0.0)
+        self.step_loss = self.step_loss + cross_entropy.detach() / micro
+        for name, (_, value) in terms.items():
+            self.step_terms[name] = self.step_terms[name] + value.detach() / micro
+        loss = sum((weight * value for weight, value in terms.values()), start=cross_entropy)
         return loss * (loss.detach() * 0 + 1)  # times 1; the gradient of a loss that is not finite is made NaN, so that the step is skipped
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self.loss(batch)
+        idx, targets = batch
+        return self.head_loss(self.model.features(idx), targets)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.config, self.trainer.strategy)

@@ -13,7 +13,8 @@ from .. import models
 from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights, read_config
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
-from ..config import ModelConfig, TrainConfig, UserError
+from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
+from ..config.phantom import TRAINING_ONLY
 from .position import Position
 
 SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
@@ -81,7 +82,7 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
             )
-    model = _agree(config, ModelConfig(**info.meta["model"]), info.path)
+    model = _agree(config, model_config(**info.meta["model"]), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
 
 
@@ -125,23 +126,48 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
 def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
     """Sizes from the checkpoint at path, where there is one, and the flags; UserError where they contradict each other."""
     if path is not None:
-        return _agree(config, read_config(load_weights(path)), path)
+        found = read_config(load_weights(path))
+        if config.my_testing == "phantom" and found.model_type == "x070":
+            found = _phantom_of(config, found, path)
+        return _agree(config, found, path)
     given = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
-    return _dim_att_fits(config, ModelConfig(model_type=config.my_testing, **given))
+    if config.my_testing == "phantom":
+        given |= config.phantom_settings()
+    return _flags_fit(config, model_config(config.my_testing, **given))
+
+
+def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomConfig:
+    """The Phantom that an RWKV-7 becomes: its Ghost layers are factorised matrices, whose rows come in an order of their own."""
+    sizes = model_config("phantom", **{name: getattr(found, name) for name in SIZES}, **config.phantom_settings(), ghost_permuted=True)
+    if sizes.has_ghosts and sizes.ghost_activation != "identity":
+        raise UserError(f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity")
+    return sizes
 
 
 def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
+    if config.my_testing != found.model_type:
+        raise UserError(f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or give another checkpoint")
     deeper = bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
         if given and given != there and not (deeper and name == "n_layer"):
             raise UserError(f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint")
-    return _dim_att_fits(config, found.with_(n_layer=config.n_layer) if deeper else found)
+    own = config.phantom_settings() if isinstance(found, PhantomConfig) else {}
+    for name, given in own.items():
+        if name not in TRAINING_ONLY and given != (there := getattr(found, name)):
+            raise UserError(f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint")
+    found = found.with_(**{name: given for name, given in own.items() if name in TRAINING_ONLY})
+    return _flags_fit(config, found.with_(n_layer=config.n_layer) if deeper else found)
 
 
-def _dim_att_fits(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if config.dim_att and config.dim_att != model.n_embd:
         raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; RWKV-7 needs them equal (leave --dim_att out)")
+    if isinstance(model, PhantomConfig) and model.ttt_enabled and config.ctx_len <= model.ttt_chunk:
+        raise UserError(
+            f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: no token would come after a step, and nothing would train it; "
+            "use a longer --ctx_len, or --ttt_enabled 0"
+        )
     return model
 
 
@@ -151,7 +177,8 @@ def build_model(config: TrainConfig, sizes: ModelConfig, path: Path | None) -> m
     if path is not None:
         tensors = load_weights(path)
         if model.state_dict().keys() - tensors.keys():
-            models.init_weights(model, seed_of(config) if config.load_partial else 0)
+            models.init_weights(model, seed_of(config) if config.load_partial or isinstance(sizes, PhantomConfig) else 0)
+            tensors = models.adapted(tensors, model)
         kept = load_into(model, tensors, bool(config.load_partial))
         if kept and config.load_partial:
             say(f"{len(kept)} tensors are not in {path} and keep their initial values: {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}")

@@ -1,0 +1,197 @@
+"""RWKV-7 TTT Phantom as a library: the model's public face over the package rwkvlm.
+
+    from rwkv7_ttt_phantom import create_model
+    model = create_model()
+    logits, state = model(idx)
+    tokens = model.generate([1, 2, 3], max_new_tokens=20)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights, read_config
+from rwkvlm.config import PhantomConfig, TrainConfig, UserError
+from rwkvlm.config.phantom import core_ratio_of
+from rwkvlm.infer.sampling import check_sampling, sample
+from rwkvlm.models import adapted, init_weights
+from rwkvlm.models.lm import State
+from rwkvlm.models.phantom import Phantom
+from rwkvlm.ops import backend
+
+__all__ = ["RWKV7Phantom", "RWKV7PhantomConfig", "UserError", "create_model", "load_pretrained_rwkv7", "load_state", "save_state", "train_model"]
+
+READ = 512  # tokens of a prompt read at once
+
+
+@dataclass(frozen=True)
+class RWKV7PhantomConfig:
+    """The settings of a model. What they mean: rwkvlm.config.PhantomConfig.
+
+    n_head and head_size: n_embd is their product. core_ratio and ghost_ratio sum to 1; either may be left out (core_ratio: 0.2).
+    use_svd_compression, svd_rank_ratio, use_sparsity and sparsity_ratio say what `python -m rwkvlm compress` shall do with the trained
+    model; they change neither its training nor its size before. use_cuda_kernel False: plain PyTorch in the place of the native kernels.
+    """
+
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 12
+    head_size: int = 64
+    vocab_size: int = 65536
+    core_ratio: float | None = None
+    ghost_ratio: float | None = None
+    core_ratios: str = ""
+    ghost_activation: str = "identity"
+    ttt_enabled: bool = True
+    ttt_kind: str = "state"
+    ttt_chunk: int = 0
+    ttt_lr: float = 0.01
+    ttt_steps: int = 1
+    ttt_core_ratio: float = 0.25
+    ttt_head: bool = True
+    ttt_target: str = "stored"
+    ttt_anchor: float = 0.01
+    ttt_second_order: bool = True
+    ttt_meta: bool = False
+    ttt_loss_weight: float = 0.1
+    memory_dim: int = 0
+    max_depth_iter: int = 1
+    use_svd_compression: bool = False
+    svd_rank_ratio: float = 0.5
+    use_sparsity: bool = False
+    sparsity_ratio: float = 0.3
+    dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    use_cuda_kernel: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n_head * self.head_size != self.n_embd:
+            raise UserError(f"n_head {self.n_head} times head_size {self.head_size} is not n_embd {self.n_embd}; change one of them")
+        for name in ("svd_rank_ratio", "sparsity_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} must lie in (0, 1]")
+        ratio = core_ratio_of(self.core_ratio, self.ghost_ratio)
+        object.__setattr__(self, "core_ratio", PhantomConfig.core_ratio if ratio is None else ratio)
+        object.__setattr__(self, "ghost_ratio", 1 - self.core_ratio)
+        self.sizes()
+
+    def sizes(self, **changes: Any) -> PhantomConfig:
+        """The same for the package. Raises UserError for what does not fit together."""
+        known = {f.name for f in fields(PhantomConfig)}
+        return PhantomConfig(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in known} | changes)
+
+
+class RWKV7Phantom(Phantom):
+    """The model, with its state as part of each call."""
+
+    def forward(self, idx: torch.Tensor, state: State | None = None, return_state: bool = True) -> torch.Tensor | tuple[torch.Tensor, State]:
+        """idx: [B, T] int64. Returns logits [B, T, V] and the state after them; the logits alone with return_state False."""
+        return super().forward(idx, state, return_state)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: list[int] | torch.Tensor,
+        max_new_tokens: int = 20,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        state: State | None = None,
+    ) -> list[int] | torch.Tensor:
+        """Continues a prompt, all of which is read: a list of tokens, or [T] or [B, T] int64. Returns the new tokens in the same form, without the prompt."""
+        check_sampling(temperature, top_p, top_k)
+        device = self.emb.weight.device
+        idx = torch.as_tensor(prompt, dtype=torch.int64, device=device)
+        rows = idx if idx.dim() == 2 else idx[None]
+        if rows.shape[1] == 0:
+            raise UserError("the prompt is empty; give at least one token")
+        generator = torch.Generator(device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        was_training, found = self.training, []
+        self.eval()
+        for piece in rows.split(READ, dim=1):
+            x, state = self.features(piece, state, return_state=True)
+        for left in range(max_new_tokens - 1, -1, -1):
+            found.append(sample(self.head(x[:, -1]), temperature, top_p, top_k, generator))
+            if left:
+                x, state = self.features(found[-1][:, None], state, return_state=True)
+        self.train(was_training)
+        new = torch.stack(found, 1) if found else rows[:, :0]
+        new = new if idx.dim() == 2 else new[0]
+        return new if isinstance(prompt, torch.Tensor) else new.tolist()
+
+
+def create_model(config: RWKV7PhantomConfig | None = None, seed: int = 0) -> RWKV7Phantom:
+    """A model with its initial values."""
+    config = config or RWKV7PhantomConfig()
+    _choose_kernel(config)
+    model = RWKV7Phantom(config.sizes())
+    init_weights(model, seed)
+    return model
+
+
+def _choose_kernel(config: RWKV7PhantomConfig) -> None:
+    if not config.use_cuda_kernel:
+        backend.set_kernel("torch")
+
+
+def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfig | None = None, seed: int = 0) -> RWKV7Phantom:
+    """A Phantom from a .pth file of RWKV-7, whose sizes come from the file and whose switches from config, or from a Phantom's file, which says all.
+
+    An RWKV-7's matrices become Ghost layers of least error (layers/ghost.py); test-time training begins with its initial values. With
+    core_ratio 1 and ttt_enabled False the logits are RWKV-7's to the bit.
+    """
+    config, tensors = config or RWKV7PhantomConfig(), load_weights(checkpoint_path)
+    _choose_kernel(config)
+    sizes = read_config(tensors)
+    if sizes.model_type != "phantom":
+        sizes = config.sizes(**sizes.as_dict() | {"model_type": "phantom", "ghost_permuted": True})
+        if sizes.has_ghosts and sizes.ghost_activation != "identity":
+            raise UserError(f"ghost_activation {sizes.ghost_activation!r}: the matrices of an RWKV-7 can only be factorised with the identity")
+    model = RWKV7Phantom(sizes)
+    init_weights(model, seed)
+    load_into(model, adapted(tensors, model))
+    return model
+
+
+def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7PhantomConfig | None = None, **flags: Any) -> RWKV7Phantom:
+    """Trains on DATA_PATH.bin and .idx into output_dir with the trainer of train.py, and returns the model.
+
+    flags: those of train.py (lr_init=..., strategy="deepspeed_stage_2", ...). Called again, it goes on where it stopped. Raises UserError
+    for what does not fit, and RuntimeError when training was stopped before its end by a signal.
+    """
+    from rwkvlm.train.run import run  # Lightning takes seconds to import
+
+    config = config or RWKV7PhantomConfig()
+    given = {f.name for f in fields(TrainConfig)}
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name in given - {"ghost_ratio", "ttt_chunk", "memory_dim"}}
+    sizes = config.sizes()
+    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim} | ({} if config.use_cuda_kernel else {"kernel": "torch"})
+    settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
+    code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
+    if code:
+        raise RuntimeError(f"training was stopped by signal {code - 128}; its state is saved in {output_dir}, the same call goes on from it")
+    final, newest = Path(output_dir) / "rwkv-final.pth", newest_weights(output_dir)
+    return load_pretrained_rwkv7(final if final.exists() or newest is None else newest[0], config)
+
+
+def save_state(path: str | Path, state: State) -> None:
+    """Writes a state as a list of tensors."""
+    torch.save(pytree.tree_leaves(state), path)
+
+
+def load_state(path: str | Path, model: Phantom) -> State:
+    """A state that save_state has written for a model of these sizes, on the model's device. Raises UserError for another model's."""
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    like = model.init_state(tensors[0].shape[0] if tensors else 1)
+    shapes = [leaf.shape for leaf in pytree.tree_leaves(like)]
+    if [t.shape for t in tensors] != shapes:
+        raise UserError(f"{path} is the state of another model; make it again with this one")
+    moved = [t.to(leaf.device) for t, leaf in zip(tensors, pytree.tree_leaves(like))]
+    return pytree.tree_unflatten(moved, pytree.tree_structure(like))

@@ -1,0 +1,369 @@
+"""Phantom: every mode against every other, RWKV-7 inside it to the bit, its files, its table and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
+from rwkvlm.config import ModelConfig, PhantomConfig, UserError, model_config
+from rwkvlm.config.phantom import CARRIED, MATRICES, decode, encode
+from rwkvlm.models import adapted, build, count_parameters, init_weights, param_groups
+from rwkvlm.models.phantom import costs
+
+SIZES = dict(n_layer=2, n_embd=64, vocab_size=37, head_size=32)
+VARIANTS = {
+    "default, segments of 64": {},
+    "segments of 16": dict(ttt_chunk=16),
+    "three steps, ghosts with ReLU": dict(ttt_chunk=16, ttt_steps=3, ghost_activation="relu"),
+    "two passes": dict(ttt_chunk=16, max_depth_iter=2),
+    "two passes, segments of 64": dict(max_depth_iter=2),
+    "values as targets, no head": dict(ttt_chunk=32, ttt_target="value", ttt_head=False, core_ratio=1.0),
+    "ghosts only": dict(ttt_enabled=False),
+    "memory": dict(ttt_kind="memory", ttt_chunk=16),
+    "memory, two passes": dict(ttt_kind="memory", ttt_chunk=64, max_depth_iter=2),
+}
+EXACT = 2e-5  # far below what a step does (test_a_step_changes_what_comes_after_it_and_only_that)
+OFF = dict(core_ratio=1.0, ttt_enabled=False)
+
+
+def alive(config, dtype=torch.float32, seed=0):
+    """A model away from its initial values, with keys and steps so large that what a step does is seen in the logits."""
+    model = build(config).to(dtype)
+    init_weights(model, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=g, dtype=torch.float64).to(dtype) / p.shape[-1] ** 0.5)
+        for name, p in model.named_parameters():
+            if name.endswith(("att.key.weight", "att.key.core.weight")):
+                p.mul_(8)
+            elif name.endswith(("ttt.rate", "mem.rate.bias")):
+                p.fill_(0.2)
+    return model.eval()
+
+
+def tokens(batch, length, seed=2):
+    return torch.randint(SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
+
+
+def leaves(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [leaf for part in state if part is not None for leaf in leaves(part)]
+
+
+def rows_of(state, make):
+    """A state whose tensors are make(tensor), of the same structure."""
+    if state is None or isinstance(state, torch.Tensor):
+        return state if state is None else make(state)
+    parts = [rows_of(part, make) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else parts
+
+
+def joined(states):
+    """States of single sequences as the state of a batch."""
+    flat = zip(*(leaves(state) for state in states))
+    batch = iter([torch.cat(tensors) for tensors in flat])
+    return rows_of(states[0], lambda _: next(batch))
+
+
+@pytest.mark.parametrize("variant,length", [*((variant, 75) for variant in VARIANTS), ("segments of 16", 80)])
+def test_whole_sequence_pieces_and_single_tokens_agree(variant, length):
+    model = alive(model_config("phantom", **SIZES, **VARIANTS[variant]))
+    idx = tokens(3, length)
+    with torch.no_grad():
+        whole, end = model(idx, return_state=True)
+        assert relative(model(idx), whole) == 0
+        for pieces in ([1] * length, [16, length - 16], [3, 1, 61, length - 65], [length - 1, 1]):
+            state, parts = model.init_state(3), []
+            for piece in idx.split(pieces, dim=1):
+                part, state = model(piece, state, return_state=True)
+                parts.append(part)
+            assert relative(torch.cat(parts, 1), whole) < EXACT, pieces
+            for block, want in zip(state, end):
+                for one, other in zip(block, want):
+                    assert relative(one.block.att_x, other.block.att_x) < 1e-4
+                    wkv, wkv_want = (getattr(s.block.wkv, "wkv", s.block.wkv) for s in (one, other))
+                    assert relative(wkv, wkv_want) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["segments of 16", "two passes, segments of 64", "memory", "memory, two passes"])
+def test_sequences_at_different_positions_in_one_batch(variant):
+    model = alive(model_config("phantom", **SIZES, **VARIANTS[variant]))
+    starts, more = (3, 31, 64, 70), 80
+    texts = [tokens(1, start + more, seed) for seed, start in enumerate(starts)]
+    with torch.no_grad():
+        states = [model(text[:, :start], return_state=True)[1] for text, start in zip(texts, starts)]
+        together = torch.cat([text[:, start:] for text, start in zip(texts, starts)])
+        want = torch.cat([model(text)[:, start:] for text, start in zip(texts, starts)])
+        for pieces in ([more], [1] * more, [7, 33, 40]):
+            state, parts = joined(states), []
+            for piece in together.split(pieces, dim=1):
+                part, state = model(piece, state, return_state=True)
+                parts.append(part)
+            assert relative(torch.cat(parts, 1), want) < EXACT, pieces
+
+
+@pytest.mark.parametrize("variant", ["segments of 16", "memory"])
+def test_a_step_changes_what_comes_after_it_and_only_that(variant):
+    settings = dict(SIZES, core_ratio=1.0, **VARIANTS[variant])
+    model, idx = alive(model_config("phantom", **settings)), tokens(2, 48)
+    with torch.no_grad():
+        before = model(idx)
+        for name, p in model.named_parameters():
+            if name.endswith(("ttt.rate", "mem.rate.bias")):
+                p.fill_(-30.0)  # a step of size zero
+        after = model(idx)
+    assert relative(after[:, :16], before[:, :16]) == 0
+    assert relative(after[:, 16:32], before[:, 16:32]) > 20 * EXACT
+
+
+@pytest.mark.parametrize("kind", ["state", "memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_switched_off_it_is_rwkv7_to_the_bit(tmp_path, kind, dtype):
+    plain = alive(ModelConfig(**SIZES), dtype)
+    phantom = build(model_config("phantom", **SIZES, **OFF, ttt_kind=kind)).to(dtype).eval()
+    assert list(phantom.state_dict()) == list(plain.state_dict())
+    load_into(phantom, plain.state_dict())
+    idx = tokens(2, 75)
+    with torch.no_grad():
+        assert torch.equal(phantom(idx), plain(idx))
+        got, state = phantom(idx[:, :40], return_state=True)
+        want, state_want = plain(idx[:, :40], return_state=True)
+        assert torch.equal(got, want)
+        assert torch.equal(phantom(idx[:, 40:], state), plain(idx[:, 40:], state_want))
+    first, second = build(ModelConfig(**SIZES)), build(model_config("phantom", **SIZES, **OFF))
+    for model in (first, second):
+        init_weights(model, 5)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    save_weights(tmp_path / "m.pth", phantom.state_dict())
+    assert read_config(load_weights(tmp_path / "m.pth")) == ModelConfig(**SIZES)
+
+
+def test_gradients_are_those_of_rwkv7_when_switched_off():
+    grads = []
+    for config in (ModelConfig(**SIZES), model_config("phantom", **SIZES, **OFF)):
+        model = alive(config).train()
+        x, terms = model.for_training(tokens(2, 30))
+        model.head(x).square().mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        assert terms == {}
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_is_trained(variant):
+    """DDP and ZeRO need this; grad_cp changes nothing."""
+    config = model_config("phantom", **SIZES, **VARIANTS[variant])
+    idx, found = tokens(2, 80), []
+    for grad_cp in (False, True):
+        model = alive(config).train()
+        x, terms = model.for_training(idx, grad_cp)
+        (model.head(x).square().mean() + sum(w * t for w, t in terms.values())).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in found[0].items():
+        assert grad is not None and grad.abs().max() > 0, name
+        assert relative(found[1][name], grad) < 1e-5, name
+
+
+def test_gradients_against_finite_differences_of_the_whole_model():
+    """Float64, through two segments, of what only TTT has and of what it reads."""
+    model = alive(model_config("phantom", **(SIZES | dict(n_layer=1)), ttt_chunk=16, ttt_target="value"), torch.float64)
+    idx, g = tokens(1, 40), torch.Generator().manual_seed(0)
+
+    def loss():
+        return model(idx)[:, 16:].square().mean()
+
+    loss().backward()
+    for name, p in model.named_parameters():
+        if ".ttt." in name or name.endswith(("att.k_k", "att.w0", "att.a0", "att.x_k", "att.key.core.weight")):  # what the targets do not depend on
+            direction, eps = torch.randn(p.shape, generator=g, dtype=torch.float64), 1e-6
+            with torch.no_grad():
+                values = []
+                for sign in (1, -1):
+                    p.add_(sign * eps * direction)
+                    values.append(loss())
+                    p.sub_(sign * eps * direction)
+            slope, want = (p.grad * direction).sum(), (values[0] - values[1]) / (2 * eps)
+            assert math.isclose(slope, want, rel_tol=1e-5, abs_tol=1e-9), name
+
+
+def test_memory_of_the_state_is_constant():
+    for variant in ("default, segments of 64", "memory"):
+        model = alive(model_config("phantom", **SIZES, **VARIANTS[variant]))
+        with torch.inference_mode():
+            state = model.init_state(1)
+            sizes = sorted(leaf.nbytes for leaf in leaves(state))
+            for at in range(0, 10_000, 1250):
+                _, state = model(tokens(1, 1249, at), state, return_state=True)
+                logits, state = model(tokens(1, 1, at), state, return_state=True)
+                assert sorted(leaf.untyped_storage().nbytes() for leaf in leaves(state)) <= [2 * s + 2**14 for s in sizes]
+                assert sorted(leaf.nbytes for leaf in leaves(state)) == sizes
+            assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_file_says_all_that_the_model_is(tmp_path, variant):
+    config = model_config("phantom", **SIZES, **VARIANTS[variant], ttt_loss_weight=0.5, dropout=0.1, layer_norm_eps=1e-4, core_ratios="ffn.key=1,att.output=0.5")
+    model = alive(config)
+    save_weights(tmp_path / "m.pth", model.state_dict())
+    tensors = load_weights(tmp_path / "m.pth")
+    again = build(read_config(tensors)).eval()
+    load_into(again, tensors)
+    assert again.config == config.with_(ttt_loss_weight=0.1, dropout=0.0), "what only training needs is not in the file"
+    with torch.no_grad():
+        assert torch.equal(again(tokens(1, 70)), _rounded(model)(tokens(1, 70)))
+
+
+def _rounded(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    return model
+
+
+def test_what_a_file_carries_survives_every_format():
+    config = PhantomConfig(**SIZES, core_ratio=1 / 3, ttt_lr=0.0123456789, core_ratios="ffn.key=1")
+    numbers = torch.tensor(encode(config), dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert decode(numbers.to(dtype).tolist()) == config.carried()
+    for damaged in (numbers + 1, numbers[:100], torch.full((512,), torch.nan)):
+        with pytest.raises(UserError, match="phantom_config cannot be read"):
+            decode(damaged.tolist())
+
+
+def test_rwkv7_becomes_a_phantom_with_the_least_error():
+    config = ModelConfig(**SIZES, dim_ffn=192)
+    plain = alive(config)
+    phantom = build(model_config("phantom", **SIZES, dim_ffn=192, core_ratio=0.25, ghost_permuted=True))
+    init_weights(phantom, 0)
+    load_into(phantom, adapted(plain.state_dict(), phantom))
+    for block in range(2):
+        for name in MATRICES:
+            weight = plain.get_submodule(f"blocks.{block}.{name}").weight.detach()
+            module = phantom.get_submodule(f"blocks.{block}.{name}")
+            rows = phantom.config.core_rows(name)
+            with torch.no_grad():
+                rebuilt = module(torch.eye(weight.shape[1])).T
+            best = torch.linalg.svdvals(weight.double())[rows:].norm() if rows else torch.zeros(())
+            assert abs((rebuilt - weight).norm() - best) <= 1e-5 * weight.norm(), name
+    new = build(phantom.config)
+    init_weights(new, 0)
+    for name, tensor in new.state_dict().items():
+        if ".ttt." in name or name == CARRIED:
+            assert torch.equal(phantom.state_dict()[name], tensor), name
+
+
+def test_core_rows_follow_the_ratios_and_never_cost_more():
+    config = PhantomConfig(n_embd=768, n_layer=1)
+    assert {name: config.core_rows(name) for name in MATRICES} == dict.fromkeys(MATRICES, 152) | {"ffn.key": 616}
+    assert PhantomConfig(n_embd=768, core_ratio=0.25).core_rows("ffn.key") == 0, "it would save nothing"
+    some = PhantomConfig(n_embd=768, core_ratio=1.0, core_ratios="att.key=0.5,ffn.value=0.1")
+    assert [some.core_rows(name) for name in MATRICES] == [0, 384, 0, 0, 0, 80]
+    for ratio in (0.05, 0.2, 0.24, 0.5, 0.99):
+        c = PhantomConfig(n_embd=256, core_ratio=ratio)
+        for name in MATRICES:
+            inputs, outputs = c.matrix_shape(name)
+            rows = c.core_rows(name)
+            assert rows * (inputs + outputs - rows) < inputs * outputs
+
+
+def test_the_table_of_costs_counts_what_the_model_has():
+    config = PhantomConfig(n_embd=256, n_layer=2, head_size=64, vocab_size=100)
+    with torch.device("meta"):
+        model = build(config)
+    held = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.1.") and (".core." in name or ".ghost." in name))
+    lines = costs(config)
+    assert f"-> {held:,} " in lines[-1] and f"{2 * held:,}" in lines[-1] and len(lines) == 8
+    assert "16%" in next(line for line in costs(PhantomConfig(n_embd=768)) if line.startswith("ffn.key"))
+    assert count_parameters(model) == sum(t.numel() for name, t in model.state_dict().items() if name != CARRIED)
+
+
+def test_initial_values_keep_the_scale_of_rwkv7():
+    """A ghost layer's outputs are as large at the start as those of the matrix that it stands for."""
+    config = dict(n_layer=1, n_embd=256, vocab_size=50, head_size=64)
+    plain, ghost = build(ModelConfig(**config)), build(PhantomConfig(**config, ttt_enabled=False))
+    for model in (plain, ghost):
+        init_weights(model, 0)
+    x = torch.randn(500, 256, generator=torch.Generator().manual_seed(0))
+    for name in MATRICES:
+        if name == "ffn.value":
+            continue
+        with torch.no_grad():
+            a, b = (model.get_submodule(f"blocks.0.{name}")(x) for model in (plain, ghost))
+        rows = ghost.config.core_rows(name)
+        assert a.std().item() == pytest.approx(b[:, :rows].std().item(), rel=0.05) == pytest.approx(b[:, rows:].std().item(), rel=0.05) or not a.any() and not b.any(), name
+
+
+def test_step_size_begins_at_its_rate_per_token():
+    model = build(PhantomConfig(**SIZES, ttt_chunk=32, ttt_lr=0.02))
+    init_weights(model, 0)
+    for block in model.blocks:
+        assert torch.allclose(2 * torch.sigmoid(block.att.ttt.rate), torch.tensor(0.64))
+        assert not block.att.ttt.w2.any() and block.att.ttt.w1.any()
+
+
+def test_groups():
+    for kind in ("state", "memory"):
+        groups = param_groups(build(PhantomConfig(**SIZES, ttt_kind=kind, ttt_chunk=16)), 0.1)
+        found = {name: (group["weight_decay"], group["my_lr_scale"]) for group in groups for name in group["names"]}
+        for name, (decay, lr) in found.items():
+            fast = name.endswith("att.w0") or ".ttt." in name or ".mem.rate." in name
+            assert lr == (2.0 if fast else 1.0), name
+            matrix = name.endswith(("core.weight", "ghost.weight", "emb.weight", "head.weight")) or ".mem." in name and name.endswith(("query.weight", "key.weight", "value.weight", "output.weight"))
+            assert decay == (0.1 if matrix else 0.0), name
+
+
+def test_dropout_only_in_training():
+    model = alive(PhantomConfig(**SIZES, dropout=0.5, ttt_chunk=16))
+    idx = tokens(1, 20)
+    with torch.no_grad():
+        assert torch.equal(model(idx), model(idx))
+        model.train()
+        assert not torch.equal(model(idx), model(idx))
+
+
+def test_bf16_stays_near():
+    model, idx = alive(PhantomConfig(**SIZES, ttt_chunk=16)), tokens(2, 75)
+    with torch.no_grad():
+        want, got = model(idx), model.bfloat16()(idx)
+    assert got.dtype == torch.bfloat16
+    assert ((got.float() - want).pow(2).mean() / want.pow(2).mean()).sqrt() < 0.1
+
+
+@pytest.mark.parametrize(
+    "bad,word",
+    [
+        (dict(core_ratio=0.0), "--core_ratio 0.0 must lie in (0, 1]"),
+        (dict(core_ratio=1.5), "--core_ratio 1.5 must lie in (0, 1]"),
+        (dict(ttt_core_ratio=-1), "--ttt_core_ratio -1 must lie"),
+        (dict(core_ratios="ffn=1"), "--core_ratios names 'ffn'"),
+        (dict(core_ratios="ffn.key=x"), "'x' is not a number"),
+        (dict(core_ratios="ffn.key=2"), "--core_ratios ffn.key 2.0 must lie"),
+        (dict(ttt_chunk=40), "--ttt_chunk 40 is not a multiple of 16"),
+        (dict(ttt_chunk=-16), "--ttt_chunk -16 is not"),
+        (dict(ttt_steps=0), "--ttt_steps 0 must be at least 1"),
+        (dict(max_depth_iter=0), "--max_depth_iter 0 must be at least 1"),
+        (dict(ttt_lr=0), "--ttt_lr 0 must be above 0"),
+        (dict(ttt_lr=0.05), "use --ttt_lr below 0.03125"),
+        (dict(ttt_kind="other"), "choose one of: state, memory"),
+        (dict(ghost_activation="gelu"), "choose one of: identity, relu"),
+        (dict(ttt_kind="memory", ttt_steps=2), "use --ttt_steps 1"),
+        (dict(ttt_kind="memory", ttt_meta=True), "use --ttt_meta 0"),
+        (dict(ttt_kind="memory", memory_dim=40), "--memory_dim 40 is not a multiple of --head_size"),
+        (dict(dropout=1.0), "--dropout 1.0 must lie in [0, 1)"),
+        (dict(layer_norm_eps=0.0), "--layer_norm_eps 0.0 must be above 0"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_named_with_the_cure(bad, word):
+    with pytest.raises(UserError) as error:
+        PhantomConfig(**SIZES | bad)
+    assert word in str(error.value) and "\n" not in str(error.value)
