@@ -104,6 +104,7 @@ def test_types_come_from_the_dataclass():
         name: str = flag("", "a name", ("", "a", "b"))
 
     assert parse_flags(Settings, ["--whole=-3", "--ratio", "1e-4", "--on", "1"], "x") == Settings(-3, 1e-4, True, "")
+    assert parse_flags(Settings, ["--on", "--whole", "2"], "x") == Settings(2, on=True)  # a switch alone means True
     with pytest.raises(UserError):
         parse_flags(Settings, ["--who", "3"], "x")  # no abbreviations: a mistyped flag must not become another one
 

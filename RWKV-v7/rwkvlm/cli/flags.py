@@ -30,7 +30,8 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
     parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, allow_abbrev=False, formatter_class=_Help)
     for f in fields(settings):
         kind = types[f.name]
-        parser.add_argument(f"--{f.name}", type=_converter(kind), default=f.default, metavar=kind.__name__.upper(), help=_help(f).replace("%", "%%"))
+        bare = dict(nargs="?", const=True) if kind is bool else {}  # --dry_run alone means True
+        parser.add_argument(f"--{f.name}", **bare, type=_converter(kind), default=f.default, metavar=kind.__name__.upper(), help=_help(f).replace("%", "%%"))
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(_unknown(unknown[0], [f.name for f in fields(settings)]))

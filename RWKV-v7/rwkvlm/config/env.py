@@ -34,6 +34,12 @@ def cuda_home() -> str:
     return os.environ.get("CUDA_HOME", "/usr/local/cuda")
 
 
+def torch_extensions_dir() -> Path | None:
+    """TORCH_EXTENSIONS_DIR: where torch.utils.cpp_extension, and so DeepSpeed, builds; None: torch's default."""
+    place = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(place) if place else None
+
+
 def minipile_url() -> str:
     """MINIPILE_URL: folder (http, https) that holds minipile.bin and minipile.idx; default: the official one."""
     return os.environ.get("MINIPILE_URL", "")

@@ -131,6 +131,7 @@ class TrainConfig:
     val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch")
     val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation")
     max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")
+    dry_run: bool = flag(False, "only tell what the run would be: parameters, memory of each process, steps, and after a short probe the time; trains nothing")
     max_skips: int = flag(10, "stop, with a diagnosis, after so many steps in a row whose loss or gradient is not finite (each is skipped) or that spike_guard undid")
     spike_guard: float = flag(0.0, "undo a step whose loss lies so many standard deviations above its running mean, and leave out its samples; 0: off; try 8")
     spike_snapshot: int = flag(100, "optimizer steps between the copies in host memory (two) that spike_guard goes back to")

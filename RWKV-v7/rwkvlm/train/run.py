@@ -10,22 +10,21 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.strategies.launchers import subprocess_script
-from torch.utils.data import DataLoader
 
 from ..checkpoint.ledger import publish_weights, write_atomically
 from ..checkpoint.ranks import rank, say
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, UserError, env
-from ..data.dataset import RankBatches, make_loader
+from ..data.ahead import Ahead
+from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
 from .conductor import Conductor
 from .module import TrainModule
 from .plan import Plan, check_data, check_folder, make_plan
+from .planner import dry_run
 from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite
 from .strategy import lightning_precision, make_strategy, param_dtype
 from .watch import Watch
-
-GPU_LOADER_WORKERS = 2
 
 
 def run(config: TrainConfig) -> int:
@@ -38,8 +37,10 @@ def run(config: TrainConfig) -> int:
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do")
         return 0
-    save_tokenizer(plan.config, plan.data)
     quiet()
+    if config.dry_run:
+        return dry_run(plan)
+    save_tokenizer(plan.config, plan.data)
     strategy = make_strategy(plan.config)
     return train(plan, strategy)
 
@@ -141,14 +142,13 @@ class PlannedModule(TrainModule):
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Ahead:
         plan, trainer = self.plan, self.trainer
         steps = max(1, plan.steps)  # Lightning would skip an empty epoch with all its hooks, and a run may have only its last file to write
         batches = RankBatches(
             trainer.global_rank, trainer.world_size, plan.config.micro_bsz, steps * plan.config.accumulate_grad_batches, plan.start.position.samples
         )
-        on_gpu = plan.device.type == "cuda"
-        return make_loader(plan.samples, batches, workers=GPU_LOADER_WORKERS if on_gpu else 0, pin_memory=on_gpu)
+        return Ahead(plan.samples, batches, pin_memory=plan.device.type == "cuda")
 
 
 def quiet() -> None:

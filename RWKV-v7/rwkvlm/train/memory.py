@@ -1,0 +1,119 @@
+"""How much memory a process of a run will take, before it takes it: counted from sizes, with the activations of a block measured on one.
+
+Terms, for P trained parameters, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
+
+    parameters   b P; ZeRO-3: b P / W, and whole in turn, of which up to a thousand million stay
+    gradients    one device, DDP: 4 P and DDP's buckets, b P.  ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
+    optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
+    activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
+    head         its gradient, summed in fp32, and the logits of a chunk of tokens
+    saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 P (weights, the first process)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from .. import models
+from ..config import ModelConfig, TrainConfig
+from .strategy import DTYPES, Launch
+
+PROBED_TOKENS = 64
+LOGITS = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of a chunk of logits that --head_chunk 0 aims at: ops/cross_entropy/chunked.py
+LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
+FULL = 0.9  # of the memory that is there, at most
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. program: libraries and the like, on a CPU only."""
+
+    program: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    saving: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{f.name} {gigabytes(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name))
+        return f"{gigabytes(self.total)} ({parts})"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes kept for the backward pass for each token: in one block, and outside the blocks."""
+
+    block: float
+    outside: float
+
+
+def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.device) -> Activations:
+    """From forward passes of two and of three blocks of the real width over a few tokens: what autograd saves, each storage once."""
+    dtype = DTYPES[config.precision]
+
+    def saved(depth: int, tokens: int) -> int:
+        with device:
+            model = models.build(sizes.with_(n_layer=depth, vocab_size=256)).to(dtype)
+        for parameter in model.state_dict().values():
+            parameter.zero_()
+        own = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
+        found: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            kept = model.features(torch.zeros(1, tokens, dtype=torch.int64, device=device))
+        del kept
+        return sum(found.values())
+
+    few, many = PROBED_TOKENS, 2 * PROBED_TOKENS
+    two, three = (saved(depth, many) - saved(depth, few) for depth in (2, 3))
+    block = (three - two) / (many - few)
+    return Activations(block, two / (many - few) - 2 * block)
+
+
+def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: Activations, program: int) -> Memory:
+    """Of each process; `program`: bytes of a process before there is a model."""
+    with torch.device("meta"):
+        model = models.build(sizes)
+    P = models.count_parameters(model)
+    C, V, W, b = sizes.n_embd, sizes.vocab_size, run.world_size, DTYPES[config.precision].itemsize
+    stage = int(run.strategy.split("_")[2]) if run.strategy.startswith("deepspeed") else 0
+    cpu, offload = run.accelerator == "cpu", run.strategy.endswith("_offload")
+    tokens = config.micro_bsz * config.ctx_len
+
+    bucket = min(P, config.ds_bucket_mb * 1_000_000)
+    gradients = {0: 4 * P + (b * P if W > 1 else 0), 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[stage]
+    optimizer = 12 * P // W if stage else (8 if b == 4 else 12) * P
+    kept = activations.outside * tokens
+    if config.grad_cp:
+        kept += sizes.n_layer * C * b * tokens + activations.block * tokens
+    else:
+        kept += (sizes.n_layer + 0.5) * activations.block * tokens  # the backward pass of a block needs some room of its own
+    logits = 2 * 4 * V * config.head_chunk if config.head_chunk else LOGITS["cpu" if cpu else "cuda"]
+    head = (4 + b) * V * C + b * C * tokens + min(logits, 2 * 4 * V * tokens)
+    return Memory(
+        program=program if cpu else 0,
+        parameters=b * P // W + b * min(P, LIVE) if stage == 3 else b * P,
+        gradients=gradients,
+        optimizer=0 if offload and not cpu else optimizer,
+        activations=int(kept),
+        head=head,
+        saving=12 * P // W + 2 * P if cpu else 0,
+    )

@@ -1,0 +1,162 @@
+"""train.py --dry_run: what a run would be, take and need, before it is begun. Nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..config import TrainConfig, UserError, env
+from .banner import describe
+from .logs.progress import clock
+from .memory import FULL, Memory, estimate, gigabytes, measure_activations
+from .plan import Plan
+from .strategy import make_strategy
+
+PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
+LARGEST = 1024  # micro_bsz that is thought about
+SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
+
+
+def dry_run(plan: Plan) -> int:
+    """Prints the plan; exit code 0, or 1 when the run would not fit into memory. Every process calls, the first one works and speaks."""
+    if not env.first_process():
+        return 0
+    memory, available = _memories(plan), memory_available(plan)
+    fits = memory[plan.config.micro_bsz, plan.config.grad_cp].total <= FULL * available
+    lines = describe(plan) | {
+        "epoch": f"{plan.config.epoch_samples * plan.config.ctx_len:,} tokens in a mini-epoch, {math.ceil(plan.config.epoch_samples / plan.batch):,} steps",
+        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {gigabytes(available)} for each process: {'fits' if fits else 'does not fit'}",
+        "advice": _advice(plan, memory, available),
+    }
+    for name, text in lines.items():
+        print(f"{name:9} {text}", flush=True)
+    print(f"{'time':9} {_time(plan) if fits else 'not tried: it would not fit'}", flush=True)
+    return 0 if fits else 1
+
+
+def predict_memory(plan: Plan) -> Memory:
+    return _memories(plan)[plan.config.micro_bsz, plan.config.grad_cp]
+
+
+def memory_available(plan: Plan) -> int:
+    """Bytes for each process: of its GPU, or its share of what this machine has free."""
+    if plan.device.type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(found["MemAvailable"].split()[0]) * 1024 // plan.launch.devices
+
+
+def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:
+    """By micro_bsz (powers of two, and the one asked for) and grad_cp."""
+    make_strategy(plan.config)  # imports what a training process imports, and refuses what it would refuse
+    program = _resident()
+    activations = measure_activations(plan.start.model, plan.config, plan.device)
+    batches = {plan.config.micro_bsz} | {2**n for n in range(LARGEST.bit_length())}
+    return {
+        (batch, cp): estimate(plan.start.model, replace(plan.config, micro_bsz=batch, grad_cp=cp), plan.launch, activations, program)
+        for batch in sorted(batches)
+        for cp in (0, 1)
+    }
+
+
+def _resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _advice(plan: Plan, memory: dict[tuple[int, int], Memory], available: int) -> str:
+    most = {cp: max((batch for batch, how in memory if how == cp and memory[batch, cp].total <= FULL * available), default=0) for cp in (0, 1)}
+    now = plan.config
+    head = ""
+    if memory[now.micro_bsz, now.grad_cp].head > 0.3 * available and not now.head_chunk:
+        head = ", --head_chunk 128"
+    if not most[1]:
+        return f"no micro_bsz fits{head}: --strategy deepspeed_stage_3 on more devices, or a smaller model"
+    if now.micro_bsz > most[now.grad_cp]:
+        cp = 0 if most[0] else 1
+        batch = min(most[cp], now.micro_bsz)
+        rounds = math.ceil(plan.batch / (plan.launch.world_size * batch))
+        return f"--micro_bsz {batch} --grad_cp {cp}{head} fits; with --accumulate_grad_batches {rounds} the batch is about the same"
+    if now.grad_cp and now.micro_bsz <= most[0]:
+        return f"--grad_cp 0 fits too, and is faster{head}; the largest micro_bsz is about {most[0]} without grad_cp, {most[1]} with it"
+    return f"the largest micro_bsz is about {most[0]} without grad_cp, {most[1]} with it{head}"
+
+
+def _time(plan: Plan) -> str:
+    if env.launched_by_variables() or plan.launch.num_nodes > 1:
+        return "not tried: --dry_run makes its probe when it is started without a launcher, for one node"
+    try:
+        speed = probe(plan)
+    except UserError as error:
+        return f"the probe failed: {error}"
+    seconds = expected_seconds(plan, speed)
+    return f"about {clock(seconds)} for {plan.steps:,} steps, at {speed / 1000:.2f} kt/s in a probe"
+
+
+def expected_seconds(plan: Plan, tokens_per_s: float) -> float:
+    """Of training and validation; a validation batch takes a third of a training batch. Saves are written beside the training."""
+    step = plan.schedule.tokens_per_step / tokens_per_s
+    every = plan.config.val_every or max(1, plan.config.epoch_samples // plan.batch)
+    validations = plan.steps // every + 1 if plan.held_out is not None else 0
+    batch = step / plan.config.accumulate_grad_batches / 3
+    return plan.steps * step + validations * batch * math.ceil(plan.config.val_batches / plan.launch.world_size)
+
+
+def probe(plan: Plan) -> float:
+    """Tokens a second, of all devices: the run itself for a few steps, with fresh weights, in a folder of its own that is deleted."""
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=plan.proj_dir) as folder:
+        sizes = {name: getattr(plan.start.model, name) for name in SIZES}
+        changes = sizes | dict(
+            proj_dir=folder, load_model="", load_partial=0, train_stage=0, epoch_begin=0, dry_run=False, wandb="", tensorboard=0, enable_progress_bar=False,
+            save_steps=10**9, save_minutes=0.0, epoch_save=0, val_every=10**9, val_batches=1, max_steps=0, random_seed=0,
+        )  # fmt: skip
+        config = replace(plan.config, **changes).as_dict()
+        default = TrainConfig().as_dict()
+        argv = [word for name, value in config.items() if value != default[name] for word in (f"--{name}", str(value))]
+        with open(Path(folder) / "said", "w") as said:
+            process = subprocess.Popen([sys.executable, "-m", "rwkvlm", "train", *argv], stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+            try:
+                return _watch(process, Path(folder))
+            finally:
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would save its state first
+                process.wait()
+
+
+def _watch(process: subprocess.Popen, folder: Path) -> float:
+    deadline = time.monotonic() + PATIENCE
+    metrics, seen = folder / "metrics.jsonl", []
+    while True:
+        ended = process.poll() is not None
+        if metrics.exists():
+            lines = metrics.read_bytes().split(b"\n")[:-1]
+            seen = [(r["seconds"], r["tokens"]) for r in map(json.loads, lines) if "loss" in r][1:]  # the first step warms up
+            if len(seen) > PROBE_STEPS and (seen[-1][0] - seen[0][0] >= PROBE_SECONDS or ended):
+                return _median_rate(seen)
+        if ended or time.monotonic() > deadline:
+            if len(seen) > 1:
+                return _median_rate(seen)
+            said = [line for line in (folder / "said").read_text().splitlines() if line]
+            raise UserError(said[-1].removeprefix("error: ") if said else f"no step was made in {PATIENCE:.0f} seconds")
+        time.sleep(0.1)
+
+
+def _median_rate(seen: list[tuple[float, int]]) -> float:
+    """Of the intervals between two looks at the device, the slow and the fast ones left out."""
+    moments: dict[float, int] = dict(seen)
+    points = list(moments.items())
+    if len(points) < 2:
+        raise UserError("the steps of the probe are too fast to be timed")
+    return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(points, points[1:]))

@@ -1,0 +1,173 @@
+"""train.py --dry_run: its numbers against hand-made ones, against the measured peak of real processes, and against the clock."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rwkvlm.cli.flags import parse_flags
+from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.models import build, count_parameters
+from rwkvlm.ops import backend
+from rwkvlm.train import planner
+from rwkvlm.train.memory import Activations, estimate, measure_activations
+from rwkvlm.train.plan import make_plan
+from rwkvlm.train.planner import expected_seconds, probe
+from rwkvlm.train.schedule import Schedule
+from rwkvlm.train.strategy import Launch
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ModelConfig(n_layer=4, n_embd=256, vocab_size=8192)
+LARGER = dict(ctx_len=256, head_size=64, n_embd=256, n_layer=4, kernel="auto", my_exit_tokens=10**6, epoch_samples=10**6)
+
+
+def parameters(sizes: ModelConfig) -> int:
+    with torch.device("meta"):
+        return count_parameters(build(sizes))
+
+
+@pytest.mark.parametrize(
+    "flags, run, parts",
+    [
+        (dict(precision="fp32"), Launch("gpu", 1, 1, "auto"), (4, 4, 8)),
+        (dict(precision="bf16"), Launch("gpu", 1, 1, "auto"), (2, 4, 12)),
+        (dict(precision="bf16"), Launch("gpu", 8, 1, "ddp"), (2, 6, 12)),
+        (dict(precision="bf16"), Launch("gpu", 4, 2, "deepspeed_stage_1"), (2, 6, 1.5)),
+        (dict(precision="bf16", ds_bucket_mb=1), Launch("gpu", 4, 2, "deepspeed_stage_2"), (2, 0.5, 1.5)),
+        (dict(precision="bf16", ds_bucket_mb=1), Launch("gpu", 4, 2, "deepspeed_stage_3"), (2.25, 0.5, 1.5)),
+        (dict(precision="bf16", ds_bucket_mb=1), Launch("gpu", 4, 2, "deepspeed_stage_3_offload"), (2.25, 0.5, 0)),
+    ],
+    ids=lambda value: value.strategy if isinstance(value, Launch) else None,
+)
+def test_bytes_for_each_parameter(flags, run, parts):
+    P = parameters(SIZES)
+    memory = estimate(SIZES, TrainConfig(**flags), run, Activations(0, 0), program=1 << 30)
+    bucket = 2_000_000 if "ds_bucket_mb" in flags else 0
+    got = (memory.parameters / P, (memory.gradients - bucket) / P, memory.optimizer / P)
+    assert got == pytest.approx(parts, abs=1e-3) and memory.program == memory.saving == 0
+
+
+def test_activations_are_those_that_autograd_keeps():
+    """Of the model itself, with other depth, tokens and rows than the probe's."""
+    config = TrainConfig(precision="fp32")
+    found = measure_activations(SIZES, config, torch.device("cpu"))
+    model, kept = build(SIZES), {}
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    own = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        model.features(torch.zeros(3, 192, dtype=torch.int64))
+    real = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    assert 3 * 192 * (found.outside + 4 * found.block) == pytest.approx(real, rel=0.02)
+
+
+def test_less_with_grad_cp_and_with_smaller_batches():
+    def total(**flags) -> int:
+        return estimate(SIZES, TrainConfig(**flags), Launch("cpu", 1, 1, "auto"), Activations(60_000, 5_000), 0).total
+
+    assert total(grad_cp=1) < total() and total(micro_bsz=6) < total(micro_bsz=12)
+    assert total(micro_bsz=12) - total(micro_bsz=6) == pytest.approx(6 * 1024 * (4.5 * 60_000 + 5_000 + 2 * 256), rel=0.01)
+
+
+def test_seconds_by_hand():
+    """100 steps of 1000 tokens at 500 tokens/s, and 3 validations of 4 batches at a third of a half step."""
+    plan = SimpleNamespace(
+        schedule=Schedule(1e-3, 1e-4, 0, 100_000, 1000), steps=100, held_out=object(), launch=SimpleNamespace(world_size=2),
+        config=TrainConfig(val_every=50, val_batches=8, accumulate_grad_batches=2),
+    )  # fmt: skip
+    assert expected_seconds(plan, 500.0) == pytest.approx(200 + 3 * 4 * 2.0 / 2 / 3)
+
+
+def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys):
+    assert main_with_bare_flag(run, tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    told = {line.split()[0]: line for line in out.splitlines()}
+    assert {"model", "data", "schedule", "epoch", "memory", "advice", "time"} <= set(told)
+    assert "1,280 tokens in a mini-epoch, 10 steps" in told["epoch"] and "fits" in told["memory"] and "GiB (program" in told["memory"]
+    assert "for 30 steps" in told["time"] and " kt/s in a probe" in told["time"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def main_with_bare_flag(run, out) -> int:
+    from rwkvlm.cli import main
+
+    return main(["train", *run.argv(out), "--dry_run"])
+
+
+def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planner, "memory_available", lambda plan: int(1.2 * 2**30))
+    monkeypatch.setattr(planner, "_resident", lambda: 300 << 20)
+    assert run(tmp_path / "out", dry_run=True, **LARGER | dict(micro_bsz=64)) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "not tried" in out
+    assert "advice    --micro_bsz 16 --grad_cp 0 fits; with --accumulate_grad_batches 4 the batch is about the same" in out
+    assert run(tmp_path / "out", dry_run=True, **LARGER | dict(micro_bsz=4, vocab_size=10**6)) == 1
+    assert "no micro_bsz fits" in capsys.readouterr().out
+
+
+def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):
+    start = subprocess.Popen
+    monkeypatch.setattr(planner.subprocess, "Popen", lambda argv, **more: start([*argv, "--head_size", "7"], **more))
+    assert run(tmp_path / "out", dry_run=True) == 0
+    assert "time      the probe failed: --head_size 7 is not supported" in capsys.readouterr().out
+
+
+CONFIGURATIONS = {
+    "large vocabulary": dict(precision="fp32", vocab_size=65536, micro_bsz=4),
+    "bf16": dict(precision="bf16", n_layer=6, vocab_size=8192, micro_bsz=16),
+    "grad_cp": dict(precision="bf16", n_layer=6, vocab_size=8192, micro_bsz=16, grad_cp=1),
+    "wide": dict(precision="fp32", n_embd=512, micro_bsz=8),
+    "two processes": dict(precision="bf16", vocab_size=8192, micro_bsz=8, devices=2),
+    "ZeRO-2": dict(precision="bf16", vocab_size=16384, micro_bsz=8, devices=2, strategy="deepspeed_stage_2"),
+    "ZeRO-3": dict(precision="fp32", vocab_size=16384, micro_bsz=8, devices=2, strategy="deepspeed_stage_3"),
+}
+
+
+def planned(argv: list[str]):
+    plan = make_plan(parse_flags(TrainConfig, argv, "train.py"))
+    backend._requested = None
+    return plan
+
+
+PREDICT = """
+import sys
+from rwkvlm.cli.flags import parse_flags
+from rwkvlm.config import TrainConfig
+from rwkvlm.train.run import make_plan
+from rwkvlm.train.planner import predict_memory
+print(predict_memory(make_plan(parse_flags(TrainConfig, sys.argv[1:], ""))).total)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
+    """The largest resident size of the first process of a real run, which saves its state while it goes on."""
+    argv = run.argv(tmp_path / "out", **LARGER | CONFIGURATIONS[name] | dict(save_steps=2, val_batches=1))
+    predicted = int(subprocess.run([sys.executable, "-c", PREDICT, *argv], check=True, capture_output=True, text=True, timeout=300).stdout.split()[-1])
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv, "--max_steps", "5"], stdout=subprocess.DEVNULL, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, (tmp_path / "said").read_text()
+    assert predicted == pytest.approx(used.ru_maxrss * 1024, rel=0.15)
+
+
+@pytest.mark.slow
+def test_time_is_predicted_within_25_percent(run, records, tmp_path):
+    """Of a run of 60 steps, right after its probe. Other work on the machine spoils some attempts; it cannot make one right by chance for long."""
+    errors = []
+    for attempt in range(4):
+        out = tmp_path / str(attempt)
+        argv = run.argv(out, **LARGER | dict(n_layer=2, n_embd=128, micro_bsz=4, my_exit_tokens=60 * 1024, val_every=20))
+        plan = planned(argv)
+        expected = expected_seconds(plan, probe(plan))
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], check=True, capture_output=True, timeout=600)
+        took = records(out)[60]["seconds"] - records(out)[1]["seconds"]
+        errors.append(expected * 59 / 60 / took - 1)
+        if abs(errors[-1]) < 0.25:
+            return
+    raise AssertionError(errors)
