@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvlm.config import UserError
+from rwkvlm.data.ahead import Ahead
 from rwkvlm.data.binidx import BinIdx, BinIdxWriter
-from rwkvlm.data.dataset import RankBatches, make_loader
+from rwkvlm.data.dataset import RankBatches
 from rwkvlm.data.mixture import Turns, held_out, open_mixture, prefixes
 from rwkvlm.data.sampler import chunk_of
 
@@ -89,15 +90,15 @@ def test_without_weights_one_pass_reads_every_chunk_once(files):
     assert sorted(x[:, 0].tolist()) == sorted(expected)
 
 
-def test_one_by_one_or_together_with_workers_or_resumed(files):
+def test_one_by_one_or_together_or_resumed(files):
     samples = open_mixture(f"{files}/a:3,{files}/c:2", CTX).samples(1 << 16)
     x, y = samples[np.array([1, 2, 3, 50, 10**9])]
     assert x.dtype == torch.int64
     for k, ii in enumerate((1, 2, 3, 50, 10**9)):
         assert torch.equal(samples[ii][0], x[k]) and torch.equal(samples[ii][1], y[k])
-    whole = [x for x, _ in make_loader(samples, RankBatches(1, 2, 4, 10))]
-    loader = make_loader(pickle.loads(pickle.dumps(samples)), RankBatches(1, 2, 4, 7, start=3 * 8), workers=1)
-    assert all(torch.equal(a, b) for a, (b, _) in zip(whole[3:], loader, strict=True))
+    whole = [x for x, _ in Ahead(samples, RankBatches(1, 2, 4, 10))]
+    rest = Ahead(pickle.loads(pickle.dumps(samples)), RankBatches(1, 2, 4, 7, start=3 * 8))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(whole[3:], rest, strict=True))
     assert samples.where(1) == samples.parts[1].where(1) and str(files / "c.bin") in samples.where(1)
 
 

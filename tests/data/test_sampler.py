@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from rwkvlm.config import UserError
+from rwkvlm.data.ahead import Ahead
 from rwkvlm.data.binidx import BinIdxWriter
-from rwkvlm.data.dataset import HeldOutSamples, RankBatches, TrainingSamples, make_loader
+from rwkvlm.data.dataset import HeldOutSamples, RankBatches, TrainingSamples
 from rwkvlm.data.sampler import check_magic_prime, chunk_of, chunks_of, is_prime, magic_prime, mini_epochs, order_hash
 
 MINIPILE, PILE = 1498226207, 332115325534
@@ -137,21 +138,9 @@ def test_samples_are_the_chunks_of_the_file(prefix):
 
 def test_resuming_gives_the_rest(prefix):
     samples = pickle.loads(pickle.dumps(TrainingSamples(prefix, 64, magic_prime(60000, 64))))
-    whole = [x for x, _ in make_loader(samples, RankBatches(1, 2, 4, 10))]
-    rest = [x for x, _ in make_loader(samples, RankBatches(1, 2, 4, 7, start=3 * 8))]
+    whole = [x for x, _ in Ahead(samples, RankBatches(1, 2, 4, 10))]
+    rest = [x for x, _ in Ahead(samples, RankBatches(1, 2, 4, 7, start=3 * 8))]
     assert len(whole) == 10 and all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_change_nothing(prefix, context, monkeypatch):
-    samples = TrainingSamples(prefix, 64, magic_prime(60000, 64))
-    batches = RankBatches(0, 1, 4, 12)
-    plain = list(make_loader(samples, batches))
-    loader = make_loader(samples, batches, workers=2)
-    loader.multiprocessing_context = context
-    assert len(loader) == 12
-    for (x, y), (u, v) in zip(plain, loader, strict=True):
-        assert torch.equal(x, u) and torch.equal(y, v)
 
 
 def test_held_out_walks_in_order_and_starts_over(prefix):

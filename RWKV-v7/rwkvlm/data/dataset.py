@@ -1,7 +1,7 @@
 """Samples for training and validation, addressed by their global number ii = 1, 2, 3, ... and by nothing else.
 
-A dataset holds no state and no randomness, and a loader's sampler is a pure function of (rank, world size, batch, start): a run can
-be resumed from the count of samples consumed, on any number of devices.
+A dataset holds no state and no randomness, and the numbers that a process asks for are a pure function of (rank, world size, batch, start): a
+run can be resumed from the count of samples consumed, on any number of devices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..config import UserError
 from .binidx import BinIdx
@@ -33,6 +33,10 @@ class Samples(Dataset):
 
     def windows(self, ii: np.ndarray) -> np.ndarray:
         """The ctx_len + 1 tokens of each sample, [*ii.shape, ctx_len + 1]."""
+        raise NotImplementedError
+
+    def ask_for(self, ii: np.ndarray) -> None:
+        """Samples that will be read soon: the disk is told, nothing is waited for."""
         raise NotImplementedError
 
     def where(self, ii: int) -> str:
@@ -69,6 +73,9 @@ class _Chunks(Samples):
                 f"{self.data.file} holds token {self.data.tokens[position]} at position {position}, outside the vocabulary (--vocab_size {self.vocab_size})"
             )
         return windows
+
+    def ask_for(self, ii: np.ndarray) -> None:
+        self.data.ask_for(self._chunks_of(ii) * self.ctx_len, self.ctx_len + 1)
 
     def where(self, ii: int) -> str:
         chunk = int(self._chunks_of(np.asarray(ii)))
@@ -128,15 +135,3 @@ class RankBatches(Sampler):
         idx = np.arange(self.micro_bsz)
         for batch in range(self.n_batches):
             yield 1 + self.start + (batch * self.micro_bsz + idx) * self.world + self.rank
-
-
-def make_loader(samples: Samples, batches: RankBatches, workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """A loader of (x, y) int64 [micro_bsz, ctx_len]; the gather and the conversion to int64 happen in the workers."""
-    return DataLoader(
-        samples,
-        sampler=batches,
-        batch_size=None,  # the sampler yields whole batches
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-    )

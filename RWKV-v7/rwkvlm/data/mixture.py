@@ -102,6 +102,11 @@ class MixedSamples(Samples):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
+    def ask_for(self, ii: np.ndarray) -> None:
+        file, number = self.places(ii)
+        for k, part in enumerate(self.parts):
+            part.ask_for(number[file == k])
+
     def where(self, ii: int) -> str:
         file, number = self.places(np.asarray(ii))
         return self.parts[int(file)].where(int(number))

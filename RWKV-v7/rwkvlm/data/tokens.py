@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,28 @@ class Tokens:
     file: Path
     tokens: np.ndarray
     vocab_size = 0
+
+    @cached_property
+    def _mapping(self) -> tuple[mmap.mmap, int] | None:
+        """The memory map in which the tokens lie and the byte where they begin; None for tokens that are in memory."""
+        base = self.tokens
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+            return None
+        return base, self.tokens.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+
+    def ask_for(self, starts: np.ndarray, n: int) -> None:
+        """Tokens starts to starts + n - 1, for each of `starts`, will be read soon: the disk is told of all of them at once.
+
+        Left to itself it would learn of each when the one before has come, and read 128 KiB around it.
+        """
+        if self._mapping is not None:
+            mapping, begin = self._mapping
+            for start in starts.reshape(-1).tolist():
+                first = begin + start * self.tokens.itemsize
+                page = first - first % mmap.PAGESIZE
+                mapping.madvise(mmap.MADV_WILLNEED, page, first + n * self.tokens.itemsize - page)
 
     def like(self, prefix: str) -> Tokens:
         """Another file of the same format and vocabulary."""
