@@ -195,11 +195,13 @@ class BinIdxWriter:
             raise ValueError(f"binidx cannot hold dtype {dtype}")
         self.idx_path, self.bin_path = idx_path(prefix), bin_path(prefix)
         self._partial = [path.with_name(path.name + ".partial") for path in (self.bin_path, self.idx_path)]
-        self._sizes = array("i")
-        self.n_tokens = 0
+        self._sizes = array("i")  # of the last documents; those before are in the file
+        self.n_tokens = self.n_docs = 0
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
             self._bin = open(self._partial[0], "wb", buffering=1 << 20)
+            self._idx = open(self._partial[1], "w+b")
+            self._idx.write(bytes(HEADER.size))
         except OSError as error:
             raise UserError(f"cannot write {self.bin_path}: {error.strerror or error}; choose another place") from None
 
@@ -212,10 +214,23 @@ class BinIdxWriter:
         self._bin.write(data)
         self._sizes.append(data.size)
         self.n_tokens += data.size
+        self.n_docs += 1
+        if len(self._sizes) == BLOCK:
+            self._spill()
 
-    @property
-    def n_docs(self) -> int:
-        return len(self._sizes)
+    def add_many(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
+        """Append documents that stand one after the other in `tokens`, of the writer's dtype; sizes [documents] in tokens."""
+        if tokens.dtype != self.dtype or len(tokens) != sizes.sum():
+            raise ValueError(f"{len(tokens)} tokens of {tokens.dtype} for documents of {sizes.sum()} tokens in a file of {self.dtype}")
+        self._spill()
+        self._bin.write(np.ascontiguousarray(tokens))
+        self._idx.write(sizes.astype("<i4"))
+        self.n_tokens += len(tokens)
+        self.n_docs += len(sizes)
+
+    def _spill(self) -> None:
+        self._idx.write(np.array(self._sizes, dtype="<i4"))
+        self._sizes = array("i")
 
     def __enter__(self) -> BinIdxWriter:
         return self
@@ -229,6 +244,7 @@ class BinIdxWriter:
                     os.replace(partial, path)
         finally:
             self._bin.close()
+            self._idx.close()
             for path in self._partial:
                 path.unlink(missing_ok=True)
 
@@ -236,21 +252,21 @@ class BinIdxWriter:
         """Complete both files on disk, so that only renaming is left; to be called before leaving several writers together."""
         if self._bin.closed:
             return
-        with open(self._partial[1], "wb") as idx:
-            n = self.n_docs
-            idx.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], n, n + 1))
-            sizes = np.frombuffer(self._sizes, dtype=np.int32).astype("<i4") if n else np.zeros(0, "<i4")
-            idx.write(sizes)
-            end = 0
-            for first in range(0, n, BLOCK):
-                block = sizes[first : first + BLOCK].astype("<i8") * self.dtype.itemsize
-                ends = end + np.cumsum(block)
-                idx.write((ends - block).astype("<i8"))
-                end = int(ends[-1])
-            for first in range(0, n + 1, BLOCK):
-                idx.write(np.arange(first, min(first + BLOCK, n + 1), dtype="<i8"))
-            idx.flush()
-            os.fsync(idx.fileno())
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        self._bin.close()
+        self._spill()
+        idx, n, end = self._idx, self.n_docs, 0
+        for first in range(0, n, BLOCK):
+            idx.seek(HEADER.size + 4 * first)
+            sizes = np.frombuffer(idx.read(4 * min(BLOCK, n - first)), "<i4").astype("<i8") * self.dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            idx.seek(HEADER.size + 4 * n + 8 * first)
+            idx.write((ends - sizes).astype("<i8"))
+            end = int(ends[-1])
+        idx.seek(HEADER.size + 12 * n)
+        for first in range(0, n + 1, BLOCK):
+            idx.write(np.arange(first, min(first + BLOCK, n + 1), dtype="<i8"))
+        idx.seek(0)
+        idx.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], n, n + 1))
+        for file in (idx, self._bin):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()

@@ -1,0 +1,128 @@
+"""Binidx pairs out of binidx pairs: merged, divided. Streaming, and in place only when complete.
+
+Which documents are drawn is a function of the seed and their number alone, so it is the same on every machine, and a document's fate
+does not change when others are appended.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from ..config import UserError
+from .binidx import BinIdx, BinIdxWriter
+from .survey import runs
+
+Say = Callable[[int, int], None]
+ALL = 1 << 64
+
+
+def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress: Say = lambda done, total: None) -> BinIdx:
+    """{out}.bin/.idx from the documents of the inputs (prefix, copies), one input after the other, in their order.
+
+    copies: 2 writes all documents twice, 0.5 about half of them, drawn by the seed, 1.5 all and then half of them. Tokens are written as
+    uint16 where all fit, so that int32 files shrink. UserError for a bad input, and when the disk is too small.
+    """
+    data = [(BinIdx(prefix), copies) for prefix, copies in inputs]
+    for k, (one, copies) in enumerate(data):
+        if not 0 < copies < 1e6:
+            raise UserError(f"{one.prefix} is to be written {copies:g} times; give a number above 0")
+        _not_itself(one, out)
+    dtype = np.uint16 if all(_fits_16_bits(one) for one, _ in data) else np.int32
+    expected = sum(int(one.n_tokens * copies) for one, copies in data)
+    _check_room(out, expected * np.dtype(dtype).itemsize)
+    with BinIdxWriter(out, dtype) as writer:
+        for k, (one, copies) in enumerate(data):
+            for copy in range(int(np.ceil(copies))):
+                share = min(1.0, copies - copy)
+                for first, ends in runs(one):
+                    _write(writer, one, ends, _drawn(seed, k, first, len(ends) - 1) < int(share * ALL) if share < 1 else None)
+                    progress(writer.n_tokens, expected)
+        if not writer.n_tokens:
+            raise UserError(f"no document was drawn for {out}; give more copies")
+    return BinIdx(out)
+
+
+def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lambda done, total: None) -> tuple[BinIdx, BinIdx]:
+    """{out}.bin/.idx and {out}.val.bin/.idx: every document of the pair `prefix` goes to one of them, in order.
+
+    val: below 1 the share of the documents that is held out, about; from 1 on their number, exactly. UserError if one part were empty.
+    """
+    data = BinIdx(prefix)
+    _not_itself(data, out)
+    _not_itself(data, f"{out}.val")
+    limit = int(val * ALL) if 0 < val < 1 else _limit(data.n_docs, int(val), seed)
+    _check_room(out, data.tokens.nbytes)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(BinIdxWriter(name, data.dtype)) for name in (out, f"{out}.val")]
+        for first, ends in runs(data):
+            held_out = _drawn(seed, 0, first, len(ends) - 1) < limit
+            _write(writers[0], data, ends, ~held_out)
+            _write(writers[1], data, ends, held_out)
+            progress(int(ends[-1]), data.n_tokens)
+        for writer, what in zip(writers, ("leaves nothing to train on", "holds nothing out")):
+            if not writer.n_tokens:
+                raise UserError(f"--val {val:g} {what} of the {data.n_docs} documents of {prefix}; choose another value")
+        for writer in writers:
+            writer.seal()  # a full disk shows here, before either pair is renamed
+    return BinIdx(out), BinIdx(f"{out}.val")
+
+
+def _write(writer: BinIdxWriter, data: BinIdx, ends: np.ndarray, chosen: np.ndarray | None) -> None:
+    """The documents between `ends`: all, or the chosen ones."""
+    tokens, sizes = data.tokens[ends[0] : ends[-1]], np.diff(ends)
+    if chosen is not None:
+        tokens, sizes = tokens[np.repeat(chosen, sizes)], sizes[chosen]
+    narrow = tokens.astype(writer.dtype, copy=False)
+    if not np.can_cast(tokens.dtype, writer.dtype) and not np.array_equal(narrow, tokens):
+        raise UserError(f"{data.bin_path} holds tokens that do not fit into {writer.dtype}: {tokens.min()} to {tokens.max()}")
+    try:
+        writer.add_many(narrow, sizes)
+    except OSError as error:
+        raise UserError(f"cannot write {writer.bin_path}: {error.strerror or error}; free some space or choose another place") from None
+
+
+def _drawn(seed: int, file: int, first: int, n: int) -> np.ndarray:
+    """A number below 2^64 for each of the documents first to first + n - 1 of a file, uint64 [n]: SplitMix64 (Steele, Lea, Flood 2014)."""
+    key = int(np.random.SeedSequence([seed, file]).generate_state(1, np.uint64)[0])
+    z = np.arange(first, first + n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _limit(n_docs: int, n: int, seed: int) -> int:
+    """So that exactly n of n_docs documents draw a smaller number; few of them are in memory together."""
+    if not 1 <= n < n_docs:
+        raise UserError(f"--val {n} of {n_docs} documents cannot be held out; give a share between 0 and 1, or a number from 1 to {n_docs - 1}")
+    share = (n + 1) / n_docs
+    while True:
+        below = min(ALL, int(share * ALL))
+        step = 1 << 20
+        found = [drawn[drawn <= np.uint64(below - 1)] for drawn in (_drawn(seed, 0, k, min(step, n_docs - k)) for k in range(0, n_docs, step))]
+        if sum(map(len, found)) > n:
+            return int(np.sort(np.concatenate(found))[n])
+        share *= 1.5
+
+
+def _fits_16_bits(data: BinIdx) -> bool:
+    if data.dtype.itemsize == 1 or data.dtype == np.uint16:
+        return True
+    return all(0 <= int(block.min()) and int(block.max()) < 1 << 16 for _, block in data.blocks())
+
+
+def _not_itself(data: BinIdx, out: str) -> None:
+    if Path(f"{out}.bin").resolve() == data.bin_path.resolve():
+        raise UserError(f"--out {out} is one of the inputs; choose another name")
+
+
+def _check_room(out: str, n_bytes: int) -> None:
+    folder = Path(out).parent
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        raise UserError(f"{out} needs {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} free; free some space or choose another place")

@@ -1,0 +1,138 @@
+"""Merging and dividing pairs: which documents, in which order, and that nothing half-made is left."""
+
+import os
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from rwkvlm.config import UserError
+from rwkvlm.data import rewrite as module
+from rwkvlm.data import survey
+from rwkvlm.data.binidx import BinIdx, BinIdxWriter
+from rwkvlm.data.rewrite import merge, split
+
+
+@pytest.fixture(params=[1 << 22, 300], autouse=True)
+def tokens_a_run(request, monkeypatch):
+    monkeypatch.setattr(survey, "TOKENS", request.param)
+
+
+def documents(seed, n=400, dtype=np.uint16):
+    rng = np.random.default_rng(seed)
+    return [np.append(rng.integers(1, 120 if dtype == np.int8 else 65000, rng.integers(0, 40)), 0).astype(dtype) for _ in range(n)]
+
+
+def write(prefix, docs):
+    with BinIdxWriter(prefix, docs[0].dtype) as out:
+        for doc in docs:
+            out.add(doc)
+    return str(prefix)
+
+
+def listed(data):
+    return [data.doc(i).tolist() for i in range(data.n_docs)]
+
+
+def test_whole_pairs_one_after_the_other(tmp_path):
+    a, b = documents(1), documents(2, 77, np.int32)
+    made = merge([(write(tmp_path / "a", a), 1.0), (write(tmp_path / "b", b), 2.0)], str(tmp_path / "new" / "c"))
+    assert listed(made) == [d.tolist() for d in a + b + b] and made.dtype == np.uint16
+    assert sorted(os.listdir(tmp_path / "new")) == ["c.bin", "c.idx"]
+    wide = [np.array([70000, 5, 0], np.int64)]
+    made = merge([(write(tmp_path / "w", wide), 1.0), (str(tmp_path / "a"), 1.0)], str(tmp_path / "d"))
+    assert made.dtype == np.int32 and listed(made) == [d.tolist() for d in wide + a]
+
+
+def test_parts_of_pairs_are_drawn_by_the_seed(tmp_path):
+    a = documents(3, 2000)
+    prefix = write(tmp_path / "a", a)
+
+    def drawn(copies, seed):
+        return listed(merge([(prefix, copies)], str(tmp_path / "c"), seed))
+
+    half = drawn(0.5, 7)
+    assert 900 < len(half) < 1100 and half == drawn(0.5, 7) != drawn(0.5, 8)
+    at = iter(d.tolist() for d in a)
+    assert all(doc in at for doc in half)  # in their order
+    assert drawn(2.5, 7)[:4000] == [d.tolist() for d in a] * 2 and 900 < len(drawn(2.5, 7)) - 4000 < 1100
+    shorter = write(tmp_path / "shorter", a[:1000])
+    assert listed(merge([(shorter, 0.5)], str(tmp_path / "c"), 7)) == half[: len(merge([(shorter, 0.5)], str(tmp_path / "c"), 7).sizes)]
+    both = listed(merge([(prefix, 0.5), (shorter, 0.5)], str(tmp_path / "c"), 7))
+    assert both[: len(half)] == half and both[len(half) :] != half[: len(both) - len(half)]  # each input draws its own
+
+
+@pytest.mark.parametrize("val", [0.25, 1, 100, 399])
+def test_split_divides(tmp_path, val):
+    a = documents(4)
+    prefix = write(tmp_path / "a", a)
+    train, held = split(prefix, str(tmp_path / "out"), val, 5)
+    assert train.n_docs + held.n_docs == 400 and (held.n_docs == val if val >= 1 else 70 < held.n_docs < 130)
+    at_train, at_held = iter(listed(train)), iter(listed(held))
+    nexts = [next(at_train), next(at_held, None)]
+    for doc in map(np.ndarray.tolist, a):  # every document is the next one of one of the two
+        k = nexts.index(doc)
+        nexts[k] = next((at_train, at_held)[k], None)
+    assert nexts == [None, None]
+    again = split(prefix, str(tmp_path / "again"), val, 5)
+    assert [listed(data) for data in again] == [listed(train), listed(held)]
+    assert listed(split(prefix, str(tmp_path / "again"), val, 6)[1]) != listed(held)
+
+
+def test_few_of_many_documents(tmp_path, monkeypatch):
+    """The exact number also where the first guess of the limit is too low."""
+    monkeypatch.setattr(module, "_drawn", lambda seed, file, first, n: np.arange(first, first + n, dtype=np.uint64) + np.uint64(1 << 63))
+    train, held = split(write(tmp_path / "a", documents(5)), str(tmp_path / "out"), 3)
+    assert held.n_docs == 3 and listed(held) == [d.tolist() for d in documents(5)[:3]]
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda p, t: merge([(p, 1.0)], p), "is one of the inputs; choose another name"),
+        (lambda p, t: merge([(p, 0.0)], f"{t}/c"), "is to be written 0 times; give a number above 0"),
+        (lambda p, t: merge([(p, float("nan"))], f"{t}/c"), "is to be written nan times"),
+        (lambda p, t: merge([(p, 1e-9)], f"{t}/c"), "no document was drawn"),
+        (lambda p, t: merge([(p, 1.0), (f"{t}/no", 1.0)], f"{t}/c"), "no.idx does not exist"),
+        (lambda p, t: merge([(write(f"{t}/neg", [np.array([-5, 1 << 40], np.int64)]), 1.0)], f"{t}/c"), "do not fit into int32: -5 to 1099511627776"),
+        (lambda p, t: merge([(p, 1.0)], f"{t}/a.bin/c"), "cannot write"),
+        (lambda p, t: split(p, p, 0.1), "is one of the inputs"),
+        (lambda p, t: split(p, f"{t}/c", 400), "--val 400 of 400 documents cannot be held out"),
+        (lambda p, t: split(p, f"{t}/c", 0), "--val 0 of 400 documents"),
+        (lambda p, t: split(p, f"{t}/c", -0.5), "--val 0 of 400 documents"),
+        (lambda p, t: split(p, f"{t}/c", 1e-9), "--val 1e-09 holds nothing out of the 400 documents"),
+        (lambda p, t: split(p, f"{t}/c", 0.9999999), "leaves nothing to train on"),
+    ],
+)
+def test_what_cannot_be_done_leaves_nothing(tmp_path, make, said):
+    prefix = write(tmp_path / "a", documents(6))
+    before = (tmp_path / "a.bin").read_bytes()
+    with pytest.raises(UserError) as caught:
+        make(prefix, tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not [name for name in os.listdir(tmp_path) if not name.startswith(("a.", "neg."))] and (tmp_path / "a.bin").read_bytes() == before
+
+
+def test_a_disk_that_is_too_small_is_seen_before(tmp_path, monkeypatch):
+    prefix = write(tmp_path / "a", documents(7))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
+    for make in (lambda: merge([(prefix, 1.0)], f"{tmp_path}/new/c"), lambda: split(prefix, f"{tmp_path}/c", 0.1)):
+        with pytest.raises(UserError, match="needs 0.0 GB and .* free some space"):
+            make()
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    """The largest pieces that are held are runs of documents, not files."""
+    monkeypatch.setattr(survey, "TOKENS", 1 << 20)
+    rng = random.Random(0)
+    sizes = [rng.randrange(1, 2000) for _ in range(20000)]  # 20 million tokens, 40 MB
+    with BinIdxWriter(tmp_path / "a") as out:
+        for size in sizes:
+            out.add(np.ones(size, np.uint16))
+    tracemalloc.start()
+    merge([(str(tmp_path / "a"), 1.5)], str(tmp_path / "b"))
+    split(str(tmp_path / "a"), str(tmp_path / "c"), 0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
