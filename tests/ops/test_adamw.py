@@ -76,7 +76,7 @@ def test_norms_against_float64(form, dtype):
     grads = make(dtype)[2] + [torch.zeros(5, dtype=dtype), torch.full((100000,), 1e-3, dtype=dtype)]
     norms = adamw.gradient_norms(grads)
     assert norms.dtype == torch.float32
-    torch.testing.assert_close(norms.double(), reference.gradient_norms(grads), rtol=1e-6 if form == "cpu" else 2e-5, atol=0)
+    torch.testing.assert_close(norms.double(), reference.gradient_norms(grads), rtol=1e-6 if form == "cpu" else 1e-4, atol=0)
     grads[2].view(-1)[3] = float("nan")
     grads[3].view(-1)[3] = float("inf")
     assert adamw.gradient_norms(grads).isfinite().tolist() == [i not in (2, 3) for i in range(len(grads))]

@@ -7,6 +7,7 @@ import torch
 
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, TrainConfig, UserError
+from rwkvlm.ops import backend
 from rwkvlm.train.optimizer import MasterAdamW, make_optimizer
 from rwkvlm.train.strategy import make_strategy, param_dtype
 
@@ -64,32 +65,49 @@ def test_every_step_equals_the_formulas(flags, steps):
 
 
 def test_kinds():
-    assert type(build(precision="fp32")[1]) is torch.optim.AdamW
-    assert type(build(precision="bf16")[1]) is MasterAdamW
+    assert all(type(build(precision=precision)[1]) is MasterAdamW for precision in ("fp32", "bf16"))
     assert type(build(precision="bf16", strategy="deepspeed_stage_3")[1]) is torch.optim.AdamW, "DeepSpeed's own would compile for a minute"
     _, optimizer = build(precision="bf16")
     assert sorted({(g["weight_decay"], g["my_lr_scale"], g["lr"]) for g in optimizer.param_groups}) == [(0.0, 1.0, LR), (0.0, 2.0, 2 * LR), (DECAY, 1.0, LR)]
 
 
-def test_no_autocast_but_bf16_parameters_and_fp32_gradients_and_moments(monkeypatch):
+@pytest.mark.parametrize("micro_batches, grad_dtype", [(1, torch.bfloat16), (2, torch.float32)])
+def test_no_autocast_but_bf16_parameters_and_fp32_moments_and_sums(monkeypatch, micro_batches, grad_dtype):
     monkeypatch.setenv("RWKV_KERNEL", "torch")
-    model, optimizer = build(precision="bf16")
+    model, optimizer = build(precision="bf16", accumulate_grad_batches=micro_batches)
     idx = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
     assert model(idx).dtype == torch.bfloat16
     model(idx).float().logsumexp(-1).mean().backward()
     for p in model.parameters():
-        assert p.dtype == torch.bfloat16 and p.grad.dtype == torch.float32
+        assert p.dtype == torch.bfloat16 and p.grad.dtype == grad_dtype
         assert {t.dtype for t in optimizer.state[p].values()} == {torch.float32}
 
 
-def test_micro_batches_are_added_up_and_clipped_in_fp32():
+def test_micro_batches_are_added_up_in_fp32():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    MasterAdamW([p], lr=1e-3, betas=(0.9, 0.99), eps=1e-18)
+    MasterAdamW([p], lr=1e-3, betas=(0.9, 0.99), eps=1e-18, accumulate=True)
     for k in (1.0, *[2.0**-10] * 64):  # 1 + 2^-10 is 1 in bf16, whose sum would stay 1
         (p * k).sum().backward()
     assert p.grad.tolist() == [1 + 64 * 2.0**-10] * 4
-    norm = torch.nn.utils.clip_grad_norm_([p], 1.0)
-    assert norm.item() == pytest.approx(2 * (1 + 64 * 2.0**-10), rel=1e-6) and p.grad.norm().item() == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clipping_is_a_factor_of_the_step(monkeypatch, dtype, kernel):
+    monkeypatch.setattr(backend, "_requested", kernel)
+    grad = torch.tensor([3.0, 4.0, 0.0, 12.0])
+    for most, factor in ((0.0, 1), (1.0, 1 / 13), (20.0, 1)):
+        p = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = MasterAdamW([p], lr=1e-3, betas=(0.9, 0.99), eps=1e-18)
+        p.grad = grad.to(dtype)
+        optimizer.clip(torch.tensor(13.0), most)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * factor * grad, rtol=1e-6, atol=0)
+        assert torch.equal(p.grad, grad.to(dtype))
+    optimizer.clip(torch.tensor(float("nan")), 1.0)
+    before = optimizer.state[p]["exp_avg"].clone()
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["exp_avg"], before) and optimizer.state[p]["step"] == 1
 
 
 def test_small_updates_add_up_in_the_master():

@@ -81,11 +81,11 @@ class TrainModule(pl.LightningModule):
     ) -> None:
         """Clips by the norm over all parameters; where that is not finite, the step about to be made will change nothing.
 
-        The optimizer reads found_inf on the device: nobody waits for it. DeepSpeed does all this by itself, on what it has sharded.
+        The optimizer does both, from numbers on the device: nobody waits for it. DeepSpeed does all this by itself, on what it has sharded.
         """
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self._grad_norm = self.norms.clip(self.config.grad_clip or float("inf"))
-            self.trainer.strategy.optimizers[0].found_inf = (~torch.isfinite(self._grad_norm)).float()
+            self._grad_norm = self.norms.measure()
+            self.trainer.strategy.optimizers[0].clip(self._grad_norm, self.config.grad_clip)
 
     def gradient_norm(self) -> torch.Tensor | float | None:
         """Of the last optimizer step, over all parameters and devices, before clipping; a tensor stays on its device. Collective, once a step."""

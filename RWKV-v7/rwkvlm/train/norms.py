@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.shards import pieces
+from ..ops.adamw import gradient_norms
 
 
 def part_of(name: str) -> str:
@@ -26,20 +27,15 @@ class GradientNorms:
         self._graded: list[nn.Parameter] = []
         self._part_of: torch.Tensor | None = None
 
-    def clip(self, most: float) -> torch.Tensor:
-        """Scales the gradients in place so that their norm is `most` at most, as torch.nn.utils.clip_grad_norm_; returns it from before.
-
-        For gradients that every process has whole: all strategies but DeepSpeed's.
-        """
+    def measure(self) -> torch.Tensor:
+        """The norm of the whole gradient. For gradients that every process has whole: all strategies but DeepSpeed's."""
         graded = [parameter for _, parameter in self._named if parameter.grad is not None]
         if len(graded) != len(self._graded):
             self._graded = graded
             self._part_of = self._places([name for name, parameter in self._named if parameter.grad is not None], graded[0].device)
-        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in graded]))
-        total = torch.linalg.vector_norm(norms)
+        norms = gradient_norms([parameter.grad for parameter in graded])
         self.last = self._by_part(norms, self._part_of).sqrt()
-        nn.utils.clip_grads_with_norm_(graded, most, total)
-        return total
+        return torch.linalg.vector_norm(norms)
 
     def _places(self, names: list[str], device: torch.device) -> torch.Tensor:
         return torch.tensor([self.parts.index(part_of(name)) for name in names], device=device)

@@ -4,9 +4,8 @@
 
 Group keys: `lr`, `weight_decay`, `my_lr_scale` (the schedule sets lr = its value * my_lr_scale), `names`.
 
-fp32 parameters: torch's AdamW. bf16 parameters outside DeepSpeed: MasterAdamW, with fp32 masters and fp32 gradients in `p.grad`, so
-that clipping (Trainer(gradient_clip_val=...)), norms and accumulation over micro batches are all in fp32. Under DeepSpeed its ZeRO
-optimizer holds the fp32 masters and steps the optimizer made here on flat fp32 pieces of them.
+Outside DeepSpeed: MasterAdamW. bf16 parameters have fp32 masters. Under DeepSpeed its ZeRO optimizer holds the fp32 masters and steps
+the optimizer made here on flat fp32 pieces of them.
 """
 
 from __future__ import annotations
@@ -14,32 +13,44 @@ from __future__ import annotations
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, Strategy
 from torch import nn
-from torch.optim.adamw import adamw
 
 from .. import models
 from ..checkpoint.ranks import say
 from ..config import TrainConfig, UserError
+from ..ops.adamw import adamw_
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW for bfloat16 parameters: fp32 master weights, fp32 moments, fp32 gradients.
+    """AdamW with fp32 moments for fp32 parameters, and for bf16 parameters, which are fp32 master weights rounded.
 
-    Every parameter's `grad` becomes fp32 (`grad_dtype`): backward adds up micro batches in fp32 there. After each step the
-    parameter is its master, rounded. State per parameter: step (fp32 scalar), master, exp_avg, exp_avg_sq.
+    Gradients may be bf16 or fp32 (computed with in fp32); with accumulate, `grad` of bf16 parameters becomes fp32 (`grad_dtype`), so that
+    backward adds up micro batches in fp32. State per parameter: step (fp32 scalar), exp_avg, exp_avg_sq, and master for bf16 parameters.
     As in torch's own AdamW, a tensor `found_inf` that holds 1 makes a step change nothing.
     """
 
-    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0, accumulate: bool = False
+    ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad_dtype = torch.float32
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "master": p.detach().to(torch.float32, copy=True),
-                    "exp_avg": torch.zeros_like(p, dtype=torch.float32),
-                    "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32),
-                }
+        self.scale: torch.Tensor | None = None
+        self.found_inf: torch.Tensor | None = None
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, dtype=torch.float32),
+                "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32),
+            }
+            if p.dtype != torch.float32:
+                self.state[p]["master"] = p.detach().to(torch.float32, copy=True)
+                p.grad_dtype = torch.float32 if accumulate else None  # None: any
+
+    def clip(self, norm: torch.Tensor, most: float) -> None:
+        """Before a step. norm: of the whole gradient; the step clips it to `most` (0: not), and changes nothing where it is not finite.
+
+        `grad` itself stays as it is: the factor is applied where the gradient is read anyway.
+        """
+        self.scale = (most / (norm + 1e-6)).clamp(max=1.0) if most else None
+        self.found_inf = (~torch.isfinite(norm)).float()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,25 +63,21 @@ class MasterAdamW(torch.optim.Optimizer):
             if not params:
                 continue
             states = [self.state[p] for p in params]
-            masters = [s["master"] for s in states]
-            adamw(
-                masters,
-                [p.grad.float() for p in params],
+            adamw_(
+                [s.get("master", p) for s, p in zip(states, params)],
+                [p for s, p in zip(states, params) if "master" in s],
+                [p.grad for p in params],
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
-                [],
                 [s["step"] for s in states],
-                fused=True,
-                found_inf=getattr(self, "found_inf", None),
-                amsgrad=False,
+                self.scale,
+                self.found_inf,
+                lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
                 eps=group["eps"],
-                maximize=False,
+                weight_decay=group["weight_decay"],
             )
-            torch._foreach_copy_(params, masters)
         return loss
 
 
@@ -81,10 +88,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, strategy: Strategy) ->
     if isinstance(strategy, DeepSpeedStrategy):
         return _under_deepspeed(groups, settings, strategy)
     dtypes = {p.dtype for group in groups for p in group["params"]}
-    if dtypes == {torch.float32}:
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    if dtypes == {torch.bfloat16}:
-        return MasterAdamW(groups, **settings)
+    if dtypes in ({torch.float32}, {torch.bfloat16}):
+        return MasterAdamW(groups, **settings, accumulate=config.accumulate_grad_batches > 1)
     raise UserError(f"--precision {config.precision} needs --strategy deepspeed_stage_1, 2 or 3; use bf16 with --strategy {config.strategy}")
 
 

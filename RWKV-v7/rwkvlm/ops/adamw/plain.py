@@ -23,7 +23,7 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     """As `ops.adamw.adamw_`."""
-    grads = [grad.float() for grad in grads]
+    grads = [grad.float().contiguous() for grad in grads]
     if scale is not None:
         grads = torch._foreach_mul(grads, scale)
     adamw(
@@ -48,4 +48,4 @@ def adamw_(
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+    return torch.stack(torch._foreach_norm([grad.float() for grad in grads]))
