@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
+from ..ops.fused import relu_square, token_mix
 from .linear import Linear, dense
-from .token_shift import token_shift
 
 
 class ChannelMix(nn.Module):
@@ -21,5 +21,5 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         """x: [B, T, C]; last: [B, C], the token before x[:, 0], or None at the beginning. Returns [B, T, C]."""
-        mixed = torch.addcmul(x, token_shift(x, last) - x, self.x_k)
-        return self.value(torch.relu(self.key(mixed)).square())
+        (mixed,) = token_mix(x, last, [self.x_k])
+        return self.value(relu_square(self.key(mixed)))

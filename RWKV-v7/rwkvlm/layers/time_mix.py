@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..config import ModelConfig
+from ..ops.fused import time_mix_inputs, time_mix_output, token_mix
 from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
-from .token_shift import token_shift
+
+
+class HeadNorm(nn.GroupNorm):
+    """A norm over each head of what the recurrence gives, plus the current token's own value, times the gate."""
+
+    def forward(self, y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, r_k: torch.Tensor) -> torch.Tensor:
+        """y, r, k, v, g: [B, T, C]; r_k: [H, N]. Returns [B, T, C]."""
+        return time_mix_output(y, r, k, v, g, self.weight, self.bias, r_k, self.eps)
 
 
 class TimeMix(nn.Module):
@@ -49,7 +56,7 @@ class TimeMix(nn.Module):
         self.key = linear("att.key", C, C)
         self.value = linear("att.value", C, C)
         self.output = linear("att.output", C, C)
-        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+        self.ln_x = HeadNorm(H, C, eps=64e-5)
         self.ttt = ttt
 
     def forward(
@@ -59,6 +66,7 @@ class TimeMix(nn.Module):
         last: torch.Tensor | None = None,
         wkv: torch.Tensor | None = None,
         return_state: bool = False,
+        bounds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x: [B, T, C], normalised; v_first: [B, T, C], block 0's value (None in block 0);
         last: [B, C] and wkv: [B, H, N, N] fp32, the state, or None at the beginning.
@@ -68,27 +76,26 @@ class TimeMix(nn.Module):
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        xx = token_shift(x, last) - x
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+        xr, xw, xk, xv, xa, xg = token_mix(x, last, mixes)
 
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
-        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
+        w = torch.tanh(xw @ self.w1) @ self.w2
+        a = xa @ self.a1 @ self.a2
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         if self.layer == 0:
-            v_first = v
+            residual, v0, v_first = (None, None), None, v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2))
+            residual, v0 = (v_first, xv @ self.v1 @ self.v2), self.v0
 
-        kk = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
-        r, w, k, v_, a = (t.view(heads) for t in (r, w, k, v, a))
+        inputs = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
+        _, k, _, _, v = inputs
+        w_, k_, a_, b_, v_ = (t.view(heads) for t in inputs)
+        packed = {} if bounds is None else {"cu_seqlens": bounds}
         recurrence = wkv7 if self.ttt is None else self.ttt
-        out = recurrence(r, w, k, v_, -kk, kk * a, initial_state=wkv, output_final_state=return_state)
+        out = recurrence(r.view(heads), w_, k_, v_, a_, b_, initial_state=wkv, output_final_state=return_state, **packed)
         y, new_wkv = out if return_state else (out, None)
 
-        y = self.ln_x(y.reshape(B * T, C)).view(heads)
-        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v_
-        return self.output(y.view(B, T, C) * g), v_first, new_wkv
+        return self.output(self.ln_x(y.reshape(B, T, C), r, k, v, g, self.r_k)), v_first, new_wkv

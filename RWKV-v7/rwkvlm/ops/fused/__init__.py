@@ -1,0 +1,69 @@
+"""The elementwise parts of a block, one pass over memory each way, and the choice of who makes it.
+
+    token_mix(x, last, mixes) -> blends            the token shift and the blends that the projections read
+    time_mix_inputs(...) -> w, k, a, b, v          between projections and the wkv7 operator
+    time_mix_output(...) -> o                      between the operator and the output projection
+    relu_square(x)                                 of the channel mixing
+
+In plain PyTorch these are some fifty passes over [B, T, C] a block, and on a CPU a third of a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from . import native, reference
+
+__all__ = ["relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
+
+
+def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tensor]:
+    """`x_t + (x_{t-1} - x_t) * mix` for each mix.
+
+    x: [B, T, C]; last: [B, C], the token before x[:, 0], None for zeros; mixes: [1, 1, C] each. Returns a [B, T, C] for each.
+    """
+    return _form(x, *mixes).token_mix(x, last, mixes)
+
+
+def time_mix_inputs(
+    w_low: Tensor, k: Tensor, a_low: Tensor, v: Tensor, v_first: Tensor | None, v_low: Tensor | None,
+    w0: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, v0: Tensor | None, head_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the wkv7 operator reads, from the projections.
+
+        rate = sigmoid(a0 + a_low)      kk = k * k_k, of length 1 in each head (torch.nn.functional.normalize, eps 1e-12)
+        w = w0 + w_low    k (1 + (rate - 1) k_a)    a = -kk    b = kk * rate    v + (v_first - v) sigmoid(v0 + v_low)
+
+    w_low, k, a_low, v, v_first, v_low: [B, T, C]; w0, k_k, k_a, a0, v0: [1, 1, C]. Without v_first, v stays as it is.
+    Returns w, k, a, b, v, each [B, T, C]. Source: RWKV-7 paper (arXiv 2503.14456), section 4.
+    """
+    return _form(k, w_low, a_low, v, w0).time_mix_inputs(w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
+
+
+def time_mix_output(
+    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float
+) -> Tensor:
+    """`(GroupNorm(y) + (sum over the head of r k r_k) v) * g`, a group a head.
+
+    y, r, k, v, g: [B, T, C]; weight, bias: [C]; r_k: [H, N]. Returns [B, T, C]. Source: RWKV-7 paper (arXiv 2503.14456), section 4.
+    """
+    return _form(y, r, k, v, g, weight).time_mix_output(y, r, k, v, g, weight, bias, r_k, eps)
+
+
+def relu_square(x: Tensor) -> Tensor:
+    """`max(x, 0)^2`; x: [..., C]."""
+    return _form(x).relu_square(x)
+
+
+def _form(*inputs: Tensor):
+    x = inputs[0]
+    if x.device.type != "cpu":
+        return reference  # torch.compile fuses it there
+    return native if _backend(x.device, tuple({t.dtype for t in inputs}), x.shape[-1]) == "cpu" else reference
+
+
+@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+def _backend(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
+    return backend.choose("elementwise parts", backend.requested(), device, {"cpu": lambda: native.why_not(dtypes, width), "torch": lambda: ""})

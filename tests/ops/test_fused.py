@@ -1,0 +1,228 @@
+"""The elementwise parts of a block: every form against plain PyTorch in float64, outputs and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rwkvlm import native as build
+from rwkvlm.config import UserError
+from rwkvlm.ops import backend, fused
+from rwkvlm.ops.fused import native, reference
+
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}  # rms, relative, for each output and gradient: bf16 rounds each once, and plain PyTorch often
+PLAIN_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture(params=["cpu", "torch"], autouse=True)
+def form(request, monkeypatch):
+    if request.param == "cpu" and not build.available("fused")[0]:
+        pytest.skip(build.available("fused")[1])
+    monkeypatch.setattr(backend, "_requested", request.param)
+    return request.param
+
+
+class Case:
+    """Random inputs of one operator: call(module) -> outputs."""
+
+    def __init__(self, name, B=2, T=33, H=3, N=32, dtype=torch.float32, state=False, residual=True):
+        rng = torch.Generator().manual_seed(0)
+        C = H * N
+
+        def normal(*shape, scale=1.0, shift=0.0):
+            return (torch.randn(*shape, generator=rng) * scale + shift).to(dtype).requires_grad_()
+
+        def whole():
+            return normal(B, T, C)
+
+        def vector(**kwargs):
+            return normal(1, 1, C, **kwargs)
+
+        self.name = name
+        if name == "token_mix":
+            self.inputs = [whole(), normal(B, C) if state else None, *(vector() for _ in range(6))]
+        elif name == "time_mix_inputs":
+            rest = [whole(), whole()] if residual else [None, None]
+            vectors = [vector(), vector(shift=1.0), vector(shift=1.0), vector(), vector() if residual else None]
+            self.inputs = [whole(), whole(), whole(), whole(), *rest, *vectors]
+        elif name == "time_mix_output":
+            self.inputs = [*(whole() for _ in range(5)), normal(C, shift=1.0), normal(C), normal(H, N)]
+        else:
+            self.inputs = [whole()]
+        self.head_size = N
+
+    def call(self, module, *inputs):
+        if self.name == "token_mix":
+            return module.token_mix(inputs[0], inputs[1], list(inputs[2:]))
+        if self.name == "time_mix_inputs":
+            return module.time_mix_inputs(*inputs, self.head_size)
+        if self.name == "time_mix_output":
+            return [module.time_mix_output(*inputs, 64e-5)]
+        return [module.relu_square(*inputs)]
+
+    def outputs_and_gradients(self, module, inputs=None):
+        inputs = self.inputs if inputs is None else inputs
+        outputs = self.call(module, *inputs)
+        rng = torch.Generator().manual_seed(1)
+        weights = [torch.randn(out.shape, generator=rng).to(self.inputs[0].dtype).to(out.dtype) for out in outputs]
+        wanted = [t for t in inputs if t is not None]
+        return [out.detach() for out in outputs], torch.autograd.grad(outputs, wanted, weights)
+
+    def exact(self):
+        return self.outputs_and_gradients(reference, [None if t is None else t.detach().double().requires_grad_() for t in self.inputs])
+
+
+def close(got, want, tolerance):
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.isfinite().all()
+        assert (g.double() - w).norm() <= tolerance * w.norm() + 1e-30
+
+
+CASES = {
+    "token_mix": [dict(), dict(T=1), dict(T=1, state=True), dict(T=64, state=True), dict(B=3, T=65, H=1, N=16), dict(B=1, T=100, H=2, N=64)],
+    "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=40, H=2, N=128)],
+    "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=40, H=2, N=128)],
+    "relu_square": [dict(), dict(T=1, B=1, H=1, N=16), dict(B=3, T=700)],
+}
+ALL = [pytest.param(name, sizes, id=f"{name}-{sizes}") for name, several in CASES.items() for sizes in several]
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written to is likely NaN: the allocator hands out what was freed last."""
+    for size in (1 << 8, 1 << 10, 1 << 12, 1 << 13, 1 << 14, 1 << 15):
+        blocks = [torch.full((size,), float("nan")) for _ in range(40)]
+        del blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, sizes", ALL)
+def test_against_float64(form, poisoned, name, sizes, dtype):
+    case = Case(name, dtype=dtype, **sizes)
+    tolerance = (TOLERANCE if form == "cpu" else PLAIN_TOLERANCE)[dtype]
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits_on_any_number_of_threads(form, name):
+    if form == "torch":
+        pytest.skip("C++ only")
+    threads, results = torch.get_num_threads(), []
+    case = Case(name, B=2, T=150, residual=True)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outputs, grads = case.outputs_and_gradients(fused)
+        results.append([*outputs, *grads])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["plain", "avx2", "avx512"])
+def test_every_instruction_set(form, name, level):
+    if form == "torch":
+        pytest.skip("C++ only")
+    used = native.why_not((torch.float32,), 16) or torch.ops.rwkvlm.fused_limit_isa(level)
+    try:
+        if used != level:
+            pytest.skip("this processor has no such instructions")
+        for dtype in TOLERANCE:
+            case = Case(name, dtype=dtype)
+            for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+                close(got, want, TOLERANCE[dtype])
+    finally:
+        torch.ops.rwkvlm.fused_limit_isa(2)
+
+
+def test_keys_of_length_zero_and_tiny_ones(form):
+    """As torch.nn.functional.normalize: divided by 1e-12 at least, no NaN."""
+    case = Case("time_mix_inputs", T=4)
+    with torch.no_grad():
+        case.inputs[1][0, 1] = 0
+        case.inputs[1][0, 2] *= 1e-14
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, 1e-5)
+
+
+def test_extreme_rates_keep_their_digits(form):
+    case = Case("time_mix_inputs", T=4)
+    with torch.no_grad():
+        case.inputs[2][0] *= 60
+        case.inputs[5][0] *= 60
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nan_is_not_hidden(name):
+    case = Case(name)
+    with torch.no_grad():
+        case.inputs[name == "time_mix_inputs"][0, 3, 5] = float("nan")
+    outputs, grads = case.outputs_and_gradients(fused)
+    assert any(out.isnan().any() for out in outputs)
+    assert any(grad.isnan().any() for grad in grads) or name == "token_mix"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_checkpointing_gives_the_same_bits(name):
+    case = Case(name)
+    plain = case.outputs_and_gradients(fused)
+
+    class Again:
+        def __getattr__(self, op):
+            return lambda *inputs: checkpoint(getattr(fused, op), *inputs, use_reentrant=False)
+
+    again = case.outputs_and_gradients(Again())
+    assert all(torch.equal(a, b) for one, two in zip(plain, again) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles(name):
+    torch._dynamo.reset()
+    case = Case(name)
+
+    class Compiled:
+        def __getattr__(self, op):
+            return torch.compile(getattr(fused, op), fullgraph=True, backend="aot_eager")
+
+    for one, two in zip(case.outputs_and_gradients(fused), case.outputs_and_gradients(Compiled())):
+        close(one, [t.double() for t in two], 1e-6)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operators_are_well_formed(form, dtype, residual):
+    if form == "torch":
+        pytest.skip("C++ only")
+    assert native.why_not((dtype,), 16) == ""
+    ops, tests = torch.ops.rwkvlm, ("test_schema", "test_faketensor")
+
+    def tensors(name, **sizes):
+        return [None if t is None else t.detach() for t in Case(name, T=5, dtype=dtype, **sizes).inputs]
+
+    x, last, *mixes = tensors("token_mix", state=residual)
+    torch.library.opcheck(ops.token_mix.default, (x, last, mixes), test_utils=tests)
+    torch.library.opcheck(ops.token_mix_backward.default, ([torch.randn_like(x) for _ in mixes], x, last, mixes), test_utils=tests)
+    inputs = tensors("time_mix_inputs", residual=residual)
+    grads = [torch.randn_like(x) for _ in range(5)]
+    torch.library.opcheck(ops.time_mix_inputs.default, (*inputs, 32), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32), test_utils=tests)
+    inputs = tensors("time_mix_output")
+    torch.library.opcheck(ops.time_mix_output.default, (*inputs, 32, 1e-5), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5), test_utils=tests)
+    torch.library.opcheck(ops.relu_square.default, (x,), test_utils=tests)
+    torch.library.opcheck(ops.relu_square_backward.default, (x, x), test_utils=tests)
+
+
+def test_dispatch(form, monkeypatch, capfd):
+    x = torch.randn(1, 3, 32)
+    if form == "cpu":
+        for bad, why in ((x.double(), "not torch.float64"), (x[..., :8], "a multiple of 16")):
+            with pytest.raises(UserError, match=why):
+                fused.relu_square(bad)
+    monkeypatch.setattr(backend, "_requested", "auto")
+    monkeypatch.setattr(backend, "_said", set())
+    assert torch.equal(fused.relu_square(x.double()), reference.relu_square(x.double()))
+    assert "elementwise parts: running in plain PyTorch" in capfd.readouterr().err
