@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.multiprocessing as mp
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
 from rwkvlm.models import build, init_weights
+from rwkvlm.ops.precision import Fp32Choice
+from rwkvlm.train import matmul
 from rwkvlm.train import plan as planning
 from rwkvlm.train import signals
 from rwkvlm.train.position import Position
@@ -159,3 +162,38 @@ def test_two_processes_agree_one_step_later():
     for process in processes:
         process.join(60)
     assert seen == {rank: [(0, 0), (0, 0), (15, 1)] for rank in range(2)}
+
+
+@pytest.mark.parametrize("setting", ["highest", "medium"])
+def test_fp32_products_are_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch, capsys, setting):
+    monkeypatch.setenv("RWKV_FP32_PRODUCTS", "")
+    line = f"fp32 matrix products: {setting} (as measured)"
+    monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: Fp32Choice(setting, {}, {}, line))
+    assert run(tmp_path / "out", max_steps=1) == 0
+    assert torch.get_float32_matmul_precision() == setting == env.decided_fp32_products() and line in capsys.readouterr().out
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: pytest.fail("it is decided"))
+    assert run(tmp_path / "other", max_steps=1) == 0, "a process that another one has started"
+    assert torch.get_float32_matmul_precision() == setting
+    monkeypatch.setenv("RWKV_FP32_PRODUCTS", "")
+    assert run(tmp_path / "out", max_steps=1) == 0
+    assert torch.get_float32_matmul_precision() == setting and f"{setting}, as the run began" in capsys.readouterr().out
+
+
+def test_fp32_products_are_left_alone_in_bf16_and_by_processes_of_a_launcher(monkeypatch, capsys):
+    monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: pytest.fail("nothing is to be measured"))
+    monkeypatch.setenv("RWKV_FP32_PRODUCTS", "")
+    before = torch.get_float32_matmul_precision()
+
+    def plan(precision, world_size):
+        start = SimpleNamespace(state=None)
+        return SimpleNamespace(config=SimpleNamespace(precision=precision), launch=SimpleNamespace(accelerator="cpu", world_size=world_size), start=start)
+
+    matmul.settle_fp32_products(plan("bf16", 1))
+    assert capsys.readouterr().out == ""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    torch.set_float32_matmul_precision("medium")
+    matmul.settle_fp32_products(plan("fp32", 2))
+    assert torch.get_float32_matmul_precision() == "highest" and "must agree" in capsys.readouterr().out
+    torch.set_float32_matmul_precision(before)

@@ -87,3 +87,13 @@ def decided_precision() -> str:
 def hand_on_precision(precision: str) -> None:
     """Tells the processes that this one will start what --precision auto means."""
     os.environ["RWKV_PRECISION"] = precision
+
+
+def decided_fp32_products() -> str:
+    """RWKV_FP32_PRODUCTS: the path of fp32 matrix products that the first process chose, for the processes that it starts; "": none yet."""
+    return os.environ.get("RWKV_FP32_PRODUCTS", "")
+
+
+def hand_on_fp32_products(setting: str) -> None:
+    """Tells the processes that this one will start how to multiply fp32 matrices."""
+    os.environ["RWKV_FP32_PRODUCTS"] = setting

@@ -19,6 +19,7 @@ from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
 from .conductor import Conductor
+from .matmul import settle_fp32_products
 from .module import TrainModule
 from .plan import Plan, check_data, check_folder, make_plan
 from .planner import dry_run
@@ -42,6 +43,7 @@ def run(config: TrainConfig) -> int:
         return dry_run(plan)
     save_tokenizer(plan.config, plan.data)
     strategy = make_strategy(plan.config)
+    settle_fp32_products(plan)
     return train(plan, strategy)
 
 

@@ -74,6 +74,7 @@ class Saver:
             "magic_prime": plan.data.order,
             "warmup_steps": plan.schedule.warmup_steps,
             "precision": plan.config.precision,
+            "fp32_products": torch.get_float32_matmul_precision(),
         }
 
     def state_due(self, mini_epoch_ends: bool) -> bool:
