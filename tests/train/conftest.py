@@ -62,6 +62,12 @@ class TinyRun:
         return main(["train", *self.argv(proj_dir, **flags)])
 
 
+@pytest.fixture(scope="session")
+def tiny(data) -> TinyRun:
+    """For fixtures that run in a process of their own: tiny.argv(proj_dir, ...)."""
+    return TinyRun(data)
+
+
 @pytest.fixture
 def run(data):
     """A TinyRun; afterwards the process is as it was."""

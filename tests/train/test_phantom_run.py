@@ -1,0 +1,163 @@
+"""Phantom through the same trainer: a run, its files, resuming, an RWKV-7 that becomes one, every strategy, the demo script, bad flags."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
+from rwkvlm.config import ModelConfig, TrainConfig, UserError
+from rwkvlm.infer import load_engine
+from rwkvlm.models import build, init_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+PHANTOM = dict(my_testing="phantom", ttt_chunk=16, core_ratio=0.5)
+SHORT = dict(my_exit_tokens=10 * 4 * 32, epoch_samples=20, epoch_save=1)
+
+
+def command(run, folder, **flags):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **flags)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def phantom(tiny, tmp_path_factory):
+    """The folder of an undisturbed run with the meta term."""
+    folder = tmp_path_factory.mktemp("phantom") / "out"
+    command(tiny, folder, **PHANTOM, **SHORT, ttt_meta=1)
+    return folder
+
+
+def test_it_learns_and_says_what_it_is(phantom, losses, records):
+    curve = losses(phantom)
+    assert len(curve) == 10 and sum(curve[-3:]) < sum(curve[:3]) - 0.5
+    terms = [record["meta_loss"] for record in records(phantom).values()]
+    assert all(0 < term < 10 for term in terms) and len(set(terms)) == 10
+    log = (phantom / "train_log.txt").read_text()
+    assert "'ttt_chunk': 16" in log and "'my_testing': 'phantom'" in log
+
+
+def test_meta_term_is_trained_but_not_mixed_into_the_loss(run, phantom, losses, tmp_path):
+    assert run(tmp_path / "out", **PHANTOM, **SHORT, max_steps=4) == 0
+    without, with_term = losses(tmp_path / "out"), losses(phantom)[:4]
+    assert without[:1] == pytest.approx(with_term[:1], rel=1e-6) and without[3] != with_term[3]
+
+
+def test_the_file_says_what_the_shapes_do_not(phantom):
+    tensors = load_weights(phantom / "rwkv-final.pth")
+    config = read_config(tensors)
+    assert (config.model_type, config.core_ratio, config.ttt_chunk, config.n_layer) == ("phantom", 0.5, 16, 2)
+    model = build(config)
+    load_into(model, tensors)
+    assert list(load_engine(phantom / "rwkv-final.pth", device="cpu").model.state_dict()) == list(tensors)
+
+
+def test_stopped_and_gone_on_it_is_the_same_run(run, phantom, losses, tmp_path):
+    assert run(tmp_path / "out", **PHANTOM, **SHORT, ttt_meta=1, max_steps=3) == 0
+    assert run(tmp_path / "out", my_testing="x070_phantom", **SHORT, ttt_meta=1) == 0, "what it is comes from the state"
+    assert losses(tmp_path / "out") == losses(phantom)
+    one, other = (load_weights(folder / "rwkv-final.pth") for folder in (phantom, tmp_path / "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (tmp_path / "weights").mkdir()
+    save_weights(tmp_path / "weights" / "rwkv-0.pth", one)
+    assert run(tmp_path / "weights", my_testing="phantom", **SHORT, max_steps=1) == 0, "and from weights alone"
+
+
+def rwkv7(folder):
+    model = build(ModelConfig(n_layer=2, n_embd=64, head_size=32, vocab_size=256))
+    init_weights(model, 3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("output.weight", "value.weight")):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) / 20)
+    save_weights(folder / "rwkv7.pth", model.state_dict())
+    return folder / "rwkv7.pth"
+
+
+def test_rwkv7_is_loaded_as_a_phantom(run, losses, tmp_path):
+    path = rwkv7(tmp_path)
+    flags = dict(SHORT, train_stage=0, load_model=path, max_steps=3)
+    assert run(tmp_path / "x070", **flags) == 0
+    assert run(tmp_path / "plain", my_testing="phantom", core_ratio=1, ttt_enabled=0, **flags) == 0
+    assert losses(tmp_path / "x070") == losses(tmp_path / "plain")
+    assert run(tmp_path / "ghosts", my_testing="phantom", ttt_chunk=16, core_ratio=0.9, **flags) == 0
+    assert losses(tmp_path / "ghosts")[0] == pytest.approx(losses(tmp_path / "x070")[0], rel=0.05)
+    assert run(tmp_path / "cut", my_testing="phantom", ttt_chunk=16, core_ratio=0.2, **flags) == 0
+    a, b = (abs(losses(tmp_path / name)[0] - losses(tmp_path / "x070")[0]) for name in ("ghosts", "cut"))
+    assert a < b
+
+
+def test_switched_off_its_files_are_plain_rwkv7(run, whole, losses, tmp_path):
+    assert run(tmp_path / "out", my_testing="phantom", ghost_ratio=0, ttt_enabled=0, max_steps=2) == 0
+    assert losses(tmp_path / "out") == losses(whole)[:2]
+    assert read_config(load_weights(tmp_path / "out" / "rwkv-init.pth")).model_type == "x070"
+
+
+BAD = {
+    "ratios": (dict(core_ratio=0.5, ghost_ratio=0.6), "do not sum to 1; give only one of them"),
+    "ratio": (dict(core_ratio=2), "--core_ratio 2.0 must lie in (0, 1]"),
+    "chunk": (dict(ttt_chunk=24), "--ttt_chunk 24 is not a multiple of 16"),
+    "context": (dict(ttt_chunk=32), "--ctx_len 32 is not above --ttt_chunk 32"),
+    "steps": (dict(ttt_steps=0), "--ttt_steps 0 must be at least 1"),
+    "switch": (dict(ttt_enabled=2), "--ttt_enabled 2 is not known; use 0 or 1"),
+    "matrix": (dict(core_ratios="key=1"), "--core_ratios names 'key'"),
+    "kind": (dict(ttt_kind="states"), "--ttt_kind 'states' is not known; choose one of: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags(run, tmp_path, capfd, case):
+    flags, said = BAD[case]
+    assert run(tmp_path / "out", **dict(PHANTOM, **flags) if case != "ratios" else dict(my_testing="phantom", **flags)) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_another_phantom_is_not_mixed_into_a_run(run, phantom, tmp_path, capfd):
+    for flags, said in (
+        (dict(my_testing="x070"), "holds a model of type phantom; use --my_testing phantom"),
+        (dict(my_testing="phantom", core_ratio=0.25), "--core_ratio 0.25, but"),
+        (dict(my_testing="phantom", ttt_chunk=64, ctx_len=128), "--ttt_chunk 64, but"),
+    ):
+        assert run(tmp_path / "out", train_stage=0, load_model=phantom / "rwkv-final.pth", **flags) == 2
+        assert said in capfd.readouterr().err
+
+
+def test_flags_of_phantom_say_when_they_have_no_effect():
+    (line,) = TrainConfig(core_ratio=0.5).flags_without_effect()
+    assert line.startswith("--core_ratio 0.5 has no effect: --my_testing x070 has no Ghost layers")
+    assert TrainConfig(my_testing="phantom", core_ratio=0.5).flags_without_effect() == []
+    with pytest.raises(UserError, match="do not sum to 1"):
+        TrainConfig(my_testing="phantom", core_ratio=0.5, ghost_ratio=0.4).phantom_settings()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("settings", [dict(ttt_meta=1), dict(ttt_kind="memory", max_depth_iter=2)], ids=["state", "memory"])
+def test_two_processes_give_the_curve_of_one_and_resume(run, losses, tmp_path, strategy, settings):
+    flags = dict(SHORT, **PHANTOM, **settings)
+    assert run(tmp_path / "one", **flags) == 0
+    for steps in (4, None):
+        command(run, tmp_path / "two", **flags, devices=2, micro_bsz=2, strategy=strategy, max_steps=steps)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = (load_weights(tmp_path / name / "rwkv-final.pth") for name in ("one", "two"))
+    assert one.keys() == two.keys() and read_config(one) == read_config(two)
+
+
+@pytest.mark.slow
+def test_demo_script_trains_a_phantom(tmp_path):
+    from shutil import copy, copytree
+
+    for name in ("RWKV-v7", "cuda", "train.py", "make_data.py", "requirements.txt", "constraints.txt", "pyproject.toml", *(p.name for p in ROOT.glob("demo-*.sh"))):
+        (copytree if (ROOT / name).is_dir() else copy)(ROOT / name, tmp_path / name)
+    knobs = dict(MODEL_TYPE="phantom", N_LAYER="2", N_EMBD="64", CTX_LEN="128", M_BSZ="4", EPOCH_SAMPLES="64", EXIT_TOKENS="16384", RANDOM_SEED="1", PRECISION="fp32",
+                 DATA="demo", ACCELERATOR="cpu", PYTHON=sys.executable)  # fmt: skip
+    done = subprocess.run(["sh", "demo-training-run.sh"], cwd=tmp_path, env={**os.environ, **knobs}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "phantom L2 D64" in done.stdout and "ffn.key" in done.stdout and "\ndef " in done.stdout
+    assert (tmp_path / "out/L2-D64-phantom/rwkv-final.pth").exists()
