@@ -33,11 +33,11 @@ from rwkvlm.checkpoint import state
 from rwkvlm.train.module import TrainModule
 
 RANKS, BATCH, CTX, STEPS = 2, 2, 16, 120
-TIMEOUT = 6  # seconds, --dist_timeout
+TIMEOUT = 8  # seconds, --dist_timeout where a process is frozen
 FLAGS = dict(
     vocab_size=64, n_layer=1, n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * RANKS * BATCH * CTX, lr_init=2e-3,
     lr_final=2e-4, warmup_steps=5, epoch_samples=100, epoch_save=1, random_seed=1, accelerator="cpu", precision="fp32", kernel="torch",
-    train_stage=3, save_steps=2, keep_last=3, dist_timeout=TIMEOUT, enable_progress_bar=False,
+    train_stage=3, save_steps=2, keep_last=3, enable_progress_bar=False,
 )  # fmt: skip
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
 FAULTS_A_RUN = 8
@@ -52,9 +52,9 @@ class Trial:
         self.expected = 0  # the step from which the next start must go on
         self.records: list[dict] = []
 
-    def begin(self, before=lambda rank: None, wait: bool = True) -> World:
+    def begin(self, before=lambda rank: None, wait: bool = True, **flags) -> World:
         before_this = len(self._lines("run"))
-        world = World(self.flags, RANKS, self.folder / "log", before)
+        world = World(self.flags | flags, RANKS, self.folder / "log", before)
         if wait:
             world.until(lambda: len(self._lines("run")) > before_this)
             step = self._lines("run")[-1]["step"]
@@ -121,6 +121,9 @@ def kill(trial: Trial) -> bool:
     if trial.ended(world):
         return False
     world.kill(victims)
+    if moment == "start":  # they may not know each other yet: a launcher ends the others
+        world.wait(5, victims)
+        world.kill(world.living())
     seconds = world.wait(60)
     named = all(f"rank {rank} (" in world.said() for rank in victims)
     if len(victims) < RANKS and moment != "start":
@@ -144,7 +147,7 @@ def terminate(trial: Trial) -> bool:
 
 def freeze(trial: Trial) -> bool:
     """SIGSTOP: the others end after --dist_timeout and name the frozen one."""
-    world, victim = trial.begin(), trial.chance.randrange(RANKS)
+    world, victim = trial.begin(dist_timeout=TIMEOUT), trial.chance.randrange(RANKS)
     trial.pause(world)
     world.kill([victim], signal.SIGSTOP)
     seconds = world.wait(60, [rank for rank in range(RANKS) if rank != victim])

@@ -16,7 +16,7 @@ from rwkvlm.checkpoint.pth import load_weights
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "train.py")
 TWO = dict(devices=2, micro_bsz=2, save_steps=2)
-LONG = TWO | dict(my_exit_tokens=4_000_000, dist_timeout=8)
+LONG = TWO | dict(my_exit_tokens=4_000_000)
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -76,7 +76,8 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen, log: Path) 
 def test_a_dead_or_frozen_process_ends_the_run_with_its_name(run, tmp_path, victim, signum, said):
     """Lightning's own launch: rank 0 is the user's process, rank 1 its child."""
     log = tmp_path / "log"
-    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **LONG)], log)
+    timeout = dict(dist_timeout=8) if signum == signal.SIGSTOP else {}
+    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **LONG, **timeout)], log)
     wait_for_steps(tmp_path / "out", 3, process, log)
     child = ranks_of(process.pid)[1]
     os.kill(process.pid if victim == 0 else child, signum)

@@ -38,12 +38,12 @@ EXIT_CODE = 1
 
 @dataclass
 class _Peer:
-    """The other end of a connection. heard: when it last gave a sign of life."""
+    """The other end of a connection. silent: seconds since its last sign of life."""
 
     rank: int
     name: str
     socket: socket.socket
-    heard: float
+    silent: float = 0.0
     unread: bytes = b""
 
 
@@ -66,6 +66,8 @@ class Watch:
         self._causes: list[tuple[int, int, int, str]] = []  # kind, number, rank, what happened
         self._waiting: dict[int, str] = {}  # ranks whose collective operations fail because of another one
         self._since = self._beaten = 0.0
+        self._looked = time.monotonic()
+        self._training = False
         self._failed_here = self._closed = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -90,6 +92,7 @@ class Watch:
     def training_begins(self) -> None:
         """From now on no process may keep the others waiting for longer than timeout_s."""
         _set_pg_timeout(timedelta(seconds=self.timeout_s))
+        self._training = True
 
     def _own_name(self) -> str:
         return f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"
@@ -108,7 +111,7 @@ class Watch:
     def _add(self, rank: int, name: str, own: socket.socket, hello: dict) -> None:
         own.settimeout(GRACE)
         with self._lock:
-            self._peers[rank] = _Peer(rank, name, own, time.monotonic())
+            self._peers[rank] = _Peer(rank, name, own)
             self._send(self._peers[rank], **hello)
             self._selector.register(own, selectors.EVENT_READ, self._peers[rank])
 
@@ -176,7 +179,7 @@ class Watch:
             except OSError:
                 data = b""
             with self._lock:
-                peer.heard = time.monotonic()
+                peer.silent = 0.0
                 *lines, peer.unread = (peer.unread + data).split(b"\n")
                 for line in lines:
                     self._understand(peer, json.loads(line))
@@ -212,8 +215,11 @@ class Watch:
                 self._cause(KILLED if code < 0 else FAILED, self.rank + number, died)
         if self.parent and os.getppid() != self.parent:
             self._cause(DIED, self.rank - self.local_rank, "died (killed, or out of memory)")
+        # A machine that slept, or had no time for any of us, is not a silence of the others: only while this thread runs do seconds count.
+        passed, self._looked = min(now - self._looked, 4 * TICK), now
         for peer in self._peers.values():
-            if now - peer.heard > max(self.timeout_s, 3 * BEAT):
+            peer.silent += passed
+            if self._training and peer.silent > max(self.timeout_s, 3 * BEAT):
                 self._cause(SILENT, peer.rank, f"has not answered for {self.timeout_s:g} s (--dist_timeout)")
         if now - self._beaten > BEAT:
             self._beaten = now
