@@ -2,6 +2,7 @@
 #include <memory>
 #include <new>
 
+#include "jsonl.h"
 #include "world.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -18,4 +19,9 @@ EXPORT const World* rwkvlm_world(const uint8_t* bytes, const int64_t* lengths, i
 
 EXPORT void rwkvlm_world_encode(const World* world, const uint8_t* text, const int64_t* ends, int64_t n, uint16_t* ids, int64_t* id_ends) {
   world->encode(text, ends, n, ids, id_ends);
+}
+
+EXPORT int64_t rwkvlm_jsonl_texts(const uint8_t* block, int64_t size, const uint8_t* key, int64_t key_size, uint8_t* text, int64_t* ends,
+                                  int64_t* lines) {
+  return tokenizer::jsonl_texts(block, size, key, key_size, text, ends, lines);
 }

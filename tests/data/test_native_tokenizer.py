@@ -10,7 +10,7 @@ import pytest
 
 from rwkvlm import native
 from rwkvlm.data import tokenizer as module
-from rwkvlm.data.tokenizer import NativeWorldTokenizer, WorldTokenizer, load_tokenizer
+from rwkvlm.data.tokenizer import NativeWorldTokenizer, Texts, WorldTokenizer, load_tokenizer
 
 VOCABULARY = module._vocabulary_path()
 PLAIN = WorldTokenizer(VOCABULARY)
@@ -23,7 +23,7 @@ TOKENS = [PLAIN.decode_bytes([i]) for i in range(1, 65530)]
 
 
 def equal(texts, reference=PLAIN.encode):
-    ids, ends = NATIVE.encode_batch(texts)
+    ids, ends = NATIVE.encode_batch(Texts.join(texts))
     assert ids.dtype == np.uint16 and len(ends) == len(texts) and ends[-1] == len(ids)
     for text, first, last in zip(texts, [0, *ends], ends):
         assert ids[last - 1] == 0 and ids[first : last - 1].tolist() == reference(text), text
@@ -82,9 +82,9 @@ def test_batches_of_all_shapes():
     for n in range(1, 12):
         for _ in range(30):
             equal([rng.choice([b"", b"a", "é".encode() * rng.randrange(400), b" " * rng.randrange(300), rng.randbytes(300)]) for _ in range(n)])
-    ids, ends = NATIVE.encode_batch([])
+    ids, ends = NATIVE.encode_batch(Texts.join([]))
     assert len(ids) == len(ends) == 0
-    assert NATIVE.encode("") == [] and NATIVE.encode_batch([b"", b""])[0].tolist() == [0, 0]
+    assert NATIVE.encode("") == [] and NATIVE.encode_batch(Texts.join([b"", b""]))[0].tolist() == [0, 0]
 
 
 def test_a_vocabulary_without_all_bytes_is_refused():
@@ -96,7 +96,7 @@ def test_a_vocabulary_without_all_bytes_is_refused():
 
 FUZZ = """
 import random, sys
-from rwkvlm.data.tokenizer import NativeWorldTokenizer, _vocabulary_path
+from rwkvlm.data.tokenizer import NativeWorldTokenizer, Texts, _vocabulary_path
 world, rng = NativeWorldTokenizer(_vocabulary_path()), random.Random(0)
 tokens = [world.decode_bytes([i]) for i in range(1, 65530)]
 for _ in range(1500):
@@ -104,7 +104,7 @@ for _ in range(1500):
     for _ in range(rng.randrange(9)):
         n = rng.choice([0, 1, 2, 130, rng.randrange(2000)])
         texts.append(rng.choice([rng.randbytes(n), bytes([rng.randrange(256)]) * n, b"".join(rng.choices(tokens, k=n // 9))]))
-    ids, ends = world.encode_batch(texts)
+    ids, ends = world.encode_batch(Texts.join(texts))
     assert world.decode_bytes(ids).replace(b"\\xef\\xbf\\xbd", b"") == b"".join(texts).replace(b"\\xef\\xbf\\xbd", b"")
     world.decode([rng.randrange(-10**12, 10**12) for _ in range(20)])
 print("clean")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import sys
 import time
@@ -12,14 +13,15 @@ from typing import NoReturn
 
 from ..config import MINI_EPOCH, UserError
 from ..data.binidx import BinIdx
-from ..data.documents import expand, kind
-from ..data.pack import Packed, pack
+from ..data.documents import PACKED, STDIN, expand, kind
+from ..data.pack import Packed, Stage, pack, write_report
 from ..data.sampler import magic_prime, mini_epochs
 from ..data.tokenizer import Tokenizer, load_tokenizer
 
 PREVIEW = 100  # tokens shown from each end of a document
 SHOWN = 10  # skipped inputs listed
 PAUSE = 5.0  # seconds between lines that say how far it is
+BAR = 30  # characters
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="make_data.py", description="Tokenise text, shuffle it, write PREFIX.bin and PREFIX.idx.")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help='.jsonl (one {"text": ...} a line) or .txt (one document a file), also .gz; files or quoted globs')
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help='.jsonl (one {"text": ...} a line), .txt (one document a file), either also .gz or .zst, or .parquet; files, quoted globs, or - for .jsonl from standard input')
     parser.add_argument("epochs", type=int, metavar="COPIES", help="copies of the data in the output, each shuffled anew")
     parser.add_argument("ctx_len", type=int, metavar="CTX_LEN", help="context length that magic_prime is computed for")
     parser.add_argument("--out", default="", metavar="PREFIX", help="output prefix; default: the name of the one input, in the current folder")
@@ -38,17 +40,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_split", type=float, default=0.0, help="hold out: below 1 a fraction of the tokens, else a number of documents; to PREFIX.val.bin/.idx")
     parser.add_argument("--seed", type=int, default=0, help="seed of shuffling and held-out documents (default: 0)")
     parser.add_argument("--skip_bad", action="store_true", help="pass over bad lines and files, and count them, instead of stopping")
+    parser.add_argument("--workers", type=int, default=0, help="threads that parse and tokenise (default: one for each core); the result does not depend on it")
+    parser.add_argument("--report", default="", metavar="FILE", help="write the facts of the summary, and the lengths of the documents, as JSON")
     return parser
 
 
-def _progress(started: float) -> Callable[[int, int], None]:
-    last = started
+def _progress(started: float) -> Callable[[Stage], None]:
+    """Says now and then how far it is: on a terminal in one line that changes, elsewhere a line each time."""
+    last, terminal = started, sys.stderr.isatty()
 
-    def say(documents: int, text_bytes: int) -> None:
+    def say(stage: Stage) -> None:
         nonlocal last
-        if (now := time.monotonic()) - last >= PAUSE:
-            last = now
-            print(f"{documents} documents, {text_bytes / 1e6:.1f} MB, {text_bytes / 1e6 / (now - started):.1f} MB/s", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - last < (PAUSE / 10 if terminal else PAUSE):
+            return
+        last = now
+        line = f"{stage.name} {stage.part:4.0%}  {stage.documents} documents"
+        if stage.name == "reading":
+            seconds = now - started
+            left = f", {datetime.timedelta(seconds=int(seconds / stage.part - seconds))} left" if 0 < stage.part and not stage.resumed else ""
+            line += f"  {stage.text_bytes / 1e6:.1f} MB, {stage.text_bytes / 1e6 / seconds:.1f} MB/s{left}"
+        if terminal:
+            bar = "#" * round(stage.part * BAR)
+            line = f"\r\033[K[{bar:.<{BAR}}] {line}"
+        print(line, file=sys.stderr, end="" if terminal else "\n", flush=True)
 
     return say
 
@@ -65,14 +80,14 @@ def _show(data: BinIdx, tokenizer: Tokenizer, i: int) -> None:
 
 def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> None:
     if made.skipped:
-        print(f"skipped {len(made.skipped)} bad inputs:")
-        for line in made.skipped[:SHOWN]:
+        print(f"skipped {made.skipped} bad inputs:")
+        for line in made.first_skipped[:SHOWN]:
             print(f"  {line}")
     data = BinIdx(prefix)
     _show(data, tokenizer, 0)
     _show(data, tokenizer, -1)
     print("---")
-    print(f"{prefix}.bin/idx: {made.tokens} tokens, {made.documents} documents, {made.dtype.name}")
+    print(f"{prefix}.bin/idx: {made.tokens} tokens, {made.documents} documents, {made.dtype}")
     if made.val_documents:
         print(f"{prefix}.val.bin/idx: {made.val_tokens} tokens, {made.val_documents} documents held out")
     print(f"largest token id {made.largest}, {made.distinct} distinct ones; --vocab_size {tokenizer.vocab_size}")
@@ -85,6 +100,13 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
     print(f"\n--my_exit_tokens {made.tokens} --magic_prime {prime} --ctx_len {ctx_len}\n")
 
 
+def _stem(file: Path) -> str:
+    name = file.name
+    for suffix in (*PACKED, kind(file)):
+        name = name.removesuffix(suffix)
+    return name
+
+
 def main(argv: list[str]) -> int:
     """Returns 0; raises UserError for whatever is wrong with arguments or input, and then no output has been made."""
     args = _parser().parse_args(argv)
@@ -95,13 +117,25 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.seed < 1 << 32:
         raise UserError(f"--seed {args.seed} must lie in 0 to 2^32 - 1")
     files = expand(args.inputs)
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers} must be at least 1, or 0 for one for each core")
     if not args.out and len(files) > 1:
         raise UserError(f"{len(files)} input files need --out PREFIX")
-    prefix = str(Path(args.out or files[0].name.removesuffix(".gz").removesuffix(kind(files[0]))))
+    if not args.out and files == [STDIN]:
+        raise UserError("standard input needs --out PREFIX")
+    prefix = args.out or _stem(files[0])
     tokenizer = load_tokenizer(args.tokenizer)
     started = time.monotonic()
-    made = pack(files, prefix, tokenizer, args.epochs, args.text_key, args.val_split, args.seed, args.skip_bad, _progress(started))
+    try:
+        made = pack(files, prefix, tokenizer, args.epochs, args.text_key, args.val_split, args.seed, args.skip_bad, args.workers, _progress(started))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on where this one stopped (or remove {prefix}.unfinished)", file=sys.stderr, flush=True)
+        raise
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
     seconds = time.monotonic() - started
     print(f"{made.text_bytes} bytes of text in {seconds:.1f} s ({made.text_bytes / 1e6 / seconds:.1f} MB/s)")
     _summary(made, prefix, tokenizer, args.ctx_len)
+    if args.report:
+        write_report(Path(args.report), made)
     return 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -173,6 +174,13 @@ class BinIdx(Tokens):
     @property
     def n_docs(self) -> int:
         return self.index.n_docs
+
+    def document_starts(self, first: int, stop: int) -> list[int]:
+        found, i = set(), bisect_left(range(self.n_docs), first, key=lambda i: self.index.span(i)[0])
+        while i < self.n_docs and (start := self.index.span(i)[0]) < stop:
+            found.add(start)  # once, where documents are empty
+            i += 1
+        return sorted(found)
 
     def doc(self, i: int) -> np.ndarray:
         """Tokens of document i (negative: from the end), a read-only view [size], its final 0 included."""

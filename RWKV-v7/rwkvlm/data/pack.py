@@ -1,25 +1,33 @@
-"""Documents to binidx: tokenise once into a scratch file, then write shuffled copies of the documents from there.
+"""Documents to binidx: tokenise once, in the order of the input, into a file on disk; then write shuffled copies of the documents.
 
-What stays in memory is a few bytes per document; the text never does. The result depends on the inputs and the seed alone.
+Blocks of text are parsed and tokenised by threads and taken back in order. Neither text nor tokens stay in memory, and nothing that
+grows with the number of documents. The result depends on the inputs and the seed alone, not on threads, interruptions or memory.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from array import array
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..config import UserError
 from .binidx import BinIdxWriter, bin_path, idx_path
-from .documents import Document, read_documents
-from .tokenizer import END_OF_DOCUMENT, Tokenizer
+from .documents import STDIN, Block, Parsed, parse, read_blocks, where
+from .shuffle import Documents, draw, keys, shuffled
+from .tokenizer import Tokenizer
+from .unfinished import LISTED, Progress, Unfinished
 
 ROUND_TRIPS = 200  # the first so many documents are decoded again and compared, and later every so many-th
+HELD_OUT = 0x76616C  # "val": the seed of the held-out documents, apart from every copy's
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,25 @@ class Packed:
     val_documents: int
     val_tokens: int
     text_bytes: int
+    bytes_per_token: float  # the end-of-document tokens are not counted
+    lengths: tuple[tuple[int, int, int], ...]  # (fewest tokens, most tokens, documents of the input between them), by powers of two
     largest: int  # token id
     distinct: int  # token ids that occur
-    dtype: np.dtype
-    skipped: tuple[str, ...]  # the bad inputs passed over, one line each
+    dtype: str
+    skipped: int  # bad inputs passed over
+    first_skipped: tuple[str, ...]  # a line for each of the first of them
+    order_hash: str  # SHA-256 of the numbers (int64) of the input's documents in the order of {prefix}.bin
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far it is, for a line on the screen; `part` of the input's bytes, or of all copies' documents, from 0 to 1."""
+
+    name: str  # "reading" or "writing"
+    part: float
+    documents: int
+    text_bytes: int  # read by this process
+    resumed: bool
 
 
 def pack(
@@ -46,13 +69,15 @@ def pack(
     val_split: float = 0.0,
     seed: int = 0,
     skip_bad: bool = False,
-    progress: Callable[[int, int], None] = lambda documents, text_bytes: None,
+    workers: int = 0,
+    progress: Callable[[Stage], None] = lambda stage: None,
 ) -> Packed:
     """Write {prefix}.bin/.idx: `epochs` copies of the documents of `files`, each copy shuffled anew, each document ended by token 0.
 
     val_split: below 1 the fraction of the tokens, from 1 on the number of documents, that is held out, whole documents drawn by the
-    seed, in {prefix}.val.bin/.idx (once, in the order of the input). Raises UserError naming file, line and cause of the first
-    bad input (with skip_bad: of none), or if a document does not come back from its tokens; then no output is made.
+    seed, in {prefix}.val.bin/.idx (once, in the order of the input). workers: threads; 0, one for each core. Raises UserError naming
+    file, line and cause of the first bad input (with skip_bad: of none), or if a document does not come back from its tokens; then
+    no output is made. A run that was killed or interrupted is taken up by the next call with the same inputs.
     """
     prefix = Path(prefix)
     if not prefix.name:
@@ -60,38 +85,60 @@ def pack(
     val_prefix = prefix.with_name(prefix.name + ".val")
     _check_arguments(epochs, val_split, val_prefix)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
+    job = {"files": [_identity(path) for path in files], "text_key": text_key, "tokenizer": tokenizer.identity, "skip_bad": skip_bad}
+    if STDIN in files:
+        job["process"] = os.getpid()  # what was read is gone: never taken up
     try:
-        with ExitStack() as stack:
-            prefix.parent.mkdir(parents=True, exist_ok=True)
-            scratch = _Scratch(prefix.with_name(prefix.name + ".tokens.partial"), dtype, tokenizer.vocab_size)
-            stack.callback(scratch.close)
-            skipped, text_bytes = _tokenise(files, tokenizer, text_key, skip_bad, scratch, progress)
-            tokens, ends = scratch.map()
-            starts = np.concatenate(([0], ends[:-1]))
-            held_out = _held_out(ends - starts, val_split, seed)
-            kept = np.setdiff1d(np.arange(len(ends)), held_out, assume_unique=True)
+        with Unfinished(prefix, job, dtype, tokenizer.vocab_size) as work, ExitStack() as stack:
+            _tokenise(files, tokenizer, text_key, skip_bad, work, workers or os.cpu_count() or 1, progress)
+            total = work.progress.documents
+            limit, held_out = draw(work.pile, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
+            if held_out >= total:
+                raise UserError(f"--val_split {val_split:g} would hold out all {total} documents; hold out fewer or give more data")
+
+            def kept(numbers: np.ndarray) -> np.ndarray:
+                return keys(numbers, seed ^ HELD_OUT << 32) > np.uint64(limit) if held_out else np.ones(len(numbers), dtype=bool)
+
             out = stack.enter_context(BinIdxWriter(prefix, dtype))
-            val = stack.enter_context(BinIdxWriter(val_prefix, dtype)) if len(held_out) else None
-            for i in held_out:
-                val.add(tokens[starts[i] : ends[i]])
+            val = stack.enter_context(BinIdxWriter(val_prefix, dtype)) if held_out else None
+            if val:
+                for documents in work.pile.blocks():
+                    _write(val, documents.take(np.flatnonzero(~kept(documents.numbers))))
+            order = hashlib.sha256()
             for epoch in range(epochs):
-                for i in kept[np.random.RandomState([seed, epoch]).permutation(len(kept))]:
-                    out.add(tokens[starts[i] : ends[i]])
+                for documents in shuffled(work.pile, (seed, epoch), kept, work.folder):
+                    _write(out, documents)
+                    order.update(documents.numbers.astype("<i8"))
+                    progress(Stage("writing", out.n_docs / (epochs * (total - held_out)), out.n_docs, 0, False))
             for writer in filter(None, (out, val)):
                 writer.seal()  # a full disk shows here, before either pair is renamed
+            lengths = _lengths(work)
     except OSError as error:
         raise UserError(f"cannot write {prefix}.bin: {error.strerror or error}; choose another place with --out") from None
+    done = work.progress
     return Packed(
         documents=out.n_docs,
         tokens=out.n_tokens,
         val_documents=val.n_docs if val else 0,
         val_tokens=val.n_tokens if val else 0,
-        text_bytes=text_bytes,
-        largest=int(np.flatnonzero(scratch.seen)[-1]),
-        distinct=int(scratch.seen.sum()),
-        dtype=dtype,
-        skipped=tuple(skipped),
+        text_bytes=done.text_bytes,
+        bytes_per_token=round(done.text_bytes / max(1, done.tokens - done.documents), 4),
+        lengths=lengths,
+        largest=int(np.flatnonzero(work.seen)[-1]),
+        distinct=int(work.seen.sum()),
+        dtype=dtype.name,
+        skipped=done.skipped,
+        first_skipped=tuple(done.first_skipped),
+        order_hash=order.hexdigest(),
     )
+
+
+def write_report(path: Path, made: Packed) -> None:
+    """The facts of `made` as JSON. UserError if it cannot be written."""
+    try:
+        path.write_text(json.dumps(asdict(made), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write --report {path}: {error.strerror or error}") from None
 
 
 def _check_arguments(epochs: int, val_split: float, val_prefix: Path) -> None:
@@ -106,77 +153,82 @@ def _check_arguments(epochs: int, val_split: float, val_prefix: Path) -> None:
                 raise UserError(f"{path} is left from an earlier run; remove it, or hold out documents again with --val_split")
 
 
-class _Scratch:
-    """Tokens of all documents in the order of the input, in a file that goes away."""
-
-    def __init__(self, path: Path, dtype: np.dtype, vocab_size: int) -> None:
-        self._path, self._dtype = path, dtype
-        self._file = open(path, "wb", buffering=1 << 20)
-        self._ends = array("q")
-        self._n = 0
-        self.seen = np.zeros(vocab_size, dtype=bool)
-
-    def add(self, ids: list[int]) -> None:
-        tokens = np.array([*ids, END_OF_DOCUMENT], dtype=self._dtype)
-        self.seen[tokens] = True
-        self._file.write(tokens)
-        self._n += len(tokens)
-        self._ends.append(self._n)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def map(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [n], memory-mapped, and where each document ends in them [documents]."""
-        self._file.flush()
-        return np.memmap(self._path, mode="r", dtype=self._dtype).view(np.ndarray), np.frombuffer(self._ends, dtype=np.int64)
-
-    def close(self) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+def _identity(path: Path) -> list:
+    if path == STDIN:
+        return ["-"]
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise UserError(f"input {path} cannot be read: {error.strerror or error}") from None
+    return [str(path.resolve()), facts.st_size, facts.st_mtime_ns]
 
 
 def _tokenise(
-    files: Sequence[Path], tokenizer: Tokenizer, text_key: str, skip_bad: bool, scratch: _Scratch, progress: Callable[[int, int], None]
-) -> tuple[list[str], int]:
-    skipped, text_bytes = [], 0
-    for document in _good_documents(files, text_key, skip_bad, skipped):
-        try:
-            ids = tokenizer.encode(document.text)
-        except UserError as error:
-            _bad(f"{document.where()}: {error}", skip_bad, skipped)
+    files: Sequence[Path], tokenizer: Tokenizer, text_key: str, skip_bad: bool, work: Unfinished, workers: int, progress: Callable[[Stage], None]
+) -> None:
+    """All documents of the files into work.pile, from where work.progress stands."""
+    done = work.progress
+    started, resumed = done.text_bytes, done.documents > 0
+    sizes = [0 if path == STDIN else path.stat().st_size for path in files]
+    for number in range(done.file, len(files) if not done.complete else 0):
+        blocks = read_blocks(files[number], text_key, done.at, done.line)
+        for block, parsed, ids, ends, occurs in _encoded(blocks, tokenizer, text_key, workers):
+            for bad in parsed.bad:
+                if not skip_bad:
+                    raise UserError(f"{bad} (--skip_bad passes over such input)")
+                done.skipped += 1
+                if done.skipped <= LISTED:
+                    done.first_skipped.append(str(bad))
+            _check_round_trips(block, parsed, ids, ends, tokenizer, done)
+            work.seen |= occurs
+            work.add(ids, np.diff(ends, prepend=0))
+            done.text_bytes += len(parsed.texts.data)
+            done.at, done.line = block.after, block.next_line
+            work.save()
+            progress(Stage("reading", (sum(sizes[:number]) + block.consumed) / max(1, sum(sizes)), done.documents, done.text_bytes - started, resumed))
+        done.file, done.at, done.line = number + 1, 0, 1
+    if not done.documents:
+        raise UserError(f"no document in {', '.join(where(path, 0) for path in files)}" + (f" ({done.skipped} bad ones skipped)" if done.skipped else ""))
+    done.complete = True
+    work.save()
+
+
+def _encoded(
+    blocks: Iterator[Block], tokenizer: Tokenizer, text_key: str, workers: int
+) -> Iterator[tuple[Block, Parsed, np.ndarray, np.ndarray, np.ndarray]]:
+    """(block, what is in it, ids, where each document's ids end, which ids occur [vocab_size]), in the order of the blocks; a few are in work at a time."""
+
+    def encode(block: Block) -> tuple[Block, Parsed, np.ndarray, np.ndarray, np.ndarray]:
+        parsed = parse(block, text_key)
+        ids, ends = tokenizer.encode_batch(parsed.texts)
+        return block, parsed, ids, ends, np.bincount(ids, minlength=tokenizer.vocab_size) > 0
+
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for block in blocks:
+            pending.append(pool.submit(encode, block))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _check_round_trips(block: Block, parsed: Parsed, ids: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer, done: Progress) -> None:
+    """Documents chosen by their number must come back from their tokens."""
+    for k in range(len(ends)):
+        if done.documents + k >= ROUND_TRIPS and (done.documents + k) % ROUND_TRIPS:
             continue
-        if (len(scratch) < ROUND_TRIPS or len(scratch) % ROUND_TRIPS == 0) and tokenizer.decode(ids) != document.text:
-            raise UserError(f"{document.where()}: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)")
-        scratch.add(ids)
-        text_bytes += len(document.text.encode("utf-8"))
-        progress(len(scratch), text_bytes)
-    if not len(scratch):
-        raise UserError(f"no document in {', '.join(map(str, files))}" + (f" ({len(skipped)} bad ones skipped)" if skipped else ""))
-    return skipped, text_bytes
+        if tokenizer.decode_bytes(ids[ends[k - 1] if k else 0 : ends[k] - 1]) != parsed.texts[k]:
+            place = where(block.file, int(parsed.lines[k]))
+            raise UserError(f"{place}: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)")
 
 
-def _good_documents(files: Sequence[Path], text_key: str, skip_bad: bool, skipped: list[str]) -> Iterator[Document]:
-    for path in files:
-        for document in read_documents(path, text_key):
-            if isinstance(document, Document):
-                yield document
-            else:
-                _bad(str(document), skip_bad, skipped)
+def _write(writer: BinIdxWriter, documents: Documents) -> None:
+    writer.add_many(documents.tokens, documents.sizes)
 
 
-def _bad(line: str, skip_bad: bool, skipped: list[str]) -> None:
-    if not skip_bad:
-        raise UserError(f"{line} (--skip_bad passes over such input)")
-    skipped.append(line)
-
-
-def _held_out(sizes: np.ndarray, val_split: float, seed: int) -> np.ndarray:
-    """The documents to hold out, in increasing order; UserError if none would be left for training."""
-    if not val_split:
-        return np.zeros(0, dtype=np.int64)
-    drawn = np.random.RandomState([seed, 0x76616C]).permutation(len(sizes))  # "val": apart from every epoch's seed
-    n = int(val_split) if val_split >= 1 else int(np.searchsorted(np.cumsum(sizes[drawn]), val_split * sizes.sum())) + 1
-    if n >= len(sizes):
-        raise UserError(f"--val_split {val_split:g} would hold out all {len(sizes)} documents; hold out fewer or give more data")
-    return np.sort(drawn[:n])
+def _lengths(work: Unfinished) -> tuple[tuple[int, int, int], ...]:
+    counts = np.zeros(32, dtype=np.int64)
+    for sizes, _ in work.pile.sizes():
+        counts += np.bincount(np.frexp(sizes.astype(np.float64))[1] - 1, minlength=32)
+    return tuple((1 << k, (2 << k) - 1, int(n)) for k, n in enumerate(counts) if n)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ast
 import codecs
 import ctypes
+import hashlib
 import importlib.util
 import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -25,6 +27,26 @@ from ..config import UserError
 END_OF_DOCUMENT = 0
 REPLACEMENT = "\ufffd"
 VOCABULARY = "rwkv_vocab_v20230424.txt"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts in UTF-8, one after the other: data [bytes] uint8, and where each stops, ends [n] int64."""
+
+    data: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def join(cls, texts: Sequence[bytes]) -> Texts:
+        return cls(np.frombuffer(b"".join(texts), dtype=np.uint8), np.cumsum([*map(len, texts)], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, k: int) -> bytes:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        return self.data[self.ends[k - 1] if k else 0 : self.ends[k]].tobytes()
 
 
 class Stream(ABC):
@@ -40,18 +62,19 @@ class Stream(ABC):
 
 
 class Tokenizer(ABC):
-    """`vocab_size` is the size of the embedding that a model needs: every id lies below it."""
+    """`vocab_size` is the size of the embedding that a model needs: every id lies below it. `identity` tells apart what gives other ids."""
 
     vocab_size: int
+    identity: str
 
     @abstractmethod
     def encode(self, text: str | bytes) -> list[int]:
         """Token ids of the text, without an end-of-document token. UserError where it is not valid Unicode."""
 
-    def encode_batch(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts at once, each followed by token 0: (ids [total], ends [len(texts)] int64), text k up to ends[k].
 
-        The texts must be UTF-8. Threads may call it at the same time, and where the work is native they do not wait for each other.
+        Threads may call it at the same time, and where the work is native they do not wait for each other.
         """
         return _end_to_end([[*self.encode(text), END_OF_DOCUMENT] for text in texts])
 
@@ -66,6 +89,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; bytes that are not UTF-8 and ids that stand for no text become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +167,7 @@ class WorldTokenizer(Tokenizer):
 
     def __init__(self, vocabulary: Path) -> None:
         self._tokens = [b"", *_read_vocabulary(vocabulary)]
+        self.identity = _digest(vocabulary)
 
     @cached_property
     def _root(self) -> dict[int, tuple]:
@@ -179,6 +207,8 @@ class WorldTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         tokens, n = self._tokens, len(self._tokens)
+        if isinstance(ids, list) and ids and min(ids) > 0 and max(ids) < n:
+            return b"".join(map(tokens.__getitem__, ids))
         return b"".join([tokens[i] if 0 < i < n else b"\xef\xbf\xbd" for i in ids])
 
     def stream(self) -> Stream:
@@ -201,14 +231,14 @@ class NativeWorldTokenizer(WorldTokenizer):
             raise MemoryError("no memory for the tokenizer's table")
 
     def encode(self, text: str | bytes) -> list[int]:
-        return self.encode_batch([utf8(text)])[0][:-1].tolist()
+        return self.encode_batch(Texts.join([utf8(text)]))[0][:-1].tolist()
 
-    def encode_batch(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        ends = np.cumsum([*map(len, texts)], dtype=np.int64)
-        ids = np.empty((int(ends[-1]) if len(ends) else 0) + len(texts), dtype=np.uint16)  # a token has at least a byte
-        id_ends = np.empty(len(texts), dtype=np.int64)
-        self._encode(self._world, b"".join(texts), ends.ctypes.data, len(texts), ids.ctypes.data, id_ends.ctypes.data)
-        return ids[: id_ends[-1] if len(texts) else 0], id_ends
+    def encode_batch(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
+        data, ends = np.ascontiguousarray(texts.data, np.uint8), np.ascontiguousarray(texts.ends, np.int64)
+        ids = np.empty(len(data) + len(ends), dtype=np.uint16)  # a token has at least a byte
+        id_ends = np.empty(len(ends), dtype=np.int64)
+        self._encode(self._world, data.ctypes.data, ends.ctypes.data, len(ends), ids.ctypes.data, id_ends.ctypes.data)
+        return ids[: id_ends[-1] if len(ends) else 0], id_ends
 
 
 class _BytesStream(Stream):
@@ -239,6 +269,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._engine = Engine.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer file: {' '.join(str(error).split())}") from None
+        self.identity = _digest(path)
         self._engine.no_padding()
         self._engine.no_truncation()
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=0)
@@ -252,7 +283,7 @@ class HuggingFaceTokenizer(Tokenizer):
         utf8(text)
         return self._engine.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         lists = [[*found.ids, END_OF_DOCUMENT] for found in self._engine.encode_batch([text.decode("utf-8") for text in texts], add_special_tokens=False)]
         return _end_to_end(lists)
 

@@ -1,0 +1,118 @@
+"""Work of make_data.py that can be taken up again after a kill: the tokens so far, and how far they go, in a folder beside the output.
+
+The folder is {prefix}.unfinished. Its progress.json is replaced as a whole, after the tokens that it counts are on the disk; what a
+killed run wrote behind it is cut off. It belongs to one job (inputs with size and date, tokenizer, flags): another job begins anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..config import UserError
+from .shuffle import LEAF, Documents, Pile
+
+SAVE_EVERY = 10.0  # seconds
+LISTED = 100  # bad inputs that are remembered by name
+
+
+@dataclass
+class Progress:
+    """What has been tokenised: everything before byte (row) `at`, line `line`, of file number `file`."""
+
+    file: int = 0
+    at: int = 0
+    line: int = 1
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    skipped: int = 0
+    first_skipped: list[str] = field(default_factory=list)
+    complete: bool = False
+
+
+class Unfinished:
+    """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in them.
+
+    Leaving the block removes the folder; a kill, or Ctrl-C, leaves it for the next run. UserError where another process works in it.
+    """
+
+    def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int) -> None:
+        self.folder = prefix.with_name(prefix.name + ".unfinished")
+        self._job, self.dtype = job, np.dtype(dtype)
+        self.progress, self.seen = Progress(), np.zeros(vocab_size, dtype=bool)
+        self.pile = Pile(self.folder / "all", self.dtype, numbered=False, memory=LEAF)
+        self._saver, self._saving, self._saved = ThreadPoolExecutor(1), Future(), time.monotonic()
+        self._saving.set_result(None)
+
+    def __enter__(self) -> Unfinished:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise UserError(f"another process works in {self.folder}; wait for it, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        if not self._resume():
+            for path in self.folder.iterdir():
+                path.unlink()
+        self.pile.truncate(self.progress.documents, self.progress.tokens)
+        return self
+
+    def _resume(self) -> bool:
+        try:
+            saved = json.loads((self.folder / "progress.json").read_text())
+            progress, seen = Progress(**saved["progress"]), np.unpackbits(np.frombuffer(bytes.fromhex(saved["seen"]), np.uint8))
+            sizes = [path.stat().st_size for path in self.pile.paths]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if saved["job"] != self._job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
+            return False
+        self.progress, self.seen = progress, seen[: len(self.seen)].astype(bool)
+        return True
+
+    def add(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+        """Append documents: ids [total], sizes [n] in tokens."""
+        first = self.progress.documents
+        numbers = np.arange(first, first + len(sizes))
+        self.pile.append(Documents(ids.astype(self.dtype), sizes.astype(np.int32), numbers))  # a copy: ids lie in a larger buffer
+        self.progress.documents += len(sizes)
+        self.progress.tokens += len(ids)
+
+    def save(self) -> None:
+        """Make what has been added survive: from time to time, in the background."""
+        if time.monotonic() - self._saved < SAVE_EVERY or not self._saving.done():
+            return
+        self._saving.result()
+        self._saved = time.monotonic()
+        self.pile.flush()
+        seen = np.packbits(self.seen).tobytes().hex()
+        text = json.dumps({"job": self._job, "progress": asdict(self.progress), "seen": seen})
+        self._saving = self._saver.submit(self._write, text)
+
+    def _write(self, text: str) -> None:
+        for path in self.pile.paths:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        new = self.folder / "progress.new"
+        with open(new, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.folder / "progress.json")
+
+    def __exit__(self, kind: type | None, error: object, trace: object) -> None:
+        self._saver.shutdown()
+        os.close(self._lock)
+        if kind is not KeyboardInterrupt:
+            shutil.rmtree(self.folder, ignore_errors=True)
