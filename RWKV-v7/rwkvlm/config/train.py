@@ -89,6 +89,7 @@ class TrainConfig:
     ctx_len: int = flag(1024, "tokens per sample")
     micro_bsz: int = flag(12, "samples per device and step")
     accumulate_grad_batches: int = flag(1, "micro batches per optimizer step")
+    doc_reset: int = flag(0, "1: state and token shift begin anew with each document of the data (officially only with each sample)")
     magic_prime: int = flag(0, "prime that orders the samples; 0: computed from data_file and ctx_len")
     my_exit_tokens: int = flag(0, "tokens at which the schedule and the training end; 0: one pass over the data")
     epoch_begin: int = flag(0, "first mini-epoch; found by itself with train_stage 2 or 3")
@@ -120,6 +121,7 @@ class TrainConfig:
 
     # logs
     wandb: str = flag("", "Weights & Biases project; without a login the run is logged offline")
+    tensorboard: int = flag(0, "1: also log for TensorBoard, into proj_dir/tensorboard")
     enable_progress_bar: bool = flag(True, "show a progress bar")
 
     # ours
@@ -130,8 +132,8 @@ class TrainConfig:
     val_file: str = flag("", "prefix of held-out data, several separated by commas; default: DATA_FILE.val, where it exists")
     val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch")
     val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation")
-    max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")
     dry_run: bool = flag(False, "only tell what the run would be: parameters, memory of each process, steps, and after a short probe the time; trains nothing")
+    max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")
     max_skips: int = flag(10, "stop, with a diagnosis, after so many steps in a row whose loss or gradient is not finite (each is skipped) or that spike_guard undid")
     spike_guard: float = flag(0.0, "undo a step whose loss lies so many standard deviations above its running mean, and leave out its samples; 0: off; try 8")
     spike_snapshot: int = flag(100, "optimizer steps between the copies in host memory (two) that spike_guard goes back to")
@@ -144,7 +146,6 @@ class TrainConfig:
     my_pile_edecay: int = flag(0, "no effect: the decay of the learning rate follows my_exit_tokens")
     pre_ffn: int = flag(0, "no effect: not part of RWKV-7")
     head_qk: int = flag(0, "no effect: not part of RWKV-7")
-    tensorboard: int = flag(0, "1: also log for TensorBoard, into proj_dir/tensorboard")
     head_size_a: int = flag(0, "older name of head_size")
     local_rank: int = flag(-1, "what the deepspeed launcher adds to every command; its variables say the same")
 
@@ -173,7 +174,7 @@ class TrainConfig:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
-        for name in ("grad_cp", "tensorboard"):
+        for name in ("grad_cp", "tensorboard", "doc_reset"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
-from .dataset import Pair, RankBatches, Samples
+from .dataset import RankBatches, Samples
 
 BATCHES = 8  # read ahead: for a disk that answers late
 
 
 class Ahead:
-    """Iterates over (x, y) int64 [micro_bsz, ctx_len], one pair a batch of sample numbers, in order.
+    """Iterates over (x, y) int64 [micro_bsz, ctx_len], or whatever `samples` gives for a batch of sample numbers, in order.
 
     The disk is asked for all the tokens of the next batches at once, and one thread copies them; with pin_memory into memory from which a GPU
     fetches them while it computes.
@@ -30,9 +31,9 @@ class Ahead:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         asker, reader = ThreadPoolExecutor(1, "asker"), ThreadPoolExecutor(1, "reader")
-        ready: deque[Future[Pair]] = deque()
+        ready: deque[Future[tuple[torch.Tensor, ...]]] = deque()
         try:
             for ii in self.batches:
                 asker.submit(self.samples.ask_for, ii)
@@ -45,6 +46,6 @@ class Ahead:
             for threads in (asker, reader):
                 threads.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, ii: np.ndarray) -> Pair:
-        x, y = self.samples[ii]
-        return (x.pin_memory(), y.pin_memory()) if self.pin_memory else (x, y)
+    def _read(self, ii: np.ndarray) -> tuple[torch.Tensor, ...]:
+        batch = self.samples[ii]
+        return tuple(tensor.pin_memory() for tensor in batch) if self.pin_memory else batch

@@ -39,6 +39,10 @@ class Samples(Dataset):
         """Samples that will be read soon: the disk is told, nothing is waited for."""
         raise NotImplementedError
 
+    def starts(self, ii: np.ndarray) -> np.ndarray:
+        """Which of a sample's tokens, its last one left out, are the first of a document: bool [*ii.shape, ctx_len]."""
+        raise NotImplementedError
+
     def where(self, ii: int) -> str:
         """Where a person finds a sample, for messages."""
         raise NotImplementedError
@@ -76,6 +80,13 @@ class _Chunks(Samples):
 
     def ask_for(self, ii: np.ndarray) -> None:
         self.data.ask_for(self._chunks_of(ii) * self.ctx_len, self.ctx_len + 1)
+
+    def starts(self, ii: np.ndarray) -> np.ndarray:
+        begins = self._chunks_of(ii) * self.ctx_len
+        found = np.zeros((*begins.shape, self.ctx_len), dtype=bool)
+        for at, begin in np.ndenumerate(begins):
+            found[at][[start - begin for start in self.data.document_starts(int(begin), int(begin) + self.ctx_len)]] = True
+        return found
 
     def where(self, ii: int) -> str:
         chunk = int(self._chunks_of(np.asarray(ii)))

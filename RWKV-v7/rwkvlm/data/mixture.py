@@ -111,6 +111,14 @@ class MixedSamples(Samples):
         file, number = self.places(np.asarray(ii))
         return self.parts[int(file)].where(int(number))
 
+    def starts(self, ii: np.ndarray) -> np.ndarray:
+        file, number = self.places(ii)
+        found = [(file == k, part.starts(number[file == k])) for k, part in enumerate(self.parts) if (file == k).any()]
+        starts = np.empty((*ii.shape, found[0][1].shape[-1]), dtype=bool)
+        for mine, part in found:
+            starts[mine] = part
+        return starts
+
     def windows(self, ii: np.ndarray) -> np.ndarray:
         file, number = self.places(ii)
         if not ii.ndim:

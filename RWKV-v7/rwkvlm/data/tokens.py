@@ -67,6 +67,10 @@ class Tokens:
         """Another file of the same format and vocabulary."""
         return type(self)(prefix)
 
+    def document_starts(self, first: int, stop: int) -> list[int]:
+        """Where documents begin, of the tokens from `first` to `stop` - 1. UserError for a format that does not know."""
+        raise UserError(f"--doc_reset 1: {self.file} does not say where documents begin; use --data_type binidx")
+
     def tokenizer_json(self) -> str:
         """The vocabulary that the file defines as a tokenizer.json of Hugging Face's `tokenizers`; "" for none."""
         return ""

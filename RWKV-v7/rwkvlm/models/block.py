@@ -8,6 +8,7 @@ from torch import nn
 from ..config import ModelConfig
 from ..layers.channel_mix import ChannelMix
 from ..layers.linear import Linear, dense
+from ..layers.packed import Packed
 from ..layers.state import BlockState
 from ..layers.time_mix import TimeMix
 
@@ -30,22 +31,26 @@ class Block(nn.Module):
         return BlockState.zeros(batch, self.n_head, self.head_size, device, dtype)
 
     def forward(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, BlockState | None]:
         """x: [B, T, C] residual stream; v_first: [B, T, C] block 0's value. Returns x, v_first and the new state or None."""
         if self.layer == 0:
             x = self.ln0(x)
-        return self.mix(x, v_first, state, return_state)
+        return self.mix(x, v_first, state, return_state, packed)
 
     def mix(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, BlockState | None]:
         """The two residual branches; arguments and results as for forward."""
         att_x, wkv, ffn_x = state if state is not None else (None, None, None)
         att_in = self.ln1(x)
-        att, v_first, wkv = self.att(att_in, v_first, att_x, wkv, return_state)
+        if packed is not None:
+            att_in = packed.apart(att_in)
+        att, v_first, wkv = self.att(att_in, v_first, att_x, wkv, return_state, packed.bounds if packed is not None else None)
         x = x + att
         ffn_in = self.ln2(x)
+        if packed is not None:
+            ffn_in = packed.apart(ffn_in)
         x = x + self.ffn(ffn_in, ffn_x)
         new_state = BlockState(att_in[:, -1], wkv, ffn_in[:, -1]) if return_state else None
         return x, v_first, new_state

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
+from ..layers.packed import Packed
 
 State = list  # one entry per block
 Terms = dict[str, tuple[float, torch.Tensor]]  # of a training loss beside the cross entropy: name -> weight, scalar
@@ -33,11 +34,12 @@ class LanguageModel(nn.Module):
         return [block.init_state(batch, device, dtype) for block in self.blocks]
 
     def features(
-        self, idx: torch.Tensor, state: State | None = None, return_state: bool = False, grad_cp: bool = False
+        self, idx: torch.Tensor, state: State | None = None, return_state: bool = False, grad_cp: bool = False, packed: Packed | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, State]:
         """What the head reads.
 
         idx: [B, T] int64 tokens. state: from init_state or an earlier call; None at the beginning.
+        packed: idx is one row of documents, each of which begins anew (RWKV-7 only).
         grad_cp: keep only each block's input and compute its inside again in the backward pass.
         Returns [B, T, C], and the new state with return_state. Tokens fed one by one, in pieces or at once give the same.
         """
@@ -45,7 +47,7 @@ class LanguageModel(nn.Module):
         v_first = None
         new_state: State = []
         for i, block in enumerate(self.blocks):
-            args = (x, v_first, state[i] if state is not None else None, return_state)
+            args = (x, v_first, state[i] if state is not None else None, return_state, *([] if packed is None else [packed]))
             if grad_cp and torch.is_grad_enabled():
                 x, v_first, block_state = checkpoint(block, *args, use_reentrant=False)
             else:

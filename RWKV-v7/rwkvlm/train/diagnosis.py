@@ -45,7 +45,7 @@ def _bad_samples(plan: Plan, trainer: pl.Trainer, module: TrainModule, samples: 
     found = []
     for ii in range(samples - plan.batch + 1 + trainer.global_rank, samples + 1, trainer.world_size):
         batch = tuple(t.to(trainer.strategy.root_device) for t in plan.samples[np.array([ii])])
-        loss = module.loss(batch, bool(plan.config.grad_cp))
+        loss, _ = module.loss(batch, bool(plan.config.grad_cp))
         grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         names = [name for (name, _), grad in zip(named, grads) if grad is not None and not torch.isfinite(grad).all()]
         if names or not math.isfinite(loss.item()):

@@ -8,7 +8,9 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import nn
 
 from ..config import TrainConfig
+from ..layers.packed import Packed
 from ..models import LanguageModel
+from ..models.lm import Terms
 from ..ops.cross_entropy import head_cross_entropy
 from .freeze import freeze
 from .norms import GradientNorms, ShardedNorms
@@ -27,7 +29,7 @@ class HeadLoss(nn.Module):
         self.chunk = chunk
 
     def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """x: [B, T, C]; targets: [B, T] int64. Returns the mean loss, a scalar."""
+        """x: [..., C]; targets: [...] int64. Returns the mean loss, a scalar."""
         return head_cross_entropy(x, self.weight, targets, self.chunk)
 
 
@@ -50,10 +52,20 @@ class TrainModule(pl.LightningModule):
         self.model = model
         self.head_loss = HeadLoss(model.head.weight, self.config.head_chunk)
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        idx, targets = batch
-        x, terms = self.model.for_training(idx, bool(self.config.grad_cp))
-        cross_entropy = self.head_loss(x, targets)
+    def loss(self, batch: tuple[torch.Tensor, ...], grad_cp: bool = False) -> tuple[torch.Tensor, Terms]:
+        """Mean cross entropy of a batch (data/dataset.py, with --doc_reset data/reset.py), and what else the model has its training lower."""
+        idx, targets, *places = batch
+        if places:
+            packed = Packed(*places)
+            x, terms = self.model.features(idx, grad_cp=grad_cp, packed=packed)[0, packed.tokens], {}
+        elif self.training:
+            x, terms = self.model.for_training(idx, grad_cp)
+        else:
+            x, terms = self.model.features(idx), {}
+        return self.head_loss(x, targets), terms
+
+    def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
+        cross_entropy, terms = self.loss(batch, bool(self.config.grad_cp))
         micro = self.config.accumulate_grad_batches
         if batch_idx % micro == 0:
             self.step_loss, self.step_terms = 0.0, dict.fromkeys(terms, 0.0)
@@ -63,9 +75,8 @@ class TrainModule(pl.LightningModule):
         loss = sum((weight * value for weight, value in terms.values()), start=cross_entropy)
         return loss * (loss.detach() * 0 + 1)  # times 1; the gradient of a loss that is not finite is made NaN, so that the step is skipped
 
-    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        idx, targets = batch
-        return self.head_loss(self.model.features(idx), targets)
+    def validation_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
+        return self.loss(batch)[0]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.config, self.trainer.strategy)

@@ -17,6 +17,7 @@ from ..data.binidx import idx_path
 from ..data.dataset import Samples
 from ..data.formats import FORMATS
 from ..data.mixture import Mixture, held_out, open_mixture, prefixes
+from ..data.reset import ResetSamples
 from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
@@ -97,7 +98,11 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     backend.set_kernel(config.kernel)
     start = find_start(config, data.order, damaged)
     config = replace(config, precision=decide_precision(config, run, start))
+    if config.doc_reset and config.my_testing != "x070":
+        raise UserError(f"--doc_reset 1 is not made for --my_testing {config.my_testing}; use x070, or leave --doc_reset out")
     vocab_size = start.model.vocab_size
+    packed = ResetSamples if config.doc_reset else lambda samples: samples
+    validation = _held_out(config, data, vocab_size)
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
@@ -108,8 +113,8 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
         kernel=backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config)),
         start=start,
         data=data,
-        samples=data.samples(vocab_size),
-        held_out=_held_out(config, data, vocab_size),
+        samples=packed(data.samples(vocab_size)),
+        held_out=packed(validation) if validation is not None else None,
         token_ranges=data.check_token_range(vocab_size, SCAN_BYTES) if env.first_process() else None,
         batch=batch,
         schedule=Schedule(
