@@ -99,6 +99,11 @@ def test_one_by_one_or_together_or_resumed(files):
     whole = [x for x, _ in Ahead(samples, RankBatches(1, 2, 4, 10))]
     rest = Ahead(pickle.loads(pickle.dumps(samples)), RankBatches(1, 2, 4, 7, start=3 * 8))
     assert all(torch.equal(a, b) for a, (b, _) in zip(whole[3:], rest, strict=True))
+    asked = []
+    for k, part in enumerate(samples.parts):
+        part.ask_for = lambda ii, k=k: asked.append((k, ii.tolist()))
+    samples.ask_for(np.arange(1, 6))
+    assert asked == [(0, [1, 2, 3]), (1, [1, 2])]  # what is read is what was asked for
     assert samples.where(1) == samples.parts[1].where(1) and str(files / "c.bin") in samples.where(1)
 
 
