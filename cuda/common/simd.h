@@ -49,7 +49,7 @@ INLINE void store(bf16* p, vf x) {
 }
 
 INLINE vf splat(float x) { return x - vf{}; }
-INLINE vf select(vi mask, vf x, vf y) { return (vf)((mask & (vi)x) | (~mask & (vi)y)); }
+INLINE vf select(vi mask, vf x, vf y) { return mask ? x : y; }
 
 // x in every lane, in a register. Without this GCC reads the scalar again for each use, which costs a load port each time.
 INLINE vf broadcast(float x) {
@@ -189,7 +189,7 @@ INLINE void matmul(const float* a, int a_row, int a_column, const float* b, int 
                    const float* scale = nullptr) {
   constexpr int NV = N / W;
   constexpr int NR = NV < (W == 16 ? 4 : 2) ? NV : (W == 16 ? 4 : 2);
-  constexpr int WANTED = W == 16 ? 16 / NR : 4, MR = M < WANTED ? M : WANTED;
+  constexpr int WANTED = W == 16 ? (NR == 1 ? 8 : 16 / NR) : 4, MR = M < WANTED ? M : WANTED;
   static_assert(N % W == 0 && NV % NR == 0 && M % MR == 0, "whole register blocks only");
   if (FROM == From::self) start = c;
   for (int n = 0; n < N; n += NR * W)

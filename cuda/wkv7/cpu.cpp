@@ -10,8 +10,8 @@
 //     ZY = [z; dy], z the solution of z = (KB E^T + M^T [z; dy])_u-rows, from the last token to the first
 //     dVU = KB E^T + M^T ZY       dM  = ZY VU^T, masked like M      dS0 = E + ZY^T AR
 //     dAR = ZY S0 + dM KB         dKB = VU E + dM^T AR
-// The gradient of log d_t needs no work of order N^2 a token: it is the sum over the later uses of P in the chunk plus
-// the column sums of S1 * G, where S1 = (S0 + VU^T KB) diag(P_C).
+// The gradient of log d_t needs no work of order N^2 a token: before the last token of a stretch between two checkpoints it is
+// the column sums of S1 * G, and each token adds r dr - k dk - b db to it, and a da for the tokens before.
 // Nothing is ever divided by a decay to go back in time: states come from a checkpoint every 64 tokens and are rolled
 // forward from there. 1/P <= 0.545^-8 = 128, so that no digits are lost at the strongest decay either.
 #include "cpu.h"
@@ -26,6 +26,7 @@ using wkv7::Tensors;
 
 constexpr int C = 8, C2 = 2 * C;
 constexpr int kChunks = kCheckpoint / C;
+constexpr int slab(int N) { return N < 32 ? N : 32; }
 constexpr float kDecayScale = -0.60653065971263342f;  // -exp(-1/2)
 
 template <int N, class T>
@@ -78,13 +79,13 @@ INLINE vf inverse_decay_of(vf s) { return exp_small(s * -kDecayScale, -kDecaySca
 
 constexpr int kBatch = 16;  // tokens converted and prefetched at a time
 
-template <int N>
+template <int N, int V>  // V of the N value channels
 struct alignas(64) ForwardScratch {
-  float S[N][N], d[kBatch][N], r[N], k[N], b[N], a[N], zeros[N], u[N];
+  float S[N][V], d[kBatch][N], r[N], k[N], b[N], a[N], zeros[N], u[V];
 };
 
 // One token for NR vectors of value channels; u enters as S_{t-1} a_t and leaves as S_t a_{t+1}.
-template <int N, int NR, class T>
+template <int N, int V, int NR, class T>
 INLINE void step(float* S, const float* d, const float* r, const float* k, const float* b, const float* a_next, const T* v, float* u, T* y) {
   vf removed[NR], value[NR], out[NR], next[NR];
 #pragma GCC unroll 4
@@ -98,12 +99,12 @@ INLINE void step(float* S, const float* d, const float* r, const float* k, const
     const vf dj = broadcast(d[j]), bj = broadcast(b[j]), kj = broadcast(k[j]), rj = broadcast(r[j]), aj = broadcast(a_next[j]);
 #pragma GCC unroll 4
     for (int i = 0; i < NR; i++) {
-      vf s = load(S + j * N + i * W) * dj;
+      vf s = load(S + j * V + i * W) * dj;
       s += removed[i] * bj;
       s += value[i] * kj;
       out[i] += s * rj;
       next[i] += s * aj;
-      store(S + j * N + i * W, s);
+      store(S + j * V + i * W, s);
     }
   }
 #pragma GCC unroll 4
@@ -113,20 +114,20 @@ INLINE void step(float* S, const float* d, const float* r, const float* k, const
   }
 }
 
-template <int N, class T>
+template <int N, int V, class T>
 void forward(const Task& task, const Tensors& io, void* memory) {
-  constexpr int NR = N / W < (W == 16 ? 4 : 2) ? N / W : (W == 16 ? 4 : 2);
-  auto& x = *static_cast<ForwardScratch<N>*>(memory);
+  constexpr int NR = V / W < (W == 16 ? 4 : 2) ? V / W : (W == 16 ? 4 : 2);
+  auto& x = *static_cast<ForwardScratch<N, V>*>(memory);
   const Rows<N, const T> r(io.r, task), w(io.w, task), k(io.k, task), v(io.v, task), a(io.a, task), b(io.b, task);
   const Rows<N, T> y(io.y, task);
   const Rows<N, float> removed(io.removed, task);
   if (task.initial)
-    transpose<N, N>(task.initial, N, x.S[0], N);
+    transpose<V, N>(task.initial + task.value * N, N, x.S[0], V);
   else
     memset(x.S, 0, sizeof x.S);
   memset(x.zeros, 0, sizeof x.zeros);
   widen<N>(x.a, a[0]);
-  for (int i = 0; i < N; i += W) {
+  for (int i = 0; i < V; i += W) {
     vf u{};
     for (int j = 0; j < N; j++) u += load(x.S[j] + i) * x.a[j];
     store(x.u + i, u);
@@ -134,7 +135,7 @@ void forward(const Task& task, const Tensors& io, void* memory) {
   for (int64_t t0 = 0; t0 < task.length; t0 += kBatch) {
     const int n = task.length - t0 < kBatch ? int(task.length - t0) : kBatch;
     if (task.checkpoints && t0 % kCheckpoint == 0)
-      transpose<N, N, true>(x.S[0], N, task.checkpoints + ((t0 / kCheckpoint) * task.heads + task.head) * N * N, N);
+      transpose<N, V, true>(x.S[0], V, task.checkpoints + (((t0 / kCheckpoint) * task.heads + task.head) * N + task.value) * N, N);
     for (int t = 0; t < n; t++) {
       for (int j = 0; j < N; j += W) {
         vf s, c;
@@ -142,7 +143,7 @@ void forward(const Task& task, const Tensors& io, void* memory) {
         store(x.d[t] + j, decay_of(s));
       }
     }
-    for (int i = 0; i < N; i += NR * W)
+    for (int i = 0; i < V; i += NR * W)
       for (int t = 0; t < n; t++) {
         if (i == 0 && t0 + t + kBatch < task.length) {
           const int64_t next = t0 + t + kBatch;
@@ -150,13 +151,13 @@ void forward(const Task& task, const Tensors& io, void* memory) {
           prefetch_row<N>(v[next]), prefetch_row<N>(a[next]), prefetch_row<N>(b[next]);
         }
         if (io.removed)
-          for (int q = 0; q < NR * W; q += W) stream(removed[t0 + t] + i + q, load(x.u + i + q));
+          for (int q = 0; q < NR * W; q += W) stream(removed[t0 + t] + task.value + i + q, load(x.u + i + q));
         const float* a_next = t0 + t + 1 < task.length ? as_float<N>(a[t0 + t + 1], x.a) : x.zeros;
-        step<N, NR>(x.S[0] + i, x.d[t], as_float<N>(r[t0 + t], x.r), as_float<N>(k[t0 + t], x.k), as_float<N>(b[t0 + t], x.b), a_next,
-                    v[t0 + t] + i, x.u + i, y[t0 + t] + i);
+        step<N, V, NR>(x.S[0] + i, x.d[t], as_float<N>(r[t0 + t], x.r), as_float<N>(k[t0 + t], x.k), as_float<N>(b[t0 + t], x.b), a_next,
+                    v[t0 + t] + task.value + i, x.u + i, y[t0 + t] + task.value + i);
       }
   }
-  transpose<N, N>(x.S[0], N, task.final, N);
+  transpose<N, V>(x.S[0], V, task.final + task.value * N, N);
   end_of_stream();
 }
 
@@ -170,18 +171,49 @@ struct alignas(64) Chunk {  // what one chunk of up to C tokens contributes, all
   float slope[C][N];     // d log d / d w
 };
 
-template <int N>
-struct alignas(64) BackwardScratch {
-  Chunk<N> chunk[kChunks];
-  float S[kChunks - 1][N][N], G[N][N];                 // states before the later chunks, and the running gradient; value-major
-  float KBt[N][C2], VUt[N][C2], dVUt[N][C2];           // transposes
-  float dVU[C2][N], ZY[C2][N], M[C2][C2], dM[C2][C2];
-  float dAR[C2][N], dKB[C2][N], suffix[N];
+template <int N, class T>
+struct Inputs {
+  Rows<N, const T> r, w, k, v, a, b, dy;
+  Rows<N, const float> removed;
+  Inputs(const Tensors& io, const Task& task)
+      : r(io.r, task), w(io.w, task), k(io.k, task), v(io.v, task), a(io.a, task), b(io.b, task), dy(io.dy, task), removed(io.removed, task) {}
+  INLINE void prefetch(int64_t t) const {
+    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
+    prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
+  }
 };
 
 template <int N, class T>
-void prepare(Chunk<N>& x, const Rows<N, const T>& r, const Rows<N, const T>& w, const Rows<N, const T>& k, const Rows<N, const T>& v,
-             const Rows<N, const T>& a, const Rows<N, const T>& b, const Rows<N, const float>& removed, int64_t t0, int n) {
+struct Outputs {
+  Rows<N, T> dr, dw, dk, dv, da, db;
+  Outputs(const Tensors& io, const Task& task)
+      : dr(io.dr, task), dw(io.dw, task), dk(io.dk, task), dv(io.dv, task), da(io.da, task), db(io.db, task) {}
+};
+
+template <int N, int V>  // V of the N value channels
+struct alignas(64) Pull {  // the way of the gradient through one chunk, in which value channels do not meet
+  float G[V][N];                             // the running gradient
+  float KBt[N][C2], dVUt[V][C2], M[C2][C2];
+  float dVU[C2][V], ZY[C2][V];
+};
+
+template <int N>
+struct alignas(64) BackwardScratch {
+  Chunk<N> chunk[kChunks];
+  float S[kChunks][N][N];  // states after the chunks, value-major
+  Pull<N, N> pull;
+  float VUt[N][C2], dM[C2][C2], dAR[C2][N], dKB[C2][N];
+  float suffix[N];  // the gradient of log d of the token at hand
+};
+
+template <int N>
+struct alignas(64) ScanScratch {
+  Chunk<N> chunk;
+  Pull<N, slab(N)> pull;
+};
+
+template <int N, class T>
+void prepare(Chunk<N>& x, const Inputs<N, T>& in, int64_t t0, int n) {
   if (n < C) memset(&x, 0, sizeof x);
   vf P[N / W], inverse[N / W];
   for (int j = 0; j < N / W; j++) {
@@ -193,18 +225,19 @@ void prepare(Chunk<N>& x, const Rows<N, const T>& r, const Rows<N, const T>& w, 
     for (int q = 0; q < N / W; q++) {
       const int j = q * W;
       vf s, c;
-      sigmoids(load(w[t0 + t] + j), s, c);
+      sigmoids(load(in.w[t0 + t] + j), s, c);
       store(x.slope[t] + j, s * c * kDecayScale);
-      store(x.AR[t] + j, load(a[t0 + t] + j) * P[q]);
-      P[q] *= decay_of(s);
-      inverse[q] *= inverse_decay_of(s);
+      store(x.AR[t] + j, load(in.a[t0 + t] + j) * P[q]);
+      const vf d = decay_of(s);
+      P[q] *= d;
+      inverse[q] *= reciprocal(d);
       store(x.P[t + 1] + j, P[q]);
       store(x.inverse[t] + j, inverse[q]);
-      store(x.AR[C + t] + j, load(r[t0 + t] + j) * P[q]);
-      store(x.KB[t] + j, load(k[t0 + t] + j) * inverse[q]);
-      store(x.KB[C + t] + j, load(b[t0 + t] + j) * inverse[q]);
-      store(x.VU[t] + j, load(v[t0 + t] + j));
-      store(x.VU[C + t] + j, load(removed[t0 + t] + j));
+      store(x.AR[C + t] + j, load(in.r[t0 + t] + j) * P[q]);
+      store(x.KB[t] + j, load(in.k[t0 + t] + j) * inverse[q]);
+      store(x.KB[C + t] + j, load(in.b[t0 + t] + j) * inverse[q]);
+      store(x.VU[t] + j, load(in.v[t0 + t] + j));
+      store(x.VU[C + t] + j, load(in.removed[t0 + t] + j));
     }
   for (int t = n; t < C; t++)
     for (int j = 0; j < N / W; j++) store(x.P[t + 1] + j * W, P[j]);
@@ -238,110 +271,177 @@ void roll(const float* S, const Chunk<N>& x, float* next) {
   matmul<N, N, C2, From::start>(x.VU[0], 1, N, x.KB[0], N, next, N, S, x.P[C]);
 }
 
-template <int N>
-void chunk_gradients(BackwardScratch<N>& y, const Chunk<N>& x, const float* S) {
+template <int N, int V, class T>
+INLINE void load_dy(Pull<N, V>& y, const Inputs<N, T>& in, int64_t t0, int n, int64_t value) {
+  for (int t = 0; t < C; t++)
+    if (t < n)
+      widen<V>(y.ZY[C + t], in.dy[t0 + t] + value);
+    else
+      memset(y.ZY[C + t], 0, sizeof y.ZY[C + t]);
+}
+
+// ZY from G = E: what the chunk's values, and the rows u, receive.
+template <int N, int V>
+void solve(Pull<N, V>& y, const Chunk<N>& x) {
   transpose<C2, N>(x.KB[0], N, y.KBt[0], C2);
-  transpose<C2, N>(x.VU[0], N, y.VUt[0], C2);
   matmul<C2, C2, N, From::zero>(x.AR[0], N, 1, y.KBt[0], C2, y.M[0], C2);
   mask(y.M);
-  vf P[N / W], sum[N / W];
-  for (int q = 0; q < N / W; q++) {
-    P[q] = load(x.P[C] + q * W);
-    sum[q] = vf{};
-  }
-  for (int i = 0; i < N; i++)  // G becomes E
-#pragma GCC unroll 4
-    for (int q = 0; q < N / W; q++) {
-      const vf e = load(y.G[i] + q * W) * P[q];
-      sum[q] += load(S + i * N + q * W) * e;
-      store(y.G[i] + q * W, e);
-    }
-  matmul<N, C2, N, From::zero>(y.G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
-  transpose<N, C2>(y.dVUt[0], C2, y.dVU[0], N);
-  matmul<C2, N, C, From::self>(y.M[C], 1, C2, y.ZY[C], N, y.dVU[0], N);
+  matmul<V, C2, N, From::zero>(y.G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
+  transpose<V, C2>(y.dVUt[0], C2, y.dVU[0], V);
+  matmul<C2, V, C, From::self>(y.M[C], 1, C2, y.ZY[C], V, y.dVU[0], V);
   for (int t = C - 1; t >= 0; t--)
-    for (int i = 0; i < N; i += W) {
+    for (int i = 0; i < V; i += W) {
       vf row = load(y.dVU[C + t] + i);
       for (int s = t + 1; s < C; s++) row += y.M[s][C + t] * load(y.ZY[s] + i);
       store(y.ZY[t] + i, row);
     }
-  matmul<C, N, C, From::self>(y.M[0], 1, C2, y.ZY[0], N, y.dVU[0], N);
-  matmul<C2, C2, N, From::zero>(y.ZY[0], N, 1, y.VUt[0], C2, y.dM[0], C2);
-  mask(y.dM);
-  matmul<C2, N, N, From::zero>(y.ZY[0], N, 1, S, N, y.dAR[0], N);
-  matmul<C2, N, C2, From::self>(y.dM[0], C2, 1, x.KB[0], N, y.dAR[0], N);
-  matmul<C2, N, N, From::zero>(x.VU[0], N, 1, y.G[0], N, y.dKB[0], N);
-  for (int q = 0; q < N / W; q++) {
-    for (int s = 0; s < C2; s++) sum[q] += load(x.KB[s] + q * W) * load(y.dKB[s] + q * W);
-    store(y.suffix + q * W, sum[q]);
-  }
-  matmul<C2, N, C2, From::self>(y.dM[0], 1, C2, x.AR[0], N, y.dKB[0], N);
-  matmul<N, N, C2, From::self>(y.ZY[0], 1, N, x.AR[0], N, y.G[0], N);
 }
+
+// E becomes the gradient of the state before the chunk, times `scale`.
+template <int N, int V>
+INLINE void pull_back(Pull<N, V>& y, const Chunk<N>& x, const float* scale) {
+  matmul<V, N, C2, From::start>(y.ZY[0], 1, V, x.AR[0], N, y.G[0], N, y.G[0], scale);
+}
+
+// `ahead(i)`, for i = 0 .. C - 1, prefetches a little; in one burst it would fill the queues of the core and stall it.
+template <int N, class T, class Ahead>
+void chunk_gradients(BackwardScratch<N>& y, const Chunk<N>& x, const float* S, const float* scale, const Outputs<N, T>& out, int64_t t0, int n,
+                     Ahead ahead) {
+  auto& [G, KBt, dVUt, M, dVU, ZY] = y.pull;
+  solve(y.pull, x);
+  ahead(0);
+  matmul<C, N, C, From::self>(M[0], 1, C2, ZY[0], N, dVU[0], N);
+  ahead(1);
+  transpose<C2, N>(x.VU[0], N, y.VUt[0], C2);
+  matmul<C2, C2, N, From::zero>(ZY[0], N, 1, y.VUt[0], C2, y.dM[0], C2);
+  mask(y.dM);
+  ahead(2);
+  matmul<C2, N, N, From::zero>(x.VU[0], N, 1, G[0], N, y.dKB[0], N);
+  ahead(3);
+  matmul<C2, N, C2, From::self>(y.dM[0], 1, C2, x.AR[0], N, y.dKB[0], N);
+  ahead(4);
+  matmul<C2, N, N, From::zero>(ZY[0], N, 1, S, N, y.dAR[0], N);
+  ahead(5);
+  matmul<C2, N, C2, From::self>(y.dM[0], C2, 1, x.KB[0], N, y.dAR[0], N);
+  vf suffix[N / W];
+  for (int q = 0; q < N / W; q++) suffix[q] = load(y.suffix + q * W);
+  for (int t = n - 1; t >= 0; t--)
+#pragma GCC unroll 4
+    for (int q = 0; q < N / W; q++) {
+      const int j = q * W;
+      const vf dA = load(y.dAR[t] + j), dR = load(y.dAR[C + t] + j), dK = load(y.dKB[t] + j), dB = load(y.dKB[C + t] + j);
+      const vf inverse = load(x.inverse[t] + j);
+      stream(out.dr[t0 + t] + j, dR * load(x.P[t + 1] + j));
+      stream(out.da[t0 + t] + j, dA * load(x.P[t] + j));
+      stream(out.dk[t0 + t] + j, dK * inverse);
+      stream(out.db[t0 + t] + j, dB * inverse);
+      stream(out.dv[t0 + t] + j, load(dVU[t] + j));
+      suffix[q] += load(x.AR[C + t] + j) * dR - load(x.KB[t] + j) * dK - load(x.KB[C + t] + j) * dB;
+      stream(out.dw[t0 + t] + j, suffix[q] * load(x.slope[t] + j));
+      suffix[q] += load(x.AR[t] + j) * dA;
+    }
+  for (int q = 0; q < N / W; q++) store(y.suffix + q * W, suffix[q]);
+  ahead(6);
+  pull_back(y.pull, x, scale);
+  ahead(7);
+}
+
+template <int N>
+struct Ones {
+  float value[N];
+  constexpr Ones() : value{} {
+    for (float& x : value) x = 1;
+  }
+};
+template <int N>
+alignas(64) constexpr Ones<N> kOnes;
+
+INLINE int at_most(int64_t x, int limit) { return x < limit ? int(x) : limit; }
 
 template <int N, class T>
 void backward(const Task& task, const Tensors& io, void* memory) {
   auto& y = *static_cast<BackwardScratch<N>*>(memory);
-  const Rows<N, const T> r(io.r, task), w(io.w, task), k(io.k, task), v(io.v, task), a(io.a, task), b(io.b, task), dy(io.dy, task);
-  const Rows<N, T> dr(io.dr, task), dw(io.dw, task), dk(io.dk, task), dv(io.dv, task), da(io.da, task), db(io.db, task);
-  const Rows<N, const float> removed(io.removed, task);
-  if (task.d_final)
-    memcpy(y.G, task.d_final, sizeof y.G);
+  auto& G = y.pull.G;
+  const Inputs<N, T> in(io, task);
+  const Outputs<N, T> out(io, task);
+  if (task.d_end)
+    memcpy(G, task.d_end, sizeof G);
   else
-    memset(y.G, 0, sizeof y.G);
-  for (int64_t first = (task.length - 1) / kCheckpoint * kCheckpoint; first >= 0; first -= kCheckpoint) {
-    const int64_t left = task.length - first;
-    const int tokens = left < kCheckpoint ? int(left) : kCheckpoint, chunks = (tokens + C - 1) / C;
-    const float* checkpoint = task.checkpoints + ((first / kCheckpoint) * task.heads + task.head) * N * N;
+    memset(G, 0, sizeof G);
+  for (int64_t first = (task.end - 1) / kCheckpoint * kCheckpoint; first >= task.begin; first -= kCheckpoint) {
+    const int tokens = at_most(task.end - first, kCheckpoint), chunks = (tokens + C - 1) / C;
+    const auto checkpoint = [&](int64_t t) { return task.checkpoints + ((t / kCheckpoint) * task.heads + task.head) * N * N; };
+    const bool last = first + tokens == task.length;
+    const auto before = [&](int c) { return c ? y.S[c - 1][0] : checkpoint(first); };
     for (int c = 0; c < chunks; c++) {
-      prepare<N, T>(y.chunk[c], r, w, k, v, a, b, removed, first + c * C, tokens - c * C < C ? tokens - c * C : C);
-      if (c + 1 < chunks) roll<N>(c ? y.S[c - 1][0] : checkpoint, y.chunk[c], y.S[c][0]);
+      prepare(y.chunk[c], in, first + c * C, at_most(tokens - c * C, C));
+      if (c + 1 < chunks || last) roll<N>(before(c), y.chunk[c], y.S[c][0]);
+    }
+    // The running gradient of log d begins afresh at each checkpoint, so that its rounding does not grow with the length.
+    const float* S1 = last ? y.S[chunks - 1][0] : checkpoint(first + kCheckpoint);
+    for (int j = 0; j < N; j += W) {
+      vf sum{};
+      const vf scale = load(y.chunk[chunks - 1].P[C] + j);
+      for (int i = 0; i < N; i++) {
+        const vf g = load(G[i] + j);
+        sum += load(S1 + i * N + j) * g;
+        store(G[i] + j, g * scale);
+      }
+      store(y.suffix + j, sum);
     }
     for (int c = chunks - 1; c >= 0; c--) {
-      const Chunk<N>& x = y.chunk[c];
       const int64_t t0 = first + c * C;
-      const int n = tokens - c * C < C ? tokens - c * C : C;
-      for (int t = 0; t < C; t++)
-        if (t < n)
-          widen<N>(y.ZY[C + t], dy[t0 + t]);
-        else
-          memset(y.ZY[C + t], 0, sizeof y.ZY[C + t]);
-      if (first > 0) {
-        for (int64_t t = first - kCheckpoint + c * C; t < first - kCheckpoint + (c + 1) * C; t++) {
-          prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
-          prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
-        }
-        const float* state = checkpoint - task.heads * N * N;
-        for (int row = c * (N / kChunks); row < (c + 1) * (N / kChunks); row++) prefetch_row<N>(state + row * N);
-      }
-      chunk_gradients<N>(y, x, c ? y.S[c - 1][0] : checkpoint);
-      vf suffix[N / W];
-      for (int j = 0; j < N / W; j++) suffix[j] = load(y.suffix + j * W);
-      for (int t = n - 1; t >= 0; t--)
-#pragma GCC unroll 4
-        for (int q = 0; q < N / W; q++) {
-          const int j = q * W;
-          const vf dA = load(y.dAR[t] + j), dR = load(y.dAR[C + t] + j), dK = load(y.dKB[t] + j), dB = load(y.dKB[C + t] + j);
-          const vf inverse = load(x.inverse[t] + j);
-          stream(dr[t0 + t] + j, dR * load(x.P[t + 1] + j));
-          stream(da[t0 + t] + j, dA * load(x.P[t] + j));
-          stream(dk[t0 + t] + j, dK * inverse);
-          stream(db[t0 + t] + j, dB * inverse);
-          stream(dv[t0 + t] + j, load(y.dVU[t] + j));
-          suffix[q] += load(x.AR[C + t] + j) * dR - load(x.KB[t] + j) * dK - load(x.KB[C + t] + j) * dB;
-          stream(dw[t0 + t] + j, suffix[q] * load(x.slope[t] + j));
-          suffix[q] += load(x.AR[t] + j) * dA;
-        }
+      const int n = at_most(tokens - c * C, C);
+      load_dy(y.pull, in, t0, n, 0);
+      const auto ahead = [&](int i) {
+        if (first == task.begin) return;
+        in.prefetch(t0 - kCheckpoint + i);
+        const float* state = checkpoint(first - kCheckpoint);
+        for (int row = c * C + i; row < N; row += kCheckpoint) prefetch_row<N>(state + row * N);
+      };
+      chunk_gradients(y, y.chunk[c], before(c), c ? y.chunk[c - 1].P[C] : kOnes<N>.value, out, t0, n, ahead);
     }
   }
   end_of_stream();
-  if (task.d_initial) memcpy(task.d_initial, y.G, sizeof y.G);
+  if (task.d_begin) memcpy(task.d_begin, G, sizeof G);
+}
+
+// The gradient of the state at every checkpoint, for a slab of value channels, and nothing else.
+template <int N, class T>
+void scan(const Task& task, const Tensors& io, void* memory) {
+  constexpr int V = slab(N);
+  auto& y = *static_cast<ScanScratch<N>*>(memory);
+  const Inputs<N, T> in(io, task);
+  if (task.d_end)
+    memcpy(y.pull.G, task.d_end + task.value * N, sizeof y.pull.G);
+  else
+    memset(y.pull.G, 0, sizeof y.pull.G);
+  for (int64_t t0 = (task.length - 1) / C * C; t0 >= 0; t0 -= C) {
+    const int n = at_most(task.length - t0, C);
+    prepare(y.chunk, in, t0, n);
+    for (int i = 0; i < V; i++)
+      for (int j = 0; j < N; j += W) store(y.pull.G[i] + j, load(y.pull.G[i] + j) * load(y.chunk.P[C] + j));
+    load_dy(y.pull, in, t0, n, task.value);
+    solve(y.pull, y.chunk);
+    pull_back(y.pull, y.chunk, kOnes<N>.value);
+    if (t0 % kCheckpoint == 0) {
+      float* to = t0 ? task.d_checkpoints + ((t0 / kCheckpoint) * task.heads + task.head) * N * N : task.d_begin;
+      memcpy(to + task.value * N, y.pull.G, sizeof y.pull.G);
+    }
+  }
+}
+
+template <int N, class T>
+wkv7::Kernels kernels() {
+  constexpr int V = slab(N);
+  return {.forward = &forward<N, N, T>, .forward_slab = &forward<N, V, T>, .backward = &backward<N, T>, .scan = &scan<N, T>,
+          .forward_scratch = sizeof(ForwardScratch<N, N>), .backward_scratch = sizeof(BackwardScratch<N>),
+          .scan_scratch = sizeof(ScanScratch<N>), .slab = V};
 }
 
 template <int N>
 wkv7::Kernels kernels(bool is_bf16) {
-  return {is_bf16 ? &forward<N, bf16> : &forward<N, float>, is_bf16 ? &backward<N, bf16> : &backward<N, float>, sizeof(ForwardScratch<N>),
-          sizeof(BackwardScratch<N>)};
+  return is_bf16 ? kernels<N, bf16>() : kernels<N, float>();
 }
 
 }  // namespace

@@ -12,8 +12,11 @@ struct Task {
   const float* initial;  // state before the first token, [N, N]; null: zeros
   float* final;          // state after the last token, [N, N]
   float* checkpoints;    // states before tokens 0, 64, 128, ...: [H, N, N] a slot, from this document's first slot; null: save nothing
-  const float* d_final;  // gradient of `final`; null: zeros
-  float* d_initial;      // gradient of `initial`; null: not wanted
+  int64_t begin, end;    // backward: the document's tokens that it is about; begin is a multiple of kCheckpoint, so is end unless it is `length`
+  const float* d_end;    // gradient of the state after token end - 1; null: zeros
+  float* d_begin;        // gradient of the state before token begin; null: not wanted
+  float* d_checkpoints;  // scan: gradients of the checkpoints, the same layout
+  int64_t value;         // forward_slab, scan: the first of its value channels
 };
 
 // Data pointers of whole tensors; the element type is float or bf16, `removed` (S_{t-1} a_t) is always float.
@@ -25,10 +28,16 @@ struct Tensors {
   void *dr, *dw, *dk, *dv, *da, *db;
 };
 
+using Kernel = void (*)(const Task&, const Tensors&, void* scratch);
+
+// A head's tokens follow from one another, but its value channels never meet in the state nor in the state's gradient, and the
+// states are known at the checkpoints. So where heads are fewer than threads, slabs of channels go forward side by side; backward,
+// `scan` carries the gradient of the state alone through each slab, and then all stretches between checkpoints are `backward`s of
+// their own. The same arithmetic gives each number either way: the bits do not depend on the choice.
 struct Kernels {
-  void (*forward)(const Task&, const Tensors&, void* scratch);
-  void (*backward)(const Task&, const Tensors&, void* scratch);
-  int64_t forward_scratch, backward_scratch;  // bytes, aligned to 64
+  Kernel forward, forward_slab, backward, scan;
+  int64_t forward_scratch, backward_scratch, scan_scratch;  // bytes, aligned to 64
+  int64_t slab;                                             // value channels of one forward_slab or scan
 };
 
 // The kernels for one head size and element type; all null for a head size that is none of 16, 32, 64, 128.

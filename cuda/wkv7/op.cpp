@@ -77,9 +77,11 @@ struct Documents {
   int64_t checkpoints(int64_t i) const { return (length[i] + wkv7::kCheckpoint - 1) / wkv7::kCheckpoint; }
 };
 
-// Runs every (document, head) on torch's own threads. Who runs which does not matter to the result; taking the next one
+bool fewer_heads_than_threads(const Documents& documents, int64_t heads) { return documents.count() * heads < torch::stable::get_num_threads(); }
+
+// Runs the tasks on torch's own threads. Who runs which does not matter to the result; taking the next one
 // when ready keeps documents of different length from leaving threads idle.
-void run(const std::vector<Task>& tasks, const Tensors& tensors, void (*kernel)(const Task&, const Tensors&, void*), int64_t scratch_bytes,
+void run(const std::vector<Task>& tasks, const Tensors& tensors, wkv7::Kernel kernel, int64_t scratch_bytes,
          const Tensor& like) {
   std::atomic<size_t> next{0};
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(tasks.size()));
@@ -112,12 +114,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k,
       for (int64_t unused = documents.slot[i] + documents.checkpoints(i); unused < end; unused++)
         memset(state_at(checkpoints, unused, 0), 0, H * N * N * sizeof(float));
     }
+  const int64_t slab = fewer_heads_than_threads(documents, H) ? kernels.slab : N;
   std::vector<Task> tasks;
   for (int64_t i = 0; i < documents.count(); i++)
     for (int64_t h = 0; h < H; h++)
-      tasks.push_back({documents.first[i], documents.length[i], h, H, initial ? state_at(*initial, i, h) : nullptr, state_at(final, i, h),
-                       save ? state_at(checkpoints, documents.slot[i], 0) : nullptr, nullptr, nullptr});
-  run(tasks, tensors, kernels.forward, kernels.forward_scratch, r);
+      for (int64_t value = 0; value < N; value += slab)
+        tasks.push_back({.first = documents.first[i], .length = documents.length[i], .head = h, .heads = H,
+                         .initial = initial ? state_at(*initial, i, h) : nullptr, .final = state_at(final, i, h),
+                         .checkpoints = save ? state_at(checkpoints, documents.slot[i], 0) : nullptr, .value = value});
+  run(tasks, tensors, slab < N ? kernels.forward_slab : kernels.forward, kernels.forward_scratch, r);
   return {y, final, removed, checkpoints};
 }
 
@@ -134,12 +139,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tens
                         .y = nullptr, .removed = static_cast<float*>(removed.data_ptr()), .dy = dy.data_ptr(),
                         .dr = grads[0].data_ptr(), .dw = grads[1].data_ptr(), .dk = grads[2].data_ptr(), .dv = grads[3].data_ptr(),
                         .da = grads[4].data_ptr(), .db = grads[5].data_ptr()};
-  std::vector<Task> tasks;
+  std::vector<Task> heads;
   for (int64_t i = 0; i < documents.count(); i++)
     for (int64_t h = 0; h < H; h++)
-      tasks.push_back({documents.first[i], documents.length[i], h, H, nullptr, nullptr, state_at(checkpoints, documents.slot[i], 0),
-                       d_final ? state_at(*d_final, i, h) : nullptr, state_at(d_initial, i, h)});
-  run(tasks, tensors, kernels.backward, kernels.backward_scratch, r);
+      heads.push_back({.first = documents.first[i], .length = documents.length[i], .head = h, .heads = H,
+                       .checkpoints = state_at(checkpoints, documents.slot[i], 0), .begin = 0, .end = documents.length[i],
+                       .d_end = d_final ? state_at(*d_final, i, h) : nullptr, .d_begin = state_at(d_initial, i, h)});
+  if (!fewer_heads_than_threads(documents, H)) {
+    run(heads, tensors, kernels.backward, kernels.backward_scratch, r);
+  } else {
+    const Tensor d_checkpoints = torch::stable::new_empty(r, {documents.slots, H, N, N}, ScalarType::Float);
+    std::vector<Task> slabs, stretches;
+    for (size_t i = 0; i < heads.size(); i++) {
+      Task task = heads[i];
+      const int64_t slot = documents.slot[i / H];
+      task.d_checkpoints = state_at(d_checkpoints, slot, 0);
+      for (task.value = 0; task.value < N; task.value += kernels.slab) slabs.push_back(task);
+      task.d_begin = nullptr;
+      for (task.begin = 0; task.begin < task.length; task.begin = task.end) {
+        task.end = std::min(task.begin + wkv7::kCheckpoint, task.length);
+        task.d_end = task.end < task.length ? state_at(d_checkpoints, slot + task.end / wkv7::kCheckpoint, task.head) : heads[i].d_end;
+        stretches.push_back(task);
+      }
+    }
+    run(slabs, tensors, kernels.scan, kernels.scan_scratch, r);
+    run(stretches, tensors, kernels.backward, kernels.backward_scratch, r);
+  }
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], d_initial};
 }
 

@@ -183,19 +183,41 @@ def test_a_nan_is_not_hidden(form):
 
 
 @pytest.mark.skipif(bool(NATIVE_FAILURE), reason=NATIVE_FAILURE)
+@pytest.mark.parametrize("isa", range(BEST_ISA + 1), ids=ISA[: BEST_ISA + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_on_every_run_and_for_any_number_of_threads(dtype):
-    inputs, state, dy, d_state, _ = case(2, 100, 2, 64, dtype=dtype)
+@pytest.mark.parametrize("B, T, H, N, bounds", [(2, 100, 2, 64, None), (1, 200, 1, 64, None), (1, 64, 1, 128, None), (1, 150, 1, 32, [0, 1, 66, 150])])
+def test_same_bits_on_every_run_and_for_any_number_of_threads(isa, dtype, B, T, H, N, bounds):
+    """With fewer heads than threads the kernel divides a head among them: other functions, which must give the same bits."""
+    inputs, _, dy, _, _ = case(B, T, H, N, dtype=dtype)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    generator = torch.Generator().manual_seed(3)
+    state, d_state = (torch.randn(B if bounds is None else len(bounds) - 1, H, N, N, generator=generator) for _ in range(2))
     threads = torch.get_num_threads()
+    torch.ops.rwkvlm.wkv7_limit_isa(isa)
     try:
         runs = []
-        for count in (1, 1, 2, 3):
+        for count in (1, 1, 2, 3, 5):
             torch.set_num_threads(count)
-            runs.append(run(wkv7_native, inputs, state, dy, d_state))
+            runs.append(run(wkv7_native, inputs, state, dy, d_state, cu_seqlens))
+            leaves = [x.clone().requires_grad_() for x in inputs]  # no gradient of the final state
+            runs[-1] += torch.autograd.grad(wkv7_native(*leaves, None, cu_seqlens)[0], leaves, dy)
     finally:
         torch.set_num_threads(threads)
+        torch.ops.rwkvlm.wkv7_limit_isa(BEST_ISA)
     for again in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(runs[0], again))
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.skipif(bool(NATIVE_FAILURE), reason=NATIVE_FAILURE)
+@pytest.mark.parametrize("kind", ["usual", "clamp", "repeated"])
+@pytest.mark.parametrize("T, N", [(100, 64), (150, 128), (65, 16)])
+def test_a_head_divided_among_threads_is_right(kind, T, N):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        check(wkv7_native, 1, T, 1, N, kind=kind)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
