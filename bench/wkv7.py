@@ -1,18 +1,28 @@
 """WKV7 forward + backward through autograd: the naive loop, the chunked PyTorch form and the native kernel, in one run.
 
-    python bench/wkv7.py --shapes 1x512,8x512 --threads 2 --out wkv7.json
+    python bench/wkv7.py --shapes 1x512,8x512 --threads 2 --json wkv7.json
 
-Correctness first: every form is compared with float64 and nothing is timed on a wrong result. The two PyTorch forms of the
-package are the yardsticks: the loop is what one writes straight from the formula, the chunked form the best that matmuls
-give. Rounds of all forms alternate, so that a busy machine hits them alike; the ratios are those of the medians, and of
-the fastest rounds beside them. A form slower than --slow seconds is timed once a round on fewer rounds.
+Correctness first: every form is compared with float64, on usual inputs, at the decay clamp (w = 8) and with repeated keys, and
+nothing is timed on a wrong result. The two PyTorch forms of the package are the yardsticks: the loop is what one writes straight
+from the formula, the chunked form the best that matmuls give. Another file with functions `naive` and `chunk` of the same arguments
+is timed beside them with --prototype. Rounds of all forms alternate, so that a busy machine hits them alike; the ratios are those
+of the medians, and of the fastest rounds beside them. Every form is timed on all rows; a loop slower than --slow seconds in three
+rounds only.
+
+"ideal" is the time of the kernel's multiply-adds at the best rate of torch's own fp32 matrix product, measured in the same run: what a
+step would take if memory, exponentials and autograd were free.
+
+--allocator training runs with what demo-training-run.sh sets for malloc (memory is kept, not given back). The
+loop, which allocates most, gains most by it: its ratios are then smaller and the kernel's times are those of training.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -30,12 +40,20 @@ from rwkvlm.ops.wkv7.native import why_not
 FORMS = {"loop": wkv7_reference, "chunked": wkv7_chunked, "native": wkv7_native}
 
 
-def make_inputs(B: int, T: int, H: int, N: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """r, w, k, v, a, b as a trained model makes them, and the gradient of y."""
+KINDS = ("usual", "clamp", "repeated")
+TRAINING_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # demo-training-run.sh
+
+
+def make_inputs(B: int, T: int, H: int, N: int, dtype: torch.dtype, kind: str = "usual") -> list[torch.Tensor]:
+    """r, w, k, v, a, b as a trained model makes them, and the gradient of y; kind: one of KINDS."""
     generator = torch.Generator().manual_seed(0)
     r, w, k, v, kk, rate, dy = (torch.randn(B, T, H, N, generator=generator) for _ in range(7))
+    rate = torch.sigmoid(rate)
+    w = torch.full_like(w, 8.0) if kind == "clamp" else w * 2 - 1
+    if kind == "repeated":
+        kk, rate = kk[:, :1] + 0.03 * kk, 0.9 + 0.1 * rate
     kk = F.normalize(kk, dim=-1)
-    tensors = [r / 2, w * 2 - 1, k / 2, v, -kk, kk * torch.sigmoid(rate), dy]
+    tensors = [r / 2, w, k / 2, v, -kk, kk * rate, dy]
     return [x.to(dtype).contiguous() for x in tensors]
 
 
@@ -62,20 +80,52 @@ def seconds(form: Callable, tensors: list[torch.Tensor], at_least: float) -> flo
     return elapsed / count
 
 
+def prototype_forms(path: Path) -> dict[str, Callable]:
+    """The loop and the chunked form of a file that has them as `naive` and `chunk`."""
+    spec = importlib.util.spec_from_file_location("prototype", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {"loop (prototype)": module.naive, "chunked (prototype)": module.chunk}
+
+
+def gemm_rate() -> float:
+    """Multiply-adds a second of torch's fp32 matrix product, the best of twenty."""
+    x, best = torch.ones(1024, 1024), 0.0
+    for _ in range(20):
+        start = time.perf_counter()
+        x @ x
+        best = max(best, 1024**3 / (time.perf_counter() - start))
+    return best
+
+
+def multiply_adds(N: int) -> int:
+    """What the kernel does for one token of one head: forward 5 N^2 token by token, backward in chunks of 8 as in cuda/wkv7/cpu.cpp."""
+    C = 8
+    return 5 * N * N + 10 * N * N + 16 * C * N + 3 * C * N
+
+
 def measure(B: int, T: int, options: argparse.Namespace) -> dict:
     tensors = make_inputs(B, T, options.heads, options.head_size, getattr(torch, options.dtype))
-    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    forms = FORMS | (prototype_forms(options.prototype) if options.prototype else {})
+    times: dict[str, list[float]] = {name: [] for name in forms}
     for name in ("chunked", "native"):
-        seconds(FORMS[name], tensors, 0.5)
+        seconds(forms[name], tensors, 0.5)
+    rate = 0.0
     for number in range(options.rounds):
-        for name, form in FORMS.items():
-            if not (number >= 3 and name == "loop" and times[name][0] > options.slow):
+        rate = max(rate, gemm_rate())
+        for name, form in forms.items():
+            if not (number >= 3 and name.startswith("loop") and times[name][0] > options.slow):
                 times[name].append(seconds(form, tensors, 0.2))
     row = {"B": B, "T": T, "H": options.heads, "N": options.head_size, "dtype": options.dtype}
     row["ms"] = {name: round(statistics.median(t) * 1e3, 3) for name, t in times.items()}
     row["ms_fastest"] = {name: round(min(t) * 1e3, 3) for name, t in times.items()}
     for key in ("ms", "ms_fastest"):
         row[f"ratios_{key}"] = {f"{name}/native": round(row[key][name] / row[key]["native"], 1) for name in ("loop", "chunked")}
+        for name in ("loop", "chunked") if options.prototype else ():
+            row[f"ratios_{key}"][f"{name}/prototype"] = round(row[key][name] / row[key][f"{name} (prototype)"], 2)
+    row["rounds"] = {name: len(t) for name, t in times.items()}
+    row["gemm_gflops"] = round(2 * rate / 1e9, 1)
+    row["ideal_ms"] = round(B * T * options.heads * multiply_adds(options.head_size) / rate * 1e3, 3)
     return row
 
 
@@ -88,15 +138,21 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow", type=float, default=1.0, help="seconds from which the loop is timed in three rounds only")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--allocator", choices=("default", "training"), default="default", help="malloc as it is, or as the training script sets it")
+    parser.add_argument("--prototype", type=Path, help="a Python file with naive(...) and chunk(...) to time beside the yardsticks")
+    parser.add_argument("--json", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    if options.allocator == "training" and any(os.environ.get(name) != value for name, value in TRAINING_ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TRAINING_ALLOCATOR)  # malloc reads them when it starts
     torch.set_num_threads(options.threads)
     if reason := why_not(getattr(torch, options.dtype)):
         print(f"error: {reason}", file=sys.stderr)
         return 2
 
-    small = make_inputs(1, 100, 2, options.head_size, getattr(torch, options.dtype))
-    errors = {name: worst_error(FORMS[name], small) for name in ("chunked", "native")}
+    errors = dict.fromkeys(("chunked", "native"), 0.0)
+    for kind in KINDS:
+        small = make_inputs(1, 100, 2, options.head_size, getattr(torch, options.dtype), kind)
+        errors = {name: max(error, worst_error(FORMS[name], small)) for name, error in errors.items()}
     tolerance = 5e-6 if options.dtype == "float32" else 1e-2
     print("worst error against float64: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     if not all(error <= tolerance for error in errors.values()):
@@ -108,14 +164,16 @@ def main() -> int:
         row = measure(*map(int, shape.split("x")), options)
         rows.append(row)
         for label, key in (("median", "ms"), ("fastest", "ms_fastest")):
-            cells = "  ".join(f"{name} {ms:9.2f} ms" for name, ms in row[key].items())
-            ratios = "  ".join(f"{name} {value:.1f}x" for name, value in row[f"ratios_{key}"].items())
+            cells = "  ".join(f"{name} {ms:.2f} ms" for name, ms in row[key].items())
+            ratios = "  ".join(f"{name} {value}x" for name, value in row[f"ratios_{key}"].items())
             print(f"(B,T)=({row['B']},{row['T']}) {label:7}  {cells}  {ratios}", flush=True)
-    if options.out:
+        print(f"(B,T)=({row['B']},{row['T']}) ideal    {row['ideal_ms']} ms at the {row['gemm_gflops']} GFLOP/s of torch's matrix product", flush=True)
+    if options.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "threads": options.threads, "torch": torch.__version__}
-        options.out.write_text(json.dumps({**about, "command": sys.argv, "errors": errors, "rows": rows}, indent=1) + "\n")
+        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "threads": options.threads, "allocator": options.allocator}
+        about |= {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(), "command": sys.argv}
+        options.json.write_text(json.dumps({**about, "errors": errors, "rows": rows}, indent=1) + "\n")
     return 0
 
 
