@@ -1,0 +1,67 @@
+"""doctor: every illness that can be made here, with its cure, and a machine that is well."""
+
+import os
+import re
+import time
+
+import pytest
+
+from rwkvlm.cli import doctor, main
+from rwkvlm.ops.cross_entropy import reference
+
+NAMES = ["python", "compiler", "gpu", "nvcc", "wkv7", "loss", "ranks", "disk", "locks"]
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_well(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(doctor, "SPACE", 0)
+    monkeypatch.setattr(doctor, "SLOW", 0)
+    assert main(["doctor", "--proj_dir", str(tmp_path / "not" / "yet")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", name] for name in NAMES]
+    assert re.search(r"deviation from the reference \de-\d\d$", lines[4]) and "2 processes over gloo add up" in lines[6]
+
+
+def told(capsys) -> dict[str, str]:
+    return {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+
+
+def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
+    """No compiler, ranks that fail, a full disk, a lock left behind, and a check that breaks; the exit code says so."""
+    stale, fresh = tmp_path / "fused_adam" / "lock", tmp_path / "cpu_adam" / "lock"
+    for lock in (stale, fresh):
+        lock.parent.mkdir()
+        lock.touch()
+    old = time.time() - 2 * doctor.STALE
+    os.utime(stale.parent, (old, old))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(doctor, "RANK", "raise SystemExit('no route to host')")
+    monkeypatch.setattr(doctor, "SPACE", 1 << 60)
+    monkeypatch.setattr(doctor, "kernel_wkv7", lambda: 1 / 0)
+    monkeypatch.setattr(doctor, "kernel_loss", lambda: "not here")
+    assert main(["doctor", "--proj_dir", str(tmp_path)]) == 1
+    lines = told(capsys)
+    assert list(lines) == NAMES
+    assert lines["compiler"].startswith("CURE  compiler") and "apt-get install g++, or set CXX" in lines["compiler"]
+    assert "2 processes over gloo fail: no route to host; a firewall" in lines["ranks"]
+    assert "free some space" in lines["disk"] and "GiB free in" in lines["disk"]
+    assert lines["locks"].endswith(f"rm {stale}") and str(fresh) not in lines["locks"]
+    assert lines["wkv7"].endswith("division by zero") and lines["loss"].startswith("ok ")
+
+
+def test_a_kernel_that_computes_something_else_is_found(monkeypatch):
+    wrong = reference.head_cross_entropy
+    monkeypatch.setattr(reference, "head_cross_entropy", lambda *args: wrong(*args) * 1.01)
+    with pytest.raises(doctor.Sick, match="differs from the reference by 1e-02; delete .*native to build it again"):
+        doctor.kernel_loss()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(doctor.Sick, match="cannot be written: Permission denied; choose another --proj_dir"):
+        doctor.disk(tmp_path)
