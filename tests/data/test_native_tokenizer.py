@@ -95,7 +95,7 @@ def test_a_vocabulary_without_all_bytes_is_refused():
 
 
 FUZZ = """
-import random, sys
+import json, random
 from rwkvlm.data.tokenizer import NativeWorldTokenizer, Texts, _vocabulary_path
 world, rng = NativeWorldTokenizer(_vocabulary_path()), random.Random(0)
 tokens = [world.decode_bytes([i]) for i in range(1, 65530)]
@@ -107,6 +107,16 @@ for _ in range(1500):
     ids, ends = world.encode_batch(Texts.join(texts))
     assert world.decode_bytes(ids).replace(b"\\xef\\xbf\\xbd", b"") == b"".join(texts).replace(b"\\xef\\xbf\\xbd", b"")
     world.decode([rng.randrange(-10**12, 10**12) for _ in range(20)])
+from pathlib import Path
+from rwkvlm.data.documents import Block, parse
+line = json.dumps({"a": [1.5, {"b": None}], "text": "\\ud83d\\ude00 \\\\ a\\u00e9中" * 3}).encode() + b"\\n" + '{"text": "é中😀 abcdefghij"}'.encode()
+for _ in range(20000):
+    data = bytearray(line)
+    for _ in range(rng.randrange(4)):
+        at = rng.randrange(len(data))
+        data[at : at + rng.randrange(3)] = rng.choice([b'"', b"\\\\", b"\\n", b"\\xf0\\x9f", b"\\\\u", b"{", b"[", rng.randbytes(1)])
+    data = bytes(data[: rng.choice([None, rng.randrange(len(data) + 1)])])
+    parse(Block(Path("x.jsonl"), 1, data, 0, data.count(b"\\n") + 1))
 print("clean")
 """
 

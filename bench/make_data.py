@@ -1,0 +1,155 @@
+"""make_data.py: text to finished binidx, beside the official tool; the tokenizer alone; peak memory; dataset reads.
+
+    python bench/text.py --folder ~/bench-text
+    python bench/make_data.py --text ~/bench-text/text.jsonl --official ~/RWKV-LM/RWKV-v5 --out result.json
+    python bench/make_data.py --text ~/bench-text/text.jsonl --large 5e9 --out large.json          (peak memory; wants 10 GB of disk)
+
+A whole run is the process `make_data.py TEXT 1 4096`, start-up included; the best of --rounds. The official tool, whose folder holds
+its own make_data.py, gets the first --official_bytes of the same text, in the same rounds. Correctness first: the tokenizer's ids
+equal the plain one's on a sample, and on the official tool's part both tools must make the same documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "RWKV-v7"))
+
+from rwkvlm.data.binidx import BinIdx  # noqa: E402
+from rwkvlm.data.documents import parse, read_blocks  # noqa: E402
+from rwkvlm.data.tokenizer import Texts, WorldTokenizer, _vocabulary_path, load_tokenizer  # noqa: E402
+
+
+def head(text: Path, size: float, to: Path) -> int:
+    """Whole lines of the text, about so many bytes (repeated where it has fewer); their size."""
+    written = 0
+    with open(to, "wb") as out:
+        while written < size:
+            with open(text, "rb") as file:
+                for line in file:
+                    if written >= size:
+                        break
+                    written += out.write(line)
+    return written
+
+
+def ours(text: Path, folder: Path, workers: int) -> dict:
+    """One run of make_data.py: seconds of the process, and of what it does without its start-up."""
+    command = [sys.executable, str(ROOT / "make_data.py"), str(text), "1", "4096", "--out", str(folder / "ours"), "--report", str(folder / "facts.json")]
+    begin = time.perf_counter()
+    done = subprocess.Popen([*command, "--workers", str(workers)], stdout=subprocess.PIPE, text=True)
+    out = done.stdout.read()
+    _, status, usage = os.wait4(done.pid, 0)
+    if status:
+        raise SystemExit(f"make_data.py failed: {out}")
+    seconds = time.perf_counter() - begin
+    facts = json.loads((folder / "facts.json").read_text())
+    inner = float(out.split(" bytes of text in ")[1].split(" s ")[0])
+    return {"seconds": seconds, "inner_seconds": inner, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024, "facts": facts}
+
+
+def official(tool: Path, text: Path, folder: Path) -> float:
+    """Seconds of the official make_data.py with one copy."""
+    for name in ("src", "tokenizer"):
+        if not (folder / name).exists():
+            os.symlink((tool / name).resolve(), folder / name)
+    shutil.copy(text, folder / "demo.jsonl")
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, str(tool.resolve() / "make_data.py"), "demo.jsonl", "1", "4096"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+def same_documents(a: BinIdx, b: BinIdx) -> bool:
+    return sorted(a.doc(i).tobytes() for i in range(a.n_docs)) == sorted(b.doc(i).tobytes() for i in range(b.n_docs))
+
+
+def tokenizer_alone(text: Path, rounds: int) -> dict:
+    """MB/s of one thread over texts that lie in memory, in batches as make_data has them."""
+    world, plain = load_tokenizer(), WorldTokenizer(_vocabulary_path())
+    batches = [parse(block).texts for block, _ in zip(read_blocks(text), range(126))]
+    size = sum(len(batch.data) for batch in batches)
+    for batch in batches[::40]:
+        sample = Texts.join([batch[k] for k in range(min(20, len(batch)))])
+        assert world.encode_batch(sample)[0].tolist() == [t for k in range(len(sample)) for t in [*plain.encode(sample[k]), 0]], "ids differ"
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for batch in batches:
+            world.encode_batch(batch)
+        seconds.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    plain.encode(batches[0].data[:1_000_000].tobytes())
+    return {"text_bytes": size, "MB_per_s": size / 1e6 / min(seconds), "rounds_s": seconds, "python_trie_MB_per_s": 1 / (time.perf_counter() - begin)}
+
+
+def dataset_reads(prefix: Path, ctx_len: int, batch: int = 16) -> dict:
+    """Tokens/s that slices at random places reach, converted to int64, in this process."""
+    data, rng, n = BinIdx(prefix), np.random.default_rng(0), 0
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 2:
+        for at in rng.integers(0, data.n_tokens - ctx_len - 1, batch):
+            data.tokens[at : at + ctx_len + 1].astype(np.int64)
+        n += batch * ctx_len
+    return {"ctx_len": ctx_len, "tokens_per_s": n / (time.perf_counter() - begin)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--text", required=True, type=Path, help="the .jsonl that bench/text.py made")
+    parser.add_argument("--official", type=Path, help="folder of the official make_data.py, with its src/ and tokenizer/")
+    parser.add_argument("--official_bytes", type=float, default=2e7, help="how much of the text the official tool gets")
+    parser.add_argument("--large", type=float, default=0, help="only one run, over so many bytes, by repetition of the text")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, help="where the files go (default: beside the text)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    args = parser.parse_args()
+    made = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result = {"date": datetime.date.today().isoformat(), "commit": made, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "workers": args.workers}
+    with tempfile.TemporaryDirectory(dir=args.scratch or args.text.parent) as name:
+        folder = Path(name)
+        if args.large:
+            size = head(args.text, args.large, folder / "large.jsonl")
+            run = ours(folder / "large.jsonl", folder, args.workers)
+            result["large"] = {"jsonl_bytes": size, **run, "MB_per_s": run["facts"]["text_bytes"] / 1e6 / run["seconds"]}
+        else:
+            runs, official_runs, part_runs = [], [], []
+            if args.official:
+                part_bytes = head(args.text, args.official_bytes, folder / "part.jsonl")
+            for _ in range(args.rounds):
+                runs.append(ours(args.text, folder, args.workers))
+                if args.official and len(official_runs) < 2:
+                    official_runs.append(official(args.official, folder / "part.jsonl", folder))
+            text_bytes = runs[0]["facts"]["text_bytes"]
+            best = min(runs, key=lambda run: run["seconds"])
+            result["whole"] = {"jsonl_bytes": args.text.stat().st_size, "MB_per_s": text_bytes / 1e6 / best["seconds"], "MB_per_s_without_start": text_bytes / 1e6 / min(run["inner_seconds"] for run in runs), "peak_mib": max(run["peak_mib"] for run in runs), "rounds_s": [run["seconds"] for run in runs], "cpu_s": best["cpu_seconds"], "facts": best["facts"]}
+            result["tokenizer"] = tokenizer_alone(args.text, args.rounds)
+            result["reads"] = [dataset_reads(folder / "ours", ctx_len) for ctx_len in (512, 4096)]
+            if args.official:
+                part_runs = [ours(folder / "part.jsonl", folder, args.workers) for _ in range(2)]
+                assert same_documents(BinIdx(folder / "ours"), BinIdx(folder / "demo")), "the two tools make different documents"
+                speed = part_runs[0]["facts"]["text_bytes"] / 1e6 / min(official_runs)
+                result["official"] = {"jsonl_bytes": part_bytes, "MB_per_s": speed, "rounds_s": official_runs, "ours_is_times": result["whole"]["MB_per_s"] / speed}
+    result["bench_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
