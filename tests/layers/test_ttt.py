@@ -37,8 +37,8 @@ def eta_of(ttt):
 def test_gradient_is_that_of_the_inner_loss(settings):
     ttt = make(**settings)
     S, K, V = problem(ttt)
-    K, V = K.transpose(1, 2), V.transpose(1, 2)
-    before, core = S[:, :, : ttt.rows], S[:, :, : ttt.rows] + 0.1
+    K, V = K.transpose(1, 2).flatten(0, 1), V.transpose(1, 2).flatten(0, 1)
+    before, core = S[:, :, : ttt.rows].flatten(0, 1), S[:, :, : ttt.rows].flatten(0, 1) + 0.1
     core.requires_grad_()
     (want,) = torch.autograd.grad(ttt.inner_loss(core, before, K, V).sum(), core)
     assert torch.allclose(ttt.gradient(core, before, K, V), want, rtol=1e-12, atol=1e-14)
@@ -183,7 +183,9 @@ def test_error_is_that_of_the_next_segment():
         for at in (16, 32):
             _, before = StateTTT.forward(ttt.eval(), *(x[:, :at].contiguous() for x in tensors), output_final_state=True)
             part = [x[:, at : at + 16] for x in tensors]
-            want += ttt.relative_error(before.wkv, -part[4], ttt._targets(part[2], part[3][..., : ttt.rows], -part[4]))
+            keys = -part[4]
+            values = ttt._targets(part[2], part[3][..., : ttt.rows], keys)
+            want += ttt.relative_error(before.wkv, keys.transpose(1, 2), values.transpose(1, 2))
     assert torch.allclose(end.error, want, rtol=1e-10)
 
 

@@ -74,36 +74,37 @@ class StateTTT(nn.Module):
         S, held_keys, held_values, seen, error = initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
         plan = pieces(seen.tolist(), T, segment)
         lengths = [piece.stop - piece.start for piece in plan]
-        inputs = zip(*(x.split(lengths, 1) for x in (r, w, k, v, a, b)))  # split, for the backward of slices would pad each to the whole
+        inputs = zip(*(_cut(x, lengths) for x in (r, w, k, v, a, b)))
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         keys = -a.to(dtype)
-        keys, values = keys.split(lengths, 1), self._targets(k.to(dtype), v[..., : self.rows].to(dtype), keys).split(lengths, 1)
+        values = self._targets(k.to(dtype), v[..., : self.rows].to(dtype), keys)
         eta = 2 * torch.sigmoid(self.rate.to(dtype))[:, None, None]
+        problems = zip(*(x.split(lengths, 2) for x in self._problem(keys, values, eta, segment)))
         watch = config.ttt_meta and self.training
 
         ys, stepped = [], False
-        for i, (piece, tensors) in enumerate(zip(plan, inputs)):
-            K, V = keys[i], values[i]
+        for i, (piece, tensors, problem) in enumerate(zip(plan, inputs, problems)):
             if watch and stepped:
-                found = self.relative_error(S, K, V)
+                found = self.relative_error(S, *problem[:2])
                 error = found if error is None else error + found
-            y, S = wkv7(*(x.contiguous() for x in tensors), initial_state=S, output_final_state=True)
+            y, S = wkv7(*tensors, initial_state=S, output_final_state=True)
             ys.append(y)
             stepped = len(piece.full) == B
             if i + 1 == len(plan) and not output_final_state:
                 break
             if lengths[i] == segment:  # a whole segment in every row
-                S = self.step(S, K, V, eta)
+                S = self._steps(S, *problem, eta)
                 continue
             if held_keys is None:
-                held_keys, held_values = K.new_zeros(B, segment, H, N), V.new_zeros(B, segment, H, self.rows)
+                held_keys, held_values = keys.new_zeros(B, segment, H, N), keys.new_zeros(B, segment, H, self.rows)
             where = torch.tensor(piece.seen)[:, None] + torch.arange(lengths[i])
-            where = (torch.arange(B, device=K.device)[:, None], where.to(K.device))
-            held_keys, held_values = held_keys.index_put(where, K), held_values.index_put(where, V)
+            where = (torch.arange(B, device=r.device)[:, None], where.to(r.device))
+            held_keys = held_keys.index_put(where, keys[:, piece.start : piece.stop])
+            held_values = held_values.index_put(where, values[:, piece.start : piece.stop])
             if stepped:
                 S = self.step(S, held_keys, held_values, eta)
             elif piece.full:
-                rows = torch.tensor(piece.full, device=K.device)
+                rows = torch.tensor(piece.full, device=r.device)
                 S = S.index_copy(0, rows, self.step(S[rows], held_keys[rows], held_values[rows], eta))
 
         y = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
@@ -115,34 +116,49 @@ class StateTTT(nn.Module):
 
     def step(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
         """The state after the steps of one segment. S [B, H, N, N]; keys [B, n, H, N]; values [B, n, H, c]; eta [H, 1, 1]."""
-        core = before = S[:, :, : self.rows]
-        K, V = keys.transpose(1, 2), values.transpose(1, 2)
-        for _ in range(self.config.ttt_steps):
-            gradient = self.gradient(core, before, K, V)
-            core = core - eta * (gradient if self.config.ttt_second_order else gradient.detach())
-        return torch.cat([core, S[:, :, self.rows :]], dim=2)
+        return self._steps(S, *self._problem(keys, values, eta, keys.shape[1]), eta)
+
+    def _problem(self, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values, and keys times eta / n, with tokens behind heads: [B, H, T, N or c]. Made for all segments at once."""
+        K, V = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+        return K, V, (K if self.config.ttt_second_order else K.detach()) * (eta / n)
+
+    def _steps(self, S: torch.Tensor, K: torch.Tensor, V: torch.Tensor, scaled: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
+        """As step, from what _problem gives for one segment. Few operations: between two segments they are what a step costs."""
+        B, H, N, _ = S.shape
+        core = before = S[:, :, : self.rows].flatten(0, 1)
+        K, V, scaled = K.flatten(0, 1), V.flatten(0, 1), scaled.flatten(0, 1)
+        for number in range(self.config.ttt_steps):
+            slope, away = self._slope(core, K, V), core - before if number else None
+            if not self.config.ttt_second_order:
+                slope, away = slope.detach(), away.detach() if number else None
+            core = torch.baddbmm(core, slope.mT, scaled, alpha=-1)
+            if number:  # after the first step only: before it the anchor pulls nowhere
+                core = core - self.config.ttt_anchor * eta.repeat(B, 1, 1) * away
+        return torch.cat([core.unflatten(0, (B, H)), S[:, :, self.rows :]], dim=2)
+
+    def _slope(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """d 1/2 |P(u_t) - z_t|^2 / d u_t for every token, [M, n, c], with core [M, c, N], K [M, n, N] and V [M, n, c]."""
+        if not self.has_head:
+            return torch.baddbmm(V, K, core.mT, beta=-1)
+        w1, w2 = self.w1.to(K.dtype), self.w2.to(K.dtype)
+        U = torch.bmm(K, core.mT)
+        hidden = torch.relu(U.flatten(0, 1) @ w1.mT)
+        miss = torch.addmm((U - V).flatten(0, 1), hidden, w2.mT)
+        return torch.addmm(miss, (miss @ w2) * (hidden > 0), w1).view_as(U)
 
     def gradient(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """grad l, [B, H, c, N], of core [B, H, c, N] with K [B, H, n, N] and V [B, H, n, c]."""
-        U = K @ core.mT
-        D = U - V
-        if self.has_head:
-            w1, w2 = self.w1.to(U.dtype), self.w2.to(U.dtype)
-            Z = U @ w1.mT
-            D = D + torch.relu(Z) @ w2.mT
-            D = D + ((D @ w2) * (Z > 0)) @ w1
-        gradient = D.mT @ (K / K.shape[2])
-        return gradient if core is before else gradient + self.config.ttt_anchor * (core - before)
+        """grad l, [M, c, N], of core [M, c, N] with K [M, n, N] and V [M, n, c]; one row of M is one head of one sequence."""
+        return self._slope(core, K, V).mT @ K / K.shape[1] + self.config.ttt_anchor * (core - before)
 
     def inner_loss(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """l for each row and head, [B, H]; shapes as for gradient."""
+        """l for each of M; shapes as for gradient."""
         return 0.5 * self._miss(core, K, V).square().sum(-1).mean(-1) + self.config.ttt_anchor / 2 * (core - before).square().sum((-2, -1))
 
-    def relative_error(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """|P(S_c kk) - z|^2 / |z|^2 over a segment's tokens and heads, [B]; shapes as for step. Relative, so that its weight in the outer
+    def relative_error(self, S: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """|P(S_c kk) - z|^2 / |z|^2 over tokens and heads, [B], of S [B, H, N, N] with K [B, H, n, N] and V [B, H, n, c]. Relative, so that its weight in the outer
         loss means the same for every model: |z|^2 itself is in the hundreds."""
-        V = values.transpose(1, 2)
-        miss = self._miss(S[:, :, : self.rows], keys.transpose(1, 2), V)
+        miss = self._miss(S[:, :, : self.rows], K, V)
         return miss.square().sum((1, 2, 3)) / V.square().sum((1, 2, 3)).clamp(min=1e-6)
 
     def _miss(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
@@ -155,3 +171,10 @@ class StateTTT(nn.Module):
     def _targets(self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """z [B, T, H, c]: v, or what the delta rule has stored for the key, v (k . kk)."""
         return v if self.config.ttt_target == "value" else v * (k * keys).sum(-1, keepdim=True)
+
+
+def _cut(x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """x [B, T, H, N] -> contiguous pieces of these lengths along T. Not slices, whose backward would pad each to the whole."""
+    if len(set(lengths)) == 1:
+        return list(x.unflatten(1, (len(lengths), -1)).transpose(0, 1).contiguous().unbind(0))
+    return [piece.contiguous() for piece in x.split(lengths, 1)]
