@@ -8,9 +8,8 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import nn
 
 from ..config import TrainConfig
-from ..layers.packed import Packed
 from ..models import LanguageModel
-from ..models.lm import Terms
+from ..models.lm import Packed, Terms
 from ..ops.cross_entropy import head_cross_entropy
 from .freeze import freeze
 from .norms import GradientNorms, ShardedNorms
