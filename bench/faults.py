@@ -25,14 +25,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 
-from forked import World, write_tokens  # first: it settles the environment
+from forked import Finished, World, write_tokens  # first: it settles the environment
 from rwkvlm.checkpoint import state
 from rwkvlm.train.module import TrainModule
 
-RANKS, BATCH, CTX, STEPS = 2, 2, 16, 120
+RANKS, BATCH, CTX, STEPS = 2, 2, 16, 200
 TIMEOUT = 8  # seconds, --dist_timeout where a process is frozen
 FLAGS = dict(
     vocab_size=64, n_layer=1, n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * RANKS * BATCH * CTX, lr_init=2e-3,
@@ -85,9 +85,10 @@ class Trial:
 
     def complete(self) -> bytes:
         """The last start, undisturbed; the bytes of its weights."""
-        world = self.begin()
-        world.wait(300)
-        assert set(world.codes.values()) == {0}, world.said()
+        with suppress(Finished):  # it may have been at its last token when the last fault came
+            world = self.begin()
+            world.wait(300)
+            assert set(world.codes.values()) == {0}, world.said()
         return (self.out / "rwkv-final.pth").read_bytes()
 
     def pause(self, world: World, seconds: float = 0.4) -> None:
@@ -204,7 +205,7 @@ def damage(trial: Trial, how: str) -> bool:
         file.unlink()
     else:
         (newest / "manifest.json").unlink()
-    trial.note(f"newest state damaged: {how}", world)
+    trial.expected = trial.newest()
     assert trial.expected < before
     world = trial.begin()
     assert f"{newest} is damaged" in world.said(), world.said()
@@ -213,7 +214,7 @@ def damage(trial: Trial, how: str) -> bool:
         return False
     world.kill(world.living())
     world.wait(5)
-    trial.expected = trial.newest()
+    trial.note(f"newest state damaged: {how}", world)
     return True
 
 
@@ -294,13 +295,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Inject faults into training runs.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--others", type=int, default=1, help="rounds of all other faults")
+    parser.add_argument("--seconds", type=float, default=3600, help="inject no more after this time; the run under way is still brought to its end")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="", help="JSON file for the results")
     args = parser.parse_args()
     chance, began = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        records = inject(Path(place), chance, args.kills, args.others, args.strategies.split(","))
+        records = inject(Path(place), chance, args.kills, args.others, args.strategies.split(","), began + args.seconds)
     counts = Counter(record["fault"] for record in records)
     result = dict(command=" ".join(sys.argv), seconds=round(time.monotonic() - began, 1), survived=counts, faults=records)
     if args.out:
@@ -309,7 +311,7 @@ def main() -> int:
     return 0
 
 
-def inject(place: Path, chance: random.Random, kills: int, others: int, strategies: list[str]) -> list[dict]:
+def inject(place: Path, chance: random.Random, kills: int, others: int, strategies: list[str], deadline: float) -> list[dict]:
     data, mounts = write_tokens(place / "data", 4000, FLAGS["vocab_size"]), may_mount(place / "mount")
     whole = {}
     for strategy in strategies:
@@ -319,7 +321,7 @@ def inject(place: Path, chance: random.Random, kills: int, others: int, strategi
     todo = [kill] * kills + [fault for name, fault in OTHERS.items() if mounts or name not in needs_mount] * others
     chance.shuffle(todo)
     records, number = [], 0
-    while todo:
+    while todo and time.monotonic() < deadline:
         number += 1
         folder = place / f"trial{number}"
         (folder / "out").mkdir(parents=True)
@@ -327,8 +329,11 @@ def inject(place: Path, chance: random.Random, kills: int, others: int, strategi
         if mounts:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(trial.out)], check=True)
         try:
-            while todo and len(trial.records) < FAULTS_A_RUN:
-                if not todo[-1](trial):  # the run was faster
+            while todo and len(trial.records) < FAULTS_A_RUN and time.monotonic() < deadline:
+                try:
+                    if not todo[-1](trial):
+                        break
+                except Finished:  # the run was faster
                     break
                 todo.pop()
                 print(json.dumps(trial.records[-1]), flush=True)

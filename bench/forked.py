@@ -38,6 +38,10 @@ def write_tokens(prefix: Path, n: int, vocab_size: int) -> str:
     return str(prefix)
 
 
+class Finished(Exception):
+    """All processes have ended with 0."""
+
+
 class World:
     """The processes of one start of train.py. before(rank) is called in each of them before training."""
 
@@ -100,10 +104,13 @@ class World:
         return time.monotonic() - began
 
     def until(self, true: Callable[[], object], seconds: float = 60.0) -> None:
-        """Waits for something while all processes live; TimeoutError, or ChildProcessError when one has ended."""
+        """Waits for something while all processes live; TimeoutError, Finished, or ChildProcessError when one has ended otherwise."""
         deadline = time.monotonic() + seconds
         while not true():
             if len(self.living()) < len(self.pids):
+                self.wait(60)
+                if set(self.codes.values()) == {0}:
+                    raise Finished
                 raise ChildProcessError(f"exit codes {self.codes}\n{self.said()[-3000:]}")
             if time.monotonic() > deadline:
                 self.kill(self.living())

@@ -271,6 +271,21 @@ def test_a_full_disk_costs_nothing(saved):
     assert sorted(p for p in folder.rglob("*")) == before and state.find_state(folder).step == 4
 
 
+def test_remains_of_a_killed_save_do_not_fill_the_disk_for_ever(saved):
+    folder, model, optimizer = saved
+    remains = folder / "state" / "step9.tmp"
+    remains.mkdir()
+    (remains / "rank00000.pt").write_bytes(bytes(1000))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            state.save_state(folder, 6, model, optimizer, {}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not remains.exists()
+
+
 def test_a_snapshot_does_not_follow_the_model(tmp_path):
     model, optimizer = build(0)
     train(model, optimizer, 2)

@@ -97,7 +97,7 @@ def write(
 
     def prepare() -> None:
         if ranks.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _clear_remains(folder)  # before, not after: they may be what fills the disk
             temporary.mkdir(parents=True)
             _restore_replaced(folder)
 
@@ -160,7 +160,7 @@ def _restore_replaced(folder: Path) -> None:
 
 
 def _prune(folder: Path, newest: int, keep_last: int) -> None:
-    """Deletes the oldest states beyond keep_last and remains of interrupted saves; a state of a later step is a damaged one that was passed over."""
+    """Deletes the oldest states beyond keep_last; a state of a later step is a damaged one that was passed over."""
     steps = sorted((step for step in map(_step_of, folder.iterdir()) if step is not None), reverse=True)
     for step in steps:
         if step > newest:
@@ -168,6 +168,11 @@ def _prune(folder: Path, newest: int, keep_last: int) -> None:
             os.replace(folder / f"step{step}", folder / f"step{step}.damaged")
     for step in [step for step in steps if step <= newest][keep_last:]:
         os.replace(folder / f"step{step}", folder / f"step{step}.tmp")
+    _clear_remains(folder)
+
+
+def _clear_remains(folder: Path) -> None:
+    """Deletes what interrupted saves have left."""
     for remains in folder.glob("step*.tmp"):
         shutil.rmtree(remains, ignore_errors=True)
 

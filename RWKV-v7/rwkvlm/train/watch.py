@@ -31,7 +31,7 @@ from ..checkpoint import ranks
 TICK, BEAT = 0.25, 2.0  # seconds between two looks, and between two signs of life
 GRACE = 3.0  # from the first report to the verdict: time for a better one
 LAST_WORDS = 10.0  # for the training thread to end by an error of its own
-CONNECT = 30.0
+CONNECT = 300.0
 KILLED, DIED, FAILED, SILENT = range(4)  # what says more comes first
 EXIT_CODE = 1
 
