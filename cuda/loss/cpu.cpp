@@ -177,6 +177,16 @@ void softmax_again(const Logits& logits, void* e_) {
   }
 }
 
+void split(const uint32_t* e, int64_t rows, int64_t width, void* to_) {
+  auto* to = static_cast<bf16*>(to_);
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t i = 0; i < width; i += W) {
+      const vu pair = (vu)load(reinterpret_cast<const float*>(e) + r / 2 * width + i);
+      *reinterpret_cast<vh_memory*>(to + r * width + i) = __builtin_convertvector(pair & 0xffff, vh);
+      if (r + 1 < rows) *reinterpret_cast<vh_memory*>(to + (r + 1) * width + i) = __builtin_convertvector(pair >> 16, vh);
+    }
+}
+
 void collect(const float* from, int64_t parts, int64_t part_stride, int64_t columns, int64_t width, const float* scale, float* to) {
   const vf factor = load(scale);
   int64_t c = 0;
@@ -224,7 +234,7 @@ void narrow_all(const float* from, void* to_, int64_t n) {
 
 template <class T>
 Kernels kernels() {
-  return {transpose_units, turn<T>,       softmax<T>,    softmax_again,  collect,
+  return {transpose_units, turn<T>,       softmax<T>,    softmax_again,  split, collect,
           scale_rows<T>,   add_scaled<T>, dot<T>,        narrow_all<T>,  W};
 }
 

@@ -7,8 +7,8 @@
 //     e = exp(logit - m), summed over the vocabulary;  dX += e^T W
 // with m the logit of the token's own target: nothing needs the largest logit in advance, no sum is ever rescaled, and the
 // loss is log(sum e). Should a logit exceed m by more than 60 nats, e might overflow: the chunk is done again with m = its maximum.
-// Pass 2: dW += e (x / sum e). fp32 keeps e of a chunk in memory for it. In bf16 the products are so fast that it is cheaper
-// to compute e again, for all chunks of a block, than to write it out and read it back with a dW that does not fit the cache.
+// Pass 2: dW += e (x / sum e). fp32 keeps e of a chunk in memory for it. bf16 takes all chunks of a block of dW together, since its
+// products are so fast that a dW that does not fit the cache would cost more; it keeps e of few tokens, and computes it again of many.
 //
 // The entries of the targets (softmax - 1) and of L2Wrap at each arg-max are left out of e and added in fp32: rounded to bf16
 // they would drown. The result does not depend on the number of threads: partial sums belong to fixed parts of the vocabulary.
@@ -41,6 +41,7 @@ constexpr int64_t kRows = 32;       // rows per matrix product: the fastest with
 constexpr int64_t kColumns = 1024;  // columns per matrix product, so that the right operand stays in the cache
 constexpr int64_t kBlock = 256;     // rows of the vocabulary that pass 1 takes at a time: the depth of its products for dX
 constexpr int64_t kParts = 16;      // of the vocabulary, with partial sums of their own
+constexpr int64_t kKept = 64 << 20; // bytes of e that bf16 keeps at most
 constexpr float kOverflow = 60;     // nats
 
 Kernels kernels_for(bool is_bf16) {
@@ -92,6 +93,7 @@ struct Chunk {
   std::vector<float> m, target_logit, scale;                 // [width]; scale = 1 / (sum e * all tokens)
   std::vector<Entry> targets;                                // sorted; tokens counted from `begin`
   Buffer<uint32_t> x, scaled_x;                              // right operands [C / pair, width], [width / pair, C]
+  Buffer<uint32_t> e;                                        // kept from pass 1 for pass 2, as a right operand [V / pair, width]; or empty
 };
 
 template <class T>
@@ -124,6 +126,7 @@ class Head {
       chunks.emplace_back();
       Chunk& chunk = chunks.back();
       chunk.begin = begin, chunk.count = std::min(p.chunk, n - begin);
+      if (dw && again && (n + p.chunk - 1) / p.chunk * width * V * 2 <= kKept) chunk.e = Buffer<uint32_t>((V + 1) / 2 * width);
       prepare(chunk);
       pass_1(chunk);
       if (!in_range(chunk)) pass_1(chunk);
@@ -185,7 +188,7 @@ class Head {
         const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
         for (int64_t block = begin; block < end; block++) {
           const int64_t row = block * kBlock, rows = std::min(kBlock, V - row);
-          uint32_t* kept = !dx && !dw ? nullptr : scores ? scores + row * width : e;
+          uint32_t* kept = !dx && !dw ? nullptr : scores ? scores + row * width : chunk.e ? chunk.e + row / pair * width : e;
           for (int64_t r = 0; r < rows; r += kRows)
             simd.softmax(logits(chunk, row + r, std::min(kRows, rows - r), tile), totals, kept ? kept + r / pair * width : nullptr);
           if (!kept) continue;
@@ -269,7 +272,9 @@ class Head {
           for (int64_t r = 0; r < rows; r += kRows) {
             const int64_t here = std::min(kRows, rows - r);
             const T* left = e;
-            if constexpr (again) {
+            if (chunk.e) {
+              simd.split(chunk.e + (row + r) / pair * width, here, width, e);
+            } else if constexpr (again) {
               simd.softmax_again(logits(chunk, row + r, here, tile), e);
               for_rows(chunk.targets, row + r, here, [&](int64_t at, int64_t token, float) { e[at * width + token] = T{}; });
             } else {
