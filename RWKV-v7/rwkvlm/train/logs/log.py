@@ -14,7 +14,7 @@ class Log:
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: step, tokens, loss, lr, grad_norm and grad_norms by part of the model (None: unknown), tokens_per_s,
         tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. And where it
-        was so, "skipped": True (a number was not finite), "undone_to": the step whose weights the spike guard has gone back to."""
+        was so, meta_loss (a Phantom's other term, without its weight, not part of loss), "skipped": True (a number was not finite), "undone_to": the step whose weights the spike guard has gone back to."""
 
     def mini_epoch(self, number: int, loss: float, lr: float, number_in_this_run: int) -> None:
         """A mini-epoch has ended. loss: mean over its steps; lr: of its last step."""
