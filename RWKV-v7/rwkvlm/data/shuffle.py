@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,15 @@ class Documents:
     sizes: np.ndarray
     numbers: np.ndarray
 
+    @cached_property
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each document starts and ends, in bytes."""
+        ends = np.cumsum(self.sizes, dtype=np.int64) * self.tokens.dtype.itemsize
+        return ends - self.sizes.astype(np.int64) * self.tokens.dtype.itemsize, ends
+
     def take(self, which: np.ndarray) -> Documents:
         """The documents with these indices, in this order."""
-        width = self.tokens.dtype.itemsize
-        ends = np.cumsum(self.sizes, dtype=np.int64) * width
-        starts = ends - self.sizes.astype(np.int64) * width
+        starts, ends = self._spans
         raw = memoryview(self.tokens).cast("B")
         data = b"".join([raw[a:b] for a, b in zip(starts[which].tolist(), ends[which].tolist())])
         return Documents(np.frombuffer(data, self.tokens.dtype), self.sizes[which], self.numbers[which])
