@@ -19,7 +19,9 @@ def files():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    names = [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    records = {name.rsplit("/", 1)[0] + "/README.md" for name in names if name.startswith("records/")}  # which says what lies beside it
+    return sorted(records | {name for name in names if not name.startswith("records/")})
 
 
 def mapped():
