@@ -114,8 +114,11 @@ def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     if n_head * head_size != n_embd:
         raise UserError(f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight")
     with_value_rank = next((layer for layer in sorted(layers, reverse=True) if f"blocks.{layer}.att.v1" in tensors), None)
-    ghost = "blocks.0.ffn.key.ghost.weight" in tensors
-    dim_ffn = sum(shape(f"blocks.0.ffn.key.{part}", 2)[0] for part in (("core.weight", "ghost.weight") if ghost else ("weight",)))
+    key = "blocks.0.ffn.key"
+    factors = {match[1]: name for name in tensors if (match := re.fullmatch(r"blocks\.0\.(.+)\.down\.weight", name))}
+    ghost = any(name.startswith(f"{key}.ghost.") for name in tensors)
+    parts = [f"{key}.core", f"{key}.ghost"] if ghost else [key]
+    dim_ffn = sum(shape(f"{part}.{'up.' * (part.removeprefix('blocks.0.') in factors)}weight", 2)[0] for part in parts)
     carried = decode(tensors[CARRIED].tolist()) if CARRIED in tensors else None
     return model_config(
         "x070" if carried is None else "phantom",
@@ -128,6 +131,7 @@ def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
         rank_a=shape("blocks.0.att.a1", 2)[1],
         rank_v=0 if with_value_rank is None else shape(f"blocks.{with_value_rank}.att.v1", 2)[1],
         rank_g=shape("blocks.0.att.g1", 2)[1],
+        ranks=",".join(f"{name}={shape(down, 2)[0]}" for name, down in sorted(factors.items())),
         **(carried or {}),
     )
 

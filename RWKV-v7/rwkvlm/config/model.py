@@ -9,6 +9,7 @@ from .errors import UserError
 
 MODEL_TYPES = ("x070", "phantom")
 HEAD_SIZES = (16, 32, 64, 128)
+MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # the large ones of a block
 
 
 def low_rank(factor: float, n_embd: int) -> int:
@@ -34,6 +35,7 @@ class ModelConfig:
     rank_a: int = 0  # in-context learning rate
     rank_v: int = 0  # value residual
     rank_g: int = 0  # output gate
+    ranks: str = ""  # of large matrices that are two factors, in every block, as "att.key=16,ffn.value=24"; compression makes them
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -58,6 +60,24 @@ class ModelConfig:
                 raise UserError(f"--{name} is {given}; it must be positive, or 0 to derive it")
             if given == 0:
                 object.__setattr__(self, name, value)
+        for name, rank in self.rank_of().items():
+            if name not in self.parts() or rank < 1:
+                raise UserError(
+                    f"{name} is two factors of rank {rank}, but this model's matrices are {', '.join(self.parts())}: "
+                    "a factorised matrix cannot become a Ghost layer; use --core_ratio 1"
+                )
+
+    def rank_of(self) -> dict[str, int]:
+        """The ranks by name; a matrix that is in one piece has none."""
+        return {name: int(rank) for name, _, rank in (part.partition("=") for part in self.ranks.split(",") if part)}
+
+    def matrix_shape(self, matrix: str) -> tuple[int, int]:
+        """Inputs and outputs of one of MATRICES."""
+        return {"ffn.key": (self.n_embd, self.dim_ffn), "ffn.value": (self.dim_ffn, self.n_embd)}.get(matrix, (self.n_embd, self.n_embd))
+
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the matrices that a block's large matrices are made of, by name."""
+        return {matrix: self.matrix_shape(matrix) for matrix in MATRICES}
 
     @property
     def n_head(self) -> int:

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from .errors import UserError
-from .model import ModelConfig
+from .model import MATRICES, ModelConfig
 
-MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 ACTIVATIONS = ("identity", "relu")
 TTT_KINDS = ("state", "memory")
 TTT_TARGETS = ("stored", "value")
@@ -132,9 +131,12 @@ class PhantomConfig(ModelConfig):
         rows = max(8, 8 * round(ratio * outputs / 8))
         return rows if ratio < 1 and rows < min(inputs, outputs) else 0
 
-    def matrix_shape(self, matrix: str) -> tuple[int, int]:
-        """Inputs and outputs of one of MATRICES."""
-        return {"ffn.key": (self.n_embd, self.dim_ffn), "ffn.value": (self.dim_ffn, self.n_embd)}.get(matrix, (self.n_embd, self.n_embd))
+    def parts(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for matrix, (inputs, outputs) in super().parts().items():
+            rows = self.core_rows(matrix)
+            found |= {f"{matrix}.core": (inputs, rows), f"{matrix}.ghost": (rows, outputs - rows)} if rows else {matrix: (inputs, outputs)}
+        return found
 
     @property
     def has_ghosts(self) -> bool:

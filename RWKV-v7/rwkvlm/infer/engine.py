@@ -41,7 +41,7 @@ class Engine:
     def _step(self) -> rwkv7_step.Rwkv7Step | None:
         """The native step for single tokens, where there is one for this model here."""
         config, weight = self.model.config, self.model.emb.weight
-        if config.model_type != "x070" or weight.device.type != "cpu" or weight.dtype == torch.float64:
+        if config.model_type != "x070" or config.ranks or weight.device.type != "cpu" or weight.dtype == torch.float64:
             return None
         if backend.choose("rwkv7_step", backend.requested(), weight.device, {"cpu": rwkv7_step.why_not, "torch": lambda: ""}) == "torch":
             return None

@@ -10,19 +10,23 @@ import math
 import torch
 from torch import nn
 
+from .linear import Linear, dense
+
 
 class GhostLinear(nn.Module):
     """`[core ; ghost]` with `core = W_c x` and `ghost = P f(core)`, in the place of a matrix [outputs, inputs].
 
     core.weight [core_rows, inputs], ghost.weight [outputs - core_rows, core_rows]. f is the identity, or ReLU times sqrt(2), which
     keeps the mean square of its input. permuted: `order` [2, outputs] says which row of [core ; ghost] each output is, as two digits
-    to the base 256, which every floating-point format has exactly.
+    to the base 256, which every floating-point format has exactly. linear makes "core" and "ghost".
     """
 
-    def __init__(self, inputs: int, outputs: int, core_rows: int, activation: str = "identity", permuted: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, core_rows: int, activation: str = "identity", permuted: bool = False, linear: Linear = dense
+    ) -> None:
         super().__init__()
-        self.core = nn.Linear(inputs, core_rows, bias=False)
-        self.ghost = nn.Linear(core_rows, outputs - core_rows, bias=False)
+        self.core = linear("core", inputs, core_rows)
+        self.ghost = linear("ghost", core_rows, outputs - core_rows)
         self.activation = activation
         if permuted:
             self.register_buffer("order", torch.empty(2, outputs))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..config.phantom import CARRIED, CARRIED_BYTES, MATRICES, PhantomConfig, encode
 from ..layers.ghost import GhostLinear, factorise, to_digits
-from ..layers.linear import dense
+from ..layers.linear import linear_of
 from ..layers.memory import Memory, MemoryState
 from ..layers.state import BlockState
 from ..layers.ttt import StateTTT
@@ -89,8 +89,11 @@ def build(config: PhantomConfig) -> LanguageModel:
 
 
 def _linear(config: PhantomConfig, name: str, inputs: int, outputs: int) -> nn.Module:
-    rows = config.core_rows(name)
-    return GhostLinear(inputs, outputs, rows, config.ghost_activation, config.ghost_permuted) if rows else dense(name, inputs, outputs)
+    rows, linear = config.core_rows(name), linear_of(config.rank_of())
+    if not rows:
+        return linear(name, inputs, outputs)
+    parts = lambda part, inputs, outputs: linear(f"{name}.{part}", inputs, outputs)  # noqa: E731
+    return GhostLinear(inputs, outputs, rows, config.ghost_activation, config.ghost_permuted, parts)
 
 
 @torch.no_grad()
@@ -110,11 +113,11 @@ def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dic
 def costs(config: PhantomConfig) -> list[str]:
     """Parameters and FLOPs per token of a block's large matrices, dense beside ghost, as the lines of a table."""
     lines = [f"{'matrix':15} {'shape':>12} {'core':>5} {'parameters':>22} {'FLOPs/token':>22} {'saved':>6}"]
-    total = [0, 0]
+    total, ranks = [0, 0], config.rank_of()
     for name in MATRICES:
         inputs, outputs = config.matrix_shape(name)
         rows, whole = config.core_rows(name), inputs * outputs
-        parts = rows * inputs + (outputs - rows) * rows if rows else whole
+        parts = sum(ranks[part] * (i + o) if part in ranks else i * o for part, (i, o) in config.parts().items() if f"{part}.".startswith(f"{name}."))
         total = [total[0] + whole, total[1] + parts]
         lines.append(_line(name, f"{outputs}x{inputs}", str(rows) if rows else "dense", whole, parts))
     return [*lines, _line("per block", "", "", *total)]
@@ -155,11 +158,11 @@ MEM = BLOCK + r"mem\."
 TABLE = [
     Row(CARRIED, lambda s: torch.tensor(encode(s.config), dtype=torch.float32)),
     Row(r".*\.order", lambda s: to_digits(torch.arange(s.shape[1]))),
-    Row(ATT + r"(?:receptance|value)\.core\.weight", orthogonal(1.0), decay=True),
-    Row(ATT + r"key\.core\.weight", orthogonal(0.1), decay=True),
-    Row(FFN + r"key\.core\.weight", _ffn_core, decay=True),
-    Row(BLOCK + r"(?:att\.output|ffn\.value)\.core\.weight", constant(0.0), decay=True),
-    Row(r".*\.ghost\.weight", _unit_rows, decay=True),
+    Row(ATT + r"(?:receptance|value)\.core(?:\.up)?\.weight", orthogonal(1.0), decay=True),
+    Row(ATT + r"key\.core(?:\.up)?\.weight", orthogonal(0.1), decay=True),
+    Row(FFN + r"key\.core(?:\.up)?\.weight", _ffn_core, decay=True),
+    Row(BLOCK + r"(?:att\.output|ffn\.value)\.core(?:\.up)?\.weight", constant(0.0), decay=True),
+    Row(r".*\.ghost(?:\.up)?\.weight", _unit_rows, decay=True),
     Row(ATT + r"ttt\.rate", _logit_of_step, lr=2.0),
     Row(ATT + r"ttt\.w1", orthogonal(1.0), lr=2.0),
     Row(ATT + r"ttt\.w2", constant(0.0), lr=2.0),

@@ -11,13 +11,14 @@ import math
 import torch
 
 from ..config import ModelConfig
+from ..layers.linear import linear_of
 from .block import Block
 from .lm import LanguageModel
 from .table import Row, Slot
 
 
 def build(config: ModelConfig) -> LanguageModel:
-    return LanguageModel(config, [Block(config, layer) for layer in range(config.n_layer)])
+    return LanguageModel(config, [Block(config, layer, linear_of(config.rank_of())) for layer in range(config.n_layer)])
 
 
 def _channels(s: Slot) -> torch.Tensor:
@@ -95,13 +96,14 @@ TABLE = [
     Row(ATT + r"k_k", lambda s: 0.71 - 0.1 * _linear(s)),
     Row(ATT + r"k_a", constant(1.02)),
     Row(ATT + r"r_k", constant(-0.04)),
-    Row(ATT + r"(?:receptance|value)\.weight", orthogonal(1.0), decay=True),
-    Row(ATT + r"key\.weight", orthogonal(0.1), decay=True),
-    Row(ATT + r"output\.weight", constant(0.0), decay=True),
+    Row(ATT + r"(?:receptance|value)(?:\.up)?\.weight", orthogonal(1.0), decay=True),
+    Row(ATT + r"key(?:\.up)?\.weight", orthogonal(0.1), decay=True),
+    Row(ATT + r"output(?:\.up)?\.weight", constant(0.0), decay=True),
     Row(ATT + r"ln_x\.weight", lambda s: torch.full(s.shape, ((1 + s.layer) / s.config.n_layer) ** 0.7)),
     Row(ATT + r"ln_x\.bias", constant(0.0)),
     Row(FFN + r"x_k", lambda s: 1 - (_channels(s) / s.config.n_embd) ** (_depth_left(s) ** 4)),
-    Row(FFN + r"key\.weight", orthogonal(1.0), decay=True),
-    Row(FFN + r"value\.weight", constant(0.0), decay=True),
+    Row(FFN + r"key(?:\.up)?\.weight", orthogonal(1.0), decay=True),
+    Row(FFN + r"value(?:\.up)?\.weight", constant(0.0), decay=True),
+    Row(BLOCK + r".*\.down\.weight", orthogonal(1.0), decay=True),  # the first of two factors; the second is as the matrix would be
     Row(r"head\.weight", _head, decay=True),
 ]

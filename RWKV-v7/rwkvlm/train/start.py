@@ -138,7 +138,7 @@ def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
 
 def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomConfig:
     """The Phantom that an RWKV-7 becomes: its Ghost layers are factorised matrices, whose rows come in an order of their own."""
-    sizes = model_config("phantom", **{name: getattr(found, name) for name in SIZES}, **config.phantom_settings(), ghost_permuted=True)
+    sizes = model_config("phantom", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.phantom_settings(), ghost_permuted=True)
     if sizes.has_ghosts and sizes.ghost_activation != "identity":
         raise UserError(f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity")
     return sizes
