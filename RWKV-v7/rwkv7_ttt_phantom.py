@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ class RWKV7PhantomConfig:
     """The settings of a model. What they mean: rwkvlm.config.PhantomConfig.
 
     n_head and head_size: n_embd is their product. core_ratio and ghost_ratio sum to 1; either may be left out (core_ratio: 0.2).
-    use_svd_compression, svd_rank_ratio, use_sparsity and sparsity_ratio say what `python -m rwkvlm compress` shall do with the trained
-    model; they change neither its training nor its size before. use_cuda_kernel False: plain PyTorch in the place of the native kernels.
+    use_svd_compression and use_sparsity: train_model compresses what it has trained by svd_rank_ratio and sparsity_ratio (rwkvlm.compress);
+    they change neither its training nor its size before. use_cuda_kernel False: plain PyTorch in the place of the native kernels.
     """
 
     n_layer: int = 12
@@ -72,9 +74,10 @@ class RWKV7PhantomConfig:
     def __post_init__(self) -> None:
         if self.n_head * self.head_size != self.n_embd:
             raise UserError(f"n_head {self.n_head} times head_size {self.head_size} is not n_embd {self.n_embd}; change one of them")
-        for name in ("svd_rank_ratio", "sparsity_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} {getattr(self, name)} must lie in (0, 1]")
+        if not 0 < self.svd_rank_ratio <= 1:
+            raise UserError(f"svd_rank_ratio {self.svd_rank_ratio} must lie in (0, 1]")
+        if not 0 <= self.sparsity_ratio < 1:
+            raise UserError(f"sparsity_ratio {self.sparsity_ratio} must lie in [0, 1)")
         ratio = core_ratio_of(self.core_ratio, self.ghost_ratio)
         object.__setattr__(self, "core_ratio", PhantomConfig.core_ratio if ratio is None else ratio)
         object.__setattr__(self, "ghost_ratio", 1 - self.core_ratio)
@@ -163,6 +166,7 @@ def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfi
 def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7PhantomConfig | None = None, **flags: Any) -> RWKV7Phantom:
     """Trains on DATA_PATH.bin and .idx into output_dir with the trainer of train.py, and returns the model.
 
+    With use_svd_compression or use_sparsity that is the model of rwkv-compressed.pth, made from the last weights and beside them.
     flags: those of train.py (lr_init=..., strategy="deepspeed_stage_2", ...). Called again, it goes on where it stopped. Raises UserError
     for what does not fit, and RuntimeError when training was stopped before its end by a signal.
     """
@@ -178,7 +182,19 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     if code:
         raise RuntimeError(f"training was stopped by signal {code - 128}; its state is saved in {output_dir}, the same call goes on from it")
     final, newest = Path(output_dir) / "rwkv-final.pth", newest_weights(output_dir)
-    return load_pretrained_rwkv7(final if final.exists() or newest is None else newest[0], config)
+    trained = final if final.exists() or newest is None else newest[0]
+    return load_pretrained_rwkv7(_compressed(trained, config) if config.use_svd_compression or config.use_sparsity else trained, config)
+
+
+def _compressed(trained: Path, config: RWKV7PhantomConfig) -> Path:
+    from rwkvlm.compress import compress_file
+
+    svd, sparsity = config.svd_rank_ratio if config.use_svd_compression else 1.0, config.sparsity_ratio if config.use_sparsity else 0.0
+    out = trained.with_name("rwkv-compressed.pth")
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # every process of a run comes here and makes the same file
+        compress_file(trained, Path(folder) / out.name, svd, sparsity)
+        os.replace(Path(folder) / out.name, out)
+    return out
 
 
 def save_state(path: str | Path, state: State) -> None:

@@ -131,13 +131,20 @@ def test_train_model(tmp_path):
     with BinIdxWriter(tmp_path / "data", np.uint16) as writer:
         writer.add(walk.astype(np.uint16))
     threads = torch.get_num_threads()
+    flags = dict(ctx_len=32, micro_bsz=4, my_exit_tokens=12 * 4 * 32, epoch_samples=24, lr_init=3e-3, accelerator="cpu", precision="fp32", kernel="torch",
+                 random_seed=1, enable_progress_bar=False)  # fmt: skip
     try:
-        model = train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), ctx_len=32, micro_bsz=4, my_exit_tokens=12 * 4 * 32, epoch_samples=24,
-                            lr_init=3e-3, accelerator="cpu", precision="fp32", kernel="torch", random_seed=1, enable_progress_bar=False)  # fmt: skip
+        model = train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags)
+        assert not (tmp_path / "out" / "rwkv-compressed.pth").exists()
+        smaller = RWKV7PhantomConfig(**SMALL, use_svd_compression=True, use_sparsity=True)
+        compressed = train_model(tmp_path / "data", tmp_path / "out", smaller, **flags)
     finally:
         torch.set_num_threads(threads)
         backend._requested = None
     assert (tmp_path / "out" / "rwkv-final.pth").exists() and model.config.ttt_chunk == 16
+    sizes = [path.stat().st_size for path in ((tmp_path / "out" / f"rwkv-{name}.pth") for name in ("final", "compressed"))]
+    assert sizes[1] < sizes[0] and compressed.config.dim_ffn == 176 and compressed.config.ranks and not model.config.ranks
+    assert len(compressed.generate([1, 2, 3], max_new_tokens=2)) == 2
     idx = torch.tensor(walk[:65])[None]
     fresh = create_model(RWKV7PhantomConfig(**SMALL))
     with torch.no_grad():
