@@ -1,0 +1,67 @@
+"""bench/recall.py: associative recall as data, and what is measured on it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+import recall  # noqa: E402
+
+sys.path.pop(0)
+TASK = recall.Task(pairs=6, keys=9, values=4)
+
+
+def test_a_sequence_is_pairs_then_every_key_with_its_value():
+    tokens, order = recall.sequences(TASK, 1, 40)
+    assert tokens.shape == (40, TASK.length) and tokens.dtype == np.uint16
+    for row, places in zip(tokens.tolist(), order.tolist()):
+        pairs, asked = (list(zip(half[::2], half[1::2])) for half in (row[:12], row[12:]))
+        keys = [key for key, _ in pairs]
+        assert len(set(keys)) == 6 and all(1 <= key <= 9 for key in keys)
+        assert all(10 <= value < TASK.vocabulary for _, value in pairs)
+        assert sorted(places) == [*range(6)] and asked == [pairs[place] for place in places]
+
+
+def test_sequences_are_a_function_of_seed_and_number():
+    many, _ = recall.sequences(TASK, 1, 3 * recall.BLOCK + 1)
+    few, _ = recall.sequences(TASK, 1, 5)
+    other, _ = recall.sequences(TASK, 2, 5)
+    assert np.array_equal(many[:5], few) and not np.array_equal(few, other)
+    assert len(np.unique(many, axis=0)) == len(many)
+    value_of_key_1 = {row[2 * place + 1] for row in many for place in range(6) if row[2 * place] == 1}
+    assert len(value_of_key_1) == 4  # nothing can be learned by heart
+
+
+@pytest.mark.parametrize("sizes", [dict(pairs=10, keys=9), dict(pairs=0), dict(values=1), dict(keys=65000, values=1000)])
+def test_tasks_that_cannot_be(sizes, capsys, tmp_path):
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    assert recall.main(["make", "--seed", "1", "--samples", "1", "--out", str(tmp_path / "x.npy"), *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class Oracle:
+    """Answers from the text itself, wrongly where `forgets` says so; everywhere else its scores are those of token 0."""
+
+    def __init__(self, forgets):
+        self.forgets = forgets
+        self.head = torch.nn.Identity()
+
+    def features(self, idx):
+        scores = torch.zeros(*idx.shape, TASK.vocabulary)
+        scores[..., 0] = 5.0
+        for b, row in enumerate(idx.tolist()):
+            places = {row[2 * place]: place for place in range(TASK.pairs)}
+            for t in range(2 * TASK.pairs, len(row), 2):
+                place = places[row[t]]
+                scores[b, t, 0 if self.forgets(place) else row[2 * place + 1]] = 50.0
+        return scores
+
+
+def test_accuracy_counts_the_answers_alone():
+    perfect, half = recall.answers(Oracle(lambda place: False), TASK, 50), recall.answers(Oracle(lambda place: place < 3), TASK, 50, batch=7)
+    assert perfect["accuracy"] == 1 and perfect["loss"] < 1e-6 and perfect["by_quarter"] == [1, 1, 1, 1]
+    assert half["accuracy"] == 0.5 and half["loss"] == pytest.approx(25, abs=0.1)
+    assert half["by_quarter"] == [0, 0, 1, 1]  # places 0 1, 2, 3 4, 5
