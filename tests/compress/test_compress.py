@@ -143,7 +143,7 @@ def test_units_that_do_nothing_are_removed_without_a_trace(file, kind):
     save_weights(path, weights)
     compress_file(path, path.with_name("out.pth"), sparsity_ratio=0.2)
     after = read_config(load_weights(path.with_name("out.pth")))
-    assert after.dim_ffn == 8 * round(config.dim_ffn * 0.8 / 8) and after.ranks == ""
+    assert after.dim_ffn == 16 * round(config.dim_ffn * 0.8 / 16) and after.ranks == ""
     want, got = logits(path, IDX), logits(path.with_name("out.pth"), IDX)
     assert (got - want).abs().max() < 2e-5 * want.abs().max()
 
@@ -249,7 +249,7 @@ def test_command_measures_the_loss_and_training_goes_on(text, file, tmp_path, ca
         (dict(sparsity_ratio=1), "--sparsity_ratio 1 must lie in [0, 1)"),
         (dict(sparsity_ratio=-0.1), "--sparsity_ratio -0.1"),
         (dict(sparsity_ratio=0.9), "the core of ffn.key has 32"),
-        (dict(sparsity_ratio=0.97), "leaves 8 hidden units"),
+        (dict(sparsity_ratio=0.97), "leaves 16 hidden units"),
         (dict(samples=0), "--samples 0"),
         (dict(data="/nowhere"), "/nowhere"),
         (dict(out="in.pth"), "choose another name"),
@@ -262,6 +262,16 @@ def test_bad_settings_are_named_and_nothing_is_written(file, settings, word):
     with pytest.raises(UserError) as error:
         compress_file(path, out, **settings)
     assert word in str(error.value) and "\n" not in str(error.value) and not path.with_name("out.pth").exists()
+
+
+def test_bad_files_are_user_errors(file, capsys):
+    path = file("rwkv7")
+    out = path.with_name("out.pth")
+    assert main(["compress", "--model", str(path), "--out", str(out), "--report", str(path / "report.json")]) == 2
+    assert "--report" in capsys.readouterr().err and out.exists()
+    save_weights(path, load_weights(path) | {"blocks.1.att.key.weight": torch.full((64, 64), torch.nan)})
+    assert main(["compress", "--model", str(path), "--out", str(path.with_name("nan.pth")), "--svd_rank_ratio", "0.5"]) == 2
+    assert "blocks.1.att.key has numbers that are not finite" in capsys.readouterr().err and not path.with_name("nan.pth").exists()
 
 
 def test_a_factorised_rwkv7_does_not_become_ghosts(file):

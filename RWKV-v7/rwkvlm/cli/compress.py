@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ..compress import compress_file, report_lines
+from ..config import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +27,9 @@ def main(argv: list[str]) -> int:
     report = compress_file(args.model, args.out, args.svd_rank_ratio, args.sparsity_ratio, args.data, args.ctx_len, args.samples)
     print("\n".join(report_lines(report)))
     if args.report is not None:
-        args.report.parent.mkdir(parents=True, exist_ok=True)
-        args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        try:
+            args.report.parent.mkdir(parents=True, exist_ok=True)
+            args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--report {args.report} cannot be written: {error.strerror}; the model is in {args.out}, choose another name") from None
     return 0

@@ -42,6 +42,8 @@ def factorise_matrices(weights: Weights, config: ModelConfig, ratio: float) -> t
         for layer in range(config.n_layer):
             part = f"blocks.{layer}.{name}"
             weight = product(weights, part)
+            if not weight.isfinite().all():
+                raise UserError(f"the checkpoint's {part} has numbers that are not finite; give an earlier checkpoint of that run")
             down, up = factorise(weight, rank)
             del smaller[first(weights, part)]
             smaller.pop(last(weights, part), None)
