@@ -18,28 +18,28 @@ knob TASKS         "corpus recall" "corpus recall"
 knob SEEDS         "1 2 3" "1 2 3"
 knob VARIANTS      "rwkv7 ghost state memory ghost_state ghost_memory" "rwkv7 ghost state memory ghost_state ghost_memory"
 knob CORE_RATIO    0.5 0.5 # of the Ghost variants
-knob LR_INIT       2e-3 2e-3
-knob LR_FINAL      2e-4 2e-4
 knob MINI_EPOCHS   10 10 # points of each curve
 knob PRECISION     fp32 fp32
 knob CORPUS_TEXT   data/demo.jsonl data/demo.jsonl
 knob CORPUS_MODEL  "--n_layer 4 --n_embd 128 --head_size 32 --ttt_chunk 64" "--n_layer 4 --n_embd 128 --head_size 32 --ttt_chunk 64"
 knob CORPUS_BATCH  8 8
+knob CORPUS_LR     "2e-3 2e-4" "2e-3 2e-4" # first and last
 knob CORPUS_TOKENS 20000000 20000000
 knob CORPUS_VOCAB  2048 2048
-knob RECALL_MODEL  "--n_layer 2 --n_embd 64 --head_size 16 --ttt_chunk 32" "--n_layer 2 --n_embd 64 --head_size 16 --ttt_chunk 32"
+knob RECALL_MODEL  "--n_layer 2 --n_embd 64 --head_size 16 --ttt_chunk 16" "--n_layer 2 --n_embd 64 --head_size 16 --ttt_chunk 16"
 knob RECALL_BATCH  16 16
+knob RECALL_LR     "3e-3 3e-4" "3e-3 3e-4"
 knob RECALL_TOKENS 20000000 20000000
-knob PAIRS         64 64
-knob KEYS          128 128
-knob VALUES        64 64
+knob PAIRS         32 32
+knob KEYS          64 64
+knob VALUES        16 16
 knob SEQUENCES     512 512 # that the accuracy is measured on, PAIRS answers each
 #
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"       # as in demo-training-run.sh
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 
-run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL DATA: plans, trains what is not finished, reports
+run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL RATES DATA: plans, trains what is not finished, reports
     task=$1 ctx_len=$2 tokens=$3 batch=$4 vocabulary=$5 model=$6
     epoch_samples=$((tokens / ctx_len / MINI_EPOCHS / batch * batch))
     [ $epoch_samples -gt 0 ] || die "$tokens tokens are less than $MINI_EPOCHS mini-epochs of $batch samples of $ctx_len tokens" "use more tokens or a smaller MINI_EPOCHS"
@@ -47,7 +47,7 @@ run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL DATA: plans, trains wha
     # shellcheck disable=SC2086
     "$PYTHON" bench/ablation_phantom.py plan "$OUT/$task" $model --ctx_len $ctx_len --vocab_size "$vocabulary" --core_ratio "$CORE_RATIO" \
         --epoch_samples $epoch_samples --tokens $tokens --variants $VARIANTS --seeds $SEEDS \
-        --conditions "batch $batch, lr $LR_INIT to $LR_FINAL, $PRECISION, $7" || exit
+        --conditions "batch $batch, lr $7, $PRECISION, $8" || exit
     for seed in $SEEDS; do # one seed of every variant before the next seed of any
         "data_of_$task" "$seed" || exit
         for variant in $VARIANTS; do
@@ -57,7 +57,7 @@ run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL DATA: plans, trains wha
                 # shellcheck disable=SC2046,SC2086
                 forward_signals "$PYTHON" train.py $(cat "$OUT/$task/$variant.flags") $data --proj_dir "$dir" --train_stage 3 --random_seed "$seed" \
                     --ctx_len $ctx_len --micro_bsz "$batch" --my_exit_tokens $tokens --epoch_samples $epoch_samples --epoch_save 1 --val_batches 32 \
-                    --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps 10 --beta2 0.99 --adam_eps 1e-18 --weight_decay 0.001 \
+                    --lr_init "${7% *}" --lr_final "${7#* }" --warmup_steps 10 --beta2 0.99 --adam_eps 1e-18 --weight_decay 0.001 \
                     --accelerator "$ACCELERATOR" --devices 1 --strategy auto --precision "$PRECISION" || exit
             fi
             "after_$task" "$dir" || exit
@@ -93,8 +93,8 @@ after_recall() {
 
 for task in $TASKS; do
     case $task in
-    corpus) run_all corpus 512 "$CORPUS_TOKENS" "$CORPUS_BATCH" "$CORPUS_VOCAB" "$CORPUS_MODEL" "$CORPUS_TEXT" ;;
-    recall) run_all recall $((4 * PAIRS)) "$RECALL_TOKENS" "$RECALL_BATCH" $((1 + KEYS + VALUES)) "$RECALL_MODEL" "$PAIRS pairs of $KEYS keys and $VALUES values" ;;
+    corpus) run_all corpus 512 "$CORPUS_TOKENS" "$CORPUS_BATCH" "$CORPUS_VOCAB" "$CORPUS_MODEL" "$CORPUS_LR" "$CORPUS_TEXT" ;;
+    recall) run_all recall $((4 * PAIRS)) "$RECALL_TOKENS" "$RECALL_BATCH" $((1 + KEYS + VALUES)) "$RECALL_MODEL" "$RECALL_LR" "$PAIRS pairs of $KEYS keys and $VALUES values" ;;
     *) die "TASKS=$task is not known" "use corpus, recall or both" ;;
     esac
 done

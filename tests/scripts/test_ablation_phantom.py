@@ -122,5 +122,5 @@ def test_both_ablations_in_miniature(tmp_path):
         assert all((tmp_path / "out" / task / name).exists() for name in drawn)
     again = subprocess.run(command, env=os.environ | knobs, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and "--- " not in again.stdout
-    other = subprocess.run(command, env=os.environ | knobs | {"LR_INIT": "1e-3"}, capture_output=True, text=True, timeout=600)
+    other = subprocess.run(command, env=os.environ | knobs | {"CORPUS_LR": "1e-3 1e-4"}, capture_output=True, text=True, timeout=600)
     assert other.returncode != 0 and "choose another OUT" in other.stderr

@@ -35,6 +35,20 @@ def test_sequences_are_a_function_of_seed_and_number():
     assert len(value_of_key_1) == 4  # nothing can be learned by heart
 
 
+def test_the_mixture_is_tasks_in_a_row():
+    task = recall.Task(pairs=16, keys=20, values=5)
+    tokens = recall.mixture(task, 1, 300)
+    assert tokens.shape == (300, 64) and np.array_equal(recall.mixture(task, 1, 3), tokens[:3]) and not np.array_equal(recall.mixture(task, 2, 3), tokens[:3])
+
+    def holds(row, pairs):  # each part: pairs of different keys, then the same pairs again
+        parts = [list(zip(part[::2], part[1::2])) for part in row.reshape(-1, 4 * pairs).tolist()]
+        return all(sorted(part[:pairs]) == sorted(part[pairs:]) and len({key for key, _ in part[:pairs]}) == pairs for part in parts)
+
+    kinds = [[pairs for pairs in (16, 8, 4) if holds(row, pairs)] for row in tokens]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert {pairs: 70 < kinds.count([pairs]) < 130 for pairs in (16, 8, 4)} == {16: True, 8: True, 4: True}
+
+
 @pytest.mark.parametrize("sizes", [dict(pairs=10, keys=9), dict(pairs=0), dict(values=1), dict(keys=65000, values=1000)])
 def test_tasks_that_cannot_be(sizes, capsys, tmp_path):
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
