@@ -29,7 +29,7 @@ knob CORPUS_VOCAB  2048 2048
 knob RECALL_MODEL  "--n_layer 2 --n_embd 64 --head_size 16 --ttt_chunk 16" "--n_layer 2 --n_embd 64 --head_size 16 --ttt_chunk 16"
 knob RECALL_BATCH  16 16
 knob RECALL_LR     "3e-3 3e-4" "3e-3 3e-4"
-knob RECALL_TOKENS 20000000 20000000
+knob RECALL_TOKENS 10000000 10000000
 knob PAIRS         32 32
 knob KEYS          64 64
 knob VALUES        16 16
