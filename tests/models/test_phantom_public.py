@@ -13,7 +13,6 @@ from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig, UserError
 from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.models import build, init_weights
-from rwkvlm.ops import backend
 
 SMALL = dict(n_layer=2, n_embd=64, n_head=2, head_size=32, vocab_size=256, ttt_chunk=16)
 
@@ -130,17 +129,12 @@ def test_train_model(tmp_path):
     walk = np.cumsum(np.random.default_rng(0).integers(0, 7, 8000)) % 256
     with BinIdxWriter(tmp_path / "data", np.uint16) as writer:
         writer.add(walk.astype(np.uint16))
-    threads = torch.get_num_threads()
     flags = dict(ctx_len=32, micro_bsz=4, my_exit_tokens=12 * 4 * 32, epoch_samples=24, lr_init=3e-3, accelerator="cpu", precision="fp32", kernel="torch",
                  random_seed=1, enable_progress_bar=False)  # fmt: skip
-    try:
-        model = train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags)
-        assert not (tmp_path / "out" / "rwkv-compressed.pth").exists()
-        smaller = RWKV7PhantomConfig(**SMALL, use_svd_compression=True, use_sparsity=True)
-        compressed = train_model(tmp_path / "data", tmp_path / "out", smaller, **flags)
-    finally:
-        torch.set_num_threads(threads)
-        backend._requested = None
+    model = train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags)
+    assert not (tmp_path / "out" / "rwkv-compressed.pth").exists()
+    smaller = RWKV7PhantomConfig(**SMALL, use_svd_compression=True, use_sparsity=True)
+    compressed = train_model(tmp_path / "data", tmp_path / "out", smaller, **flags)
     assert (tmp_path / "out" / "rwkv-final.pth").exists() and model.config.ttt_chunk == 16
     sizes = [path.stat().st_size for path in ((tmp_path / "out" / f"rwkv-{name}.pth") for name in ("final", "compressed"))]
     assert sizes[1] < sizes[0] and compressed.config.dim_ffn == 176 and compressed.config.ranks and not model.config.ranks

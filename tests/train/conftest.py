@@ -70,13 +70,9 @@ def tiny(data) -> TinyRun:
 
 @pytest.fixture
 def run(data):
-    """A TinyRun; afterwards the process is as it was."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    """A TinyRun on one thread."""
     torch.set_num_threads(1)
-    yield TinyRun(data)
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-    backend._requested = None
+    return TinyRun(data)
 
 
 @pytest.fixture(scope="session")

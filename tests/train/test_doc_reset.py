@@ -66,23 +66,20 @@ def test_a_packed_row_is_the_documents_by_themselves(corpus, kernel, grad_cp):
         for i, p in enumerate(model.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     backend.set_kernel(kernel)
-    try:
-        idx, targets, bounds, tokens = ResetSamples(HeldOutSamples(corpus, 50))[np.array([1, 3, 2])]
-        packed = Packed(bounds, tokens)
-        x = model.features(idx, grad_cp=grad_cp, packed=packed)[0, tokens]
-        loss = head_cross_entropy(x, model.head.weight, targets)
-        alone = torch.cat([model.features(idx[:, start : stop - 1])[0] for start, stop in zip(bounds, bounds[1:])])
-        expected = head_cross_entropy(alone, model.head.weight, targets)
-        assert len(bounds) > 8
-        torch.testing.assert_close(x, alone, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-        names = [name for name, _ in model.named_parameters()]
-        for name, got, wanted in zip(names, *(torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))):
-            assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-8, name
-        whole = model.features(HeldOutSamples(corpus, 50)[np.array([1, 3, 2])][0])
-        assert (whole.reshape(-1, 64) - x).abs().max() > 1e-2  # it does make a difference
-    finally:
-        backend._requested = None
+    idx, targets, bounds, tokens = ResetSamples(HeldOutSamples(corpus, 50))[np.array([1, 3, 2])]
+    packed = Packed(bounds, tokens)
+    x = model.features(idx, grad_cp=grad_cp, packed=packed)[0, tokens]
+    loss = head_cross_entropy(x, model.head.weight, targets)
+    alone = torch.cat([model.features(idx[:, start : stop - 1])[0] for start, stop in zip(bounds, bounds[1:])])
+    expected = head_cross_entropy(alone, model.head.weight, targets)
+    assert len(bounds) > 8
+    torch.testing.assert_close(x, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    names = [name for name, _ in model.named_parameters()]
+    for name, got, wanted in zip(names, *(torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))):
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-8, name
+    whole = model.features(HeldOutSamples(corpus, 50)[np.array([1, 3, 2])][0])
+    assert (whole.reshape(-1, 64) - x).abs().max() > 1e-2  # it does make a difference
 
 
 @pytest.mark.parametrize("flags", [dict(), dict(precision="bf16", grad_cp=1, kernel="auto")], ids=str)

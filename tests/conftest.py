@@ -1,0 +1,23 @@
+"""Every test starts in a process as it was at first: runs of the trainer in this process choose kernels, threads, precision and environment for themselves."""
+
+import os
+
+import pytest
+import torch
+
+from rwkvlm.ops import backend
+
+THREADS, PRECISION = torch.get_num_threads(), torch.get_float32_matmul_precision()
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was():
+    backend._requested = None  # also what fixtures of a wider scope have left
+    environment = dict(os.environ)
+    yield
+    backend._requested = None
+    torch.set_num_threads(THREADS)
+    torch.set_float32_matmul_precision(PRECISION)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
