@@ -19,7 +19,7 @@ from torch import Tensor
 from rwkvlm.ops.wkv7 import wkv7_reference
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
-SOURCES = sorted((CUDA / "wkv7").glob("*.cu"))
+SOURCES = sorted(x for folder in ("common", "wkv7") for x in (CUDA / folder).glob("*.cu"))
 NAMES = ("r", "w", "k", "v", "a", "b")
 GUARD = 64  # bytes behind each buffer that no kernel may touch
 

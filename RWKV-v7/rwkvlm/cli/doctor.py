@@ -71,7 +71,9 @@ def nvcc() -> str:
         return "not needed: there is no GPU"
     import torch
 
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(env.cuda_home(), "bin"))
+    from .. import native
+
+    path = native.nvcc()
     if path is None:
         raise Sick(f"not found: wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout.split("release ")[-1].partition(",")[0]
