@@ -147,7 +147,7 @@ class Kernels:
         return results
 
 
-def compile_kernels(folder: Path, *flags: str) -> Path:
+def compile_kernels(folder: Path, *flags: str, sources: list[Path] = SOURCES) -> Path:
     """g++ over every kernel source, into one library."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -163,7 +163,7 @@ def compile_kernels(folder: Path, *flags: str) -> Path:
         assert build.returncode == 0 and "warning" not in build.stderr, build.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        objects = [str(x) for x in pool.map(compiled, SOURCES)]
+        objects = [str(x) for x in pool.map(compiled, sources)]
     run(["g++", "-shared", *flags, *objects, "-o", str(folder / "kernels.so")])
     return folder / "kernels.so"
 
