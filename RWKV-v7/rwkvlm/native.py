@@ -79,7 +79,7 @@ def available(name: str) -> tuple[bool, str]:
 
 @functools.cache
 def cuda_library(name: str) -> ctypes.CDLL:
-    """The C functions of the *.cu of cuda/<name>/, built for this machine's GPUs on the first use ever and tried once. NativeBuildError.
+    """The C functions of the *.cu of cuda/<name>/, built for this machine's GPUs on the first use ever. NativeBuildError.
 
     It knows nothing of torch, and is called with addresses: x.data_ptr(), torch.cuda.current_stream().cuda_stream. So nvcc needs no
     header of torch, which take it minutes and tie the result to one version; the same library serves every torch, one built for another
@@ -90,8 +90,8 @@ def cuda_library(name: str) -> ctypes.CDLL:
     code = found.cuda_probe()
     if code:
         raise NativeBuildError(
-            f"CUDA kernel {name}: the GPU does not run them: {cuda_message(found, code)}; CUDA_HOME chooses a toolkit, no newer than the"
-            " driver's CUDA (nvidia-smi shows it)"
+            f"CUDA kernel {name}: the driver does not run what {nvcc()} builds: {cuda_message(found, code)}; update the driver, or set CUDA_HOME"
+            " to a toolkit of the driver's CUDA release (nvidia-smi shows it)"
         )
     return found
 

@@ -1,19 +1,16 @@
-// Linked into every CUDA library: does this GPU run what is in it, and what does an error code mean.
+// Linked into every CUDA library: can this driver run what is in it, and what does an error code mean.
 #include "device.cuh"
 
-namespace {
-
-__global__ void nothing() {}
-
-}  // namespace
-
-// Runs an empty kernel on the current device and waits for it: 0, or the cudaError_t of a driver that is too old, a binary for another GPU, ...
+// 0, or the cudaError_t: a driver serves every release of its CUDA's major version and the older ones. Asking makes no context: each process
+// of a run asks before it has chosen its GPU, and a context takes half a gigabyte of the one that happens to be current.
 extern "C" int cuda_probe() {
-    const int error = device::launch(nothing, dim3(1), 32, 0, nullptr);
 #ifdef __CUDACC__
-    if (!error) return cudaDeviceSynchronize();
+    int driver = 0;
+    const cudaError_t error = cudaDriverGetVersion(&driver);
+    return error != cudaSuccess ? error : driver / 1000 < CUDART_VERSION / 1000 ? cudaErrorInsufficientDriver : 0;
+#else
+    return 0;
 #endif
-    return error;
 }
 
 extern "C" const char* cuda_message(int code) {

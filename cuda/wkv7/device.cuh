@@ -21,9 +21,11 @@ struct Sequences {
     int T, H, count;
     const int* bounds;  // cu_seqlens, or null: every sequence has T tokens
 
-    __device__ int start(int s) const { return bounds ? bounds[s] : s * T; }
-    __device__ int length(int s) const { return bounds ? bounds[s + 1] - bounds[s] : T; }
-    template <int C> __device__ int first_slot(int s) const { return bounds ? bounds[s] / C + s : s * ceil_div(T, C); }
+    // Bounds that are not what they should be must not lead beyond the tensors: nobody has waited for the device to look at them.
+    __device__ int bound(int s) const { return min(max(bounds[s], 0), T); }
+    __device__ int start(int s) const { return bounds ? bound(s) : s * T; }
+    __device__ int length(int s) const { return bounds ? max(bound(s + 1) - bound(s), 0) : T; }
+    template <int C> __device__ int first_slot(int s) const { return bounds ? bound(s) / C + s : s * ceil_div(T, C); }
     template <int C> __host__ __device__ int slots() const { return bounds ? T / C + count : count * ceil_div(T, C); }
 };
 

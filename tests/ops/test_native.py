@@ -176,8 +176,8 @@ def test_what_nvcc_says_is_one_line(toy_cuda, tmp_path, monkeypatch):
     assert "\n" not in reason
 
 
-def test_a_library_for_all_gpus_of_the_machine_that_is_tried_once(toy_cuda, tmp_path, monkeypatch, capfd):
-    """nvcc's place is taken by g++ and the emulation: what is built, loaded and tried is real, the GPU is not."""
+def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, capfd):
+    """nvcc's place is taken by g++ and the emulation: what is built and loaded is real, the GPU is not."""
     gpu(monkeypatch, (9, 0), (8, 6), (9, 0))
     log = tmp_path / "log"
     stand_in(
@@ -203,14 +203,14 @@ def test_a_library_for_all_gpus_of_the_machine_that_is_tried_once(toy_cuda, tmp_
     assert native.build_cuda("toy", ("90a",)) != first
 
 
-def test_a_gpu_that_refuses_is_a_reason(toy_cuda, monkeypatch, tmp_path):
+def test_a_driver_that_is_too_old_is_a_reason(toy_cuda, monkeypatch, tmp_path):
     gpu(monkeypatch, (9, 0))
     source = tmp_path / "refuses.cpp"
     source.write_text('extern "C" int cuda_probe() { return 35; } extern "C" const char* cuda_message(int) { return "driver too old"; }')
     subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "refuses.so")], check=True)
     monkeypatch.setattr(native, "build_cuda", lambda name, architectures: tmp_path / "refuses.so")
     can, reason = native.cuda_available("toy")
-    assert not can and "the GPU does not run them: driver too old (35); CUDA_HOME chooses a toolkit" in reason
+    assert not can and "driver too old (35); update the driver, or set CUDA_HOME to a toolkit" in reason
 
 
 def test_nvcc_builds_a_library_that_needs_no_cuda_runtime_of_others(toy_cuda):
@@ -223,5 +223,5 @@ def test_nvcc_builds_a_library_that_needs_no_cuda_runtime_of_others(toy_cuda):
     symbols = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
     assert "libcudart" not in needed and "cudaLaunchKernel" not in symbols and "answer" in symbols
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="no CUDA-capable device|driver"):
+        with pytest.raises(RuntimeError, match="driver"):
             native.cuda_check(library, library.cuda_probe(), "toy")
