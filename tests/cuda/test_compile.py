@@ -11,8 +11,8 @@ import pytest
 
 from oracles.emulated_wkv7 import CUDA, compile_kernels, run_sanitized
 
-SOURCES = sorted(CUDA.glob("*/*.cu"))
-AROUND = [path for path in SOURCES if path.parent.name in ("common", "fused", "loss")]
+SOURCES = sorted((CUDA / "wkv7").glob("*.cu"))
+AROUND = sorted(set(CUDA.glob("*/*.cu")) - set(SOURCES))
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Bytes of spills that a thread may have. chunk_gradients holds two 16 x 64 sums and a factor in the 128 registers that two blocks per
 # multiprocessor leave it (sm_90, sm_100). In the sequential backward a row of N = 128 fills the registers; it is not a hot kernel.
@@ -36,6 +36,22 @@ def test_nvcc_compiles_without_spills(architecture: str, source: Path, tmp_path:
         allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=0)
         # A stack without spills is an array that ptxas could not keep in registers: as slow.
         assert max(int(stores), int(stack)) <= allowed, f"sm_{architecture} {name}: {stores} bytes spilled, stack {stack}, {registers} registers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", AROUND, ids=lambda path: path.stem)
+def test_nvcc_compiles_what_is_around_wkv7_without_spills(source: Path, tmp_path: Path) -> None:
+    """Small kernels, for all architectures in one call."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command = ["nvcc", "-std=c++17", "-t", "0", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
+    build = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert build.returncode == 0 and "warning" not in build.stderr, build.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", build.stderr)
+    for architecture in ARCHITECTURES:
+        assert f"for 'sm_{architecture}'" in build.stderr
+    assert len(frames) == build.stderr.count("Compiling entry function") and set(frames) == {("0", "0", "0")}, build.stderr
 
 
 @pytest.mark.slow

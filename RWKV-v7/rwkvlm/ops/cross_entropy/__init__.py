@@ -57,6 +57,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def _form(device: torch.device, dtype: torch.dtype, n_embd: int):
+    if device.type not in ("cpu", "cuda"):
+        return chunked
     supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype, n_embd), "torch": lambda: ""}
     return {"cuda": cuda, "cpu": native, "torch": chunked}[backend.choose("head_cross_entropy", backend.requested(), device, supported)]
 
