@@ -142,7 +142,7 @@ def test_a_peer_is_a_file_and_nothing_is_timed_on_wrong_results(tmp_path, capsys
     assert json.loads(capsys.readouterr().out)["ours_is_faster_by"] > 0
     assert gpu_kernels.main(["wkv7", "--peer", f"mine={tmp_path / 'wrong.py'}", *REHEARSAL]) == 1
     said = capsys.readouterr()
-    assert said.out == "" and "y is off by" in said.err and said.err.endswith("nothing is timed on wrong results\n")
+    assert said.out == "" and " is off by " in said.err and said.err.endswith("nothing is timed on wrong results\n")
     with pytest.raises(SystemExit, match="no folder"):
         gpu_kernels.main(["wkv7", "--peer", "fla=/nowhere", *REHEARSAL])
 
