@@ -90,7 +90,9 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     if small:
         knobs |= {"N_LAYER": "1", "N_EMBD": "64", "CTX_LEN": "64", "M_BSZ": "4", "EPOCH_SAMPLES": "40", "EXIT_TOKENS": "10000"}
     knobs = {name: os.environ.get(name) or value for name, value in knobs.items()}
-    return [Item("demo", [str(ROOT / "demo-training-run.sh")], knobs, lambda log: loss_curve(Path(knobs["PROJ_DIR"])))]
+    met = subprocess.run([python, "RWKV-v7/requirements_met.py", "requirements.txt"], cwd=ROOT, capture_output=True).returncode == 0
+    command = [str(ROOT / "demo-training-run.sh")] if met else [python, str(BENCH / "gpu_train.py")]
+    return [Item("demo", command, knobs, lambda log: loss_curve(Path(knobs["PROJ_DIR"])))]
 
 
 def loss_curve(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import gpu  # noqa: E402
 import gpu_kernels  # noqa: E402
 import gpu_step  # noqa: E402
+import gpu_train  # noqa: E402
 import minipile_losses  # noqa: E402
 
 sys.path.pop(0)
@@ -167,6 +169,22 @@ def test_on_a_gpu_only_our_kernels_count():
     backend.set_kernel("cuda")
     with pytest.raises(UserError, match="--kernel cuda"):
         gpu_kernels.fused.relu_square(torch.ones(1, 1, 16))
+
+
+def test_the_recipe_without_the_scripts_has_their_knobs(monkeypatch):
+    """Every flag that demo-training-run.sh takes from a knob, with the value of the scripts."""
+    for name in gpu_train.FLAGS.values():
+        monkeypatch.delenv(name, raising=False)
+    script = (ROOT / "demo-training-run.sh").read_text()
+    used = dict(re.findall(r'--(\w+) "\$(\w+)"', script))
+    used = {flag: knob for flag, knob in used.items() if flag not in {"wandb", "proj_dir", "data_file", "vocab_size", "num_nodes", "accelerator", "devices", "prompt"}}
+    assert used == {flag: knob for flag, knob in gpu_train.FLAGS.items() if flag != "random_seed"} and '--warmup_steps 10' in script
+    on_gpu, on_cpu = gpu_train.knobs(True), gpu_train.knobs(False)
+    assert (on_gpu["N_LAYER"], on_gpu["M_BSZ"], on_gpu["LR_INIT"], on_gpu["PRECISION"], on_gpu["EXIT_TOKENS"]) == ("12", "16", "6e-4", "bf16", "0")
+    assert (on_cpu["N_LAYER"], on_cpu["EXIT_TOKENS"], on_cpu["KERNEL"]) == ("6", "1000000", "")
+    monkeypatch.setenv("M_BSZ", "32")
+    monkeypatch.setattr(gpu_train.importlib.util, "find_spec", lambda name: None)
+    assert (gpu_train.knobs(True)["M_BSZ"], gpu_train.knobs(True)["STRATEGY"]) == ("32", "auto")
 
 
 def test_minipile_losses_are_compared(tmp_path, capsys, monkeypatch):
