@@ -55,8 +55,6 @@ __device__ __forceinline__ float over_head(float x, int lanes) {
     return x;
 }
 
-inline int runs_of(int T) { return ceil_div(T, run_tokens); }
-
 // Where a lane is: its channels, and the tokens of its run.
 struct Place {
     int c;        // first of four channels
