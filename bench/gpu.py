@@ -95,6 +95,11 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     return [Item("demo", command, knobs, lambda log: loss_curve(Path(knobs["PROJ_DIR"])))]
 
 
+def chosen(step: str, options: argparse.Namespace) -> list[Item]:
+    """The items of a step that --only leaves."""
+    return [item for item in items_of(step, options) if any(part in item.name for part in options.only.split(","))]
+
+
 def loss_curve(folder: Path) -> dict:
     """Of a run's metrics.jsonl: at most 200 points of the loss, the validation losses, the median speed, and whether it is finished."""
     path = folder / "metrics.jsonl"
@@ -124,12 +129,12 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def about(device: str) -> dict:
+def about(device: str, commit: str) -> dict:
     """The machine and the code."""
     import torch
 
-    changed = bool(output_of("git", "status", "--porcelain", "--untracked-files=no"))
-    facts = {"commit": output_of("git", "rev-parse", "HEAD") + (" with changes" if changed else ""), "torch": torch.__version__, "chip": "none: a rehearsal on the CPU"}
+    changed = " with changes" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""
+    facts = {"commit": commit or output_of("git", "rev-parse", "HEAD") + changed, "torch": torch.__version__, "chip": "none: a rehearsal on the CPU"}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {"chip": properties.name, "gpus": torch.cuda.device_count(), "memory_gib": round(properties.total_memory / 2**30, 1)}
@@ -200,7 +205,7 @@ def perform(steps: list[str], options: argparse.Namespace, results: Results) -> 
     deadline = time.monotonic() + options.minutes * 60
     failed = 0
     for step in steps:
-        items = items_of(step, options)
+        items = chosen(step, options)
         for number, item in enumerate(items, 1):
             if results.done(step, item) and not options.again:
                 continue
@@ -215,8 +220,8 @@ def perform(steps: list[str], options: argparse.Namespace, results: Results) -> 
             failed += not result["ok"]
             said = f"ok, {result['seconds']} s" if result["ok"] else f"FAILED, see {log}"
             print(f"{step} {number}/{len(items)} {item.name}: {said}", flush=True)
-    done = {step: sum(results.done(step, item) for item in items_of(step, options)) for step in steps}
-    print("; ".join(f"{step}: {count} of {len(items_of(step, options))} done" for step, count in done.items()) + f"; {results.path}", flush=True)
+    asked = {step: chosen(step, options) for step in steps}
+    print("; ".join(f"{step}: {sum(results.done(step, i) for i in items)} of {len(items)} done" for step, items in asked.items()) + f"; {results.path}", flush=True)
     return int(failed > 0)
 
 
@@ -228,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--small", action="store_true", help="tiny shapes, one test file, a short training")
     parser.add_argument("--again", action="store_true", help="also what has been done")
+    parser.add_argument("--only", default="", help="items whose names contain this; several, with commas: --only tests/cuda,tests/ops")
+    parser.add_argument("--commit", default="", help="what results.json shall say, where the checkout is a copy without .git")
     parser.add_argument("--models", default="", help=f"of the step `step`: layers, width x samples x tokens, comma-separated; default {','.join(MODELS)}")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="a public wkv7 beside which ours is timed; see bench/gpu_peers.py")
     options = parser.parse_args(arguments)
@@ -241,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
             why = "was built without CUDA" if torch.version.cuda is None else "sees no GPU"
             print(f"error: torch {torch.__version__} {why} here; --device cpu --small rehearses every step without one", file=sys.stderr)
             return 2
-    return perform(options.steps or list(STEPS), options, Results(options.out / "results.json", about(options.device)))
+    return perform(options.steps or list(STEPS), options, Results(options.out / "results.json", about(options.device, options.commit)))
 
 
 if __name__ == "__main__":

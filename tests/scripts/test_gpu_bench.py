@@ -82,6 +82,12 @@ def test_the_minutes_end_an_item_politely_and_the_next_call_goes_on(bench, tmp_p
     assert code == 0 and all(item["ok"] for step in results["steps"].values() for item in step.values())
 
 
+def test_only_what_is_asked_for(bench):
+    items = {"tests": [python("pass", "tests/cuda/a"), python("raise SystemExit(1)", "tests/data/b"), python("pass", "tests/ops/c")]}
+    code, results = bench(items, "--only", "cuda/,ops/")
+    assert code == 0 and results["steps"]["tests"].keys() == {"tests/cuda/a", "tests/ops/c"}
+
+
 def test_an_item_that_ignores_the_end_is_killed(bench, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 0.1)
     monkeypatch.setattr(gpu, "GRACE", 0.2)
