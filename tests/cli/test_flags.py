@@ -58,6 +58,20 @@ def test_flags_without_effect_are_named():
 
 
 @pytest.mark.parametrize(
+    "idle, used, line",
+    [
+        (dict(ds_bucket_mb=2), dict(strategy="deepspeed_stage_2"), "--ds_bucket_mb 2 has no effect: --strategy auto is not DeepSpeed's"),
+        (dict(lr_final=1e-4, lr_schedule="constant"), dict(lr_schedule="wsd"), "--lr_final 0.0001 has no effect: --lr_schedule constant stays at lr_init"),
+        (dict(wsd_decay=0.1), dict(lr_schedule="wsd"), "--wsd_decay 0.1 has no effect: --lr_schedule is cosine"),
+        (dict(spike_snapshot=5), dict(spike_guard=6.0), "--spike_snapshot 5 has no effect: --spike_guard is off"),
+        (dict(load_partial=1), dict(load_model="x.pth"), "--load_partial 1 has no effect: there is no --load_model"),
+    ],
+)
+def test_flags_without_effect_beside_others_are_named(idle, used, line):
+    assert TrainConfig(**idle).flags_without_effect() == [line] and TrainConfig(**idle | used).flags_without_effect() == []
+
+
+@pytest.mark.parametrize(
     "argv, said",
     [
         (["--micro_bs", "3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
