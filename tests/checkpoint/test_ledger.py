@@ -69,7 +69,7 @@ def test_a_kill_between_ledger_and_rename_of_a_file_written_anew(tmp_path, monke
     assert ledger.identity(tmp_path / "rwkv-1.pth") and ledger.why_stale(tmp_path, recorded) == ""
     ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(3))
     assert ledger.why_stale(tmp_path, recorded) == ""
-    save_weights(tmp_path / "rwkv-1.pth", weights(1))  # what has been replaced for good is no longer known
+    save_weights(tmp_path / "rwkv-1.pth", weights(2))  # never was there
     assert "rwkv-1.pth is newer" in ledger.why_stale(tmp_path, recorded)
 
 
