@@ -84,6 +84,7 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["stray"], "unexpected argument 'stray'"),
         (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
         (["--lr_init", "nan"], "--lr_init nan is not a finite number"),
+        (["--load_partial", "2"], "--load_partial 2 is not known; use 0 or 1"),
         (["--my_testing", "x060"], "--my_testing 'x060' is not known; choose one of: x070"),
         (["--strategy", "fsdp"], "--strategy 'fsdp' is not known; choose one of: auto, ddp, deepspeed_stage_1"),
         (["--precision", "fp8"], "--precision 'fp8' is not known; choose one of: auto, fp32, tf32, fp16, bf16"),

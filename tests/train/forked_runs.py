@@ -1,7 +1,7 @@
 """Run by the tests: train.py in two processes under one set of flags after another, forked from one that has imported everything
 
 argv[1]: a JSON file, a list of jobs: flags; and if wanted nan_in (numbers of samples whose loss shall be NaN), terminate (the rank that gets
-SIGTERM while the model is built) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
+SIGTERM just before training begins) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
 that the samples in between are never read).
 Writes beside it results.json: exit codes and what was said, job by job.
 """
@@ -38,8 +38,8 @@ def train(flags: dict, log: Path, nan_in: list[int], terminate: int | None) -> d
             faulty_train.BAD = nan_in
             TrainModule.loss = faulty_train.loss
         if rank == terminate:
-            setup = PlannedModule.setup
-            PlannedModule.setup = lambda module, stage: (os.kill(os.getpid(), signal.SIGTERM), setup(module, stage)) and None
+            loader = PlannedModule.train_dataloader
+            PlannedModule.train_dataloader = lambda module: (os.kill(os.getpid(), signal.SIGTERM), loader(module))[1]
 
     world = World(flags, 2, log, before)
     world.wait(120)

@@ -103,7 +103,7 @@ def test_a_signal_to_the_first_process_stops_all_of_them(run, whole, losses, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_before_the_first_step_ends_all_of_them(forked, tmp_path, victim):
-    """While the model is built, between collective operations: nothing is to be saved, nobody waits for the others."""
+    """Between collective operations, the model being built: nothing is to be saved, nobody waits for the others."""
     flags = TWO | dict(proj_dir=tmp_path / "out", strategy="ddp")
     ended, after = forked((flags, dict(terminate=victim)), (flags | dict(max_steps=2), {}))
     assert ended["codes"][victim] == -signal.SIGTERM and ended["codes"][1 - victim] == 1 and "Traceback" not in ended["said"], ended

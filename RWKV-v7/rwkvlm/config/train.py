@@ -174,7 +174,7 @@ class TrainConfig:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
-        for name in ("grad_cp", "tensorboard", "doc_reset"):
+        for name in ("grad_cp", "tensorboard", "doc_reset", "load_partial"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:
