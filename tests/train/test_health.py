@@ -79,6 +79,13 @@ def test_the_mean_of_a_mini_epoch_leaves_skipped_steps_out(run, losses, records,
     assert len(finite) == 8 and float(line.split()[1]) == pytest.approx(sum(finite) / 8, abs=1e-6)
 
 
+def test_a_mini_epoch_without_a_finite_step_has_no_mean(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainModule, "loss", nan_loss(*range(1, 41, 4)))
+    assert run(tmp_path / "out", max_steps=12, max_skips=11) == 0
+    line = next(line for line in (tmp_path / "out" / "train_log.txt").read_text().splitlines() if line.startswith("0 "))
+    assert line.split()[1:3] == ["nan", "nan"]
+
+
 def test_a_run_without_hope_ends_with_the_chunk_that_does_it(run, tmp_path, monkeypatch, capsys):
     """Every step from 11 on holds one bad sample: three of them are skipped, then the run ends and says which sample, chunk and parameters."""
     bad = list(range(42, 120, 4))

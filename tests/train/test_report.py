@@ -169,6 +169,19 @@ def test_tensorboard_has_every_number(run, tmp_path, records):
     assert [e.step for e in events.Scalars("val_loss")] == [0, 4, 8]
 
 
+def test_a_run_outlives_tensorboard(run, tmp_path, records, monkeypatch, capfd):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(self, key, value, step):
+        if step == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert run(tmp_path / "out", tensorboard=1, max_steps=5) == 0
+    assert capfd.readouterr().err.count("TensorBoard fails (No space left on device); this run goes on without it") == 1 and len(records(tmp_path / "out")) == 5
+
+
 def test_tensorboard_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypatch, capfd):
     import importlib.util
 
