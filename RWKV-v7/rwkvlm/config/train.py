@@ -174,7 +174,7 @@ class TrainConfig:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
-        for name in ("grad_cp", "tensorboard", "doc_reset"):
+        for name in ("grad_cp", "tensorboard", "doc_reset", "load_partial"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:
@@ -222,4 +222,20 @@ class TrainConfig:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
             if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no Ghost layers and no test-time training")
+            if getattr(self, f.name) != f.default and (reason := self._idle(f.name)):
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {reason}")
         return lines
+
+    def _idle(self, name: str) -> str:
+        """Why a flag changes nothing beside the others, "" where it may."""
+        if name == "ds_bucket_mb" and not self.strategy.startswith("deepspeed"):
+            return f"--strategy {self.strategy} is not DeepSpeed's"
+        if name == "lr_final" and self.lr_schedule == "constant":
+            return "--lr_schedule constant stays at lr_init"
+        if name == "wsd_decay" and self.lr_schedule != "wsd":
+            return f"--lr_schedule is {self.lr_schedule}"
+        if name == "spike_snapshot" and not self.spike_guard:
+            return "--spike_guard is off"
+        if name == "load_partial" and not self.load_model and self.train_stage < 2:
+            return "there is no --load_model"
+        return ""
