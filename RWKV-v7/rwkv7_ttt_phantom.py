@@ -96,7 +96,7 @@ class RWKV7Phantom(Phantom):
         """idx: [B, T] int64. Returns logits [B, T, V] and the state after them; the logits alone with return_state False."""
         return super().forward(idx, state, return_state)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tokens no later training could read
     def generate(
         self,
         prompt: list[int] | torch.Tensor,
@@ -118,13 +118,15 @@ class RWKV7Phantom(Phantom):
         generator.seed() if seed is None else generator.manual_seed(seed)
         was_training, found = self.training, []
         self.eval()
-        for piece in rows.split(READ, dim=1):
-            x, state = self.features(piece, state, return_state=True)
-        for left in range(max_new_tokens - 1, -1, -1):
-            found.append(sample(self.head(x[:, -1]), temperature, top_p, top_k, generator))
-            if left:
-                x, state = self.features(found[-1][:, None], state, return_state=True)
-        self.train(was_training)
+        try:
+            for piece in rows.split(READ, dim=1):
+                x, state = self.features(piece, state, return_state=True)
+            for left in range(max_new_tokens - 1, -1, -1):
+                found.append(sample(self.head(x[:, -1]), temperature, top_p, top_k, generator))
+                if left:
+                    x, state = self.features(found[-1][:, None], state, return_state=True)
+        finally:
+            self.train(was_training)
         new = torch.stack(found, 1) if found else rows[:, :0]
         new = new if idx.dim() == 2 else new[0]
         return new if isinstance(prompt, torch.Tensor) else new.tolist()
@@ -176,7 +178,8 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     given = {f.name for f in fields(TrainConfig)}
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name in given - {"ghost_ratio", "ttt_chunk", "memory_dim"}}
     sizes = config.sizes()
-    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim} | ({} if config.use_cuda_kernel else {"kernel": "torch"})
+    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim, "ttt_head": sizes.has_ttt_head}
+    settings |= {} if config.use_cuda_kernel else {"kernel": "torch"}
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
     code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
     if code:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from rwkv7_ttt_phantom import RWKV7PhantomConfig, create_model, load_pretrained_rwkv7, load_state, save_state, train_model
 
 from rwkvlm.checkpoint.pth import save_weights
-from rwkvlm.config import ModelConfig, UserError
+from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.models import build, init_weights
 
@@ -46,6 +47,18 @@ def test_defaults_are_those_of_the_readme():
     assert (c.use_svd_compression, c.svd_rank_ratio, c.use_sparsity, c.sparsity_ratio) == (False, 0.5, False, 0.3)
     assert (c.dropout, c.layer_norm_eps, c.use_cuda_kernel) == (0, 1e-5, True)
     assert c.sizes().ttt_chunk == 64 and c.sizes().ttt_core_ratio == 0.25 and c.sizes().ttt_second_order
+
+
+def test_its_settings_and_the_flags_are_those_of_the_package():
+    """Three lists of fields with defaults: one that is forgotten, or differs, is found here."""
+    public, flags, own = ({f.name: f.default for f in fields(config)} for config in (RWKV7PhantomConfig, TrainConfig, PhantomConfig))
+    sizes = {f.name for f in fields(ModelConfig)}
+    for name, default in own.items():
+        if name not in sizes | {"ghost_permuted", "core_ratio"}:  # how a file is stored; None there, for ghost_ratio may be given
+            assert public[name] == default, name
+        if name not in sizes | {"ghost_permuted"}:
+            assert name in flags, name
+    assert RWKV7PhantomConfig().core_ratio == own["core_ratio"]
 
 
 def test_call_and_state(model, tmp_path):
@@ -85,6 +98,13 @@ def test_generate_forms_and_errors(model):
         model.generate([])
     with pytest.raises(UserError, match="top_p"):
         model.generate([1], top_p=2)
+
+
+def test_generated_tokens_can_be_trained_on(model):
+    tokens = model.generate(torch.tensor([[1, 2]]), max_new_tokens=5, seed=0)
+    model(tokens, return_state=False).sum().backward()
+    assert model.emb.weight.grad is not None
+    model.zero_grad()
 
 
 @pytest.mark.parametrize("kind", ["state", "memory"])
