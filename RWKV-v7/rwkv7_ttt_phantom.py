@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ class RWKV7PhantomConfig:
 
     n_head and head_size: n_embd is their product. core_ratio and ghost_ratio sum to 1; either may be left out (core_ratio: 0.2).
     use_svd_compression and use_sparsity: train_model compresses what it has trained by svd_rank_ratio and sparsity_ratio (rwkvlm.compress);
-    they change neither its training nor its size before. use_cuda_kernel False: plain PyTorch in the place of the native kernels.
+    they change neither its training nor its size before. use_cuda_kernel False: this model is computed by plain PyTorch, not by native kernels.
     """
 
     n_layer: int = 12
@@ -135,15 +137,21 @@ class RWKV7Phantom(Phantom):
 def create_model(config: RWKV7PhantomConfig | None = None, seed: int = 0) -> RWKV7Phantom:
     """A model with its initial values."""
     config = config or RWKV7PhantomConfig()
-    _choose_kernel(config)
-    model = RWKV7Phantom(config.sizes())
+    return _made(config.sizes(), config, seed)
+
+
+def _made(sizes: PhantomConfig, config: RWKV7PhantomConfig, seed: int) -> RWKV7Phantom:
+    model = RWKV7Phantom(sizes)
     init_weights(model, seed)
+    if not config.use_cuda_kernel:
+        for block in model.blocks:  # and not around all of them: checkpointing calls each again in the backward pass
+            block.forward = functools.partial(_in_plain_pytorch, block.forward)
     return model
 
 
-def _choose_kernel(config: RWKV7PhantomConfig) -> None:
-    if not config.use_cuda_kernel:
-        backend.set_kernel("torch")
+def _in_plain_pytorch(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    with backend.asked_for("torch"):
+        return forward(*args, **kwargs)
 
 
 def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfig | None = None, seed: int = 0) -> RWKV7Phantom:
@@ -153,14 +161,12 @@ def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfi
     core_ratio 1 and ttt_enabled False the logits are RWKV-7's to the bit.
     """
     config, tensors = config or RWKV7PhantomConfig(), load_weights(checkpoint_path)
-    _choose_kernel(config)
     sizes = read_config(tensors)
     if sizes.model_type != "phantom":
         sizes = config.sizes(**sizes.as_dict() | {"model_type": "phantom", "ghost_permuted": True})
         if sizes.has_ghosts and sizes.ghost_activation != "identity":
             raise UserError(f"ghost_activation {sizes.ghost_activation!r}: the matrices of an RWKV-7 can only be factorised with the identity")
-    model = RWKV7Phantom(sizes)
-    init_weights(model, seed)
+    model = _made(sizes, config, seed)
     load_into(model, adapted(tensors, model))
     return model
 

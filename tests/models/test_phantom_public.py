@@ -1,5 +1,6 @@
 """rwkv7_ttt_phantom.py: the model's public face, as its readers call it."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,6 +15,7 @@ from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.models import build, init_weights
+from rwkvlm.ops import backend
 
 SMALL = dict(n_layer=2, n_embd=64, n_head=2, head_size=32, vocab_size=256, ttt_chunk=16)
 
@@ -98,6 +100,19 @@ def test_generate_forms_and_errors(model):
         model.generate([])
     with pytest.raises(UserError, match="top_p"):
         model.generate([1], top_p=2)
+
+
+def test_plain_pytorch_is_the_choice_of_one_model(monkeypatch):
+    """Also in what checkpointing computes again; other models of the process keep the kernels."""
+    choose, taken = backend.choose, []
+    monkeypatch.setattr(backend, "choose", lambda op, requested, *rest: taken.append(requested) or choose(op, requested, *rest))
+    idx = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
+    plain, other = (create_model(RWKV7PhantomConfig(**SMALL, use_cuda_kernel=kernel)).train() for kernel in (False, True))
+    for model, asked in ((plain, "torch"), (other, ""), (copy.deepcopy(plain), "torch")):
+        taken.clear()
+        model.features(idx, grad_cp=True).square().sum().backward()
+        assert set(taken) == {asked}
+    assert backend.requested() == ""
 
 
 def test_generated_tokens_can_be_trained_on(model):
