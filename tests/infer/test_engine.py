@@ -1,5 +1,9 @@
 """Generation: the loop against the whole-sequence model, and the command line as a user meets it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -92,6 +96,12 @@ def test_command_line(checkpoint, capsys):
     assert first.startswith("def ") and len(first) > len("def \n")
     assert command.main(argv) == 0
     assert capsys.readouterr().out == first
+
+
+def test_text_that_the_terminal_cannot_show(checkpoint):
+    argv = ["generate", "--model", str(checkpoint), "--prompt", "def \u00fc", "--length", "1", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "rwkvlm", *argv], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("def ?"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,9 @@ def test_call_and_state(model, tmp_path):
     other = create_model(RWKV7PhantomConfig(**SMALL | dict(ttt_chunk=32)))
     with pytest.raises(UserError, match="state of another model"):
         load_state(tmp_path / "state.pt", other)
+    save_weights(tmp_path / "weights.pth", model.state_dict())
+    with pytest.raises(UserError, match="is no state"):
+        load_state(tmp_path / "weights.pth", model)
 
 
 def test_generate_reads_the_whole_prompt(model):
