@@ -55,6 +55,10 @@ def test_official_scripts_parse(script):
 def test_flags_without_effect_are_named():
     config = parse_flags(TrainConfig, words(OFFICIAL["run"]), "train.py")
     assert [re.match(r"--\w+", line)[0] for line in config.flags_without_effect()] == ["--epoch_count"]
+    given = dict(lr_final=1e-4, wsd_decay=0.1, spike_snapshot=10)
+    assert [line.split()[0] for line in TrainConfig(**given, lr_schedule="constant").flags_without_effect()] == ["--lr_final", "--wsd_decay", "--spike_snapshot"]
+    assert TrainConfig(**given).flags_without_effect()[0] == "--wsd_decay 0.1 has no effect: --lr_schedule is cosine"
+    assert TrainConfig(**given, lr_schedule="wsd", spike_guard=8.0).flags_without_effect() == []
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,7 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["--micro_bsz"], "argument --micro_bsz: expected one argument"),
         (["stray"], "unexpected argument 'stray'"),
         (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
+        (["--load_partial", "2"], "--load_partial 2 is not known; use 0 or 1"),
         (["--lr_init", "nan"], "--lr_init nan is not a finite number"),
         (["--load_partial", "2"], "--load_partial 2 is not known; use 0 or 1"),
         (["--my_testing", "x060"], "--my_testing 'x060' is not known; choose one of: x070"),

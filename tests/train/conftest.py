@@ -111,7 +111,7 @@ def whole(data, losses, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
     assert TinyRun(data)(folder) == 0
     torch.set_num_threads(threads)
-    backend._requested = None
+    backend._requested = ""
     return folder
 
 

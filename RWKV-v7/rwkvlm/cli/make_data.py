@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import sys
 import time
 from collections.abc import Callable
@@ -110,8 +109,6 @@ def _stem(file: Path) -> str:
 def main(argv: list[str]) -> int:
     """Returns 0; raises UserError for whatever is wrong with arguments or input, and then no output has been made."""
     args = _parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # it shows texts of any language on terminals of any encoding
     if args.ctx_len < 1:
         raise UserError(f"CTX_LEN {args.ctx_len} must be at least 1")
     if not 0 <= args.seed < 1 << 32:
