@@ -213,11 +213,27 @@ def test_the_slow_way_gives_the_same_bytes(tmp_path, monkeypatch):
     assert len(made) == 1
 
 
-def test_a_line_without_end_and_a_late_bad_line_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 1000)
+@pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)])
+def test_lines_that_are_too_long_are_named_and_passed_over(tmp_path, monkeypatch, capsys, name, pack):
+    monkeypatch.setattr(module, "LONGEST", 1000)
     monkeypatch.setattr(module, "BLOCK", 100)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 30 + b"x" * 5000)
-    last = [*read_blocks(tmp_path / "a.jsonl")][-1]
-    assert isinstance(last.data, BadInput) and last.data.line == 31 and "longer than 2 GiB" in last.data.cause
-    (tmp_path / "a.txt").write_bytes(b"x" * 1001)
-    assert "larger than 2 GiB; split it" in str([*read_blocks(tmp_path / "a.txt")][0].data)
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(3)
+    fits = b'{"text": "' + b"f" * 986 + b'"}'  # 1000 bytes with its newline
+    for final in (b"", b"\n"):
+        lines = [rng.choice([b'{"text": "a"}'] * 3 + [b'{"text": "b' + b"b" * rng.randrange(2000) + b'"}', b"", fits, b'{"text": "' + b"t" * 987 + b'"}']) for _ in range(300)] + [b"x" * 3000]
+        data = b"\n".join(lines) + final
+        Path(name).write_bytes(pack(data))
+        expected = [json.loads(line)["text"] for line in lines[:-1] if line and len(line) < 1000]
+        blocks = [*read_blocks(Path(name))]
+        bad = [(b.line, b.data) for b in blocks if isinstance(b.data, BadInput)]
+        assert [line for line, _ in bad] == [n for n, line in enumerate(lines, 1) if len(line) >= 1000] and len(bad) > 20
+        assert bad[-1][1].line == 301 and f"the line is {3000 + len(final)} bytes long, more than 0 MiB; put its text into a .txt file" in str(bad[-1][1])
+        assert [t.decode() for b in blocks for t in parse(b).texts] == expected and blocks[-1].after == len(data)
+        for k, block in enumerate(blocks[:-1]):  # taken up anywhere, the rest is the same
+            rest = [*read_blocks(Path(name), start=block.after, line=block.next_line)]
+            assert [(b.line, b.data) for b in rest if isinstance(b.data, BadInput)] == [(n, b) for n, b in bad if n >= block.next_line]
+            assert [t for b in rest for t in parse(b).texts] == [t for b in blocks[k + 1 :] for t in parse(b).texts]
+    capsys.readouterr()
+    assert run(name, 1, 4) == 2 and capsys.readouterr().err.startswith(f"error: {name}, line {bad[0][0]}: the line is ")
+    assert run(name, 1, 4, "--skip_bad") == 0 and texts_of("a") == sorted(expected)

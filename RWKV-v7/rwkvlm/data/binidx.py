@@ -15,7 +15,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +235,19 @@ class BinIdxWriter:
         self._idx.write(sizes.astype("<i4"))
         self.n_tokens += len(tokens)
         self.n_docs += len(sizes)
+
+    def add_long(self, parts: Iterable[np.ndarray]) -> None:
+        """Append one document that is not held in memory: its tokens in parts, of the writer's dtype."""
+        size = 0
+        for part in parts:
+            if part.dtype != self.dtype:
+                raise ValueError(f"tokens of {part.dtype} in a file of {self.dtype}")
+            self._bin.write(np.ascontiguousarray(part))
+            size += len(part)
+        self._sizes.append(size)
+        self._spill()
+        self.n_tokens += size
+        self.n_docs += 1
 
     def _spill(self) -> None:
         self._idx.write(np.array(self._sizes, dtype="<i4"))

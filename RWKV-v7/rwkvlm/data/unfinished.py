@@ -22,11 +22,16 @@ from .shuffle import LEAF, Documents, Pile
 
 SAVE_EVERY = 10.0  # seconds
 LISTED = 100  # bad inputs that are remembered by name
+COUNTED = 1 << 20  # tokens at once
 
 
 @dataclass
 class Progress:
-    """What has been tokenised: everything before byte (row) `at`, line `line`, of file number `file`."""
+    """What has been tokenised: everything before byte (row) `at`, line `line`, of file number `file`.
+
+    A document that comes in parts and has begun is counted apart until it is complete; `rest` are its last bytes, in hexadecimal, which
+    have no tokens yet.
+    """
 
     file: int = 0
     at: int = 0
@@ -37,6 +42,19 @@ class Progress:
     skipped: int = 0
     first_skipped: list[str] = field(default_factory=list)
     complete: bool = False
+    open_tokens: int = 0
+    open_bytes: int = 0
+    open_parts: int = 0
+    open_blank: bool = True
+    rest: str = ""
+
+
+def occurring(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Which ids occur [vocab_size] bool; in pieces, since NumPy counts with 8 bytes for each."""
+    seen = np.zeros(vocab_size, dtype=bool)
+    for first in range(0, len(ids), COUNTED):
+        seen |= np.bincount(ids[first : first + COUNTED], minlength=vocab_size) > 0
+    return seen
 
 
 class Unfinished:
@@ -66,7 +84,7 @@ class Unfinished:
         if not self._resume():
             for path in self.folder.iterdir():
                 path.unlink()
-        self.pile.truncate(self.progress.documents, self.progress.tokens)
+        self.pile.truncate(self.progress.documents, self.progress.tokens + self.progress.open_tokens)
         return self
 
     def _resume(self) -> bool:
@@ -76,7 +94,7 @@ class Unfinished:
             sizes = [path.stat().st_size for path in self.pile.paths]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if saved["job"] != self._job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
+        if saved["job"] != self._job or sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize or sizes[1] < progress.documents * 4:
             return False
         self.progress, self.seen = progress, seen[: len(self.seen)].astype(bool)
         return True
@@ -88,6 +106,34 @@ class Unfinished:
         self.pile.append(Documents(ids.astype(self.dtype), sizes.astype(np.int32), numbers))  # a copy: ids lie in a larger buffer
         self.progress.documents += len(sizes)
         self.progress.tokens += len(ids)
+
+    def add_part(self, ids: np.ndarray, n_bytes: int, blank: bool, rest: bytes) -> None:
+        """Append tokens of a document that goes on, from n_bytes of its text; `rest` is to be put before what follows."""
+        done = self.progress
+        self.pile.append(Documents(ids.astype(self.dtype), np.zeros(0, np.int32), np.zeros(0, np.int64)))
+        done.open_tokens, done.open_bytes, done.open_parts = done.open_tokens + len(ids), done.open_bytes + n_bytes, done.open_parts + 1
+        done.open_blank, done.rest = done.open_blank and blank, rest.hex()
+
+    def end_document(self) -> None:
+        """The document whose parts have been added is complete."""
+        done = self.progress
+        self.pile.append(Documents(np.zeros(0, self.dtype), np.array([done.open_tokens], np.int32), np.array([done.documents])))
+        done.documents, done.tokens, done.text_bytes = done.documents + 1, done.tokens + done.open_tokens, done.text_bytes + done.open_bytes
+        self._no_document()
+
+    def drop_document(self) -> None:
+        """Forget the parts of a document that turned out to be bad."""
+        self.pile.flush()
+        self.pile.truncate(self.progress.documents, self.progress.tokens)
+        self._no_document()
+        self.seen[:] = False
+        for tokens in self.pile.tokens():
+            self.seen |= occurring(tokens, len(self.seen))
+
+    def _no_document(self) -> None:
+        done = self.progress
+        done.open_tokens = done.open_bytes = done.open_parts = 0
+        done.open_blank, done.rest = True, ""
 
     def save(self) -> None:
         """Make what has been added survive: from time to time, in the background."""
