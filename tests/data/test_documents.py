@@ -1,4 +1,4 @@
-"""Reading documents: the native parser of JSON lines against Python's json, packed files, tables, standard input."""
+"""Reading documents: the native parser of JSON lines against Python's json, packed files, standard input."""
 
 import gzip
 import json
@@ -144,33 +144,6 @@ def test_zst(tmp_path, monkeypatch, capsys):
         assert run(f"{name}.jsonl.zst", 1, 4) == 2
         err = capsys.readouterr().err
         assert f"error: {name}.jsonl.zst, line 1: the .zst file is damaged here" in err and err.count("\n") == 1, err
-
-
-def test_parquet(tmp_path, monkeypatch, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    monkeypatch.chdir(tmp_path)
-    texts = [f"{k} 中" for k in range(3000)]
-    parquet.write_table(pyarrow.table({"n": [*range(3000)], "text": texts}), "a.parquet", row_group_size=700)
-    assert run("a.parquet", 1, 4) == 0 and texts_of("a") == sorted(texts)
-    blocks = [*read_blocks(Path("a.parquet"))]
-    rest = [*read_blocks(Path("a.parquet"), start=blocks[0].after, line=blocks[0].next_line)]
-    assert rest == blocks[1:]
-    parquet.write_table(pyarrow.table({"text": ["a", None]}), "hole.parquet")
-    parquet.write_table(pyarrow.table({"body": ["a"]}), "other.parquet")
-    parquet.write_table(pyarrow.table({"text": pyarrow.array([], "string")}), "empty.parquet")
-    Path("no.parquet").write_bytes(b"PAR1 not at all")
-    for name, words in [
-        ("hole", "hole.parquet, row 2: the value of 'text' is NoneType"),
-        ("other", "other.parquet: no column 'text' (columns: body); see --text_key"),
-        ("empty", "empty.parquet: the file is empty"),
-        ("no", "no.parquet: not a .parquet file that can be read"),
-    ]:
-        capsys.readouterr()
-        assert run(f"{name}.parquet", 1, 4) == 2
-        err = capsys.readouterr().err
-        assert err.startswith(f"error: {words}") and err.count("\n") == 1, err
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):

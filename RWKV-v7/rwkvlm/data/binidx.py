@@ -12,6 +12,7 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/binidx.py, and Megatron-LM's indexed_dat
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from array import array
 from bisect import bisect_left
@@ -26,6 +27,7 @@ from .tokens import Tokens
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are float64 officially: not tokens
+INDEX_BYTES = 20  # of the .idx for a document
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 
 BLOCK = 1 << 20  # entries looked at together, so that checks of any file run in bounded memory
@@ -37,6 +39,15 @@ def idx_path(prefix: str | Path) -> Path:
 
 def bin_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.bin")
+
+
+def check_room(out: str | Path, n_bytes: int) -> None:
+    """UserError if the disk that `out` is to lie on has less free than so many bytes."""
+    folder = Path(out).parent
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        raise UserError(f"{out} needs {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} free; free some space or choose another place")
 
 
 class Index:

@@ -25,13 +25,13 @@ import orjson
 
 from .. import native
 from ..config import UserError
+from .parquet import Damage, read_rows
 from .tokenizer import Texts, utf8
 
 STDIN = Path("-")
 PACKED = {".gz": None, ".zst": "zstandard"}  # the package that it needs
 NOT_READ = {".xz": "unpack it first: unxz", ".bz2": "unpack it first: bunzip2", ".zip": "unpack it first: unzip"}
 BLOCK = 1 << 20  # bytes
-ROWS = 1024  # of a .parquet, in a block
 LONGEST = 64 << 20  # bytes of a line of JSON or a text in a row: the slow parser holds it about ten times over
 BOM = b"\xef\xbb\xbf"
 
@@ -52,7 +52,7 @@ class Block:
 
     file: Path
     line: int  # number of its first line, or row, from 1
-    data: bytes | list[Any] | BadInput
+    data: bytes | list[bytes | None] | BadInput
     after: int  # where the next block starts: bytes of the unpacked file, or rows
     next_line: int = 1  # the number of its first line
     consumed: int = 0  # bytes of the file on disk, roughly
@@ -62,7 +62,7 @@ class Block:
     def size(self) -> int:
         """Bytes of its data, roughly."""
         if isinstance(self.data, list):
-            return sum(len(value) for value in self.data if isinstance(value, (str, bytes)))
+            return sum(len(value or b"") for value in self.data)
         return 0 if isinstance(self.data, BadInput) else len(self.data)
 
 
@@ -96,6 +96,8 @@ def expand(inputs: Sequence[str]) -> list[Path]:
             continue
         if path.is_dir():
             raise UserError(f"input {path} is a folder; name files, for example '{path}/*.jsonl'")
+        if not path.is_file():
+            raise UserError(f"input {path} is not a file but a pipe or a device; give JSON lines from a pipe as standard input (-)")
         if path.suffix in NOT_READ:
             raise UserError(f"input {path}: {path.suffix} is not read; {NOT_READ[path.suffix]}")
         if kind(path) not in (".jsonl", ".txt", ".parquet") or (kind(path) == ".parquet" and path.suffix in PACKED):
@@ -271,25 +273,12 @@ def _parts(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: int, wh
 
 
 def _rows(path: Path, text_key: str, start: int) -> Iterator[Block]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            names, n_rows = file.schema_arrow.names, file.metadata.num_rows
-            if text_key not in names:
-                cause = f"no column {text_key!r} (columns: {', '.join(names[:5]) or 'none'}); see --text_key"
-                yield Block(path, 1, BadInput(path, 0, cause), 0)
-                return
-            row = 0
-            for batch in file.iter_batches(ROWS, columns=[text_key]):
-                first, row = row, row + len(batch)
-                if first >= start:
-                    yield Block(path, first + 1, batch.column(0).to_pylist(), row, row + 1, path.stat().st_size * row // n_rows)
-            if row == 0:
-                yield Block(path, 1, BadInput(path, 0, "the file is empty"), 0)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        yield Block(path, 1, BadInput(path, 0, f"not a .parquet file that can be read: {' '.join(str(error).split())[:200]}"), 0)
+    for found in read_rows(path, text_key, start, BLOCK):
+        if isinstance(found, Damage):
+            yield Block(path, found.row + 1, BadInput(path, found.row + 1, found.cause), max(0, found.row), found.row + 1)
+        else:
+            end = found.first + len(found.texts)
+            yield Block(path, found.first + 1, found.texts, end, end + 1, int(path.stat().st_size * found.part))
 
 
 def parse(block: Block, text_key: str = "text") -> Parsed:
@@ -298,7 +287,7 @@ def parse(block: Block, text_key: str = "text") -> Parsed:
     if isinstance(data, BadInput):
         return Parsed(Texts.join([]), [], [data])
     if isinstance(data, list):
-        return _collect(block, ((block.line + k, value) for k, value in enumerate(data)), lambda value: _utf8_of(value, text_key))
+        return _collect(block, ((block.line + k, value) for k, value in enumerate(data)), lambda value: _text_of_cell(value, text_key))
     if kind(block.file) == ".txt":
         return _parse_part(block, data)
     if block.line == 1:
@@ -371,6 +360,19 @@ def _utf8_of(value: Any, text_key: str) -> bytes:
     if not isinstance(value, str):
         raise UserError(f"the value of {text_key!r} is {type(value).__name__}, not text")
     return utf8(value)
+
+
+def _text_of_cell(value: bytes | None, text_key: str) -> bytes:
+    """The text in a row of a table: UTF-8, unless the file was written by a tool that does not care."""
+    if value is None:
+        raise UserError(f"there is nothing (null) in the column {text_key!r}")
+    if len(value) > LONGEST:
+        raise UserError(f"the text is {len(value)} bytes long, more than {LONGEST >> 20} MiB; put it into a .txt file of its own, which may have any size")
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"invalid UTF-8 at byte {error.start} of the text") from None
+    return value
 
 
 def _parse_part(block: Block, data: bytes) -> Parsed:

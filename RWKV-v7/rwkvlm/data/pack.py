@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
-from .binidx import BinIdxWriter, bin_path, idx_path
+from .binidx import INDEX_BYTES, BinIdxWriter, bin_path, check_room, idx_path
 from .documents import STDIN, BadInput, Block, kind, parse, read_blocks, where
 from .shuffle import Documents, Long, draw, keys, shuffled
 from .tokenizer import Texts, Tokenizer
-from .unfinished import LISTED, Progress, Unfinished, occurring
+from .unfinished import LISTED, Progress, Unfinished
 
-ROUND_TRIPS = 200  # the first so many documents are decoded again and compared, and later every so many-th; of parts of one the first and every so many-th
+ROUND_TRIPS = 200  # every so many-th document, or part of one, is decoded again and compared
+FIRST = 40  # and before that so many documents
 IN_WORK = 64 << 20  # bytes of blocks that are in work at a time, or one larger block
 MOST_TOKENS = (1 << 31) - 1  # of a document: the index counts them in 31 bits
 HELD_OUT = 0x76616C  # "val": the seed of the held-out documents, apart from every copy's
@@ -85,6 +86,8 @@ def pack(
     prefix = Path(prefix)
     if not prefix.name:
         raise UserError(f"--out {prefix} is a folder; add a name, for example {prefix / 'demo'}")
+    if prefix.suffix in (".bin", ".idx"):
+        raise UserError(f"--out {prefix} is to be without {prefix.suffix}: .bin and .idx are put behind it")
     val_prefix = prefix.with_name(prefix.name + ".val")
     _check_arguments(epochs, val_split, val_prefix)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
@@ -92,7 +95,7 @@ def pack(
     if STDIN in files:
         job["process"] = os.getpid()  # what was read is gone: never taken up
     try:
-        with Unfinished(prefix, job, dtype, tokenizer.vocab_size) as work, ExitStack() as stack:
+        with Unfinished(prefix, job, dtype, tokenizer.vocab_size, STDIN not in files) as work, ExitStack() as stack:
             _tokenise(files, tokenizer, text_key, skip_bad, work, workers or os.cpu_count() or 1, progress)
             total = work.progress.documents
             limit, held_out = draw(work.pile, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
@@ -102,6 +105,8 @@ def pack(
             def kept(numbers: np.ndarray) -> np.ndarray:
                 return keys(numbers, seed ^ HELD_OUT << 32) > np.uint64(limit) if held_out else np.ones(len(numbers), dtype=bool)
 
+            # held-out documents included: an estimate, and one that sees COPIES and CTX_LEN in the wrong order
+            check_room(prefix, epochs * (work.progress.tokens * dtype.itemsize + total * INDEX_BYTES))
             out = stack.enter_context(BinIdxWriter(prefix, dtype))
             val = stack.enter_context(BinIdxWriter(val_prefix, dtype)) if held_out else None
             if val:
@@ -184,7 +189,7 @@ def _tokenise(
                 if done.skipped <= LISTED:
                     done.first_skipped.append(str(bad))
             if wrong and (done.open_parts or found.block.goes_on):
-                work.drop_document()
+                work.drop_document(tokenizer.occurring)
                 break  # a .txt is one document
             _check_round_trips(found, tokenizer, done.documents, done.open_parts)
             _add(work, found)
@@ -230,7 +235,7 @@ def _encoded(blocks: Iterator[Block], tokenizer: Tokenizer, text_key: str, worke
             left = texts.data[n_bytes:].tobytes()
             ids, ends, texts = ids[:n], np.array([n]), Texts(texts.data[:n_bytes], np.array([n_bytes]))
         blank = kind(block.file) == ".txt" and not any(text.strip() for text in parsed.texts)
-        return _Encoded(replace(block, data=b""), texts, parsed.lines, parsed.bad, ids, ends, occurring(ids, tokenizer.vocab_size), left, blank)
+        return _Encoded(replace(block, data=b""), texts, parsed.lines, parsed.bad, ids, ends, tokenizer.occurring(ids), left, blank)
 
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[int, Future[_Encoded]]] = deque()
@@ -263,7 +268,7 @@ def _check_round_trips(found: _Encoded, tokenizer: Tokenizer, documents: int, pa
     """Documents, or parts of one, chosen by their number, must come back from their tokens."""
     for k in range(len(found.ends)):
         number = parts or documents + k
-        if number % ROUND_TRIPS and (parts or number >= ROUND_TRIPS):
+        if number % ROUND_TRIPS and (parts or number >= FIRST):
             continue
         ids = found.ids[found.ends[k - 1] if k else 0 : found.ends[k] - (not found.block.goes_on)]
         if not tokenizer.comes_back(found.texts[k], ids):

@@ -47,18 +47,39 @@ class Documents:
     sizes: np.ndarray
     numbers: np.ndarray
 
+    def take(self, which: np.ndarray) -> Documents:
+        """The documents with these indices, in this order."""
+        return self._scattered.take(which)
+
+    @cached_property
+    def _scattered(self) -> Scattered:
+        return Scattered([self.tokens], self.sizes, self.numbers)
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Documents whose tokens lie in several arrays, none in two of them: to join these would be to write everything once more."""
+
+    tokens: list[np.ndarray]
+    sizes: np.ndarray
+    numbers: np.ndarray
+
     @cached_property
     def _spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each document starts and ends, in bytes."""
-        ends = np.cumsum(self.sizes, dtype=np.int64) * self.tokens.dtype.itemsize
-        return ends - self.sizes.astype(np.int64) * self.tokens.dtype.itemsize, ends
+        """In which array each document lies, and where it starts there, in bytes."""
+        itemsize = self.tokens[0].dtype.itemsize
+        begins = np.cumsum([0, *(part.nbytes for part in self.tokens)])
+        starts = (np.cumsum(self.sizes, dtype=np.int64) - self.sizes) * itemsize
+        lies_in = np.minimum(np.searchsorted(begins, starts, side="right") - 1, len(self.tokens) - 1)  # an empty one lies anywhere
+        return lies_in, starts - begins[lies_in]
 
     def take(self, which: np.ndarray) -> Documents:
         """The documents with these indices, in this order."""
-        starts, ends = self._spans
-        raw = memoryview(self.tokens).cast("B")
-        data = b"".join([raw[a:b] for a, b in zip(starts[which].tolist(), ends[which].tolist())])
-        return Documents(np.frombuffer(data, self.tokens.dtype), self.sizes[which], self.numbers[which])
+        lies_in, starts = (column[which] for column in self._spans)
+        ends = starts + self.sizes[which].astype(np.int64) * self.tokens[0].dtype.itemsize
+        raw = [memoryview(part).cast("B") for part in self.tokens]
+        data = b"".join([raw[k][a:b] for k, a, b in zip(lies_in.tolist(), starts.tolist(), ends.tolist())])
+        return Documents(np.frombuffer(data, self.tokens[0].dtype), self.sizes[which], self.numbers[which])
 
 
 @dataclass(frozen=True)
@@ -148,11 +169,22 @@ class Pile:
         for documents in self._recent:
             yield documents.sizes, documents.numbers
 
-    def load(self) -> Documents:
+    def load(self) -> Scattered:
         """All of them at once."""
         sizes, numbers = (np.concatenate(column) for column in zip(*self.sizes()))
-        stored = [np.fromfile(self.paths[0], self.dtype)] if self.paths[0].exists() else []
-        return Documents(np.concatenate([*stored, *(documents.tokens for documents in self._recent)]), sizes, numbers)
+        tokens = [documents.tokens for documents in self._recent]
+        complete = [int(documents.sizes.sum()) for documents in self._recent]
+        if self.paths[0].exists():
+            tokens.insert(0, np.fromfile(self.paths[0], self.dtype))
+            complete.insert(0, int(sizes.sum(dtype=np.int64)) - sum(complete))
+        parts, held, too_many = [], [], 0
+        for some, n in zip(tokens, complete):  # a document that was appended in parts lies in several
+            held.append(some)
+            too_many += len(some) - n
+            if not too_many:
+                parts.append(held[0] if len(held) == 1 else np.concatenate(held))
+                held = []
+        return Scattered(parts, sizes, numbers)
 
     def blocks(self, limit: int = 0) -> Iterator[Documents | Long]:
         """All documents in order, up to `limit` (or BLOCK) bytes of tokens at a time, or one larger document."""

@@ -28,7 +28,7 @@ from ..config import UserError
 END_OF_DOCUMENT = 0
 REPLACEMENT = "\ufffd"
 VOCABULARY = "rwkv_vocab_v20230424.txt"
-PART = 1 << 16  # tokens decoded at once: as Python objects they are large
+PART = 1 << 16  # tokens decoded or counted at once: as Python objects they are large
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ class Tokenizer(ABC):
         Threads may call it at the same time, and where the work is native they do not wait for each other.
         """
         return _end_to_end([[*self.encode(text), END_OF_DOCUMENT] for text in texts])
+
+    def occurring(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids occur, [vocab_size] bool."""
+        seen = np.zeros(self.vocab_size, dtype=bool)
+        for first in range(0, len(ids), PART):  # NumPy counts with 8 bytes for each
+            seen |= np.bincount(ids[first : first + PART], minlength=self.vocab_size) > 0
+        return seen
 
     @abstractmethod
     def settled(self, ids: np.ndarray, n_bytes: int) -> tuple[int, int]:
@@ -259,7 +266,8 @@ class NativeWorldTokenizer(WorldTokenizer):
         library.rwkvlm_world.restype, library.rwkvlm_world.argtypes = pointer, [pointer, pointer, count]
         library.rwkvlm_world_encode.restype, library.rwkvlm_world_encode.argtypes = None, [pointer, pointer, pointer, count, pointer, pointer]
         lengths = np.array([*map(len, self._tokens[1:])], dtype=np.int64)
-        self._encode = library.rwkvlm_world_encode
+        library.rwkvlm_occurring.restype, library.rwkvlm_occurring.argtypes = None, [pointer, count, pointer]
+        self._encode, self._occurring = library.rwkvlm_world_encode, library.rwkvlm_occurring
         self._world = library.rwkvlm_world(b"".join(self._tokens), lengths.ctypes.data, len(lengths))
         if not self._world:
             raise MemoryError("no memory for the tokenizer's table")
@@ -273,6 +281,11 @@ class NativeWorldTokenizer(WorldTokenizer):
         id_ends = np.empty(len(ends), dtype=np.int64)
         self._encode(self._world, data.ctypes.data, ends.ctypes.data, len(ends), ids.ctypes.data, id_ends.ctypes.data)
         return ids[: id_ends[-1] if len(ends) else 0], id_ends
+
+    def occurring(self, ids: np.ndarray) -> np.ndarray:
+        ids, seen = np.ascontiguousarray(ids, np.uint16), np.zeros(self.vocab_size, dtype=bool)
+        self._occurring(ids.ctypes.data, len(ids), seen.ctypes.data)
+        return seen
 
 
 class _BytesStream(Stream):

@@ -6,11 +6,11 @@ killed run wrote behind it is cut off. It belongs to one job (inputs with size a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
+from ..config.locks import try_lock
 from .shuffle import LEAF, Documents, Pile
 
 SAVE_EVERY = 10.0  # seconds
 LISTED = 100  # bad inputs that are remembered by name
-COUNTED = 1 << 20  # tokens at once
 
 
 @dataclass
@@ -49,23 +49,16 @@ class Progress:
     rest: str = ""
 
 
-def occurring(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Which ids occur [vocab_size] bool; in pieces, since NumPy counts with 8 bytes for each."""
-    seen = np.zeros(vocab_size, dtype=bool)
-    for first in range(0, len(ids), COUNTED):
-        seen |= np.bincount(ids[first : first + COUNTED], minlength=vocab_size) > 0
-    return seen
-
-
 class Unfinished:
     """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in them.
 
-    Leaving the block removes the folder; a kill, or Ctrl-C, leaves it for the next run. UserError where another process works in it.
+    Leaving the block removes the folder; a kill, or Ctrl-C if it is to be `kept` then, leaves it for the next run. UserError where another
+    process works in it.
     """
 
-    def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:
         self.folder = prefix.with_name(prefix.name + ".unfinished")
-        self._job, self.dtype = job, np.dtype(dtype)
+        self._job, self._kept, self.dtype = job, kept, np.dtype(dtype)
         self.progress, self.seen = Progress(), np.zeros(vocab_size, dtype=bool)
         self.pile = Pile(self.folder / "all", self.dtype, numbered=False, memory=LEAF)
         self._saver, self._saving, self._saved = ThreadPoolExecutor(1), Future(), time.monotonic()
@@ -73,16 +66,13 @@ class Unfinished:
 
     def __enter__(self) -> Unfinished:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(f"another process works in {self.folder}; wait for it, or choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
+        lock = self.folder / "lock"
+        self._lock = open(lock, "w")
+        if not try_lock(self._lock):
+            self._lock.close()
+            raise UserError(f"another process works in {self.folder}; wait for it, or choose another --out")
         if not self._resume():
-            for path in self.folder.iterdir():
+            for path in set(self.folder.iterdir()) - {lock}:
                 path.unlink()
         self.pile.truncate(self.progress.documents, self.progress.tokens + self.progress.open_tokens)
         return self
@@ -121,14 +111,14 @@ class Unfinished:
         done.documents, done.tokens, done.text_bytes = done.documents + 1, done.tokens + done.open_tokens, done.text_bytes + done.open_bytes
         self._no_document()
 
-    def drop_document(self) -> None:
-        """Forget the parts of a document that turned out to be bad."""
+    def drop_document(self, occurring: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Forget the parts of a document that turned out to be bad. occurring: which ids of an array occur."""
         self.pile.flush()
         self.pile.truncate(self.progress.documents, self.progress.tokens)
         self._no_document()
         self.seen[:] = False
         for tokens in self.pile.tokens():
-            self.seen |= occurring(tokens, len(self.seen))
+            self.seen |= occurring(tokens)
 
     def _no_document(self) -> None:
         done = self.progress
@@ -159,6 +149,6 @@ class Unfinished:
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         self._saver.shutdown()
-        os.close(self._lock)
-        if kind is not KeyboardInterrupt:
+        self._lock.close()
+        if kind is not KeyboardInterrupt or not self._kept:
             shutil.rmtree(self.folder, ignore_errors=True)
