@@ -218,7 +218,7 @@ def _line_blocks(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: i
                 chunk, size = chunk[cut:], 0
             cut = chunk.rfind(b"\n") + 1
             if cut:
-                data, kept, size = b"".join([*kept, chunk[:cut]]), [], 0
+                data, kept, size = b"".join([*kept, memoryview(chunk)[:cut]]), [], 0
                 yield block(data)
                 data = b""  # not held while the next is read
             kept.append(chunk[cut:])
