@@ -1,4 +1,4 @@
-"""Native kernels: builds cuda/<name>/ when it is first asked for, keeps the result, and loads it into torch.ops.rwkvlm.
+"""Native kernels: builds cuda/<name>/ when it is first asked for, keeps the result, and loads it: C++ into torch.ops.rwkvlm, CUDA through ctypes.
 
 Every *.cpp of the folder is compiled once, except cpu.cpp, which is compiled once per instruction set of the machine's family
 (see cuda/common/isa.h). The compiler is called directly, since torch.utils.cpp_extension.load takes half a minute for what the
@@ -6,6 +6,8 @@ stable ABI of torch makes a matter of seconds. Nothing is built at import. Threa
 no second OpenMP runtime enters the process, none is needed to build, and torch.set_num_threads is obeyed.
 
 A folder without op.cpp has nothing to do with torch: a plain C interface, for commands that should not wait for torch to load.
+
+The *.cu of a folder become a library of their own (`cuda_library`), by nvcc, for the GPUs of this machine.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 from .config import env
 from .config.locks import try_lock
@@ -38,6 +40,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-mavx2", "-mfma"],
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     }
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC -diag-suppress 177".split()
+CUDA_DEFAULT = Path("/usr/local/cuda")
 TIME_OUT = 600.0  # seconds, for the compiler and for another process's build
 
 
@@ -60,11 +64,7 @@ def load(name: str) -> None:
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
     """The C functions of cuda/<name>/, a folder without op.cpp; built on the first use ever, torch is not imported. NativeBuildError."""
-    path = build(name)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeBuildError(f"native kernel {name}: {path} does not load: {_one_line(str(error))}") from None
+    return _opened(f"native kernel {name}", build(name))
 
 
 @functools.cache
@@ -77,22 +77,94 @@ def available(name: str) -> tuple[bool, str]:
     return True, ""
 
 
+@functools.cache
+def cuda_library(name: str) -> ctypes.CDLL:
+    """The C functions of the *.cu of cuda/<name>/, built for this machine's GPUs on the first use ever. NativeBuildError.
+
+    It knows nothing of torch, and is called with addresses: x.data_ptr(), torch.cuda.current_stream().cuda_stream. So nvcc needs no
+    header of torch, which take it minutes and tie the result to one version; the same library serves every torch, one built for another
+    CUDA release included, since it brings its own CUDA runtime, and memory and streams belong to the driver, which all runtimes share.
+    Its functions return an int that `cuda_check` understands. The caller makes the tensors' device the current one.
+    """
+    found = _opened(f"CUDA kernel {name}", build_cuda(name, _architectures(name)))
+    code = found.cuda_probe()
+    if code:
+        raise NativeBuildError(
+            f"CUDA kernel {name}: the driver does not run what {nvcc()} builds: {cuda_message(found, code)}; update the driver, or set CUDA_HOME"
+            " to a toolkit of the driver's CUDA release (nvidia-smi shows it)"
+        )
+    return found
+
+
+@functools.cache
+def cuda_available(name: str) -> tuple[bool, str]:
+    """Whether `cuda_library(name)` works here, and the reason why not, with the cure; asked once in a process."""
+    try:
+        cuda_library(name)
+    except NativeBuildError as error:
+        return False, str(error)
+    return True, ""
+
+
+def cuda_check(library: ctypes.CDLL, code: int, what: str) -> None:
+    """RuntimeError where a function of a `cuda_library` has returned an error; what: which one, for the message."""
+    if code:
+        raise RuntimeError(f"{what}: {cuda_message(library, code)}")
+
+
+def cuda_message(library: ctypes.CDLL, code: int) -> str:
+    library.cuda_message.restype = ctypes.c_char_p
+    return f"{library.cuda_message(code).decode()} ({code})"
+
+
+def nvcc() -> str | None:
+    """Where nvcc is: in CUDA_HOME if that is set, else on the PATH, else in /usr/local/cuda; None: nowhere there."""
+    if env.cuda_home():
+        return shutil.which("nvcc", path=str(Path(env.cuda_home()) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(CUDA_DEFAULT / "bin"))
+
+
 def build(name: str) -> Path:
     """The shared library of cuda/<name>/, compiled if these sources, flags, compiler and torch have not met in this cache yet."""
     compiler = shutil.which(env.cxx())
     if compiler is None:
         raise NativeBuildError(f"native kernel {name}: no C++ compiler ({env.cxx()} is not on the PATH; install g++ or set CXX)")
-    cache = env.cache_dir() / "native"
+    return _cached(f"native kernel {name}", f"{name}-{_key(name, compiler)}.so", lambda library: _compile(name, compiler, library))
+
+
+def build_cuda(name: str, architectures: tuple[str, ...]) -> Path:
+    """The shared library of the *.cu of cuda/<name>/ for these GPUs ("80", "90a"); needs nvcc, but neither torch nor a GPU."""
+    compiler = nvcc()
+    if compiler is None:
+        where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH or in {CUDA_DEFAULT}"
+        raise NativeBuildError(f"CUDA kernel {name}: nvcc is not {where}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it")
+    facts = [_version(compiler), _version(shutil.which(env.cxx()) or ""), platform.machine(), *CUDA_FLAGS, *architectures]
+    key = _digest(facts, name, (".cu", ".cuh", ".h"))
+    return _cached(f"CUDA kernel {name}", f"cuda-{name}-{key}.so", lambda library: _compile_cuda(name, compiler, architectures, library))
+
+
+def _cached(what: str, file: str, make: Callable[[Path], None]) -> Path:
+    """The library of this name in the cache; `make` compiles it where it is not there, in one process at a time."""
+    cache, stem = env.cache_dir() / "native", file.rpartition("-")[0]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        library = cache / f"{name}-{_key(name, compiler)}.so"
+        library = cache / file
         if not library.exists():
-            with _lock(cache / f"{name}.lock", name):
+            with _lock(cache / f"{stem}.lock", what):
                 if not library.exists():  # another process may have built it while this one waited
-                    _compile(name, compiler, library)
+                    for leftover in cache.glob(f"{stem}-*.building"):
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    make(library)
     except OSError as error:
-        raise NativeBuildError(f"native kernel {name}: {error}; RWKV_CACHE_DIR chooses another place to build in") from None
+        raise NativeBuildError(f"{what}: {error}; RWKV_CACHE_DIR chooses another place to build in") from None
     return library
+
+
+def _opened(what: str, path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeBuildError(f"{what}: {path} does not load: {_one_line(str(error))}") from None
 
 
 def _registers(name: str) -> bool:
@@ -100,19 +172,42 @@ def _registers(name: str) -> bool:
     return (SOURCE_DIR / name / "op.cpp").exists()
 
 
+def _architectures(name: str) -> tuple[str, ...]:
+    """Those of all GPUs that torch uses here: one library serves them all."""
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise NativeBuildError(f"CUDA kernel {name}: torch {torch.__version__} uses no GPU here; python -m rwkvlm doctor says why and what to do")
+    return tuple(sorted({architecture(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}))
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """A compute capability as nvcc's number, with the "a" that opens the instructions of that chip alone where kernels may use them."""
+    number = f"{capability[0]}{capability[1]}"
+    return f"{number}a" if number in ("90", "100") else number
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIME_OUT).stdout if compiler else ""
+
+
 def _key(name: str, compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIME_OUT).stdout
     torch_version = importlib.metadata.version("torch") if _registers(name) else "none"
-    facts = [version, platform.machine(), torch_version, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
+    facts = [_version(compiler), platform.machine(), torch_version, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
+    return _digest(facts, name, (".cpp", ".h"))
+
+
+def _digest(facts: list[str], name: str, suffixes: tuple[str, ...]) -> str:
+    """A name for these facts and the folder's sources."""
     digest = hashlib.sha256("\n".join(facts).encode())
     for folder in ("common", name):
-        for source in sorted(p for p in (SOURCE_DIR / folder).glob("*") if p.suffix in (".cpp", ".h")):
+        for source in sorted(p for p in (SOURCE_DIR / folder).glob("*") if p.suffix in suffixes):
             digest.update(f"\n{source.name}\n".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def _lock(path: Path, name: str) -> Iterator[None]:
+def _lock(path: Path, what: str) -> Iterator[None]:
     """One builder at a time; on a file system without locks two may build the same thing, and the last rename wins."""
     with open(path, "a+") as file:
         deadline, told = time.monotonic() + TIME_OUT, False
@@ -120,9 +215,9 @@ def _lock(path: Path, name: str) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             if time.monotonic() > deadline:
-                raise NativeBuildError(f"native kernel {name}: process {holder} has been building it for over {TIME_OUT:.0f} s; stop it, then start again")
+                raise NativeBuildError(f"{what}: process {holder} has been building it for over {TIME_OUT:.0f} s; stop it, then start again")
             if not told:
-                print(f"waiting for process {holder}, which builds native kernel {name}", file=sys.stderr, flush=True)
+                print(f"waiting for process {holder}, which builds {what}", file=sys.stderr, flush=True)
                 told = True
             time.sleep(0.1)
         file.truncate(0)
@@ -132,15 +227,20 @@ def _lock(path: Path, name: str) -> Iterator[None]:
         file.truncate(0)
 
 
-def _compile(name: str, compiler: str, library: Path) -> None:
-    sources = sorted((SOURCE_DIR / name).glob("*.cpp"))
-    if not sources:
-        raise NativeBuildError(f"native kernel {name}: no sources in {SOURCE_DIR / name}; install the repository with pip install -e .")
-    for leftover in library.parent.glob(f"{name}-*.building"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    print(f"building native kernel {name} (once, about 10 s)", file=sys.stderr, flush=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{name}-", suffix=".building", dir=library.parent))
+@contextlib.contextmanager
+def _workshop(what: str, takes: str, library: Path) -> Iterator[Path]:
+    """A folder to build in beside the library, gone afterwards."""
+    print(f"building {what} (once, {takes})", file=sys.stderr, flush=True)
+    work = Path(tempfile.mkdtemp(prefix=library.stem.rpartition("-")[0] + "-", suffix=".building", dir=library.parent))
     try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _compile(name: str, compiler: str, library: Path) -> None:
+    what, sources = f"native kernel {name}", _sources(name, "*.cpp")
+    with _workshop(what, "about 10 s", library) as work:
         common, linked = [compiler, *FLAGS], []
         if _registers(name):
             root = Path(importlib.util.find_spec("torch").origin).parent
@@ -153,23 +253,46 @@ def _compile(name: str, compiler: str, library: Path) -> None:
                 define = [f"-DISA={isa}", *flags] if isa else []
                 target = work / f"{source.stem}{isa}.o"
                 jobs.append((target, [*common, *define, *env.cxx_flags(), "-c", str(source), "-o", str(target)]))
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(lambda job: _run(name, job[1]), jobs))
+        _run_all(what, [command for _, command in jobs])
         objects = [str(target) for target, _ in jobs]
         built = work / "built.so"
-        _run(name, [compiler, "-shared", *env.cxx_flags(), *objects, "-o", str(built), *linked])
+        _run(what, [compiler, "-shared", *env.cxx_flags(), *objects, "-o", str(built), *linked])
         os.replace(built, library)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
-def _run(name: str, command: list[str]) -> None:
+def _compile_cuda(name: str, compiler: str, architectures: tuple[str, ...], library: Path) -> None:
+    what, sources = f"CUDA kernel {name}", [*_sources(name, "*.cu"), *_sources("common", "*.cu")]
+    with _workshop(what, "a minute or two", library) as work:
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+        common = [compiler, "-ccbin", env.cxx(), *CUDA_FLAGS, *targets]
+        jobs = [(work / f"{i}.o", source) for i, source in enumerate(sources)]
+        _run_all(what, [[*common, "-c", str(source), "-o", str(target)] for target, source in jobs])
+        built = work / "built.so"
+        # The runtime within is this library's own: another in the process must neither be taken for it nor see it.
+        hidden = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-Bsymbolic"]
+        _run(what, [*common, "-shared", *hidden, *(str(target) for target, _ in jobs), "-o", str(built)])
+        os.replace(built, library)
+
+
+def _sources(name: str, pattern: str) -> list[Path]:
+    found = sorted((SOURCE_DIR / name).glob(pattern))
+    if not found:
+        raise NativeBuildError(f"native kernel {name}: no sources in {SOURCE_DIR / name}; install the repository with pip install -e .")
+    return found
+
+
+def _run_all(what: str, commands: list[list[str]]) -> None:
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(lambda command: _run(what, command), commands))
+
+
+def _run(what: str, command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_OUT)
     except subprocess.TimeoutExpired:
-        raise NativeBuildError(f"native kernel {name}: the compiler took longer than {TIME_OUT:.0f} s") from None
+        raise NativeBuildError(f"{what}: the compiler took longer than {TIME_OUT:.0f} s") from None
     if done.returncode:
-        raise NativeBuildError(f"native kernel {name} does not compile: {_one_line(done.stderr)}")
+        raise NativeBuildError(f"{what} does not compile: {_one_line(done.stderr)}")
 
 
 def _one_line(text: str) -> str:

@@ -59,7 +59,9 @@ template <int C> __device__ __forceinline__ Place place_in_slot(const Sequences&
         else
             high = middle - 1;
     }
-    return place_of<C>(q, N, low, (slot - q.first_slot<C>(low)) * C, head);
+    Place place = place_of<C>(q, N, low, (slot - q.first_slot<C>(low)) * C, head);
+    if (slot < q.first_slot<C>(low)) place.tokens = 0;  // bounds that fall
+    return place;
 }
 
 // Elementwise passes: warp w of `warps` has tokens w * rows .. of the chunk, lane l channels 2 l and 2 l + 1 (none where N < 64 runs out).

@@ -1,7 +1,12 @@
-// The PTX instructions that the chunked kernels use, each with its host body.
+// The PTX instructions that the chunked kernels use, each with its host body. Compiled for a card before compute capability 8.0, which has
+// none of them, the kernels end in a trap: such a card runs sequential.cu.
 #pragma once
 
 #include "device.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define WKV7_OLD_CARD
+#endif
 
 namespace wkv7 {
 
@@ -54,7 +59,9 @@ __device__ __forceinline__ float sigmoid_fast(float x) {
 //     b: (c.., g) (c + 8.., g)                                                         pairs along k
 // so two neighbouring d tiles, packed, are an a tile; and a d tile, packed, is the b tile of its transpose.
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#ifdef __CUDACC__
+#if defined(WKV7_OLD_CARD)
+    __trap();
+#elif defined(__CUDACC__)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -65,7 +72,9 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 
 // Four 8 x 8 matrices of bf16 in shared memory; lane 8 i + j gives the offset of row j of matrix i, register i receives matrix i.
 template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x)[4], int row) {
-#ifdef __CUDACC__
+#if defined(WKV7_OLD_CARD)
+    __trap();
+#elif defined(__CUDACC__)
     if constexpr (transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -83,7 +92,9 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x
 
 // 16 bytes from global to shared memory, zeros where !valid; visible after copy_wait and a barrier.
 __device__ __forceinline__ void copy_async(int to, const void* from, bool valid) {
-#ifdef __CUDACC__
+#if defined(WKV7_OLD_CARD)
+    __trap();
+#elif defined(__CUDACC__)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 #else
     emulation::copy_async(shared_memory() + to, from, 16, valid ? 16 : 0);
@@ -91,7 +102,9 @@ __device__ __forceinline__ void copy_async(int to, const void* from, bool valid)
 }
 
 __device__ __forceinline__ void copy_commit() {
-#ifdef __CUDACC__
+#if defined(WKV7_OLD_CARD)
+    __trap();
+#elif defined(__CUDACC__)
     asm volatile("cp.async.commit_group;" ::: "memory");
 #else
     emulation::commit_copies();
@@ -100,7 +113,9 @@ __device__ __forceinline__ void copy_commit() {
 
 // Waits until at most `left` of this thread's committed groups are still in flight.
 template <int left> __device__ __forceinline__ void copy_wait() {
-#ifdef __CUDACC__
+#if defined(WKV7_OLD_CARD)
+    __trap();
+#elif defined(__CUDACC__)
     asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 #else
     emulation::finish_copies(left);

@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+import torch
 
 from rwkvlm.cli import doctor, main
 from rwkvlm.ops.cross_entropy import reference
@@ -65,3 +66,24 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     with pytest.raises(doctor.Sick, match="cannot be written: Permission denied; choose another --proj_dir"):
         doctor.disk(tmp_path)
+
+
+def test_nvcc_on_a_machine_with_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "listed_gpus", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    nvcc = tmp_path / "bin" / "nvcc"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(doctor.Sick, match="wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit 13.0, or set CUDA_HOME"):
+        doctor.nvcc()
+    nvcc.parent.mkdir()
+    for release, told in (("13.0", "CUDA 13.0"), ("12.8", "CUDA 12.8; torch's is 13.0, so DeepSpeed's FusedAdam does not build")):
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+        nvcc.chmod(0o755)
+        assert doctor.nvcc().startswith(told)
+
+
+def test_why_a_kernel_runs_in_plain_pytorch():
+    same = [torch.ones(2)]
+    assert doctor._compared("wkv7", "cuda", same, same, lambda name: (True, "")).startswith("CUDA, largest deviation")
+    with pytest.raises(doctor.Sick, match="runs in plain PyTorch, slower: no nvcc for wkv7"):
+        doctor._compared("wkv7", "torch", same, same, lambda name: (False, f"no nvcc for {name}"))

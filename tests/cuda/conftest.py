@@ -1,12 +1,21 @@
-"""The kernels of cuda/wkv7, compiled once a session for the host."""
+"""The CUDA kernels, compiled once a session for the host."""
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
-from oracles.emulated_wkv7 import Kernels, compile_kernels
+from oracles.emulated_wkv7 import CUDA, Kernels, compile_kernels
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return Kernels(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O1"))
+
+
+@pytest.fixture(scope="session")
+def block_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Those around wkv7: cuda/fused and cuda/loss."""
+    sources = sorted(x for folder in ("common", "fused", "loss") for x in (CUDA / folder).glob("*.cu"))
+    return ctypes.CDLL(str(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O1", sources=sources)))

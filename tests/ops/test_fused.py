@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from oracles.elementwise import Case, close
 from rwkvlm import native as build
 from rwkvlm.config import UserError
 from rwkvlm.ops import backend, fused
@@ -21,62 +22,6 @@ def form(request, monkeypatch):
         pytest.skip(build.available("fused")[1])
     monkeypatch.setattr(backend, "_requested", request.param)
     return request.param
-
-
-class Case:
-    """Random inputs of one operator: call(module) -> outputs."""
-
-    def __init__(self, name, B=2, T=33, H=3, N=32, dtype=torch.float32, state=False, residual=True):
-        rng = torch.Generator().manual_seed(0)
-        C = H * N
-
-        def normal(*shape, scale=1.0, shift=0.0):
-            return (torch.randn(*shape, generator=rng) * scale + shift).to(dtype).requires_grad_()
-
-        def whole():
-            return normal(B, T, C)
-
-        def vector(**kwargs):
-            return normal(1, 1, C, **kwargs)
-
-        self.name = name
-        if name == "token_mix":
-            self.inputs = [whole(), normal(B, C) if state else None, *(vector() for _ in range(6))]
-        elif name == "time_mix_inputs":
-            rest = [whole(), whole()] if residual else [None, None]
-            vectors = [vector(), vector(shift=1.0), vector(shift=1.0), vector(), vector() if residual else None]
-            self.inputs = [whole(), whole(), whole(), whole(), *rest, *vectors]
-        elif name == "time_mix_output":
-            self.inputs = [*(whole() for _ in range(5)), normal(C, shift=1.0), normal(C), normal(H, N)]
-        else:
-            self.inputs = [whole()]
-        self.head_size = N
-
-    def call(self, module, *inputs):
-        if self.name == "token_mix":
-            return module.token_mix(inputs[0], inputs[1], list(inputs[2:]))
-        if self.name == "time_mix_inputs":
-            return module.time_mix_inputs(*inputs, self.head_size)
-        if self.name == "time_mix_output":
-            return [module.time_mix_output(*inputs, 64e-5)]
-        return [module.relu_square(*inputs)]
-
-    def outputs_and_gradients(self, module, inputs=None):
-        inputs = self.inputs if inputs is None else inputs
-        outputs = self.call(module, *inputs)
-        rng = torch.Generator().manual_seed(1)
-        weights = [torch.randn(out.shape, generator=rng).to(self.inputs[0].dtype).to(out.dtype) for out in outputs]
-        wanted = [t for t in inputs if t is not None]
-        return [out.detach() for out in outputs], torch.autograd.grad(outputs, wanted, weights)
-
-    def exact(self):
-        return self.outputs_and_gradients(reference, [None if t is None else t.detach().double().requires_grad_() for t in self.inputs])
-
-
-def close(got, want, tolerance):
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape and g.isfinite().all()
-        assert (g.double() - w).norm() <= tolerance * w.norm() + 1e-30
 
 
 CASES = {

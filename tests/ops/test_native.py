@@ -3,14 +3,18 @@
 import ctypes
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from rwkvlm import native
+
+CUDA = native.SOURCE_DIR
 
 if subprocess.run(["sh", "-c", "command -v ${CXX:-g++}"], capture_output=True).returncode:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -120,3 +124,104 @@ def test_two_processes_build_once(toy):
 def test_nothing_is_built_at_import(tmp_path):
     code = "import rwkvlm.ops.wkv7, rwkvlm.native, os, sys; sys.exit(os.path.exists(os.environ['RWKV_CACHE_DIR']))"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"RWKV_CACHE_DIR": str(tmp_path / "cache")}, timeout=120).returncode == 0
+
+
+@pytest.fixture
+def toy_cuda(toy):
+    """A kernel folder with a .cu: one function that needs no GPU."""
+    shutil.rmtree(toy.parent / "common")
+    shutil.copytree(CUDA / "common", toy.parent / "common")
+    os.symlink(CUDA / "emulation", toy.parent / "emulation")
+    (toy / "toy.cu").write_text('#include "../common/device.cuh"\nextern "C" int answer() { return device::ceil_div(125, 3); }\n')
+    return toy
+
+
+def gpu(monkeypatch, *capabilities):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    native.cuda_library.cache_clear()
+    native.cuda_available.cache_clear()
+
+
+def test_without_a_gpu_the_reason_leads_to_the_doctor(toy_cuda, monkeypatch):
+    gpu(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    can, reason = native.cuda_available("toy")
+    assert not can and "uses no GPU here; python -m rwkvlm doctor" in reason
+
+
+def test_without_nvcc_the_reason_names_the_cure(toy_cuda, tmp_path, monkeypatch):
+    gpu(monkeypatch, (9, 0))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    can, reason = native.cuda_available("toy")
+    assert not can and reason == f"CUDA kernel toy: nvcc is not in CUDA_HOME={tmp_path}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it"
+
+
+def stand_in(tmp_path, monkeypatch, script):
+    """An nvcc of our own."""
+    path = tmp_path / "home" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+
+
+def test_what_nvcc_says_is_one_line(toy_cuda, tmp_path, monkeypatch):
+    gpu(monkeypatch, (12, 0))
+    stand_in(tmp_path, monkeypatch, 'case "$*" in --version) echo nvcc 11;; *) echo "nvcc fatal   : Unsupported gpu architecture $*" >&2; exit 1;; esac\n')
+    can, reason = native.cuda_available("toy")
+    assert not can and reason.startswith("CUDA kernel toy does not compile: nvcc fatal   : Unsupported gpu architecture") and "compute_120" in reason
+    assert "\n" not in reason
+
+
+def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, capfd):
+    """nvcc's place is taken by g++ and the emulation: what is built and loaded is real, the GPU is not."""
+    gpu(monkeypatch, (9, 0), (8, 6), (9, 0))
+    log = tmp_path / "log"
+    stand_in(
+        tmp_path,
+        monkeypatch,
+        f'echo "$*" >> {log}\n'
+        'case "$*" in --version) echo nvcc;;\n'
+        '*" -c "*) while [ "$1" != -c ]; do shift; done; exec g++ -std=c++17 -fPIC -Wno-unknown-pragmas -x c++ "$@";;\n'
+        '*) while [ "${1%.o}" = "$1" ]; do shift; done; exec g++ -shared "$@";; esac\n',
+    )
+    library = native.cuda_library("toy")
+    assert library.answer() == 42
+    assert capfd.readouterr().err == "building CUDA kernel toy (once, a minute or two)\n"
+    compiled = [line for line in log.read_text().splitlines() if " -c " in line]
+    assert len(compiled) == 2
+    assert all(line.count("-gencode") == 2 and "arch=compute_86,code=sm_86" in line and "arch=compute_90a,code=sm_90a" in line for line in compiled)
+    assert native.cuda_available("toy") == (True, "")
+    native.cuda_check(library, 0, "toy")
+    with pytest.raises(RuntimeError, match=r"toy: a shape or dtype that this kernel does not take \(-1\)"):
+        native.cuda_check(library, -1, "toy")
+    first = native.build_cuda("toy", ("90a",))
+    (toy_cuda / "new.cuh").write_text("// changed\n")
+    assert native.build_cuda("toy", ("90a",)) != first
+
+
+def test_a_driver_that_is_too_old_is_a_reason(toy_cuda, monkeypatch, tmp_path):
+    gpu(monkeypatch, (9, 0))
+    source = tmp_path / "refuses.cpp"
+    source.write_text('extern "C" int cuda_probe() { return 35; } extern "C" const char* cuda_message(int) { return "driver too old"; }')
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "refuses.so")], check=True)
+    monkeypatch.setattr(native, "build_cuda", lambda name, architectures: tmp_path / "refuses.so")
+    can, reason = native.cuda_available("toy")
+    assert not can and "driver too old (35); update the driver, or set CUDA_HOME to a toolkit" in reason
+
+
+def test_nvcc_builds_a_library_that_needs_no_cuda_runtime_of_others(toy_cuda):
+    if native.nvcc() is None:
+        pytest.skip("needs nvcc")
+    path = native.build_cuda("toy", ("80",))
+    library = ctypes.CDLL(str(path))
+    assert library.answer() == 42
+    needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    assert "libcudart" not in needed and "cudaLaunchKernel" not in symbols and "answer" in symbols
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="driver"):
+            native.cuda_check(library, library.cuda_probe(), "toy")

@@ -17,21 +17,12 @@ import torch
 from torch import Tensor
 
 from rwkvlm.ops.wkv7 import wkv7_reference
+from rwkvlm.ops.wkv7.arguments import NAMES
+from rwkvlm.ops.wkv7.cuda import Pointers, Shape, prototypes
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
-SOURCES = sorted((CUDA / "wkv7").glob("*.cu"))
-NAMES = ("r", "w", "k", "v", "a", "b")
+SOURCES = sorted(x for folder in ("common", "wkv7") for x in (CUDA / folder).glob("*.cu"))
 GUARD = 64  # bytes behind each buffer that no kernel may touch
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [("cu_seqlens", ctypes.c_void_p)]
-
-
-class Pointers(ctypes.Structure):
-    """Wkv7Inputs and Wkv7Gradients alike: six tensors and a state."""
-
-    _fields_ = [(n, ctypes.c_void_p) for n in (*NAMES, "state")]
 
 
 @dataclass
@@ -96,7 +87,7 @@ class Kernels:
     """One library of emulated kernels. `run` calls forward and backward with every buffer poisoned, and checks guards and error codes."""
 
     def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
+        self.library = prototypes(ctypes.CDLL(str(path)))
         self.library.emulation_error.restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments) -> None:
@@ -118,19 +109,17 @@ class Kernels:
             return storage[: count * dtype.itemsize].view(dtype).view(size)
 
         def workspace(name: str) -> Tensor:
-            function = getattr(self.library, f"wkv7_{kernel}_{name}_bytes")
-            function.restype = ctypes.c_int64
-            return poisoned((function(ctypes.byref(shape)),), torch.uint8)
+            return poisoned((getattr(self.library, f"wkv7_{kernel}_{name}_bytes")(shape),), torch.uint8)
 
-        def pointer(x: Tensor | None) -> ctypes.c_void_p:
-            return ctypes.c_void_p(None if x is None else x.data_ptr())
+        def pointer(x: Tensor | None) -> int | None:
+            return None if x is None else x.data_ptr()
 
         self.library.emulation_reverse(int(reverse))
         states = (documents or B, H, N, N)
         y, final_state = poisoned(r.shape, r.dtype), poisoned(states, torch.float32)
         saved = workspace("saved") if backward or kernel == "chunked" else None
         inputs = Pointers(*(x.data_ptr() for x in case.inputs), pointer(case.initial_state))
-        head = [ctypes.byref(shape)] + ([int(r.dtype == torch.float32)] if kernel == "sequential" else []) + [ctypes.byref(inputs)]
+        head = [shape] + ([int(r.dtype == torch.float32)] if kernel == "sequential" else []) + [inputs]
         scratch = [pointer(workspace("forward_scratch"))] if kernel == "chunked" else []
         self.call(f"wkv7_{kernel}_forward", *head, pointer(y), pointer(final_state), pointer(saved), *scratch, None)
         results = {"y": y, "final_state": final_state}
@@ -140,14 +129,14 @@ class Kernels:
             out = Pointers(*(x.data_ptr() for x in gradients.values()))
             scratch = [pointer(workspace("backward_scratch"))] if kernel == "chunked" else []
             self.call(
-                f"wkv7_{kernel}_backward", *head, pointer(saved), pointer(case.dy), pointer(case.d_final_state), ctypes.byref(out), *scratch, None
+                f"wkv7_{kernel}_backward", *head, pointer(saved), pointer(case.dy), pointer(case.d_final_state), out, *scratch, None
             )
             results.update(gradients)
         assert all((b[-GUARD:] == 0xFF).all() for b in buffers), "a kernel wrote behind its buffer"
         return results
 
 
-def compile_kernels(folder: Path, *flags: str) -> Path:
+def compile_kernels(folder: Path, *flags: str, sources: list[Path] = SOURCES) -> Path:
     """g++ over every kernel source, into one library."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -163,7 +152,7 @@ def compile_kernels(folder: Path, *flags: str) -> Path:
         assert build.returncode == 0 and "warning" not in build.stderr, build.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        objects = [str(x) for x in pool.map(compiled, SOURCES)]
+        objects = [str(x) for x in pool.map(compiled, sources)]
     run(["g++", "-shared", *flags, *objects, "-o", str(folder / "kernels.so")])
     return folder / "kernels.so"
 

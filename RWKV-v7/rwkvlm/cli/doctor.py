@@ -66,35 +66,42 @@ def gpu() -> str:
 
 
 def nvcc() -> str:
-    """nvcc compiles the CUDA kernels; its major version must be that of torch's CUDA."""
+    """nvcc compiles the CUDA kernels. It need not be of torch's CUDA release, the driver alone must know its: that is seen when they are built."""
     if not listed_gpus():
         return "not needed: there is no GPU"
     import torch
 
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(env.cuda_home(), "bin"))
+    from .. import native
+
+    path = native.nvcc()
     if path is None:
         raise Sick(f"not found: wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout.split("release ")[-1].partition(",")[0]
-    if version.partition(".")[0] != (torch.version.cuda or "").partition(".")[0]:
-        raise Sick(f"{path} is of CUDA {version}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to a toolkit {torch.version.cuda}")
-    return f"CUDA {version}"
+    other = version.partition(".")[0] != (torch.version.cuda or "").partition(".")[0]
+    return f"CUDA {version}" + f"; torch's is {torch.version.cuda}, so DeepSpeed's FusedAdam does not build and torch's AdamW takes its place" * other
 
 
 def kernel_wkv7() -> str:
     import torch
 
+    from .. import native
     from ..ops.wkv7 import backend_for, wkv7, wkv7_reference
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = [torch.randn(1, 70, 2, 64, generator=torch.Generator().manual_seed(n)) * 0.3 for n in range(6)]
 
-    def run(form: Callable, device: torch.device) -> list:
-        given = [x.to(device).requires_grad_() for x in inputs]
+    def run(form: Callable, device: torch.device, dtype: torch.dtype) -> list:
+        inputs = [torch.randn(1, 70, 2, 64, generator=torch.Generator().manual_seed(n)) * 0.3 for n in range(6)]
+        given = [x.bfloat16().to(device, dtype).requires_grad_() for x in inputs]
         y = form(*given)
         y = y[0] if isinstance(y, tuple) else y
-        return [t.cpu() for t in (y, *torch.autograd.grad(y.square().sum(), given))]
+        return [t.float().cpu() for t in (y, *torch.autograd.grad(y.float().square().sum(), given))]
 
-    return _compared("wkv7", backend_for(device, torch.float32), run(wkv7, device), run(lambda *x: wkv7_reference(*x, None), torch.device("cpu")))
+    wanted = run(lambda *x: wkv7_reference(*x, None), torch.device("cpu"), torch.float32)
+    built = native.cuda_available if device.type == "cuda" else native.available
+    said = _compared("wkv7", backend_for(device, torch.float32), run(wkv7, device, torch.float32), wanted, built)
+    if device.type == "cuda":  # bf16 has kernels of its own, on the tensor cores
+        _compared("wkv7", backend_for(device, torch.bfloat16), run(wkv7, device, torch.bfloat16), wanted, built, 3e-2)
+    return said
 
 
 def kernel_loss() -> str:
@@ -113,17 +120,18 @@ def kernel_loss() -> str:
         return [t.cpu() for t in (loss, *torch.autograd.grad(loss, given))]
 
     made_by = "cpu" if _form(device, torch.float32, 64).__name__.endswith("native") else "torch"
-    return _compared("loss", made_by, run(head_cross_entropy, device), run(reference, torch.device("cpu")))
-
-
-def _compared(name: str, made_by: str, got: list, wanted: list) -> str:
     from .. import native
 
+    return _compared("loss", made_by, run(head_cross_entropy, device), run(reference, torch.device("cpu")), native.available)
+
+
+def _compared(name: str, made_by: str, got: list, wanted: list, available: Callable[[str], tuple[bool, str]], limit: float = 1e-3) -> str:
+    """available: whether the device's own kernel can be had, and why not."""
     worst = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in zip(got, wanted))
-    if not worst < 1e-3:
+    if not worst < limit:
         raise Sick(f"{made_by} differs from the reference by {worst:.0e}; delete {env.cache_dir() / 'native'} to build it again, or use --kernel torch")
     if made_by == "torch":
-        built, reason = native.available(name)
+        built, reason = available(name)
         if not built:
             raise Sick(f"runs in plain PyTorch, slower: {reason}")
     return f"{ {'cpu': 'C++', 'cuda': 'CUDA', 'torch': 'plain PyTorch'}[made_by]}, largest deviation from the reference {worst:.0e}"

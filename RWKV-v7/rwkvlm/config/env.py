@@ -30,8 +30,8 @@ def cxx_flags() -> list[str]:
 
 
 def cuda_home() -> str:
-    """CUDA_HOME: where nvcc is looked for when it is not on the PATH; default /usr/local/cuda."""
-    return os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    """CUDA_HOME: the toolkit whose nvcc is used; "": nvcc on the PATH, else that of /usr/local/cuda."""
+    return os.environ.get("CUDA_HOME", "")
 
 
 def torch_extensions_dir() -> Path | None:

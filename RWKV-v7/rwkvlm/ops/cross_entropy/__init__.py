@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend
-from . import chunked, native
+from . import chunked, cuda, native
 
 __all__ = ["head_cross_entropy"]
 
@@ -57,10 +57,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def _form(device: torch.device, dtype: torch.dtype, n_embd: int):
-    if device.type != "cpu":
-        return chunked  # its matrix products are the GPU's own
-    supported = {"cpu": lambda: native.why_not(dtype, n_embd), "torch": lambda: ""}
-    return native if backend.choose("head_cross_entropy", backend.requested(), device, supported) == "cpu" else chunked
+    if device.type not in ("cpu", "cuda"):
+        return chunked
+    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype, n_embd), "torch": lambda: ""}
+    return {"cuda": cuda, "cpu": native, "torch": chunked}[backend.choose("head_cross_entropy", backend.requested(), device, supported)]
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> None:
@@ -76,7 +76,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: 
         raise ValueError(f"head_cross_entropy: x is on {x.device}, weight on {weight.device}, targets on {targets.device}; expected one device")
     if chunk < 0:
         raise ValueError(f"head_cross_entropy: chunk is {chunk}; expected a number of tokens, or 0 to choose one")
-    if targets.device.type == "cpu":  # on a GPU the look would make the host wait; there the gather asserts on the device
+    if targets.device.type == "cpu":  # on a GPU the look would make the host wait; there plain PyTorch asserts on the device, and the kernel's loss is NaN
         low, high = targets.aminmax()
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(f"head_cross_entropy: targets lie in [{low}, {high}]; expected [0, {weight.shape[0]}), the rows of weight")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import native, reference
+from . import cuda, native, reference
 
 __all__ = ["relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
 
@@ -59,11 +59,13 @@ def relu_square(x: Tensor) -> Tensor:
 
 def _form(*inputs: Tensor):
     x = inputs[0]
-    if x.device.type != "cpu":
-        return reference  # torch.compile fuses it there
-    return native if _backend(x.device, tuple({t.dtype for t in inputs}), x.shape[-1]) == "cpu" else reference
+    if x.device.type not in ("cpu", "cuda"):
+        return reference
+    # native: the operators of cuda/fused, which have a form for either device
+    return reference if _backend(x.device, tuple({t.dtype for t in inputs}), x.shape[-1]) == "torch" else native
 
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def _backend(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
-    return backend.choose("elementwise parts", backend.requested(), device, {"cpu": lambda: native.why_not(dtypes, width), "torch": lambda: ""})
+    supported = {"cuda": lambda: cuda.why_not(dtypes, width), "cpu": lambda: native.why_not(dtypes, width), "torch": lambda: ""}
+    return backend.choose("elementwise parts", backend.requested(), device, supported)

@@ -1,4 +1,4 @@
-"""The C++ kernels (cuda/fused) on the CPU, forward and backward; only inputs are kept for backward."""
+"""The native kernels (cuda/fused), forward and backward: C++ on the CPU, CUDA (cuda.py) on a GPU; only inputs are kept for backward."""
 
 from __future__ import annotations
 

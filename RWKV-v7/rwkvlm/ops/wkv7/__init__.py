@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import native
+from . import cuda, native
 from .arguments import check_arguments
 from .chunked import wkv7_chunked
+from .cuda import wkv7_cuda
 from .native import wkv7_native
 from .reference import wkv7_reference
 
-__all__ = ["backend_for", "wkv7", "wkv7_chunked", "wkv7_native", "wkv7_reference"]
+__all__ = ["backend_for", "wkv7", "wkv7_chunked", "wkv7_cuda", "wkv7_native", "wkv7_reference"]
 
 
 def wkv7(
@@ -41,7 +42,7 @@ def wkv7(
     """
     inputs = (r, w, k, v, a, b)
     check_arguments(inputs, initial_state, cu_seqlens)
-    form = wkv7_chunked if backend_for(r.device, r.dtype) == "torch" else wkv7_native
+    form = {"cuda": wkv7_cuda, "cpu": wkv7_native, "torch": wkv7_chunked}[backend_for(r.device, r.dtype)]
     y, state = form(*inputs, initial_state, cu_seqlens)
     return (y, state) if output_final_state else y
 
@@ -49,4 +50,5 @@ def wkv7(
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
-    return backend.choose("wkv7", backend.requested(), device, {"cpu": lambda: native.why_not(dtype), "torch": lambda: ""})
+    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype), "torch": lambda: ""}
+    return backend.choose("wkv7", backend.requested(), device, supported)

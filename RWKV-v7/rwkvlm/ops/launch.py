@@ -1,0 +1,33 @@
+"""Calling the functions of a CUDA library (native.cuda_library) with tensors: their addresses, their device's stream, their error codes."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from rwkvlm import native
+
+
+def ready(x: Tensor) -> Tensor:
+    """Contiguous and 16 byte aligned, as the kernels read it; nearly always x itself."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def launch(library: ctypes.CDLL, function: str, device: torch.device, *arguments) -> None:
+    """`function(*arguments, stream)` on the device's current stream; RuntimeError with the library's message. On the CPU (emulated kernels): no stream."""
+    if device.type == "cpu":
+        code = getattr(library, function)(*arguments, None)
+    elif device.index == torch.cuda.current_device():
+        code = getattr(library, function)(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        with torch.cuda.device(device):
+            code = getattr(library, function)(*arguments, torch.cuda.current_stream().cuda_stream)
+    if code:
+        native.cuda_check(library, code, function)

@@ -1,0 +1,218 @@
+"""The CUDA kernels as torch operators: which of them runs, its memory, autograd, and what fake tensors need to know."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from typing import Callable, ContextManager, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkvlm import native
+
+from .arguments import NAMES, sequence_bounds
+
+CHUNK = {"chunked": 64, "sequential": 16}  # tokens from one saved record to the next
+CHUNKED_SIZES = (16, 32, 64)
+TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
+
+
+class Shape(ctypes.Structure):
+    """Wkv7Shape of cuda/wkv7/api.cuh."""
+
+    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [("cu_seqlens", ctypes.c_void_p)]
+
+
+class Pointers(ctypes.Structure):
+    """Wkv7Inputs and Wkv7Gradients alike: six tensors and a state."""
+
+    _fields_ = [(n, ctypes.c_void_p) for n in (*NAMES, "state")]
+
+
+class Machine(NamedTuple):
+    """Where kernels run. current: makes the device the current one meanwhile and gives the address of its current stream."""
+
+    library: ctypes.CDLL
+    capability: tuple[int, int]
+    current: Callable[[], ContextManager[int | None]]
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """The GPU that holds the tensors. Everything here that needs a GPU is in this function: tests put the emulation on the host in its place."""
+    if device.type != "cuda":
+        raise ValueError(f"wkv7: the CUDA kernels need tensors on a GPU, got {device}")
+
+    @contextlib.contextmanager
+    def current() -> Iterator[int]:
+        with torch.cuda.device(device):  # the kernels' own CUDA runtime launches where the driver's current context is
+            yield torch.cuda.current_stream().cuda_stream
+
+    return Machine(prototypes(native.cuda_library("wkv7")), torch.cuda.get_device_capability(device), current)
+
+
+def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, told the types of its functions: addresses would be cut to 32 bits otherwise."""
+    shape, inputs, address = ctypes.POINTER(Shape), ctypes.POINTER(Pointers), ctypes.c_void_p
+    types = {
+        "sequential_forward": [shape, ctypes.c_int, inputs, address, address, address, address],
+        "sequential_backward": [shape, ctypes.c_int, inputs, address, address, address, inputs, address],
+        "chunked_forward": [shape, inputs, address, address, address, address, address],
+        "chunked_backward": [shape, inputs, address, address, address, inputs, address, address],
+    }
+    for name, arguments in types.items():
+        getattr(library, f"wkv7_{name}").argtypes = arguments
+    for name in ("sequential_saved", "chunked_saved", "chunked_forward_scratch", "chunked_backward_scratch"):
+        function = getattr(library, f"wkv7_{name}_bytes")
+        function.argtypes, function.restype = [shape], ctypes.c_int64
+    return library
+
+
+def why_not(dtype: torch.dtype) -> str:
+    """"" when kernels run here on inputs of this dtype (they are then built), else the reason."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"it takes bfloat16 or float32, not {dtype}"
+    return native.cuda_available("wkv7")[1]
+
+
+def wkv7_cuda(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """r, w, k, v, a, b [B, T, H, N] bfloat16 or float32, states [.., H, N, N] float32 -> y, final state.
+
+    Only where `why_not` has returned "". The values of cu_seqlens are checked where that takes no waiting for the device: on the CPU.
+    On the GPU wrong ones give wrong results, but touch no memory of others.
+    """
+    if cu_seqlens is not None:
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            sequence_bounds(cu_seqlens, r.shape[1])
+        cu_seqlens = cu_seqlens.to(r.device, torch.int32, non_blocking=True)
+    inputs = (r, w, k, v, a, b, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, state, _ = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, cu_seqlens, save)
+    return y, state
+
+
+def form_for(dtype: torch.dtype, N: int, capability: tuple[int, int]) -> str:
+    """"chunked", on the tensor cores, wherever it can; else "sequential", fp32 arithmetic throughout."""
+    return "chunked" if dtype == torch.bfloat16 and N in CHUNKED_SIZES and capability >= TENSOR_CORES else "sequential"
+
+
+def saved_bytes(form: str, B: int, T: int, H: int, N: int, documents: int) -> int:
+    """Of what the forward leaves for the backward; documents: 0 without cu_seqlens. The library's own answer, for sizes that are symbols too."""
+    C = CHUNK[form]
+    slots = T // C + documents if documents else B * ((T + C - 1) // C)
+    if form == "sequential":
+        return 4 * N * H * (slots * N + B * T)
+    return 2 * H * slots * (2 * N * N + C * N + C * C + 2 * N)
+
+
+# Defined for every device, so that `machine` alone decides where it runs.
+torch.library.define(
+    "rwkvlm::wkv7_cuda_forward",
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens, bool save) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "rwkvlm::wkv7_cuda_backward",
+    "(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens,"
+    " Tensor saved, bool state_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _ready(x: Tensor | None) -> Tensor | None:
+    """Contiguous and 16 byte aligned, as the kernels read it; nearly always x itself."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Call:
+    """One call of the library: its inputs made ready, its shape, its memory."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        self.kept = [*map(_ready, tensors), _ready(initial_state), _ready(cu_seqlens)]  # alive until the kernels are on their stream
+        self.r = self.kept[0]
+        B, T, H, N = self.r.shape
+        documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.machine = machine(self.r.device)
+        self.form = form_for(self.r.dtype, N, self.machine.capability)
+        self.states = (documents or B, H, N, N)
+        self.saved = saved_bytes(self.form, B, T, H, N, documents)
+        self.shape = Shape(B, T, H, N, documents, _address(self.kept[7]))
+        self.inputs = Pointers(*map(_address, self.kept[:7]))
+        self.dtype = [] if self.form == "chunked" else [int(self.r.dtype == torch.float32)]
+
+    def bytes(self, count: int) -> Tensor:
+        return self.r.new_empty(count, dtype=torch.uint8)
+
+    def scratch(self, direction: str) -> list[Tensor]:
+        if self.form == "sequential":
+            return []
+        return [self.bytes(getattr(self.machine.library, f"wkv7_chunked_{direction}_scratch_bytes")(self.shape))]
+
+    def run(self, direction: str, *arguments: Tensor | Pointers | None) -> None:
+        library, name = self.machine.library, f"wkv7_{self.form}_{direction}"
+        given = [x if isinstance(x, Pointers) else _address(x) for x in arguments]
+        with self.machine.current() as stream:
+            native.cuda_check(library, getattr(library, name)(self.shape, *self.dtype, self.inputs, *given, stream), name)
+
+
+@torch.library.impl("rwkvlm::wkv7_cuda_forward", "CompositeExplicitAutograd")
+def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
+    call = _Call((r, w, k, v, a, b), initial_state, cu_seqlens)
+    y, final_state = r.new_empty(r.shape), r.new_empty(call.states, dtype=torch.float32)
+    saved = call.bytes(call.saved if save or call.form == "chunked" else 0)
+    call.run("forward", y, final_state, saved if len(saved) else None, *call.scratch("forward"))
+    return y, final_state, saved if save else call.bytes(0)
+
+
+@torch.library.impl("rwkvlm::wkv7_cuda_backward", "CompositeExplicitAutograd")
+def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient):
+    call = _Call((r, w, k, v, a, b), initial_state, cu_seqlens)
+    if len(saved) != call.saved:
+        raise RuntimeError(f"wkv7: the backward needs what a forward with save has left, {call.saved} bytes, got {len(saved)}")
+    gradients = [r.new_empty(r.shape) for _ in range(6)]
+    d_initial = r.new_empty(call.states if state_gradient else (0,), dtype=torch.float32)
+    out = Pointers(*map(_address, gradients), _address(d_initial) if state_gradient else None)
+    dy, d_final_state = _ready(dy), _ready(d_final_state)
+    call.run("backward", saved, dy, d_final_state, out, *call.scratch("backward"))
+    return *gradients, d_initial
+
+
+@torch.library.register_fake("rwkvlm::wkv7_cuda_forward")
+def _fake_forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
+    B, T, H, N = r.shape
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    saved = saved_bytes(form_for(r.dtype, N, machine(r.device).capability), B, T, H, N, documents) if save else 0
+    return r.new_empty(r.shape), r.new_empty(documents or B, H, N, N, dtype=torch.float32), r.new_empty(saved, dtype=torch.uint8)
+
+
+@torch.library.register_fake("rwkvlm::wkv7_cuda_backward")
+def _fake_backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient):
+    B, _, H, N = r.shape
+    states = (B if cu_seqlens is None else cu_seqlens.shape[0] - 1, H, N, N) if state_gradient else (0,)
+    return *(r.new_empty(r.shape) for _ in range(6)), r.new_empty(states, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _gradients(ctx, dy, d_final_state, _saved):
+    *tensors, saved = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    wanted = ctx.needs_input_grad[6]
+    *gradients, d_initial = torch.ops.rwkvlm.wkv7_cuda_backward(dy, d_final_state, *tensors, saved, wanted)
+    return *gradients, d_initial if wanted else None, None, None
+
+
+torch.library.register_autograd("rwkvlm::wkv7_cuda_forward", _gradients, setup_context=_save)

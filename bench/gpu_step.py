@@ -1,0 +1,168 @@
+"""The whole training step on a GPU: tokens/s, MFU, what the GPU's time goes to. bench/gpu.sh calls it; the last line of its output is JSON.
+
+    python bench/gpu_step.py L12-D768x16x512        layers, width x samples x tokens of a sample; bf16, vocabulary 65536, nothing recomputed
+    python bench/gpu_step.py L24-D2048x4x4096 --grad_cp 1
+
+Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and gradients of a small model
+against plain PyTorch in float64; exit code 1, and nothing is timed, where they are wrong. Steps are timed between events without waiting in between.
+mfu: of the arithmetic that the model needs (train/flops.py) and the chip's data sheet; share_of_gemm: of the rate of a large matrix product,
+measured in the same run. --device cpu is a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+
+import torch
+
+from rwkvlm import models
+from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.ops import backend
+from rwkvlm.train.flops import flops_per_token, peak_flops
+from rwkvlm.train.module import TrainModule
+from rwkvlm.train.norms import GradientNorms
+from rwkvlm.train.optimizer import make_optimizer
+from rwkvlm.train.strategy import make_strategy, param_dtype
+
+LIMIT = 5e-2  # relative: loss and the whole gradient in bf16, against float64
+
+
+class Training:
+    """A model and what a step of training does with it."""
+
+    def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace) -> None:
+        config = TrainConfig(
+            accelerator="gpu" if options.device == "cuda" else "cpu", devices="1", precision="bf16", weight_decay=0.001, lr_init=1e-4, grad_cp=options.grad_cp
+        )
+        strategy = make_strategy(config)
+        self.module = TrainModule(config)
+        model = models.build(sizes)
+        models.init_weights(model, 0)
+        rng = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():  # those that begin as zeros, at the scale of training
+                if p.dim() == 2 and not p.any():
+                    p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
+        self.model = model.to(options.device, param_dtype(config))
+        self.module.attach(self.model)
+        self.optimizer = make_optimizer(self.model, config, strategy)
+        self.norms = GradientNorms(self.model)
+        self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng).to(options.device) for _ in range(8)]
+        self.made = 0
+
+    def loss(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.module.training_step((idx[:, :-1].contiguous(), idx[:, 1:].contiguous()), 0)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss(self.batches[self.made % len(self.batches)]).backward()
+        self.optimizer.clip(self.norms.measure(), self.module.config.grad_clip)
+        self.optimizer.step()
+        self.made += 1
+
+
+def errors(kernel: str, options: argparse.Namespace) -> dict[str, float]:
+    """Of loss and gradient of a small model, against plain PyTorch in float64 from the same rounded weights."""
+    training = Training(ModelConfig(n_layer=3, n_embd=128, vocab_size=1000, head_size=64), 2, 100, options)
+    results = []
+    for name in (kernel, "torch"):
+        backend.set_kernel(name)
+        model = training.model if name == kernel else training.model.double()
+        loss = training.loss(training.batches[0])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        results.append((loss.detach().double(), torch.cat([g.double().flatten() for g in grads])))
+    backend.set_kernel(kernel)
+    return {name: ((got - exact).norm() / exact.norm()).item() for name, got, exact in zip(("loss", "gradient"), *results)}
+
+
+def step_ms(training: Training, steps: int, device: str) -> list[float]:
+    """Milliseconds of each of so many steps, of which none waits for the GPU."""
+    if device == "cpu":
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            training.step()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        training.step()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+
+
+def gemm_flops(options: argparse.Namespace) -> float:
+    """FLOP/s of a large bf16 matrix product, the best of twenty."""
+    n, best = 256 if options.small else 8192, 0.0
+    x, y = (torch.randn(n, n, device=options.device).to(torch.bfloat16) for _ in range(2))
+    for _ in range(20):
+        if options.device == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            x @ y
+            end.record()
+            torch.cuda.synchronize()
+            seconds = begin.elapsed_time(end) / 1e3
+        else:
+            start = time.perf_counter()
+            x @ y
+            seconds = time.perf_counter() - start
+        best = max(best, 2 * n**3 / seconds)
+    return best
+
+
+def by_kernel(training: Training, device: str, most: int = 25) -> list[dict]:
+    """What the time of one step goes to, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])
+    with torch.profiler.profile(activities=activities) as profile:
+        training.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    rows = sorted(((getattr(e, key, 0), e.count, e.key) for e in profile.key_averages()), reverse=True)
+    return [{"ms": round(us / 1e3, 3), "calls": count, "name": name[:120]} for us, count, name in rows[:most] if us > 0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="for example L12-D768x16x512")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="a small vocabulary, few steps")
+    parser.add_argument("--vocabulary", type=int, default=65536)
+    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--kernel", default="", help="torch: to compare with plain PyTorch; else by itself, which is an error here where it is not the native one")
+    options = parser.parse_args(arguments)
+    if options.small:
+        options.vocabulary, options.steps = 1000, 3
+    layers, width, batch, ctx = map(int, re.fullmatch(r"L(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups())
+    kernel = options.kernel or ("cuda" if options.device == "cuda" else "")
+    backend.set_kernel(kernel)
+    found = errors(kernel, options)
+    if not max(found.values()) <= LIMIT:
+        print(f"error: of a small model {found}, more than {LIMIT:g}; nothing is timed on wrong results", file=sys.stderr)
+        return 1
+    sizes = ModelConfig(n_layer=layers, n_embd=width, vocab_size=options.vocabulary)
+    training = Training(sizes, batch, ctx, options)
+    step_ms(training, 3, options.device)
+    times = step_ms(training, options.steps, options.device)
+    ms, tokens = statistics.median(times), batch * ctx
+    flops, peak, gemm = flops_per_token(sizes) * tokens / ms * 1e3, peak_flops(torch.device(options.device)), gemm_flops(options)
+    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "errors": found, "steps": len(times)}
+    row |= {"ms": round(ms, 3), "ms_fastest": round(min(times), 3), "tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
+    row |= {"mfu": round(flops / peak, 4) if peak else None, "gemm_tflops": round(gemm / 1e12, 2), "share_of_gemm": round(flops / gemm, 4)}
+    row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if options.device == "cuda" else None
+    row["by_kernel"] = by_kernel(training, options.device)
+    print(json.dumps(row))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

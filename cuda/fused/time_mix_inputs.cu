@@ -1,0 +1,101 @@
+// Between the projections and the wkv7 operator: decay bias, in-context rate, normalised key, value residual; forward and backward, each
+// tensor once. What backward needs of the forward is computed again.
+#include "rows.cuh"
+
+namespace fused {
+namespace {
+
+// 1 / max(length, 1e-12) of a head's keys, and whether the length counts: torch.nn.functional.normalize.
+__device__ __forceinline__ float inverse_length(Four z, int lanes, bool& counts) {
+    const float length = sqrtf(over_head(sum(z * z), lanes));
+    counts = !(length <= 1e-12f);
+    return 1.f / (counts ? length : 1e-12f);
+}
+
+template <class T, bool residual> __launch_bounds__(threads) __global__ void time_mix_inputs(FusedInputs p) {
+    const Place at(1, p.rows, p.C);
+    const Access<T> x{at.inside};
+    const Four w0 = x.in(p.w0, at.c), k_k = x.in(p.k_k, at.c), k_a = x.in(p.k_a, at.c), a0 = x.in(p.a0, at.c);
+    const Four v0 = residual ? x.in(p.v0, at.c) : zeros();
+    for (int row = at.begin; row < at.end; ++row) {
+        const int64_t i = int64_t(row) * p.C + at.c;
+        const Four w_low = x.in(p.w_low, i), k = x.in(p.k, i), a_low = x.in(p.a_low, i);
+        Four v = zeros(), v_first = zeros(), v_low = zeros(), rate, rest;
+        if (residual) v = x.in(p.v, i), v_first = x.in(p.v_first, i), v_low = x.in(p.v_low, i);
+        const Four z = k * k_k;
+        bool counts;
+        const Four kk = z * inverse_length(z, p.N / 4, counts);
+        sigmoids(a0 + a_low, rate, rest);
+        x.out(p.w, i, w0 + w_low);
+        x.out(p.k_out, i, k - k * rest * k_a);
+        x.out(p.a, i, zeros() - kk);
+        x.out(p.b, i, kk * rate);
+        if (residual) {
+            sigmoids(v0 + v_low, rate, rest);
+            x.out(p.v_out, i, v * rest + v_first * rate);
+        }
+    }
+}
+
+template <class T, bool residual> __launch_bounds__(threads) __global__ void time_mix_inputs_backward(FusedInputs p) {
+    const Place at(1, p.rows, p.C);
+    const Access<T> x{at.inside};
+    const Four k_k = x.in(p.k_k, at.c), k_a = x.in(p.k_a, at.c), a0 = x.in(p.a0, at.c), v0 = residual ? x.in(p.v0, at.c) : zeros();
+    Four sums[5] = {zeros(), zeros(), zeros(), zeros(), zeros()};  // w0, k_k, k_a, a0, v0
+    for (int row = at.begin; row < at.end; ++row) {
+        const int64_t i = int64_t(row) * p.C + at.c;
+        const Four dw = x.in(p.dw, i), dk_out = x.in(p.dk_out, i), da = x.in(p.da, i), db = x.in(p.db, i), k = x.in(p.k, i), a_low = x.in(p.a_low, i);
+        Four dv = zeros(), v = zeros(), v_first = zeros(), v_low = zeros(), rate, rest;
+        if (residual) dv = x.in(p.dv_out, i), v = x.in(p.v, i), v_first = x.in(p.v_first, i), v_low = x.in(p.v_low, i);
+        const Four z = k * k_k;
+        bool counts;
+        const float inverse = inverse_length(z, p.N / 4, counts);
+        const Four kk = z * inverse;
+        sigmoids(a0 + a_low, rate, rest);
+        const Four da_low = (db * kk + dk_out * k * k_a) * rate * rest, dkk = db * rate - da;
+        const float along = over_head(sum(kk * dkk), p.N / 4);
+        const Four dz = (dkk - kk * (counts ? along : 0.f)) * inverse;
+        x.out(p.da_low, i, da_low);
+        x.out(p.dk, i, dk_out - dk_out * rest * k_a + dz * k_k);
+        sums[0] += dw;
+        sums[1] += dz * k;
+        sums[2] += zeros() - dk_out * k * rest;
+        sums[3] += da_low;
+        if (residual) {
+            sigmoids(v0 + v_low, rate, rest);
+            const Four dv_low = dv * (v_first - v) * rate * rest;
+            x.out(p.dv, i, dv * rest);
+            x.out(p.dv_first, i, dv * rate);
+            x.out(p.dv_low, i, dv_low);
+            sums[4] += dv_low;
+        }
+    }
+    leave_sums(sums, at, p.C, p.parts);
+}
+
+template <class T> int forward(const FusedInputs& p, void* stream) {
+    return launch(p.v_first ? time_mix_inputs<T, true> : time_mix_inputs<T, false>, grid_of(1, p.rows, p.C), threads, 0, stream, p);
+}
+
+template <class T> int backward(const FusedInputs& p, void* stream) {
+    const auto kernel = p.v_first ? time_mix_inputs_backward<T, true> : time_mix_inputs_backward<T, false>;
+    const int error = launch(kernel, grid_of(1, p.rows, p.C), threads, sums_bytes<5>, stream, p);
+    return error ? error : collect_sums<T>(p.parts, fused_parts(1, p.rows), 5 * p.C, p.sums, stream);
+}
+
+bool takes(const FusedInputs& p) {
+    return valid(1, p.rows, p.C) && valid_heads(p.C, p.N) && !p.v_first == !p.v_low && !p.v_first == !p.v0;
+}
+
+}  // namespace
+}  // namespace fused
+
+extern "C" int fused_time_mix_inputs(const FusedInputs* task, int dtype, void* stream) {
+    if (!fused::takes(*task)) return FUSED_UNSUPPORTED;
+    return dtype == FUSED_BF16 ? fused::forward<fused::bf16>(*task, stream) : fused::forward<float>(*task, stream);
+}
+
+extern "C" int fused_time_mix_inputs_backward(const FusedInputs* task, int dtype, void* stream) {
+    if (!fused::takes(*task)) return FUSED_UNSUPPORTED;
+    return dtype == FUSED_BF16 ? fused::backward<fused::bf16>(*task, stream) : fused::backward<float>(*task, stream);
+}

@@ -1,0 +1,151 @@
+"""The CUDA kernels of cuda/fused as operators, against float64: emulated on the host, and on this machine's GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oracles.elementwise import Case, close
+from rwkvlm import native as build
+from rwkvlm.ops import backend, fused
+from rwkvlm.ops.fused import cuda, native
+
+FP32, BF16 = torch.float32, torch.bfloat16
+# Relative rms of each output and gradient. bf16: each is computed in fp32 and rounded once, by 2^-8 of its size at most.
+TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
+CASES = {
+    "token_mix": [dict(), dict(T=1), dict(T=1, state=True), dict(T=17, H=12, N=64, state=True, B=1), dict(B=3, T=65, H=1, N=64), dict(T=40, mixes=1)],
+    "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
+    "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
+    "relu_square": [dict(), dict(T=1, B=1, H=1, N=16), dict(B=3, T=171)],
+}
+ALL = [pytest.param(name, sizes, id=f"{name}-{sizes}") for name, several in CASES.items() for sizes in several]
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request, monkeypatch):
+    """Where the operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        monkeypatch.setattr(backend, "_requested", "cuda")
+        yield torch.device("cuda", 0)
+    else:
+        if not build.available("fused")[0]:
+            pytest.skip(build.available("fused")[1])
+        monkeypatch.setattr(backend, "_requested", "cpu")
+        assert native.why_not((FP32,), 16) == ""  # defines the operators
+        kernels = request.getfixturevalue("block_kernels")
+        kernels.emulation_reverse(0)
+        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
+            cuda.register(registration, kernels, "CPU")
+            yield torch.device("cpu")
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name, sizes", ALL)
+def test_against_float64(device, name, sizes, dtype):
+    case = Case(name, dtype=dtype, device=device, **sizes)
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits_again_and_in_both_schedules(device, name, request):
+    case = Case(name, T=150, device=device)
+    results = []
+    for reverse in (0, 1, 0):
+        if device.type == "cpu":
+            request.getfixturevalue("block_kernels").emulation_reverse(reverse)
+        outputs, grads = case.outputs_and_gradients(fused)
+        results.append([*outputs, *grads])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_keys_of_length_zero_and_tiny_ones(device):
+    case = Case("time_mix_inputs", T=4, device=device)
+    with torch.no_grad():
+        case.inputs[1][0, 1] = 0
+        case.inputs[1][0, 2] *= 1e-14
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, 1e-5)
+
+
+def test_extreme_rates_keep_their_digits(device):
+    case = Case("time_mix_inputs", T=4, device=device)
+    with torch.no_grad():
+        case.inputs[2][0] *= 60
+        case.inputs[5][0] *= 60
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nan_is_not_hidden(device, name):
+    case = Case(name, device=device)
+    with torch.no_grad():
+        case.inputs[name == "time_mix_inputs"][0, 3, 5] = float("nan")
+    outputs, grads = case.outputs_and_gradients(fused)
+    assert any(out.isnan().any() for out in outputs)
+    assert any(grad.isnan().any() for grad in grads)
+
+
+def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
+    case = Case("token_mix", device=device)
+    x = case.inputs[0].detach()
+    shifted = torch.empty(x.numel() + 1, device=device)[1:].view(x.shape).copy_(x)
+    assert shifted.data_ptr() % 16
+    with torch.no_grad():
+        right = case.call(fused, *case.inputs)
+        for other in (shifted, x.transpose(0, 1).contiguous().transpose(0, 1)):
+            assert all(torch.equal(a, b) for a, b in zip(right, case.call(fused, other, *case.inputs[1:])))
+
+
+def test_what_the_kernels_do_not_take_is_an_error(device):
+    for case in (Case("token_mix", mixes=2, device=device), Case("time_mix_output", N=48, device=device)):
+        with pytest.raises(RuntimeError, match="shape or dtype"):
+            case.call(fused, *case.inputs)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_the_operators_are_well_formed(device, dtype, residual):
+    ops, tests = torch.ops.rwkvlm, ("test_schema", "test_faketensor")
+
+    def tensors(name, **sizes):
+        return [None if t is None else t.detach() for t in Case(name, T=5, dtype=dtype, device=device, **sizes).inputs]
+
+    x, last, *mixes = tensors("token_mix", state=residual)
+    assert fused._form(x) is native
+    torch.library.opcheck(ops.token_mix.default, (x, last, mixes), test_utils=tests)
+    torch.library.opcheck(ops.token_mix_backward.default, ([torch.randn_like(x) for _ in mixes], x, last, mixes), test_utils=tests)
+    inputs = tensors("time_mix_inputs", residual=residual)
+    grads = [torch.randn_like(x) for _ in range(5)]
+    torch.library.opcheck(ops.time_mix_inputs.default, (*inputs, 32), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32), test_utils=tests)
+    inputs = tensors("time_mix_output")
+    torch.library.opcheck(ops.time_mix_output.default, (*inputs, 32, 1e-5), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5), test_utils=tests)
+    torch.library.opcheck(ops.relu_square.default, (x,), test_utils=tests)
+    torch.library.opcheck(ops.relu_square_backward.default, (x, x), test_utils=tests)
+
+
+def test_the_emulated_kernels_have_run(block_kernels, monkeypatch):
+    """The seam is not empty: with it, a call reaches the library; without it, the C++ kernels."""
+    calls = []
+
+    class Counting(cuda.Kernels):
+        def relu_square(self, x):
+            calls.append(x.shape)
+            return super().relu_square(x)
+
+    if native.why_not((FP32,), 16):
+        pytest.skip("no C++ kernels")
+    monkeypatch.setattr(cuda, "Kernels", Counting)
+    x = torch.randn(2, 3, 16)
+    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
+        cuda.register(registration, block_kernels, "CPU")
+        first = torch.ops.rwkvlm.relu_square(x)
+    assert calls == [x.shape] and torch.equal(first, torch.ops.rwkvlm.relu_square(x)) and len(calls) == 1

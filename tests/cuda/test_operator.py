@@ -1,0 +1,252 @@
+"""The CUDA kernels as torch operators: on this machine's GPU where there is one, and everywhere the same Python code over the emulated kernels."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from oracles.emulated_wkv7 import Case, Kernels, errors, make_case
+from rwkvlm import native
+from rwkvlm.config import ModelConfig, UserError
+from rwkvlm.models import build, init_weights
+from rwkvlm.ops import backend
+from rwkvlm.ops import wkv7 as package
+from rwkvlm.ops.wkv7 import cuda, wkv7, wkv7_chunked
+from rwkvlm.ops.wkv7.arguments import NAMES
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LIMITS = {BF16: 6.2e-3, FP32: 2e-6}  # rms, relative to float64; test_chunked.py and test_sequential.py have them by result
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request, monkeypatch):
+    """Where the operators run: CPU tensors over the kernels in emulation, or the GPU. wkv7 itself takes them, too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is filled with NaN
+    monkeypatch.setattr(package, "backend_for", lambda device, dtype: "cuda")
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        yield torch.device("cuda", 0)
+    else:
+        kernels: Kernels = request.getfixturevalue("kernels")
+        kernels.library.emulation_reverse(0)
+        monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(kernels.library, (9, 0), lambda: contextlib.nullcontext(None)))
+        yield torch.device("cpu")
+    torch.use_deterministic_algorithms(False)
+
+
+def run(case: Case, device: torch.device, form=wkv7) -> dict[str, torch.Tensor]:
+    leaves = [x.to(device).requires_grad_() for x in case.inputs]
+    state = None if case.initial_state is None else case.initial_state.to(device).requires_grad_()
+    y, final_state = form(*leaves, initial_state=state, output_final_state=True, cu_seqlens=case.cu_seqlens)
+    outputs, slopes = [y], [case.dy.to(device)]
+    if case.d_final_state is not None:
+        outputs, slopes = [*outputs, final_state], [*slopes, case.d_final_state.to(device)]
+    wanted = leaves if state is None else [*leaves, state]
+    gradients = torch.autograd.grad(outputs, wanted, slopes)
+    names = [f"d{n}" for n in (*NAMES, "_initial_state")]
+    return {name: x.detach().cpu() for name, x in zip(["y", "final_state", *names], [y, final_state, *gradients])}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(T=70),
+        dict(T=33, N=16, B=2),
+        dict(T=70, states=False),
+        dict(T=131, H=1, documents=[1, 63, 64, 3]),
+        dict(T=20, N=128),
+        dict(T=35, dtype=FP32),
+        dict(T=35, dtype=FP32, documents=[30, 5]),
+    ],
+    ids=str,
+)
+def test_outputs_and_gradients_are_those_of_float64(device, options):
+    case = make_case(**options)
+    worst = errors(run(case, device), case.expected())
+    limit = LIMITS[options.get("dtype", BF16)]
+    assert max(worst.values()) < limit, worst
+
+
+def test_repeated_runs_give_the_same_bits(device):
+    case = make_case(T=100)
+    first, again = run(case, device), run(case, device)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_inference_saves_nothing_and_gives_the_same(device):
+    case = make_case(T=70, H=1)
+    inputs = [x.to(device) for x in case.inputs]
+    y, _, saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, None, None, False)
+    again, _, kept = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, None, None, True)
+    assert torch.equal(y, again) and saved.numel() == 0 and kept.numel() > 0
+    with pytest.raises(RuntimeError, match="what a forward with save has left"):
+        torch.ops.rwkvlm.wkv7_cuda_backward(y, None, *inputs, None, None, saved, False)
+
+
+def test_the_sizes_told_to_fake_tensors_are_the_librarys(device):
+    library = cuda.machine(device).library
+    for B, T, H, N, documents in ((2, 100, 3, 64, 0), (1, 1, 1, 16, 0), (1, 200, 2, 32, 7)):
+        bounds = torch.zeros(documents + 1, dtype=torch.int32)
+        shape = cuda.Shape(B, T, H, N, documents, bounds.data_ptr() if documents else None)
+        for form in cuda.CHUNK:
+            assert getattr(library, f"wkv7_{form}_saved_bytes")(shape) == cuda.saved_bytes(form, B, T, H, N, documents)
+
+
+@pytest.mark.parametrize("options", [dict(T=9), dict(T=9, dtype=FP32), dict(T=9, states=False), dict(T=12, documents=[4, 8])], ids=str)
+def test_opcheck(device, options):
+    case = make_case(N=16, **options)
+    inputs = [x.to(device).requires_grad_() for x in case.inputs]
+    state = None if case.initial_state is None else case.initial_state.to(device).requires_grad_()
+    bounds = None if case.cu_seqlens is None else case.cu_seqlens.to(device)
+    torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_forward, (*inputs, state, bounds, True))
+    inputs = [x.detach() for x in inputs]
+    state = None if state is None else state.detach()
+    torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_forward, (*inputs, state, bounds, False))
+    _, final_state, saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, state, bounds, True)
+    for slope in (None, torch.randn_like(final_state)):
+        torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_backward, (case.dy.to(device), slope, *inputs, state, bounds, saved, slope is not None))
+
+
+def test_only_the_final_state_may_be_used(device):
+    case = make_case(T=20, N=16)
+    leaves = [x.to(device).requires_grad_() for x in case.inputs]
+    _, final_state = wkv7(*leaves, output_final_state=True)
+    (dk,) = torch.autograd.grad(final_state.sum(), leaves[2])
+    wide = [x.double().requires_grad_() for x in case.inputs]
+    (expected,) = torch.autograd.grad(package.wkv7_reference(*wide, None)[1].sum(), wide[2])
+    assert errors({"dk": dk.cpu()}, {"dk": expected})["dk"] < LIMITS[BF16]
+
+
+def block_and_inputs(device, dtype):
+    """A block of RWKV-7 with weights that let every gradient through, x and the first block's value."""
+    model = build(ModelConfig(n_layer=2, n_embd=64, vocab_size=64, head_size=32))
+    init_weights(model, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # the output matrices begin as zeros
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    x, v_first = (torch.randn(2, 40, 64, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
+    return model.blocks[1].to(device, dtype), x, v_first
+
+
+def results(function, block, x, v_first) -> list[torch.Tensor]:
+    y = function(x, v_first)[0]
+    leaves = [x, v_first, *block.parameters()]
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("dtype, limit", [(FP32, 1e-4), (BF16, 0.1)], ids=["fp32", "bf16"])
+def test_a_whole_block(device, monkeypatch, dtype, limit):
+    """Against the same rounded block in plain PyTorch in fp32; in bf16 its other parts round far more than wkv7."""
+    block, x, v_first = block_and_inputs(device, dtype)
+    got = results(block, block, x, v_first)
+    monkeypatch.setattr(package, "backend_for", lambda device, dtype: "torch")
+    expected = results(block.float(), block, x.detach().float().requires_grad_(), v_first.detach().float().requires_grad_())
+    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        assert (ours.float() - theirs).norm() <= limit * theirs.norm() + 1e-6, i
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_block_compiles_into_one_graph(device, compiler):
+    torch._dynamo.reset()
+    block, x, v_first = block_and_inputs(device, FP32)
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    for ours, theirs in zip(results(block, block, x, v_first), results(compiled, block, x, v_first), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_that_change_compile_once_more(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: wkv7(*x) * 2, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (9, 70):
+        leaves = [x.to(device).requires_grad_() for x in make_case(T=T, N=16).inputs]
+        for form in (compiled, lambda *x: wkv7(*x) * 2):
+            y = form(*leaves)
+            assert y.shape[1] == T
+            gradients = torch.autograd.grad(y.float().square().sum(), leaves)
+            expected = gradients if form is compiled else expected
+        assert all(torch.equal(p, q) for p, q in zip(gradients, expected))
+
+
+def test_activation_checkpointing_gives_the_same_bits(device):
+    leaves = [x.to(device).requires_grad_() for x in make_case(T=20, N=32).inputs]
+    plain = torch.autograd.grad(wkv7(*leaves).float().square().sum(), leaves)
+    again = torch.autograd.grad(checkpoint(wkv7, *leaves, use_reentrant=False).float().square().sum(), leaves)
+    checkpoint(wkv7, *leaves, use_reentrant=True).float().square().sum().backward()
+    assert all(torch.equal(p, q) and torch.equal(p, x.grad) for p, q, x in zip(plain, again, leaves))
+
+
+def test_tensors_that_lie_askew_are_put_right(device):
+    """A gradient that is not contiguous, an input that begins between two lines of 16 bytes."""
+    case = make_case(T=20, N=16, states=False)
+    expected = run(case, device)
+    askew = torch.empty(case.inputs[0].numel() + 1, dtype=BF16, device=device)[1:].view(case.inputs[0].shape).copy_(case.inputs[0])
+    leaves = [askew.requires_grad_(), *(x.to(device).requires_grad_() for x in case.inputs[1:])]
+    dy = case.dy.to(device).transpose(1, 2).contiguous().transpose(1, 2)
+    y = wkv7(*leaves)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    for x, name in zip((y, *gradients), ("y", *(f"d{n}" for n in NAMES))):
+        assert torch.equal(x.cpu(), expected[name]), name
+
+
+def test_bounds_are_checked_where_that_needs_no_waiting(device):
+    case = make_case(T=12, N=16, documents=[4, 8])
+    inputs = [x.to(device) for x in case.inputs]
+    with pytest.raises(ValueError, match="cu_seqlens must rise strictly from 0 to T = 12"):
+        wkv7(*inputs, cu_seqlens=torch.tensor([0, 9, 7, 12]))
+    y = wkv7(*inputs, cu_seqlens=torch.tensor([0, 4, 12]))  # int64, on the CPU
+    assert torch.equal(y, wkv7(*inputs, cu_seqlens=case.cu_seqlens.to(device)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu():
+    case = make_case(T=300, states=True)
+    run(case, torch.device("cuda", 0))  # the build, the probe
+    leaves = [x.cuda().requires_grad_() for x in case.inputs]
+    bounds, dy = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda"), case.dy.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(cuda.wkv7_cuda(*leaves, None, bounds)[0], leaves, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_choice_of_the_form():
+    assert cuda.form_for(BF16, 64, (9, 0)) == cuda.form_for(BF16, 16, (8, 0)) == "chunked"
+    assert cuda.form_for(FP32, 64, (9, 0)) == cuda.form_for(BF16, 64, (7, 5)) == "sequential"
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_by_name_it_runs_or_says_why_not(monkeypatch, capfd):
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(native, "cuda_available", lambda name: (False, "CUDA kernel wkv7: nvcc is not on the PATH"))
+    assert package.backend_for(GPU, BF16) == package.backend_for(GPU, BF16) == "torch"
+    assert capfd.readouterr().err == "wkv7: running in plain PyTorch, which is slower (CUDA kernel wkv7: nvcc is not on the PATH)\n"
+    backend.set_kernel("cuda")
+    with pytest.raises(UserError, match="--kernel cuda: wkv7 cannot run: CUDA kernel wkv7: nvcc is not on the PATH; ask for another"):
+        package.backend_for(GPU, BF16)
+    monkeypatch.setattr(native, "cuda_available", lambda name: (True, ""))
+    assert package.backend_for(GPU, BF16) == "cuda"
+    with pytest.raises(UserError, match="takes bfloat16 or float32, not torch.float64"):
+        package.backend_for(GPU, torch.float64)
+    backend.set_kernel("torch")
+    assert package.backend_for(GPU, BF16) == "torch" and capfd.readouterr().err == ""
+    backend.set_kernel("")
+    assert package.backend_for(GPU, FP32) == "cuda"
+
+
+def test_tensors_on_the_cpu_are_refused():
+    with pytest.raises(ValueError, match="need tensors on a GPU, got cpu"):
+        cuda.wkv7_cuda(*make_case(T=3).inputs)
+
+
+def test_plain_pytorch_agrees_in_a_case_of_this_file():
+    case = make_case(T=35, dtype=FP32)
+    form = lambda *x, initial_state, output_final_state, cu_seqlens: wkv7_chunked(*x, initial_state, cu_seqlens)  # noqa: E731
+    assert max(errors(run(case, torch.device("cpu"), form), case.expected()).values()) < 1e-5

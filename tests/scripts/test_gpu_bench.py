@@ -1,0 +1,221 @@
+"""bench/gpu.sh and bench/minipile_losses.sh without a GPU: steps, budget, resuming, the one JSON; and every kernel's bench rehearsed on tiny shapes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvlm.config import UserError
+from rwkvlm.ops import backend
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu  # noqa: E402
+import gpu_kernels  # noqa: E402
+import gpu_step  # noqa: E402
+import gpu_train  # noqa: E402
+import minipile_losses  # noqa: E402
+
+sys.path.pop(0)
+REHEARSAL = ["--device", "cpu", "--small"]
+
+
+def python(code: str, name: str = "item", **reading) -> gpu.Item:
+    return gpu.Item(name, [sys.executable, "-c", code], **reading)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """run(items of the steps, further arguments) -> exit code, results.json, in a folder of its own."""
+
+    def run(items: dict[str, list[gpu.Item]], *arguments: str) -> tuple[int, dict]:
+        monkeypatch.setattr(gpu, "items_of", lambda step, options: items.get(step, []))
+        code = gpu.main([*items, "--out", str(tmp_path), *REHEARSAL, *arguments])
+        path = tmp_path / "results.json"
+        return code, json.loads(path.read_text()) if path.exists() else {}
+
+    return run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so():
+    done = subprocess.run([ROOT / "bench" / "gpu.sh", "kernels"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: torch ") and line.endswith("--device cpu --small rehearses every step without one")
+
+
+def test_what_is_done_is_kept_and_what_failed_is_done_again(bench, tmp_path, capsys):
+    count = f"import pathlib; p = pathlib.Path({str(tmp_path / 'runs')!r}); p.open('a').write('x'); print('{{\"ms\": 1.5}}'); "
+    items = {"kernels": [python(count, "good", read=gpu.last_json)], "step": [python(f"{count} raise SystemExit(4)", "bad")]}
+    code, results = bench(items)
+    assert code == 1 and "step 1/1 bad: FAILED, see" in capsys.readouterr().out
+    assert results["steps"]["kernels"]["good"]["ok"] and results["steps"]["kernels"]["good"]["result"] == {"ms": 1.5}
+    bad = results["steps"]["step"]["bad"]
+    assert (bad["ok"], bad["exit_code"], bad["last_lines"]) == (False, 4, ['{"ms": 1.5}'])
+    assert {"commit", "chip", "torch", "python", "begun"} <= results["about"].keys()
+    items["step"] = [python(count, "bad")]
+    assert bench(items)[0] == 0 and (tmp_path / "runs").read_text() == "xxx"
+    assert bench(items)[0] == 0 and (tmp_path / "runs").read_text() == "xxx"
+    assert bench(items, "--again")[0] == 0 and (tmp_path / "runs").read_text() == "xxxxx"
+
+
+def test_the_minutes_end_an_item_politely_and_the_next_call_goes_on(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.5)
+    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143))); time.sleep(60)"
+    items = {"tests": [python("pass", "quick")], "train": [python(slow, "slow")], "step": [python("pass", "never")]}
+    begin = time.monotonic()
+    code, results = bench(items, "--minutes", "0.05")
+    assert code == 3 and time.monotonic() - begin < 30
+    assert "train: 0 of 1 items; 0.05 minutes are over: the same command goes on" in capsys.readouterr().out
+    stopped = results["steps"]["train"]["slow"]
+    assert not stopped["ok"] and stopped["exit_code"] == 143 and "saved" in (tmp_path / "logs" / "train-slow.log").read_text()
+    assert "step" not in results["steps"]
+    items["train"] = [python("pass", "slow")]
+    code, results = bench(items)
+    assert code == 0 and all(item["ok"] for step in results["steps"].values() for item in step.values())
+
+
+def test_only_what_is_asked_for(bench):
+    items = {"tests": [python("pass", "tests/cuda/a"), python("raise SystemExit(1)", "tests/data/b"), python("pass", "tests/ops/c")]}
+    code, results = bench(items, "--only", "cuda/,ops/")
+    assert code == 0 and results["steps"]["tests"].keys() == {"tests/cuda/a", "tests/ops/c"}
+
+
+def test_an_item_that_ignores_the_end_is_killed(bench, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    code, results = bench({"train": [python(deaf)]}, "--minutes", "0.02")
+    assert code == 3 and results["steps"]["train"]["item"]["exit_code"] == -9
+
+
+def test_results_of_another_commit_are_set_aside(bench, tmp_path, capsys):
+    bench({"step": [python("pass")]})
+    path = tmp_path / "results.json"
+    old = json.loads(path.read_text())
+    old["about"]["commit"] = "another"
+    path.write_text(json.dumps(old))
+    assert bench({"kernels": [python("pass")]})[1]["steps"].keys() == {"kernels"}
+    assert "now results-1.json" in capsys.readouterr().out and json.loads((tmp_path / "results-1.json").read_text()) == old
+
+
+def test_a_tool_that_is_missing_and_a_log_that_is_odd_are_failures(bench):
+    items = {"sanitize": [gpu.Item("memcheck", ["/nowhere/compute-sanitizer"]), python("print('{odd')", "odd", read=gpu.last_json)]}
+    code, results = bench(items)
+    assert code == 1 and results["steps"]["sanitize"]["memcheck"]["error"] == "/nowhere/compute-sanitizer: No such file or directory"
+    assert not results["steps"]["sanitize"]["odd"]["ok"] and "cannot be read" in results["steps"]["sanitize"]["odd"]["error"]
+
+
+def test_logs_are_understood():
+    assert gpu.pytest_counts("..\n3 passed, 1 failed, 2 skipped in 4.5s") == {"passed": 3, "failed": 1, "skipped": 2}
+    assert gpu.sanitizer_errors("x\n========= ERROR SUMMARY: 2 errors\n") == {"errors": 2}
+    assert gpu.sanitizer_errors("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n") == {"errors": 1}
+
+
+def test_the_loss_curve_of_a_run(tmp_path):
+    lines = [{"step": s, "tokens": 100 * s, "loss": 5 - s / 100, "tokens_per_s": 1000 + s, "mfu": 0.5} for s in range(1, 451)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(x) for x in [*lines, {"step": 450, "tokens": 45000, "val_loss": 0.25}]))
+    curve = gpu.loss_curve(tmp_path)
+    assert curve["loss"][0] == (100, 4.99) and curve["loss"][-1] == (45000, 0.5) and len(curve["loss"]) < 230
+    assert curve["val_loss"] == [(45000, 0.25)] and curve["tokens_per_s_median"] == 1226 and not curve["finished"]
+
+
+def test_every_step_has_items_on_a_gpu_and_in_a_rehearsal():
+    for arguments in ([], REHEARSAL):
+        for step in gpu.STEPS:
+            options = type("Options", (), dict(device=arguments[1] if arguments else "cuda", small=bool(arguments), models="", peer=["fla=/src"], out=Path("/o")))
+            items = gpu.items_of(step, options)
+            assert items and all(not Path(word).suffix == ".py" or Path(ROOT, word).exists() for item in items for word in item.command), step
+            assert len({item.name for item in items}) == len(items)
+
+
+@pytest.mark.parametrize("what", ["wkv7", "token_mix", "relu_square", "loss"])
+def test_kernels_are_checked_and_timed(what, capsys):
+    assert gpu_kernels.main([what, *REHEARSAL]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["times"]["ours"]["ms"] > 0 and row["times"]["ours"]["rounds"] == 3
+
+
+def test_a_peer_is_a_file_and_nothing_is_timed_on_wrong_results(tmp_path, capsys):
+    (tmp_path / "right.py").write_text("from rwkvlm.ops.wkv7 import wkv7_chunked\ndef wkv7(*x): return wkv7_chunked(*x)[0]\n")
+    (tmp_path / "wrong.py").write_text("from rwkvlm.ops.wkv7 import wkv7_chunked\ndef wkv7(*x): return wkv7_chunked(*x)[0] * 1.1\n")
+    assert gpu_kernels.main(["wkv7", "--peer", f"mine={tmp_path / 'right.py'}", *REHEARSAL]) == 0
+    assert json.loads(capsys.readouterr().out)["ours_is_faster_by"] > 0
+    assert gpu_kernels.main(["wkv7", "--peer", f"mine={tmp_path / 'wrong.py'}", *REHEARSAL]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and " is off by " in said.err and said.err.endswith("nothing is timed on wrong results\n")
+    with pytest.raises(SystemExit, match="no folder"):
+        gpu_kernels.main(["wkv7", "--peer", "fla=/nowhere", *REHEARSAL])
+
+
+def test_a_wrong_kernel_of_ours_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_kernels.fused, "relu_square", lambda x: torch.relu(x) ** 2 * 1.1)
+    assert gpu_kernels.main(["relu_square", *REHEARSAL]) == 1
+    assert capsys.readouterr().err.startswith("error: relu_square: result 0 is off by")
+
+
+def test_the_step_is_checked_and_timed(capsys, monkeypatch):
+    assert gpu_step.main(["L1-D64x2x32", *REHEARSAL]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["tokens_per_s"] > 0 and row["mfu"] is None and row["by_kernel"] and max(row["errors"].values()) < gpu_step.LIMIT
+    monkeypatch.setattr(gpu_step, "LIMIT", 0.0)
+    assert gpu_step.main(["L1-D64x2x32", *REHEARSAL]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_on_a_gpu_only_our_kernels_count():
+    """The benches ask for the CUDA kernels by name: what cannot run is an error, and no plain PyTorch is timed in its place."""
+    backend.set_kernel("cuda")
+    with pytest.raises(UserError, match="--kernel cuda"):
+        gpu_kernels.fused.relu_square(torch.ones(1, 1, 16))
+
+
+def test_the_recipe_without_the_scripts_has_their_knobs(monkeypatch):
+    """Every flag that demo-training-run.sh takes from a knob, with the value of the scripts."""
+    for name in gpu_train.FLAGS.values():
+        monkeypatch.delenv(name, raising=False)
+    script = (ROOT / "demo-training-run.sh").read_text()
+    used = dict(re.findall(r'--(\w+) "\$(\w+)"', script))
+    used = {flag: knob for flag, knob in used.items() if flag not in {"wandb", "proj_dir", "data_file", "vocab_size", "num_nodes", "accelerator", "devices", "prompt"}}
+    assert used == {flag: knob for flag, knob in gpu_train.FLAGS.items() if flag != "random_seed"} and '--warmup_steps 10' in script
+    on_gpu, on_cpu = gpu_train.knobs(True), gpu_train.knobs(False)
+    assert (on_gpu["N_LAYER"], on_gpu["M_BSZ"], on_gpu["LR_INIT"], on_gpu["PRECISION"], on_gpu["EXIT_TOKENS"]) == ("12", "16", "6e-4", "bf16", "0")
+    assert (on_cpu["N_LAYER"], on_cpu["EXIT_TOKENS"], on_cpu["KERNEL"]) == ("6", "1000000", "")
+    monkeypatch.setenv("M_BSZ", "32")
+    monkeypatch.setattr(gpu_train.importlib.util, "find_spec", lambda name: None)
+    assert (gpu_train.knobs(True)["M_BSZ"], gpu_train.knobs(True)["STRATEGY"]) == ("32", "auto")
+
+
+def test_minipile_losses_are_compared(tmp_path, capsys, monkeypatch):
+    def log(*values: float) -> None:
+        lines = [f"{i} {v:.6f} 12.3456 0.00060000 2026-11-26 10:00:00 {i}" for i, v in enumerate(values)]
+        (tmp_path / "train_log.txt").write_text("\n".join(["NEW RUN 2026", "{'lr': 1}", *lines, ""]))
+
+    log(*(loss + 0.009 for loss in minipile_losses.PUBLISHED))
+    assert minipile_losses.main(["--compare", str(tmp_path)]) == 0
+    log(4.88, 4.04)
+    assert minipile_losses.main(["--compare", str(tmp_path)]) == 1
+    assert "more than 0.01" in capsys.readouterr().out
+    log(4.88)
+    assert minipile_losses.main(["--compare", str(tmp_path)]) == 3
+    monkeypatch.setenv("MINI_EPOCHS", "1")
+    assert minipile_losses.main(["--compare", str(tmp_path)]) == 0
+
+
+def test_a_minipile_run_is_stopped_when_its_losses_are_there(tmp_path):
+    script = (
+        "import pathlib, time; p = pathlib.Path('train_log.txt'); f = p.open('a')\n"
+        "for i in range(9): print(f'{i} 4.8 1.0 0.0006 a b {i}', file=f, flush=True); time.sleep(0.2)\n"
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{script}"]
+    begin = time.monotonic()
+    assert minipile_losses.train(tmp_path, 3, command) == 0
+    assert time.monotonic() - begin < 30 and len(minipile_losses.losses(tmp_path)) >= 3
