@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ class RWKV7PhantomConfig:
 
     n_head and head_size: n_embd is their product. core_ratio and ghost_ratio sum to 1; either may be left out (core_ratio: 0.2).
     use_svd_compression and use_sparsity: train_model compresses what it has trained by svd_rank_ratio and sparsity_ratio (rwkvlm.compress);
-    they change neither its training nor its size before. use_cuda_kernel False: plain PyTorch in the place of the native kernels.
+    they change neither its training nor its size before. use_cuda_kernel False: this model is computed by plain PyTorch, not by native kernels.
     """
 
     n_layer: int = 12
@@ -96,7 +98,7 @@ class RWKV7Phantom(Phantom):
         """idx: [B, T] int64. Returns logits [B, T, V] and the state after them; the logits alone with return_state False."""
         return super().forward(idx, state, return_state)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tokens no later training could read
     def generate(
         self,
         prompt: list[int] | torch.Tensor,
@@ -118,13 +120,15 @@ class RWKV7Phantom(Phantom):
         generator.seed() if seed is None else generator.manual_seed(seed)
         was_training, found = self.training, []
         self.eval()
-        for piece in rows.split(READ, dim=1):
-            x, state = self.features(piece, state, return_state=True)
-        for left in range(max_new_tokens - 1, -1, -1):
-            found.append(sample(self.head(x[:, -1]), temperature, top_p, top_k, generator))
-            if left:
-                x, state = self.features(found[-1][:, None], state, return_state=True)
-        self.train(was_training)
+        try:
+            for piece in rows.split(READ, dim=1):
+                x, state = self.features(piece, state, return_state=True)
+            for left in range(max_new_tokens - 1, -1, -1):
+                found.append(sample(self.head(x[:, -1]), temperature, top_p, top_k, generator))
+                if left:
+                    x, state = self.features(found[-1][:, None], state, return_state=True)
+        finally:
+            self.train(was_training)
         new = torch.stack(found, 1) if found else rows[:, :0]
         new = new if idx.dim() == 2 else new[0]
         return new if isinstance(prompt, torch.Tensor) else new.tolist()
@@ -133,15 +137,21 @@ class RWKV7Phantom(Phantom):
 def create_model(config: RWKV7PhantomConfig | None = None, seed: int = 0) -> RWKV7Phantom:
     """A model with its initial values."""
     config = config or RWKV7PhantomConfig()
-    _choose_kernel(config)
-    model = RWKV7Phantom(config.sizes())
+    return _made(config.sizes(), config, seed)
+
+
+def _made(sizes: PhantomConfig, config: RWKV7PhantomConfig, seed: int) -> RWKV7Phantom:
+    model = RWKV7Phantom(sizes)
     init_weights(model, seed)
+    if not config.use_cuda_kernel:
+        for block in model.blocks:  # and not around all of them: checkpointing calls each again in the backward pass
+            block.forward = functools.partial(_in_plain_pytorch, block.forward)
     return model
 
 
-def _choose_kernel(config: RWKV7PhantomConfig) -> None:
-    if not config.use_cuda_kernel:
-        backend.set_kernel("torch")
+def _in_plain_pytorch(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    with backend.asked_for("torch"):
+        return forward(*args, **kwargs)
 
 
 def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfig | None = None, seed: int = 0) -> RWKV7Phantom:
@@ -151,14 +161,12 @@ def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfi
     core_ratio 1 and ttt_enabled False the logits are RWKV-7's to the bit.
     """
     config, tensors = config or RWKV7PhantomConfig(), load_weights(checkpoint_path)
-    _choose_kernel(config)
     sizes = read_config(tensors)
     if sizes.model_type != "phantom":
         sizes = config.sizes(**sizes.as_dict() | {"model_type": "phantom", "ghost_permuted": True})
         if sizes.has_ghosts and sizes.ghost_activation != "identity":
             raise UserError(f"ghost_activation {sizes.ghost_activation!r}: the matrices of an RWKV-7 can only be factorised with the identity")
-    model = RWKV7Phantom(sizes)
-    init_weights(model, seed)
+    model = _made(sizes, config, seed)
     load_into(model, adapted(tensors, model))
     return model
 
@@ -176,7 +184,8 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     given = {f.name for f in fields(TrainConfig)}
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name in given - {"ghost_ratio", "ttt_chunk", "memory_dim"}}
     sizes = config.sizes()
-    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim} | ({} if config.use_cuda_kernel else {"kernel": "torch"})
+    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim, "ttt_head": sizes.has_ttt_head}
+    settings |= {} if config.use_cuda_kernel else {"kernel": "torch"}
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
     code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
     if code:
@@ -203,8 +212,10 @@ def save_state(path: str | Path, state: State) -> None:
 
 
 def load_state(path: str | Path, model: Phantom) -> State:
-    """A state that save_state has written for a model of these sizes, on the model's device. Raises UserError for another model's."""
+    """A state that save_state has written for a model of these sizes, on the model's device. Raises UserError for anything else."""
     tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, list) or not all(isinstance(t, torch.Tensor) for t in tensors):
+        raise UserError(f"{path} is no state; give a file that save_state has written")
     like = model.init_state(tensors[0].shape[0] if tensors else 1)
     shapes = [leaf.shape for leaf in pytree.tree_leaves(like)]
     if [t.shape for t in tensors] != shapes:

@@ -1,6 +1,7 @@
 """The models of the Phantom ablation, made equal in size, and what came of their runs. bench/ablation_phantom.sh calls it.
 
     python bench/ablation_phantom.py plan OUT --n_layer 4 --n_embd 128 --vocab_size 2048 ...      variants, a table, flags for train.py
+    python bench/ablation_phantom.py result OUT rwkv7-1                                           what a finished run reached, as OUT/rwkv7-1.json
     python bench/ablation_phantom.py report OUT                                                   tables, report.json, curves as SVG
     python bench/ablation_phantom.py tokenizer demo.jsonl --vocab_size 2048 --out bpe.json        byte pairs of the text itself
 
@@ -167,9 +168,19 @@ def size_table(rows: dict[str, dict]) -> list[str]:
     return lines
 
 
-def finished(out: Path, name: str) -> dict[int, Path]:
-    """Folders of a variant's runs that have come to their end, by seed."""
-    return {int(path.name.removeprefix(f"{name}-")): path for path in sorted(out.glob(f"{name}-[0-9]*")) if (path / "rwkv-final.pth").exists()}
+def finished(out: Path, name: str) -> dict[int, dict]:
+    """What a variant's runs reached, those that have come to their end, by seed."""
+    paths = sorted(out.glob(f"{name}-[0-9]*.json"), key=lambda path: int(path.stem.removeprefix(f"{name}-")))
+    return {int(path.stem.removeprefix(f"{name}-")): json.loads(path.read_text()) for path in paths}
+
+
+def keep_result(out: Path, run: str) -> None:
+    """Writes OUT/RUN.json, all that a report needs of a run, whose weights and logs may be deleted then. FileNotFoundError where the run has not ended."""
+    if not (out / run / "rwkv-final.pth").exists():
+        raise FileNotFoundError(f"{out / run} has no rwkv-final.pth; the run has not come to its end")
+    found = result(out / run, json.loads((out / "plan.json").read_text()))
+    (out / f"{run}.part").write_text(json.dumps(found) + "\n")
+    (out / f"{run}.part").rename(out / f"{run}.json")
 
 
 def result(folder: Path, planned: dict) -> dict[str, object]:
@@ -190,7 +201,7 @@ def result(folder: Path, planned: dict) -> dict[str, object]:
 def report(out: Path) -> list[str]:
     """Writes report.json, val_loss.svg and, for recall, accuracy.svg; returns the lines of the tables. A run that is missing is named."""
     planned = json.loads((out / "plan.json").read_text())
-    runs = {name: {seed: result(folder, planned) for seed, folder in finished(out, name).items()} for name in planned["models"]}
+    runs = {name: finished(out, name) for name in planned["models"]}
     missing = [f"{name}-{seed}" for name, seeds in runs.items() for seed in planned["seeds"] if seed not in seeds]
     keys = ["accuracy", "answer_loss", "val_loss"] if any("accuracy" in run for seeds in runs.values() for run in seeds.values()) else ["val_loss"]
     lines = [*size_table(planned["models"]), "", f"| variant | seeds | {' | '.join(keys)} |", "|---" * (2 + len(keys)) + "|"]
@@ -251,9 +262,10 @@ def picture(curves: dict[str, list[Curve]], label: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    make, tell, byte_pairs = (commands.add_parser(name) for name in ("plan", "report", "tokenizer"))
-    for command in (make, tell):
+    make, keep, tell, byte_pairs = (commands.add_parser(name) for name in ("plan", "result", "report", "tokenizer"))
+    for command in (make, keep, tell):
         command.add_argument("out", type=Path, help="folder of the task")
+    keep.add_argument("run", help="VARIANT-SEED")
     for name, default in (("n_layer", 4), ("n_embd", 128), ("vocab_size", 2048), ("head_size", 32), ("dim_ffn", 0), ("ctx_len", 512), ("ttt_chunk", 64), ("epoch_samples", 0), ("tokens", 0)):
         make.add_argument(f"--{name}", type=int, default=default)
     make.add_argument("--core_ratio", type=float, default=0.5, help="of the Ghost variants")
@@ -267,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.command == "plan":
             plan(options)
+        elif options.command == "result":
+            keep_result(options.out, options.run)
         elif options.command == "tokenizer":
             train_tokenizer(options.text, options.vocab_size, options.out)
         else:

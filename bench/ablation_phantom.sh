@@ -5,7 +5,8 @@
 #            nearly all of its arithmetic in the head, which no variant touches. Held-out loss
 #   recall   multi-query associative recall (bench/recall.py), more pairs than a head's state holds. Answers that are right, held out
 #
-# It goes on where it was stopped: finished runs are kept. The result: $OUT/{corpus,recall}/report.md, report.json and .svg
+# It goes on where it was stopped: a run whose $OUT/TASK/VARIANT-SEED.json exists is finished. These files and plan.json are all that has to be copied into
+# another OUT for it to go on there. The result: $OUT/{corpus,recall}/report.md, report.json and .svg
 # Knobs, in the environment: TASKS=recall SEEDS=1 VARIANTS="rwkv7 memory" bench/ablation_phantom.sh
 # One seed changes the initial weights, and for recall the training data too; the order of the corpus is the same for all.
 #
@@ -49,9 +50,10 @@ run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL RATES DATA: plans, trai
         --epoch_samples $epoch_samples --tokens $tokens --variants $VARIANTS --seeds $SEEDS \
         --conditions "batch $batch, lr $7, $PRECISION, $8" || exit
     for seed in $SEEDS; do # one seed of every variant before the next seed of any
-        "data_of_$task" "$seed" || exit
         for variant in $VARIANTS; do
             dir=$OUT/$task/$variant-$seed
+            [ ! -e "$dir.json" ] || continue
+            "data_of_$task" "$seed" || exit
             if [ ! -e "$dir/rwkv-final.pth" ]; then
                 echo "--- $task: $variant, seed $seed"
                 # shellcheck disable=SC2046,SC2086
@@ -60,7 +62,7 @@ run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL RATES DATA: plans, trai
                     --lr_init "${7% *}" --lr_final "${7#* }" --warmup_steps 10 --beta2 0.99 --adam_eps 1e-18 --weight_decay 0.001 \
                     --accelerator "$ACCELERATOR" --devices 1 --strategy auto --precision "$PRECISION" || exit
             fi
-            "after_$task" "$dir" || exit
+            "after_$task" "$dir" && "$PYTHON" bench/ablation_phantom.py result "$OUT/$task" "$variant-$seed" || exit
         done
     done
     "$PYTHON" bench/ablation_phantom.py report "$OUT/$task" || exit

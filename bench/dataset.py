@@ -12,13 +12,9 @@ of all forms alternate. `cold` rounds begin with the file dropped from the page 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from environment import write_record
 from torch.utils.data import DataLoader
 
 from rwkvlm.data.ahead import Ahead
@@ -162,10 +159,7 @@ def main() -> int:
             times = ", ".join(f"{tokens / consumer:,.0f}x of {consumer:,.0f}" for consumer in options.consumers)
             print(f"ctx_len {ctx_len:5}  {name:24} {samples:>10,} samples/s  {tokens / 1e6:>8,.0f} M tokens/s = {times}", flush=True)
     if options.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "torch": torch.__version__, "command": sys.argv}
-        options.out.write_text(json.dumps({**about, "batch": BATCH, "tokens": options.tokens, "rows": rows}, indent=1) + "\n")
+        write_record(options.out, batch=BATCH, tokens=options.tokens, rows=rows)
     return 0
 
 

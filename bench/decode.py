@@ -15,13 +15,9 @@ reads is timed too, and "of memory" is that time divided by the token's.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from environment import write_record
 
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig
@@ -180,12 +177,8 @@ def main() -> int:
         return 1
     rows = report(forms, measure(forms, options))
     if options.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "threads": options.threads}
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "rwkv": importlib.metadata.version("rwkv")}
         results = {"fp32_matmul": choice.line, "errors": found, "weights_bytes": {name: form.weights for name, form in forms.items()}, **rows}
-        options.json.write_text(json.dumps({**about, "versions": versions, "command": sys.argv, **results}, indent=1) + "\n")
+        write_record(options.json, threads=options.threads, rwkv=importlib.metadata.version("rwkv"), **results)
     below = [kind for kind, bar in BAR.items() if rows[f"{kind}_median"]["ours fp32"]["of_package"] < bar]
     if options.bar and below:
         print(f"error: below the bar: {', '.join(below)}", file=sys.stderr)

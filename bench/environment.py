@@ -1,13 +1,20 @@
-"""The environment in which demo-training-run.sh trains on a CPU: what users get, and so what is timed."""
+"""The environment of a measurement: that in which demo-training-run.sh trains on a CPU, and what is recorded of it."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import json
 import os
+import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-SCRIPT = Path(__file__).resolve().parents[1] / "demo-training-run.sh"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "demo-training-run.sh"
 
 
 def variables() -> dict[str, str]:
@@ -20,3 +27,12 @@ def as_in_the_demo() -> None:
     missing = {name: value for name, value in variables().items() if name not in os.environ}
     if missing:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | missing)
+
+
+def write_record(path: Path, **results: Any) -> None:
+    """Results as JSON, behind what they were measured on and with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "torch": importlib.metadata.version("torch")}
+    about |= {"python": platform.python_version(), "system": platform.platform(), "command": sys.argv}
+    path.write_text(json.dumps(about | results, indent=1) + "\n")

@@ -103,7 +103,7 @@ class World:
             time.sleep(0.002)
         return time.monotonic() - began
 
-    def until(self, true: Callable[[], object], seconds: float = 60.0) -> None:
+    def until(self, true: Callable[[], object], seconds: float = 180.0) -> None:
         """Waits for something while all processes live; TimeoutError, Finished, or ChildProcessError when one has ended otherwise."""
         deadline = time.monotonic() + seconds
         while not true():

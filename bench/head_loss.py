@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Callable
 
-from environment import as_in_the_demo
+from environment import as_in_the_demo, write_record
 
 if __name__ == "__main__":
     as_in_the_demo()
@@ -156,10 +152,7 @@ def main() -> int:
             cells = "  ".join(f"{name} {ms:9.1f} ms {row[f'ideal_share_{key}'][name]:5.0%} of ideal" for name, ms in row[f"ms_{key}"].items())
             print(f"  {key:7}  {cells}", flush=True)
     if options.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "threads": options.threads, "torch": torch.__version__}
-        options.out.write_text(json.dumps({**about, "command": sys.argv, "errors": found, "rows": rows}, indent=1) + "\n")
+        write_record(options.out, threads=options.threads, errors=found, rows=rows)
     return 0
 
 

@@ -2,7 +2,8 @@
 
     python bench/text.py --folder ~/bench-text
     python bench/make_data.py --text ~/bench-text/text.jsonl --official ~/RWKV-LM/RWKV-v5 --out result.json
-    python bench/make_data.py --text ~/bench-text/text.jsonl --large 5e9 --out large.json          (peak memory; wants 10 GB of disk)
+    python bench/make_data.py --text ~/bench-text/text.jsonl --large 5e9 --out large.json          (peak memory; wants 15 GB of disk)
+    python bench/make_data.py --text ~/bench-text/text.jsonl --large 1.5e9 --one_txt --out one_txt.json      (one document of that size)
 
 A whole run is the process `make_data.py TEXT 1 4096`, start-up included; the best of --rounds. The official tool, whose folder holds
 its own make_data.py, gets the first --official_bytes of the same text, in the same rounds. Correctness first: the tokenizer's ids
@@ -44,6 +45,17 @@ def head(text: Path, size: float, to: Path) -> int:
                     if written >= size:
                         break
                     written += out.write(line)
+    return written
+
+
+def one_txt(text: Path, size: float, to: Path) -> int:
+    """The texts of the lines one after the other, repeated to at least so many bytes; their size."""
+    written = 0
+    with open(to, "wb") as out:
+        while written < size:
+            with open(text, "rb") as file:
+                for line in file:
+                    written += out.write(json.loads(line)["text"].encode() + b"\n")
     return written
 
 
@@ -113,6 +125,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, help="folder of the official make_data.py, with its src/ and tokenizer/")
     parser.add_argument("--official_bytes", type=float, default=2e7, help="how much of the text the official tool gets")
     parser.add_argument("--large", type=float, default=0, help="only one run, over so many bytes, by repetition of the text")
+    parser.add_argument("--one_txt", action="store_true", help="with --large: a single .txt instead of lines of JSON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--scratch", type=Path, help="where the files go (default: beside the text)")
@@ -123,9 +136,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.scratch or args.text.parent) as name:
         folder = Path(name)
         if args.large:
-            size = head(args.text, args.large, folder / "large.jsonl")
-            run = ours(folder / "large.jsonl", folder, args.workers)
-            result["large"] = {"jsonl_bytes": size, **run, "MB_per_s": run["facts"]["text_bytes"] / 1e6 / run["seconds"]}
+            name = "large.txt" if args.one_txt else "large.jsonl"
+            size = (one_txt if args.one_txt else head)(args.text, args.large, folder / name)
+            run = ours(folder / name, folder, args.workers)
+            result["large"] = {f"{'txt' if args.one_txt else 'jsonl'}_bytes": size, **run, "MB_per_s": run["facts"]["text_bytes"] / 1e6 / run["seconds"]}
         else:
             runs, official_runs, part_runs = [], [], []
             if args.official:

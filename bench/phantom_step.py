@@ -10,16 +10,13 @@ Rounds of all models alternate, so that a busy machine hits them alike; the rati
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from environment import write_record
 
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.models import LanguageModel, build, init_weights
@@ -120,10 +117,7 @@ def main() -> int:
             print(f"(B,T)=({row['B']},{row['T']}) {label:7}  " + "  ".join(f"{name} {ms:8.2f} ms" for name, ms in row[key].items()))
         print(f"{'':15} TTT on / off {row['ttt_on/ttt_off']:.3f} (fastest {row['ttt_on/ttt_off_fastest']:.3f}; bar {BAR})", flush=True)
     if options.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "torch": torch.__version__}
-        options.out.write_text(json.dumps({**about, "command": sys.argv, "rows": rows}, indent=1) + "\n")
+        write_record(options.out, threads=options.threads, rows=rows)
     return 0
 
 

@@ -16,22 +16,17 @@ a copy: no arrangement of the step avoids it.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from environment import as_in_the_demo
+from environment import as_in_the_demo, write_record
 
-ROOT = Path(__file__).resolve().parents[1]
 CTX = 512
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}  # relative: loss and the whole gradient, against float64
 PARTS = {  # of an operator in the profile; the first pattern that fits it or, else, the nearest operator around it
@@ -48,6 +43,7 @@ PARTS = {  # of an operator in the profile; the first pattern that fits it or, e
 
 if __name__ == "__main__":
     as_in_the_demo()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that torch's profiler writes a line whenever it starts and stops
 
 import torch  # noqa: E402
 
@@ -246,11 +242,7 @@ def main() -> int:
             rows.append(measure(name, precision, options))
             report(rows[-1])
     if options.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "threads": options.threads, "torch": torch.__version__}
-        about |= {"python": platform.python_version(), "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "")}
-        options.json.write_text(json.dumps({**about, "command": sys.argv, "rows": rows}, indent=1) + "\n")
+        write_record(options.json, threads=options.threads, onednn_max_cpu_isa=os.environ.get("ONEDNN_MAX_CPU_ISA", ""), rows=rows)
     return 0
 
 

@@ -19,13 +19,9 @@ loop, which allocates most, gains most by it: its ratios are then smaller and th
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +29,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from environment import write_record
 
 from rwkvlm.ops.wkv7 import wkv7_chunked, wkv7_native, wkv7_reference
 from rwkvlm.ops.wkv7.native import why_not
@@ -169,11 +166,7 @@ def main() -> int:
             print(f"(B,T)=({row['B']},{row['T']}) {label:7}  {cells}  {ratios}", flush=True)
         print(f"(B,T)=({row['B']},{row['T']}) ideal    {row['ideal_ms']} ms at the {row['gemm_gflops']} GFLOP/s of torch's matrix product", flush=True)
     if options.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "threads": options.threads, "allocator": options.allocator}
-        about |= {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(), "command": sys.argv}
-        options.json.write_text(json.dumps({**about, "errors": errors, "rows": rows}, indent=1) + "\n")
+        write_record(options.json, threads=options.threads, allocator=options.allocator, errors=errors, rows=rows)
     return 0
 
 

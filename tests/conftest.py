@@ -12,10 +12,10 @@ THREADS, PRECISION = torch.get_num_threads(), torch.get_float32_matmul_precision
 
 @pytest.fixture(autouse=True)
 def process_as_it_was():
-    backend._requested = None  # also what fixtures of a wider scope have left
+    backend._requested = ""  # also what fixtures of a wider scope have left
     environment = dict(os.environ)
     yield
-    backend._requested = None
+    backend._requested = ""
     torch.set_num_threads(THREADS)
     torch.set_float32_matmul_precision(PRECISION)
     for name in os.environ.keys() - environment.keys():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from .config import env
+from .config.locks import try_lock
 
 SOURCE_DIR = Path(__file__).resolve().parents[2] / "cuda"
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wno-psabi".split()
@@ -208,26 +208,18 @@ def _digest(facts: list[str], name: str, suffixes: tuple[str, ...]) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path, what: str) -> Iterator[None]:
-    """One builder at a time. The kernel drops the lock of a process that dies, so that a lock file left behind blocks nobody."""
+    """One builder at a time; on a file system without locks two may build the same thing, and the last rename wins."""
     with open(path, "a+") as file:
         deadline, told = time.monotonic() + TIME_OUT, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                if time.monotonic() > deadline:
-                    raise NativeBuildError(
-                        f"{what}: process {holder} has been building it for over {TIME_OUT:.0f} s; stop it, then start again"
-                    ) from None
-                if not told:
-                    print(f"waiting for process {holder}, which builds {what}", file=sys.stderr, flush=True)
-                    told = True
-                time.sleep(0.1)
-            except OSError:
-                break  # a file system without locks: two processes may build the same thing, and the last rename wins
+        while not try_lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            if time.monotonic() > deadline:
+                raise NativeBuildError(f"{what}: process {holder} has been building it for over {TIME_OUT:.0f} s; stop it, then start again")
+            if not told:
+                print(f"waiting for process {holder}, which builds {what}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -21,6 +21,11 @@ EXPORT void rwkvlm_world_encode(const World* world, const uint8_t* text, const i
   world->encode(text, ends, n, ids, id_ends);
 }
 
+// Sets seen[id] for every id that occurs.
+EXPORT void rwkvlm_occurring(const uint16_t* ids, int64_t n, uint8_t* seen) {
+  for (int64_t k = 0; k < n; ++k) seen[ids[k]] = 1;
+}
+
 EXPORT int64_t rwkvlm_jsonl_texts(const uint8_t* block, int64_t size, const uint8_t* key, int64_t key_size, uint8_t* text, int64_t* ends,
                                   int64_t* lines) {
   return tokenizer::jsonl_texts(block, size, key, key_size, text, ends, lines);

@@ -27,14 +27,15 @@ using wkv7::Tensors;
 constexpr int C = 8, C2 = 2 * C;
 constexpr int kChunks = kCheckpoint / C;
 constexpr int slab(int N) { return N < 32 ? N : 32; }
+constexpr int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 constexpr float kDecayScale = -0.60653065971263342f;  // -exp(-1/2)
 
 template <int N, class T>
 struct Rows {  // the rows of one head of a [tokens, H, N] tensor, counted from the document's first token
   T* data;
   int64_t stride;
-  Rows(const void* tensor, const Task& task)
-      : data(static_cast<T*>(const_cast<void*>(tensor)) + (task.first * task.heads + task.head) * N), stride(task.heads * N) {}
+  Rows(const void* tensor, const Task& task, int64_t head)  // head: counted from the task's first
+      : data(static_cast<T*>(const_cast<void*>(tensor)) + (task.first * task.heads + task.head + head) * N), stride(task.heads * N) {}
   T* operator[](int64_t t) const { return data + t * stride; }
 };
 
@@ -81,7 +82,10 @@ constexpr int kBatch = 16;  // tokens converted and prefetched at a time
 
 template <int N, int V>  // V of the N value channels
 struct alignas(64) ForwardScratch {
-  float S[N][V], d[kBatch][N], r[N], k[N], b[N], a[N], zeros[N], u[V];
+  float d[kBatch][N], r[N], k[N], b[N], a[N], zeros[N];
+  struct alignas(64) {
+    float S[N][V], u[V];
+  } of[wkv7::kGroup];
 };
 
 // One token for NR vectors of value channels; u enters as S_{t-1} a_t and leaves as S_t a_{t+1}.
@@ -114,50 +118,68 @@ INLINE void step(float* S, const float* d, const float* r, const float* k, const
   }
 }
 
+template <int N, class T>
+struct ForwardRows {
+  Rows<N, const T> r, w, k, v, a, b;
+  Rows<N, T> y;
+  Rows<N, float> removed;
+  ForwardRows(const Tensors& io, const Task& task, int64_t head)
+      : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
+        y(io.y, task, head), removed(io.removed, task, head) {}
+  INLINE void prefetch(int64_t t) const {
+    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]), prefetch_row<N>(a[t]), prefetch_row<N>(b[t]);
+  }
+};
+
 template <int N, int V, class T>
 void forward(const Task& task, const Tensors& io, void* memory) {
   constexpr int NR = V / W < (W == 16 ? 4 : 2) ? V / W : (W == 16 ? 4 : 2);
   auto& x = *static_cast<ForwardScratch<N, V>*>(memory);
-  const Rows<N, const T> r(io.r, task), w(io.w, task), k(io.k, task), v(io.v, task), a(io.a, task), b(io.b, task);
-  const Rows<N, T> y(io.y, task);
-  const Rows<N, float> removed(io.removed, task);
-  if (task.initial)
-    transpose<V, N>(task.initial + task.value * N, N, x.S[0], V);
-  else
-    memset(x.S, 0, sizeof x.S);
   memset(x.zeros, 0, sizeof x.zeros);
-  widen<N>(x.a, a[0]);
-  for (int i = 0; i < V; i += W) {
-    vf u{};
-    for (int j = 0; j < N; j++) u += load(x.S[j] + i) * x.a[j];
-    store(x.u + i, u);
+  for (int64_t h = 0; h < task.count; h++) {
+    auto& [S, u] = x.of[h];
+    if (task.initial)
+      transpose<V, N>(task.initial + (h * N + task.value) * N, N, S[0], V);
+    else
+      memset(S, 0, sizeof S);
+    const float* a = as_float<N>(ForwardRows<N, T>(io, task, h).a[0], x.a);
+    for (int i = 0; i < V; i += W) {
+      vf sum{};
+      for (int j = 0; j < N; j++) sum += load(S[j] + i) * a[j];
+      store(u + i, sum);
+    }
   }
-  for (int64_t t0 = 0; t0 < task.length; t0 += kBatch) {
-    const int n = task.length - t0 < kBatch ? int(task.length - t0) : kBatch;
-    if (task.checkpoints && t0 % kCheckpoint == 0)
-      transpose<N, V, true>(x.S[0], V, task.checkpoints + (((t0 / kCheckpoint) * task.heads + task.head) * N + task.value) * N, N);
-    for (int t = 0; t < n; t++) {
-      for (int j = 0; j < N; j += W) {
-        vf s, c;
-        sigmoids(load(w[t0 + t] + j), s, c);
-        store(x.d[t] + j, decay_of(s));
+  for (int64_t first = 0; first < task.length; first += kCheckpoint)
+    for (int64_t h = 0; h < task.count; h++) {
+      auto& [S, u] = x.of[h];
+      const ForwardRows<N, T> rows(io, task, h);
+      if (task.checkpoints)
+        transpose<N, V, true>(S[0], V, task.checkpoints + (((first / kCheckpoint) * task.heads + task.head + h) * N + task.value) * N, N);
+      const int64_t end = min(first + kCheckpoint, task.length);
+      for (int64_t t0 = first; t0 < end; t0 += kBatch) {
+        const int n = int(min(end - t0, kBatch));
+        for (int t = 0; t < n; t++)
+          for (int j = 0; j < N; j += W) {
+            vf s, c;
+            sigmoids(load(rows.w[t0 + t] + j), s, c);
+            store(x.d[t] + j, decay_of(s));
+          }
+        // What comes after this batch: the next one, or the next head's, or the first head's next stretch.
+        const bool stays = t0 + kBatch < end, wraps = !stays && h + 1 == task.count;
+        const ForwardRows<N, T> next(io, task, stays ? h : wraps ? 0 : h + 1);
+        const int64_t next_t0 = stays ? t0 + kBatch : wraps ? end : first;
+        for (int i = 0; i < V; i += NR * W)
+          for (int t = 0; t < n; t++) {
+            if (i == 0 && next_t0 + t < task.length) next.prefetch(next_t0 + t);
+            if (io.removed)
+              for (int q = i; q < i + NR * W; q += W) stream(rows.removed[t0 + t] + task.value + q, load(u + q));
+            const float* a_next = t0 + t + 1 < task.length ? as_float<N>(rows.a[t0 + t + 1], x.a) : x.zeros;
+            step<N, V, NR>(S[0] + i, x.d[t], as_float<N>(rows.r[t0 + t], x.r), as_float<N>(rows.k[t0 + t], x.k), as_float<N>(rows.b[t0 + t], x.b),
+                           a_next, rows.v[t0 + t] + task.value + i, u + i, rows.y[t0 + t] + task.value + i);
+          }
       }
     }
-    for (int i = 0; i < V; i += NR * W)
-      for (int t = 0; t < n; t++) {
-        if (i == 0 && t0 + t + kBatch < task.length) {
-          const int64_t next = t0 + t + kBatch;
-          prefetch_row<N>(r[next]), prefetch_row<N>(w[next]), prefetch_row<N>(k[next]);
-          prefetch_row<N>(v[next]), prefetch_row<N>(a[next]), prefetch_row<N>(b[next]);
-        }
-        if (io.removed)
-          for (int q = 0; q < NR * W; q += W) stream(removed[t0 + t] + task.value + i + q, load(x.u + i + q));
-        const float* a_next = t0 + t + 1 < task.length ? as_float<N>(a[t0 + t + 1], x.a) : x.zeros;
-        step<N, V, NR>(x.S[0] + i, x.d[t], as_float<N>(r[t0 + t], x.r), as_float<N>(k[t0 + t], x.k), as_float<N>(b[t0 + t], x.b), a_next,
-                    v[t0 + t] + task.value + i, x.u + i, y[t0 + t] + task.value + i);
-      }
-  }
-  transpose<N, V>(x.S[0], V, task.final + task.value * N, N);
+  for (int64_t h = 0; h < task.count; h++) transpose<N, V>(x.of[h].S[0], V, task.final + (h * N + task.value) * N, N);
   end_of_stream();
 }
 
@@ -175,8 +197,9 @@ template <int N, class T>
 struct Inputs {
   Rows<N, const T> r, w, k, v, a, b, dy;
   Rows<N, const float> removed;
-  Inputs(const Tensors& io, const Task& task)
-      : r(io.r, task), w(io.w, task), k(io.k, task), v(io.v, task), a(io.a, task), b(io.b, task), dy(io.dy, task), removed(io.removed, task) {}
+  Inputs(const Tensors& io, const Task& task, int64_t head)
+      : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
+        dy(io.dy, task, head), removed(io.removed, task, head) {}
   INLINE void prefetch(int64_t t) const {
     prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
     prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
@@ -186,13 +209,12 @@ struct Inputs {
 template <int N, class T>
 struct Outputs {
   Rows<N, T> dr, dw, dk, dv, da, db;
-  Outputs(const Tensors& io, const Task& task)
-      : dr(io.dr, task), dw(io.dw, task), dk(io.dk, task), dv(io.dv, task), da(io.da, task), db(io.db, task) {}
+  Outputs(const Tensors& io, const Task& task, int64_t head)
+      : dr(io.dr, task, head), dw(io.dw, task, head), dk(io.dk, task, head), dv(io.dv, task, head), da(io.da, task, head), db(io.db, task, head) {}
 };
 
 template <int N, int V>  // V of the N value channels
 struct alignas(64) Pull {  // the way of the gradient through one chunk, in which value channels do not meet
-  float G[V][N];                             // the running gradient
   float KBt[N][C2], dVUt[V][C2], M[C2][C2];
   float dVU[C2][V], ZY[C2][V];
 };
@@ -202,6 +224,7 @@ struct alignas(64) BackwardScratch {
   Chunk<N> chunk[kChunks];
   float S[kChunks][N][N];  // states after the chunks, value-major
   Pull<N, N> pull;
+  float G[wkv7::kGroup][N][N];  // the running gradient of each head
   float VUt[N][C2], dM[C2][C2], dAR[C2][N], dKB[C2][N];
   float suffix[N];  // the gradient of log d of the token at hand
 };
@@ -210,6 +233,7 @@ template <int N>
 struct alignas(64) ScanScratch {
   Chunk<N> chunk;
   Pull<N, slab(N)> pull;
+  float G[slab(N)][N];
 };
 
 template <int N, class T>
@@ -282,11 +306,11 @@ INLINE void load_dy(Pull<N, V>& y, const Inputs<N, T>& in, int64_t t0, int n, in
 
 // ZY from G = E: what the chunk's values, and the rows u, receive.
 template <int N, int V>
-void solve(Pull<N, V>& y, const Chunk<N>& x) {
+void solve(Pull<N, V>& y, const float (*G)[N], const Chunk<N>& x) {
   transpose<C2, N>(x.KB[0], N, y.KBt[0], C2);
   matmul<C2, C2, N, From::zero>(x.AR[0], N, 1, y.KBt[0], C2, y.M[0], C2);
   mask(y.M);
-  matmul<V, C2, N, From::zero>(y.G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
+  matmul<V, C2, N, From::zero>(G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
   transpose<V, C2>(y.dVUt[0], C2, y.dVU[0], V);
   matmul<C2, V, C, From::self>(y.M[C], 1, C2, y.ZY[C], V, y.dVU[0], V);
   for (int t = C - 1; t >= 0; t--)
@@ -299,16 +323,16 @@ void solve(Pull<N, V>& y, const Chunk<N>& x) {
 
 // E becomes the gradient of the state before the chunk, times `scale`.
 template <int N, int V>
-INLINE void pull_back(Pull<N, V>& y, const Chunk<N>& x, const float* scale) {
-  matmul<V, N, C2, From::start>(y.ZY[0], 1, V, x.AR[0], N, y.G[0], N, y.G[0], scale);
+INLINE void pull_back(float (*G)[N], const Pull<N, V>& y, const Chunk<N>& x, const float* scale) {
+  matmul<V, N, C2, From::start>(y.ZY[0], 1, V, x.AR[0], N, G[0], N, G[0], scale);
 }
 
 // `ahead(i)`, for i = 0 .. C - 1, prefetches a little; in one burst it would fill the queues of the core and stall it.
 template <int N, class T, class Ahead>
-void chunk_gradients(BackwardScratch<N>& y, const Chunk<N>& x, const float* S, const float* scale, const Outputs<N, T>& out, int64_t t0, int n,
-                     Ahead ahead) {
-  auto& [G, KBt, dVUt, M, dVU, ZY] = y.pull;
-  solve(y.pull, x);
+void chunk_gradients(BackwardScratch<N>& y, float (*G)[N], const Chunk<N>& x, const float* S, const float* scale, const Outputs<N, T>& out,
+                     int64_t t0, int n, Ahead ahead) {
+  auto& [KBt, dVUt, M, dVU, ZY] = y.pull;
+  solve(y.pull, G, x);
   ahead(0);
   matmul<C, N, C, From::self>(M[0], 1, C2, ZY[0], N, dVU[0], N);
   ahead(1);
@@ -342,7 +366,7 @@ void chunk_gradients(BackwardScratch<N>& y, const Chunk<N>& x, const float* S, c
     }
   for (int q = 0; q < N / W; q++) store(y.suffix + q * W, suffix[q]);
   ahead(6);
-  pull_back(y.pull, x, scale);
+  pull_back(G, y.pull, x, scale);
   ahead(7);
 }
 
@@ -356,54 +380,58 @@ struct Ones {
 template <int N>
 alignas(64) constexpr Ones<N> kOnes;
 
-INLINE int at_most(int64_t x, int limit) { return x < limit ? int(x) : limit; }
-
 template <int N, class T>
 void backward(const Task& task, const Tensors& io, void* memory) {
   auto& y = *static_cast<BackwardScratch<N>*>(memory);
-  auto& G = y.pull.G;
-  const Inputs<N, T> in(io, task);
-  const Outputs<N, T> out(io, task);
-  if (task.d_end)
-    memcpy(G, task.d_end, sizeof G);
-  else
-    memset(G, 0, sizeof G);
-  for (int64_t first = (task.end - 1) / kCheckpoint * kCheckpoint; first >= task.begin; first -= kCheckpoint) {
-    const int tokens = at_most(task.end - first, kCheckpoint), chunks = (tokens + C - 1) / C;
-    const auto checkpoint = [&](int64_t t) { return task.checkpoints + ((t / kCheckpoint) * task.heads + task.head) * N * N; };
-    const bool last = first + tokens == task.length;
-    const auto before = [&](int c) { return c ? y.S[c - 1][0] : checkpoint(first); };
-    for (int c = 0; c < chunks; c++) {
-      prepare(y.chunk[c], in, first + c * C, at_most(tokens - c * C, C));
-      if (c + 1 < chunks || last) roll<N>(before(c), y.chunk[c], y.S[c][0]);
-    }
-    // The running gradient of log d begins afresh at each checkpoint, so that its rounding does not grow with the length.
-    const float* S1 = last ? y.S[chunks - 1][0] : checkpoint(first + kCheckpoint);
-    for (int j = 0; j < N; j += W) {
-      vf sum{};
-      const vf scale = load(y.chunk[chunks - 1].P[C] + j);
-      for (int i = 0; i < N; i++) {
-        const vf g = load(G[i] + j);
-        sum += load(S1 + i * N + j) * g;
-        store(G[i] + j, g * scale);
+  for (int64_t h = 0; h < task.count; h++)
+    if (task.d_end)
+      memcpy(y.G[h], task.d_end + h * N * N, sizeof y.G[h]);
+    else
+      memset(y.G[h], 0, sizeof y.G[h]);
+  for (int64_t first = (task.end - 1) / kCheckpoint * kCheckpoint; first >= task.begin; first -= kCheckpoint)
+    for (int64_t h = 0; h < task.count; h++) {
+      auto& G = y.G[h];
+      const Inputs<N, T> in(io, task, h);
+      const Outputs<N, T> out(io, task, h);
+      const int tokens = int(min(task.end - first, kCheckpoint)), chunks = (tokens + C - 1) / C;
+      const auto checkpoint = [&](int64_t t, int64_t h) { return task.checkpoints + ((t / kCheckpoint) * task.heads + task.head + h) * N * N; };
+      const bool last = first + tokens == task.length;
+      const auto before = [&](int c) { return c ? y.S[c - 1][0] : checkpoint(first, h); };
+      for (int c = 0; c < chunks; c++) {
+        prepare(y.chunk[c], in, first + c * C, int(min(tokens - c * C, C)));
+        if (c + 1 < chunks || last) roll<N>(before(c), y.chunk[c], y.S[c][0]);
       }
-      store(y.suffix + j, sum);
+      // The running gradient of log d begins afresh at each checkpoint, so that its rounding does not grow with the length.
+      const float* S1 = last ? y.S[chunks - 1][0] : checkpoint(first + kCheckpoint, h);
+      for (int j = 0; j < N; j += W) {
+        vf sum{};
+        const vf scale = load(y.chunk[chunks - 1].P[C] + j);
+        for (int i = 0; i < N; i++) {
+          const vf g = load(G[i] + j);
+          sum += load(S1 + i * N + j) * g;
+          store(G[i] + j, g * scale);
+        }
+        store(y.suffix + j, sum);
+      }
+      // What comes after this stretch: the next head's, or the first head's previous one.
+      const int64_t next_h = h + 1 < task.count ? h + 1 : 0, next_first = next_h ? first : first - kCheckpoint;
+      const int next_tokens = next_first < task.begin ? 0 : int(min(task.end - next_first, kCheckpoint));
+      const Inputs<N, T> next(io, task, next_h);
+      for (int c = chunks - 1; c >= 0; c--) {
+        const int64_t t0 = first + c * C;
+        const int n = int(min(tokens - c * C, C));
+        load_dy(y.pull, in, t0, n, 0);
+        const auto ahead = [&](int i) {
+          if (c * C + i >= next_tokens) return;
+          next.prefetch(next_first + c * C + i);
+          const float* state = checkpoint(next_first, next_h);
+          for (int row = c * C + i; row < N; row += kCheckpoint) prefetch_row<N>(state + row * N);
+        };
+        chunk_gradients(y, G, y.chunk[c], before(c), c ? y.chunk[c - 1].P[C] : kOnes<N>.value, out, t0, n, ahead);
+      }
     }
-    for (int c = chunks - 1; c >= 0; c--) {
-      const int64_t t0 = first + c * C;
-      const int n = at_most(tokens - c * C, C);
-      load_dy(y.pull, in, t0, n, 0);
-      const auto ahead = [&](int i) {
-        if (first == task.begin) return;
-        in.prefetch(t0 - kCheckpoint + i);
-        const float* state = checkpoint(first - kCheckpoint);
-        for (int row = c * C + i; row < N; row += kCheckpoint) prefetch_row<N>(state + row * N);
-      };
-      chunk_gradients(y, y.chunk[c], before(c), c ? y.chunk[c - 1].P[C] : kOnes<N>.value, out, t0, n, ahead);
-    }
-  }
   end_of_stream();
-  if (task.d_begin) memcpy(task.d_begin, G, sizeof G);
+  if (task.d_begin) memcpy(task.d_begin, y.G, task.count * sizeof y.G[0]);
 }
 
 // The gradient of the state at every checkpoint, for a slab of value channels, and nothing else.
@@ -411,22 +439,22 @@ template <int N, class T>
 void scan(const Task& task, const Tensors& io, void* memory) {
   constexpr int V = slab(N);
   auto& y = *static_cast<ScanScratch<N>*>(memory);
-  const Inputs<N, T> in(io, task);
+  const Inputs<N, T> in(io, task, 0);
   if (task.d_end)
-    memcpy(y.pull.G, task.d_end + task.value * N, sizeof y.pull.G);
+    memcpy(y.G, task.d_end + task.value * N, sizeof y.G);
   else
-    memset(y.pull.G, 0, sizeof y.pull.G);
+    memset(y.G, 0, sizeof y.G);
   for (int64_t t0 = (task.length - 1) / C * C; t0 >= 0; t0 -= C) {
-    const int n = at_most(task.length - t0, C);
+    const int n = int(min(task.length - t0, C));
     prepare(y.chunk, in, t0, n);
     for (int i = 0; i < V; i++)
-      for (int j = 0; j < N; j += W) store(y.pull.G[i] + j, load(y.pull.G[i] + j) * load(y.chunk.P[C] + j));
+      for (int j = 0; j < N; j += W) store(y.G[i] + j, load(y.G[i] + j) * load(y.chunk.P[C] + j));
     load_dy(y.pull, in, t0, n, task.value);
-    solve(y.pull, y.chunk);
-    pull_back(y.pull, y.chunk, kOnes<N>.value);
+    solve(y.pull, y.G, y.chunk);
+    pull_back(y.G, y.pull, y.chunk, kOnes<N>.value);
     if (t0 % kCheckpoint == 0) {
       float* to = t0 ? task.d_checkpoints + ((t0 / kCheckpoint) * task.heads + task.head) * N * N : task.d_begin;
-      memcpy(to + task.value * N, y.pull.G, sizeof y.pull.G);
+      memcpy(to + task.value * N, y.G, sizeof y.G);
     }
   }
 }

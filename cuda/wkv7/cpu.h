@@ -5,18 +5,21 @@
 namespace wkv7 {
 
 constexpr int kCheckpoint = 64;  // tokens from one saved state to the next
+constexpr int kGroup = 8;        // the most heads of one task
 
-// One head of one document. Its tokens are rows first .. first + length - 1 of the [rows, H, N] tensors.
+// Heads head .. head + count - 1 of one document. Its tokens are rows first .. first + length - 1 of the [rows, H, N] tensors.
+// A task goes through its heads stretch by stretch, kCheckpoint tokens of each: a head's rows lie H N apart, nearly a page of memory each,
+// and the pages are still known to the core's translation buffers when the heads beside it need them.
 struct Task {
-  int64_t first, length, head, heads;
-  const float* initial;  // state before the first token, [N, N]; null: zeros
-  float* final;          // state after the last token, [N, N]
+  int64_t first, length, head, count, heads;
+  const float* initial;  // states before the first token, [count, N, N]; null: zeros
+  float* final;          // states after the last token, [count, N, N]
   float* checkpoints;    // states before tokens 0, 64, 128, ...: [H, N, N] a slot, from this document's first slot; null: save nothing
   int64_t begin, end;    // backward: the document's tokens that it is about; begin is a multiple of kCheckpoint, so is end unless it is `length`
-  const float* d_end;    // gradient of the state after token end - 1; null: zeros
-  float* d_begin;        // gradient of the state before token begin; null: not wanted
+  const float* d_end;    // gradients of the states after token end - 1, [count, N, N]; null: zeros
+  float* d_begin;        // gradients of the states before token begin, [count, N, N]; null: not wanted
   float* d_checkpoints;  // scan: gradients of the checkpoints, the same layout
-  int64_t value;         // forward_slab, scan: the first of its value channels
+  int64_t value;         // forward_slab, scan (of one head): the first of its value channels
 };
 
 // Data pointers of whole tensors; the element type is float or bf16, `removed` (S_{t-1} a_t) is always float.

@@ -79,6 +79,13 @@ struct Documents {
 
 bool fewer_heads_than_threads(const Documents& documents, int64_t heads) { return documents.count() * heads < torch::stable::get_num_threads(); }
 
+// Heads of one task: as many as leave each thread two tasks, and a document in even parts.
+int64_t group_size(const Documents& documents, int64_t heads) {
+  const int64_t most = std::clamp<int64_t>(documents.count() * heads / (2 * torch::stable::get_num_threads()), 1, wkv7::kGroup);
+  const int64_t parts = (heads + most - 1) / most;
+  return (heads + parts - 1) / parts;
+}
+
 // Runs the tasks on torch's own threads. Who runs which does not matter to the result; taking the next one
 // when ready keeps documents of different length from leaving threads idle.
 void run(const std::vector<Task>& tasks, const Tensors& tensors, wkv7::Kernel kernel, int64_t scratch_bytes,
@@ -115,11 +122,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k,
         memset(state_at(checkpoints, unused, 0), 0, H * N * N * sizeof(float));
     }
   const int64_t slab = fewer_heads_than_threads(documents, H) ? kernels.slab : N;
+  const int64_t group = group_size(documents, H);
   std::vector<Task> tasks;
   for (int64_t i = 0; i < documents.count(); i++)
-    for (int64_t h = 0; h < H; h++)
+    for (int64_t h = 0; h < H; h += group)
       for (int64_t value = 0; value < N; value += slab)
-        tasks.push_back({.first = documents.first[i], .length = documents.length[i], .head = h, .heads = H,
+        tasks.push_back({.first = documents.first[i], .length = documents.length[i], .head = h, .count = std::min(group, H - h), .heads = H,
                          .initial = initial ? state_at(*initial, i, h) : nullptr, .final = state_at(final, i, h),
                          .checkpoints = save ? state_at(checkpoints, documents.slot[i], 0) : nullptr, .value = value});
   run(tasks, tensors, slab < N ? kernels.forward_slab : kernels.forward, kernels.forward_scratch, r);
@@ -139,10 +147,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tens
                         .y = nullptr, .removed = static_cast<float*>(removed.data_ptr()), .dy = dy.data_ptr(),
                         .dr = grads[0].data_ptr(), .dw = grads[1].data_ptr(), .dk = grads[2].data_ptr(), .dv = grads[3].data_ptr(),
                         .da = grads[4].data_ptr(), .db = grads[5].data_ptr()};
+  const int64_t group = group_size(documents, H);
   std::vector<Task> heads;
   for (int64_t i = 0; i < documents.count(); i++)
-    for (int64_t h = 0; h < H; h++)
-      heads.push_back({.first = documents.first[i], .length = documents.length[i], .head = h, .heads = H,
+    for (int64_t h = 0; h < H; h += group)
+      heads.push_back({.first = documents.first[i], .length = documents.length[i], .head = h, .count = std::min(group, H - h), .heads = H,
                        .checkpoints = state_at(checkpoints, documents.slot[i], 0), .begin = 0, .end = documents.length[i],
                        .d_end = d_final ? state_at(*d_final, i, h) : nullptr, .d_begin = state_at(d_initial, i, h)});
   if (!fewer_heads_than_threads(documents, H)) {
@@ -150,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tens
   } else {
     const Tensor d_checkpoints = torch::stable::new_empty(r, {documents.slots, H, N, N}, ScalarType::Float);
     std::vector<Task> slabs, stretches;
-    for (size_t i = 0; i < heads.size(); i++) {
+    for (size_t i = 0; i < heads.size(); i++) {  // one head each, as there are so few
       Task task = heads[i];
       const int64_t slot = documents.slot[i / H];
       task.d_checkpoints = state_at(d_checkpoints, slot, 0);

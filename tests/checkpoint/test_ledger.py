@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -35,9 +36,7 @@ def test_own_newer_weights_do_not_make_a_state_stale(tmp_path):
         assert ledger.why_stale(tmp_path, ledger.newest_entry(tmp_path)) == ""
 
 
-def test_a_kill_between_ledger_and_rename_leaves_a_usable_state(tmp_path, monkeypatch):
-    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(0))
-    recorded = ledger.newest_entry(tmp_path)
+def killed_before_rename(tmp_path, monkeypatch, seed):
     real = ledger.os.replace
 
     class Killed(BaseException):
@@ -48,11 +47,39 @@ def test_a_kill_between_ledger_and_rename_leaves_a_usable_state(tmp_path, monkey
             raise Killed
         real(source, target)
 
-    monkeypatch.setattr("os.replace", kill)
-    with pytest.raises(Killed):
-        ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(1))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("os.replace", kill)
+        ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(seed))
+
+
+def test_a_kill_between_ledger_and_rename_leaves_a_usable_state(tmp_path, monkeypatch):
+    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(0))
+    recorded = ledger.newest_entry(tmp_path)
+    killed_before_rename(tmp_path, monkeypatch, 1)
     assert not (tmp_path / "rwkv-1.pth").exists()
     assert ledger.why_stale(tmp_path, recorded) == ""
+
+
+def test_a_kill_between_ledger_and_rename_of_a_file_written_anew(tmp_path, monkeypatch):
+    """A run that has gone on from before rwkv-1.pth, at another size, writes other bits: the first ones are still there, and its own."""
+    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(0))
+    recorded = ledger.newest_entry(tmp_path)
+    ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(1))
+    killed_before_rename(tmp_path, monkeypatch, 2)
+    assert ledger.identity(tmp_path / "rwkv-1.pth") and ledger.why_stale(tmp_path, recorded) == ""
+    ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(3))
+    assert ledger.why_stale(tmp_path, recorded) == ""
+    save_weights(tmp_path / "rwkv-1.pth", weights(2))  # never was there
+    assert "rwkv-1.pth is newer" in ledger.why_stale(tmp_path, recorded)
+
+
+def test_ledgers_of_older_versions_are_read(tmp_path):
+    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(0))
+    file = tmp_path / "state" / "weights.json"
+    file.write_text(json.dumps({name: known[0] for name, known in json.loads(file.read_text()).items()}))
+    assert ledger.why_stale(tmp_path, None) == ""
+    ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(1))
+    assert ledger.why_stale(tmp_path, None) == ""
 
 
 def delete_newest(folder):

@@ -271,6 +271,24 @@ def test_a_full_disk_costs_nothing(saved):
     assert sorted(p for p in folder.rglob("*")) == before and state.find_state(folder).step == 4
 
 
+def test_no_room_for_the_pointer_is_no_room_for_the_state(saved, monkeypatch):
+    """`latest` is written before the state becomes visible, so that a save which is told to have failed has left nothing."""
+    folder, model, optimizer = saved
+    before = sorted(path.name for path in (folder / "state").iterdir())
+    real = open
+
+    def full(file, *arguments):
+        if str(file).endswith("latest.tmp"):
+            raise OSError(28, "No space left on device", str(file))
+        return real(file, *arguments)
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        state.save_state(folder, 9, model, optimizer, {"step": 9}, keep_last=2)
+    monkeypatch.undo()
+    assert sorted(path.name for path in (folder / "state").iterdir()) == before and state.find_state(folder).step == 4
+
+
 def test_remains_of_a_killed_save_do_not_fill_the_disk_for_ever(saved):
     folder, model, optimizer = saved
     remains = folder / "state" / "step9.tmp"

@@ -55,6 +55,24 @@ def test_official_scripts_parse(script):
 def test_flags_without_effect_are_named():
     config = parse_flags(TrainConfig, words(OFFICIAL["run"]), "train.py")
     assert [re.match(r"--\w+", line)[0] for line in config.flags_without_effect()] == ["--epoch_count"]
+    given = dict(lr_final=1e-4, wsd_decay=0.1, spike_snapshot=10)
+    assert [line.split()[0] for line in TrainConfig(**given, lr_schedule="constant").flags_without_effect()] == ["--lr_final", "--wsd_decay", "--spike_snapshot"]
+    assert TrainConfig(**given).flags_without_effect()[0] == "--wsd_decay 0.1 has no effect: --lr_schedule is cosine"
+    assert TrainConfig(**given, lr_schedule="wsd", spike_guard=8.0).flags_without_effect() == []
+
+
+@pytest.mark.parametrize(
+    "idle, used, line",
+    [
+        (dict(ds_bucket_mb=2), dict(strategy="deepspeed_stage_2"), "--ds_bucket_mb 2 has no effect: --strategy auto is not DeepSpeed's"),
+        (dict(lr_final=1e-4, lr_schedule="constant"), dict(lr_schedule="wsd"), "--lr_final 0.0001 has no effect: --lr_schedule constant stays at lr_init"),
+        (dict(wsd_decay=0.1), dict(lr_schedule="wsd"), "--wsd_decay 0.1 has no effect: --lr_schedule is cosine"),
+        (dict(spike_snapshot=5), dict(spike_guard=6.0), "--spike_snapshot 5 has no effect: --spike_guard is off"),
+        (dict(load_partial=1), dict(load_model="x.pth"), "--load_partial 1 has no effect: there is no --load_model"),
+    ],
+)
+def test_flags_without_effect_beside_others_are_named(idle, used, line):
+    assert TrainConfig(**idle).flags_without_effect() == [line] and TrainConfig(**idle | used).flags_without_effect() == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +87,9 @@ def test_flags_without_effect_are_named():
         (["--micro_bsz"], "argument --micro_bsz: expected one argument"),
         (["stray"], "unexpected argument 'stray'"),
         (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
+        (["--load_partial", "2"], "--load_partial 2 is not known; use 0 or 1"),
         (["--lr_init", "nan"], "--lr_init nan is not a finite number"),
+        (["--load_partial", "2"], "--load_partial 2 is not known; use 0 or 1"),
         (["--my_testing", "x060"], "--my_testing 'x060' is not known; choose one of: x070"),
         (["--strategy", "fsdp"], "--strategy 'fsdp' is not known; choose one of: auto, ddp, deepspeed_stage_1"),
         (["--precision", "fp8"], "--precision 'fp8' is not known; choose one of: auto, fp32, tf32, fp16, bf16"),

@@ -1,4 +1,4 @@
-"""Reading documents: the native parser of JSON lines against Python's json, packed files, tables, standard input."""
+"""Reading documents: the native parser of JSON lines against Python's json, packed files, standard input."""
 
 import gzip
 import json
@@ -146,33 +146,6 @@ def test_zst(tmp_path, monkeypatch, capsys):
         assert f"error: {name}.jsonl.zst, line 1: the .zst file is damaged here" in err and err.count("\n") == 1, err
 
 
-def test_parquet(tmp_path, monkeypatch, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    monkeypatch.chdir(tmp_path)
-    texts = [f"{k} 中" for k in range(3000)]
-    parquet.write_table(pyarrow.table({"n": [*range(3000)], "text": texts}), "a.parquet", row_group_size=700)
-    assert run("a.parquet", 1, 4) == 0 and texts_of("a") == sorted(texts)
-    blocks = [*read_blocks(Path("a.parquet"))]
-    rest = [*read_blocks(Path("a.parquet"), start=blocks[0].after, line=blocks[0].next_line)]
-    assert rest == blocks[1:]
-    parquet.write_table(pyarrow.table({"text": ["a", None]}), "hole.parquet")
-    parquet.write_table(pyarrow.table({"body": ["a"]}), "other.parquet")
-    parquet.write_table(pyarrow.table({"text": pyarrow.array([], "string")}), "empty.parquet")
-    Path("no.parquet").write_bytes(b"PAR1 not at all")
-    for name, words in [
-        ("hole", "hole.parquet, row 2: the value of 'text' is NoneType"),
-        ("other", "other.parquet: no column 'text' (columns: body); see --text_key"),
-        ("empty", "empty.parquet: the file is empty"),
-        ("no", "no.parquet: not a .parquet file that can be read"),
-    ]:
-        capsys.readouterr()
-        assert run(f"{name}.parquet", 1, 4) == 2
-        err = capsys.readouterr().err
-        assert err.startswith(f"error: {words}") and err.count("\n") == 1, err
-
-
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.parquet").touch(), Path("a.jsonl.zst").touch()
@@ -213,11 +186,27 @@ def test_the_slow_way_gives_the_same_bytes(tmp_path, monkeypatch):
     assert len(made) == 1
 
 
-def test_a_line_without_end_and_a_late_bad_line_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 1000)
+@pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)])
+def test_lines_that_are_too_long_are_named_and_passed_over(tmp_path, monkeypatch, capsys, name, pack):
+    monkeypatch.setattr(module, "LONGEST", 1000)
     monkeypatch.setattr(module, "BLOCK", 100)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 30 + b"x" * 5000)
-    last = [*read_blocks(tmp_path / "a.jsonl")][-1]
-    assert isinstance(last.data, BadInput) and last.data.line == 31 and "longer than 2 GiB" in last.data.cause
-    (tmp_path / "a.txt").write_bytes(b"x" * 1001)
-    assert "larger than 2 GiB; split it" in str([*read_blocks(tmp_path / "a.txt")][0].data)
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(3)
+    fits = b'{"text": "' + b"f" * 986 + b'"}'  # 1000 bytes with its newline
+    for final in (b"", b"\n"):
+        lines = [rng.choice([b'{"text": "a"}'] * 3 + [b'{"text": "b' + b"b" * rng.randrange(2000) + b'"}', b"", fits, b'{"text": "' + b"t" * 987 + b'"}']) for _ in range(300)] + [b"x" * 3000]
+        data = b"\n".join(lines) + final
+        Path(name).write_bytes(pack(data))
+        expected = [json.loads(line)["text"] for line in lines[:-1] if line and len(line) < 1000]
+        blocks = [*read_blocks(Path(name))]
+        bad = [(b.line, b.data) for b in blocks if isinstance(b.data, BadInput)]
+        assert [line for line, _ in bad] == [n for n, line in enumerate(lines, 1) if len(line) >= 1000] and len(bad) > 20
+        assert bad[-1][1].line == 301 and f"the line is {3000 + len(final)} bytes long, more than 0 MiB; put its text into a .txt file" in str(bad[-1][1])
+        assert [t.decode() for b in blocks for t in parse(b).texts] == expected and blocks[-1].after == len(data)
+        for k, block in enumerate(blocks[:-1]):  # taken up anywhere, the rest is the same
+            rest = [*read_blocks(Path(name), start=block.after, line=block.next_line)]
+            assert [(b.line, b.data) for b in rest if isinstance(b.data, BadInput)] == [(n, b) for n, b in bad if n >= block.next_line]
+            assert [t for b in rest for t in parse(b).texts] == [t for b in blocks[k + 1 :] for t in parse(b).texts]
+    capsys.readouterr()
+    assert run(name, 1, 4) == 2 and capsys.readouterr().err.startswith(f"error: {name}, line {bad[0][0]}: the line is ")
+    assert run(name, 1, 4, "--skip_bad") == 0 and texts_of("a") == sorted(expected)

@@ -1,5 +1,7 @@
 """make_data.py killed at any moment: the next run goes on, and its files are those of a run that nobody disturbed."""
 
+import gzip
+import importlib.util
 import json
 import os
 import random
@@ -14,6 +16,7 @@ import pytest
 from rwkvlm.cli import main as cli
 from rwkvlm.data import documents, pack, unfinished
 
+ZST = importlib.util.find_spec("zstandard") is not None
 # Saves after every block, and slowly, so that kills meet all stages: (blocks read, portions written) are counted in a file.
 PROGRAM = """
 import sys, time
@@ -31,20 +34,23 @@ pack.read_blocks = slow
 from rwkvlm.cli import main
 sys.exit(main(["make_data", *sys.argv[1:]]))
 """
-CALL = ["a.jsonl", "b.jsonl.gz", "2", "16", "--out", "x", "--val_split", "0.1", "--skip_bad", "--workers", "2"]
+CALL = ["a.jsonl", "long.txt", "b.jsonl.gz", *(["c.jsonl.zst"] if ZST else []), "2", "16", "--out", "x", "--val_split", "0.1", "--skip_bad", "--workers", "2"]
 MADE = ["x.bin", "x.idx", "x.val.bin", "x.val.idx"]
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    import gzip
-
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     lines = [json.dumps({"text": " ".join(rng.choice(["sun", "moon", "中文"]) for _ in range(rng.randrange(200)))}) for _ in range(1500)]
     lines[700] = "bad"
     Path("a.jsonl").write_text("\n".join(lines[:1000]))
-    Path("b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[1000:]).encode()))
+    Path("b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[1000:1300]).encode()))
+    Path("long.txt").write_text("".join(rng.choice(["sun", " moon", "中文", "=", "\n"]) * rng.randrange(30) for _ in range(8000)))  # comes in parts
+    if ZST:
+        import zstandard
+
+        Path("c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress("\n".join(lines[1300:]).encode()))
     return tmp_path
 
 
@@ -83,6 +89,66 @@ def test_twenty_kills(here):
         assert not [*Path().glob("*.unfinished"), *Path().glob("*.partial")]
         resumed += len(Path("trace").read_text().splitlines()) < 2 * blocks
     assert resumed > 3
+
+
+@pytest.mark.parametrize("name, limit", [("long.txt", 25), ("c.jsonl.zst", None)])
+def test_it_goes_on_inside_a_text_and_inside_a_packed_file(here, monkeypatch, name, limit):
+    """An interruption after every so many blocks: each time what has been read is not read again."""
+    if name not in CALL:
+        pytest.skip("no zstandard")
+    monkeypatch.setattr(documents, "BLOCK", 3000)
+    call = ["make_data", name, "2", "16", "--out", "x", "--workers", "2"]
+    assert cli(call) == 0
+    whole = [Path(end).read_bytes() for end in ("x.bin", "x.idx")]
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
+    save, saves, starts = unfinished.Unfinished.save, [], []
+
+    def interrupted(work):
+        save(work)
+        work._saving.result()
+        saves.append((work.progress.at, work.progress.open_parts))
+        if len(saves) % 7 == 0:
+            raise KeyboardInterrupt
+
+    read = pack.read_blocks
+    monkeypatch.setattr(pack, "read_blocks", lambda *a: starts.append(a[2]) or read(*a))
+    monkeypatch.setattr(unfinished.Unfinished, "save", interrupted)
+    codes = [cli(call)]
+    while codes[-1] == 130:
+        codes.append(cli(call))
+    assert codes[-1] == 0 and len(codes) > 5
+    assert [Path(end).read_bytes() for end in ("x.bin", "x.idx")] == whole
+    assert starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:] if starts[-1] else starts[1:-1]))
+    assert any(parts > 7 for _, parts in saves) == (name == "long.txt")
+
+
+def test_standard_input_begins_anew(here, monkeypatch, capsys):
+    """What was read from it is gone: the work that a killed run left is not taken up, nor does Ctrl-C promise it."""
+    text = Path("a.jsonl").read_bytes().replace(b"bad", b"")
+    (here / "in").write_bytes(text)
+    call = [sys.executable, str(Path(documents.__file__).parents[3] / "make_data.py"), "-", "1", "16", "--out", "x"]
+    killed = subprocess.Popen([sys.executable, "-c", PROGRAM, *call[2:]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed.stdin.write(text)
+    killed.stdin.flush()
+    while not Path("x.unfinished/progress.json").exists():
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.kill(), killed.wait(), killed.stdin.close()
+    with open("in", "rb") as file:
+        assert subprocess.run(call, stdin=file, stdout=subprocess.DEVNULL).returncode == 0
+    made = [Path(end).read_bytes() for end in ("x.bin", "x.idx")]
+    assert cli(["make_data", "a.jsonl", "1", "16", "--out", "x", "--skip_bad"]) == 0
+    assert [Path(end).read_bytes() for end in ("x.bin", "x.idx")] == made
+    capsys.readouterr()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(pack, "read_blocks", interrupted)
+    assert cli(["make_data", "-", "1", "16", "--out", "x"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; what came from standard input is gone, so that nothing is kept\n"
+    assert not Path("x.unfinished").exists()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(here, monkeypatch, capsys):
@@ -140,9 +206,9 @@ def test_two_processes_do_not_share_the_work(here, capsys):
     import fcntl
 
     Path("x.unfinished").mkdir()
-    lock = os.open("x.unfinished", os.O_RDONLY)
+    lock = open("x.unfinished/lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert cli(["make_data", *CALL]) == 2
     assert "another process works in x.unfinished; wait for it, or choose another --out" in capsys.readouterr().err
-    os.close(lock)
+    lock.close()
     assert cli(["make_data", *CALL]) == 0

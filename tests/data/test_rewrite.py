@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_what_cannot_be_done_leaves_nothing(tmp_path, make, said):
 
 def test_a_disk_that_is_too_small_is_seen_before(tmp_path, monkeypatch):
     prefix = write(tmp_path / "a", documents(7))
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     for make in (lambda: merge([(prefix, 1.0)], f"{tmp_path}/new/c"), lambda: split(prefix, f"{tmp_path}/c", 0.1)):
         with pytest.raises(UserError, match="needs 0.0 GB and .* free some space"):
             make()
@@ -136,3 +137,18 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
+
+
+def test_a_document_too_large_for_memory_is_copied_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "TOKENS", 100), monkeypatch.setattr(module, "TOKENS", 100)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 60000, n).astype(np.int32) for n in (5, 1000, 3, 101, 100, 0, 7, 350)]
+    prefix = str(tmp_path / "a")
+    with BinIdxWriter(prefix, np.int32) as writer:
+        for document in documents:
+            writer.add(document)
+    made = merge([(prefix, 2)], str(tmp_path / "twice"))
+    assert made.dtype == np.uint16 and [made.doc(i).tolist() for i in range(made.n_docs)] == [d.tolist() for d in documents * 2]
+    parts = split(prefix, str(tmp_path / "s"), 4, seed=1)
+    found = [[part.doc(i).tolist() for i in range(part.n_docs)] for part in parts]
+    assert [len(part) for part in found] == [4, 4] and sorted(found[0] + found[1]) == sorted(d.tolist() for d in documents)

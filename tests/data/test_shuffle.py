@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rwkvlm.data import shuffle
-from rwkvlm.data.shuffle import Documents, Pile, draw, keys, shuffled
+from rwkvlm.data.shuffle import Documents, Long, Pile, draw, keys, shuffled
 
 
 def make(path, sizes, memory=0, numbered=False):
@@ -18,7 +18,7 @@ def make(path, sizes, memory=0, numbered=False):
 
 
 def gathered(documents):
-    parts = [*documents]
+    parts = [Documents(np.concatenate([*p.parts()]), np.array([p.size], np.int32), p.numbers) if isinstance(p, Long) else p for p in documents]
     return Documents(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "sizes", "numbers")))
 
 
@@ -27,12 +27,14 @@ def everything(numbers):
 
 
 @pytest.mark.parametrize("memory", [0, 500, 1 << 20])
+@pytest.mark.parametrize("long", [20, 200, 1 << 20])
 @pytest.mark.parametrize("leaf, fan_bits, block", [(1 << 30, 6, 100), (300, 2, 64), (400, 1, 1 << 20), (200, 3, 10)])
-def test_every_way_gives_the_order_of_the_keys(tmp_path, monkeypatch, leaf, fan_bits, block, memory):
+def test_every_way_gives_the_order_of_the_keys(tmp_path, monkeypatch, leaf, fan_bits, block, memory, long):
     sizes = np.random.default_rng(1).integers(1, 40, 300).tolist()
     sizes[17] = 900  # larger than a leaf
+    monkeypatch.setattr(shuffle, "BLOCK", long)
     pile = make(tmp_path / "all", sizes, memory)
-    whole = make(tmp_path / "whole", sizes, 1 << 30).load()
+    whole = make(tmp_path / "whole", sizes, 1 << 30).load().take(np.arange(300))
     monkeypatch.setattr(shuffle, "LEAF", leaf)
     monkeypatch.setattr(shuffle, "FAN_BITS", fan_bits)
     monkeypatch.setattr(shuffle, "PORTION", block)
@@ -49,8 +51,20 @@ def test_blocks_are_bounded_and_complete(tmp_path):
     sizes[100] = 700
     pile = make(tmp_path / "all", sizes)
     blocks = [*pile.blocks(200)]
-    assert all(b.tokens.nbytes <= 200 or len(b.sizes) == 1 for b in blocks)
-    assert np.array_equal(gathered(blocks).tokens, pile.load().tokens) and gathered(blocks).numbers.tolist() == [*range(500)]
+    assert [(b.number, b.size) for b in blocks if isinstance(b, Long)] == [(100, 700)]
+    assert all(b.tokens.nbytes <= 200 for b in blocks if not isinstance(b, Long))
+    assert np.array_equal(gathered(blocks).tokens, pile.load().take(np.arange(500)).tokens) and gathered(blocks).numbers.tolist() == [*range(500)]
+
+
+@pytest.mark.parametrize("memory", [0, 100, 1 << 20])
+def test_a_document_appended_in_parts_is_whole(tmp_path, memory):
+    pile = make(tmp_path / "all", [3, 4], memory)
+    for part in ([1, 2, 3], [], [4], [5, 6]):
+        pile.append(Documents(np.array(part, np.uint16), np.zeros(0, np.int32), np.zeros(0, np.int64)))
+    pile.append(Documents(np.array([7], np.uint16), np.array([7], np.int32), np.array([2])))
+    pile.append(Documents(np.array([8, 9], np.uint16), np.array([2], np.int32), np.array([3])))
+    made = pile.load().take(np.array([3, 2]))
+    assert made.tokens.tolist() == [8, 9, 1, 2, 3, 4, 5, 6, 7] and made.sizes.tolist() == [2, 7] and made.numbers.tolist() == [3, 2]
 
 
 def test_keys_are_distinct_and_fair():

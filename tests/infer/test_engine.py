@@ -1,5 +1,9 @@
 """Generation: the loop against the whole-sequence model, and the command line as a user meets it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -82,7 +86,7 @@ def test_vocabulary_too_small_for_the_prompt(tmp_path):
     init_weights(model, 0)
     save_weights(tmp_path / "m.pth", model.state_dict())
     with pytest.raises(UserError, match="vocabulary has 50"):
-        next(load_engine(tmp_path / "m.pth", device="cpu").tokens("hello world", 3))
+        load_engine(tmp_path / "m.pth", device="cpu").tokens("hello world", 3)
 
 
 def test_command_line(checkpoint, capsys):
@@ -94,7 +98,37 @@ def test_command_line(checkpoint, capsys):
     assert capsys.readouterr().out == first
 
 
-@pytest.mark.parametrize("argv,word", [(["--model", "nowhere.pth"], "nowhere.pth"), (["--temperature", "-1"], "--temperature"), (["--top_p", "2"], "--top_p")], ids=str)
-def test_bad_input_names_what_is_wrong(checkpoint, argv, word):
+def test_text_that_the_terminal_cannot_show(checkpoint):
+    argv = ["generate", "--model", str(checkpoint), "--prompt", "def \u00fc", "--length", "1", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "rwkvlm", *argv], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("def ?"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv,word",
+    [
+        (["--model", "nowhere.pth"], "nowhere.pth"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top_p", "2"], "--top_p"),
+        (["--length", "-1"], "--length -1 must be at least 0"),
+        (["--seed", str(1 << 70)], "--seed 1180591620717411303424 has more than 63 bits"),
+        (["--device", "cuda:99"], "--device cuda:99 is not known here.*choose one of: auto, cpu"),
+        (["--device", "meta"], "--device meta is not known here"),
+    ],
+    ids=str,
+)
+def test_bad_input_names_what_is_wrong(checkpoint, capsys, argv, word):
     with pytest.raises(UserError, match=word):
-        command.main(["--model", str(checkpoint), "--device", "cpu", *argv])
+        command.main(["--model", str(checkpoint), "--device", "cpu", "--prompt", "def ", *argv])
+    assert capsys.readouterr().out == "", "an error does not stand behind the prompt"
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_gives_no_numbers_is_named(tmp_path, temperature):
+    model = build(ModelConfig(n_layer=1, n_embd=32, vocab_size=300, head_size=32))
+    init_weights(model, 0)
+    with torch.no_grad():
+        model.ln_out.weight[3] = float("nan")
+    save_weights(tmp_path / "m.pth", model.state_dict())
+    with pytest.raises(UserError, match="logits are not finite numbers.*earlier checkpoint"):
+        list(load_engine(tmp_path / "m.pth", device="cpu").tokens("", 3, temperature=temperature))

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from rwkvlm.config import PhantomConfig
-from rwkvlm.layers.memory import Memory
+from rwkvlm.layers.memory import Memory, _Gradient, _Read
 from rwkvlm.models.phantom import TABLE
 from rwkvlm.models.table import init_from_table
 
@@ -40,8 +40,14 @@ def test_gradient_is_that_of_the_inner_loss():
     memory = make()
     fast = memory._fast(B).detach().clone().requires_grad_()
     K, V = random(B, 2, 7, N), random(B, 2, 7, N, seed=2)
-    (want,) = torch.autograd.grad(-(memory._read(fast, K) * V).sum(), fast)
-    assert torch.allclose(memory._gradient(fast, K, V), want, rtol=1e-11, atol=1e-13)
+    (want,) = torch.autograd.grad(-(_Read.apply(fast, K) * V).sum(), fast)
+    assert torch.allclose(_Gradient.apply(fast, K, V), want, rtol=1e-11, atol=1e-13)
+
+
+def test_derivatives_that_are_written_out():
+    fast, Q, K, V = (random(B, 2, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(((3, 4, 4), (5, 4), (5, 4), (5, 4))))
+    assert torch.autograd.gradcheck(_Read.apply, (fast, Q))
+    assert torch.autograd.gradcheck(_Gradient.apply, (fast, K, V))
 
 
 def test_derivatives_through_the_step():
@@ -62,8 +68,8 @@ def test_a_step_recalls_what_was_read():
     with torch.no_grad():
         fast = memory._fast(B)
         K, V = F.normalize(random(B, 2, 16, N), dim=-1), random(B, 2, 16, N, seed=2)
-        after = memory._step(fast, memory._gradient(fast, K, 0.1 * V))
-        assert ((memory._read(after, K) * V).sum() - (memory._read(fast, K) * V).sum()) > 1
+        after = memory._step(fast, _Gradient.apply(fast, K, 0.1 * V))
+        assert ((_Read.apply(after, K) * V).sum() - (_Read.apply(fast, K) * V).sum()) > 1
         assert torch.allclose(after.norm(dim=-1), memory.fast.double().norm(dim=-1).expand(B, -1, -1, -1))
 
 

@@ -226,6 +226,18 @@ def test_a_file_says_all_that_the_model_is(tmp_path, variant):
         assert torch.equal(again(tokens(1, 70)), _rounded(model)(tokens(1, 70)))
 
 
+@pytest.mark.parametrize("training", [dict(ttt_second_order=False), dict(ttt_second_order=False, ttt_meta=True), dict(ttt_head=False)], ids=str)
+def test_a_file_loads_however_it_was_trained(tmp_path, training):
+    """Without derivatives through the step nothing trains a prediction head: the file has none, and says so."""
+    model = alive(model_config("phantom", **SIZES, ttt_chunk=16, **training))
+    save_weights(tmp_path / "m.pth", model.state_dict())
+    tensors = load_weights(tmp_path / "m.pth")
+    again = build(read_config(tensors)).eval()
+    load_into(again, tensors)
+    with torch.no_grad():
+        assert torch.equal(again(tokens(1, 40)), _rounded(model)(tokens(1, 40)))
+
+
 def _rounded(model):
     with torch.no_grad():
         for p in model.parameters():

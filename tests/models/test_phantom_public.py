@@ -1,7 +1,9 @@
 """rwkv7_ttt_phantom.py: the model's public face, as its readers call it."""
 
+import copy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import torch
 from rwkv7_ttt_phantom import RWKV7PhantomConfig, create_model, load_pretrained_rwkv7, load_state, save_state, train_model
 
 from rwkvlm.checkpoint.pth import save_weights
-from rwkvlm.config import ModelConfig, UserError
+from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.models import build, init_weights
+from rwkvlm.ops import backend
 
 SMALL = dict(n_layer=2, n_embd=64, n_head=2, head_size=32, vocab_size=256, ttt_chunk=16)
 
@@ -48,6 +51,18 @@ def test_defaults_are_those_of_the_readme():
     assert c.sizes().ttt_chunk == 64 and c.sizes().ttt_core_ratio == 0.25 and c.sizes().ttt_second_order
 
 
+def test_its_settings_and_the_flags_are_those_of_the_package():
+    """Three lists of fields with defaults: one that is forgotten, or differs, is found here."""
+    public, flags, own = ({f.name: f.default for f in fields(config)} for config in (RWKV7PhantomConfig, TrainConfig, PhantomConfig))
+    sizes = {f.name for f in fields(ModelConfig)}
+    for name, default in own.items():
+        if name not in sizes | {"ghost_permuted", "core_ratio"}:  # how a file is stored; None there, for ghost_ratio may be given
+            assert public[name] == default, name
+        if name not in sizes | {"ghost_permuted"}:
+            assert name in flags, name
+    assert RWKV7PhantomConfig().core_ratio == own["core_ratio"]
+
+
 def test_call_and_state(model, tmp_path):
     idx = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
     logits, state = model(idx)
@@ -60,6 +75,9 @@ def test_call_and_state(model, tmp_path):
     other = create_model(RWKV7PhantomConfig(**SMALL | dict(ttt_chunk=32)))
     with pytest.raises(UserError, match="state of another model"):
         load_state(tmp_path / "state.pt", other)
+    save_weights(tmp_path / "weights.pth", model.state_dict())
+    with pytest.raises(UserError, match="is no state"):
+        load_state(tmp_path / "weights.pth", model)
 
 
 def test_generate_reads_the_whole_prompt(model):
@@ -85,6 +103,26 @@ def test_generate_forms_and_errors(model):
         model.generate([])
     with pytest.raises(UserError, match="top_p"):
         model.generate([1], top_p=2)
+
+
+def test_plain_pytorch_is_the_choice_of_one_model(monkeypatch):
+    """Also in what checkpointing computes again; other models of the process keep the kernels."""
+    choose, taken = backend.choose, []
+    monkeypatch.setattr(backend, "choose", lambda op, requested, *rest: taken.append(requested) or choose(op, requested, *rest))
+    idx = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
+    plain, other = (create_model(RWKV7PhantomConfig(**SMALL, use_cuda_kernel=kernel)).train() for kernel in (False, True))
+    for model, asked in ((plain, "torch"), (other, ""), (copy.deepcopy(plain), "torch")):
+        taken.clear()
+        model.features(idx, grad_cp=True).square().sum().backward()
+        assert set(taken) == {asked}
+    assert backend.requested() == ""
+
+
+def test_generated_tokens_can_be_trained_on(model):
+    tokens = model.generate(torch.tensor([[1, 2]]), max_new_tokens=5, seed=0)
+    model(tokens, return_state=False).sum().backward()
+    assert model.emb.weight.grad is not None
+    model.zero_grad()
 
 
 @pytest.mark.parametrize("kind", ["state", "memory"])

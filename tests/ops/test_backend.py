@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(backend, "_requested", None)
+    monkeypatch.setattr(backend, "_requested", "")
     monkeypatch.setattr(backend, "_said", set())
     monkeypatch.delenv("RWKV_KERNEL", raising=False)
 
@@ -63,7 +63,13 @@ def test_set_kernel_outranks_the_environment(monkeypatch):
     assert backend.requested() == "cpu"
     with pytest.raises(UserError):
         backend.set_kernel("gpu")
-    backend._requested = None
+    backend.set_kernel("")  # what train.py says without --kernel
+    assert backend.requested() == "torch"
+    with backend.asked_for("cuda"), backend.asked_for(""):
+        assert backend.requested() == "cuda"
+    with pytest.raises(ZeroDivisionError), backend.asked_for("cpu"):
+        1 / 0
+    assert backend.requested() == "torch"
     monkeypatch.setenv("RWKV_KERNEL", "gpu")
     with pytest.raises(UserError, match="gpu: unknown"):
         backend.requested()

@@ -59,9 +59,3 @@ def test_bf16_needs_a_real_gain(monkeypatch, bf16, expected):
 def test_bf16_probe_runs():
     answer = precision.bf16_is_faster()
     assert answer.bf16_gflops > 0 and answer.fp32_gflops > 0
-
-
-def test_fastest_precision_does_not_change():
-    device = torch.device("cpu")
-    assert precision.fastest_precision(device) in ("bf16", "fp32")
-    assert precision.fastest_precision(device) == precision.fastest_precision(device)

@@ -72,10 +72,12 @@ def test_opcheck(case):
 
 
 @needs_native
-def test_opcheck_of_the_backward():
-    x = [t.detach() for t in inputs(1, 9, 2, 16)]
-    _, state, removed, checkpoints = torch.ops.rwkvlm.wkv7_forward(*x, None, None, True)
-    arguments = (torch.randn_like(x[0]), torch.randn_like(state), *x, None, removed, checkpoints)
+@pytest.mark.parametrize("bounds", [None, [0, 4, 70, 71]], ids=["plain", "packed"])
+def test_opcheck_of_the_backward(bounds):
+    x = [t.detach() for t in inputs(1, 71, 2, 16)]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    _, state, removed, checkpoints = torch.ops.rwkvlm.wkv7_forward(*x, None, cu_seqlens, True)
+    arguments = (torch.randn_like(x[0]), torch.randn_like(state), *x, cu_seqlens, removed, checkpoints)
     torch.library.opcheck(torch.ops.rwkvlm.wkv7_backward, arguments)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -82,8 +83,10 @@ def test_report_of_runs(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         measured = [{"file": file, "accuracy": share, "loss": 1.0, "by_quarter": [share] * 4} for file, share in (("rwkv-init.pth", 0.1), ("rwkv-0.pth", 0.4), ("rwkv-final.pth", 0.5))]
         (tmp_path / name / "recall.json").write_text(json.dumps({"results": measured}))
-        if name != "memory-2":  # not finished: does not count
+        if name != "memory-2":
             (tmp_path / name / "rwkv-final.pth").touch()
+        assert tool.main(["result", str(tmp_path), name]) == (2 if name == "memory-2" else 0)  # not finished: does not count
+        shutil.rmtree(tmp_path / name)  # a report needs the result alone
     lines = tool.report(tmp_path)
     assert any(line.startswith("| rwkv7 | 1 2 |") and "2.5000 (2.0000 to 3.0000)" in line for line in lines)
     assert "not run: memory-2" in lines
@@ -120,7 +123,14 @@ def test_both_ablations_in_miniature(tmp_path):
         assert saved["missing"] == [] and [*saved["runs"]] == ["rwkv7", "ghost_memory"]
         assert len({run["1"]["tokens"] for run in saved["runs"].values()}) == 1  # equal tokens
         assert all((tmp_path / "out" / task / name).exists() for name in drawn)
-    again = subprocess.run(command, env=os.environ | knobs, capture_output=True, text=True, timeout=600)
+    for task in ("corpus", "recall"):  # what is recorded is taken over
+        kept = [path for path in (tmp_path / "out" / task).glob("*.json") if path.stem in ("plan", "rwkv7-1", "ghost_memory-1")]
+        assert len(kept) == 3
+        (tmp_path / "new" / task).mkdir(parents=True)
+        for path in kept:
+            shutil.copy(path, tmp_path / "new" / task)
+    again = subprocess.run(command, env=os.environ | knobs | {"OUT": str(tmp_path / "new")}, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and "--- " not in again.stdout
+    assert (tmp_path / "new/recall/report.json").read_text() == (tmp_path / "out/recall/report.json").read_text()
     other = subprocess.run(command, env=os.environ | knobs | {"CORPUS_LR": "1e-3 1e-4"}, capture_output=True, text=True, timeout=600)
     assert other.returncode != 0 and "choose another OUT" in other.stderr

@@ -1,5 +1,6 @@
 """`python -m rwkvlm machine`: the answers that the shell relies on. tests/scripts/test_env.py asks through the shell."""
 
+import os
 import sys
 import types
 
@@ -56,6 +57,16 @@ def test_gpu_that_torch_cannot_use(monkeypatch, torch, words):
         machine.main([])
     message = str(error.value)
     assert "\n" not in message and "ACCELERATOR=cpu" in message and all(word in message for word in words)
+
+
+def test_a_driver_that_hangs(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(machine, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match="nvidia-smi does not answer within 0.2 s.*ACCELERATOR=cpu"):
+        machine.main([])
+    assert machine.main(["--accelerator", "cpu"]) == 0
 
 
 def test_answers(monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """A tiny corpus and a tiny run: what the tests of training share."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 import torch
 
 from rwkvlm.cli import main
-from rwkvlm.data.binidx import BinIdxWriter
+from rwkvlm.data.binidx import BinIdx, BinIdxWriter
+from rwkvlm.data.dataset import TrainingSamples
+from rwkvlm.data.sampler import magic_prime
 from rwkvlm.ops import backend
 
 VOCAB, CTX, BATCH, STEPS = 256, 32, 4, 30
@@ -106,5 +111,34 @@ def whole(data, losses, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "out"
     assert TinyRun(data)(folder) == 0
     torch.set_num_threads(threads)
-    backend._requested = None
+    backend._requested = ""
     return folder
+
+
+@pytest.fixture
+def spoilt(tmp_path, data) -> str:
+    """The tiny corpus with the chunks of samples 401 to 404 replaced by noise."""
+    tokens = np.array(BinIdx(data).tokens)
+    samples = TrainingSamples(data, 32, magic_prime(len(tokens), 32))
+    for ii in range(401, 405):
+        at = int(re.search(r"tokens ([\d,]+) to", samples.where(ii))[1].replace(",", ""))
+        tokens[at : at + 32] = np.random.default_rng(ii).integers(256, size=32)
+    with BinIdxWriter(tmp_path / "spoilt", np.uint16) as writer:
+        writer.add(tokens)
+    return str(tmp_path / "spoilt")
+
+
+@pytest.fixture
+def forked(run, tmp_path):
+    """forked((flags, more of forked_runs.py), ...) -> {"codes", "said"} of each: runs of two processes, one after another."""
+
+    def train(*jobs: tuple[dict, dict]) -> list[dict]:
+        words = [run.argv(**flags) for flags, _ in jobs]
+        flags = [dict(zip((word.removeprefix("--") for word in argv[::2]), argv[1::2])) for argv in words]
+        (tmp_path / "jobs.json").write_text(json.dumps([{"flags": own} | more for own, (_, more) in zip(flags, jobs)]))
+        script = Path(__file__).with_name("forked_runs.py")
+        done = subprocess.run([sys.executable, str(script), str(tmp_path / "jobs.json")], capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((tmp_path / "results.json").read_text())
+
+    return train

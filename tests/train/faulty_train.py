@@ -8,7 +8,7 @@ from rwkvlm.cli import main
 from rwkvlm.train.module import TrainModule
 
 loss_of = TrainModule.loss
-BAD = [int(ii) for ii in sys.argv[1].split(",")]
+BAD: list[int] = []
 
 
 def loss(self, batch, grad_cp=False):
@@ -18,5 +18,6 @@ def loss(self, batch, grad_cp=False):
 
 
 if __name__ == "__main__":
+    BAD = [int(ii) for ii in sys.argv[1].split(",")]
     TrainModule.loss = loss
     sys.exit(main(["train", *sys.argv[2:]]))

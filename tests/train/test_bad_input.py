@@ -166,3 +166,10 @@ def test_flags_without_effect_are_one_line_each(run, tmp_path, capfd):
     assert run(tmp_path / "out", max_steps=1, epoch_count=999999, pre_ffn=1, epoch_begin=7) == 0
     err = capfd.readouterr().err
     assert "--epoch_count 999999 has no effect: the end is set by my_exit_tokens\n--pre_ffn 1 has no effect" in err
+    assert "--val_batches" not in err
+
+
+def test_flags_of_validation_without_held_out_data_have_no_effect(run, tmp_path, capfd):
+    assert run(tmp_path / "out", data_file=copied(run.data, tmp_path), max_steps=1, val_every=1) == 0
+    err = capfd.readouterr().err
+    assert f"--val_every 1 has no effect: nothing is held out; give --val_file, or put {tmp_path}/data.val beside the data" in err and err.count("has no effect") == 2

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rwkvlm.checkpoint.pth import load_weights
-from rwkvlm.data.binidx import BinIdx, BinIdxWriter
 from rwkvlm.data.dataset import TrainingSamples
 from rwkvlm.data.sampler import magic_prime
 from rwkvlm.train.health import Health
@@ -80,6 +79,13 @@ def test_the_mean_of_a_mini_epoch_leaves_skipped_steps_out(run, losses, records,
     assert len(finite) == 8 and float(line.split()[1]) == pytest.approx(sum(finite) / 8, abs=1e-6)
 
 
+def test_a_mini_epoch_without_a_finite_step_has_no_mean(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainModule, "loss", nan_loss(*range(1, 41, 4)))
+    assert run(tmp_path / "out", max_steps=12, max_skips=11) == 0
+    line = next(line for line in (tmp_path / "out" / "train_log.txt").read_text().splitlines() if line.startswith("0 "))
+    assert line.split()[1:3] == ["nan", "nan"]
+
+
 def test_a_run_without_hope_ends_with_the_chunk_that_does_it(run, tmp_path, monkeypatch, capsys):
     """Every step from 11 on holds one bad sample: three of them are skipped, then the run ends and says which sample, chunk and parameters."""
     bad = list(range(42, 120, 4))
@@ -113,19 +119,6 @@ def test_weights_that_are_not_finite_are_never_saved_and_are_the_diagnosis(run, 
     assert "nothing is saved at step 14: the weights are not finite" in err
     assert "the weights themselves are not finite (blocks.1.att.w0): go on from an older training state" in err
     assert (tmp_path / "out" / "state" / "latest").read_text() == "step7"
-
-
-@pytest.fixture
-def spoilt(tmp_path, data) -> str:
-    """The tiny corpus with the chunks of samples 401 to 404 replaced by noise."""
-    tokens = np.array(BinIdx(data).tokens)
-    samples = TrainingSamples(data, 32, magic_prime(len(tokens), 32))
-    for ii in range(401, 405):
-        at = int(re.search(r"tokens ([\d,]+) to", samples.where(ii))[1].replace(",", ""))
-        tokens[at : at + 32] = np.random.default_rng(ii).integers(256, size=32)
-    with BinIdxWriter(tmp_path / "spoilt", np.uint16) as writer:
-        writer.add(tokens)
-    return str(tmp_path / "spoilt")
 
 
 def test_the_spike_guard_goes_back_and_leaves_the_samples_out(run, spoilt, records, tmp_path, capsys):

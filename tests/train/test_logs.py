@@ -46,9 +46,12 @@ class Terminal(io.StringIO):
 def test_in_a_terminal_one_line_is_rewritten(tmp_path, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
+    now = [1000.0]
+    monkeypatch.setattr("rwkvlm.train.logs.progress.time.monotonic", lambda: now[0])
     bar = Progress(plan(tmp_path))
     bar.step(record(1))
     for step in range(2, 12):
+        now[0] += 0.019
         bar.step(record(step))  # within a fraction of a second: not drawn
     bar.validation({"step": 11, "tokens": 11000, "val_loss": 2.5})
     bar.close()

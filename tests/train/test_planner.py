@@ -156,16 +156,19 @@ def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
 
 @pytest.mark.slow
 def test_time_is_predicted_within_25_percent(run, records, tmp_path):
-    """Of a run of 60 steps, right after its probe. Other work on the machine spoils some attempts; it cannot make one right by chance for long."""
-    errors = []
-    for attempt in range(4):
-        out = tmp_path / str(attempt)
+    """Of a run of 60 steps between two probes. An attempt counts where the probes agree: elsewhere the machine itself has become faster or slower."""
+    errors, unsteady = [], []
+    while len(errors) < 3 and len(unsteady) < 5:
+        out = tmp_path / f"{len(errors)}-{len(unsteady)}"
         argv = run.argv(out, **LARGER | dict(n_layer=2, n_embd=128, micro_bsz=4, my_exit_tokens=60 * 1024, val_every=20))
         plan = make_plan(parse_flags(TrainConfig, argv, "train.py"))
-        expected = expected_seconds(plan, probe(plan))
+        before = probe(plan)
         subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], check=True, capture_output=True, timeout=600)
         took = records(out)[60]["seconds"] - records(out)[1]["seconds"]
-        errors.append(expected * 59 / 60 / took - 1)
-        if abs(errors[-1]) < 0.25:
+        error = expected_seconds(plan, before) * 59 / 60 / took - 1
+        if abs(error) < 0.25:
             return
-    raise AssertionError(errors)
+        after = probe(plan)
+        (errors if max(before, after) < 1.15 * min(before, after) else unsteady).append((error, before, after))
+    assert not errors, (errors, unsteady)
+    pytest.skip(f"this machine's speed changes too much to be predicted: {unsteady}")

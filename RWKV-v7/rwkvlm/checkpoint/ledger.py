@@ -1,7 +1,8 @@
 """Which rwkv-*.pth files a run has written, so that a training state is never mixed up with weights that came from elsewhere.
 
-`{proj_dir}/state/weights.json` maps file names to identities. A file enters it before it becomes visible under its name; so every
-rwkv-{n}.pth that is not in it was put there by someone else, who wants the run to go on from it, as the official trainer does.
+`{proj_dir}/state/weights.json` maps file names to identities, the newest first. A file enters it before it becomes visible under its name, and
+what it replaces stays in it, being there until then; so every rwkv-{n}.pth that is not in it was put there by someone else, who wants the
+run to go on from it, as the official trainer does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -47,24 +48,38 @@ def publish_weights(proj_dir: str | Path, name: str, weights: Mapping[str, torch
 def _enter(path: Path, content: str) -> None:
     file = path.parent / "state" / "weights.json"
     file.parent.mkdir(exist_ok=True)
-    write_atomically(file, json.dumps(_entries(path.parent) | {path.name: content}, indent=1))
+    entries = _entries(path.parent)
+    there = [identity(path)] if path.exists() else []
+    entries[path.name] = list(dict.fromkeys([content, *(known for known in entries.get(path.name, []) if known in there)]))
+    write_atomically(file, json.dumps(entries, indent=1))
 
 
-def _entries(proj_dir: Path) -> dict[str, str]:
+def _entries(proj_dir: Path) -> dict[str, list[str]]:
+    """By name, the identities under which it may be found."""
     try:
-        return json.loads((proj_dir / "state" / "weights.json").read_text())
+        read = json.loads((proj_dir / "state" / "weights.json").read_text())
     except (OSError, ValueError):
         return {}
+    return {name: [known] if isinstance(known, str) else known for name, known in read.items()}  # one alone, as older versions wrote
 
 
 def write_atomically(file: Path, text: str) -> None:
+    prepare_file(file, text)()
+
+
+def prepare_file(file: Path, text: str) -> Callable[[], None]:
+    """The file under a temporary name, safe on the disk; what is returned moves it into place."""
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "w") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(temporary, file)
-    sync_folder(file.parent)
+
+    def move() -> None:
+        os.replace(temporary, file)
+        sync_folder(file.parent)
+
+    return move
 
 
 def newest_entry(proj_dir: Path) -> list | None:
@@ -87,6 +102,6 @@ def why_stale(proj_dir: Path, recorded: list | None) -> str:
     for path in sorted(proj_dir.glob("rwkv-*.pth")):
         label = path.stem.removeprefix("rwkv-")
         newer = int(label) > mini_epoch if label.isdecimal() else label == "init" and mini_epoch < -1
-        if newer and own.get(path.name) != identity(path):
+        if newer and identity(path) not in own.get(path.name, []):
             return f"{path.name} is newer and was not written by this run"
     return ""

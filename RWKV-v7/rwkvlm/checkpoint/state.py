@@ -39,7 +39,7 @@ from torch import nn
 
 from ..config import UserError
 from . import ledger, ranks
-from .ledger import write_atomically
+from .ledger import prepare_file, write_atomically
 from .pth import sync_folder
 from .shards import Piece, pieces, share, write_back
 
@@ -99,6 +99,7 @@ def write(
         if ranks.rank() == 0:
             _clear_remains(folder)  # before, not after: they may be what fills the disk
             temporary.mkdir(parents=True)
+            sync_folder(folder.parent)  # which may not have known of state/ before
             _restore_replaced(folder)
 
     def write_own() -> tuple[str, int, int]:
@@ -125,8 +126,9 @@ def write(
                 "weights": ledger.newest_entry(Path(proj_dir)),
             }
             write_atomically(temporary / "manifest.json", json.dumps({"content": content, "crc32": _crc(content)}))
+            point = prepare_file(folder / "latest", path.name)  # before the rename: what follows needs no room on the disk
             _move_into_place(temporary, path)
-            write_atomically(folder / "latest", path.name)
+            point()
             _prune(folder, step, keep_last)
 
     try:
@@ -225,6 +227,8 @@ def check(info: StateInfo) -> str:
                 problem = f"the checksum of {name} is wrong"
     except OSError as error:
         problem = ranks.describe(error)
+    except (ValueError, KeyError, TypeError):
+        problem = "manifest.json is not readable"
     return next(filter(None, ranks.gather(problem)), "")
 
 

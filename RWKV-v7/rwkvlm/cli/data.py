@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import sys
 import time
@@ -156,8 +155,6 @@ def _sample(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """Returns 0; raises UserError for the first thing that is wrong with a pair or with the arguments."""
     args = _parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # it shows texts of any language on terminals of any encoding
     if not 0 <= getattr(args, "seed", 0) < 1 << 32:
         raise UserError(f"--seed {args.seed} must lie in 0 to 2^32 - 1")
     {"info": _info, "verify": _verify, "merge": _merge, "split": _split, "sample": _sample}[args.command](args)

@@ -13,12 +13,17 @@ import sys
 
 from ..config import UserError
 
+PATIENCE = 60  # seconds for nvidia-smi
+
 
 def listed_gpus() -> int:
     """GPUs that nvidia-smi lists; 0 where there is no nvidia-smi, or no driver behind it."""
     if not shutil.which("nvidia-smi"):
         return 0
-    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"nvidia-smi does not answer within {PATIENCE} s: the driver hangs; restart the machine, or train on the CPU with ACCELERATOR=cpu") from None
     return len(re.findall(r"^GPU \d+:", answer.stdout, re.MULTILINE))
 
 

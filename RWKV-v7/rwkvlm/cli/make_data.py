@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import sys
 import time
 from collections.abc import Callable
@@ -110,8 +109,6 @@ def _stem(file: Path) -> str:
 def main(argv: list[str]) -> int:
     """Returns 0; raises UserError for whatever is wrong with arguments or input, and then no output has been made."""
     args = _parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # it shows texts of any language on terminals of any encoding
     if args.ctx_len < 1:
         raise UserError(f"CTX_LEN {args.ctx_len} must be at least 1")
     if not 0 <= args.seed < 1 << 32:
@@ -123,13 +120,16 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{len(files)} input files need --out PREFIX")
     if not args.out and files == [STDIN]:
         raise UserError("standard input needs --out PREFIX")
+    if args.report and not (Path(args.report).parent.is_dir() and (not Path(args.report).exists() or Path(args.report).is_file())):
+        raise UserError(f"--report {args.report}: give the name of a file in a folder that exists")  # not only when all the work is done
     prefix = args.out or _stem(files[0])
     tokenizer = load_tokenizer(args.tokenizer)
     started = time.monotonic()
     try:
         made = pack(files, prefix, tokenizer, args.epochs, args.text_key, args.val_split, args.seed, args.skip_bad, args.workers, _progress(started))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on where this one stopped (or remove {prefix}.unfinished)", file=sys.stderr, flush=True)
+        kept = f"the same command goes on where this one stopped (or remove {prefix}.unfinished)"
+        print(f"\ninterrupted; {'what came from standard input is gone, so that nothing is kept' if STDIN in files else kept}", file=sys.stderr, flush=True)
         raise
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)

@@ -117,6 +117,11 @@ class PhantomConfig(ModelConfig):
         return self.ttt_enabled and self.ttt_kind == "memory"
 
     @property
+    def has_ttt_head(self) -> bool:
+        """Whether the inner loss has its prediction head: not where nothing would train it."""
+        return self.ttt_head and (self.ttt_second_order or self.ttt_meta)
+
+    @property
     def ttt_rows(self) -> int:
         """Value rows of a head's state that TTT steps on."""
         return 8 * math.ceil(self.ttt_core_ratio * self.head_size / 8)
@@ -150,7 +155,7 @@ class PhantomConfig(ModelConfig):
     def carried(self) -> dict[str, object]:
         """What a weight file must say because the shapes of its tensors do not: everything of Phantom's own that changes what it computes."""
         own = {f.name for f in fields(self)} - {f.name for f in fields(ModelConfig)} - set(TRAINING_ONLY)
-        return {name: value for name, value in self.as_dict().items() if name in own}
+        return {name: value for name, value in self.as_dict().items() if name in own} | {"ttt_head": self.has_ttt_head}
 
 
 CARRIED = "phantom_config"  # the tensor by which a weight file says what shapes do not

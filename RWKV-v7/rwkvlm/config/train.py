@@ -59,9 +59,9 @@ class TrainConfig:
     dim_ffn: int = flag(0, "hidden size of channel mixing; 0: from the checkpoint, else 4 * n_embd")
     head_size: int = flag(0, "channels per head: 16, 32, 64 or 128; 0: from the checkpoint, else 64")
     rank_w: int = flag(0, "low rank of the decay; 0: from the checkpoint, else derived from n_embd")
-    rank_a: int = flag(0, "low rank of the in-context learning rate; 0: as rank_w")
-    rank_v: int = flag(0, "low rank of the value residual; 0: as rank_w")
-    rank_g: int = flag(0, "low rank of the gate; 0: as rank_w")
+    rank_a: int = flag(0, "low rank of the in-context learning rate; 0: found like rank_w")
+    rank_v: int = flag(0, "low rank of the value residual; 0: found like rank_w")
+    rank_g: int = flag(0, "low rank of the gate; 0: found like rank_w")
 
     # Phantom (--my_testing phantom); -1 and "": from the checkpoint, else the default in [config/phantom.py]
     core_ratio: float = flag(-1.0, "Phantom: share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers; else 0.2")
@@ -116,7 +116,7 @@ class TrainConfig:
     strategy: str = flag("auto", "how the training is spread over devices", STRATEGIES)
     grad_cp: int = flag(0, "1: recompute activations in the backward pass (less memory, slower)")
     head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
-    kernel: str = flag("", 'backend of the wkv7 operator; "" and @rwkv3: automatic', KERNELS)
+    kernel: str = flag("", 'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is', KERNELS)
     ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB")
 
     # logs
@@ -174,7 +174,7 @@ class TrainConfig:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
-        for name in ("grad_cp", "tensorboard", "doc_reset"):
+        for name in ("grad_cp", "tensorboard", "doc_reset", "load_partial"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:
@@ -216,10 +216,33 @@ class TrainConfig:
     def flags_without_effect(self) -> list[str]:
         """One line for each flag that was given but changes nothing, with the reason."""
         lines = []
+        unread = {
+            "wsd_decay": f"--lr_schedule is {self.lr_schedule}" if self.lr_schedule != "wsd" else "",
+            "lr_final": "--lr_schedule constant stays at lr_init" if self.lr_schedule == "constant" else "",
+            "spike_snapshot": "--spike_guard is off" if not self.spike_guard else "",
+        }
         for f in fields(self):
             help = f.metadata["help"]
+            if unread.get(f.name) and getattr(self, f.name) != f.default:
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {unread[f.name]}")
             if help.startswith("no effect: ") and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
             if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no Ghost layers and no test-time training")
+            if getattr(self, f.name) != f.default and (reason := self._idle(f.name)):
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {reason}")
         return lines
+
+    def _idle(self, name: str) -> str:
+        """Why a flag changes nothing beside the others, "" where it may."""
+        if name == "ds_bucket_mb" and not self.strategy.startswith("deepspeed"):
+            return f"--strategy {self.strategy} is not DeepSpeed's"
+        if name == "lr_final" and self.lr_schedule == "constant":
+            return "--lr_schedule constant stays at lr_init"
+        if name == "wsd_decay" and self.lr_schedule != "wsd":
+            return f"--lr_schedule is {self.lr_schedule}"
+        if name == "spike_snapshot" and not self.spike_guard:
+            return "--spike_guard is off"
+        if name == "load_partial" and not self.load_model and self.train_stage < 2:
+            return "there is no --load_model"
+        return ""

@@ -12,10 +12,11 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/binidx.py, and Megatron-LM's indexed_dat
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from .tokens import Tokens
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are float64 officially: not tokens
+INDEX_BYTES = 20  # of the .idx for a document
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 
 BLOCK = 1 << 20  # entries looked at together, so that checks of any file run in bounded memory
@@ -37,6 +39,15 @@ def idx_path(prefix: str | Path) -> Path:
 
 def bin_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.bin")
+
+
+def check_room(out: str | Path, n_bytes: int) -> None:
+    """UserError if the disk that `out` is to lie on has less free than so many bytes."""
+    folder = Path(out).parent
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        raise UserError(f"{out} needs {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} free; free some space or choose another place")
 
 
 class Index:
@@ -235,6 +246,19 @@ class BinIdxWriter:
         self._idx.write(sizes.astype("<i4"))
         self.n_tokens += len(tokens)
         self.n_docs += len(sizes)
+
+    def add_long(self, parts: Iterable[np.ndarray]) -> None:
+        """Append one document that is not held in memory: its tokens in parts, of the writer's dtype."""
+        size = 0
+        for part in parts:
+            if part.dtype != self.dtype:
+                raise ValueError(f"tokens of {part.dtype} in a file of {self.dtype}")
+            self._bin.write(np.ascontiguousarray(part))
+            size += len(part)
+        self._sizes.append(size)
+        self._spill()
+        self.n_tokens += size
+        self.n_docs += 1
 
     def _spill(self) -> None:
         self._idx.write(np.array(self._sizes, dtype="<i4"))

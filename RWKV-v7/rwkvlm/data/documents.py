@@ -1,7 +1,8 @@
 """Documents out of files: .jsonl and .txt, either also .gz or .zst, .parquet, and JSON lines from standard input.
 
 Reading has two halves. `read_blocks` cuts a file into blocks of about a mebibyte, in order, cheaply; `parse` finds the texts of a block,
-and threads may do that for several blocks at once. What is bad is returned too, with file, line and cause.
+and threads may do that for several blocks at once. What is bad is returned too, with file, line and cause. A .txt comes in parts and may
+have any size; a line of JSON and a row of a table are held whole, and so are limited (LONGEST).
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import orjson
 
 from .. import native
 from ..config import UserError
+from .parquet import Damage, read_rows
 from .tokenizer import Texts, utf8
 
 STDIN = Path("-")
 PACKED = {".gz": None, ".zst": "zstandard"}  # the package that it needs
 NOT_READ = {".xz": "unpack it first: unxz", ".bz2": "unpack it first: bunzip2", ".zip": "unpack it first: unzip"}
 BLOCK = 1 << 20  # bytes
-ROWS = 1024  # of a .parquet, in a block
-LARGEST = (1 << 31) - 2  # bytes of a document: the index counts its tokens in 31 bits
+LONGEST = 64 << 20  # bytes of a line of JSON or a text in a row: the slow parser holds it about ten times over
 BOM = b"\xef\xbb\xbf"
 
 
@@ -47,14 +48,22 @@ class BadInput:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a file: whole JSON lines, a whole .txt, rows of a .parquet, or what is wrong with the file from here on."""
+    """A part of a file: whole JSON lines, whole characters of a .txt, rows of a .parquet, or what is wrong with the file here."""
 
     file: Path
     line: int  # number of its first line, or row, from 1
-    data: bytes | list[Any] | BadInput
+    data: bytes | list[bytes | None] | BadInput
     after: int  # where the next block starts: bytes of the unpacked file, or rows
     next_line: int = 1  # the number of its first line
     consumed: int = 0  # bytes of the file on disk, roughly
+    goes_on: bool = False  # its document does, in the next block
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data, roughly."""
+        if isinstance(self.data, list):
+            return sum(len(value or b"") for value in self.data)
+        return 0 if isinstance(self.data, BadInput) else len(self.data)
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ def expand(inputs: Sequence[str]) -> list[Path]:
             continue
         if path.is_dir():
             raise UserError(f"input {path} is a folder; name files, for example '{path}/*.jsonl'")
+        if not path.is_file():
+            raise UserError(f"input {path} is not a file but a pipe or a device; give JSON lines from a pipe as standard input (-)")
         if path.suffix in NOT_READ:
             raise UserError(f"input {path}: {path.suffix} is not read; {NOT_READ[path.suffix]}")
         if kind(path) not in (".jsonl", ".txt", ".parquet") or (kind(path) == ".parquet" and path.suffix in PACKED):
@@ -106,8 +117,11 @@ def kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
 
 
-def read_blocks(path: Path, text_key: str = "text", start: int = 0, line: int = 1) -> Iterator[Block]:
-    """The blocks of a file in order, from the one that begins at `start` with line `line`."""
+def read_blocks(path: Path, text_key: str = "text", start: int = 0, line: int = 1, whole: int = 0) -> Iterator[Block]:
+    """The blocks of a file in order, from the one that begins at `start` with line `line`.
+
+    whole: a .txt comes in one block, and is bad if it has more bytes than that; 0: in parts, of any size.
+    """
     try:
         if kind(path) == ".parquet":
             yield from _rows(path, text_key, start)
@@ -117,7 +131,7 @@ def read_blocks(path: Path, text_key: str = "text", start: int = 0, line: int = 
             if start:
                 _skip(stream, raw, start)
             if kind(path) == ".txt":
-                yield from _whole(path, stream)
+                yield from _parts(path, stream, raw, start, line, whole)
             else:
                 yield from _line_blocks(path, stream, raw, start, line)
     except OSError as error:
@@ -172,71 +186,99 @@ def _skip(stream: IO[bytes], raw: IO[bytes], size: int) -> None:
         size -= skipped
 
 
+def _count_lines(data: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))  # bytes.count takes ten times as long
+
+
 def _line_blocks(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: int) -> Iterator[Block]:
     kept: list[bytes] = []  # the beginning of a line
-    empty, size = at == 0, 0
+    size = 0  # of that beginning, kept or not
+    empty = at == 0
 
     def block(data: bytes) -> Block:
         nonlocal at, line, empty
-        first, at, line = line, at + len(data), line + int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))  # bytes.count takes ten times as long
+        first, at, line = line, at + len(data), line + _count_lines(data)
         empty = empty and (data.isspace() or data == BOM)
         return Block(path, first, data, at, line, 0 if path == STDIN else raw.tell())
 
+    def too_long() -> Block:
+        nonlocal at, line, empty
+        bad = BadInput(path, line, f"the line is {size} bytes long, more than {LONGEST >> 20} MiB; put its text into a .txt file of its own, which may have any size")
+        at, line, empty = at + size, line + 1, False
+        return Block(path, line - 1, bad, at, line, 0 if path == STDIN else raw.tell())
+
     try:
         while chunk := stream.read(BLOCK):
+            cut = chunk.find(b"\n") + 1
+            if size + (cut or len(chunk)) > LONGEST:
+                kept, size = [], size + (cut or len(chunk))
+                if not cut:
+                    continue
+                yield too_long()
+                chunk, size = chunk[cut:], 0
             cut = chunk.rfind(b"\n") + 1
             if cut:
-                yield block(b"".join([*kept, chunk[:cut]]))
-                kept, size = [], 0
+                data, kept, size = b"".join([*kept, memoryview(chunk)[:cut]]), [], 0
+                yield block(data)
+                data = b""  # not held while the next is read
             kept.append(chunk[cut:])
             size += len(chunk) - cut
-            if size > LARGEST:
-                yield Block(path, line, BadInput(path, line, "the line is longer than 2 GiB, and so is the rest of the file not read"), at)
-                return
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield Block(path, line, BadInput(path, line, f"the {path.suffix} file is damaged here: {error}"), at)
         return
-    if size:
+    if size > LONGEST:
+        yield too_long()
+    elif size:
         yield block(b"".join(kept))
     if empty:
         yield Block(path, 0, BadInput(path, 0, "the file is empty" if path != STDIN else "there is nothing in it"), at)
 
 
-def _whole(path: Path, stream: IO[bytes]) -> Iterator[Block]:
-    parts, size = [], 0
+def _whole_characters(data: bytes) -> int:
+    """So many bytes of it do not end inside a character; all, if the last bytes are no beginning of one."""
+    for k in range(1, min(4, len(data) + 1)):
+        if data[-k] >= 0xC0:
+            return len(data) - k if k < 2 + (data[-k] >= 0xE0) + (data[-k] >= 0xF0) else len(data)
+        if data[-k] < 0x80:
+            break
+    return len(data)
+
+
+def _parts(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: int, whole: int) -> Iterator[Block]:
+    parts: list[bytes] = []  # read and not given out: one, unless the file is to be whole
+    size = 0  # of them
+
+    def block(data: bytes, goes_on: bool) -> Block:
+        nonlocal at, line
+        first, at, line = line, at + len(data), line + _count_lines(data)
+        return Block(path, first, data, at, line, raw.tell(), goes_on)
+
     try:
-        while size <= LARGEST and (chunk := stream.read(BLOCK)):
+        while chunk := stream.read(BLOCK):
+            if parts and not whole:
+                data = parts.pop()
+                cut = _whole_characters(data)
+                chunk, size = data[cut:] + chunk, 0
+                yield block(data[:cut], True)
             parts.append(chunk)
             size += len(chunk)
+            if whole and size > whole:
+                cause = f"a .txt is one document, and this one is larger than {whole >> 20} MiB, the most that this tokenizer takes at once; split it, or use --tokenizer world"
+                yield Block(path, 1, BadInput(path, 0, cause), at + size)
+                return
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield Block(path, 1, BadInput(path, 0, f"the {path.suffix} file is damaged: {error}"), size)
+        yield Block(path, 1, BadInput(path, 0, f"the {path.suffix} file is damaged: {error}"), at + size)
         return
-    if size > LARGEST:
-        yield Block(path, 1, BadInput(path, 0, "a .txt is one document, and this one is larger than 2 GiB; split it"), size)
-    else:
-        yield Block(path, 1, b"".join(parts), size, consumed=size)
+    yield block(b"".join(parts), False)
 
 
 def _rows(path: Path, text_key: str, start: int) -> Iterator[Block]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            names, n_rows = file.schema_arrow.names, file.metadata.num_rows
-            if text_key not in names:
-                cause = f"no column {text_key!r} (columns: {', '.join(names[:5]) or 'none'}); see --text_key"
-                yield Block(path, 1, BadInput(path, 0, cause), 0)
-                return
-            row = 0
-            for batch in file.iter_batches(ROWS, columns=[text_key]):
-                first, row = row, row + len(batch)
-                if first >= start:
-                    yield Block(path, first + 1, batch.column(0).to_pylist(), row, row + 1, path.stat().st_size * row // n_rows)
-            if row == 0:
-                yield Block(path, 1, BadInput(path, 0, "the file is empty"), 0)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        yield Block(path, 1, BadInput(path, 0, f"not a .parquet file that can be read: {' '.join(str(error).split())[:200]}"), 0)
+    for found in read_rows(path, text_key, start, BLOCK):
+        if isinstance(found, Damage):
+            yield Block(path, found.row + 1, BadInput(path, found.row + 1, found.cause), max(0, found.row), found.row + 1)
+        else:
+            end = found.first + len(found.texts)
+            yield Block(path, found.first + 1, found.texts, end, end + 1, int(path.stat().st_size * found.part))
 
 
 def parse(block: Block, text_key: str = "text") -> Parsed:
@@ -245,11 +287,11 @@ def parse(block: Block, text_key: str = "text") -> Parsed:
     if isinstance(data, BadInput):
         return Parsed(Texts.join([]), [], [data])
     if isinstance(data, list):
-        return _collect(block, ((block.line + k, value) for k, value in enumerate(data)), lambda value: _utf8_of(value, text_key))
+        return _collect(block, ((block.line + k, value) for k, value in enumerate(data)), lambda value: _text_of_cell(value, text_key))
+    if kind(block.file) == ".txt":
+        return _parse_part(block, data)
     if block.line == 1:
         data = data.removeprefix(BOM)
-    if kind(block.file) == ".txt":
-        return _parse_whole(block.file, data)
     if (found := _parse_natively(data, text_key, block.next_line - block.line + 1)) is not None:
         texts, lines = found
         return Parsed(texts, block.line + lines)
@@ -320,13 +362,29 @@ def _utf8_of(value: Any, text_key: str) -> bytes:
     return utf8(value)
 
 
-def _parse_whole(path: Path, data: bytes) -> Parsed:
+def _text_of_cell(value: bytes | None, text_key: str) -> bytes:
+    """The text in a row of a table: UTF-8, unless the file was written by a tool that does not care."""
+    if value is None:
+        raise UserError(f"there is nothing (null) in the column {text_key!r}")
+    if len(value) > LONGEST:
+        raise UserError(f"the text is {len(value)} bytes long, more than {LONGEST >> 20} MiB; put it into a .txt file of its own, which may have any size")
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"invalid UTF-8 at byte {error.start} of the text") from None
+    return value
+
+
+def _parse_part(block: Block, data: bytes) -> Parsed:
+    """A part of a .txt, or all of it, as one text."""
+    begin = block.after - len(data)
+    text = data.removeprefix(BOM) if begin == 0 else data
     bad = None
-    if not data.strip():
-        bad = BadInput(path, 0, "the file is empty")
+    if begin == 0 and not block.goes_on and not text.strip():
+        bad = BadInput(block.file, 0, "the file is empty")
     else:
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
-            bad = BadInput(path, data.count(b"\n", 0, error.start) + 1, f"invalid UTF-8 at byte {error.start} of the file")
-    return Parsed(Texts.join([]), [], [bad]) if bad else Parsed(Texts.join([data]), [1])
+            bad = BadInput(block.file, block.line + data.count(b"\n", 0, error.start), f"invalid UTF-8 at byte {begin + error.start} of the file")
+    return Parsed(Texts.join([]), [], [bad]) if bad else Parsed(Texts.join([text]), [1])

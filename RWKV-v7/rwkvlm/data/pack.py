@@ -1,7 +1,8 @@
 """Documents to binidx: tokenise once, in the order of the input, into a file on disk; then write shuffled copies of the documents.
 
 Blocks of text are parsed and tokenised by threads and taken back in order. Neither text nor tokens stay in memory, and nothing that
-grows with the number of documents. The result depends on the inputs and the seed alone, not on threads, interruptions or memory.
+grows with the number of documents or the size of a .txt. The result depends on the inputs and the seed alone, not on threads,
+interruptions or memory.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..config import UserError
-from .binidx import BinIdxWriter, bin_path, idx_path
-from .documents import STDIN, Block, Parsed, parse, read_blocks, where
-from .shuffle import Documents, draw, keys, shuffled
-from .tokenizer import Tokenizer
+from .binidx import INDEX_BYTES, BinIdxWriter, bin_path, check_room, idx_path
+from .documents import STDIN, BadInput, Block, kind, parse, read_blocks, where
+from .shuffle import Documents, Long, draw, keys, shuffled
+from .tokenizer import Texts, Tokenizer
 from .unfinished import LISTED, Progress, Unfinished
 
-ROUND_TRIPS = 200  # the first so many documents are decoded again and compared, and later every so many-th
+ROUND_TRIPS = 200  # every so many-th document, or part of one, is decoded again and compared
+FIRST = 40  # and before that so many documents
+IN_WORK = 64 << 20  # bytes of blocks that are in work at a time, or one larger block
+MOST_TOKENS = (1 << 31) - 1  # of a document: the index counts them in 31 bits
 HELD_OUT = 0x76616C  # "val": the seed of the held-out documents, apart from every copy's
 
 
@@ -82,6 +86,8 @@ def pack(
     prefix = Path(prefix)
     if not prefix.name:
         raise UserError(f"--out {prefix} is a folder; add a name, for example {prefix / 'demo'}")
+    if prefix.suffix in (".bin", ".idx"):
+        raise UserError(f"--out {prefix} is to be without {prefix.suffix}: .bin and .idx are put behind it")
     val_prefix = prefix.with_name(prefix.name + ".val")
     _check_arguments(epochs, val_split, val_prefix)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
@@ -89,7 +95,7 @@ def pack(
     if STDIN in files:
         job["process"] = os.getpid()  # what was read is gone: never taken up
     try:
-        with Unfinished(prefix, job, dtype, tokenizer.vocab_size) as work, ExitStack() as stack:
+        with Unfinished(prefix, job, dtype, tokenizer.vocab_size, STDIN not in files) as work, ExitStack() as stack:
             _tokenise(files, tokenizer, text_key, skip_bad, work, workers or os.cpu_count() or 1, progress)
             total = work.progress.documents
             limit, held_out = draw(work.pile, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
@@ -99,11 +105,13 @@ def pack(
             def kept(numbers: np.ndarray) -> np.ndarray:
                 return keys(numbers, seed ^ HELD_OUT << 32) > np.uint64(limit) if held_out else np.ones(len(numbers), dtype=bool)
 
+            # held-out documents included: an estimate, and one that sees COPIES and CTX_LEN in the wrong order
+            check_room(prefix, epochs * (work.progress.tokens * dtype.itemsize + total * INDEX_BYTES))
             out = stack.enter_context(BinIdxWriter(prefix, dtype))
             val = stack.enter_context(BinIdxWriter(val_prefix, dtype)) if held_out else None
             if val:
                 for documents in work.pile.blocks():
-                    _write(val, documents.take(np.flatnonzero(~kept(documents.numbers))))
+                    _write(val, documents, ~kept(documents.numbers))
             order = hashlib.sha256()
             for epoch in range(epochs):
                 for documents in shuffled(work.pile, (seed, epoch), kept, work.folder):
@@ -168,24 +176,27 @@ def _tokenise(
 ) -> None:
     """All documents of the files into work.pile, from where work.progress stands."""
     done = work.progress
-    started, resumed = done.text_bytes, done.documents > 0
+    started, resumed = done.text_bytes + done.open_bytes, done.at > 0 or done.file > 0
     sizes = [0 if path == STDIN else path.stat().st_size for path in files]
     for number in range(done.file, len(files) if not done.complete else 0):
-        blocks = read_blocks(files[number], text_key, done.at, done.line)
-        for block, parsed, ids, ends, occurs in _encoded(blocks, tokenizer, text_key, workers):
-            for bad in parsed.bad:
+        blocks = read_blocks(files[number], text_key, done.at, done.line, tokenizer.largest_text)
+        for found in _encoded(blocks, tokenizer, text_key, workers, bytes.fromhex(done.rest)):
+            wrong = _bad(found, done)
+            for bad in wrong:
                 if not skip_bad:
                     raise UserError(f"{bad} (--skip_bad passes over such input)")
                 done.skipped += 1
                 if done.skipped <= LISTED:
                     done.first_skipped.append(str(bad))
-            _check_round_trips(block, parsed, ids, ends, tokenizer, done)
-            work.seen |= occurs
-            work.add(ids, np.diff(ends, prepend=0))
-            done.text_bytes += len(parsed.texts.data)
-            done.at, done.line = block.after, block.next_line
+            if wrong and (done.open_parts or found.block.goes_on):
+                work.drop_document(tokenizer.occurring)
+                break  # a .txt is one document
+            _check_round_trips(found, tokenizer, done.documents, done.open_parts)
+            _add(work, found)
+            done.at, done.line = found.block.after, found.block.next_line
             work.save()
-            progress(Stage("reading", (sum(sizes[:number]) + block.consumed) / max(1, sum(sizes)), done.documents, done.text_bytes - started, resumed))
+            text_bytes = done.text_bytes + done.open_bytes - started
+            progress(Stage("reading", (sum(sizes[:number]) + found.block.consumed) / max(1, sum(sizes)), done.documents, text_bytes, resumed))
         done.file, done.at, done.line = number + 1, 0, 1
     if not done.documents:
         raise UserError(f"no document in {', '.join(where(path, 0) for path in files)}" + (f" ({done.skipped} bad ones skipped)" if done.skipped else ""))
@@ -193,38 +204,99 @@ def _tokenise(
     work.save()
 
 
-def _encoded(
-    blocks: Iterator[Block], tokenizer: Tokenizer, text_key: str, workers: int
-) -> Iterator[tuple[Block, Parsed, np.ndarray, np.ndarray, np.ndarray]]:
-    """(block, what is in it, ids, where each document's ids end, which ids occur [vocab_size]), in the order of the blocks; a few are in work at a time."""
+@dataclass(frozen=True)
+class _Encoded:
+    """What is in a block: ids, and where each document's ids end; which ids occur [vocab_size]; bytes left to the next block; whether a .txt is blank."""
 
-    def encode(block: Block) -> tuple[Block, Parsed, np.ndarray, np.ndarray, np.ndarray]:
+    block: Block
+    texts: Texts
+    lines: Sequence[int]
+    bad: list[BadInput]
+    ids: np.ndarray
+    ends: np.ndarray
+    occurs: np.ndarray
+    rest: bytes
+    blank: bool
+
+
+def _encoded(blocks: Iterator[Block], tokenizer: Tokenizer, text_key: str, workers: int, rest: bytes) -> Iterator[_Encoded]:
+    """The blocks in their order; a few are in work at a time. rest: what the block before the first has left."""
+
+    def encode(block: Block, before: Future[_Encoded] | None) -> _Encoded:
         parsed = parse(block, text_key)
-        ids, ends = tokenizer.encode_batch(parsed.texts)
-        return block, parsed, ids, ends, np.bincount(ids, minlength=tokenizer.vocab_size) > 0
+        texts = parsed.texts
+        # No deadlock: the pool begins in order, so that what is waited for has begun.
+        if len(texts) and (left := before.result().rest if before else rest):
+            texts = Texts.join([left + texts.data.tobytes()])
+        ids, ends = tokenizer.encode_batch(texts)
+        left = b""
+        if block.goes_on and len(texts):
+            n, n_bytes = tokenizer.settled(ids[:-1], len(texts.data))
+            left = texts.data[n_bytes:].tobytes()
+            ids, ends, texts = ids[:n], np.array([n]), Texts(texts.data[:n_bytes], np.array([n_bytes]))
+        blank = kind(block.file) == ".txt" and not any(text.strip() for text in parsed.texts)
+        return _Encoded(replace(block, data=b""), texts, parsed.lines, parsed.bad, ids, ends, tokenizer.occurring(ids), left, blank)
 
     with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
+        pending: deque[tuple[int, Future[_Encoded]]] = deque()
+        before, held = None, 0
         for block in blocks:
-            pending.append(pool.submit(encode, block))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+            size = block.size
+            while pending and (len(pending) > 2 * workers or held + size > IN_WORK):
+                held -= pending[0][0]
+                yield pending.popleft()[1].result()
+            pending.append((size, pool.submit(encode, block, before)))
+            before, held = pending[-1][1] if block.goes_on else None, held + size
+            del block
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[1].result()
 
 
-def _check_round_trips(block: Block, parsed: Parsed, ids: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer, done: Progress) -> None:
-    """Documents chosen by their number must come back from their tokens."""
-    for k in range(len(ends)):
-        if done.documents + k >= ROUND_TRIPS and (done.documents + k) % ROUND_TRIPS:
+def _bad(found: _Encoded, done: Progress) -> list[BadInput]:
+    """What is bad in a block, or in the document that it is a part of."""
+    block = found.block
+    if found.bad or not (block.goes_on or done.open_parts):
+        return found.bad
+    if done.open_tokens + len(found.ids) > MOST_TOKENS:
+        return [BadInput(block.file, 0, f"a .txt is one document, and this one has more than {MOST_TOKENS} tokens, the most that an index can count; split it")]
+    if not block.goes_on and done.open_blank and found.blank:
+        return [BadInput(block.file, 0, "the file is empty")]
+    return []
+
+
+def _check_round_trips(found: _Encoded, tokenizer: Tokenizer, documents: int, parts: int) -> None:
+    """Documents, or parts of one, chosen by their number, must come back from their tokens."""
+    for k in range(len(found.ends)):
+        number = parts or documents + k
+        if number % ROUND_TRIPS and (parts or number >= FIRST):
             continue
-        if tokenizer.decode_bytes(ids[ends[k - 1] if k else 0 : ends[k] - 1]) != parsed.texts[k]:
-            place = where(block.file, int(parsed.lines[k]))
+        ids = found.ids[found.ends[k - 1] if k else 0 : found.ends[k] - (not found.block.goes_on)]
+        if not tokenizer.comes_back(found.texts[k], ids):
+            place = where(found.block.file, int(found.lines[k]))
             raise UserError(f"{place}: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)")
 
 
-def _write(writer: BinIdxWriter, documents: Documents) -> None:
-    writer.add_many(documents.tokens, documents.sizes)
+def _add(work: Unfinished, found: _Encoded) -> None:
+    """What has been found in a block, to the rest."""
+    done, block = work.progress, found.block
+    work.seen |= found.occurs
+    if not block.goes_on and not done.open_parts:
+        work.add(found.ids, np.diff(found.ends, prepend=0))
+        done.text_bytes += len(found.texts.data)
+        return
+    work.add_part(found.ids, len(found.texts.data), found.blank, found.rest)
+    if not block.goes_on:
+        work.end_document()
+
+
+def _write(writer: BinIdxWriter, documents: Documents | Long, chosen: np.ndarray | None = None) -> None:
+    """All of them, or the chosen ones [n] bool."""
+    if isinstance(documents, Long):
+        if chosen is None or chosen[0]:
+            writer.add_long(documents.parts())
+    else:
+        documents = documents if chosen is None else documents.take(np.flatnonzero(chosen))
+        writer.add_many(documents.tokens, documents.sizes)
 
 
 def _lengths(work: Unfinished) -> tuple[tuple[int, int, int], ...]:

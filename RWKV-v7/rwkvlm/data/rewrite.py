@@ -6,7 +6,6 @@ does not change when others are appended.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
-from .binidx import BinIdx, BinIdxWriter
-from .survey import runs
+from .binidx import BinIdx, BinIdxWriter, check_room
+from .survey import TOKENS, runs
 
 Say = Callable[[int, int], None]
 ALL = 1 << 64
@@ -34,7 +33,7 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
         _not_itself(one, out)
     dtype = np.uint16 if all(_fits_16_bits(one) for one, _ in data) else np.int32
     expected = sum(int(one.n_tokens * copies) for one, copies in data)
-    _check_room(out, expected * np.dtype(dtype).itemsize)
+    check_room(out, expected * np.dtype(dtype).itemsize)
     with BinIdxWriter(out, dtype) as writer:
         for k, (one, copies) in enumerate(data):
             for copy in range(int(np.ceil(copies))):
@@ -56,7 +55,7 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     _not_itself(data, out)
     _not_itself(data, f"{out}.val")
     limit = int(val * ALL) if 0 < val < 1 else _limit(data.n_docs, int(val), seed)
-    _check_room(out, data.tokens.nbytes)
+    check_room(out, data.tokens.nbytes)
     with ExitStack() as stack:
         writers = [stack.enter_context(BinIdxWriter(name, data.dtype)) for name in (out, f"{out}.val")]
         for first, ends in runs(data):
@@ -74,16 +73,25 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
 
 def _write(writer: BinIdxWriter, data: BinIdx, ends: np.ndarray, chosen: np.ndarray | None) -> None:
     """The documents between `ends`: all, or the chosen ones."""
-    tokens, sizes = data.tokens[ends[0] : ends[-1]], np.diff(ends)
-    if chosen is not None:
-        tokens, sizes = tokens[np.repeat(chosen, sizes)], sizes[chosen]
+    sizes = np.diff(ends)
+    try:
+        if len(sizes) == 1 and sizes[0] > TOKENS:
+            if chosen is None or chosen[0]:
+                writer.add_long(_narrow(data, writer, data.tokens[at : min(at + TOKENS, ends[1])]) for at in range(ends[0], ends[1], TOKENS))
+            return
+        tokens = data.tokens[ends[0] : ends[-1]]
+        if chosen is not None:
+            tokens, sizes = tokens[np.repeat(chosen, sizes)], sizes[chosen]
+        writer.add_many(_narrow(data, writer, tokens), sizes)
+    except OSError as error:
+        raise UserError(f"cannot write {writer.bin_path}: {error.strerror or error}; free some space or choose another place") from None
+
+
+def _narrow(data: BinIdx, writer: BinIdxWriter, tokens: np.ndarray) -> np.ndarray:
     narrow = tokens.astype(writer.dtype, copy=False)
     if not np.can_cast(tokens.dtype, writer.dtype) and not np.array_equal(narrow, tokens):
         raise UserError(f"{data.bin_path} holds tokens that do not fit into {writer.dtype}: {tokens.min()} to {tokens.max()}")
-    try:
-        writer.add_many(narrow, sizes)
-    except OSError as error:
-        raise UserError(f"cannot write {writer.bin_path}: {error.strerror or error}; free some space or choose another place") from None
+    return narrow
 
 
 def _drawn(seed: int, file: int, first: int, n: int) -> np.ndarray:
@@ -118,11 +126,3 @@ def _fits_16_bits(data: BinIdx) -> bool:
 def _not_itself(data: BinIdx, out: str) -> None:
     if Path(f"{out}.bin").resolve() == data.bin_path.resolve():
         raise UserError(f"--out {out} is one of the inputs; choose another name")
-
-
-def _check_room(out: str, n_bytes: int) -> None:
-    folder = Path(out).parent
-    while not folder.exists():
-        folder = folder.parent
-    if (free := shutil.disk_usage(folder).free) < n_bytes:
-        raise UserError(f"{out} needs {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} free; free some space or choose another place")

@@ -1,12 +1,14 @@
 """Shuffling more documents than memory holds, and drawing some of them.
 
 Every document has a random key, a function of the seed and its number in the input; sorting by key shuffles. What is too large to be
-sorted in memory is first dealt out to 64 files by the leading bits of the key, and each of them is sorted in turn. So the order
-depends on nothing but the seed and the number of documents, and memory is bounded for any number of them.
+sorted in memory is first dealt out to 64 files by the leading bits of the key, and each of them is sorted in turn. A document that is
+itself too large stays where it is, and an empty one is sorted in its place. So the order depends on nothing but the seed and the number of
+documents, and memory is bounded for any number of them, of any size.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +19,8 @@ import numpy as np
 
 FAN_BITS = 6  # 64 files
 LEAF = 192 << 20  # bytes of tokens that are sorted in memory
-BLOCK = 32 << 20  # bytes of tokens read and dealt out at once
-PORTION = 4 << 20  # bytes of sorted tokens given out at once
+BLOCK = 32 << 20  # bytes of tokens read and dealt out at once; a document that has more is a Long
+PORTION = 4 << 20  # bytes of sorted tokens, or tokens of a file, given out at once
 
 
 def keys(numbers: np.ndarray, *seeds: int) -> np.ndarray:
@@ -45,18 +47,61 @@ class Documents:
     sizes: np.ndarray
     numbers: np.ndarray
 
+    def take(self, which: np.ndarray) -> Documents:
+        """The documents with these indices, in this order."""
+        return self._scattered.take(which)
+
+    @cached_property
+    def _scattered(self) -> Scattered:
+        return Scattered([self.tokens], self.sizes, self.numbers)
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Documents whose tokens lie in several arrays, none in two of them: to join these would be to write everything once more."""
+
+    tokens: list[np.ndarray]
+    sizes: np.ndarray
+    numbers: np.ndarray
+
     @cached_property
     def _spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each document starts and ends, in bytes."""
-        ends = np.cumsum(self.sizes, dtype=np.int64) * self.tokens.dtype.itemsize
-        return ends - self.sizes.astype(np.int64) * self.tokens.dtype.itemsize, ends
+        """In which array each document lies, and where it starts there, in bytes."""
+        itemsize = self.tokens[0].dtype.itemsize
+        begins = np.cumsum([0, *(part.nbytes for part in self.tokens)])
+        starts = (np.cumsum(self.sizes, dtype=np.int64) - self.sizes) * itemsize
+        lies_in = np.minimum(np.searchsorted(begins, starts, side="right") - 1, len(self.tokens) - 1)  # an empty one lies anywhere
+        return lies_in, starts - begins[lies_in]
 
     def take(self, which: np.ndarray) -> Documents:
         """The documents with these indices, in this order."""
-        starts, ends = self._spans
-        raw = memoryview(self.tokens).cast("B")
-        data = b"".join([raw[a:b] for a, b in zip(starts[which].tolist(), ends[which].tolist())])
-        return Documents(np.frombuffer(data, self.tokens.dtype), self.sizes[which], self.numbers[which])
+        lies_in, starts = (column[which] for column in self._spans)
+        ends = starts + self.sizes[which].astype(np.int64) * self.tokens[0].dtype.itemsize
+        raw = [memoryview(part).cast("B") for part in self.tokens]
+        data = b"".join([raw[k][a:b] for k, a, b in zip(lies_in.tolist(), starts.tolist(), ends.tolist())])
+        return Documents(np.frombuffer(data, self.tokens[0].dtype), self.sizes[which], self.numbers[which])
+
+
+@dataclass(frozen=True)
+class Long:
+    """A document too large to be held: `size` tokens from token `first` of a file."""
+
+    file: Path
+    dtype: np.dtype
+    first: int
+    size: int
+    number: int
+
+    @property
+    def numbers(self) -> np.ndarray:
+        return np.array([self.number])
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """Its tokens, some at a time."""
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.first * self.dtype.itemsize)
+            for at in range(0, self.size, PORTION):
+                yield np.fromfile(file, self.dtype, min(PORTION, self.size - at))
 
 
 class Pile:
@@ -102,6 +147,15 @@ class Pile:
         """Of the tokens."""
         return self._recent_bytes + (self.paths[0].stat().st_size if self.paths[0].exists() else 0)
 
+    def is_empty(self) -> bool:
+        return not self._recent and not self.paths[1].exists()
+
+    def tokens(self) -> Iterator[np.ndarray]:
+        """All tokens that are on the disk, some at a time."""
+        with open(self.paths[0], "rb", buffering=0) as file:
+            while len(part := np.fromfile(file, self.dtype, PORTION)):
+                yield part
+
     def sizes(self, block: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(sizes, numbers) of up to `block` documents at a time."""
         first = 0
@@ -115,54 +169,86 @@ class Pile:
         for documents in self._recent:
             yield documents.sizes, documents.numbers
 
-    def load(self) -> Documents:
+    def load(self) -> Scattered:
         """All of them at once."""
         sizes, numbers = (np.concatenate(column) for column in zip(*self.sizes()))
-        stored = [np.fromfile(self.paths[0], self.dtype)] if self.paths[0].exists() else []
-        return Documents(np.concatenate([*stored, *(documents.tokens for documents in self._recent)]), sizes, numbers)
+        tokens = [documents.tokens for documents in self._recent]
+        complete = [int(documents.sizes.sum()) for documents in self._recent]
+        if self.paths[0].exists():
+            tokens.insert(0, np.fromfile(self.paths[0], self.dtype))
+            complete.insert(0, int(sizes.sum(dtype=np.int64)) - sum(complete))
+        parts, held, too_many = [], [], 0
+        for some, n in zip(tokens, complete):  # a document that was appended in parts lies in several
+            held.append(some)
+            too_many += len(some) - n
+            if not too_many:
+                parts.append(held[0] if len(held) == 1 else np.concatenate(held))
+                held = []
+        return Scattered(parts, sizes, numbers)
 
-    def blocks(self, limit: int = BLOCK) -> Iterator[Documents]:
-        """All documents in order, up to `limit` bytes of tokens at a time, or one larger document."""
+    def blocks(self, limit: int = 0) -> Iterator[Documents | Long]:
+        """All documents in order, up to `limit` (or BLOCK) bytes of tokens at a time, or one larger document."""
         self.flush()
+        limit, begin = (limit or BLOCK) // self.dtype.itemsize, 0
         with open(self.paths[0], "rb", buffering=0) as file:
             for sizes, numbers in self.sizes():
                 ends = np.cumsum(sizes, dtype=np.int64)
                 first = done = 0
                 while first < len(sizes):
-                    last = max(first + 1, int(np.searchsorted(ends, done + limit // self.dtype.itemsize, side="right")))
-                    tokens = np.fromfile(file, self.dtype, int(ends[last - 1]) - done)
-                    yield Documents(tokens, sizes[first:last], numbers[first:last])
-                    first, done = last, int(ends[last - 1])
+                    last = max(first + 1, int(np.searchsorted(ends, done + limit, side="right")))
+                    if (n := int(ends[last - 1]) - done) > limit:
+                        yield Long(self.paths[0], self.dtype, begin, n, int(numbers[first]))
+                        file.seek(n * self.dtype.itemsize, os.SEEK_CUR)
+                    else:
+                        yield Documents(np.fromfile(file, self.dtype, n), sizes[first:last], numbers[first:last])
+                    first, done, begin = last, int(ends[last - 1]), begin + n
 
 
-def shuffled(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray], scratch: Path, depth: int = 0) -> Iterator[Documents]:
-    """The documents of a pile whose numbers `keep` gives True for, in the order of their keys; files in the folder `scratch` come and go."""
+def shuffled(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray], scratch: Path) -> Iterator[Documents | Long]:
+    """The documents of a pile whose numbers `keep` gives True for, in the order of their keys; files in the folder `scratch` come and go.
+
+    No document is empty.
+    """
+    yield from _dealt(pile, seeds, keep, scratch, 0, {})
+
+
+def _dealt(
+    pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray], scratch: Path, depth: int, longs: dict[int, Long]
+) -> Iterator[Documents | Long]:
+    """longs: for what the empty documents of the pile stand, by number."""
     if pile.n_bytes() <= LEAF or FAN_BITS * (depth + 1) > 64:
-        yield from _sorted(pile, seeds, keep)
+        yield from _sorted(pile, seeds, keep, longs)
         return
     piles = [Pile(scratch / f"pile-{depth}-{k}", pile.dtype) for k in range(1 << FAN_BITS)]
     for part in piles:
         part.remove()
     for documents in pile.blocks():
+        if isinstance(documents, Long):
+            longs[documents.number] = documents
+            documents = Documents(np.zeros(0, pile.dtype), np.zeros(1, np.int32), documents.numbers)
         leading = keys(documents.numbers, *seeds) << np.uint64(FAN_BITS * depth) >> np.uint64(64 - FAN_BITS)
         leading[~keep(documents.numbers)] = len(piles)
         for k in range(len(piles)):
             if len(chosen := np.flatnonzero(leading == k)):
                 piles[k].append(documents.take(chosen))
     for part in piles:
-        if part.n_bytes():
-            yield from shuffled(part, seeds, lambda numbers: np.ones(len(numbers), dtype=bool), scratch, depth + 1)
+        if not part.is_empty():
+            yield from _dealt(part, seeds, lambda numbers: np.ones(len(numbers), dtype=bool), scratch, depth + 1, longs)
             part.remove()
 
 
-def _sorted(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray]) -> Iterator[Documents]:
+def _sorted(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray], longs: dict[int, Long]) -> Iterator[Documents | Long]:
     everything = pile.load()
     order = np.argsort(keys(everything.numbers, *seeds), kind="stable")
     order = order[keep(everything.numbers[order])]
     portions = np.cumsum(everything.sizes[order], dtype=np.int64) * pile.dtype.itemsize // PORTION
     for chosen in np.split(order, np.flatnonzero(np.diff(portions)) + 1):
-        if len(chosen):
-            yield everything.take(chosen)
+        for k, some in enumerate(np.split(chosen, empty := np.flatnonzero(everything.sizes[chosen] == 0))):
+            if k:
+                yield longs[int(everything.numbers[chosen[empty[k - 1]]])]
+                some = some[1:]
+            if len(some):
+                yield everything.take(some)
 
 
 def draw(pile: Pile, share: float, seed: int) -> tuple[int, int]:

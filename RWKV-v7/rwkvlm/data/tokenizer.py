@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import itertools
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..config import UserError
 END_OF_DOCUMENT = 0
 REPLACEMENT = "\ufffd"
 VOCABULARY = "rwkv_vocab_v20230424.txt"
+PART = 1 << 16  # tokens decoded or counted at once: as Python objects they are large
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,14 @@ class Stream(ABC):
 
 
 class Tokenizer(ABC):
-    """`vocab_size` is the size of the embedding that a model needs: every id lies below it. `identity` tells apart what gives other ids."""
+    """`vocab_size` is the size of the embedding that a model needs: every id lies below it. `identity` tells apart what gives other ids.
+
+    largest_text: bytes of a text that are encoded at once; 0: any number, and `settled` knows how to encode a text in parts.
+    """
 
     vocab_size: int
     identity: str
+    largest_text = 0
 
     @abstractmethod
     def encode(self, text: str | bytes) -> list[int]:
@@ -77,6 +83,21 @@ class Tokenizer(ABC):
         Threads may call it at the same time, and where the work is native they do not wait for each other.
         """
         return _end_to_end([[*self.encode(text), END_OF_DOCUMENT] for text in texts])
+
+    def occurring(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids occur, [vocab_size] bool."""
+        seen = np.zeros(self.vocab_size, dtype=bool)
+        for first in range(0, len(ids), PART):  # NumPy counts with 8 bytes for each
+            seen |= np.bincount(ids[first : first + PART], minlength=self.vocab_size) > 0
+        return seen
+
+    @abstractmethod
+    def settled(self, ids: np.ndarray, n_bytes: int) -> tuple[int, int]:
+        """Of the ids of a text of n_bytes, how many stand whatever text follows, and how many bytes they are: what is left is encoded with what follows."""
+
+    @abstractmethod
+    def comes_back(self, text: bytes, ids: np.ndarray) -> bool:
+        """Whether the text is what its ids decode to."""
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -211,6 +232,26 @@ class WorldTokenizer(Tokenizer):
             return b"".join(map(tokens.__getitem__, ids))
         return b"".join([tokens[i] if 0 < i < n else b"\xef\xbf\xbd" for i in ids])
 
+    def settled(self, ids: np.ndarray, n_bytes: int) -> tuple[int, int]:
+        """A match that begins n bytes before the end has not seen more than those n: it stands if no token is longer.
+
+        So the ids that stand are those of every text that begins with these bytes: each begins where the one before ends, and each was the
+        longest match among all that such a text can hold there.
+        """
+        n, end = len(ids), n_bytes
+        while n and (begin := end - self._length[ids[n - 1]]) > n_bytes - self._longest:
+            n, end = n - 1, begin
+        return n, end
+
+    def comes_back(self, text: bytes, ids: np.ndarray) -> bool:
+        at = 0
+        for first in range(0, len(ids), PART):
+            part = self.decode_bytes(ids[first : first + PART])
+            if text[at : at + len(part)] != part:
+                return False
+            at += len(part)
+        return at == len(text)
+
     def stream(self) -> Stream:
         return _BytesStream(self)
 
@@ -225,7 +266,8 @@ class NativeWorldTokenizer(WorldTokenizer):
         library.rwkvlm_world.restype, library.rwkvlm_world.argtypes = pointer, [pointer, pointer, count]
         library.rwkvlm_world_encode.restype, library.rwkvlm_world_encode.argtypes = None, [pointer, pointer, pointer, count, pointer, pointer]
         lengths = np.array([*map(len, self._tokens[1:])], dtype=np.int64)
-        self._encode = library.rwkvlm_world_encode
+        library.rwkvlm_occurring.restype, library.rwkvlm_occurring.argtypes = None, [pointer, count, pointer]
+        self._encode, self._occurring = library.rwkvlm_world_encode, library.rwkvlm_occurring
         self._world = library.rwkvlm_world(b"".join(self._tokens), lengths.ctypes.data, len(lengths))
         if not self._world:
             raise MemoryError("no memory for the tokenizer's table")
@@ -239,6 +281,11 @@ class NativeWorldTokenizer(WorldTokenizer):
         id_ends = np.empty(len(ends), dtype=np.int64)
         self._encode(self._world, data.ctypes.data, ends.ctypes.data, len(ends), ids.ctypes.data, id_ends.ctypes.data)
         return ids[: id_ends[-1] if len(ends) else 0], id_ends
+
+    def occurring(self, ids: np.ndarray) -> np.ndarray:
+        ids, seen = np.ascontiguousarray(ids, np.uint16), np.zeros(self.vocab_size, dtype=bool)
+        self._occurring(ids.ctypes.data, len(ids), seen.ctypes.data)
+        return seen
 
 
 class _BytesStream(Stream):
@@ -256,7 +303,12 @@ class _BytesStream(Stream):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json of Hugging Face's `tokenizers`, used without its special-token templates."""
+    """A tokenizer.json of Hugging Face's `tokenizers`, used without its special-token templates.
+
+    Where such a tokenizer could cut a text is not known in general, so that it takes whole ones, with about 200 bytes of memory for each byte.
+    """
+
+    largest_text = 64 << 20
 
     def __init__(self, path: Path) -> None:
         try:
@@ -270,6 +322,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer file: {' '.join(str(error).split())}") from None
         self.identity = _digest(path)
+        self._turn = threading.Lock()
         self._engine.no_padding()
         self._engine.no_truncation()
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=0)
@@ -284,8 +337,15 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._engine.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
-        lists = [[*found.ids, END_OF_DOCUMENT] for found in self._engine.encode_batch([text.decode("utf-8") for text in texts], add_special_tokens=False)]
-        return _end_to_end(lists)
+        with self._turn:  # it uses all cores by itself, and for each further batch as much memory again
+            found = self._engine.encode_batch([text.decode("utf-8") for text in texts], add_special_tokens=False)
+            return _end_to_end([[*one.ids, END_OF_DOCUMENT] for one in found])
+
+    def settled(self, ids: np.ndarray, n_bytes: int) -> tuple[int, int]:
+        raise NotImplementedError("takes whole texts")
+
+    def comes_back(self, text: bytes, ids: np.ndarray) -> bool:
+        return self.decode_bytes(ids) == text
 
     def decode(self, ids: Iterable[int]) -> str:
         text, run = "", []

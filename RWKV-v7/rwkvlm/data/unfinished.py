@@ -6,11 +6,11 @@ killed run wrote behind it is cut off. It belongs to one job (inputs with size a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
+from ..config.locks import try_lock
 from .shuffle import LEAF, Documents, Pile
 
 SAVE_EVERY = 10.0  # seconds
@@ -26,7 +27,11 @@ LISTED = 100  # bad inputs that are remembered by name
 
 @dataclass
 class Progress:
-    """What has been tokenised: everything before byte (row) `at`, line `line`, of file number `file`."""
+    """What has been tokenised: everything before byte (row) `at`, line `line`, of file number `file`.
+
+    A document that comes in parts and has begun is counted apart until it is complete; `rest` are its last bytes, in hexadecimal, which
+    have no tokens yet.
+    """
 
     file: int = 0
     at: int = 0
@@ -37,17 +42,23 @@ class Progress:
     skipped: int = 0
     first_skipped: list[str] = field(default_factory=list)
     complete: bool = False
+    open_tokens: int = 0
+    open_bytes: int = 0
+    open_parts: int = 0
+    open_blank: bool = True
+    rest: str = ""
 
 
 class Unfinished:
     """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in them.
 
-    Leaving the block removes the folder; a kill, or Ctrl-C, leaves it for the next run. UserError where another process works in it.
+    Leaving the block removes the folder; a kill, or Ctrl-C if it is to be `kept` then, leaves it for the next run. UserError where another
+    process works in it.
     """
 
-    def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:
         self.folder = prefix.with_name(prefix.name + ".unfinished")
-        self._job, self.dtype = job, np.dtype(dtype)
+        self._job, self._kept, self.dtype = job, kept, np.dtype(dtype)
         self.progress, self.seen = Progress(), np.zeros(vocab_size, dtype=bool)
         self.pile = Pile(self.folder / "all", self.dtype, numbered=False, memory=LEAF)
         self._saver, self._saving, self._saved = ThreadPoolExecutor(1), Future(), time.monotonic()
@@ -55,18 +66,15 @@ class Unfinished:
 
     def __enter__(self) -> Unfinished:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(f"another process works in {self.folder}; wait for it, or choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
+        lock = self.folder / "lock"
+        self._lock = open(lock, "w")
+        if not try_lock(self._lock):
+            self._lock.close()
+            raise UserError(f"another process works in {self.folder}; wait for it, or choose another --out")
         if not self._resume():
-            for path in self.folder.iterdir():
+            for path in set(self.folder.iterdir()) - {lock}:
                 path.unlink()
-        self.pile.truncate(self.progress.documents, self.progress.tokens)
+        self.pile.truncate(self.progress.documents, self.progress.tokens + self.progress.open_tokens)
         return self
 
     def _resume(self) -> bool:
@@ -76,7 +84,7 @@ class Unfinished:
             sizes = [path.stat().st_size for path in self.pile.paths]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if saved["job"] != self._job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
+        if saved["job"] != self._job or sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize or sizes[1] < progress.documents * 4:
             return False
         self.progress, self.seen = progress, seen[: len(self.seen)].astype(bool)
         return True
@@ -88,6 +96,34 @@ class Unfinished:
         self.pile.append(Documents(ids.astype(self.dtype), sizes.astype(np.int32), numbers))  # a copy: ids lie in a larger buffer
         self.progress.documents += len(sizes)
         self.progress.tokens += len(ids)
+
+    def add_part(self, ids: np.ndarray, n_bytes: int, blank: bool, rest: bytes) -> None:
+        """Append tokens of a document that goes on, from n_bytes of its text; `rest` is to be put before what follows."""
+        done = self.progress
+        self.pile.append(Documents(ids.astype(self.dtype), np.zeros(0, np.int32), np.zeros(0, np.int64)))
+        done.open_tokens, done.open_bytes, done.open_parts = done.open_tokens + len(ids), done.open_bytes + n_bytes, done.open_parts + 1
+        done.open_blank, done.rest = done.open_blank and blank, rest.hex()
+
+    def end_document(self) -> None:
+        """The document whose parts have been added is complete."""
+        done = self.progress
+        self.pile.append(Documents(np.zeros(0, self.dtype), np.array([done.open_tokens], np.int32), np.array([done.documents])))
+        done.documents, done.tokens, done.text_bytes = done.documents + 1, done.tokens + done.open_tokens, done.text_bytes + done.open_bytes
+        self._no_document()
+
+    def drop_document(self, occurring: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Forget the parts of a document that turned out to be bad. occurring: which ids of an array occur."""
+        self.pile.flush()
+        self.pile.truncate(self.progress.documents, self.progress.tokens)
+        self._no_document()
+        self.seen[:] = False
+        for tokens in self.pile.tokens():
+            self.seen |= occurring(tokens)
+
+    def _no_document(self) -> None:
+        done = self.progress
+        done.open_tokens = done.open_bytes = done.open_parts = 0
+        done.open_blank, done.rest = True, ""
 
     def save(self) -> None:
         """Make what has been added survive: from time to time, in the background."""
@@ -113,6 +149,6 @@ class Unfinished:
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         self._saver.shutdown()
-        os.close(self._lock)
-        if kind is not KeyboardInterrupt:
+        self._lock.close()
+        if kind is not KeyboardInterrupt or not self._kept:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -57,24 +57,34 @@ class Engine:
     def tokens(
         self, prompt: str, length: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
     ) -> Iterator[int]:
-        """Yields up to `length` sampled tokens; stops at the end of the document. An empty prompt starts a new document.
+        """Up to `length` sampled tokens; stops at the end of the document. An empty prompt starts a new document.
 
-        Raises UserError for sampling values outside their range and for prompts with tokens outside the model's vocabulary.
+        Raises UserError, before the first token, for values outside their range and for prompts with tokens outside the model's vocabulary,
+        and where the model's logits are not numbers.
         """
         check_sampling(temperature, top_p, top_k)
+        if length < 0:
+            raise UserError(f"--length {length} must be at least 0")
         generator = torch.Generator(device=self.model.emb.weight.device)
         if seed is None:
             generator.seed()
-        else:
+        elif -(1 << 63) <= seed < 1 << 63:
             generator.manual_seed(seed)
+        else:
+            raise UserError(f"--seed {seed} has more than 63 bits; use a smaller number")
         ids = self.tokenizer.encode(prompt) or [END_OF_DOCUMENT]
         if max(ids) >= self.model.config.vocab_size:
             raise UserError(
                 f"the prompt has token {max(ids)}, but the model's vocabulary has {self.model.config.vocab_size}; use the tokenizer it was trained with (--tokenizer)"
             )
+        return self._tokens(ids, length, lambda logits: int(sample(logits, temperature, top_p, top_k, generator)))
+
+    def _tokens(self, ids: list[int], length: int, choose: Callable[[torch.Tensor], int]) -> Iterator[int]:
         logits, state = self.read(ids)
         for left in range(length - 1, -1, -1):
-            token = int(sample(logits, temperature, top_p, top_k, generator))
+            if not logits.isfinite().all():
+                raise UserError("the model's logits are not finite numbers: its weights are damaged, or its training diverged; use an earlier checkpoint")
+            token = choose(logits)
             if token == END_OF_DOCUMENT:
                 return
             yield token
@@ -82,9 +92,12 @@ class Engine:
                 logits, state = self.read([token], state)
 
     def generate(self, prompt: str, length: int, **sampling) -> Iterator[str]:
-        """As `tokens`, but yields text as soon as it is whole characters; joined, the pieces are the continuation."""
+        """As `tokens`, but text, as soon as it is whole characters; joined, the pieces are the continuation."""
+        return self._text(self.tokens(prompt, length, **sampling))
+
+    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
         stream = self.tokenizer.stream()
-        for token in self.tokens(prompt, length, **sampling):
+        for token in tokens:
             if text := stream.push(token):
                 yield text
         if text := stream.finish():
@@ -92,9 +105,16 @@ class Engine:
 
 
 def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto", dtype: torch.dtype | None = None) -> Engine:
-    """An engine from an official-format .pth file. device "auto": the GPU if there is one. dtype None: bf16 there, fp32 on the CPU."""
+    """An engine from an official-format .pth file. device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
+
+    dtype None: bf16 on a GPU, fp32 on the CPU. Raises UserError for files and devices that cannot be used.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
+    if device not in known:
+        raise UserError(f"--device {device} is not known here{'' if gpus else ', where torch sees no GPU'}; choose one of: {', '.join(known)}")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if gpus else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     tensors = load_weights(path)

@@ -75,10 +75,10 @@ class Memory(nn.Module):
         lengths = [piece.stop - piece.start for piece in plan]
         read = []
         for i, (piece, Q, K, V) in enumerate(zip(plan, *(t.split(lengths, 2) for t in (q, k, v)))):
-            read.append(self._read(fast, Q))
+            read.append(_Read.apply(fast, Q))
             if i + 1 == len(plan) and not return_state:
                 break
-            gradient = self._gradient(fast, K, V)
+            gradient = _Gradient.apply(fast, K, V)
             sums = gradient if sums is None else sums + gradient
             if len(piece.full) == B:
                 fast, sums = self._step(fast, sums), None
@@ -93,21 +93,84 @@ class Memory(nn.Module):
             return y, None
         return y, MemoryState(x[:, -1], fast, torch.zeros_like(fast) if sums is None else sums, seen_after(plan[-1], self.segment))
 
-    def _read(self, fast: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-        """f(q): fast [B, h, 3, N, N], Q [B, h, n, N] -> [B, h, n, N]."""
-        W1, W3, W2t = fast.unbind(2)
-        return (F.silu(Q @ W1.mT) * (Q @ W3.mT)) @ W2t
-
-    def _gradient(self, fast: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """grad l summed over the tokens, [B, h, 3, N, N]; K [B, h, n, N], V [B, h, n, N] times the rates."""
-        W1, W3, W2t = fast.unbind(2)
-        A, G = K @ W1.mT, K @ W3.mT
-        s = torch.sigmoid(A)
-        silu = A * s
-        D = V @ W2t.mT  # -dl/d(silu * G)
-        dA, dG = D * G * (s + silu * (1 - s)), D * silu
-        return -torch.stack([dA.mT @ K, dG.mT @ K, (silu * G).mT @ V], dim=2)
-
     def _step(self, fast: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         length = self.fast.to(fast.dtype).norm(dim=-1, keepdim=True)
         return F.normalize(fast - sums, dim=-1) * length
+
+
+class _Read(torch.autograd.Function):
+    """f(q): fast [B, h, 3, N, N], q [B, h, n, N] -> [B, h, n, N]. Derivatives are written out, here and below: they take fewer operations over
+    all tokens than autograd's."""
+
+    @staticmethod
+    def forward(ctx, fast, q):
+        W, Q = fast.flatten(0, 1), q.flatten(0, 1)
+        AG = Q @ W[:, :2].flatten(1, 2).mT
+        A, G = AG.chunk(2, -1)
+        hidden = F.silu(A).mul_(G)
+        ctx.save_for_backward(W, Q, AG, hidden)
+        return (hidden @ W[:, 2]).view(q.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o):
+        W, Q, AG, hidden = ctx.saved_tensors
+        d_O, (A, G) = d_o.reshape(Q.shape), AG.chunk(2, -1)
+        d_hidden, s = d_O @ W[:, 2].mT, torch.sigmoid(A)
+        silu, slope = _silu(A, s)
+        d_AG = torch.empty_like(AG)
+        torch.mul(d_hidden * G, slope, out=d_AG[..., : G.shape[-1]])
+        torch.mul(d_hidden, silu, out=d_AG[..., G.shape[-1] :])
+        d_fast = torch.cat([d_AG.mT @ Q, hidden.mT @ d_O], 1).view(*d_o.shape[:2], 3, *W.shape[2:])
+        return d_fast, (d_AG @ W[:, :2].flatten(1, 2)).view(d_o.shape)
+
+
+class _Gradient(torch.autograd.Function):
+    """grad l summed over the tokens, [B, h, 3, N, N]: fast as there, k [B, h, n, N], v [B, h, n, N] times the rates.
+
+    With A = W1 k, G = W3 k, D = W2^T v: -grad l = [(D G silu'(A)) k^T, (D silu(A)) k^T, (silu(A) G) v^T].
+    """
+
+    @staticmethod
+    def forward(ctx, fast, k, v):
+        W, K, V = (x.flatten(0, 1) for x in (fast, k, v))
+        AG, D, N = K @ W[:, :2].flatten(1, 2).mT, V @ W[:, 2].mT, K.shape[-1]
+        A, G = AG.chunk(2, -1)
+        silu, slope = _silu(A, torch.sigmoid(A))
+        P = torch.empty_like(AG)
+        torch.mul(D * G, slope, out=P[..., :N])
+        torch.mul(D, silu, out=P[..., N:])
+        hidden = silu * G
+        ctx.save_for_backward(W, K, V, AG, D, P, hidden)
+        return torch.cat([P.mT @ K, hidden.mT @ V], 1).neg_().view(fast.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_gradient):
+        W, K, V, AG, D, P, hidden = ctx.saved_tensors
+        N, heads = K.shape[-1], (*d_gradient.shape[:2], *K.shape[1:])
+        A, G = AG.chunk(2, -1)
+        s = torch.sigmoid(A)
+        silu, slope = _silu(A, s)
+        E = d_gradient.neg().flatten(0, 1)
+        E13, E2, W13 = E[:, :2].flatten(1, 2), E[:, 2], W[:, :2].flatten(1, 2)
+        d_P, d_hidden = K @ E13.mT, V @ E2.mT
+        d_P1, d_P3 = d_P.chunk(2, -1)
+        DG, GP = D * G, G * d_P1
+        d_D = torch.addcmul(d_P3 * silu, GP, slope)
+        d_silu = torch.addcmul(d_P3 * D, d_hidden, G)
+        # silu'' = (1 - s) (s + silu' - silu s)
+        bend = torch.addcmul(s + slope, silu, s, value=-1).mul_(1 - s)
+        d_AG = torch.empty_like(AG)
+        torch.add(d_silu.mul_(slope), bend.mul_(DG).mul_(d_P1), out=d_AG[..., :N])
+        torch.add((d_P1 * D).mul_(slope), d_hidden * silu, out=d_AG[..., N:])
+        d_K = torch.baddbmm(P @ E13, d_AG, W13)
+        d_V = torch.baddbmm(hidden @ E2, d_D, W[:, 2])
+        d_fast = torch.cat([d_AG.mT @ K, d_D.mT @ V], 1).view(d_gradient.shape)
+        return d_fast, d_K.view(heads), d_V.view(heads)
+
+
+def _silu(A: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(A) and its derivative, s = sigmoid(A)."""
+    silu = A * s
+    return silu, torch.addcmul(s, silu, 1 - s)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import sys
-from typing import Callable, Mapping
+from typing import Callable, Iterator, Mapping
 
 import torch
 
@@ -12,19 +14,30 @@ from rwkvlm.config import UserError, env
 BACKENDS = ("cuda", "cpu", "torch")
 AUTO = ("", "auto", "@rwkv3")  # "@rwkv3" is the official trainer's name for "pick one"
 
-_requested: str | None = None
+_requested = ""
+_here: contextvars.ContextVar[str] = contextvars.ContextVar("kernel", default="")  # of this thread, inside `asked_for`
 _said: set[str] = set()
 
 
 def set_kernel(name: str) -> None:
-    """Ask for a backend in this process: "" or "auto" or "@rwkv3", "cuda", "cpu", "torch". Outranks RWKV_KERNEL."""
+    """Ask for a backend in this process: "auto" or "@rwkv3", "cuda", "cpu", "torch", which outrank RWKV_KERNEL; "" leaves it to that."""
     global _requested
     _requested = _valid(name)
 
 
+@contextlib.contextmanager
+def asked_for(name: str) -> Iterator[None]:
+    """Within it, this thread asks for another backend; "" changes nothing. Outranks `set_kernel`."""
+    token = _here.set(_valid(name) or _here.get())
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
 def requested() -> str:
-    """What `set_kernel` asked for, else RWKV_KERNEL, else auto."""
-    return _valid(env.kernel()) if _requested is None else _requested
+    """What `asked_for` asks for, else what `set_kernel` did, else RWKV_KERNEL, else auto."""
+    return _here.get() or _requested or _valid(env.kernel())
 
 
 def choose(op: str, requested: str, device: torch.device, supported: Mapping[str, Callable[[], str]]) -> str:

@@ -42,18 +42,6 @@ class Bf16Answer:
         return self.faster
 
 
-def fastest_precision(device: torch.device) -> str:
-    """"bf16" where matrix products in bfloat16 have hardware of their own (GPU tensor cores, AMX, AVX512-BF16), else "fp32".
-
-    What `--precision auto` means. Decided from what the processor says it has, not by timing: a run must find the same answer
-    when it is started again. `bf16_is_faster` shows whether the processor keeps its word.
-    """
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has = (getattr(torch.cpu, f"_is_{feature}_supported", lambda: False) for feature in ("amx_tile", "avx512_bf16"))
-    return "bf16" if any(probe() for probe in has) else "fp32"
-
-
 def fp32_matmul_choice(apply: bool = False) -> Fp32Choice:
     """Time and check "highest" and "medium" on the CPU; `apply` sets the choice for this process."""
     before = torch.get_float32_matmul_precision()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 
@@ -32,8 +33,8 @@ class Position:
         self.warmup_step += 1
 
     def close_mini_epoch(self) -> float:
-        """The mean loss of the mini-epoch that has ended; its sums begin anew."""
-        mean = self.epoch_loss / max(1, self.epoch_steps)
+        """The mean loss of the mini-epoch that has ended, NaN when no step of it had one; its sums begin anew."""
+        mean = self.epoch_loss / self.epoch_steps if self.epoch_steps else math.nan
         self.epoch_loss, self.epoch_steps = 0.0, 0
         return mean
 

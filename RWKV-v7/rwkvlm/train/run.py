@@ -38,6 +38,10 @@ def run(config: TrainConfig) -> int:
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do")
         return 0
+    if plan.held_out is None:
+        for name in ("val_every", "val_batches"):
+            if getattr(config, name) != getattr(TrainConfig, name):
+                say(f"--{name} {getattr(config, name)} has no effect: nothing is held out; give --val_file, or put {plan.data.parts[0].data.prefix}.val beside the data")
     quiet()
     if config.dry_run:
         return dry_run(plan)
@@ -94,6 +98,9 @@ def train(plan: Plan, strategy: Strategy) -> int:
     )
     # Lightning broadcasts a flag before every batch and waits for it; the Conductor's Agreement does this without waiting.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    # Its handler of SIGTERM, there before ours, would answer with a broadcast in the middle of whatever the processes are doing. Until the
+    # first step there is nothing to save: a signal ends the process as usual, and the Watch the others.
+    trainer._signal_connector.register_signal_handlers = lambda: None
     # Its observer kills everything, without a word, some seconds after a process that it started has ended; the Watch says which and why.
     subprocess_script._launch_process_observer = lambda processes: None
     watch = watch_over(trainer, config.dist_timeout)
@@ -107,6 +114,8 @@ def train(plan: Plan, strategy: Strategy) -> int:
         if watch is not None:
             watch.end(error)
         raise
+    finally:
+        conductor.signals.restore()
     if watch is None:
         return conductor.exit_code
     watch.close()

@@ -79,13 +79,13 @@ class Watch:
         self.world_size = ranks.world_size()
         if self.rank == 0:
             server = socket.create_server(("127.0.0.1" if one_node else "", 0), backlog=self.world_size)
-            where = ranks.broadcast((server.getsockname()[1], secrets.token_hex(8)))
+            where = ranks.broadcast((server.getsockname()[1], secrets.token_hex(8), self._own_name()))
             threading.Thread(target=self._welcome, args=(server, where[1]), daemon=True).start()
             return
-        port, token = ranks.broadcast(None)
+        port, token, name = ranks.broadcast(None)
         try:
             own = socket.create_connection(("127.0.0.1" if one_node else address, port), CONNECT)
-            self._add(0, "rank 0", own, dict(token=token, rank=self.rank, name=self._own_name()))
+            self._add(0, name, own, dict(token=token, rank=self.rank, name=self._own_name()))
         except OSError as error:
             print(f"rank {self.rank} cannot reach rank 0 at {address}:{port} ({error}); a dead process will be noticed late", file=sys.stderr, flush=True)
 
@@ -104,15 +104,16 @@ class Watch:
                 guest = server.accept()[0]
                 guest.settimeout(CONNECT)
                 with suppress(OSError, ValueError, KeyError):
-                    hello = json.loads(guest.makefile().readline())
+                    hello = json.loads(_first_line(guest))
                     if hello["token"] == token:
-                        self._add(int(hello["rank"]), hello["name"], guest, dict(name=self._own_name()))
+                        self._add(int(hello["rank"]), hello["name"], guest, {})
 
     def _add(self, rank: int, name: str, own: socket.socket, hello: dict) -> None:
         own.settimeout(GRACE)
         with self._lock:
             self._peers[rank] = _Peer(rank, name, own)
-            self._send(self._peers[rank], **hello)
+            if hello:
+                self._send(self._peers[rank], **hello)
             self._selector.register(own, selectors.EVENT_READ, self._peers[rank])
 
     def _send(self, peer: _Peer, **message) -> None:
@@ -279,6 +280,16 @@ class Watch:
         if self.parent and os.getppid() == self.parent and self.rank - self.local_rank in self._lost():
             os.kill(self.parent, signal.SIGKILL)  # it is frozen, and whoever waits for it would wait forever
         os._exit(EXIT_CODE)
+
+
+def _first_line(guest: socket.socket) -> bytes:
+    """And nothing of what comes after it, which is for the thread that listens."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := guest.recv(1)):
+            raise OSError("the connection was closed")
+        line += byte
+    return line
 
 
 def is_communication(error: BaseException) -> bool:

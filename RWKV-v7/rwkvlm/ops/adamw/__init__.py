@@ -16,20 +16,9 @@ __all__ = ["adamw_", "gradient_norms"]
 
 
 def adamw_(
-    masters: list[Tensor],
-    rounded: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
     """One step of AdamW, in place (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, with bias correction).
 
     masters, exp_avgs, exp_avg_sqs   fp32, contiguous

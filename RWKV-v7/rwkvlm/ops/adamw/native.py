@@ -14,20 +14,9 @@ def why_not() -> str:
 
 
 def adamw_(
-    masters: list[Tensor],
-    rounded: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
     """As `ops.adamw.adamw_`; numbers below the smallest normal one (1.2e-38) count as zero."""
     grads = [grad.contiguous() for grad in grads]
     torch.ops.rwkvlm.adamw_(masters, rounded, grads, exp_avgs, exp_avg_sqs, steps, scale, found_inf, lr, beta1, beta2, eps, weight_decay)

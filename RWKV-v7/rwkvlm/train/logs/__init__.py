@@ -7,7 +7,7 @@ from datetime import datetime
 from pytorch_lightning.strategies import Strategy
 
 from ..plan import Plan
-from .log import Log
+from .log import Foreign, Log
 from .metrics import Metrics
 from .progress import Progress
 from .report import Report
@@ -22,9 +22,9 @@ def make_logs(plan: Plan, strategy: Strategy) -> list[Log]:
     now = datetime.now()
     logs: list[Log] = [TrainLog(plan, getattr(strategy, "config", None), now), Metrics(plan, now), Report(plan.proj_dir)]
     if plan.config.wandb:
-        logs.append(WeightsAndBiases(plan, now))
+        logs.append(Foreign("wandb", WeightsAndBiases(plan, now)))
     if plan.config.tensorboard:
-        logs.append(TensorBoard(plan))
+        logs.append(Foreign("TensorBoard", TensorBoard(plan)))
     if plan.config.enable_progress_bar:
         logs.append(Progress(plan))
     return logs

@@ -26,6 +26,34 @@ class Log:
         """Nothing follows."""
 
 
+class Foreign(Log):
+    """A log that another library keeps. Where it fails, on a full disk or because its service is gone, a line says so, and training goes on without it."""
+
+    def __init__(self, name: str, log: Log) -> None:
+        self.name = name
+        self.log: Log | None = log
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        if self.log is not None:
+            try:
+                getattr(self.log, what)(*arguments)
+            except Exception as error:  # whatever that library raises
+                say(f"{self.name} fails ({describe(error)}); this run goes on without it")
+                self.log = None
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._tell("step", record)
+
+    def mini_epoch(self, number: int, loss: float, lr: float, number_in_this_run: int) -> None:
+        self._tell("mini_epoch", number, loss, lr, number_in_this_run)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self._tell("validation", record)
+
+    def close(self) -> None:
+        self._tell("close")
+
+
 class LogFile:
     """A file of whole lines, also after kill -9 and on a full disk, which costs lines, said once, and not the training."""
 

@@ -134,7 +134,8 @@ class Follower:
 
     def write(self, running: bool, refresh: float = LATER) -> None:
         """All or nothing; a full disk costs a line, once."""
-        self._read()
+        with suppress(OSError):  # metrics.jsonl is gone: the page shows what was read of it
+            self._read()
         state = "training" if running else "finished" if self.curves.finished else "stopped"
         data = json.dumps(self.curves.data(state, refresh)).replace("<", "\\u003c")
         temporary = self.target.with_name(f".{NAME}.tmp")
@@ -142,6 +143,8 @@ class Follower:
             temporary.write_text(self.template.replace("/*DATA*/null", data))
             os.replace(temporary, self.target)
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()  # half a page, in room that others may need
             if not self.complained:
                 self.complained = True
                 say(f"cannot write {self.target}: {describe(error)}; it stays as it is until there is room")

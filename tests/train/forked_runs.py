@@ -1,0 +1,58 @@
+"""Run by the tests: train.py in two processes under one set of flags after another, forked from one that has imported everything
+
+argv[1]: a JSON file, a list of jobs: flags; and if wanted nan_in (numbers of samples whose loss shall be NaN), terminate (the rank that gets
+SIGTERM just before training begins) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
+that the samples in between are never read).
+Writes beside it results.json: exit codes and what was said, job by job.
+"""
+
+import json
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from forked import World  # noqa: E402  (first: it settles the environment)
+
+import faulty_train  # noqa: E402
+from rwkvlm.train.module import TrainModule  # noqa: E402
+from rwkvlm.train.run import PlannedModule  # noqa: E402
+
+
+def forget(proj_dir: Path, steps: int, batch: int) -> None:
+    manifest = proj_dir / "state" / (proj_dir / "state" / "latest").read_text() / "manifest.json"
+    sealed = json.loads(manifest.read_text())
+    for key, more in (("step", steps), ("samples", steps * batch), ("warmup_step", steps)):
+        sealed["content"]["meta"]["position"][key] += more
+    sealed["crc32"] = zlib.crc32(json.dumps(sealed["content"], sort_keys=True).encode())
+    manifest.write_text(json.dumps(sealed))
+
+
+def train(flags: dict, log: Path, nan_in: list[int], terminate: int | None) -> dict:
+    def before(rank: int) -> None:
+        if nan_in:
+            faulty_train.BAD = nan_in
+            TrainModule.loss = faulty_train.loss
+        if rank == terminate:
+            loader = PlannedModule.train_dataloader
+            PlannedModule.train_dataloader = lambda module: (os.kill(os.getpid(), signal.SIGTERM), loader(module))[1]
+
+    world = World(flags, 2, log, before)
+    world.wait(120)
+    return {"codes": [world.codes[rank] for rank in range(2)], "said": world.said()}
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    results = []
+    for job in json.loads(file.read_text()):
+        if "forget" in job:
+            forget(Path(job["flags"]["proj_dir"]), job["forget"], batch=4)
+            results.append({"codes": [0, 0], "said": ""})
+        else:
+            results.append(train(job["flags"], file.with_name("log"), job.get("nan_in", []), job.get("terminate")))
+    file.with_name("results.json").write_text(json.dumps(results))

@@ -1,0 +1,89 @@
+"""What one process is tested for elsewhere, in two under DDP and every ZeRO stage: documents that begin anew, spikes undone, numbers that are not finite."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+TWO = dict(devices=2, micro_bsz=2)
+pytestmark = pytest.mark.slow
+
+
+def same_state(a: Path, b: Path) -> bool:
+    """Masters, moments and steps of every process; both are stepN folders."""
+    pairs = [[torch.load(file)["tensors"] for file in (folder / "rank00000.pt", folder / "rank00001.pt")] for folder in (a, b)]
+    return all(
+        one.keys() == other.keys() and all(torch.equal(torch.as_tensor(one[name][key]), torch.as_tensor(other[name][key])) for name in one for key in one[name])
+        for one, other in zip(*pairs)
+    )
+
+
+def well(results: list[dict]) -> list[str]:
+    """What was said, by runs that ended as they should."""
+    assert all(result["codes"] == [0, 0] and "Traceback" not in result["said"] for result in results), results
+    return [result["said"] for result in results]
+
+
+def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forked, losses, records, tmp_path):
+    """fp32 against one process, whose batch is cut up differently; bf16, with micro batches, stopped in a mini-epoch and gone on."""
+    assert run(tmp_path / "one", doc_reset=1) == 0
+    jobs = []
+    for strategy in STRATEGIES:
+        flags = TWO | dict(strategy=strategy, doc_reset=1)
+        jobs.append((flags | dict(proj_dir=tmp_path / strategy, val_batches=4), {}))
+        flags |= dict(precision="bf16", micro_bsz=1, accumulate_grad_batches=2, max_steps=20)
+        jobs += [(flags | dict(proj_dir=tmp_path / f"{strategy}-a"), {}), (flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=13), {})]
+        jobs.append((flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=7), {}))
+    well(forked(*jobs))
+    for strategy in STRATEGIES:
+        assert losses(tmp_path / strategy) == pytest.approx(losses(tmp_path / "one"), rel=1e-5), strategy
+        assert losses(tmp_path / f"{strategy}-a") == losses(tmp_path / f"{strategy}-b"), strategy
+        assert same_state(*(tmp_path / f"{strategy}-{name}" / "state" / "step20" for name in "ab")), strategy
+    assert losses(tmp_path / "ddp-a") == pytest.approx(losses(tmp_path / "one")[:20], rel=2e-2)
+
+
+def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, losses, records, tmp_path):
+    """Step 101 reads noise. fp32: the curve of one process with the same guard. bf16: the bits of a run that goes on from step 100 with the samples after."""
+    flags = dict(data_file=spoilt, my_exit_tokens=110 * 128, epoch_save=0, val_every=1000)
+    guard = dict(spike_guard=6, spike_snapshot=20)
+    assert run(tmp_path / "one", **flags, **guard) == 0
+    jobs = []
+    for strategy in STRATEGIES:
+        two = flags | TWO | dict(strategy=strategy)
+        jobs.append((two | guard | dict(proj_dir=tmp_path / strategy), {}))
+        two |= dict(precision="bf16", save_steps=100)
+        jobs.append((two | guard | dict(proj_dir=tmp_path / f"{strategy}-guarded"), {}))
+        without = two | dict(proj_dir=tmp_path / f"{strategy}-without")
+        jobs += [(without | dict(max_steps=100), {}), (without, dict(forget=1)), (without, {})]
+    said = well(forked(*jobs))
+    expected = losses(tmp_path / "one")
+    for number, strategy in enumerate(STRATEGIES):
+        told = said[5 * number], said[5 * number + 1]
+        assert all(len(re.findall(r"step 101 is undone, back to the weights of step 100: its loss .*; samples 401 to 404 are lost", text)) == 1 for text in told), told
+        found = records(tmp_path / strategy)
+        assert [step for step in found if "undone_to" in found[step]] == [101] and found[101]["undone_to"] == 100
+        assert losses(tmp_path / strategy) == pytest.approx(expected, rel=1e-4), strategy
+        guarded, without = (tmp_path / f"{strategy}-{name}" for name in ("guarded", "without"))
+        curves = [[records(folder)[step]["loss"] for step in range(102, 111)] for folder in (guarded, without)]
+        assert curves[0] == curves[1] and same_state(guarded / "state" / "step110", without / "state" / "step110"), strategy
+
+
+WHOLE = [(strategy, precision) for strategy in (*STRATEGIES, "deepspeed_stage_2_offload", "deepspeed_stage_3_offload") for precision in ("fp32", "bf16")]
+ACCUMULATED = [(strategy, "bf16") for strategy in STRATEGIES]
+
+
+@pytest.mark.parametrize("flags, cases", [(TWO, WHOLE), (dict(devices=2, micro_bsz=1, accumulate_grad_batches=2), ACCUMULATED)], ids=["whole", "accumulated"])
+def test_a_bad_sample_in_one_process_is_skipped_by_all(forked, records, tmp_path, flags, cases):
+    """NaN in sample 18, step 5, which one process reads, in one of its micro batches: the weights stay, the run goes on."""
+    more = dict(save_steps=1, keep_last=9, max_steps=8)
+    told = well(forked(*((flags | more | dict(strategy=s, precision=p, proj_dir=tmp_path / f"{s}-{p}"), dict(nan_in=[18])) for s, p in cases)))
+    for (strategy, precision), said in zip(cases, told):
+        out = tmp_path / f"{strategy}-{precision}"
+        assert said.count("step 5 is skipped: loss nan") == 1 and "1 in a row, 1 in all" in said, said
+        found = records(out)
+        assert [step for step in found if found[step].get("skipped")] == [5] and found[8]["loss"] < found[4]["loss"] and found[8]["grad_norm"] > 0, out
+        parts = found[8]["grad_norms"]
+        assert sum(norm**2 for norm in parts.values()) == pytest.approx(found[8]["grad_norm"] ** 2, rel=1e-2) and len(parts) == 5, out
+        assert same_state(out / "state" / "step4", out / "state" / "step5"), out
