@@ -187,7 +187,8 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim, "ttt_head": sizes.has_ttt_head}
     settings |= {} if config.use_cuda_kernel else {"kernel": "torch"}
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
-    code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
+    with backend.restored():
+        code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
     if code:
         raise RuntimeError(f"training was stopped by signal {code - 128}; its state is saved in {output_dir}, the same call goes on from it")
     final, newest = Path(output_dir) / "rwkv-final.pth", newest_weights(output_dir)

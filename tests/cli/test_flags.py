@@ -55,10 +55,6 @@ def test_official_scripts_parse(script):
 def test_flags_without_effect_are_named():
     config = parse_flags(TrainConfig, words(OFFICIAL["run"]), "train.py")
     assert [re.match(r"--\w+", line)[0] for line in config.flags_without_effect()] == ["--epoch_count"]
-    given = dict(lr_final=1e-4, wsd_decay=0.1, spike_snapshot=10)
-    assert [line.split()[0] for line in TrainConfig(**given, lr_schedule="constant").flags_without_effect()] == ["--lr_final", "--wsd_decay", "--spike_snapshot"]
-    assert TrainConfig(**given).flags_without_effect()[0] == "--wsd_decay 0.1 has no effect: --lr_schedule is cosine"
-    assert TrainConfig(**given, lr_schedule="wsd", spike_guard=8.0).flags_without_effect() == []
 
 
 @pytest.mark.parametrize(
@@ -87,7 +83,6 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["--micro_bsz"], "argument --micro_bsz: expected one argument"),
         (["stray"], "unexpected argument 'stray'"),
         (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
-        (["--load_partial", "2"], "--load_partial 2 is not known; use 0 or 1"),
         (["--lr_init", "nan"], "--lr_init nan is not a finite number"),
         (["--load_partial", "2"], "--load_partial 2 is not known; use 0 or 1"),
         (["--my_testing", "x060"], "--my_testing 'x060' is not known; choose one of: x070"),
@@ -104,6 +99,13 @@ def test_wrong_flags_are_one_line_and_code_2(argv, said, capsys):
     assert main(["train", *argv]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err and out == ""
+
+
+@pytest.mark.parametrize("command", sorted(commands().keys() - {"train"}))
+def test_every_command_names_a_mistake_in_one_line(command, capsys):
+    assert main([command, "--no_such_flag"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
 
 
 def test_help_lists_every_flag(capsys):

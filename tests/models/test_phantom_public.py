@@ -171,6 +171,7 @@ def test_train_model(tmp_path):
                  random_seed=1, enable_progress_bar=False)  # fmt: skip
     model = train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags)
     assert not (tmp_path / "out" / "rwkv-compressed.pth").exists()
+    assert backend.requested() == "", "kernel is what the run asked for, not what the process does from now on"
     smaller = RWKV7PhantomConfig(**SMALL, use_svd_compression=True, use_sparsity=True)
     compressed = train_model(tmp_path / "data", tmp_path / "out", smaller, **flags)
     assert (tmp_path / "out" / "rwkv-final.pth").exists() and model.config.ttt_chunk == 16

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
-from rwkvlm.config import ModelConfig, TrainConfig
-from rwkvlm.models import build, count_parameters
+from rwkvlm.config import ModelConfig, TrainConfig, model_config
+from rwkvlm.models import build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train.memory import Activations, estimate, measure_activations
 from rwkvlm.train.plan import make_plan
-from rwkvlm.train.planner import expected_seconds, probe
+from rwkvlm.train.planner import expected_seconds, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
+from rwkvlm.train.start import model_sizes
 from rwkvlm.train.strategy import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +90,17 @@ def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys):
     assert "1,280 tokens in a mini-epoch, 10 steps" in told["epoch"] and "fits" in told["memory"] and "GiB (program" in told["memory"]
     assert "for 30 steps" in told["time"] and " kt/s in a probe" in told["time"]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [dict(core_ratio=0.5, ttt_chunk=16, ttt_head=False), dict(ttt_enabled=False), dict(ranks="att.key=8", core_ratio=1.0, ttt_enabled=False, max_depth_iter=2)], ids=str)
+def test_the_probe_is_of_the_model_that_the_file_says(run, tmp_path, settings):
+    model = build(model_config("phantom", n_layer=2, n_embd=64, head_size=32, vocab_size=256, **settings))
+    init_weights(model, 0)
+    save_weights(tmp_path / "m.pth", model.state_dict())
+    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", my_testing="phantom", train_stage=0, load_model=tmp_path / "m.pth"), "train.py"))
+    config = parse_flags(TrainConfig, probe_flags(plan, str(tmp_path / "probe")), "train.py")
+    assert model_sizes(config, Path(config.load_model)) == plan.start.model == model.config
+    assert (config.proj_dir, config.train_stage, config.dry_run) == (str(tmp_path / "probe"), 0, False)
 
 
 def main_with_bare_flag(run, out) -> int:

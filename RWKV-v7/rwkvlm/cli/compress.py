@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from ..compress import compress_file, report_lines
 from ..config import UserError
+from .flags import Parser
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rwkvlm compress", description="Write a smaller model, which generates and trains on like any other.")
+    parser = Parser(prog="python -m rwkvlm compress", description="Write a smaller model, which generates and trains on like any other.")
     parser.add_argument("--model", required=True, help="checkpoint of an RWKV-7 or a Phantom")
     parser.add_argument("--out", required=True, help="checkpoint to write")
     parser.add_argument(

@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 from ..config import MINI_EPOCH, UserError
 from ..data.binidx import BinIdx
@@ -17,15 +16,15 @@ from ..data.rewrite import merge, split
 from ..data.sampler import magic_prime, mini_epochs
 from ..data.survey import Survey, guess_tokenizer, survey
 from ..data.tokenizer import END_OF_DOCUMENT, load_tokenizer
+from .flags import Parser
 
 INFO_BYTES = 1 << 30  # of tokens that `info` looks at: about a second
 BAR = 40
 PAUSE = 5.0  # seconds between lines that say how far it is
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; usage: python -m rwkvlm data info|verify|merge|split|sample ... (see --help)")
+class _Parser(Parser):
+    cure = "usage: python -m rwkvlm data info|verify|merge|split|sample ... (see --help)"
 
 
 def _parser() -> argparse.ArgumentParser:

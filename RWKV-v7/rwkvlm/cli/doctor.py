@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import socket
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import UserError, env
+from .flags import Parser
 from .machine import check_torch_sees_gpus, listed_gpus
 
 SPACE = 20 << 30  # bytes free that a run should find: states of a small model
@@ -197,7 +197,7 @@ def locks() -> str:
 
 def main(argv: list[str]) -> int:
     """Exit code 0 when everything is well, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="rwkvlm doctor", description="Is this machine ready to train? One line each, ok or the cure.")
+    parser = Parser(prog="python -m rwkvlm doctor", description="Is this machine ready to train? One line each, ok or the cure.")
     parser.add_argument("--proj_dir", type=Path, default=Path("out"), help="where runs will be kept")
     folder = parser.parse_args(argv).proj_dir
     checks = {

@@ -14,9 +14,13 @@ Settings = TypeVar("Settings")
 KIND = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose mistakes are UserErrors of one line; every command has it."""
+
+    cure = "--help lists all flags"
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all flags")
+        raise UserError(f"{message}; {self.cure}")
 
 
 def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Settings:
@@ -27,7 +31,7 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
     """
     types = get_type_hints(settings)
     about = (settings.__doc__ or "").partition("\n")[0]
-    parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, allow_abbrev=False, formatter_class=_Help)
+    parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, allow_abbrev=False, formatter_class=_Help)
     for f in fields(settings):
         kind = types[f.name]
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --dry_run alone means True

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
 from ..infer import load_engine
+from .flags import Parser
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rwkvlm generate", description="Continue a prompt with a trained model.")
+    parser = Parser(prog="python -m rwkvlm generate", description="Continue a prompt with a trained model.")
     parser.add_argument("--model", required=True, help="checkpoint, for example out/L6-D256-x070/rwkv-final.pth")
     parser.add_argument("--prompt", default="", help='text to continue; "" starts a new document')
     parser.add_argument("--length", type=int, default=100, help="tokens to generate")

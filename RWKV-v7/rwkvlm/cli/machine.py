@@ -5,13 +5,13 @@ torch is imported only where nvidia-smi lists a GPU, so that the answer costs a 
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
 
 from ..config import UserError
+from .flags import Parser
 
 PATIENCE = 60  # seconds for nvidia-smi
 
@@ -65,7 +65,7 @@ def check_torch_sees_gpus() -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rwkvlm machine", description="Print ACCELERATOR and DEVICES of this machine for the shell.")
+    parser = Parser(prog="python -m rwkvlm machine", description="Print ACCELERATOR and DEVICES of this machine for the shell.")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu (even where there is a GPU) or gpu (an error where there is none)")
     wanted = parser.parse_args(argv).accelerator
     if wanted not in ("auto", "cpu", "gpu"):

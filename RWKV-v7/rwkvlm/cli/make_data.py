@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from ..config import MINI_EPOCH, UserError
 from ..data.binidx import BinIdx
@@ -16,6 +15,7 @@ from ..data.documents import PACKED, STDIN, expand, kind
 from ..data.pack import Packed, Stage, pack, write_report
 from ..data.sampler import magic_prime, mini_epochs
 from ..data.tokenizer import Tokenizer, load_tokenizer
+from .flags import Parser
 
 PREVIEW = 100  # tokens shown from each end of a document
 SHOWN = 10  # skipped inputs listed
@@ -23,9 +23,8 @@ PAUSE = 5.0  # seconds between lines that say how far it is
 BAR = 30  # characters
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; usage: make_data.py INPUT [INPUT ...] COPIES CTX_LEN (see --help)")
+class _Parser(Parser):
+    cure = "usage: make_data.py INPUT [INPUT ...] COPIES CTX_LEN (see --help)"
 
 
 def _parser() -> argparse.ArgumentParser:

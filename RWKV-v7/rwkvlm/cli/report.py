@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from ..config import UserError
+from .flags import Parser
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="rwkvlm report", description="Make report.html, a page with the curves of a run, in its folder.")
+    parser = Parser(prog="python -m rwkvlm report", description="Make report.html, a page with the curves of a run, in its folder.")
     parser.add_argument("proj_dir", type=Path, help="folder of the run (--proj_dir of train.py)")
     folder = parser.parse_args(argv).proj_dir
     if not (folder / "metrics.jsonl").is_file():

@@ -216,15 +216,8 @@ class TrainConfig:
     def flags_without_effect(self) -> list[str]:
         """One line for each flag that was given but changes nothing, with the reason."""
         lines = []
-        unread = {
-            "wsd_decay": f"--lr_schedule is {self.lr_schedule}" if self.lr_schedule != "wsd" else "",
-            "lr_final": "--lr_schedule constant stays at lr_init" if self.lr_schedule == "constant" else "",
-            "spike_snapshot": "--spike_guard is off" if not self.spike_guard else "",
-        }
         for f in fields(self):
             help = f.metadata["help"]
-            if unread.get(f.name) and getattr(self, f.name) != f.default:
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {unread[f.name]}")
             if help.startswith("no effect: ") and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
             if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:

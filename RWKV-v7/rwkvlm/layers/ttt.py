@@ -43,7 +43,7 @@ class StateTTT(nn.Module):
         super().__init__()
         self.config, self.rows = config, config.ttt_rows
         self.rate = nn.Parameter(torch.empty(config.n_head))
-        self.has_head = config.ttt_head and (config.ttt_second_order or config.ttt_meta)
+        self.has_head = config.has_ttt_head
         if self.has_head:
             self.w1 = nn.Parameter(torch.empty(self.rows // 4, self.rows))
             self.w2 = nn.Parameter(torch.empty(self.rows, self.rows // 4))

@@ -26,6 +26,17 @@ def set_kernel(name: str) -> None:
 
 
 @contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """After it, what `set_kernel` asked for is what it was before: for a run that chooses for itself."""
+    global _requested
+    before = _requested
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+@contextlib.contextmanager
 def asked_for(name: str) -> Iterator[None]:
     """Within it, this thread asks for another backend; "" changes nothing. Outranks `set_kernel`."""
     token = _here.set(_valid(name) or _here.get())

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from .strategy import make_strategy
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
+PHANTOM = [f.name for f in fields(TrainConfig) if f.metadata["help"].startswith("Phantom: ")]
 
 
 def dry_run(plan: Plan) -> int:
@@ -115,16 +116,9 @@ def expected_seconds(plan: Plan, tokens_per_s: float) -> float:
 
 
 def probe(plan: Plan) -> float:
-    """Tokens a second, of all devices: the run itself for a few steps, with fresh weights, in a folder of its own that is deleted."""
+    """Tokens a second, of all devices: the run itself for a few steps, in a folder of its own that is deleted."""
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=plan.proj_dir) as folder:
-        sizes = {name: getattr(plan.start.model, name) for name in SIZES}
-        changes = sizes | dict(
-            proj_dir=folder, load_model="", load_partial=0, train_stage=0, epoch_begin=0, dry_run=False, wandb="", tensorboard=0, enable_progress_bar=False,
-            save_steps=10**9, save_minutes=0.0, epoch_save=0, val_every=10**9, val_batches=1, max_steps=0, random_seed=0,
-        )  # fmt: skip
-        config = replace(plan.config, **changes).as_dict()
-        default = TrainConfig().as_dict()
-        argv = [word for name, value in config.items() if value != default[name] for word in (f"--{name}", str(value))]
+        argv = probe_flags(plan, folder)
         with open(Path(folder) / "said", "w") as said:
             process = subprocess.Popen([sys.executable, "-m", "rwkvlm", "train", *argv], stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
             try:
@@ -133,6 +127,21 @@ def probe(plan: Plan) -> float:
                 with suppress(ProcessLookupError):  # it has ended by itself
                     os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would save its state first
                 process.wait()
+
+
+def probe_flags(plan: Plan, folder: str) -> list[str]:
+    """Those of a run of the same model: with the weights of the same file, which says what no flag does, or with fresh ones."""
+    model, start = plan.start.model, plan.start
+    changes = {name: getattr(model, name) for name in SIZES} | {name: getattr(model, name) for name in PHANTOM if hasattr(model, name)}
+    changes |= dict(
+        proj_dir=folder, load_model="" if start.fresh or start.path is None else str(start.path), load_partial=0, train_stage=0, epoch_begin=0, dry_run=False,
+        wandb="", tensorboard=0, enable_progress_bar=False, save_steps=10**9, save_minutes=0.0, epoch_save=0, val_every=10**9, val_batches=1, max_steps=0,
+        random_seed=0,
+    )  # fmt: skip
+    default = TrainConfig().as_dict()
+    values = {name: int(value) if isinstance(value, bool) and type(default[name]) is int else value for name, value in changes.items()}
+    config = replace(plan.config, **values).as_dict()
+    return [word for name, value in config.items() if value != default[name] for word in (f"--{name}", str(value))]
 
 
 def _watch(process: subprocess.Popen, folder: Path) -> float:
