@@ -212,3 +212,17 @@ def test_two_processes_do_not_share_the_work(here, capsys):
     assert "another process works in x.unfinished; wait for it, or choose another --out" in capsys.readouterr().err
     lock.close()
     assert cli(["make_data", *CALL]) == 0
+
+
+def test_a_file_system_without_locks(here, monkeypatch):
+    import errno
+    import fcntl
+
+    calls = []
+
+    def none(file, how):
+        calls.append(how)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert cli(["make_data", *CALL]) == 0 and calls == [fcntl.LOCK_EX | fcntl.LOCK_NB]
