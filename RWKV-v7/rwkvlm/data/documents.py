@@ -269,7 +269,8 @@ def _parts(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: int, wh
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield Block(path, 1, BadInput(path, 0, f"the {path.suffix} file is damaged: {error}"), at + size)
         return
-    yield block(b"".join(parts), False)
+    if parts or at == 0:  # behind the end nothing is left: a part that goes on is never the last
+        yield block(b"".join(parts), False)
 
 
 def _rows(path: Path, text_key: str, start: int) -> Iterator[Block]:
