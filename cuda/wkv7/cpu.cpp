@@ -16,13 +16,11 @@
 // forward from there. 1/P <= 0.545^-8 = 128, so that no digits are lost at the strongest decay either.
 #include "cpu.h"
 
-#include "../common/simd.h"
+#include "rows.h"
 
 namespace {
 
 using wkv7::kCheckpoint;
-using wkv7::Task;
-using wkv7::Tensors;
 
 constexpr int C = 8, C2 = 2 * C;
 constexpr int kHalf = C / 2;
@@ -34,36 +32,6 @@ constexpr int kChunks = kCheckpoint / C;
 constexpr int slab(int N) { return N < 32 ? N : 32; }
 constexpr int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 constexpr float kDecayScale = -0.60653065971263342f;  // -exp(-1/2)
-
-template <int N, class T>
-struct Rows {  // the rows of one head of a [tokens, H, N] tensor, counted from the document's first token
-  T* data;
-  int64_t stride;
-  Rows(const void* tensor, const Task& task, int64_t head)  // head: counted from the task's first
-      : data(static_cast<T*>(const_cast<void*>(tensor)) + (task.first * task.heads + task.head + head) * N), stride(task.heads * N) {}
-  T* operator[](int64_t t) const { return data + t * stride; }
-};
-
-template <int N, class T>
-INLINE void widen(float* to, const T* from) {
-  for (int j = 0; j < N; j += W) store(to + j, load(from + j));
-}
-
-// A row as float: itself, or its copy in `to`.
-template <int N>
-INLINE const float* as_float(const float* row, float*) {
-  return row;
-}
-template <int N>
-INLINE const float* as_float(const bf16* row, float* to) {
-  widen<N>(to, row);
-  return to;
-}
-
-template <int N, class T>
-INLINE void prefetch_row(const T* row) {
-  for (size_t byte = 0; byte < N * sizeof(T); byte += 64) prefetch_line(reinterpret_cast<const char*>(row) + byte);
-}
 
 // log d = kDecayScale * sigmoid(w) lies in (-0.607, 0), so that e^x needs no reduction of its range: the Taylor polynomial
 // around -0.3033 is exact to 2e-9 of its value there, in both directions.
@@ -122,19 +90,6 @@ INLINE void step(float* S, const float* d, const float* r, const float* k, const
     store(u + i * W, next[i]);
   }
 }
-
-template <int N, class T>
-struct ForwardRows {
-  Rows<N, const T> r, w, k, v, a, b;
-  Rows<N, T> y;
-  Rows<N, float> removed;
-  ForwardRows(const Tensors& io, const Task& task, int64_t head)
-      : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
-        y(io.y, task, head), removed(io.removed, task, head) {}
-  INLINE void prefetch(int64_t t) const {
-    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]), prefetch_row<N>(a[t]), prefetch_row<N>(b[t]);
-  }
-};
 
 template <int N, int V, class T>
 void forward(const Task& task, const Tensors& io, void* memory) {
@@ -196,26 +151,6 @@ struct alignas(64) Chunk {  // what one chunk of up to C tokens contributes, all
   float P[C + 1][N];     // P[t + 1] = product of the decays up to token t
   float inverse[C][N];   // 1 / P[t + 1]
   float slope[C][N];     // d log d / d w
-};
-
-template <int N, class T>
-struct Inputs {
-  Rows<N, const T> r, w, k, v, a, b, dy;
-  Rows<N, const float> removed;
-  Inputs(const Tensors& io, const Task& task, int64_t head)
-      : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
-        dy(io.dy, task, head), removed(io.removed, task, head) {}
-  INLINE void prefetch(int64_t t) const {
-    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
-    prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
-  }
-};
-
-template <int N, class T>
-struct Outputs {
-  Rows<N, T> dr, dw, dk, dv, da, db;
-  Outputs(const Tensors& io, const Task& task, int64_t head)
-      : dr(io.dr, task, head), dw(io.dw, task, head), dk(io.dk, task, head), dv(io.dv, task, head), da(io.da, task, head), db(io.db, task, head) {}
 };
 
 template <int N, int V>  // V of the N value channels
