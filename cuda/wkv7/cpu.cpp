@@ -16,49 +16,22 @@
 // forward from there. 1/P <= 0.545^-8 = 128, so that no digits are lost at the strongest decay either.
 #include "cpu.h"
 
-#include "../common/simd.h"
+#include "rows.h"
 
 namespace {
 
 using wkv7::kCheckpoint;
-using wkv7::Task;
-using wkv7::Tensors;
 
 constexpr int C = 8, C2 = 2 * C;
+constexpr int kHalf = C / 2;
+// Matrices of a chunk have two rows a token, [a; r], [k; b], [v; u] or [z; dy], halves of the chunk one after the other: rows
+// 0-3 and 8-11 are a's, 4-7 and 12-15 r's. M and dM then have nothing in the upper right quarter, and products leave it out.
+constexpr int row(int t) { return t / kHalf * C + t % kHalf; }
+constexpr int second(int t) { return row(t) + kHalf; }
 constexpr int kChunks = kCheckpoint / C;
 constexpr int slab(int N) { return N < 32 ? N : 32; }
 constexpr int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 constexpr float kDecayScale = -0.60653065971263342f;  // -exp(-1/2)
-
-template <int N, class T>
-struct Rows {  // the rows of one head of a [tokens, H, N] tensor, counted from the document's first token
-  T* data;
-  int64_t stride;
-  Rows(const void* tensor, const Task& task, int64_t head)  // head: counted from the task's first
-      : data(static_cast<T*>(const_cast<void*>(tensor)) + (task.first * task.heads + task.head + head) * N), stride(task.heads * N) {}
-  T* operator[](int64_t t) const { return data + t * stride; }
-};
-
-template <int N, class T>
-INLINE void widen(float* to, const T* from) {
-  for (int j = 0; j < N; j += W) store(to + j, load(from + j));
-}
-
-// A row as float: itself, or its copy in `to`.
-template <int N>
-INLINE const float* as_float(const float* row, float*) {
-  return row;
-}
-template <int N>
-INLINE const float* as_float(const bf16* row, float* to) {
-  widen<N>(to, row);
-  return to;
-}
-
-template <int N, class T>
-INLINE void prefetch_row(const T* row) {
-  for (size_t byte = 0; byte < N * sizeof(T); byte += 64) prefetch_line(reinterpret_cast<const char*>(row) + byte);
-}
 
 // log d = kDecayScale * sigmoid(w) lies in (-0.607, 0), so that e^x needs no reduction of its range: the Taylor polynomial
 // around -0.3033 is exact to 2e-9 of its value there, in both directions.
@@ -117,19 +90,6 @@ INLINE void step(float* S, const float* d, const float* r, const float* k, const
     store(u + i * W, next[i]);
   }
 }
-
-template <int N, class T>
-struct ForwardRows {
-  Rows<N, const T> r, w, k, v, a, b;
-  Rows<N, T> y;
-  Rows<N, float> removed;
-  ForwardRows(const Tensors& io, const Task& task, int64_t head)
-      : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
-        y(io.y, task, head), removed(io.removed, task, head) {}
-  INLINE void prefetch(int64_t t) const {
-    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]), prefetch_row<N>(a[t]), prefetch_row<N>(b[t]);
-  }
-};
 
 template <int N, int V, class T>
 void forward(const Task& task, const Tensors& io, void* memory) {
@@ -193,26 +153,6 @@ struct alignas(64) Chunk {  // what one chunk of up to C tokens contributes, all
   float slope[C][N];     // d log d / d w
 };
 
-template <int N, class T>
-struct Inputs {
-  Rows<N, const T> r, w, k, v, a, b, dy;
-  Rows<N, const float> removed;
-  Inputs(const Tensors& io, const Task& task, int64_t head)
-      : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
-        dy(io.dy, task, head), removed(io.removed, task, head) {}
-  INLINE void prefetch(int64_t t) const {
-    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
-    prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
-  }
-};
-
-template <int N, class T>
-struct Outputs {
-  Rows<N, T> dr, dw, dk, dv, da, db;
-  Outputs(const Tensors& io, const Task& task, int64_t head)
-      : dr(io.dr, task, head), dw(io.dw, task, head), dk(io.dk, task, head), dv(io.dv, task, head), da(io.da, task, head), db(io.db, task, head) {}
-};
-
 template <int N, int V>  // V of the N value channels
 struct alignas(64) Pull {  // the way of the gradient through one chunk, in which value channels do not meet
   float KBt[N][C2], dVUt[V][C2], M[C2][C2];
@@ -251,30 +191,30 @@ void prepare(Chunk<N>& x, const Inputs<N, T>& in, int64_t t0, int n) {
       vf s, c;
       sigmoids(load(in.w[t0 + t] + j), s, c);
       store(x.slope[t] + j, s * c * kDecayScale);
-      store(x.AR[t] + j, load(in.a[t0 + t] + j) * P[q]);
+      store(x.AR[row(t)] + j, load(in.a[t0 + t] + j) * P[q]);
       const vf d = decay_of(s);
       P[q] *= d;
       inverse[q] *= reciprocal(d);
       store(x.P[t + 1] + j, P[q]);
       store(x.inverse[t] + j, inverse[q]);
-      store(x.AR[C + t] + j, load(in.r[t0 + t] + j) * P[q]);
-      store(x.KB[t] + j, load(in.k[t0 + t] + j) * inverse[q]);
-      store(x.KB[C + t] + j, load(in.b[t0 + t] + j) * inverse[q]);
-      store(x.VU[t] + j, load(in.v[t0 + t] + j));
-      store(x.VU[C + t] + j, load(in.removed[t0 + t] + j));
+      store(x.AR[second(t)] + j, load(in.r[t0 + t] + j) * P[q]);
+      store(x.KB[row(t)] + j, load(in.k[t0 + t] + j) * inverse[q]);
+      store(x.KB[second(t)] + j, load(in.b[t0 + t] + j) * inverse[q]);
+      store(x.VU[row(t)] + j, load(in.v[t0 + t] + j));
+      store(x.VU[second(t)] + j, load(in.removed[t0 + t] + j));
     }
   for (int t = n; t < C; t++)
     for (int j = 0; j < N / W; j++) store(x.P[t + 1] + j * W, P[j]);
 }
 
-// Rows 0..C-1 (a) see earlier tokens only, rows C.. (r) the same token too; columns are k then b.
+// The a-rows see earlier tokens only, the r-rows the same token too.
 struct Mask {
   int32_t keep[C2][C2];
   constexpr Mask() : keep{} {
     for (int t = 0; t < C; t++)
       for (int s = 0; s < C; s++) {
-        keep[t][s] = keep[t][C + s] = s < t ? -1 : 0;
-        keep[C + t][s] = keep[C + t][C + s] = s <= t ? -1 : 0;
+        keep[row(t)][row(s)] = keep[row(t)][second(s)] = s < t ? -1 : 0;
+        keep[second(t)][row(s)] = keep[second(t)][second(s)] = s <= t ? -1 : 0;
       }
   }
 };
@@ -299,9 +239,9 @@ template <int N, int V, class T>
 INLINE void load_dy(Pull<N, V>& y, const Inputs<N, T>& in, int64_t t0, int n, int64_t value) {
   for (int t = 0; t < C; t++)
     if (t < n)
-      widen<V>(y.ZY[C + t], in.dy[t0 + t] + value);
+      widen<V>(y.ZY[second(t)], in.dy[t0 + t] + value);
     else
-      memset(y.ZY[C + t], 0, sizeof y.ZY[C + t]);
+      memset(y.ZY[second(t)], 0, sizeof y.ZY[0]);
 }
 
 // ZY from G = E: what the chunk's values, and the rows u, receive.
@@ -312,13 +252,19 @@ void solve(Pull<N, V>& y, const float (*G)[N], const Chunk<N>& x) {
   mask(y.M);
   matmul<V, C2, N, From::zero>(G[0], N, 1, y.KBt[0], C2, y.dVUt[0], C2);
   transpose<V, C2>(y.dVUt[0], C2, y.dVU[0], V);
-  matmul<C2, V, C, From::self>(y.M[C], 1, C2, y.ZY[C], V, y.dVU[0], V);
-  for (int t = C - 1; t >= 0; t--)
-    for (int i = 0; i < V; i += W) {
-      vf row = load(y.dVU[C + t] + i);
-      for (int s = t + 1; s < C; s++) row += y.M[s][C + t] * load(y.ZY[s] + i);
-      store(y.ZY[t] + i, row);
+  matmul<C2, V, kHalf, From::self>(y.M[second(kHalf)], 1, C2, y.ZY[second(kHalf)], V, y.dVU[0], V);
+  matmul<C, V, kHalf, From::self>(y.M[second(0)], 1, C2, y.ZY[second(0)], V, y.dVU[0], V);
+  for (int i = 0; i < V; i += W) {
+    vf z[C];
+#pragma GCC unroll 8
+    for (int t = 0; t < C; t++) z[t] = load(y.dVU[second(t)] + i);
+#pragma GCC unroll 8
+    for (int t = C - 1; t >= 0; t--) {
+      store(y.ZY[row(t)] + i, z[t]);
+#pragma GCC unroll 8
+      for (int s = t - 1; s >= 0; s--) z[s] += y.M[row(t)][second(s)] * z[t];
     }
+  }
 }
 
 // E becomes the gradient of the state before the chunk, times `scale`.
@@ -334,7 +280,9 @@ void chunk_gradients(BackwardScratch<N>& y, float (*G)[N], const Chunk<N>& x, co
   auto& [KBt, dVUt, M, dVU, ZY] = y.pull;
   solve(y.pull, G, x);
   ahead(0);
-  matmul<C, N, C, From::self>(M[0], 1, C2, ZY[0], N, dVU[0], N);
+  matmul<kHalf, N, kHalf, From::self>(M[0], 1, C2, ZY[0], N, dVU[0], N);
+  matmul<kHalf, N, kHalf, From::self>(M[C], 1, C2, ZY[C], N, dVU[0], N);
+  matmul<kHalf, N, kHalf, From::self>(M[C] + C, 1, C2, ZY[C], N, dVU[C], N);
   ahead(1);
   transpose<C2, N>(x.VU[0], N, y.VUt[0], C2);
   matmul<C2, C2, N, From::zero>(ZY[0], N, 1, y.VUt[0], C2, y.dM[0], C2);
@@ -342,27 +290,29 @@ void chunk_gradients(BackwardScratch<N>& y, float (*G)[N], const Chunk<N>& x, co
   ahead(2);
   matmul<C2, N, N, From::zero>(x.VU[0], N, 1, G[0], N, y.dKB[0], N);
   ahead(3);
-  matmul<C2, N, C2, From::self>(y.dM[0], 1, C2, x.AR[0], N, y.dKB[0], N);
+  matmul<C, N, C2, From::self>(y.dM[0], 1, C2, x.AR[0], N, y.dKB[0], N);
+  matmul<C, N, C, From::self>(y.dM[C] + C, 1, C2, x.AR[C], N, y.dKB[C], N);
   ahead(4);
   matmul<C2, N, N, From::zero>(ZY[0], N, 1, S, N, y.dAR[0], N);
   ahead(5);
-  matmul<C2, N, C2, From::self>(y.dM[0], C2, 1, x.KB[0], N, y.dAR[0], N);
+  matmul<C, N, C, From::self>(y.dM[0], C2, 1, x.KB[0], N, y.dAR[0], N);
+  matmul<C, N, C2, From::self>(y.dM[C], C2, 1, x.KB[0], N, y.dAR[C], N);
   vf suffix[N / W];
   for (int q = 0; q < N / W; q++) suffix[q] = load(y.suffix + q * W);
   for (int t = n - 1; t >= 0; t--)
 #pragma GCC unroll 4
     for (int q = 0; q < N / W; q++) {
       const int j = q * W;
-      const vf dA = load(y.dAR[t] + j), dR = load(y.dAR[C + t] + j), dK = load(y.dKB[t] + j), dB = load(y.dKB[C + t] + j);
+      const vf dA = load(y.dAR[row(t)] + j), dR = load(y.dAR[second(t)] + j), dK = load(y.dKB[row(t)] + j), dB = load(y.dKB[second(t)] + j);
       const vf inverse = load(x.inverse[t] + j);
       stream(out.dr[t0 + t] + j, dR * load(x.P[t + 1] + j));
       stream(out.da[t0 + t] + j, dA * load(x.P[t] + j));
       stream(out.dk[t0 + t] + j, dK * inverse);
       stream(out.db[t0 + t] + j, dB * inverse);
-      stream(out.dv[t0 + t] + j, load(dVU[t] + j));
-      suffix[q] += load(x.AR[C + t] + j) * dR - load(x.KB[t] + j) * dK - load(x.KB[C + t] + j) * dB;
+      stream(out.dv[t0 + t] + j, load(dVU[row(t)] + j));
+      suffix[q] += load(x.AR[second(t)] + j) * dR - load(x.KB[row(t)] + j) * dK - load(x.KB[second(t)] + j) * dB;
       stream(out.dw[t0 + t] + j, suffix[q] * load(x.slope[t] + j));
-      suffix[q] += load(x.AR[t] + j) * dA;
+      suffix[q] += load(x.AR[row(t)] + j) * dA;
     }
   for (int q = 0; q < N / W; q++) store(y.suffix + q * W, suffix[q]);
   ahead(6);
