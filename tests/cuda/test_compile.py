@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oracles.emulated_wkv7 import CUDA, SOURCES, compile_kernels, run_sanitized
+from oracles.emulated_wkv7 import SOURCES, compile_kernels, run_sanitized
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Bytes of spills that a thread may have. chunk_gradients holds two 16 x 64 sums and a factor in the 128 registers that two blocks per
@@ -28,23 +28,12 @@ def test_nvcc_compiles_without_spills(architecture: str, source: Path, tmp_path:
     build = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert build.returncode == 0, build.stderr
     assert "warning" not in build.stderr, build.stderr
-    assert not re.search(r"\b[1-9]\d* bytes smem", build.stderr), "static shared memory escapes the launch's check of its size"
     kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", build.stderr, re.S)
     assert kernels or source.parent.name == "common"
     for name, stack, stores, registers in kernels:
         allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=0)
         # A stack without spills is an array that ptxas could not keep in registers: as slow.
         assert max(int(stores), int(stack)) <= allowed, f"sm_{architecture} {name}: {stores} bytes spilled, stack {stack}, {registers} registers"
-
-
-@pytest.mark.slow
-def test_cards_without_bf16_tensor_cores_compile(tmp_path: Path) -> None:
-    """They run sequential.cu alone, but the library has both."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
-    command = ["nvcc", "-std=c++17", "-gencode=arch=compute_75,code=sm_75", "-cubin", str(CUDA / "wkv7" / "chunked_forward.cu"), "-o", str(tmp_path / "out")]
-    build = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert build.returncode == 0, build.stderr
 
 
 @pytest.mark.slow
