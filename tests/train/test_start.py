@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rwkvlm.checkpoint import ranks
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
 from rwkvlm.models import build, init_weights
@@ -146,7 +147,7 @@ def _agree(rank: int, port: int, results) -> None:
     wishes = [(0, 0), (15 * rank, 1 - rank), (0, 0)]
     results.put((rank, [tuple(agreement.exchange(*w)) for w in wishes]))
     agreement.finish()
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 def test_two_processes_agree_one_step_later():

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
+from ..checkpoint import ranks
 from ..config import TrainConfig, UserError, env
 
 START_TIMEOUT = 1800.0  # seconds: processes may take long to come, to build kernels and to read their files; --dist_timeout counts from the first step
@@ -103,18 +103,12 @@ def make_strategy(config: TrainConfig) -> Strategy:
 
 
 def _distributed(config: TrainConfig, run: Launch) -> dict:
-    atexit.register(_leave)
+    atexit.register(ranks.leave)
     return dict(
         process_group_backend="nccl" if run.accelerator == "gpu" else "gloo",
         timeout=timedelta(seconds=max(config.dist_timeout, START_TIMEOUT)),
         cluster_environment=_environment(),
     )
-
-
-def _leave() -> None:
-    """Ends the process group before the interpreter goes: in two of eleven runs of a test gloo's threads aborted the exit after all work was done."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _environment() -> ClusterEnvironment | None:
