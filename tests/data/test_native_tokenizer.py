@@ -136,3 +136,10 @@ def test_sanitizers_find_nothing(tmp_path):
     environment |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([sys.executable, "-c", FUZZ], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout == "clean\n", done.stderr[-3000:]
+
+
+def test_which_ids_occur_is_what_the_plain_one_counts():
+    rng = np.random.default_rng(0)
+    for ids in (np.zeros(0, np.uint16), np.array([0, 65535, 7], np.uint16), rng.integers(0, 65536, 200_000).astype(np.uint16)[::3], rng.integers(0, 50, 100).astype(np.int32)):
+        seen = NATIVE.occurring(ids)
+        assert seen.dtype == bool and np.array_equal(seen, PLAIN.occurring(ids)) and np.flatnonzero(seen).tolist() == sorted(set(ids.tolist()))
