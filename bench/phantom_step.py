@@ -4,7 +4,7 @@
 
 Correctness first: with TTT off and no Ghost layers the loss and all gradients are RWKV-7's to the bit, and with TTT on the logits of the whole
 sequence are those of its pieces; nothing is timed otherwise. A step is features, fused head and loss, and the backward pass, without the optimizer.
-Rounds of all models alternate, so that a busy machine hits them alike; the ratio is the median over rounds, and of the fastest rounds beside it.
+The environment is that of the demo's training. Rounds of all models alternate, so that a busy machine hits them alike; the ratio is the median over rounds, and of the fastest rounds beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from environment import write_record
+from environment import as_in_the_demo, write_record
 
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.models import LanguageModel, build, init_weights
@@ -105,6 +105,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    as_in_the_demo()
     torch.set_num_threads(options.threads)
     if reason := wrong():
         print(f"error: {reason}; nothing is timed on wrong results", file=sys.stderr)

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from rwkvlm.config import PhantomConfig
 from rwkvlm.layers.segments import pieces
 from rwkvlm.layers.ttt import StateTTT
-from rwkvlm.ops.wkv7 import wkv7_reference
+from rwkvlm.layers.ttt_segments import Segments
+from rwkvlm.ops.wkv7 import backend_for, wkv7, wkv7_reference
 
 B, H, N, n = 2, 2, 16, 5
 
@@ -129,6 +130,30 @@ def test_against_kernel_and_steps_in_turns():
     assert torch.allclose(y, torch.cat(want, 1), rtol=1e-10, atol=1e-12)
     assert torch.allclose(end.wkv, S, rtol=1e-10, atol=1e-12)
     assert end.seen.tolist() == [8, 8]
+
+
+@pytest.mark.parametrize(("rows", "length", "settings"), [(2, 70, {}), (1, 33, {}), (2, 32, {"ttt_head": False})], ids=["head", "one row", "identity"])
+def test_all_segments_at_once(monkeypatch, rows, length, settings):
+    """What trains is the loop over segments, its outputs and all its derivatives."""
+    if backend_for(torch.device("cpu"), torch.float32) == "torch":
+        pytest.skip("the kernel does not run here")
+    ttt = make(**settings).float()
+    leaves = [x[:rows].float().contiguous().requires_grad_() for x in inputs(length)]
+    called, apply = [], Segments.apply
+    monkeypatch.setattr(Segments, "apply", lambda *args: called.append(1) or apply(*args))
+
+    def run():
+        y = ttt(*leaves)
+        return y.detach(), torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), [*leaves, *ttt.parameters()])
+
+    y, grads = run()
+    assert called
+    monkeypatch.setattr(StateTTT, "_at_once", lambda *_: False)
+    want_y, want = run()
+    assert len(called) == 1 and not torch.allclose(y[:, 16:], wkv7(*(x.detach() for x in leaves))[:, 16:], rtol=1e-2)
+    assert torch.allclose(y, want_y, rtol=1e-5, atol=1e-6)
+    for got, grad in zip(grads, want, strict=True):
+        assert grad.abs().max() > 0 and (got - grad).norm() < 1e-5 * grad.norm()
 
 
 @pytest.mark.parametrize("steps", [1, 4])

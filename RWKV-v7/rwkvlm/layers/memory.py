@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config.phantom import PhantomConfig
+from ..ops.fused import token_mix
 from .segments import pieces, seen_after
-from .token_shift import token_shift
 
 
 class MemoryState(NamedTuple):
@@ -65,9 +65,8 @@ class Memory(nn.Module):
         B, T, C = x.shape
         x = self.ln(x)
         last, fast, sums, seen = state if state is not None else (None, self._fast(B), None, torch.zeros(B, dtype=torch.int64))
-        xx = token_shift(x, last) - x
-        q, k, v = (project(torch.addcmul(x, xx, mix)).view(B, T, self.heads, -1).transpose(1, 2).to(fast.dtype)
-                   for project, mix in ((self.query, self.x_q), (self.key, self.x_k), (self.value, self.x_v)))  # fmt: skip
+        mixed = token_mix(x, last, [self.x_q, self.x_k, self.x_v])
+        q, k, v = (project(xi).view(B, T, self.heads, -1).transpose(1, 2).to(fast.dtype) for project, xi in zip((self.query, self.key, self.value), mixed))
         q, k = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1)
         v = v * F.softplus(self.rate(x).mT.to(fast.dtype)).unsqueeze(-1)
 
@@ -118,9 +117,9 @@ class _Read(torch.autograd.Function):
         d_O, (A, G) = d_o.reshape(Q.shape), AG.chunk(2, -1)
         d_hidden, s = d_O @ W[:, 2].mT, torch.sigmoid(A)
         silu, slope = _silu(A, s)
-        d_AG = torch.empty_like(AG)
-        torch.mul(d_hidden * G, slope, out=d_AG[..., : G.shape[-1]])
-        torch.mul(d_hidden, silu, out=d_AG[..., G.shape[-1] :])
+        d_AG, rows = torch.empty_like(AG), G.shape[-1]
+        torch.mul(d_hidden * G, slope, out=d_AG[..., :rows])
+        torch.mul(d_hidden, silu, out=d_AG[..., rows:])
         d_fast = torch.cat([d_AG.mT @ Q, hidden.mT @ d_O], 1).view(*d_o.shape[:2], 3, *W.shape[2:])
         return d_fast, (d_AG @ W[:, :2].flatten(1, 2)).view(d_o.shape)
 
@@ -134,12 +133,12 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fast, k, v):
         W, K, V = (x.flatten(0, 1) for x in (fast, k, v))
-        AG, D, N = K @ W[:, :2].flatten(1, 2).mT, V @ W[:, 2].mT, K.shape[-1]
+        AG, D = K @ W[:, :2].flatten(1, 2).mT, V @ W[:, 2].mT
         A, G = AG.chunk(2, -1)
         silu, slope = _silu(A, torch.sigmoid(A))
         P = torch.empty_like(AG)
-        torch.mul(D * G, slope, out=P[..., :N])
-        torch.mul(D, silu, out=P[..., N:])
+        torch.mul(D * G, slope, out=P[..., : D.shape[-1]])
+        torch.mul(D, silu, out=P[..., D.shape[-1] :])
         hidden = silu * G
         ctx.save_for_backward(W, K, V, AG, D, P, hidden)
         return torch.cat([P.mT @ K, hidden.mT @ V], 1).neg_().view(fast.shape)
@@ -148,7 +147,7 @@ class _Gradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_gradient):
         W, K, V, AG, D, P, hidden = ctx.saved_tensors
-        N, heads = K.shape[-1], (*d_gradient.shape[:2], *K.shape[1:])
+        heads, rows = (*d_gradient.shape[:2], *K.shape[1:]), D.shape[-1]
         A, G = AG.chunk(2, -1)
         s = torch.sigmoid(A)
         silu, slope = _silu(A, s)
@@ -162,8 +161,8 @@ class _Gradient(torch.autograd.Function):
         # silu'' = (1 - s) (s + silu' - silu s)
         bend = torch.addcmul(s + slope, silu, s, value=-1).mul_(1 - s)
         d_AG = torch.empty_like(AG)
-        torch.add(d_silu.mul_(slope), bend.mul_(DG).mul_(d_P1), out=d_AG[..., :N])
-        torch.add((d_P1 * D).mul_(slope), d_hidden * silu, out=d_AG[..., N:])
+        torch.add(d_silu.mul_(slope), bend.mul_(DG).mul_(d_P1), out=d_AG[..., :rows])
+        torch.add((d_P1 * D).mul_(slope), d_hidden * silu, out=d_AG[..., rows:])
         d_K = torch.baddbmm(P @ E13, d_AG, W13)
         d_V = torch.baddbmm(hidden @ E2, d_D, W[:, 2])
         d_fast = torch.cat([d_AG.mT @ K, d_D.mT @ V], 1).view(d_gradient.shape)

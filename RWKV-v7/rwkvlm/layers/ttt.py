@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..config.phantom import PhantomConfig
-from ..ops.wkv7 import wkv7
+from ..ops.wkv7 import backend_for, wkv7
 from .segments import pieces, seen_after
+from .ttt_segments import Segments
 
 
 class TttState(NamedTuple):
@@ -73,19 +74,23 @@ class StateTTT(nn.Module):
         config, segment = self.config, self.config.ttt_chunk
         S, held_keys, held_values, seen, error = initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
         plan = pieces(seen.tolist(), T, segment)
+        if len(plan) > 1 and not output_final_state and self._at_once(r, seen):
+            values = self._targets(k.float(), v[..., : self.rows].float(), -a.float())
+            head = (self.w1.float(), self.w2.float()) if self.has_head else (None, None)
+            return Segments.apply(r, w, k, v, a, b, S, values, 2 * torch.sigmoid(self.rate.float()) / segment, *head, segment, len(plan) - 1)[0]
         lengths = [piece.stop - piece.start for piece in plan]
-        inputs = zip(*(_Cut.apply(x, lengths) for x in (r, w, k, v, a, b)))
+        inputs = zip(*(_cut(x, lengths) for x in (r, w, k, v, a, b)))
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         keys = -a.to(dtype)
         values = self._targets(k.to(dtype), v[..., : self.rows].to(dtype), keys)
         eta = 2 * torch.sigmoid(self.rate.to(dtype))[:, None, None]
-        problems = zip(*(x.transpose(1, 2).contiguous().split(lengths, 2) for x in (keys, values)))
+        problems = zip(*(x.split(lengths, 2) for x in self._problem(keys, values, eta, segment)))
         watch = config.ttt_meta and self.training
 
         ys, stepped = [], False
         for i, (piece, tensors, problem) in enumerate(zip(plan, inputs, problems)):
             if watch and stepped:
-                found = self.relative_error(S, *problem)
+                found = self.relative_error(S, *problem[:2])
                 error = found if error is None else error + found
             y, S = wkv7(*tensors, initial_state=S, output_final_state=True)
             ys.append(y)
@@ -114,25 +119,47 @@ class StateTTT(nn.Module):
         keep = (new if new is not None else old for new, old in zip((S, held_keys, held_values), empty))
         return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error)
 
+    def _at_once(self, r: torch.Tensor, seen: torch.Tensor) -> bool:
+        """Whether Segments can compute this: it is for training, knows the kernel and one second-order step a segment."""
+        usual = self.config.ttt_steps == 1 and self.config.ttt_second_order and not seen.any()
+        return usual and torch.is_grad_enabled() and backend_for(r.device, r.dtype) != "torch"
+
     def step(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
         """The state after the steps of one segment. S [B, H, N, N]; keys [B, n, H, N]; values [B, n, H, c]; eta [H, 1, 1]."""
-        return self._steps(S, keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous(), eta)
+        return self._steps(S, *self._problem(keys, values, eta, keys.shape[1]), eta)
 
-    def _steps(self, S: torch.Tensor, K: torch.Tensor, V: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
-        """As step, with tokens behind heads: K [B, H, n, N], V [B, H, n, c]."""
-        before, head = S[:, :, : self.rows], (self.w1.to(K.dtype), self.w2.to(K.dtype)) if self.has_head else (None, None)
+    def _problem(self, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values, and keys times eta / n, with tokens behind heads: [B, H, T, N or c]. Made for all segments at once."""
+        K, V = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+        return K, V, (K if self.config.ttt_second_order else K.detach()) * (eta / n)
+
+    def _steps(self, S: torch.Tensor, K: torch.Tensor, V: torch.Tensor, scaled: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
+        """As step, from what _problem gives for one segment. Few operations: between two segments they are what a step costs."""
+        B, H, N, _ = S.shape
+        core = before = S[:, :, : self.rows].flatten(0, 1)
+        K, V, scaled = K.flatten(0, 1), V.flatten(0, 1), scaled.flatten(0, 1)
         for number in range(self.config.ttt_steps):
-            away = S[:, :, : self.rows] - before if number else None
-            S = _GradientStep.apply(S, K, V, eta, *head, self.config.ttt_second_order)
+            slope, away = self._slope(core, K, V), core - before if number else None
+            if not self.config.ttt_second_order:
+                slope, away = slope.detach(), away.detach() if number else None
+            core = torch.baddbmm(core, slope.mT, scaled, alpha=-1)
             if number:  # after the first step only: before it the anchor pulls nowhere
-                away = away if self.config.ttt_second_order else away.detach()
-                S = torch.cat([S[:, :, : self.rows] - self.config.ttt_anchor * eta * away, S[:, :, self.rows :]], dim=2)
-        return S
+                core = core - self.config.ttt_anchor * eta.repeat(B, 1, 1) * away
+        return torch.cat([core.unflatten(0, (B, H)), S[:, :, self.rows :]], dim=2)
+
+    def _slope(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """d 1/2 |P(u_t) - z_t|^2 / d u_t for every token, [M, n, c], with core [M, c, N], K [M, n, N] and V [M, n, c]."""
+        if not self.has_head:
+            return torch.baddbmm(V, K, core.mT, beta=-1)
+        w1, w2 = self.w1.to(K.dtype), self.w2.to(K.dtype)
+        U = torch.bmm(K, core.mT)
+        hidden = torch.relu(U.flatten(0, 1) @ w1.mT)
+        miss = torch.addmm((U - V).flatten(0, 1), hidden, w2.mT)
+        return torch.addmm(miss, (miss @ w2) * (hidden > 0), w1).view_as(U)
 
     def gradient(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """grad l, [M, c, N], of core [M, c, N] with K [M, n, N] and V [M, n, c]; one row of M is one head of one sequence."""
-        head = (self.w1.to(K.dtype), self.w2.to(K.dtype)) if self.has_head else (None, None)
-        return _slope(core, K, V, *head)[0].mT @ K / K.shape[1] + self.config.ttt_anchor * (core - before)
+        return self._slope(core, K, V).mT @ K / K.shape[1] + self.config.ttt_anchor * (core - before)
 
     def inner_loss(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """l for each of M; shapes as for gradient."""
@@ -156,71 +183,8 @@ class StateTTT(nn.Module):
         return v if self.config.ttt_target == "value" else v * (k * keys).sum(-1, keepdim=True)
 
 
-def _slope(core: torch.Tensor, K: torch.Tensor, V: torch.Tensor, w1: torch.Tensor | None, w2: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """d 1/2 |P(u_t) - z_t|^2 / d u_t for every token, [M, n, c], with core [M, c, N], K [M, n, N] and V [M, n, c]. With a head also what its
-    derivative takes, [M n, ...]: u, relu(W1 u), P(u) - z, and its gradient before W1."""
-    if w1 is None:
-        return (torch.baddbmm(V, K, core.mT, beta=-1),)
-    U = torch.bmm(K, core.mT)
-    u = U.flatten(0, 1)
-    hidden = torch.relu(u @ w1.mT)
-    miss = torch.addmm((U - V).flatten(0, 1), hidden, w2.mT)
-    inner = (miss @ w2) * (hidden > 0)
-    return torch.addmm(miss, inner, w1).view_as(U), u, hidden, miss, inner
-
-
-class _GradientStep(torch.autograd.Function):
-    """One step on the first rows of every head's state. Its derivative is written out too: between two segments the number of operations is what a
-    step costs, and autograd through the gradient has three times as many."""
-
-    @staticmethod
-    def forward(ctx, S, K, V, eta, w1, w2, second_order):
-        """S [B, H, N, N], K [B, H, n, N], V [B, H, n, c], eta [H, 1, 1] -> S after the step."""
-        (B, H), c, n = S.shape[:2], V.shape[3], K.shape[2]
-        core, k, rate = S[:, :, :c].flatten(0, 1), K.flatten(0, 1), (eta / n).repeat(B, 1, 1)
-        slope, *rest = _slope(core, k, V.flatten(0, 1), w1, w2)
-        scaled = slope * rate
-        after = S.clone()
-        after[:, :, :c] = torch.baddbmm(core, scaled.mT, k, alpha=-1).unflatten(0, (B, H))
-        ctx.second_order = second_order
-        ctx.save_for_backward(core, k, rate, slope, scaled, w1, w2, *rest)
-        return after
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_after):
-        core, k, rate, slope, scaled, w1, w2, *rest = ctx.saved_tensors
-        (B, H), (_, n, c) = d_after.shape[:2], slope.shape
-        d_core = d_after[:, :, :c].flatten(0, 1)
-        d_scaled = torch.bmm(k, d_core.mT).neg_()
-        d_eta = (d_scaled * slope).sum((1, 2)).view(B, H).sum(0).view(H, 1, 1) / n if ctx.needs_input_grad[3] else None
-        if not ctx.second_order:
-            return d_after, None, None, d_eta, None, None, None
-        d_slope, d_w1, d_w2 = d_scaled.mul_(rate), None, None
-        d_u = d_slope
-        if w1 is not None:  # slope = miss + inner W1, inner = (miss W2) [hidden > 0], miss = u - z + hidden W2^T
-            u, hidden, miss, inner = rest
-            d_slope, active = d_slope.flatten(0, 1), hidden > 0
-            d_inner = (d_slope @ w1.mT).mul_(active)
-            d_miss = torch.addmm(d_slope, d_inner, w2.mT)
-            d_hidden = (d_miss @ w2).mul_(active)
-            d_u = torch.addmm(d_miss, d_hidden, w1).view_as(slope)
-            d_w1 = torch.addmm(inner.mT @ d_slope, d_hidden.mT, u)
-            d_w2 = torch.addmm(miss.mT @ d_inner, d_miss.mT, hidden)
-        d_S = d_after.clone()
-        d_S[:, :, :c] = torch.baddbmm(d_core, d_u.mT, k).unflatten(0, (B, H))
-        d_K = torch.baddbmm(torch.bmm(d_u, core), scaled, d_core, alpha=-1).unflatten(0, (B, H))
-        return d_S, d_K, None, d_eta, d_w1, d_w2, None
-
-
-class _Cut(torch.autograd.Function):
-    """x [B, T, H, N] -> contiguous pieces of these lengths along T. The backward of slices would pad each to the whole; here all are joined at once."""
-
-    @staticmethod
-    def forward(ctx, x, lengths):
-        return tuple(piece.contiguous() for piece in x.split(lengths, 1))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return torch.cat(grads, 1), None
+def _cut(x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """x [B, T, H, N] -> contiguous pieces of these lengths along T. Not slices, whose backward would pad each to the whole."""
+    if len(set(lengths)) == 1:
+        return list(x.unflatten(1, (len(lengths), -1)).transpose(0, 1).contiguous().unbind(0))
+    return [piece.contiguous() for piece in x.split(lengths, 1)]

@@ -39,6 +39,18 @@ def wkv7_native(
     return y, state
 
 
+def forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, final state, and where `save` the two tensors that `backward` takes: for derivatives that are written out. Where `why_not` has returned ""."""
+    return torch.ops.rwkvlm.wkv7_forward(r, w, k, v, a, b, initial_state, None, save)
+
+
+def backward(dy: Tensor, d_final: Tensor | None, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, removed: Tensor, checkpoints: Tensor):
+    """Gradients of the six inputs and of the initial state."""
+    return torch.ops.rwkvlm.wkv7_backward(dy, d_final, r, w, k, v, a, b, None, removed, checkpoints)
+
+
 @functools.cache
 def _register() -> None:
     torch.library.register_fake("rwkvlm::wkv7_forward", _fake_forward)
