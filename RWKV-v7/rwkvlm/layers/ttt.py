@@ -121,7 +121,7 @@ class StateTTT(nn.Module):
 
     def _at_once(self, r: torch.Tensor, seen: torch.Tensor) -> bool:
         """Whether Segments can compute this: it is for training, knows the kernel and one second-order step a segment."""
-        usual = self.config.ttt_steps == 1 and self.config.ttt_second_order and not seen.any()
+        usual = self.config.ttt_steps == 1 and self.config.ttt_second_order and not self.config.ttt_meta and not seen.any()
         return usual and torch.is_grad_enabled() and backend_for(r.device, r.dtype) != "torch"
 
     def step(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
