@@ -1,12 +1,14 @@
 """Every test starts in a process as it was at first: runs of the trainer in this process choose kernels, threads, precision and environment for themselves."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 from rwkvlm.ops import backend
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored, and so would all runs that tests interrupt
 THREADS, PRECISION = torch.get_num_threads(), torch.get_float32_matmul_precision()
 
 
