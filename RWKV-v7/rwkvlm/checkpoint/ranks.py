@@ -43,7 +43,8 @@ def leave() -> None:
     """Ends the process group before the interpreter goes.
 
     gloo's threads may still hold tensors of the last operation, and to let go of them they need the interpreter: one that is gone
-    aborts the process, after all work was done. Seen in 2 of 11 runs of a test, and once on a busy machine.
+    aborts the process, after all work was done. Such aborts were seen in 2 of 11 runs of a test, and once on
+    a busy machine; the reason is that of pytorch's pull request 179291, not proven here.
     """
     if _grouped():
         dist.destroy_process_group()
