@@ -6,6 +6,7 @@ Exit codes: 0 every mini-epoch that was asked for is there and within the tolera
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -53,17 +54,21 @@ def train(folder: Path, count: int, command: list[str]) -> int:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
 
     def stop(*_: object) -> None:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(process.pid, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    while process.poll() is None:
-        if len([e for e in losses(folder) if e < count]) == count:
-            stop()
-            process.wait()
-            return 0
-        time.sleep(1.0)
-    return process.returncode
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while process.poll() is None:
+            if len([e for e in losses(folder) if e < count]) == count:
+                stop()
+                process.wait()
+                return 0
+            time.sleep(1.0)
+        return process.returncode
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str] | None = None) -> int:

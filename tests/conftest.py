@@ -1,4 +1,4 @@
-"""Every test starts in a process as it was at first: runs of the trainer in this process choose kernels, threads, precision and environment for themselves."""
+"""Every test starts in a process as it was at first: runs of the trainer in this process choose kernels, threads, precision, environment and signals for themselves."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import torch
 from rwkvlm.ops import backend
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored, and so would all runs that tests interrupt
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 THREADS, PRECISION = torch.get_num_threads(), torch.get_float32_matmul_precision()
 
 
@@ -16,7 +17,10 @@ THREADS, PRECISION = torch.get_num_threads(), torch.get_float32_matmul_precision
 def process_as_it_was():
     backend._requested = ""  # also what fixtures of a wider scope have left
     environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     backend._requested = ""
     torch.set_num_threads(THREADS)
     torch.set_float32_matmul_precision(PRECISION)
