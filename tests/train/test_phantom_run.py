@@ -129,6 +129,28 @@ def test_another_phantom_is_not_mixed_into_a_run(run, phantom, tmp_path, capfd):
         assert said in capfd.readouterr().err
 
 
+def test_the_prediction_head_neither_goes_nor_comes_unsaid(run, tmp_path, capfd):
+    """It is there where something trains it: a change of that names the flag, both values and the cure; the same command always goes on."""
+    short = dict(SHORT, max_steps=1)
+    with_head, without = dict(PHANTOM, ttt_second_order=1), dict(PHANTOM, ttt_second_order=0, ttt_head=1)
+    assert run(tmp_path / "a", **with_head, **short) == 0 and run(tmp_path / "b", **without, **short) == 0
+    capfd.readouterr()
+    state = tmp_path / "a" / "state" / "step1"
+    assert run(tmp_path / "a", **PHANTOM | dict(ttt_second_order=0), **short) == 2
+    lost = "was trained with --ttt_second_order 1 and has a prediction head, which nothing would train now; leave --ttt_second_order out, or add --ttt_meta 1\n"
+    assert capfd.readouterr().err == f"error: --ttt_second_order 0, but {state} {lost}"
+    assert run(tmp_path / "c", **PHANTOM | dict(ttt_second_order=0), **SHORT, train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth") == 2
+    assert lost in capfd.readouterr().err
+    assert run(tmp_path / "a", **PHANTOM | dict(ttt_head=0), **short) == 2
+    assert f"--ttt_head 0, but {state} has 1; leave --ttt_head out" in capfd.readouterr().err
+    assert run(tmp_path / "b", **PHANTOM | dict(ttt_second_order=1, ttt_head=1), **short) == 2
+    assert "--ttt_head 1, but" in (said := capfd.readouterr().err) and " has 0; leave --ttt_head out" in said
+    for folder, flags in (("a", with_head), ("b", without), ("a", dict(PHANTOM, ttt_second_order=0, ttt_meta=1)), ("b", dict(PHANTOM, ttt_second_order=1))):
+        assert run(tmp_path / folder, **flags, **short) == 0
+    assert run(tmp_path / "a", **dict(PHANTOM, ttt_meta=0), **short) == 2
+    assert "--ttt_meta 0, but" in (said := capfd.readouterr().err) and "leave --ttt_meta out, or add --ttt_second_order 1" in said
+
+
 def test_flags_of_phantom_say_when_they_have_no_effect():
     (line,) = TrainConfig(core_ratio=0.5).flags_without_effect()
     assert line.startswith("--core_ratio 0.5 has no effect: --my_testing x070 has no Ghost layers")
