@@ -1,16 +1,19 @@
 """Training runs of several processes that begin within a second: forked from one that has imported everything and computed nothing.
 
 They are processes as a launcher makes them, with ranks in their environment and signals of their own; only the imports are shared. For
-bench/faults.py and bench/saving.py, to be imported before anything else that matters.
+bench/faults.py, and bench/saving.py and bench/logging_cost.py, which measure one run of two processes; to be imported before anything else that matters.
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +32,9 @@ from rwkvlm.cli import main  # noqa: E402
 from rwkvlm.data.binidx import BinIdxWriter  # noqa: E402
 
 
+SIZES = dict(n_layer=6, n_embd=256, vocab_size=65536, ctx_len=256, micro_bsz=2, strategy="ddp", precision="bf16", kernel="cpu")  # of a measured run
+
+
 def write_tokens(prefix: Path, n: int, vocab_size: int) -> str:
     """A .bin/.idx pair of tokens with some structure to learn; returns its prefix."""
     walk = np.cumsum(np.random.default_rng(1).integers(0, 7, n)) % vocab_size
@@ -36,6 +42,31 @@ def write_tokens(prefix: Path, n: int, vocab_size: int) -> str:
         for document in np.array_split(walk.astype(np.uint16), 20):
             writer.add(document)
     return str(prefix)
+
+
+def measuring(measure: Callable[[argparse.Namespace, Path], dict], description: str, **own: tuple[float, str]) -> int:
+    """The command of a benchmark: measure(arguments, an empty folder) -> what is printed, and written to --out, as JSON. own: default and help of its arguments."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, (default, help) in ({name: (default, None) for name, default in SIZES.items()} | own).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
+    parser.add_argument("--folder", default="", help="where the run is written (its disk counts); default: a temporary folder")
+    parser.add_argument("--out", default="", help="JSON file for the results")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as place:
+        result = measure(args, Path(place))
+    text = json.dumps(dict(command=" ".join(sys.argv), cpus=os.cpu_count()) | result, indent=1)
+    if args.out:
+        Path(args.out).write_text(text)
+    print(text)
+    return 0
+
+
+def measured_run(args: argparse.Namespace, place: Path, **more) -> dict[str, object]:
+    """Flags of a run of the sizes of `measuring` on the CPU, with its data in the folder."""
+    return {name: getattr(args, name) for name in SIZES} | dict(
+        data_file=write_tokens(place / "data", 400_000, args.vocab_size), proj_dir=place / "out", accelerator="cpu", random_seed=1, train_stage=3,
+        epoch_save=0, lr_init=1e-4, lr_final=1e-4,
+    ) | more  # fmt: skip
 
 
 class Finished(Exception):

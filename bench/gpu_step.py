@@ -19,6 +19,7 @@ import sys
 import time
 
 import torch
+from gpu_kernels import timed
 
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, TrainConfig
@@ -100,22 +101,10 @@ def step_ms(training: Training, steps: int, device: str) -> list[float]:
 
 def gemm_flops(options: argparse.Namespace) -> float:
     """FLOP/s of a large bf16 matrix product, the best of twenty."""
-    n, best = 256 if options.small else 8192, 0.0
+    n = 256 if options.small else 8192
     x, y = (torch.randn(n, n, device=options.device).to(torch.bfloat16) for _ in range(2))
-    for _ in range(20):
-        if options.device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            x @ y
-            end.record()
-            torch.cuda.synchronize()
-            seconds = begin.elapsed_time(end) / 1e3
-        else:
-            start = time.perf_counter()
-            x @ y
-            seconds = time.perf_counter() - start
-        best = max(best, 2 * n**3 / seconds)
-    return best
+    rounds = argparse.Namespace(device=options.device, warmup=0, rounds=20)
+    return 2 * n**3 / timed({"product": lambda i: x @ y}, 1, rounds)["product"]["ms_fastest"] * 1e3
 
 
 def by_kernel(training: Training, device: str, most: int = 25) -> list[dict]:

@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from forked import World, write_tokens  # first: it settles the environment
+from forked import World, measured_run, measuring  # first: it settles the environment
 from rwkvlm.train.logs.report import Follower
 from rwkvlm.train.meter import Meter
 
@@ -62,34 +60,8 @@ def in_turns(moments: Path, rank: int) -> None:
     Meter.step, Follower.write, Meter.close = step_in_turn, page_in_turn, close_and_tell
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure what the logs cost.")
-    parser.add_argument("--n_layer", type=int, default=6)
-    parser.add_argument("--n_embd", type=int, default=256)
-    parser.add_argument("--vocab_size", type=int, default=65536)
-    parser.add_argument("--ctx_len", type=int, default=256)
-    parser.add_argument("--micro_bsz", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=200, help="how long the run may take; its first turns of all three ways warm up")
-    parser.add_argument("--strategy", default="ddp")
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--kernel", default="cpu")
-    parser.add_argument("--out", default="", help="JSON file for the results")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        result = measure(args, Path(place))
-    text = json.dumps(dict(command=" ".join(sys.argv), cpus=os.cpu_count()) | result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text)
-    print(text)
-    return 0
-
-
 def measure(args: argparse.Namespace, place: Path) -> dict:
-    names = ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz", "strategy", "precision", "kernel")
-    flags = {name: getattr(args, name) for name in names} | dict(
-        data_file=write_tokens(place / "data", 400_000, args.vocab_size), proj_dir=place / "out", accelerator="cpu", random_seed=1, train_stage=3,
-        my_exit_tokens=10**12, epoch_save=0, lr_init=1e-4, lr_final=1e-4, tensorboard=int(importlib.util.find_spec("tensorboard") is not None),
-    )  # fmt: skip
+    flags = measured_run(args, place, my_exit_tokens=10**12, tensorboard=int(importlib.util.find_spec("tensorboard") is not None))
     moments = place / "moments"
     world = World(flags, RANKS, place / "log", lambda rank: in_turns(moments, rank))
     deadline = time.monotonic() + args.seconds
@@ -140,4 +112,4 @@ def overhead(rounds: list[dict[str, float]], way: str, base: str) -> dict[str, f
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measuring(measure, "Measure what the logs cost.", seconds=(200.0, "how long the run may take; its first turns of all three ways warm up")))

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "RWKV-v7"))
 
 from rwkvlm.data.binidx import BinIdx  # noqa: E402
 from rwkvlm.data.documents import parse, read_blocks  # noqa: E402
-from rwkvlm.data.tokenizer import Texts, WorldTokenizer, _vocabulary_path, load_tokenizer  # noqa: E402
+from rwkvlm.data.tokenizer import Texts, WorldTokenizer, load_tokenizer, vocabulary_path  # noqa: E402
 
 
 def head(text: Path, size: float, to: Path) -> int:
@@ -91,7 +91,7 @@ def same_documents(a: BinIdx, b: BinIdx) -> bool:
 
 def tokenizer_alone(text: Path, rounds: int) -> dict:
     """MB/s of one thread over texts that lie in memory, in batches as make_data has them."""
-    world, plain = load_tokenizer(), WorldTokenizer(_vocabulary_path())
+    world, plain = load_tokenizer(), WorldTokenizer(vocabulary_path())
     batches = [parse(block).texts for block, _ in zip(read_blocks(text), range(126))]
     size = sum(len(batch.data) for batch in batches)
     for batch in batches[::40]:

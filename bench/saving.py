@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from forked import World, write_tokens  # first: it settles the environment
+from forked import World, measured_run, measuring  # first: it settles the environment
 from rwkvlm.checkpoint.state import load_state
 from rwkvlm.train import conductor
 from rwkvlm.train.plan import checked
@@ -63,36 +61,9 @@ def measured(notes: Path, rank: int) -> None:
     conductor.load_state, conductor.checked = clocked("load", load_state), clocked("check", checked)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure what saving costs.")
-    parser.add_argument("--n_layer", type=int, default=6)
-    parser.add_argument("--n_embd", type=int, default=256)
-    parser.add_argument("--vocab_size", type=int, default=65536)
-    parser.add_argument("--ctx_len", type=int, default=256)
-    parser.add_argument("--micro_bsz", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of all three ways")
-    parser.add_argument("--strategy", default="ddp")
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--kernel", default="cpu")
-    parser.add_argument("--folder", default="", help="where the run is written (its disk is measured); default: a temporary folder")
-    parser.add_argument("--out", default="", help="JSON file for the results")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder or None) as place:
-        result = measure(args, Path(place))
-    text = json.dumps(dict(command=" ".join(sys.argv), cpus=os.cpu_count()) | result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text)
-    print(text)
-    return 0
-
-
 def measure(args: argparse.Namespace, place: Path) -> dict:
     steps = (args.rounds * len(WAYS) + 1) * BLOCK
-    flags = {name: getattr(args, name) for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "micro_bsz", "strategy", "precision", "kernel")}
-    flags |= dict(
-        data_file=write_tokens(place / "data", 400_000, args.vocab_size), proj_dir=place / "out", accelerator="cpu", random_seed=1, train_stage=3,
-        save_steps=BLOCK, max_steps=steps, epoch_save=0, lr_init=1e-4, lr_final=1e-4, enable_progress_bar=False,
-    )  # fmt: skip
+    flags = measured_run(args, place, save_steps=BLOCK, max_steps=steps, enable_progress_bar=False)
     notes = place / "notes"
 
     def start() -> float:
@@ -134,4 +105,4 @@ def rounded(seconds: list[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measuring(measure, "Measure what saving costs.", rounds=(3, "turns of all three ways")))

@@ -124,9 +124,6 @@ double sum_of_squares(const void* grad, bool is_bf16, int64_t count) {
 
 namespace adamw {
 
-#define JOIN(a, b) a##b
-#define KERNELS_OF(isa) JOIN(kernels_, isa)
-
 Kernels KERNELS_OF(ISA)() { return {update, sum_of_squares}; }
 
 }  // namespace adamw

@@ -27,11 +27,7 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kPiece = 1 << 15;  // elements
 
 Kernels kernels_here() {
-#if defined(__x86_64__)
-  if (isa::level() == isa::avx512) return adamw::kernels_avx512();
-  if (isa::level() == isa::avx2) return adamw::kernels_avx2();
-#endif
-  return adamw::kernels_plain();
+  return OF_ISA_IN_USE(adamw::kernels);
 }
 
 // Calls work(i) for i = 0 .. count - 1 on torch's threads; who is ready takes the next.
@@ -110,8 +106,6 @@ Tensor norms(Tensors grads) {
   return result;
 }
 
-int64_t limit_isa(int64_t level) { return isa::limit_level(int(level)); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
@@ -127,4 +121,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) {
   m.impl("gradient_norms", TORCH_BOX(&norms));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("adamw_limit_isa", TORCH_BOX(&limit_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("adamw_limit_isa", TORCH_BOX(&isa::limit_level)); }

@@ -2,6 +2,8 @@
 // plain, avx2 or avx512 (only plain where the machine is not x86-64); the choice is made at run time, so that a cache
 // directory shared between machines never meets an illegal instruction.
 #pragma once
+#include <stdint.h>
+
 #include <atomic>
 
 namespace isa {
@@ -25,9 +27,20 @@ inline std::atomic<int>& level() {
   return in_use;
 }
 
-inline int limit_level(int limit) {
+// For the operators NAME_limit_isa, by which tests do this.
+inline int64_t limit_level(int64_t limit) {
   const int best = of_this_machine();
-  return level() = limit < best ? limit : best;
+  return level() = limit < best ? int(limit) : best;
 }
 
 }  // namespace isa
+
+// name_plain, name_avx2 or name_avx512 (KERNELS_OF in simd.h), whichever is in use, called with the arguments that follow.
+#if defined(__x86_64__)
+#define OF_ISA_IN_USE(name, ...)                                  \
+  (isa::level() == isa::avx512 ? name##_avx512(__VA_ARGS__)       \
+   : isa::level() == isa::avx2 ? name##_avx2(__VA_ARGS__)         \
+                               : name##_plain(__VA_ARGS__))
+#else
+#define OF_ISA_IN_USE(name, ...) name##_plain(__VA_ARGS__)
+#endif

@@ -17,6 +17,10 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// kernels_avx512 and so on: the name of the function in which a cpu.cpp hands out what this compilation has made (chosen in isa.h).
+#define JOIN(a, b) a##b
+#define KERNELS_OF(isa) JOIN(kernels_, isa)
+
 namespace {
 
 constexpr int W = SIMD_W;

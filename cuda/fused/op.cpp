@@ -30,11 +30,7 @@ constexpr int64_t kElements = 1 << 14;  // of a block without
 Kernels kernels_for(const Tensor& like) {
   const bool is_bf16 = like.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(is_bf16 || like.scalar_type() == ScalarType::Float, "fused: expected bfloat16 or float32");
-#if defined(__x86_64__)
-  if (isa::level() == isa::avx512) return fused::kernels_avx512(is_bf16);
-  if (isa::level() == isa::avx2) return fused::kernels_avx2(is_bf16);
-#endif
-  return fused::kernels_plain(is_bf16);
+  return OF_ISA_IN_USE(fused::kernels, is_bf16);
 }
 
 // Sizes of an operator's tensors: [..., C] with `rows` rows, and vectors of C numbers.
@@ -198,8 +194,6 @@ Tensor relu_square_backward(Tensor dy, Tensor x) {
   return dx;
 }
 
-int64_t limit_isa(int64_t level) { return isa::limit_level(int(level)); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
@@ -231,4 +225,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) {
   m.impl("relu_square_backward", TORCH_BOX(&relu_square_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("fused_limit_isa", TORCH_BOX(&limit_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("fused_limit_isa", TORCH_BOX(&isa::limit_level)); }

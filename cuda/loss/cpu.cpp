@@ -242,9 +242,6 @@ Kernels kernels() {
 
 namespace loss {
 
-#define JOIN(a, b) a##b
-#define KERNELS_OF(isa) JOIN(kernels_, isa)
-
 Kernels KERNELS_OF(ISA)(bool is_bf16) { return is_bf16 ? kernels<bf16>() : kernels<float>(); }
 
 }  // namespace loss

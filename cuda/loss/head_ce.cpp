@@ -45,11 +45,7 @@ constexpr int64_t kKept = 64 << 20; // bytes of e that bf16 keeps at most
 constexpr float kOverflow = 60;     // nats
 
 Kernels kernels_for(bool is_bf16) {
-#if defined(__x86_64__)
-  if (isa::level() == isa::avx512) return loss::kernels_avx512(is_bf16);
-  if (isa::level() == isa::avx2) return loss::kernels_avx2(is_bf16);
-#endif
-  return loss::kernels_plain(is_bf16);
+  return OF_ISA_IN_USE(loss::kernels, is_bf16);
 }
 
 // Uninitialised memory on cache lines.

@@ -35,8 +35,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Tensor targe
 
 bool supported(bool is_bf16) { return loss::head_ce_supported(is_bf16); }
 
-int64_t limit_isa(int64_t level) { return isa::limit_level(int(level)); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
@@ -51,5 +49,5 @@ STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) { m.impl("head_ce", TORCH_BOX(&forward
 
 STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) {
   m.impl("head_ce_supported", TORCH_BOX(&supported));
-  m.impl("head_ce_limit_isa", TORCH_BOX(&limit_isa));
+  m.impl("head_ce_limit_isa", TORCH_BOX(&isa::limit_level));
 }

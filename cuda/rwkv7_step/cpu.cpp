@@ -184,9 +184,6 @@ void head(const Head& h) {
 
 namespace rwkv7_step {
 
-#define JOIN(a, b) a##b
-#define KERNELS_OF(isa) JOIN(kernels_, isa)
-
 Kernels KERNELS_OF(ISA)(bool is_bf16) {
   return {is_bf16 ? &multiply<bf16> : &multiply<float>, &layer_norm, &blend, is_bf16 ? &head<bf16> : &head<float>};
 }

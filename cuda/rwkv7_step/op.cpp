@@ -80,8 +80,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, std::vector<Tensor> ma
   return {logits, next_att_x, next_wkv, next_ffn_x};
 }
 
-int64_t limit_isa(int64_t level) { return isa::limit_level(int(level)); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
@@ -93,4 +91,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) { m.impl("rwkv7_step", TORCH_BOX(&step)); }
 
-STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("rwkv7_step_limit_isa", TORCH_BOX(&limit_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("rwkv7_step_limit_isa", TORCH_BOX(&isa::limit_level)); }

@@ -15,11 +15,7 @@ namespace rwkv7_step {
 namespace {
 
 Kernels kernels_for(bool is_bf16) {
-#if defined(__x86_64__)
-  if (isa::level() == isa::avx512) return kernels_avx512(is_bf16);
-  if (isa::level() == isa::avx2) return kernels_avx2(is_bf16);
-#endif
-  return kernels_plain(is_bf16);
+  return OF_ISA_IN_USE(kernels, is_bf16);
 }
 
 struct Product {  // y = matrix x

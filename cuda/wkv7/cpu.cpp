@@ -426,9 +426,6 @@ wkv7::Kernels kernels(bool is_bf16) {
 
 namespace wkv7 {
 
-#define JOIN(a, b) a##b
-#define KERNELS_OF(isa) JOIN(kernels_, isa)
-
 Kernels KERNELS_OF(ISA)(int64_t head_size, bool is_bf16) {
   switch (head_size) {
     case 16: return kernels<16>(is_bf16);

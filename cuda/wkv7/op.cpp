@@ -29,12 +29,7 @@ Kernels kernels_for(const Tensor& r) {
   const bool is_bf16 = r.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(is_bf16 || r.scalar_type() == ScalarType::Float, "wkv7: expected bfloat16 or float32");
   const int64_t N = r.size(3);
-  Kernels found{};
-#if defined(__x86_64__)
-  if (isa::level() == isa::avx512) found = wkv7::kernels_avx512(N, is_bf16);
-  if (isa::level() == isa::avx2) found = wkv7::kernels_avx2(N, is_bf16);
-#endif
-  if (isa::level() == isa::plain) found = wkv7::kernels_plain(N, is_bf16);
+  const Kernels found = OF_ISA_IN_USE(wkv7::kernels, N, is_bf16);
   STD_TORCH_CHECK(found.forward, "wkv7: head size must be 16, 32, 64 or 128, got ", N);
   return found;
 }
@@ -177,8 +172,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tens
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], d_initial};
 }
 
-int64_t limit_isa(int64_t level) { return isa::limit_level(int(level)); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
@@ -196,4 +189,4 @@ STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) {
   m.impl("wkv7_backward", TORCH_BOX(&backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("wkv7_limit_isa", TORCH_BOX(&limit_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) { m.impl("wkv7_limit_isa", TORCH_BOX(&isa::limit_level)); }

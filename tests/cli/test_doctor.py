@@ -7,10 +7,17 @@ import time
 import pytest
 import torch
 
+from rwkvlm import native
 from rwkvlm.cli import doctor, main
-from rwkvlm.ops.cross_entropy import reference
+from rwkvlm.data.tokenizer import WorldTokenizer
+from rwkvlm.ops import wkv7
+from rwkvlm.ops.adamw import reference as adamw
+from rwkvlm.ops.cross_entropy import reference as loss
+from rwkvlm.ops.fused import reference as fused
+from rwkvlm.ops.rwkv7_step import Rwkv7Step
 
-NAMES = ["python", "compiler", "gpu", "nvcc", "wkv7", "loss", "ranks", "disk", "locks"]
+KERNELS = ["wkv7", "loss", "fused", "adamw", "rwkv7_step", "tokenizer"]
+NAMES = ["python", "compiler", "gpu", "nvcc", *KERNELS, "ranks", "disk", "locks"]
 
 
 @pytest.mark.slow
@@ -21,7 +28,7 @@ def test_a_machine_that_is_well(capsys, tmp_path, monkeypatch):
     assert main(["doctor", "--proj_dir", str(tmp_path / "not" / "yet")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in NAMES]
-    assert re.search(r"deviation from the reference \de-\d\d$", lines[4]) and "2 processes over gloo add up" in lines[6]
+    assert all(re.search(r"C\+\+, largest deviation from the reference \de-\d\d$", line) for line in lines[4:9]) and "2 processes over gloo add up" in lines[10]
 
 
 def told(capsys) -> dict[str, str]:
@@ -40,8 +47,7 @@ def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(doctor, "RANK", "raise SystemExit('no route to host')")
     monkeypatch.setattr(doctor, "SPACE", 1 << 60)
-    monkeypatch.setattr(doctor, "kernel_wkv7", lambda: 1 / 0)
-    monkeypatch.setattr(doctor, "kernel_loss", lambda: "not here")
+    monkeypatch.setattr(doctor, "KERNELS", dict.fromkeys(KERNELS, lambda: "not here") | {"wkv7": lambda: 1 / 0})
     assert main(["doctor", "--proj_dir", str(tmp_path)]) == 1
     lines = told(capsys)
     assert list(lines) == NAMES
@@ -52,11 +58,35 @@ def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
     assert lines["wkv7"].endswith("division by zero") and lines["loss"].startswith("ok ")
 
 
-def test_a_kernel_that_computes_something_else_is_found(monkeypatch):
-    wrong = reference.head_cross_entropy
-    monkeypatch.setattr(reference, "head_cross_entropy", lambda *args: wrong(*args) * 1.01)
-    with pytest.raises(doctor.Sick, match="differs from the reference by 1e-02; delete .*native to build it again"):
-        doctor.kernel_loss()
+def test_every_native_kernel_is_asked():
+    assert set(doctor.KERNELS) == {source.parent.name for source in native.SOURCE_DIR.glob("*/*.cpp")}
+
+
+def a_little_more(right):
+    def wrong(*args):
+        found = right(*args)
+        return 1.01 * found if isinstance(found, torch.Tensor) else [1.01 * tensor for tensor in found]
+
+    return wrong
+
+
+WRONG = {
+    "wkv7": (wkv7, "wkv7_reference", a_little_more),
+    "loss": (loss, "head_cross_entropy", a_little_more),
+    "fused": (fused, "relu_square", a_little_more),
+    "adamw": (adamw, "gradient_norms", a_little_more),
+    "rwkv7_step": (Rwkv7Step, "__call__", a_little_more),
+    "tokenizer": (WorldTokenizer, "encode", lambda right: lambda *args: right(*args)[1:]),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_that_computes_something_else_is_found(monkeypatch, name):
+    """One side of the comparison is made wrong by one percent, or by one token."""
+    place, attribute, spoil = WRONG[name]
+    monkeypatch.setattr(place, attribute, spoil(getattr(place, attribute)))
+    with pytest.raises(doctor.Sick, match="differs from the reference.*; delete .*native to build it again"):
+        doctor.KERNELS[name]()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -82,8 +112,10 @@ def test_nvcc_on_a_machine_with_a_gpu(tmp_path, monkeypatch):
         assert doctor.nvcc().startswith(told)
 
 
-def test_why_a_kernel_runs_in_plain_pytorch():
+def test_why_a_kernel_runs_in_plain_pytorch(monkeypatch):
     same = [torch.ones(2)]
-    assert doctor._compared("wkv7", "cuda", same, same, lambda name: (True, "")).startswith("CUDA, largest deviation")
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(native, "cuda_available", lambda name: (False, f"no nvcc for {name}"))
+    assert doctor._compared("wkv7", "cuda", cuda, same, same).startswith("CUDA, largest deviation")
     with pytest.raises(doctor.Sick, match="runs in plain PyTorch, slower: no nvcc for wkv7"):
-        doctor._compared("wkv7", "torch", same, same, lambda name: (False, f"no nvcc for {name}"))
+        doctor._compared("wkv7", "torch", cuda, same, same)

@@ -269,6 +269,9 @@ def test_bad_files_are_user_errors(file, capsys):
     out = path.with_name("out.pth")
     assert main(["compress", "--model", str(path), "--out", str(out), "--report", str(path / "report.json")]) == 2
     assert "--report" in capsys.readouterr().err and out.exists()
+    assert main(["compress", "--model", str(path), "--out", str(path / "x.pth")]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot write {path / 'x.pth'}: " in said and "choose another --out" in said and "--proj_dir" not in said
     save_weights(path, load_weights(path) | {"blocks.1.att.key.weight": torch.full((64, 64), torch.nan)})
     assert main(["compress", "--model", str(path), "--out", str(path.with_name("nan.pth")), "--svd_rank_ratio", "0.5"]) == 2
     assert "blocks.1.att.key has numbers that are not finite" in capsys.readouterr().err and not path.with_name("nan.pth").exists()

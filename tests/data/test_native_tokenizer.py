@@ -12,7 +12,7 @@ from rwkvlm import native
 from rwkvlm.data import tokenizer as module
 from rwkvlm.data.tokenizer import NativeWorldTokenizer, Texts, WorldTokenizer, load_tokenizer
 
-VOCABULARY = module._vocabulary_path()
+VOCABULARY = module.vocabulary_path()
 PLAIN = WorldTokenizer(VOCABULARY)
 try:
     NATIVE = NativeWorldTokenizer(VOCABULARY)
@@ -96,8 +96,8 @@ def test_a_vocabulary_without_all_bytes_is_refused():
 
 FUZZ = """
 import json, random
-from rwkvlm.data.tokenizer import NativeWorldTokenizer, Texts, _vocabulary_path
-world, rng = NativeWorldTokenizer(_vocabulary_path()), random.Random(0)
+from rwkvlm.data.tokenizer import NativeWorldTokenizer, Texts, vocabulary_path
+world, rng = NativeWorldTokenizer(vocabulary_path()), random.Random(0)
 tokens = [world.decode_bytes([i]) for i in range(1, 65530)]
 for _ in range(1500):
     texts = []

@@ -1,5 +1,6 @@
 """make_data.py killed at any moment: the next run goes on, and its files are those of a run that nobody disturbed."""
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -10,11 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rwkvlm.cli import main as cli
-from rwkvlm.data import documents, pack, unfinished
+from rwkvlm.data import binidx, documents, pack, shuffle, unfinished
 
 ZST = importlib.util.find_spec("zstandard") is not None
 # Saves after every block, and slowly, so that kills meet all stages: (blocks read, portions written) are counted in a file.
@@ -171,6 +173,56 @@ def test_an_interrupted_run_goes_on_where_it_stopped(here, monkeypatch, capsys):
     first, limit = len(seen), 0
     assert cli(["make_data", *CALL]) == 0
     assert content() == whole and seen[first] > seen[0] and not Path("x.unfinished").exists()
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_room(monkeypatch, at):
+    """A disk that is full while tokens are written, when the room for the copies is looked at, while they are written, or at their end."""
+    if at == "reading":
+        flush, calls = shuffle.Pile.flush, []
+        monkeypatch.setattr(shuffle.Pile, "flush", lambda pile: no_space() if len(calls) == 6 else calls.append(flush(pile)))
+    elif at == "room":
+        monkeypatch.setattr(binidx.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    else:
+        monkeypatch.setattr(pack.BinIdxWriter, "seal" if at == "sealing" else "add_many", no_space)
+
+
+@pytest.mark.parametrize("at", ["reading", "room", "writing", "sealing"])
+def test_a_full_disk_loses_no_work(here, monkeypatch, capsys, at):
+    """The same command goes on with what has been saved; scratch files of the shuffle do not stay beside it."""
+    monkeypatch.setattr(documents, "BLOCK", 20_000)
+    assert cli(["make_data", *CALL]) == 0
+    whole = content()
+    for name in MADE:
+        Path(name).unlink()
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
+    read, seen = pack.read_blocks, []
+    monkeypatch.setattr(pack, "read_blocks", lambda *a: (seen.append(block) or block for block in read(*a)))
+    save = unfinished.Unfinished.save
+    monkeypatch.setattr(unfinished.Unfinished, "save", lambda work: (save(work), work._saving.result()))
+    with monkeypatch.context() as full:
+        no_room(full, at)
+        capsys.readouterr()
+        assert cli(["make_data", *CALL]) == 2
+    said = capsys.readouterr().err
+    assert ("and x has" in said or "x needs" in said) if at == "room" else "No space left on device; free some space and the same command goes on" in said
+    assert Path("x.unfinished/progress.json").exists() and not [*Path().glob("x.bin*"), *Path().glob("x.val.*")]
+    Path("x.unfinished/pile-0-3.tokens").write_bytes(b"left by a shuffle")
+    first = len(seen)
+    shuffled = pack.shuffled
+    monkeypatch.setattr(pack, "shuffled", lambda *a: [*shuffled(*a)] if not Path("x.unfinished/pile-0-3.tokens").exists() else pytest.fail("left"))
+    assert cli(["make_data", *CALL]) == 0
+    assert content() == whole and not Path("x.unfinished").exists()
+    assert len(seen) == first if at != "reading" else seen[first].line > 1 or seen[first].file != seen[0].file
+
+
+def test_what_is_wrong_with_the_input_is_not_kept(here, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK", 20_000)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
+    assert cli(["make_data", "a.jsonl", "1", "16", "--out", "x"]) == 2 and not Path("x.unfinished").exists()
 
 
 @pytest.mark.parametrize("change", ["input", "key", "damage", "cut"])

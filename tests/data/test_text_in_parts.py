@@ -15,12 +15,12 @@ from rwkvlm.cli import main as cli
 from rwkvlm.data import documents, pack, shuffle, unfinished
 from rwkvlm.data.binidx import BinIdx
 from rwkvlm.data.documents import read_blocks
-from rwkvlm.data.tokenizer import Texts, WorldTokenizer, _vocabulary_path, load_tokenizer
+from rwkvlm.data.tokenizer import Texts, WorldTokenizer, load_tokenizer, vocabulary_path
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return WorldTokenizer(_vocabulary_path())
+    return WorldTokenizer(vocabulary_path())
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rwkvlm.data import tokenizer as module
 from rwkvlm.data.tokenizer import WorldTokenizer, load_tokenizer
 
 WORLD = load_tokenizer("world")
-VOCABULARY = module._vocabulary_path()
+VOCABULARY = module.vocabulary_path()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_lone_surrogate_is_named():
 def test_missing_or_damaged_vocabulary(tmp_path, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install rwkv"):
-        module._vocabulary_path()
+        module.vocabulary_path()
     lines = VOCABULARY.read_text(encoding="utf-8").splitlines(keepends=True)
     for k, (at, line) in enumerate([(300, "garbage\n"), (300, "301 'abc' 4\n"), (300, "7 'abc' 3\n"), (300, "301 __import__('os') 3\n")]):
         path = tmp_path / f"{k}.txt"

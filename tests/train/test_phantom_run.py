@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
-from rwkvlm.config import ModelConfig, TrainConfig, UserError
+from rwkvlm.config import ModelConfig, TrainConfig, UserError, model_config
+from rwkvlm.config.phantom import MATRICES
 from rwkvlm.infer import load_engine
 from rwkvlm.models import build, init_weights
 
@@ -128,12 +129,70 @@ def test_another_phantom_is_not_mixed_into_a_run(run, phantom, tmp_path, capfd):
         assert said in capfd.readouterr().err
 
 
+def test_the_prediction_head_neither_goes_nor_comes_unsaid(run, tmp_path, capfd):
+    """It is there where something trains it: a change of that names the flag, both values and the cure; the same command always goes on."""
+    short = dict(SHORT, max_steps=1)
+    with_head, without = dict(PHANTOM, ttt_second_order=1), dict(PHANTOM, ttt_second_order=0, ttt_head=1)
+    assert run(tmp_path / "a", **with_head, **short) == 0 and run(tmp_path / "b", **without, **short) == 0
+    capfd.readouterr()
+    state = tmp_path / "a" / "state" / "step1"
+    assert run(tmp_path / "a", **PHANTOM | dict(ttt_second_order=0), **short) == 2
+    lost = "was trained with --ttt_second_order 1 and has a prediction head, which nothing would train now; leave --ttt_second_order out, or add --ttt_meta 1\n"
+    assert capfd.readouterr().err == f"error: --ttt_second_order 0, but {state} {lost}"
+    assert run(tmp_path / "c", **PHANTOM | dict(ttt_second_order=0), **SHORT, train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth") == 2
+    assert lost in capfd.readouterr().err
+    assert run(tmp_path / "a", **PHANTOM | dict(ttt_head=0), **short) == 2
+    assert f"--ttt_head 0, but {state} has 1; leave --ttt_head out" in capfd.readouterr().err
+    assert run(tmp_path / "b", **PHANTOM | dict(ttt_second_order=1, ttt_head=1), **short) == 2
+    assert "--ttt_head 1, but" in (said := capfd.readouterr().err) and " has 0; leave --ttt_head out" in said
+    for folder, flags in (("a", with_head), ("b", without), ("a", dict(PHANTOM, ttt_second_order=0, ttt_meta=1)), ("b", dict(PHANTOM, ttt_second_order=1))):
+        assert run(tmp_path / folder, **flags, **short) == 0
+    assert run(tmp_path / "a", **dict(PHANTOM, ttt_meta=0), **short) == 2
+    assert "--ttt_meta 0, but" in (said := capfd.readouterr().err) and "leave --ttt_meta out, or add --ttt_second_order 1" in said
+
+
 def test_flags_of_phantom_say_when_they_have_no_effect():
     (line,) = TrainConfig(core_ratio=0.5).flags_without_effect()
     assert line.startswith("--core_ratio 0.5 has no effect: --my_testing x070 has no Ghost layers")
     assert TrainConfig(my_testing="phantom", core_ratio=0.5).flags_without_effect() == []
     with pytest.raises(UserError, match="do not sum to 1"):
         TrainConfig(my_testing="phantom", core_ratio=0.5, ghost_ratio=0.4).phantom_settings()
+
+
+
+IDLE = [
+    (dict(ttt_enabled=0, ttt_steps=2), "--ttt_steps 2 has no effect: --ttt_enabled is 0"),
+    (dict(ttt_enabled=0, ttt_meta=1), "--ttt_meta 1 has no effect: --ttt_enabled is 0"),
+    (dict(ttt_enabled=0, memory_dim=64), "--memory_dim 64 has no effect: --ttt_enabled is 0"),
+    (dict(ttt_kind="memory", ttt_core_ratio=0.5), "--ttt_core_ratio 0.5 has no effect: --ttt_kind is memory"),
+    (dict(ttt_kind="memory", ttt_head=0), "--ttt_head 0 has no effect: --ttt_kind is memory"),
+    (dict(memory_dim=64), "--memory_dim 64 has no effect: --ttt_kind is state"),
+    (dict(ttt_anchor=0.5), "--ttt_anchor 0.5 has no effect: --ttt_steps is 1, and before the first step it pulls nowhere"),
+    (dict(ttt_loss_weight=0.5), "--ttt_loss_weight 0.5 has no effect: --ttt_meta is 0"),
+    (dict(ttt_head=1, ttt_second_order=0), "--ttt_head 1 has no effect: with --ttt_second_order 0 and without --ttt_meta 1 nothing would train it"),
+    (dict(core_ratio=1, ghost_activation="relu"), "--ghost_activation relu has no effect: there are no Ghost layers"),
+    (dict(core_ratio=0.99), "--core_ratio 0.99 has no effect: the cores would be so large that every matrix stays as it is"),
+    (dict(core_ratio=0.5, core_ratios=",".join(f"{name}=0.25" for name in MATRICES)), "--core_ratio 0.5 has no effect: --core_ratios names every matrix"),
+]
+BUSY = [
+    dict(ttt_enabled=0, ttt_steps=1, core_ratio=1), dict(ttt_kind="memory", memory_dim=64, ttt_lr=0.1), dict(ttt_steps=2, ttt_anchor=0.5, ttt_chunk=32, ttt_core_ratio=1),
+    dict(ttt_meta=1, ttt_loss_weight=0.5, ttt_second_order=0, ttt_head=0), dict(core_ratio=0.5, ghost_activation="relu", core_ratios="ffn.key=1"), dict(dropout=0.1, max_depth_iter=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, line", [*IDLE, *((flags, None) for flags in BUSY)], ids=str)
+def test_flags_of_phantom_beside_others_that_leave_them_nothing_to_do(flags, line):
+    config = TrainConfig(my_testing="phantom", **flags)
+    model = model_config("phantom", n_layer=2, n_embd=64, head_size=32, **config.phantom_settings())
+    assert config.phantom_without_effect(model) == ([line] if line else [])
+
+
+def test_a_run_says_which_flags_of_phantom_have_no_effect(run, phantom, tmp_path, capfd):
+    """Also where only the file that it begins with says so."""
+    said = "--ttt_loss_weight 0.5 has no effect: --ttt_meta is 0\n"
+    for n, flags in enumerate((dict(SHORT, **PHANTOM), dict(SHORT, **PHANTOM, train_stage=1), dict(SHORT, my_testing="phantom", train_stage=0, load_model=phantom / "rwkv-final.pth"))):
+        assert run(tmp_path / f"{n}", **flags, ttt_loss_weight=0.5, max_steps=1) == 0
+        assert capfd.readouterr().err.count(said) == 1
 
 
 @pytest.mark.slow

@@ -83,13 +83,28 @@ def test_seconds_by_hand():
 
 
 def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys):
-    assert main_with_bare_flag(run, tmp_path / "out") == 0
+    (tmp_path / "there").mkdir()
+    assert main_with_bare_flag(run, tmp_path / "there" / "not" / "yet") == 0
     out = capsys.readouterr().out
     told = {line.split()[0]: line for line in out.splitlines()}
     assert {"model", "data", "schedule", "epoch", "memory", "advice", "time"} <= set(told)
     assert "1,280 tokens in a mini-epoch, 10 steps" in told["epoch"] and "fits" in told["memory"] and "GiB (program" in told["memory"]
     assert "for 30 steps" in told["time"] and " kt/s in a probe" in told["time"]
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
+
+
+def test_the_largest_batch_that_was_tried_is_not_called_the_largest():
+    plan = SimpleNamespace(config=TrainConfig(micro_bsz=4))
+    memory = {(n, cp): SimpleNamespace(total=n * (2 - cp), head=0) for n in (1, 4, 1024) for cp in (0, 1)}
+    assert planner._advice(plan, memory, 3000) == "the largest micro_bsz is at least 1024 without grad_cp, at least 1024 with it"
+    assert planner._advice(plan, memory, 2000) == "the largest micro_bsz is about 4 without grad_cp, at least 1024 with it"
+    assert planner._advice(plan, memory, 100) == "the largest micro_bsz is about 4 without grad_cp, about 4 with it"
+
+
+def test_a_dry_run_says_where_it_could_not_write(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main_with_bare_flag(run, tmp_path / "file" / "out") == 2
+    assert f"--proj_dir {tmp_path / 'file' / 'out'} cannot be written: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [dict(core_ratio=0.5, ttt_chunk=16, ttt_head=False), dict(ttt_enabled=False), dict(ranks="att.key=8", core_ratio=1.0, ttt_enabled=False, max_depth_iter=2)], ids=str)

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,25 @@ def test_sigusr1_saves_and_goes_on(run, whole, losses, tmp_path, monkeypatch):
     assert run(tmp_path / "out", keep_last=9) == 0
     assert {"step7", "step10", "step20", "step30"} <= set(files(tmp_path / "out" / "state"))
     assert losses(tmp_path / "out") == losses(whole)
+
+
+EARLY = """
+import signal, sys
+from rwkvlm.cli import main
+from rwkvlm.train import run
+make_plan, train_dataloader = run.make_plan, run.PlannedModule.train_dataloader
+run.make_plan = lambda config: signal.raise_signal(signal.SIGUSR1) or make_plan(config)
+run.PlannedModule.train_dataloader = lambda module: signal.raise_signal(signal.SIGUSR1) or train_dataloader(module)
+code = main(sys.argv[1:])
+assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+sys.exit(code)
+"""
+
+
+def test_sigusr1_before_the_first_step_ends_nothing(run, losses, tmp_path):
+    done = subprocess.run([sys.executable, "-c", EARLY, "train", *run.argv(tmp_path / "out", max_steps=2)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert len(losses(tmp_path / "out")) == 2 and files(tmp_path / "out" / "state") == ["latest", "step2", "weights.json"]
 
 
 def test_from_weights_alone_the_warm_up_comes_again(run, whole, records, tmp_path):

@@ -26,11 +26,11 @@ UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
 INIT = -1  # the place of rwkv-init.pth among the mini-epochs
 
 
-def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], before_rename: Callable[[Path], None] | None = None) -> None:
+def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], flag: str = "--proj_dir", before_rename: Callable[[Path], None] | None = None) -> None:
     """Writes tensors as bfloat16, all or nothing: under a temporary name, flushed to disk, renamed.
 
     The temporary name does not end in .pth, so a scan for rwkv-*.pth never sees half a file. before_rename(temporary path)
-    is called when the content is safe and not yet visible. Raises UserError when the file cannot be written.
+    is called when the content is safe and not yet visible. Raises UserError when the file cannot be written; flag: that which chooses the place.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -47,7 +47,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], before_r
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {ranks.describe(error)}; free some space or choose another --proj_dir") from error
+        raise UserError(f"cannot write {path}: {ranks.describe(error)}; free some space or choose another {flag}") from error
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def compress_file(
             activity = measure.activity(model, measure.Text(data, ctx_len, samples, config.vocab_size))
     fewer = remove_units(weights, config, sparsity_ratio, activity)
     smaller, errors = factorise_matrices(fewer, read_config(fewer), svd_rank_ratio)
-    save_weights(out, smaller)
+    save_weights(out, smaller, "--out")
     model = measure.load(out)
     if data:
         losses["after"] = measure.loss(model, text)

@@ -14,6 +14,8 @@ ACTIVATIONS = ("identity", "relu")
 TTT_KINDS = ("state", "memory")
 TTT_TARGETS = ("stored", "value")
 CHUNKS = {"state": 64, "memory": 256}
+OF_STATE = ("ttt_core_ratio", "ttt_head", "ttt_target", "ttt_anchor", "ttt_loss_weight")
+OF_TTT = (*OF_STATE, "ttt_kind", "ttt_chunk", "ttt_lr", "ttt_steps", "ttt_second_order", "ttt_meta", "memory_dim")
 TRAINING_ONLY = ("ttt_second_order", "ttt_meta", "ttt_loss_weight", "dropout")
 
 
@@ -82,12 +84,11 @@ class PhantomConfig(ModelConfig):
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout} must lie in [0, 1)")
-        if self.ttt_chunk == 0:
-            object.__setattr__(self, "ttt_chunk", CHUNKS[self.ttt_kind])
+        for name in ("ttt_chunk", "memory_dim"):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, self._default(name))
         if self.ttt_chunk < 16 or self.ttt_chunk % 16:
             raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
-        if self.memory_dim == 0:
-            object.__setattr__(self, "memory_dim", -(-self.n_head // 2) * self.head_size)
         if self.memory_dim < 1 or self.memory_dim % self.head_size:
             raise UserError(f"--memory_dim {self.memory_dim} is not a multiple of --head_size {self.head_size}; change one of them")
         if self.ttt_enabled:
@@ -107,6 +108,10 @@ class PhantomConfig(ModelConfig):
             ):
                 if getattr(self, name) != value:
                     raise UserError(f"--{name} {int(getattr(self, name))} does not go with --ttt_kind memory: {why}; use --{name} {int(value)}")
+
+    def _default(self, name: str) -> object:
+        """What a setting is where none is given, 0 resolved."""
+        return {"ttt_chunk": CHUNKS[self.ttt_kind], "memory_dim": -(-self.n_head // 2) * self.head_size}.get(name, getattr(PhantomConfig, name))
 
     @property
     def steps_on_state(self) -> bool:
@@ -151,6 +156,30 @@ class PhantomConfig(ModelConfig):
     def is_plain(self) -> bool:
         """Whether this is RWKV-7: its files are plain RWKV-7 files then."""
         return not (self.has_ghosts or self.ttt_enabled or self.max_depth_iter > 1 or self.layer_norm_eps != 1e-5)
+
+    def idle(self, name: str) -> str:
+        """Why a setting changes nothing beside the others, "" where it may, or is what it would be anyway."""
+        if name == "ttt_head" and self.ttt_head and not self.has_ttt_head:
+            return "with --ttt_second_order 0 and without --ttt_meta 1 nothing would train it"
+        if getattr(self, name) == self._default(name):
+            return ""
+        if name == "ghost_activation" and not self.has_ghosts:
+            return "there are no Ghost layers"
+        if name == "core_ratio" and len(parse_ratios(self.core_ratios)) == len(MATRICES):
+            return "--core_ratios names every matrix"
+        if name == "core_ratio" and self.core_ratio < 1 and not self.has_ghosts:
+            return "the cores would be so large that every matrix stays as it is"
+        if name in OF_TTT and not self.ttt_enabled:
+            return "--ttt_enabled is 0"
+        if name in OF_STATE and self.has_memory:
+            return "--ttt_kind is memory"
+        if name == "memory_dim" and self.steps_on_state:
+            return "--ttt_kind is state"
+        if name == "ttt_anchor" and self.ttt_steps == 1:
+            return "--ttt_steps is 1, and before the first step it pulls nowhere"
+        if name == "ttt_loss_weight" and not self.ttt_meta:
+            return "--ttt_meta is 0"
+        return ""
 
     def carried(self) -> dict[str, object]:
         """What a weight file must say because the shapes of its tensors do not: everything of Phantom's own that changes what it computes."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import UserError
-from .model import MODEL_TYPES
-from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, core_ratio_of
+from .model import MODEL_TYPES, ModelConfig
+from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, PhantomConfig, core_ratio_of
 
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
 STRATEGIES = (
@@ -209,6 +209,11 @@ class TrainConfig:
                     raise UserError(f"--{name} {given[name]} is not known; use 0 or 1")
                 given[name] = bool(given[name])
         return given if ratio is None else given | {"core_ratio": ratio}
+
+    def phantom_without_effect(self, model: ModelConfig) -> list[str]:
+        """As flags_without_effect, for Phantom's flags in a Phantom: what they do is known when the model is, which a checkpoint may decide."""
+        given = self.phantom_settings() if isinstance(model, PhantomConfig) else {}
+        return [f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}" for name, value in given.items() if (reason := model.idle(name))]
 
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -122,7 +122,8 @@ def pack(
                 writer.seal()  # a full disk shows here, before either pair is renamed
             lengths = _lengths(work)
     except OSError as error:
-        raise UserError(f"cannot write {prefix}.bin: {error.strerror or error}; choose another place with --out") from None
+        goes_on = "free some space and the same command goes on, or " if prefix.with_name(prefix.name + ".unfinished").exists() else ""
+        raise UserError(f"cannot write {prefix}.bin: {error.strerror or error}; {goes_on}choose another place with --out") from None
     done = work.progress
     return Packed(
         documents=out.n_docs,

@@ -139,16 +139,16 @@ def load_tokenizer(name: str = "world") -> Tokenizer:
 def _load(name: str) -> Tokenizer:
     if name == "world":
         try:
-            return NativeWorldTokenizer(_vocabulary_path())
+            return NativeWorldTokenizer(vocabulary_path())
         except native.NativeBuildError as error:
             print(f"tokenizing in Python, at a thirtieth of the speed: {error}", file=sys.stderr, flush=True)
-            return WorldTokenizer(_vocabulary_path())
+            return WorldTokenizer(vocabulary_path())
     if name.endswith(".json"):
         return HuggingFaceTokenizer(Path(name))
     raise UserError(f"tokenizer {name!r} is not known; use world, or the path of a Hugging Face tokenizer file (.json)")
 
 
-def _vocabulary_path() -> Path:
+def vocabulary_path() -> Path:
     """The vocabulary inside the installed PyPI package `rwkv`, which is located but not imported (it compiles kernels)."""
     spec = importlib.util.find_spec("rwkv")
     for folder in (spec and spec.submodule_search_locations) or ():

@@ -1,4 +1,4 @@
-"""Work of make_data.py that can be taken up again after a kill: the tokens so far, and how far they go, in a folder beside the output.
+"""Work of make_data.py that can be taken up again after a kill or on a full disk: the tokens so far, and how far they go, in a folder beside the output.
 
 The folder is {prefix}.unfinished. Its progress.json is replaced as a whole, after the tokens that it counts are on the disk; what a
 killed run wrote behind it is cut off. It belongs to one job (inputs with size and date, tokenizer, flags): another job begins anew.
@@ -22,6 +22,7 @@ from ..config.locks import try_lock
 from .shuffle import LEAF, Documents, Pile
 
 SAVE_EVERY = 10.0  # seconds
+SAVED = "progress.json"
 LISTED = 100  # bad inputs that are remembered by name
 
 
@@ -52,8 +53,8 @@ class Progress:
 class Unfinished:
     """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in them.
 
-    Leaving the block removes the folder; a kill, or Ctrl-C if it is to be `kept` then, leaves it for the next run. UserError where another
-    process works in it.
+    Leaving the block removes the folder. A kill leaves it for the next run; and if it is to be `kept` then, Ctrl-C does, and what has been
+    saved of it stays where the disk is full, or all is tokenised and something else is wrong. UserError where another process works in it.
     """
 
     def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:
@@ -71,15 +72,15 @@ class Unfinished:
         if not try_lock(self._lock):
             self._lock.close()
             raise UserError(f"another process works in {self.folder}; wait for it, or choose another --out")
-        if not self._resume():
-            for path in set(self.folder.iterdir()) - {lock}:
-                path.unlink()
+        taken_up = {*self.pile.paths, self.folder / SAVED} if self._resume() else set()
+        for path in set(self.folder.iterdir()) - {lock} - taken_up:
+            path.unlink()
         self.pile.truncate(self.progress.documents, self.progress.tokens + self.progress.open_tokens)
         return self
 
     def _resume(self) -> bool:
         try:
-            saved = json.loads((self.folder / "progress.json").read_text())
+            saved = json.loads((self.folder / SAVED).read_text())
             progress, seen = Progress(**saved["progress"]), np.unpackbits(np.frombuffer(bytes.fromhex(saved["seen"]), np.uint8))
             sizes = [path.stat().st_size for path in self.pile.paths]
         except (OSError, ValueError, KeyError, TypeError):
@@ -145,10 +146,11 @@ class Unfinished:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, self.folder / "progress.json")
+        os.replace(new, self.folder / SAVED)
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         self._saver.shutdown()
         self._lock.close()
-        if kind is not KeyboardInterrupt or not self._kept:
+        of_use = kind is not None and (self.progress.complete or issubclass(kind, OSError)) and (self.folder / SAVED).exists()
+        if not (self._kept and (of_use or kind is KeyboardInterrupt)):
             shutil.rmtree(self.folder, ignore_errors=True)

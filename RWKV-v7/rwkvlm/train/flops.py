@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import models
-from ..config import ModelConfig
+from ..config import ModelConfig, PhantomConfig
 
 # Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets (without sparsity); the first name that the device's contains counts.
 PEAK = {
@@ -15,14 +15,36 @@ PEAK = {
 
 
 def flops_per_token(sizes: ModelConfig) -> int:
-    """Of forward and backward, nothing recomputed: 6 for each weight of a matrix product, 27 N C for each layer's state.
+    """Of forward and backward in a long text, nothing recomputed: 6 for each weight of a matrix product whenever it is used, 27 N C for each layer's state.
 
     The recurrence takes 9 N^2 a head: decay 1, and 2 each for S a, its product with b, v k and S r; the backward pass twice that.
     """
     with torch.device("meta"):
         named = dict(models.build(sizes).named_parameters())
-    weights = sum(p.numel() for name, p in named.items() if p.dim() == 2 and not name.startswith("emb.") and not name.endswith("r_k"))
-    return 6 * weights + 27 * sizes.head_size * sizes.n_embd * sizes.n_layer
+    weights = {name: p.numel() for name, p in named.items() if p.dim() == 2 and not name.startswith("emb.") and not name.endswith("r_k") and ".ttt." not in name}
+    head = weights.pop("head.weight")
+    layer = 27 * sizes.head_size * sizes.n_embd
+    passes = 1
+    if isinstance(sizes, PhantomConfig):
+        passes, layer = sizes.max_depth_iter, layer + _of_test_time_training(sizes)
+    return 6 * head + passes * (6 * sum(weights.values()) + sizes.n_layer * layer)
+
+
+def _of_test_time_training(sizes: PhantomConfig) -> int:
+    """In a layer, for each token, a step at the end of its segment taking an equal part of each; the memory's own projections are among the weights."""
+    N = sizes.head_size
+    if sizes.has_memory:  # in each head W1, W3 and W2 are read by its query, and with key and value their gradient is 6 products
+        return 3 * 18 * N * sizes.memory_dim
+    if not sizes.steps_on_state:
+        return 0
+    c, hidden = sizes.ttt_rows, sizes.ttt_rows // 4 if sizes.has_ttt_head else 0
+    read, step, head = 2 * c * N, 2 * c * N, 8 * c * hidden  # S kk, gradient^T kk, and W1, W2 each forwards and backwards
+    if sizes.ttt_second_order:
+        each = 3 * (read + step + head)
+    else:  # only the step itself has a derivative, for its size
+        each = read + 2 * step + head
+    meta = 3 * (read + head // 2) if sizes.ttt_meta else 0
+    return sizes.n_head * (sizes.ttt_steps * each + meta)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -166,15 +166,21 @@ def check_data(config: TrainConfig) -> tuple[TrainConfig, Mixture]:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """proj_dir exists afterwards and can be written to."""
+    """proj_dir can be written to, and exists afterwards; with dry_run it need not, and the folder where it would be made can be written to."""
     folder = Path(config.proj_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
+        if not config.dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = nearest(folder) / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the one above it that exists."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:

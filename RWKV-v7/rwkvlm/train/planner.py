@@ -21,7 +21,7 @@ from ..config import TrainConfig, UserError, env
 from .banner import describe
 from .logs.progress import clock
 from .memory import FULL, Memory, estimate, gigabytes, measure_activations
-from .plan import Plan
+from .plan import Plan, nearest
 from .strategy import make_strategy
 
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
@@ -79,6 +79,8 @@ def _resident() -> int:
 
 def _advice(plan: Plan, memory: dict[tuple[int, int], Memory], available: int) -> str:
     most = {cp: max((batch for batch, how in memory if how == cp and memory[batch, cp].total <= FULL * available), default=0) for cp in (0, 1)}
+    tried = max(batch for batch, _ in memory)
+    largest = "the largest micro_bsz is {} without grad_cp, {} with it".format(*(f"{'at least' if most[cp] == tried else 'about'} {most[cp]}" for cp in (0, 1)))
     now = plan.config
     head = ""
     if memory[now.micro_bsz, now.grad_cp].head > 0.3 * available and not now.head_chunk:
@@ -91,8 +93,8 @@ def _advice(plan: Plan, memory: dict[tuple[int, int], Memory], available: int) -
         rounds = math.ceil(plan.batch / (plan.launch.world_size * batch))
         return f"--micro_bsz {batch} --grad_cp {cp}{head} fits; with --accumulate_grad_batches {rounds} the batch is about the same"
     if now.grad_cp and now.micro_bsz <= most[0]:
-        return f"--grad_cp 0 fits too, and is faster{head}; the largest micro_bsz is about {most[0]} without grad_cp, {most[1]} with it"
-    return f"the largest micro_bsz is about {most[0]} without grad_cp, {most[1]} with it{head}"
+        return f"--grad_cp 0 fits too, and is faster{head}; {largest}"
+    return f"{largest}{head}"
 
 
 def _time(plan: Plan) -> str:
@@ -117,7 +119,7 @@ def expected_seconds(plan: Plan, tokens_per_s: float) -> float:
 
 def probe(plan: Plan) -> float:
     """Tokens a second, of all devices: the run itself for a few steps, in a folder of its own that is deleted."""
-    with tempfile.TemporaryDirectory(prefix=".probe-", dir=plan.proj_dir) as folder:
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest(plan.proj_dir)) as folder:
         argv = probe_flags(plan, folder)
         with open(Path(folder) / "said", "w") as said:
             process = subprocess.Popen([sys.executable, "-m", "rwkvlm", "train", *argv], stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)

@@ -30,11 +30,11 @@ from .watch import Watch
 
 def run(config: TrainConfig) -> int:
     """Returns the exit code: 0 at the last token or after max_steps, 128 + signal when stopped by one. Raises UserError."""
-    for line in config.flags_without_effect():
-        say(line)
+    tell(config.flags_without_effect())
     if config.train_stage == 1:
         return write_init(config)
     plan = make_plan(config)
+    tell(config.phantom_without_effect(plan.start.model))
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do")
         return 0
@@ -51,6 +51,11 @@ def run(config: TrainConfig) -> int:
     return train(plan, strategy)
 
 
+def tell(lines: list[str]) -> None:
+    for line in lines:
+        say(line)
+
+
 def write_init(config: TrainConfig) -> int:
     """--train_stage 1: writes rwkv-init.pth. An untrained one that is there is replaced, a run that has begun is not touched."""
     check_folder(config)
@@ -60,6 +65,7 @@ def write_init(config: TrainConfig) -> int:
         data.check_token_range(model_sizes(config).vocab_size)
         save_tokenizer(config, data)
     sizes = model_sizes(config)
+    tell(config.phantom_without_effect(sizes))
     if env.first_process():
         weights = initial_weights(config, sizes)
         publish_weights(config.proj_dir, INIT_NAME, weights)

@@ -151,13 +151,33 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
         if given and given != there and not (deeper and name == "n_layer"):
-            raise UserError(f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint")
-    own = config.phantom_settings() if isinstance(found, PhantomConfig) else {}
-    for name, given in own.items():
-        if name not in TRAINING_ONLY and given != (there := getattr(found, name)):
-            raise UserError(f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint")
-    found = found.with_(**{name: given for name, given in own.items() if name in TRAINING_ONLY})
+            raise UserError(_differs(name, given, there, path))
+    if isinstance(found, PhantomConfig):
+        found = _phantom_agrees(config.phantom_settings(), found, path)
     return _flags_fit(config, found.with_(n_layer=config.n_layer) if deeper else found)
+
+
+def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) -> PhantomConfig:
+    """What is trained on: what is there, and how it is trained as the flags say. Of the prediction head counts whether it is there."""
+    for name, value in given.items():
+        if name not in (*TRAINING_ONLY, "ttt_head") and value != getattr(found, name):
+            raise UserError(_differs(name, value, getattr(found, name), path))
+    there = found.has_ttt_head
+    changed = found.with_(**{"ttt_head": there} | {name: value for name, value in given.items() if name in (*TRAINING_ONLY, "ttt_head")})
+    if found.steps_on_state and changed.has_ttt_head != there:
+        if changed.ttt_head != there:
+            raise UserError(_differs("ttt_head", changed.ttt_head, there, path))
+        name = next(name for name in ("ttt_second_order", "ttt_meta") if getattr(changed, name) != getattr(found, name))
+        raise UserError(
+            f"--{name} 0, but {path} was trained with --{name} 1 and has a prediction head, which nothing would train now; "
+            f"leave --{name} out, or add {'--ttt_meta 1' if name == 'ttt_second_order' else '--ttt_second_order 1'}"
+        )
+    return changed
+
+
+def _differs(name: str, given: object, there: object, path: Path) -> str:
+    given, there = (int(value) if isinstance(value, bool) else value for value in (given, there))
+    return f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint"
 
 
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backend
 from . import native, plain
 
-__all__ = ["adamw_", "gradient_norms"]
+__all__ = ["adamw_", "backend_for", "gradient_norms"]
 
 
 def adamw_(
@@ -36,7 +36,12 @@ def gradient_norms(grads: list[Tensor]) -> Tensor:
     return _form(grads[0].device).gradient_norms(grads)
 
 
-def _form(device: torch.device):
+def backend_for(device: torch.device) -> str:
+    """Who computes it here: "cpu", or "torch" (its own fused step); builds what is missing. UserError for a kernel asked for that cannot run."""
     if device.type != "cpu":
-        return plain  # torch's own fused step
-    return native if backend.choose("adamw", backend.requested(), device, {"cpu": native.why_not, "torch": lambda: ""}) == "cpu" else plain
+        return "torch"
+    return backend.choose("adamw", backend.requested(), device, {"cpu": native.why_not, "torch": lambda: ""})
+
+
+def _form(device: torch.device):
+    return native if backend_for(device) == "cpu" else plain

@@ -12,7 +12,7 @@ import torch
 from .. import backend
 from . import chunked, cuda, native
 
-__all__ = ["head_cross_entropy"]
+__all__ = ["backend_for", "head_cross_entropy"]
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -58,10 +58,15 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def _form(device: torch.device, dtype: torch.dtype, n_embd: int):
+    return {"cuda": cuda, "cpu": native, "torch": chunked}[backend_for(device, dtype, n_embd)]
+
+
+def backend_for(device: torch.device, dtype: torch.dtype, n_embd: int) -> str:
+    """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     if device.type not in ("cpu", "cuda"):
-        return chunked
+        return "torch"
     supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype, n_embd), "torch": lambda: ""}
-    return {"cuda": cuda, "cpu": native, "torch": chunked}[backend.choose("head_cross_entropy", backend.requested(), device, supported)]
+    return backend.choose("head_cross_entropy", backend.requested(), device, supported)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import backend
 from . import cuda, native, reference
 
-__all__ = ["relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
+__all__ = ["backend_for", "relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
 
 
 def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tensor]:
@@ -62,10 +62,11 @@ def _form(*inputs: Tensor):
     if x.device.type not in ("cpu", "cuda"):
         return reference
     # native: the operators of cuda/fused, which have a form for either device
-    return reference if _backend(x.device, tuple({t.dtype for t in inputs}), x.shape[-1]) == "torch" else native
+    return reference if backend_for(x.device, tuple({t.dtype for t in inputs}), x.shape[-1]) == "torch" else native
 
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
-def _backend(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
+def backend_for(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
+    """Who computes them here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     supported = {"cuda": lambda: cuda.why_not(dtypes, width), "cpu": lambda: native.why_not(dtypes, width), "torch": lambda: ""}
     return backend.choose("elementwise parts", backend.requested(), device, supported)
