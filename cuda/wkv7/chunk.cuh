@@ -68,10 +68,10 @@ template <int C> __device__ __forceinline__ Place place_in_slot(const Sequences&
 template <int C, int N, int warps> struct Columns {
     static_assert(N <= 64 && C % warps == 0, "one lane has two channels");
     static constexpr int rows = C / warps;
-    int warp;
+    int warp, lane = forget(lane_index());
 
-    __device__ bool active() const { return lane_index() * 2 < N; }
-    __device__ int column() const { return lane_index() * 2; }
+    __device__ bool active() const { return lane * 2 < N; }
+    __device__ int column() const { return lane * 2; }
     __device__ int row() const { return warp * rows; }
 
     // Two channels of a token as they lie in memory, zeros behind the last token.

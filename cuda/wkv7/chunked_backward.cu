@@ -125,8 +125,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     copy_blocks(X, saved + SavedChunk<C, N>::X);
     copy_commit();
     const int warp = uniform(warp_index()), block = warp % (C / 16), row0 = block * 16;
-    const Columns<C, N, C / 8> channels{warp};
-    channels.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
+    Columns<C, N, C / 8>{warp}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
     copy_wait<0>();
     __syncthreads();
 
@@ -198,11 +197,9 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     clear(d_write);
     load_left<false>(rows, choose(U, V), row0, all);
     multiply_rows(d_write, rows, G);
-    column_sums(d_write, choose(Bt, Kt), row0, sums + warp * N * 4);
-    __syncwarp();  // or else ptxas fetches ahead until it spills
-    multiply_triangle<false>(d_write, rows, Z, 1, At, block);
-    multiply_triangle<false>(d_write, rows, Y, 0, Rt, block);
+    column_sums(d_write, choose(Bt, Kt), forget(row0), sums + warp * N * 4);
     __syncwarp();
+    const Columns<C, N, C / 8> channels{warp};
     if (channels.active()) {  // and so does that of S decaying through the whole chunk
         float2& sum = shared<float2>(sums + (warp * N + channels.column()) * 4);
         for (int i = warp; i < N; i += C / 8) {
@@ -210,6 +207,12 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
         }
     }
+    __syncthreads();  // S and G are dead: sums that do not fit into the registers beside the triangles wait in their place
+    constexpr int waiting = 2 * State::bytes / (C * 4 * 16);
+    put_aside<waiting>(d_read, S.base);
+    multiply_triangle<false>(d_write, rows, Z, 1, At, block);
+    multiply_triangle<false>(d_write, rows, Y, 0, Rt, block);
+    take_back<waiting>(d_read, S.base);
     copy_wait<0>();
     __syncthreads();
 
@@ -232,7 +235,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     }
     __syncthreads();
     const Token read = choose(At, Rt), written = choose(Bt, Kt);  // each element gives way to its gradient
-    for_pairs(d_read, row0, [&](int row, int column, float x, float y) {
+    for_pairs(d_read, forget(row0), [&](int row, int column, float x, float y) {
         const int used = row - for_a;  // a_t meets the decays before its token, r_t that of its token as well
         const float2 s = used < 0 ? make_float2(0.f, 0.f) : g.at(used, column), tile = read.get(row, column);
         // What a_0 earns is in the share of the chunk before; the last token's place is free for a zero.
@@ -240,7 +243,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         read.put(row, column, x * exp2_fast(s.x), y * exp2_fast(s.y));
     });
     __syncthreads();
-    for_pairs(d_write, row0, [&](int row, int column, float x, float y) {
+    for_pairs(d_write, forget(row0), [&](int row, int column, float x, float y) {
         const float2 s = g.at(row, column), tile = written.get(row, column);
         float2& sum = mine.at(row, column);
         sum = make_float2(sum.x - tile.x * x, sum.y - tile.y * y);

@@ -2,6 +2,7 @@
 // none of them, the kernels end in a trap: such a card runs sequential.cu.
 #pragma once
 
+#include "../common/pack.cuh"
 #include "device.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -15,24 +16,6 @@ template <class T> __device__ __forceinline__ T& shared(int offset) { return *re
 #ifdef __CUDACC__
 __device__ __forceinline__ uint32_t shared_address(int offset) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + offset; }
 #endif
-
-// Two floats as bf16 in one register, the first in the low half.
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-#ifdef __CUDACC__
-    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&x);
-#else
-    return __float2bfloat16_rn(low).bits | uint32_t(__float2bfloat16_rn(high).bits) << 16;
-#endif
-}
-
-__device__ __forceinline__ float2 unpack(uint32_t x) {
-#ifdef __CUDACC__
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-#else
-    return make_float2(emulation::bf16_low(x), emulation::bf16_high(x));
-#endif
-}
 
 // 2^x: error 2 ulp, and that of the argument.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -12,6 +12,15 @@ __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 // A value on which all 32 lanes agree, in a form that lets the compiler know. Every lane must come here.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+// x, of which the compiler knows nothing any more: addresses made from it are computed anew. Otherwise ptxas keeps those of an earlier phase of a
+// kernel in registers that the phases between need, and spills.
+__device__ __forceinline__ int forget(int x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // A bf16 matrix in shared memory, row by row. The 16 byte pieces of a row are permuted by the row, so that neither the eight rows that one
 // ldmatrix reads, nor a row, nor a fragment of sums that a warp writes, ever meet twice in a bank; nothing is lost to padding.
 template <int rows_, int columns_> struct Tile {
@@ -58,7 +67,7 @@ template <int J, class T> __device__ __forceinline__ void store(float (&d)[J][4]
 
 // Rows row0.. of a tile as a left factor, or (transposed) its columns row0.. as rows.
 template <bool transposed, int K, class T> __device__ __forceinline__ void load_left(uint32_t (&a)[K][4], const T& tile, int row0, Blocks inner) {
-    const int lane = lane_index();
+    const int lane = forget(lane_index());
 #pragma unroll
     for (int k = 0; k < K; ++k)
         if (inner.begin <= k && k < inner.end) {
@@ -67,6 +76,19 @@ template <bool transposed, int K, class T> __device__ __forceinline__ void load_
             else
                 ldmatrix<false>(a[k], tile.at(row0 + lane % 16, k * 16 + lane / 16 * 8));
         }
+}
+
+// The first `count` tiles of sums into shared memory and back, each thread its own: 16 * count bytes for each thread of the block.
+template <int count, int J> __device__ __forceinline__ void put_aside(const float (&d)[J][4], int place) {
+#pragma unroll
+    for (int j = 0; j < count; ++j) shared<float4>(place + (j * blockDim.x + threadIdx.x) * 16) = make_float4(d[j][0], d[j][1], d[j][2], d[j][3]);
+}
+template <int count, int J> __device__ __forceinline__ void take_back(float (&d)[J][4], int place) {
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+        const float4 x = shared<float4>(place + (j * blockDim.x + threadIdx.x) * 16);
+        d[j][0] = x.x, d[j][1] = x.y, d[j][2] = x.z, d[j][3] = x.w;
+    }
 }
 
 // Sums rounded to bf16 as a left factor: they stay in their registers.
@@ -82,8 +104,7 @@ template <int K> __device__ __forceinline__ void as_left(uint32_t (&a)[K][4], co
 // `column0` of B, column 0 of a is row `inner0` of B.
 template <bool transposed, int J, int K, class T>
 __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
-                                         int inner0 = 0) {
-    const int lane = lane_index();
+                                         int inner0 = 0, int lane = lane_index()) {
 #pragma unroll
     for (int k = 0; k < K; ++k)
         if (inner.begin <= k && k < inner.end) {
@@ -120,9 +141,10 @@ template <bool lower> __device__ __forceinline__ void keep_triangle(float (&d)[2
 
 // One 16 x 16 block of a B^T, rows `row` and columns `column` (in blocks) of a triangular C x C matrix; a holds the 16 rows.
 template <bool lower, int K, class T>
-__device__ __forceinline__ void triangle_block(float (&d)[2][4], const uint32_t (&a)[K][4], const T& B, int row, int column, int distance) {
+__device__ __forceinline__ void triangle_block(float (&d)[2][4], const uint32_t (&a)[K][4], const T& B, int row, int column, int distance,
+                                               int lane = lane_index()) {
     clear(d);
-    multiply<true>(d, a, B, {0, K}, {0, 1}, column * 16);
+    multiply<true>(d, a, B, {0, K}, {0, 1}, column * 16, 0, lane);
     keep_triangle<lower>(d, row * 16, column * 16, distance);
 }
 
@@ -130,13 +152,14 @@ __device__ __forceinline__ void triangle_block(float (&d)[2][4], const uint32_t 
 template <bool lower, int J, int K, class T>
 __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const uint32_t (&a)[K][4], const T& B, int distance, const T& D, int row, int column0 = 0) {
     constexpr int n = T::rows / 16;
+    const int lane = forget(lane_index());
 #pragma unroll 1
     for (int i = lower ? 0 : row; i < (lower ? row + 1 : n); ++i) {
         float t[2][4];
         uint32_t left[1][4];
-        triangle_block<lower>(t, a, B, row, i, distance);
+        triangle_block<lower>(t, a, B, row, i, distance, lane);
         as_left(left, t);
-        multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16);
+        multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
     }
 }
 
