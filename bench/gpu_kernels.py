@@ -1,6 +1,7 @@
 """Kernels on a GPU: checked against float64, then timed. bench/gpu.sh calls it; the last line of its output is JSON.
 
-    python bench/gpu_kernels.py wkv7 [--peer NAME=PATH] [--shape 8x4096x64x64]     forward, and forward + backward; B x T x H x N in bf16
+    python bench/gpu_kernels.py wkv7 [--peer NAME=PATH] [--shape 8x4096x64x64]     forward, and forward + backward; B x T x H x N in bf16;
+                                                                                   where the scans run in segments, without them too
     python bench/gpu_kernels.py token_mix [--shape 16x512x12x64]                   and the other elementwise operators: ours, plain PyTorch, torch.compile
     python bench/gpu_kernels.py loss [--shape 16x512x12x64] [--vocabulary 65536]   the head with its loss: ours, plain PyTorch in chunks
     python bench/gpu_kernels.py once                                               every kernel once on small shapes, for compute-sanitizer
@@ -13,11 +14,12 @@ the C++ kernels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from gpu_peers import Peer, load
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from rwkvlm.ops import backend, fused
 from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy
 from rwkvlm.ops.fused import reference
+from rwkvlm.ops.wkv7 import cuda as wkv7_kernels
 from rwkvlm.ops.wkv7 import wkv7, wkv7_chunked
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}  # relative rms of an output or a gradient
@@ -90,6 +93,16 @@ def copy_gb_s(options: argparse.Namespace) -> float:
     return round(8 * source.numel() / ms / 1e6, 1)
 
 
+@contextlib.contextmanager
+def in_segments(chunks: int) -> Iterator[None]:
+    """Meanwhile the chunked CUDA scans run in segments of so many chunks, whatever the rule says; 0: not in segments."""
+    rule, wkv7_kernels.segment_chunks = wkv7_kernels.segment_chunks, lambda *shape: chunks
+    try:
+        yield
+    finally:
+        wkv7_kernels.segment_chunks = rule
+
+
 def recurrence_inputs(B: int, T: int, H: int, N: int, dtype: torch.dtype, device: str, kind: str = "usual", seed: int = 0) -> list[Tensor]:
     """r, w, k, v, a, b as a trained model makes them, and the gradient of y."""
     g = torch.Generator(device).manual_seed(seed)
@@ -139,21 +152,32 @@ def measure_recurrence(options: argparse.Namespace) -> dict:
     sets = [recurrence_inputs(B, T, H, N, options.dtype, options.device, seed=s) for s in range(sets_of(7 * B * T * H * N * 2, options))]
     part = [x[-1:, :, :2].contiguous() for x in sets[0]]  # of the full shape, the last row's first two heads
     *whole, dy = sets[0]
-    errors = {n: rms(g[-1:, :, :2], w) for n, g, w in zip(NAMES, both(wkv7, whole, dy), expected(part[:-1], part[-1]))}
-    row["errors"]["ours, full shape"] = demand(errors, LIMITS[options.dtype], "wkv7 at the full shape")
+    want = expected(part[:-1], part[-1])
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if options.device == "cuda" else 0
+    segment = wkv7_kernels.segment_chunks(B, T, H, multiprocessors)
+    row["segment_chunks"] = segment
+    scans = {"ours": segment, "ours, not in segments": 0} if segment else {"ours": 0}
+    for form, chunks in scans.items():
+        with in_segments(chunks):
+            errors = {n: rms(g[-1:, :, :2], w) for n, g, w in zip(NAMES, both(wkv7, whole, dy), want)}
+        row["errors"][f"{form}, full shape"] = demand(errors, LIMITS[options.dtype], f"{form} at the full shape")
 
     leaves = [[x.detach().requires_grad_() for x in s[:-1]] for s in sets]
     works: dict[str, Work] = {}
 
-    def add(form: str, call: Callable, inputs: list[list[Tensor]]) -> None:
+    def add(form: str, call: Callable, inputs: list[list[Tensor]], chunks: int = 0) -> None:
         def forward(i: int) -> None:
-            with torch.no_grad():
+            with torch.no_grad(), in_segments(chunks):
                 call(*inputs[i])
 
-        works[f"{form}, forward"] = forward
-        works[form] = lambda i: torch.autograd.grad(call(*inputs[i]), inputs[i], sets[i][-1])
+        def step(i: int) -> None:
+            with in_segments(chunks):
+                torch.autograd.grad(call(*inputs[i]), inputs[i], sets[i][-1])
 
-    add("ours", wkv7, leaves)
+        works[f"{form}, forward"], works[form] = forward, step
+
+    for form, chunks in scans.items():
+        add(form, wkv7, leaves, chunks)
     if peer:
         add(name, peer.call, [[x.detach().requires_grad_() for x in peer.prepare(*s[:-1])] for s in sets])
     row["times"] = timed(works, len(sets), options)
@@ -283,8 +307,10 @@ def once(options: argparse.Namespace) -> dict:
             options.sizes = sizes
             *inputs, dy = recurrence_inputs(*sizes, dtype, options.device)
             want = expected([x.cpu() for x in inputs], dy.cpu())  # on the CPU, so that no matrix product of others is looked at
-            errors = {n: rms(g.cpu(), w) for n, g, w in zip(NAMES, both(wkv7, inputs, dy), want) if w.norm() > 1e-12}
-            found[f"wkv7 {sizes} {dtype}"] = demand(errors, LIMITS[dtype], "wkv7")
+            for chunks in (0, 1):  # to a segment; of the shapes only one has more than one chunk
+                with in_segments(chunks):
+                    errors = {n: rms(g.cpu(), w) for n, g, w in zip(NAMES, both(wkv7, inputs, dy), want) if w.norm() > 1e-12}
+                found[f"wkv7 {sizes} {dtype} {chunks}"] = demand(errors, LIMITS[dtype], "wkv7")
             for name in PASSES:
                 found[f"{name} {sizes} {dtype}"] = check_elementwise(name, options)
         for V in (7, 5001):

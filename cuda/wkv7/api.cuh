@@ -17,6 +17,7 @@ struct Wkv7Shape {
     int32_t B, T, H, N;
     int32_t documents;          // 0 when cu_seqlens is null
     const int32_t* cu_seqlens;  // may be null
+    int32_t segment_chunks;     // of the chunked scans; 0: they are not cut into segments
 };
 
 struct Wkv7Inputs {
@@ -41,6 +42,7 @@ int wkv7_sequential_backward(const Wkv7Shape* shape, int dtype, const Wkv7Inputs
 
 // Chunks of 64 tokens on the tensor cores of compute capability 8.0 and above: bf16, N in {16, 32, 64}, any T; the state is carried in fp32.
 // saved: wkv7_chunked_saved_bytes, written and read by the forward (so never null), then read by the backward. The scratches are free after the call.
+// With segment_chunks the scans run in segments of so many chunks (segments.cuh), for the same results within rounding; each call may choose anew.
 int64_t wkv7_chunked_saved_bytes(const Wkv7Shape* shape);
 int64_t wkv7_chunked_forward_scratch_bytes(const Wkv7Shape* shape);
 int64_t wkv7_chunked_backward_scratch_bytes(const Wkv7Shape* shape);

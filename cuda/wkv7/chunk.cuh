@@ -45,8 +45,8 @@ struct Place {
 };
 
 // The chunk of sequence s that begins at its token t0.
-template <int C> __device__ __forceinline__ Place place_of(const Sequences& q, int N, int s, int t0, int head) {
-    return {int64_t(q.first_slot<C>(s) + t0 / C) * q.H + head, (int64_t(q.start(s) + t0) * q.H + head) * N, min(C, q.length(s) - t0), q.H * N};
+template <int C, class Q> __device__ __forceinline__ Place place_of(const Q& q, int N, int s, int t0, int head) {
+    return {int64_t(q.template first_slot<C>(s) + t0 / C) * q.H + head, (int64_t(q.start(s) + t0) * q.H + head) * N, min(C, q.length(s) - t0), q.H * N};
 }
 
 // The chunk in `slot`, found by bisection among packed documents; tokens < 1: the slot is empty.

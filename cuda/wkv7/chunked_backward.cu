@@ -1,9 +1,10 @@
 // WKV7 backward in chunks of 64 tokens on the tensor cores. Two kernels:
 //   gradient_scan     from the last chunk to the first: the gradient of the state, G <- G F^T + dY^T E, in fp32 registers; leaves for each chunk
-//                     the gradient of its leaving state, scaled by the chunk's decay. Value rows do not meet: each warp carries 16 of them.
+//                     the gradient of its leaving state, scaled by the chunk's decay. Value rows do not meet: each warp carries 16 of them. In segments it
+//                     is the first and the last of the passes of segments.cuh.
 //   chunk_gradients   all chunks at once: the six gradients, from the entering state (saved by the forward) and the leaving gradient.
 // No state is ever recomputed backwards, nothing is divided by a decay. RWKV-v7/docs/wkv7_chunked.md derives the formulas.
-#include "chunk.cuh"
+#include "segments.cuh"
 
 namespace wkv7 {
 namespace {
@@ -18,9 +19,9 @@ template <int C, int N> struct ScanShared {
     static constexpr size_t size = scan_stages * stage;
 };
 
-// blockIdx: sequence, head, and the part of the value rows where a block has fewer than N / 16 warps.
+// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps.
 template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
-__global__ void gradient_scan(Sequences q, const bf16* __restrict__ saved, const bf16* __restrict__ dy, const float* __restrict__ d_final_state,
+__global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ dy, const float* __restrict__ d_final_state,
                               bf16* __restrict__ scratch, float* __restrict__ d_initial_state) {
     using Token = Tile<C, N>;
     using State = Tile<N, N>;
@@ -287,9 +288,21 @@ int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, co
              void* scratch, void* stream) {
     constexpr int C = chunk_tokens;
     const Sequences q = sequences_of(shape);
-    const int parts = int64_t(q.count) * q.H < small_batch ? N / 16 : 1;
-    const int error = launch(gradient_scan<C, N>, dim3(q.count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, q, (const bf16*)saved, (const bf16*)dy,
-                             d_final_state, (bf16*)scratch, out.d_initial_state);
+    const Segments segments = segments_of(shape);
+    const int count = segments.count * segments.each, parts = int64_t(count) * q.H < small_batch ? N / 16 : 1;
+    const auto scan = [&](const float* last, float* first) {
+        return launch(gradient_scan<C, N>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, (const bf16*)saved, (const bf16*)dy,
+                      last, (bf16*)scratch, first);
+    };
+    int error;
+    if (segments.each > 1) {
+        const SegmentMatrices m(segments, N, (char*)scratch + records_bytes<BackwardScratch>(shape));
+        error = scan(nullptr, m.states);
+        if (!error) error = enter_segments<C, N>(segments, (const bf16*)saved, nullptr, m, d_final_state, out.d_initial_state, true, stream);
+        if (!error) error = scan(m.states, nullptr);
+    } else {
+        error = scan(d_final_state, out.d_initial_state);
+    }
     if (error) return error;
     return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4, GradientsShared<C, N>::size, stream, q, ChunkInputs(in), (const bf16*)saved,
                   (const bf16*)dy, (const bf16*)scratch, ChunkGradients(out));
@@ -298,7 +311,9 @@ int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, co
 }  // namespace
 }  // namespace wkv7
 
-extern "C" int64_t wkv7_chunked_backward_scratch_bytes(const Wkv7Shape* shape) { return wkv7::records_bytes<wkv7::BackwardScratch>(*shape); }
+extern "C" int64_t wkv7_chunked_backward_scratch_bytes(const Wkv7Shape* shape) {
+    return wkv7::records_bytes<wkv7::BackwardScratch>(*shape) + wkv7::SegmentMatrices::bytes(*shape);
+}
 
 extern "C" int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const void* saved, const void* dy, const float* d_final_state,
                                      const Wkv7Gradients* out, void* scratch, void* stream) {

@@ -1,9 +1,10 @@
 // WKV7 forward in chunks of 64 tokens on the tensor cores. Two kernels:
 //   chunk_maps   all chunks at once: F and H, which carry the state through the chunk (S <- S F + H), E and O, which give its output
 //                (Y = E S^T + O), and X = (I - L)^-1 for the backward;
-//   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of them.
+//   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of them. In segments it is
+//                the last of the passes of segments.cuh.
 // RWKV-v7/docs/wkv7_chunked.md derives the formulas.
-#include "chunk.cuh"
+#include "segments.cuh"
 
 namespace wkv7 {
 namespace {
@@ -188,9 +189,9 @@ template <int C, int N> struct ScanShared {
     static constexpr size_t size = scan_stages * stage;
 };
 
-// blockIdx: sequence, head, and the part of the value rows where a block has fewer than N / 16 warps.
+// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps.
 template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
-__global__ void chunk_scan(Sequences q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch, bf16* __restrict__ y,
+__global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch, bf16* __restrict__ y,
                            float* __restrict__ final_state) {
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16, lane = lane_index();
     using Token = Tile<C, N>;
@@ -292,8 +293,16 @@ template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void*
     const Sequences q = sequences_of(shape);
     const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4, MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved, (bf16*)scratch);
     if (error) return error;
-    const int parts = int64_t(q.count) * q.H < small_batch ? N / 16 : 1;
-    return launch(chunk_scan<C, N>, dim3(q.count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, q, in.initial_state, (bf16*)saved,
+    const Segments segments = segments_of(shape);
+    const float* entering = in.initial_state;
+    if (segments.each > 1) {
+        const SegmentMatrices m(segments, N, (char*)scratch + records_bytes<ForwardScratch>(shape));
+        const int error = enter_segments<C, N>(segments, (const bf16*)saved, (const bf16*)scratch, m, in.initial_state, final_state, false, stream);
+        if (error) return error;
+        entering = m.states, final_state = nullptr;
+    }
+    const int count = segments.count * segments.each, parts = int64_t(count) * q.H < small_batch ? N / 16 : 1;
+    return launch(chunk_scan<C, N>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, entering, (bf16*)saved,
                   (const bf16*)scratch, (bf16*)y, final_state);
 }
 
@@ -302,7 +311,9 @@ template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void*
 
 extern "C" int64_t wkv7_chunked_saved_bytes(const Wkv7Shape* shape) { return wkv7::records_bytes<wkv7::SavedChunk>(*shape); }
 
-extern "C" int64_t wkv7_chunked_forward_scratch_bytes(const Wkv7Shape* shape) { return wkv7::records_bytes<wkv7::ForwardScratch>(*shape); }
+extern "C" int64_t wkv7_chunked_forward_scratch_bytes(const Wkv7Shape* shape) {
+    return wkv7::records_bytes<wkv7::ForwardScratch>(*shape) + wkv7::SegmentMatrices::bytes(*shape);
+}
 
 extern "C" int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
     switch (wkv7::valid(*shape) ? shape->N : 0) {

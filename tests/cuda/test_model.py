@@ -52,7 +52,7 @@ def test_loss_and_gradients(where, dtype, request, monkeypatch):
             assert fused_native.why_not((dtype,), 64) == ""  # defines the operators
             patch = stack.enter_context(monkeypatch.context())
             patch.setattr(recurrence, "backend_for", lambda device, dtype: "cuda")
-            patch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(wkv7_kernels.library, (9, 0), lambda: contextlib.nullcontext(None)))
+            patch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(wkv7_kernels.library, (9, 0), 132, lambda: contextlib.nullcontext(None)))
             patch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
             registration = stack.enter_context(torch.library._scoped_library("rwkvlm", "IMPL"))
             fused_cuda.register(registration, others, "CPU")

@@ -33,7 +33,7 @@ def device(request, monkeypatch):
     else:
         kernels: Kernels = request.getfixturevalue("kernels")
         kernels.library.emulation_reverse(0)
-        monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(kernels.library, (9, 0), lambda: contextlib.nullcontext(None)))
+        monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(kernels.library, (9, 0), 132, lambda: contextlib.nullcontext(None)))
         yield torch.device("cpu")
     torch.use_deterministic_algorithms(False)
 
@@ -69,6 +69,17 @@ def test_outputs_and_gradients_are_those_of_float64(device, options):
     worst = errors(run(case, device), case.expected())
     limit = LIMITS[options.get("dtype", BF16)]
     assert max(worst.values()) < limit, worst
+
+
+def test_scans_in_segments(device, monkeypatch):
+    case = make_case(T=200, H=1)
+    plain = run(case, device)
+    asked = []
+    monkeypatch.setattr(cuda, "segment_chunks", lambda *shape: asked.append(shape) or 1)
+    cut = run(case, device)
+    assert len(asked) == 2 and asked[0][:3] == (1, 200, 1) and asked[0][3] > 0
+    worst = errors(cut, case.expected())
+    assert max(worst.values()) < LIMITS[BF16] and not torch.equal(cut["final_state"], plain["final_state"]), worst
 
 
 def test_repeated_runs_give_the_same_bits(device):

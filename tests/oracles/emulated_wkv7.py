@@ -34,6 +34,7 @@ class Case:
     initial_state: Tensor | None = None
     d_final_state: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    segment_chunks: int = 0  # of the chunked kernels' scans
 
     def expected(self) -> dict[str, Tensor]:
         inputs = [x.double().requires_grad_() for x in self.inputs]
@@ -62,12 +63,16 @@ def make_case(
     documents: list[int] | None = None,
     kind: str = "normal",
     seed: int = 0,
+    segment_chunks: int = 0,
 ) -> Case:
-    """kind: normal | clamp (the fastest decay, w = +8) | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay)."""
+    """kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay, w = +8)
+    | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay)."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     r, w, k, v, keys, rate = (normal(B, T, H, N) for _ in range(6))
     w, rate = 2 * w - 2, torch.sigmoid(rate)
+    if kind == "slow":
+        w, rate = w - 6, rate / 20
     if kind == "clamp":
         w = torch.full_like(w, 8.0)
     if kind == "repeated":
@@ -80,7 +85,7 @@ def make_case(
     bounds = None if documents is None else torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
     sequences = B if bounds is None else len(bounds) - 1
     state = (lambda: (normal(sequences, H, N, N)).float()) if states else (lambda: None)
-    return Case(inputs, normal(B, T, H, N).to(dtype), state(), state(), bounds)
+    return Case(inputs, normal(B, T, H, N).to(dtype), state(), state(), bounds, segment_chunks)
 
 
 class Kernels:
@@ -99,7 +104,7 @@ class Kernels:
         r = case.inputs[0]
         B, T, H, N = r.shape
         documents = 0 if case.cu_seqlens is None else len(case.cu_seqlens) - 1
-        shape = Shape(B, T, H, N, documents, case.cu_seqlens.data_ptr() if documents else None)
+        shape = Shape(B, T, H, N, documents, case.cu_seqlens.data_ptr() if documents else None, case.segment_chunks)
         buffers: list[Tensor] = []
 
         def poisoned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -163,7 +168,7 @@ def separate(case: Case) -> Iterator[tuple[Case, slice]]:
     for i, (start, end) in enumerate(zip(bounds, bounds[1:])):
         tokens = slice(start, end)
         pieces = [x[:, tokens].contiguous() for x in (*case.inputs, case.dy)]
-        yield Case(pieces[:-1], pieces[-1], case.initial_state[i : i + 1], case.d_final_state[i : i + 1]), tokens
+        yield Case(pieces[:-1], pieces[-1], case.initial_state[i : i + 1], case.d_final_state[i : i + 1], None, case.segment_chunks), tokens
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

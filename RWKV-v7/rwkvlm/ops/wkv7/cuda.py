@@ -17,12 +17,13 @@ from .arguments import NAMES, sequence_bounds
 CHUNK = {"chunked": 64, "sequential": 16}  # tokens from one saved record to the next
 CHUNKED_SIZES = (16, 32, 64)
 TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
+FEW_PAIRS, MANY_CHUNKS = 64, 64  # of (sequence, head), and in a sequence: where the chunked scans run in segments
 
 
 class Shape(ctypes.Structure):
     """Wkv7Shape of cuda/wkv7/api.cuh."""
 
-    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [("cu_seqlens", ctypes.c_void_p)]
+    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [("cu_seqlens", ctypes.c_void_p), ("segment_chunks", ctypes.c_int32)]
 
 
 class Pointers(ctypes.Structure):
@@ -36,6 +37,7 @@ class Machine(NamedTuple):
 
     library: ctypes.CDLL
     capability: tuple[int, int]
+    multiprocessors: int
     current: Callable[[], ContextManager[int | None]]
 
 
@@ -50,7 +52,8 @@ def machine(device: torch.device) -> Machine:
         with torch.cuda.device(device):  # the kernels' own CUDA runtime launches where the driver's current context is
             yield torch.cuda.current_stream().cuda_stream
 
-    return Machine(prototypes(native.cuda_library("wkv7")), torch.cuda.get_device_capability(device), current)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Machine(prototypes(native.cuda_library("wkv7")), torch.cuda.get_device_capability(device), multiprocessors, current)
 
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -100,6 +103,19 @@ def form_for(dtype: torch.dtype, N: int, capability: tuple[int, int]) -> str:
     return "chunked" if dtype == torch.bfloat16 and N in CHUNKED_SIZES and capability >= TENSOR_CORES else "sequential"
 
 
+def segment_chunks(sequences: int, T: int, H: int, multiprocessors: int) -> int:
+    """Chunks of a segment of the chunked scans, 0 where the scans walk whole sequences.
+
+    A rule on paper (docs/wkv7_chunked.md, "Time"): not measured yet. Sequences of packed documents count as if each could have all T tokens,
+    for their lengths lie on the device.
+    """
+    pairs, chunks = sequences * H, -(-T // CHUNK["chunked"])
+    if pairs > FEW_PAIRS or chunks < MANY_CHUNKS:
+        return 0
+    segments = min(4 * multiprocessors // pairs, chunks // 8)  # as many blocks as run at once; no shorter than 8 chunks
+    return -(-chunks // segments) if segments >= 4 else 0
+
+
 def saved_bytes(form: str, B: int, T: int, H: int, N: int, documents: int) -> int:
     """Of what the forward leaves for the backward; documents: 0 without cu_seqlens. The library's own answer, for sizes that are symbols too."""
     C = CHUNK[form]
@@ -145,7 +161,8 @@ class _Call:
         self.form = form_for(self.r.dtype, N, self.machine.capability)
         self.states = (documents or B, H, N, N)
         self.saved = saved_bytes(self.form, B, T, H, N, documents)
-        self.shape = Shape(B, T, H, N, documents, _address(self.kept[7]))
+        segment = segment_chunks(documents or B, T, H, self.machine.multiprocessors) if self.form == "chunked" else 0
+        self.shape = Shape(B, T, H, N, documents, _address(self.kept[7]), segment)
         self.inputs = Pointers(*map(_address, self.kept[:7]))
         self.dtype = [] if self.form == "chunked" else [int(self.r.dtype == torch.float32)]
 
