@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from rwkvlm import native as build
-
-from ..launch import address, launch, ready
+from ..launch import address, launch, ready, why_not_built
 from . import native
 
 INT, FLOAT, POINTER = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
@@ -41,20 +38,8 @@ class Output(ctypes.Structure):
 
 def why_not(dtypes: tuple[torch.dtype, ...], width: int) -> str:
     """"" when the kernels run here on inputs of these dtypes and this last dimension (they are then built and registered), else the reason."""
-    reason = native.why_not(dtypes, width)  # also what defines the operators: a machine with nvcc has a C++ compiler
-    if reason:
-        return reason
-    built, reason = build.cuda_available("fused")
-    if built:
-        _registered()
-    return reason
-
-
-@functools.cache
-def _registered() -> torch.library.Library:
-    registration = torch.library.Library("rwkvlm", "IMPL")
-    register(registration, build.cuda_library("fused"), "CUDA")
-    return registration  # kept: it lives as long as the operators
+    # The first also defines the operators: a machine with nvcc has a C++ compiler.
+    return native.why_not(dtypes, width) or why_not_built("fused", register)
 
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -118,7 +103,7 @@ class Kernels:
     def time_mix_inputs_backward(self, dw, dk_out, da, db, dv_out, *inputs: Tensor | int | None) -> list[Tensor]:
         task, kept = _task(Inputs, ("w_low", "k", "a_low", "v", "v_first", "v_low", "w0", "k_k", "k_a", "a0", "v0"), inputs, like=1)
         k = kept[1]
-        douts = [None if d is None else ready(d) for d in (dw, dk_out, da, db, dv_out)]
+        douts = [ready(d) for d in (dw, dk_out, da, db, dv_out)]
         out = [torch.empty_like(k) for _ in range(2 if kept[4] is None else 5)]
         parts, sums = self.sums(k, 1, task.rows, 5)
         _point(task, ("dw", "dk_out", "da", "db", "dv_out"), douts)
@@ -173,7 +158,7 @@ def _token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> tuple[Tok
 def _task(kind: type[ctypes.Structure], names: tuple[str, ...], inputs: tuple, like: int) -> tuple[ctypes.Structure, list[Tensor | None]]:
     """A task over rows of heads, and what must stay alive until it has been started; the last input is the size of a head."""
     *tensors, head_size = inputs
-    kept = [None if t is None else ready(t) for t in tensors]
+    kept = [ready(t) for t in tensors]
     C = kept[like].shape[-1]
     task = kind(rows=kept[like].numel() // C, C=C, N=head_size)
     _point(task, names, kept)
