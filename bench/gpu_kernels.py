@@ -2,7 +2,7 @@
 
     python bench/gpu_kernels.py wkv7 [--peer NAME=PATH] [--shape 8x4096x64x64]     forward, and forward + backward; B x T x H x N in bf16;
                                                                                    where the scans run in segments, without them too
-    python bench/gpu_kernels.py token_mix [--shape 16x512x12x64]                   and the other elementwise operators: ours, plain PyTorch, torch.compile
+    python bench/gpu_kernels.py norm_mix [--shape 16x512x12x64]                    and the other elementwise operators: ours, plain PyTorch, torch.compile
     python bench/gpu_kernels.py loss [--shape 16x512x12x64] [--vocabulary 65536]   the head with its loss: ours, plain PyTorch in chunks
     python bench/gpu_kernels.py once                                               every kernel once on small shapes, for compute-sanitizer
 
@@ -36,7 +36,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}  # relative rms of an out
 PEER_LIMIT = 5e-2  # of others' kernels, which round where they like
 KINDS = ("usual", "clamp", "repeated")
 HEAD_LIMIT = 2e-2
-PASSES = {"token_mix": 15, "time_mix_inputs": 26, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
+PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 26, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
 Work = Callable[[int], object]  # of the n-th set of inputs
 
 
@@ -196,6 +196,8 @@ def elementwise_inputs(name: str, sizes: tuple[int, ...], dtype: torch.dtype, de
         return (torch.randn(*shape, generator=g, device=device) + shift).to(dtype).requires_grad_()
 
     C = H * N
+    if name == "norm_mix":
+        return [normal(B, T, C), normal(B, T, C), normal(C, shift=1), normal(C), *(normal(1, 1, C) for _ in range(6))]
     if name == "token_mix":
         return [normal(B, T, C), *(normal(1, 1, C) for _ in range(6))]
     if name == "time_mix_inputs":
@@ -206,6 +208,13 @@ def elementwise_inputs(name: str, sizes: tuple[int, ...], dtype: torch.dtype, de
 
 
 def elementwise_call(name: str, module, sizes: tuple[int, ...]) -> Callable[..., list[Tensor]]:
+    if name == "norm_mix":
+
+        def call(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *mixes: Tensor) -> list[Tensor]:
+            stream, newest, mixed = module.norm_mix(x, branch, weight, bias, 1e-5, None, list(mixes), None)
+            return [stream, *mixed]
+
+        return call
     if name == "token_mix":
         return lambda x, *mixes: module.token_mix(x, None, list(mixes))
     if name == "time_mix_inputs":

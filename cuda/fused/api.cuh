@@ -10,7 +10,7 @@
 enum { FUSED_BF16 = 0, FUSED_FP32 = 1 };
 enum { FUSED_UNSUPPORTED = -1 };
 
-// out[j] = x + (x of the token before - x) * mix[j], for n = 1 or 6
+// out[j] = x + (x of the token before - x) * mix[j], for n = 1, 3 or 6
 struct FusedTokenMix {
     int32_t B, T, C, n;
     const void *x, *last;  // [B, T, C]; [B, C], null: zeros
@@ -18,6 +18,27 @@ struct FusedTokenMix {
     void* out[6];
     const void* dout[6];
     void *dx, *dlast, *dmix;  // dlast may be null; dmix [n, C]
+    float* parts;
+};
+
+// s = x + branch;  u = s, normalised over the channels of a token, * weight + bias;  out[j] = u + (u of the token before - u) * mix[j], for n = 1 or 6.
+// Backward has s as x. Its parts are [fused_norm_parts(B, T), n + 2, C].
+struct FusedNormMix {
+    int32_t B, T, C, n, documents;
+    float eps;
+    const void *x, *branch;  // [B, T, C]; branch null: s is x
+    const void *weight, *bias;  // [C]
+    const void* last;  // [B, C], u of the tokens before the first ones; null: zeros
+    const int32_t* bounds;  // [documents + 1], B = 1: where documents begin, at last T; u of a document's last token is zeros. documents = 0: none
+    const void* mix[6];  // [C]
+    void* stream;  // s; not written where branch is null
+    float* moments;  // [B, T, 2], from forward to backward
+    void* newest;  // [B, C], u of the last tokens
+    void* out[6];
+    const void *dstream, *dnewest;  // null: zeros
+    const void* dout[6];
+    void *dx, *dlast;  // dlast may be null
+    void* sums;  // [n + 2, C]: gradients of the mixes, of weight and bias
     float* parts;
 };
 
@@ -49,6 +70,10 @@ struct FusedOutput {
 extern "C" {
 int64_t fused_parts(int64_t B, int64_t T);  // of rows that are not sequences: B = rows, T = 1 gives too many; pass B = 1, T = rows
 
+int64_t fused_norm_parts(int64_t B, int64_t T);
+
+int fused_norm_mix(const FusedNormMix* task, int dtype, void* stream);
+int fused_norm_mix_backward(const FusedNormMix* task, int dtype, void* stream);
 int fused_token_mix(const FusedTokenMix* task, int dtype, void* stream);
 int fused_token_mix_backward(const FusedTokenMix* task, int dtype, void* stream);
 int fused_time_mix_inputs(const FusedInputs* task, int dtype, void* stream);

@@ -87,9 +87,14 @@ template <class T, int n> int backward(const FusedTokenMix& p, void* stream) {
 }  // namespace fused
 
 #define FUSED_DISPATCH(function)                                                                                              \
-    if (!fused::valid(task->B, task->T, task->C) || (task->n != 1 && task->n != 6)) return FUSED_UNSUPPORTED;                 \
-    if (dtype == FUSED_BF16) return task->n == 6 ? fused::function<fused::bf16, 6>(*task, stream) : fused::function<fused::bf16, 1>(*task, stream); \
-    return task->n == 6 ? fused::function<float, 6>(*task, stream) : fused::function<float, 1>(*task, stream);
+    if (!fused::valid(task->B, task->T, task->C)) return FUSED_UNSUPPORTED;                                        \
+    const bool bf16 = dtype == FUSED_BF16;                                                                         \
+    switch (task->n) {                                                                                             \
+        case 1: return bf16 ? fused::function<fused::bf16, 1>(*task, stream) : fused::function<float, 1>(*task, stream); \
+        case 3: return bf16 ? fused::function<fused::bf16, 3>(*task, stream) : fused::function<float, 3>(*task, stream); \
+        case 6: return bf16 ? fused::function<fused::bf16, 6>(*task, stream) : fused::function<float, 6>(*task, stream); \
+    }                                                                                                              \
+    return FUSED_UNSUPPORTED;
 
 extern "C" int64_t fused_parts(int64_t B, int64_t T) {
     using namespace fused;

@@ -97,10 +97,17 @@ loss.register(registration, library, "CPU")
 for reverse in (0, 1):
     library.emulation_reverse(reverse)
     for dtype in (torch.float32, torch.bfloat16):
+        for bounds in (None, torch.tensor([0, 1, 16, 17, 18, 40], dtype=torch.int32)):  # 132 channels: the last warp has one lane's
+            x, weight, mix = torch.randn(1, 40, 132, dtype=dtype), torch.randn(132, dtype=dtype), torch.randn(132, dtype=dtype)
+            _, newest, moments, out = kernels.norm_mix(x, None, weight, weight, 1e-5, None, [mix], bounds)
+            kernels.norm_mix_backward(None, None, [out], x, moments, weight, weight, None, [mix])
         for sizes in (dict(B=1, T=17, H=3, N=64), dict(B=3, T=2, H=1, N=16, state=True, mixes=1), dict(B=1, T=33, H=2, N=128, residual=False)):
             inputs = lambda name: [t if t is None else t.detach() for t in Case(name, dtype=dtype, **sizes).inputs]
             x, last, *mixes = inputs("token_mix")
             kernels.token_mix_backward(kernels.token_mix(x, last, mixes), x, last, mixes)
+            x, branch, weight, bias, last, *mixes = inputs("norm_mix")
+            stream, newest, moments, *out = kernels.norm_mix(x, branch, weight, bias, 1e-5, last, mixes, None)
+            kernels.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
             tensors = inputs("time_mix_inputs")
             grads = kernels.time_mix_inputs(*tensors, sizes["N"])
             kernels.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"])

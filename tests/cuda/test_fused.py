@@ -8,13 +8,32 @@ import torch
 from oracles.elementwise import Case, close
 from rwkvlm import native as build
 from rwkvlm.ops import backend, fused
-from rwkvlm.ops.fused import cuda, native
+from rwkvlm.ops.fused import cuda, native, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # Relative rms of each output and gradient. bf16: each is computed in fp32 and rounded once, by 2^-8 of its size at most.
 TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 CASES = {
-    "token_mix": [dict(), dict(T=1), dict(T=1, state=True), dict(T=17, H=12, N=64, state=True, B=1), dict(B=3, T=65, H=1, N=64), dict(T=40, mixes=1)],
+    "norm_mix": [
+        dict(),
+        dict(T=1),
+        dict(T=1, state=True, residual=False, mixes=1),
+        dict(T=17, H=12, N=64, state=True, B=1),
+        dict(B=3, T=65, H=5, N=16, residual=False),
+        dict(T=40, H=9, N=16, mixes=1, state=True),
+        dict(B=1, T=23, H=67, N=16),
+        dict(B=1, T=51, documents=[1, 16, 1, 17, 16], state=True),
+        dict(B=1, T=20, documents=[20], residual=False, mixes=1),
+    ],
+    "token_mix": [
+        dict(),
+        dict(T=1),
+        dict(T=1, state=True),
+        dict(T=17, H=12, N=64, state=True, B=1),
+        dict(B=3, T=65, H=1, N=64),
+        dict(T=40, mixes=1),
+        dict(T=40, mixes=3, state=True),
+    ],
     "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
     "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
     "relu_square": [dict(), dict(T=1, B=1, H=1, N=16), dict(B=3, T=171)],
@@ -40,6 +59,7 @@ def device(request, monkeypatch):
         kernels.emulation_reverse(0)
         with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
             cuda.register(registration, kernels, "CPU")
+            monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
             yield torch.device("cpu")
     torch.use_deterministic_algorithms(False)
 
@@ -62,6 +82,46 @@ def test_the_same_bits_again_and_in_both_schedules(device, name, request):
         outputs, grads = case.outputs_and_gradients(fused)
         results.append([*outputs, *grads])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_more_runs_of_tokens_than_blocks_leave_sums(device):
+    case = Case("norm_mix", B=3, T=16 * 342 + 3, H=1, N=16, mixes=1, device=device)
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, TOLERANCE[FP32])
+
+
+def test_a_mean_far_from_zero_costs_no_digits_but_its_own(device):
+    """x = 1000 + noise has lost three digits of its noise by itself; float64 sees the same x."""
+    case = Case("norm_mix", H=12, N=64, T=20, residual=False, device=device)
+    with torch.no_grad():
+        case.inputs[0] += 1000
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_gradients_that_nobody_has(device, residual):
+    """Blends alone, the stream alone, the last token alone: the others' gradients are zeros, not anything in memory."""
+    case = Case("norm_mix", T=20, mixes=1, residual=residual, state=True, device=device)
+    wanted = [t for t in case.inputs if t is not None]
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in case.inputs]
+    for i in range(3):
+        got = torch.autograd.grad(case.call(fused, *case.inputs)[i].square().sum(), wanted, allow_unused=True, materialize_grads=True)
+        exact = case.call(reference, *doubles)[i].square().sum()
+        close(got, torch.autograd.grad(exact, [t for t in doubles if t is not None], allow_unused=True, materialize_grads=True), 1e-5)
+
+
+def test_pieces_with_the_state_between_them_are_the_whole(device):
+    case = Case("norm_mix", T=50, device=device)
+    x, branch, *rest = case.inputs
+    with torch.no_grad():
+        whole, pieces, last = case.call(fused, *case.inputs), [], None
+        for part in (slice(0, 1), slice(1, 20), slice(20, 50)):
+            pieces.append(case.call(fused, x[:, part], branch[:, part], *rest[:2], last, *rest[3:]))
+            last = pieces[-1][1]
+    assert torch.equal(last, whole[1])
+    for i in (0, *range(2, 8)):
+        assert torch.equal(torch.cat([piece[i] for piece in pieces], 1), whole[i])
 
 
 def test_keys_of_length_zero_and_tiny_ones(device):
@@ -104,7 +164,7 @@ def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
 
 
 def test_what_the_kernels_do_not_take_is_an_error(device):
-    for case in (Case("token_mix", mixes=2, device=device), Case("time_mix_output", N=48, device=device)):
+    for case in (Case("norm_mix", mixes=2, device=device), Case("token_mix", mixes=2, device=device), Case("time_mix_output", N=48, device=device)):
         with pytest.raises(RuntimeError, match="shape or dtype"):
             case.call(fused, *case.inputs)
 
@@ -112,24 +172,45 @@ def test_what_the_kernels_do_not_take_is_an_error(device):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_the_operators_are_well_formed(device, dtype, residual):
-    ops, tests = torch.ops.rwkvlm, ("test_schema", "test_faketensor")
+    """Schema, fakes, and the same under AOT autograd with sizes that are symbols."""
+    ops, check = torch.ops.rwkvlm, torch.library.opcheck
 
     def tensors(name, **sizes):
         return [None if t is None else t.detach() for t in Case(name, T=5, dtype=dtype, device=device, **sizes).inputs]
 
     x, last, *mixes = tensors("token_mix", state=residual)
     assert fused._form(x) is native
-    torch.library.opcheck(ops.token_mix.default, (x, last, mixes), test_utils=tests)
-    torch.library.opcheck(ops.token_mix_backward.default, ([torch.randn_like(x) for _ in mixes], x, last, mixes), test_utils=tests)
+    check(ops.token_mix.default, (x, last, mixes))
+    check(ops.token_mix_backward.default, ([torch.randn_like(x) for _ in mixes], x, last, mixes))
+    for state in (False, True):
+        x, branch, weight, bias, last, *mixes = tensors("norm_mix", residual=residual, state=state)
+        check(ops.norm_mix.default, (x, branch, weight, bias, 1e-5, last, mixes, None))
+        bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+        check(ops.norm_mix.default, (x[:1], None if branch is None else branch[:1], weight, bias, 1e-5, None, mixes, bounds))
+        stream, newest, moments, *douts = ops.norm_mix(x, branch, weight, bias, 1e-5, last, mixes, None)
+        check(ops.norm_mix_backward.default, (x if state else None, newest if residual else None, douts, x, moments, weight, bias, last, mixes))
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
-    torch.library.opcheck(ops.time_mix_inputs.default, (*inputs, 32), test_utils=tests)
-    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32), test_utils=tests)
+    check(ops.time_mix_inputs.default, (*inputs, 32))
+    check(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32))
     inputs = tensors("time_mix_output")
-    torch.library.opcheck(ops.time_mix_output.default, (*inputs, 32, 1e-5), test_utils=tests)
-    torch.library.opcheck(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5), test_utils=tests)
-    torch.library.opcheck(ops.relu_square.default, (x,), test_utils=tests)
-    torch.library.opcheck(ops.relu_square_backward.default, (x, x), test_utils=tests)
+    check(ops.time_mix_output.default, (*inputs, 32, 1e-5))
+    check(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5))
+    check(ops.relu_square.default, (x,))
+    check(ops.relu_square_backward.default, (x, x))
+
+
+@pytest.mark.parametrize("name, sizes", [(name, sizes) for name in CASES for sizes in (dict(), dict(residual=False, state=True))], ids=str)
+def test_compiles_into_one_graph(device, name, sizes):
+    torch._dynamo.reset()
+    case = Case(name, device=device, **sizes)
+
+    class Compiled:
+        def __getattr__(self, op):
+            return torch.compile(getattr(fused, op), fullgraph=True, backend="aot_eager")
+
+    for one, two in zip(case.outputs_and_gradients(fused), case.outputs_and_gradients(Compiled())):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_the_emulated_kernels_have_run(block_kernels, monkeypatch):

@@ -1,4 +1,4 @@
-"""Loss and every gradient of a small RWKV-7 over all CUDA kernels together, against plain PyTorch in float64; emulated, and on a GPU where there is one."""
+"""A small RWKV-7 over all CUDA kernels together, against plain PyTorch in float64, and compiled; emulated, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,64 @@ import torch
 
 from rwkvlm import native as build
 from rwkvlm.config import ModelConfig
+from rwkvlm.layers.packed import Packed
 from rwkvlm.models import build as build_model, init_weights
-from rwkvlm.ops import backend, cross_entropy, wkv7 as recurrence
-from rwkvlm.ops.cross_entropy import cuda as loss_cuda, head_cross_entropy
+from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
+from rwkvlm.ops.cross_entropy import chunked, cuda as loss_cuda, head_cross_entropy
 from rwkvlm.ops.fused import cuda as fused_cuda, native as fused_native
 from rwkvlm.ops.wkv7 import cuda as recurrence_cuda
 
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # relative: the gradient as a whole
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request, monkeypatch):
+    """Where the CUDA kernels run: emulated for CPU tensors, or on the GPU."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        monkeypatch.setattr(backend, "_requested", "cuda")
+        yield "cuda"
+        return
+    if not build.available("fused")[0]:
+        pytest.skip(build.available("fused")[1])
+    recurrent, others = request.getfixturevalue("kernels"), request.getfixturevalue("block_kernels")
+    recurrent.library.emulation_reverse(0)
+    others.emulation_reverse(0)
+    monkeypatch.setattr(backend, "_requested", "cpu")
+    assert fused_native.why_not((torch.float32,), 64) == ""  # defines the operators
+    monkeypatch.setattr(recurrence, "backend_for", lambda device, dtype: "cuda")
+    monkeypatch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(recurrent.library, (9, 0), 132, lambda: contextlib.nullcontext(None)))
+    monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
+    monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
+    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
+        fused_cuda.register(registration, others, "CPU")
+        loss_cuda.register(registration, others, "CPU")
+        yield "cpu"
+
+
+def in_plain_pytorch(monkeypatch):
+    monkeypatch.setattr(backend, "_requested", "torch")
+    monkeypatch.setattr(recurrence, "backend_for", lambda device, dtype: "torch")
+    monkeypatch.setattr(fused, "_in_one", lambda *inputs: False)
+    monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: chunked)
+
+
+def make_model(device, dtype):
+    """No gradient is zero in it."""
+    model = build_model(ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32))
+    init_weights(model, 0)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2 and not p.any():
+                p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
+    return model.to(device, dtype), torch.randint(97, (2, 71), generator=rng).to(device)
+
+
+def slopes_like(model, idx):
+    """A gradient of the features: the square of what a norm gives is nearly a constant, and would have none."""
+    return torch.randn(*idx.shape, model.config.n_embd, generator=torch.Generator().manual_seed(2)).to(idx.device)
 
 
 def loss_and_gradient(model, idx):
@@ -24,41 +75,46 @@ def loss_and_gradient(model, idx):
     return loss.item(), torch.cat([g.double().flatten() for g in gradients])
 
 
-@pytest.mark.parametrize("where", ["emulated", "gpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_loss_and_gradients(where, dtype, request, monkeypatch):
-    device = "cuda" if where == "gpu" else "cpu"
-    if where == "gpu" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    if not build.available("fused")[0]:
-        pytest.skip(build.available("fused")[1])
-    model = build_model(ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32))
-    init_weights(model, 0)
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2 and not p.any():
-                p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
-    model.to(device, dtype)
-    idx = torch.randint(97, (2, 71), generator=rng).to(device)
-
-    with contextlib.ExitStack() as stack:
-        if where == "gpu":
-            monkeypatch.setattr(backend, "_requested", "cuda")
-            got = loss_and_gradient(model, idx)
-        else:
-            wkv7_kernels, others = request.getfixturevalue("kernels"), request.getfixturevalue("block_kernels")
-            monkeypatch.setattr(backend, "_requested", "cpu")
-            assert fused_native.why_not((dtype,), 64) == ""  # defines the operators
-            patch = stack.enter_context(monkeypatch.context())
-            patch.setattr(recurrence, "backend_for", lambda device, dtype: "cuda")
-            patch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(wkv7_kernels.library, (9, 0), 132, lambda: contextlib.nullcontext(None)))
-            patch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
-            registration = stack.enter_context(torch.library._scoped_library("rwkvlm", "IMPL"))
-            fused_cuda.register(registration, others, "CPU")
-            loss_cuda.register(registration, others, "CPU")
-            got = loss_and_gradient(model, idx)
-    monkeypatch.setattr(backend, "_requested", "torch")
+def test_loss_and_gradients(device, dtype, monkeypatch):
+    model, idx = make_model(device, dtype)
+    got = loss_and_gradient(model, idx)
+    in_plain_pytorch(monkeypatch)
     want = loss_and_gradient(model.double(), idx)
     assert abs(got[0] / want[0] - 1) < LIMIT[dtype] / 10
     assert ((got[1] - want[1]).norm() / want[1].norm()).item() < LIMIT[dtype]
+
+
+def test_packed_documents_and_states(device, monkeypatch):
+    """Features and every gradient of documents in a row; the state after some tokens."""
+    model, idx = make_model(device, torch.float32)
+    bounds = torch.tensor([0, 1, 3, 20, 36, 71], dtype=torch.int32, device=device)
+    leaves, slopes = [p for p in model.parameters() if p is not model.head.weight], slopes_like(model, idx)
+    packed = Packed(bounds, torch.tensor([i for i in range(71) if i + 1 not in bounds.tolist()], device=device))
+
+    def results():
+        x = model.features(idx[:1], packed=packed)[0, packed.tokens]
+        _, state = model.features(idx[:, :40], return_state=True)
+        rest, state = model.features(idx[:, 40:], state, return_state=True)
+        gradients = torch.autograd.grad([x, rest], leaves, [slopes[0, : len(x)].to(x.dtype), slopes[:, : rest.shape[1]].to(x.dtype)])
+        return [t.double() for t in (x, rest, *(part for block in state for part in block), *gradients)]
+
+    got = results()
+    in_plain_pytorch(monkeypatch)
+    model.double()
+    for ours, right in zip(got, results(), strict=True):
+        assert (ours - right).norm() <= LIMIT[torch.float32] * right.norm()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(device, compiler):
+    """Both blocks with every operator: the same as eagerly."""
+    torch._dynamo.reset()
+    model, idx = make_model(device, torch.float32)
+    leaves, slopes = [p for p in model.parameters() if p is not model.head.weight], slopes_like(model, idx)
+    both = []
+    for features in (model.features, torch.compile(model.features, fullgraph=True, backend=compiler)):
+        x = features(idx)
+        both.append([x.detach(), *torch.autograd.grad(x, leaves, slopes)])
+    for compiled, eager in zip(*reversed(both), strict=True):
+        assert (compiled - eager).norm() <= 1e-5 * eager.norm()

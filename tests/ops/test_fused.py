@@ -50,6 +50,21 @@ def test_against_float64(form, poisoned, name, sizes, dtype):
         close(got, want, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [dict(), dict(T=1, state=True), dict(residual=False), dict(B=1, T=40, documents=[1, 16, 23])], ids=str)
+def test_norm_mix_is_its_parts(form, sizes, dtype):
+    case = Case("norm_mix", dtype=dtype, **sizes)
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, PLAIN_TOLERANCE[dtype])
+    x, branch, weight, bias, last, *mixes = case.inputs
+    stream = x if branch is None else x + branch
+    normal = torch.nn.functional.layer_norm(stream, weight.shape, weight, bias, 1e-5)
+    if case.bounds is not None:
+        normal = normal.index_fill(1, case.bounds[1:].long() - 1, 0)
+    parts = [stream, normal[:, -1], *fused.token_mix(normal, last, mixes)]
+    assert all(torch.equal(a, b) for a, b in zip(case.call(fused, *case.inputs), parts, strict=True))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bits_on_any_number_of_threads(form, name):
     if form == "torch":

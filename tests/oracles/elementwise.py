@@ -10,7 +10,7 @@ from rwkvlm.ops.fused import reference
 class Case:
     """Random inputs of one operator: call(module) -> outputs."""
 
-    def __init__(self, name, B=2, T=33, H=3, N=32, dtype=torch.float32, state=False, residual=True, mixes=6, device="cpu"):
+    def __init__(self, name, B=2, T=33, H=3, N=32, dtype=torch.float32, state=False, residual=True, mixes=6, documents=None, device="cpu"):
         rng = torch.Generator().manual_seed(0)
         C = H * N
 
@@ -23,8 +23,14 @@ class Case:
         def vector(**kwargs):
             return normal(1, 1, C, **kwargs)
 
-        self.name = name
-        if name == "token_mix":
+        self.name, self.head_size, self.bounds = name, N, None
+        if name == "norm_mix":
+            branch, last = whole() if residual else None, normal(B, C) if state else None
+            self.inputs = [whole(), branch, normal(C, shift=1.0), normal(C), last, *(vector() for _ in range(mixes))]
+            if documents is not None:
+                self.bounds = torch.tensor([0, *documents], device=device).cumsum(0).int()
+                assert self.bounds[-1] == T
+        elif name == "token_mix":
             self.inputs = [whole(), normal(B, C) if state else None, *(vector() for _ in range(mixes))]
         elif name == "time_mix_inputs":
             rest = [whole(), whole()] if residual else [None, None]
@@ -34,9 +40,12 @@ class Case:
             self.inputs = [*(whole() for _ in range(5)), normal(C, shift=1.0), normal(C), normal(H, N)]
         else:
             self.inputs = [whole()]
-        self.head_size = N
 
     def call(self, module, *inputs):
+        if self.name == "norm_mix":
+            x, branch, weight, bias, last, *mixes = inputs
+            stream, newest, mixed = module.norm_mix(x, branch, weight, bias, 1e-5, last, mixes, self.bounds)
+            return [stream, newest, *mixed]
         if self.name == "token_mix":
             return module.token_mix(inputs[0], inputs[1], list(inputs[2:]))
         if self.name == "time_mix_inputs":

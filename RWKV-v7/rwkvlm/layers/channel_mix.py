@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from ..ops.fused import relu_square, token_mix
+from ..ops.fused import relu_square
 from .linear import Linear, dense
+from .norm_mix import NormMix
 
 
 class ChannelMix(nn.Module):
@@ -19,7 +20,9 @@ class ChannelMix(nn.Module):
         self.key = linear("ffn.key", config.n_embd, config.dim_ffn)
         self.value = linear("ffn.value", config.dim_ffn, config.n_embd)
 
-    def forward(self, x: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [B, T, C]; last: [B, C], the token before x[:, 0], or None at the beginning. Returns [B, T, C]."""
-        (mixed,) = token_mix(x, last, [self.x_k])
-        return self.value(relu_square(self.key(mixed)))
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None, norm: NormMix, last: torch.Tensor | None = None, bounds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C] for it, and its last normalised token [B, C]."""
+        x, last, (mixed,) = norm(x, branch, last, [self.x_k], bounds)
+        return x, self.value(relu_square(self.key(mixed))), last

@@ -10,14 +10,10 @@ import torch
 class Packed(NamedTuple):
     """Where documents lie in a row [1, T]. Each is followed by one token of padding, whose zeros the next one's token shift sees.
 
-    bounds: [documents + 1] int32, from 0 to T, the padding belonging to the document before it (cu_seqlens of ops/wkv7)
+    bounds: [documents + 1] int32, from 0 to T, the padding belonging to the document before it (cu_seqlens of ops/wkv7,
+        bounds of ops/fused)
     tokens: [T - documents] int64, the places of all that is not padding
     """
 
     bounds: torch.Tensor
     tokens: torch.Tensor
-
-    def apart(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [1, T, C]. The same with zeros for the padding."""
-        padding = self.bounds[1:].long() - 1
-        return x.index_fill(1, padding, 0)

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from ..ops.fused import time_mix_inputs, time_mix_output, token_mix
+from ..ops.fused import time_mix_inputs, time_mix_output
 from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
+from .norm_mix import NormMix
 
 
 class HeadNorm(nn.GroupNorm):
@@ -62,22 +63,23 @@ class TimeMix(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        norm: NormMix,
         v_first: torch.Tensor | None,
         last: torch.Tensor | None = None,
         wkv: torch.Tensor | None = None,
         return_state: bool = False,
         bounds: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """x: [B, T, C], normalised; v_first: [B, T, C], block 0's value (None in block 0);
-        last: [B, C] and wkv: [B, H, N, N] fp32, the state, or None at the beginning.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x: [B, T, C], the residual stream, which norm leads in; v_first: [B, T, C], block 0's value (None in block 0);
+        last: [B, C] and wkv: [B, H, N, N] fp32, the state, or None at the beginning; bounds: of packed documents (layers/packed.py).
 
-        Returns the output [B, T, C], v_first, and the new wkv state (None unless return_state).
+        Returns x, the output [B, T, C] for it, v_first, and the new state: the last normalised token, and wkv (None unless return_state).
         """
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        xr, xw, xk, xv, xa, xg = token_mix(x, last, mixes)
+        x, last, (xr, xw, xk, xv, xa, xg) = norm(x, None, last, mixes, bounds)
 
         r = self.receptance(xr)
         k = self.key(xk)
@@ -98,4 +100,4 @@ class TimeMix(nn.Module):
         out = recurrence(r.view(heads), w_, k_, v_, a_, b_, initial_state=wkv, output_final_state=return_state, **packed)
         y, new_wkv = out if return_state else (out, None)
 
-        return self.output(self.ln_x(y.reshape(B, T, C), r, k, v, g, self.r_k)), v_first, new_wkv
+        return x, self.output(self.ln_x(y.reshape(B, T, C), r, k, v, g, self.r_k)), v_first, last, new_wkv

@@ -8,6 +8,7 @@ from torch import nn
 from ..config import ModelConfig
 from ..layers.channel_mix import ChannelMix
 from ..layers.linear import Linear, dense
+from ..layers.norm_mix import NormMix
 from ..layers.packed import Packed
 from ..layers.state import BlockState
 from ..layers.time_mix import TimeMix
@@ -22,8 +23,8 @@ class Block(nn.Module):
         self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
         if layer == 0:
             self.ln0 = nn.LayerNorm(C)
-        self.ln1 = nn.LayerNorm(C)
-        self.ln2 = nn.LayerNorm(C)
+        self.ln1 = NormMix(C)
+        self.ln2 = NormMix(C)
         self.att = TimeMix(config, layer, linear, ttt)
         self.ffn = ChannelMix(config, linear)
 
@@ -43,14 +44,7 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, BlockState | None]:
         """The two residual branches; arguments and results as for forward."""
         att_x, wkv, ffn_x = state if state is not None else (None, None, None)
-        att_in = self.ln1(x)
-        if packed is not None:
-            att_in = packed.apart(att_in)
-        att, v_first, wkv = self.att(att_in, v_first, att_x, wkv, return_state, packed.bounds if packed is not None else None)
-        x = x + att
-        ffn_in = self.ln2(x)
-        if packed is not None:
-            ffn_in = packed.apart(ffn_in)
-        x = x + self.ffn(ffn_in, ffn_x)
-        new_state = BlockState(att_in[:, -1], wkv, ffn_in[:, -1]) if return_state else None
-        return x, v_first, new_state
+        bounds = packed.bounds if packed is not None else None
+        x, att, v_first, att_x, wkv = self.att(x, self.ln1, v_first, att_x, wkv, return_state, bounds)
+        x, ffn, ffn_x = self.ffn(x, att, self.ln2, ffn_x, bounds)
+        return x + ffn, v_first, BlockState(att_x, wkv, ffn_x) if return_state else None

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from rwkvlm import native as build
-
-from ..launch import launch, ready
+from ..launch import launch, ready, why_not_built
 
 LOGITS = 1 << 30  # bytes that a chunk of logits may take, about
 
@@ -19,17 +16,7 @@ def why_not(dtype: torch.dtype) -> str:
     """"" when the kernel runs here on inputs of this dtype (it is then built and registered), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
-    built, reason = build.cuda_available("loss")
-    if built:
-        _registered()
-    return reason
-
-
-@functools.cache
-def _registered() -> torch.library.Library:
-    registration = torch.library.Library("rwkvlm", "IMPL")
-    register(registration, build.cuda_library("loss"), "CUDA")
-    return registration  # kept: it lives as long as the operator
+    return why_not_built("loss", register)
 
 
 torch.library.define("rwkvlm::loss_of_logits", "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, float scale, float wrap, bool gradient) -> ()")

@@ -1,6 +1,7 @@
 """The elementwise parts of a block, one pass over memory each way, and the choice of who makes it.
 
-    token_mix(x, last, mixes) -> blends            the token shift and the blends that the projections read
+    norm_mix(...) -> x, newest, blends             from the residual stream to what the projections read
+    token_mix(x, last, mixes) -> blends            the last part of it: the token shift and the blends
     time_mix_inputs(...) -> w, k, a, b, v          between projections and the wkv7 operator
     time_mix_output(...) -> o                      between the operator and the output projection
     relu_square(x)                                 of the channel mixing
@@ -14,9 +15,24 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import cuda, native, reference
+from . import cuda, native, norm, reference
 
-__all__ = ["backend_for", "relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
+__all__ = ["backend_for", "norm_mix", "relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
+
+
+def norm_mix(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, last: Tensor | None, mixes: list[Tensor], bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The branch is added to the residual stream, the sum normalised, each token blended with the one before: `token_mix(LayerNorm(x + branch))`.
+
+    x, branch: [B, T, C], without a branch nothing is added; weight, bias: [C], eps: of the LayerNorm; last: [B, C], the normalised token before
+    x[:, 0], None for zeros; mixes: [1, 1, C] each. bounds: [documents + 1] int32 for documents in a row, B = 1, from 0 to T: each one's last token
+    is padding, for which the normalised token is zeros. Returns x + branch, the last normalised token [B, C], and a [B, T, C] for each mix.
+    One kernel on a GPU; elsewhere its parts.
+    """
+    if _in_one(x, weight, *mixes, *([] if branch is None else [branch])):
+        return norm.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds)
+    return reference.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds, token_mix)
 
 
 def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tensor]:
@@ -63,6 +79,11 @@ def _form(*inputs: Tensor):
         return reference
     # native: the operators of cuda/fused, which have a form for either device
     return reference if backend_for(x.device, tuple({t.dtype for t in inputs}), x.shape[-1]) == "torch" else native
+
+
+def _in_one(*inputs: Tensor) -> bool:
+    """Whether norm_mix is one kernel."""
+    return inputs[0].device.type == "cuda" and _form(*inputs) is native
 
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing

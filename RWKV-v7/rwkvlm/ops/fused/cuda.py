@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from rwkvlm import native as build
-
-from ..launch import address, launch, ready
+from ..launch import address, launch, ready, why_not_built
 from . import native
 
 INT, FLOAT, POINTER = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
@@ -21,6 +18,15 @@ class TokenMix(ctypes.Structure):
 
     _fields_ = [(n, INT) for n in ("B", "T", "C", "n")] + [("x", POINTER), ("last", POINTER)]
     _fields_ += [(n, POINTER * 6) for n in ("mix", "out", "dout")] + [(n, POINTER) for n in ("dx", "dlast", "dmix", "parts")]
+
+
+class NormMix(ctypes.Structure):
+    """FusedNormMix of cuda/fused/api.cuh."""
+
+    _fields_ = [(n, INT) for n in ("B", "T", "C", "n", "documents")] + [("eps", FLOAT)]
+    _fields_ += [(n, POINTER) for n in ("x", "branch", "weight", "bias", "last", "bounds")] + [("mix", POINTER * 6)]
+    _fields_ += [(n, POINTER) for n in ("stream", "moments", "newest")] + [("out", POINTER * 6), ("dstream", POINTER), ("dnewest", POINTER), ("dout", POINTER * 6)]
+    _fields_ += [(n, POINTER) for n in ("dx", "dlast", "sums", "parts")]
 
 
 class Inputs(ctypes.Structure):
@@ -41,26 +47,15 @@ class Output(ctypes.Structure):
 
 def why_not(dtypes: tuple[torch.dtype, ...], width: int) -> str:
     """"" when the kernels run here on inputs of these dtypes and this last dimension (they are then built and registered), else the reason."""
-    reason = native.why_not(dtypes, width)  # also what defines the operators: a machine with nvcc has a C++ compiler
-    if reason:
-        return reason
-    built, reason = build.cuda_available("fused")
-    if built:
-        _registered()
-    return reason
-
-
-@functools.cache
-def _registered() -> torch.library.Library:
-    registration = torch.library.Library("rwkvlm", "IMPL")
-    register(registration, build.cuda_library("fused"), "CUDA")
-    return registration  # kept: it lives as long as the operators
+    # The first also defines the operators: a machine with nvcc has a C++ compiler.
+    return native.why_not(dtypes, width) or why_not_built("fused", register)
 
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told the types of its functions."""
-    library.fused_parts.argtypes, library.fused_parts.restype = [ctypes.c_int64] * 2, ctypes.c_int64
-    for name, task in (("token_mix", TokenMix), ("time_mix_inputs", Inputs), ("time_mix_output", Output)):
+    for count in (library.fused_parts, library.fused_norm_parts):
+        count.argtypes, count.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    for name, task in (("norm_mix", NormMix), ("token_mix", TokenMix), ("time_mix_inputs", Inputs), ("time_mix_output", Output)):
         for direction in ("", "_backward"):
             getattr(library, f"fused_{name}{direction}").argtypes = [ctypes.POINTER(task), ctypes.c_int, POINTER]
     library.fused_relu_square.argtypes = [POINTER] * 2 + [ctypes.c_int64, ctypes.c_int, POINTER]
@@ -71,7 +66,7 @@ def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
 def register(registration: torch.library.Library, library: ctypes.CDLL, key: str) -> None:
     """Makes the library's kernels the operators' form for the dispatch key: "CUDA"; in tests "CPU", with emulated kernels."""
     kernels = Kernels(prototypes(library))
-    for name in ("token_mix", "time_mix_inputs", "time_mix_output", "relu_square"):
+    for name in ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square"):
         for operator in (name, f"{name}_backward"):
             registration.impl(operator, getattr(kernels, operator), key)
 
@@ -89,6 +84,33 @@ class Kernels:
         """Memory for the sums of the blocks, and for the results."""
         C = x.shape[-1]
         return x.new_empty(self.library.fused_parts(B, T), count, C, dtype=torch.float32), x.new_empty(count, C)
+
+    def norm_mix(self, x, branch, weight, bias, eps, last, mixes, bounds) -> list[Tensor]:
+        """stream (nothing without a branch: it is x), newest, moments, and the blends."""
+        x, branch, weight, bias, last, bounds, *mixes = kept = [ready(t) for t in (x, branch, weight, bias, last, bounds, *mixes)]
+        task = NormMix(*x.shape, len(mixes), 0 if bounds is None else len(bounds) - 1, eps)
+        _point(task, ("x", "branch", "weight", "bias", "last", "bounds"), kept)
+        B, T, C = x.shape
+        stream, newest, moments = x.new_empty(0 if branch is None else x.shape), x.new_empty(B, C), x.new_empty(B, T, 2, dtype=torch.float32)
+        out = [torch.empty_like(x) for _ in mixes]
+        _point(task, ("stream", "newest", "moments"), (stream, newest, moments))
+        task.mix[:], task.out[:] = _six(mixes), _six(out)
+        self.run("norm_mix", x, task)
+        return [stream, newest, moments, *out]
+
+    def norm_mix_backward(self, dstream, dnewest, douts, stream, moments, weight, bias, last, mixes) -> tuple[Tensor, Tensor, Tensor]:
+        names = ("x", "moments", "weight", "bias", "last", "dstream", "dnewest")
+        kept = [ready(t) for t in (stream, moments, weight, bias, last, dstream, dnewest)]
+        mixes, douts = [ready(t) for t in mixes], [ready(t) for t in douts]
+        (B, T, C), n = stream.shape, len(mixes)
+        task = NormMix(B, T, C, n)
+        dx, dlast, sums = torch.empty_like(kept[0]), stream.new_empty(0 if last is None else B, C), stream.new_empty(n + 2, C)
+        parts = stream.new_empty(self.library.fused_norm_parts(B, T), n + 2, C, dtype=torch.float32)
+        _point(task, names, kept)
+        _point(task, ("dx", "dlast", "sums", "parts"), (dx, None if last is None else dlast, sums, parts))
+        task.mix[:], task.dout[:] = _six(mixes), _six(douts)
+        self.run("norm_mix_backward", stream, task)
+        return dx, dlast, sums
 
     def token_mix(self, x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tensor]:
         task, kept = _token_mix(x, last, mixes)
@@ -118,7 +140,7 @@ class Kernels:
     def time_mix_inputs_backward(self, dw, dk_out, da, db, dv_out, *inputs: Tensor | int | None) -> list[Tensor]:
         task, kept = _task(Inputs, ("w_low", "k", "a_low", "v", "v_first", "v_low", "w0", "k_k", "k_a", "a0", "v0"), inputs, like=1)
         k = kept[1]
-        douts = [None if d is None else ready(d) for d in (dw, dk_out, da, db, dv_out)]
+        douts = [ready(d) for d in (dw, dk_out, da, db, dv_out)]
         out = [torch.empty_like(k) for _ in range(2 if kept[4] is None else 5)]
         parts, sums = self.sums(k, 1, task.rows, 5)
         _point(task, ("dw", "dk_out", "da", "db", "dv_out"), douts)
@@ -173,7 +195,7 @@ def _token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> tuple[Tok
 def _task(kind: type[ctypes.Structure], names: tuple[str, ...], inputs: tuple, like: int) -> tuple[ctypes.Structure, list[Tensor | None]]:
     """A task over rows of heads, and what must stay alive until it has been started; the last input is the size of a head."""
     *tensors, head_size = inputs
-    kept = [None if t is None else ready(t) for t in tensors]
+    kept = [ready(t) for t in tensors]
     C = kept[like].shape[-1]
     task = kind(rows=kept[like].numel() // C, C=C, N=head_size)
     _point(task, names, kept)

@@ -13,6 +13,17 @@ def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tenso
     return [torch.addcmul(x, shift, mix) for mix in mixes]
 
 
+def norm_mix(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, last: Tensor | None, mixes: list[Tensor], bounds: Tensor | None, shifted=token_mix
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if branch is not None:
+        x = x + branch
+    normal = F.layer_norm(x, weight.shape, weight, bias, eps)
+    if bounds is not None:
+        normal = normal.index_fill(1, bounds[1:].long() - 1, 0)
+    return x, normal[:, -1], shifted(normal, last, mixes)
+
+
 def time_mix_inputs(
     w_low: Tensor, k: Tensor, a_low: Tensor, v: Tensor, v_first: Tensor | None, v_low: Tensor | None,
     w0: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, v0: Tensor | None, head_size: int,

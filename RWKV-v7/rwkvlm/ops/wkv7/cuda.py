@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkvlm import native
 
+from ..launch import address as _address, ready as _ready
 from .arguments import NAMES, sequence_bounds
 
 CHUNK = {"chunked": 64, "sequential": 16}  # tokens from one saved record to the next
@@ -135,18 +136,6 @@ torch.library.define(
     "(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens,"
     " Tensor saved, bool state_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-
-
-def _ready(x: Tensor | None) -> Tensor | None:
-    """Contiguous and 16 byte aligned, as the kernels read it; nearly always x itself."""
-    if x is None:
-        return None
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 class _Call:
