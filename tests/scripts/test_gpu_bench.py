@@ -143,6 +143,28 @@ def test_kernels_are_checked_and_timed(what, capsys):
     assert row["times"]["ours"]["ms"] > 0 and row["times"]["ours"]["rounds"] == 3
 
 
+def test_the_gpu_waits_until_all_of_what_is_timed_is_on_its_stream(monkeypatch):
+    """Else small kernels are as slow as Python."""
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, other):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("busy"))
+    options = type("Options", (), dict(device="cuda", warmup=0, rounds=1))
+    assert gpu_kernels.timed({"it": lambda i: happened.append("it")}, 1, options)["it"]["rounds"] == 1
+    assert happened == ["wait", "busy", "event", "it", "event", "wait"]
+
+
 def test_a_peer_is_a_file_and_nothing_is_timed_on_wrong_results(tmp_path, capsys):
     (tmp_path / "right.py").write_text("from rwkvlm.ops.wkv7 import wkv7_chunked\ndef wkv7(*x): return wkv7_chunked(*x)[0]\n")
     (tmp_path / "wrong.py").write_text("from rwkvlm.ops.wkv7 import wkv7_chunked\ndef wkv7(*x): return wkv7_chunked(*x)[0] * 1.1\n")
