@@ -191,6 +191,20 @@ def test_the_step_is_checked_and_timed(capsys, monkeypatch):
     assert gpu_step.main(["L1-D64x2x32", *REHEARSAL]) == 1
 
 
+def test_a_kernel_counts_once_and_not_for_its_operator_too():
+    """torch's profiler gives the time of a kernel to the operator that has launched it as well."""
+
+    class Event:
+        def __init__(self, key, us, kind, annotation=False):
+            self.key, self.self_device_time_total, self.device_type, self.is_user_annotation, self.count = key, us, kind, annotation, 2
+
+    CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [Event("aten::mm", 3000, CPU), Event("gemm", 3000, CUDA), Event("small", 500, CUDA), Event("step", 9000, CUDA, True), Event("none", 0, CUDA)]
+    found = gpu_step.times_by_kernel(events, "cuda", 25)
+    assert found["kernels_ms"] == 3.5 and found["launches"] == 6
+    assert found["by_kernel"] == [{"ms": 3.0, "calls": 2, "name": "gemm"}, {"ms": 0.5, "calls": 2, "name": "small"}]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_on_a_gpu_only_our_kernels_count():
     """The benches ask for the CUDA kernels by name: what cannot run is an error, and no plain PyTorch is timed in its place."""
