@@ -24,6 +24,8 @@ from torch.autograd import DeviceType
 
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.models.rwkv7 import TABLE
+from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
 from rwkvlm.train.flops import flops_per_token, peak_flops
 from rwkvlm.train.module import TrainModule
@@ -35,7 +37,7 @@ LIMIT = 5e-2  # relative: loss and the whole gradient in bf16, against float64
 
 
 class Training:
-    """A model and what a step of training does with it."""
+    """A model with random matrices, made where it trains, and what a step of training does with it."""
 
     def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace) -> None:
         config = TrainConfig(
@@ -43,18 +45,18 @@ class Training:
         )
         strategy = make_strategy(config)
         self.module = TrainModule(config)
-        model = models.build(sizes)
-        models.init_weights(model, 0)
-        rng = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in model.parameters():  # those that begin as zeros, at the scale of training
-                if p.dim() == 2 and not p.any():
-                    p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
-        self.model = model.to(options.device, param_dtype(config))
+        with torch.device(options.device):
+            model = models.build(sizes)
+        # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them.
+        rng = torch.Generator(options.device).manual_seed(0)
+        matrices = "|".join(re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k"))
+        random = Row(matrices, lambda s: torch.randn(s.shape, generator=rng, device=options.device) / s.shape[1] ** 0.5)
+        init_from_table(model, [random, *TABLE], 0)
+        self.model = model.to(param_dtype(config))
         self.module.attach(self.model)
         self.optimizer = make_optimizer(self.model, config, strategy)
         self.norms = GradientNorms(self.model)
-        self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng).to(options.device) for _ in range(8)]
+        self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng, device=options.device) for _ in range(8)]
         self.made = 0
 
     def loss(self, idx: torch.Tensor) -> torch.Tensor:
