@@ -89,6 +89,8 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     knobs = {"DATA": "demo", "PROJ_DIR": str(folder), "PROMPT": "", "RANDOM_SEED": "1", "PYTHON": python}
     if cpu:
         knobs |= {"ACCELERATOR": "cpu"}
+    else:
+        knobs |= {"EPOCH_SAMPLES": "4000"}  # the demo's 500 are less than a second, and each mini-epoch writes its training state
     if small:
         knobs |= {"N_LAYER": "1", "N_EMBD": "64", "CTX_LEN": "64", "M_BSZ": "4", "EPOCH_SAMPLES": "40", "EXIT_TOKENS": "10000"}
     knobs = {name: os.environ.get(name) or value for name, value in knobs.items()}
