@@ -229,6 +229,16 @@ def test_the_recipe_without_the_scripts_has_their_knobs(monkeypatch):
     assert (gpu_train.knobs(True)["M_BSZ"], gpu_train.knobs(True)["STRATEGY"]) == ("32", "auto")
 
 
+def test_what_is_missing_for_the_demo_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_train, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_train, "knobs", lambda gpu: dict.fromkeys(gpu_train.FLAGS.values(), "1"))
+    monkeypatch.setattr(gpu_train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PROJ_DIR", str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    assert gpu_train.main() == 2
+    assert capsys.readouterr().err == f"error: {gpu_train.MISSING}\n"
+
+
 def test_minipile_losses_are_compared(tmp_path, capsys, monkeypatch):
     def log(*values: float) -> None:
         lines = [f"{i} {v:.6f} 12.3456 0.00060000 2026-11-26 10:00:00 {i}" for i, v in enumerate(values)]
