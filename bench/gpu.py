@@ -67,7 +67,9 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda p: (*(p.parent.name != n for n in FIRST_TESTS), str(p)))
         files = [p for p in files if not small or p.name == "test_backend.py"]
         names = [str(p.relative_to(ROOT)) for p in files]
-        return [Item(n, [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", n], read=pytest_counts) for n in names]
+        pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        first = [] if cpu else [Item("tests/cuda on the GPU", [*pytest, "tests/cuda", "-k", "gpu"], read=pytest_counts)]  # two minutes; all of the files, an hour
+        return first + [Item(n, [*pytest, n], read=pytest_counts) for n in names]
     if step == "sanitize":
         work = [python, str(BENCH / "gpu_kernels.py"), "once", *device]
         if cpu:
@@ -89,6 +91,8 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     knobs = {"DATA": "demo", "PROJ_DIR": str(folder), "PROMPT": "", "RANDOM_SEED": "1", "PYTHON": python}
     if cpu:
         knobs |= {"ACCELERATOR": "cpu"}
+    else:
+        knobs |= {"EPOCH_SAMPLES": "4000"}  # the demo's 500 are less than a second, and each mini-epoch writes its training state
     if small:
         knobs |= {"N_LAYER": "1", "N_EMBD": "64", "CTX_LEN": "64", "M_BSZ": "4", "EPOCH_SAMPLES": "40", "EXIT_TOKENS": "10000"}
     knobs = {name: os.environ.get(name) or value for name, value in knobs.items()}
@@ -235,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--small", action="store_true", help="tiny shapes, one test file, a short training")
     parser.add_argument("--again", action="store_true", help="also what has been done")
-    parser.add_argument("--only", default="", help="items whose names contain this; several, with commas: --only tests/cuda,tests/ops")
+    parser.add_argument("--only", default="", help="items whose names contain this; several, with commas: --only 'on the GPU,tests/ops'")
     parser.add_argument("--commit", default="", help="what results.json shall say, where the checkout is a copy without .git")
     parser.add_argument("--models", default="", help=f"of the step `step`: layers, width x samples x tokens, comma-separated; default {','.join(MODELS)}")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="a public wkv7 beside which ours is timed; see bench/gpu_peers.py")

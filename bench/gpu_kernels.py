@@ -7,8 +7,9 @@
     python bench/gpu_kernels.py once                                               every kernel once on small shapes, for compute-sanitizer
 
 Nothing is timed on wrong results: exit code 1. The inputs of a round are not those of the round before, unless they are larger than the second-level
-cache anyway; all forms of a comparison take turns, each time between two events; the medians count. --device cpu is a rehearsal of this file on
-the C++ kernels.
+cache anyway; all forms of a comparison take turns, each time between two events; the medians count. The GPU is kept busy before the first of the
+two, until all is on its stream: what is timed is the GPU's time, not Python's, which bench/gpu_step.py shows. --device cpu is a rehearsal of this
+file on the C++ kernels.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}  # relative rms of an out
 PEER_LIMIT = 5e-2  # of others' kernels, which round where they like
 KINDS = ("usual", "clamp", "repeated")
 HEAD_LIMIT = 2e-2
+AHEAD = 8_000_000  # cycles that the GPU waits before what is timed, about 4 ms: longer than Python takes for any of it
 PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 26, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
 Work = Callable[[int], object]  # of the n-th set of inputs
 
@@ -65,6 +67,7 @@ def timed(works: dict[str, Work], sets: int, options: argparse.Namespace) -> dic
             if cuda:
                 torch.cuda.synchronize()
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(AHEAD)
                 begin.record()
                 work(number % sets)
                 end.record()
@@ -232,11 +235,13 @@ def slopes_of(outputs: list[Tensor]) -> list[Tensor]:
 def check_elementwise(name: str, options: argparse.Namespace) -> float:
     sizes = (2, 67, *options.sizes[2:])
     inputs = elementwise_inputs(name, sizes, options.dtype, options.device)
-    results = []
-    for module, leaves in ((fused, inputs), (reference, [x.detach().double().requires_grad_() for x in inputs])):
-        outputs = elementwise_call(name, module, sizes)(*leaves)
-        results.append([*outputs, *torch.autograd.grad(outputs, leaves, slopes_of(outputs))])
-    return demand({f"result {i}": rms(a, b) for i, (a, b) in enumerate(zip(*results))}, LIMITS[options.dtype], name)
+    outputs = elementwise_call(name, fused, sizes)(*inputs)
+    slopes = slopes_of(outputs)
+    got = [*outputs, *torch.autograd.grad(outputs, inputs, slopes)]
+    leaves = [x.detach().cpu().double().requires_grad_() for x in inputs]  # on the CPU, so that a sanitizer looks at no reduction of others
+    outputs = elementwise_call(name, reference, sizes)(*leaves)
+    want = [*outputs, *torch.autograd.grad(outputs, leaves, [x.cpu().double() for x in slopes])]
+    return demand({f"result {i}": rms(a.detach().cpu(), b.detach()) for i, (a, b) in enumerate(zip(got, want))}, LIMITS[options.dtype], name)
 
 
 def measure_elementwise(name: str, options: argparse.Namespace) -> dict:

@@ -17,12 +17,16 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
 from gpu_kernels import timed
+from torch.autograd import DeviceType
 
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.models.rwkv7 import TABLE
+from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
 from rwkvlm.train.flops import flops_per_token, peak_flops
 from rwkvlm.train.module import TrainModule
@@ -34,7 +38,7 @@ LIMIT = 5e-2  # relative: loss and the whole gradient in bf16, against float64
 
 
 class Training:
-    """A model and what a step of training does with it."""
+    """A model with random matrices, made where it trains, and what a step of training does with it."""
 
     def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace) -> None:
         config = TrainConfig(
@@ -42,18 +46,18 @@ class Training:
         )
         strategy = make_strategy(config)
         self.module = TrainModule(config)
-        model = models.build(sizes)
-        models.init_weights(model, 0)
-        rng = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in model.parameters():  # those that begin as zeros, at the scale of training
-                if p.dim() == 2 and not p.any():
-                    p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
-        self.model = model.to(options.device, param_dtype(config))
+        with torch.device(options.device):
+            model = models.build(sizes)
+        # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them.
+        rng = torch.Generator(options.device).manual_seed(0)
+        matrices = "|".join(re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k"))
+        random = Row(matrices, lambda s: torch.randn(s.shape, generator=rng, device=options.device) / s.shape[1] ** 0.5)
+        init_from_table(model, [random, *TABLE], 0)
+        self.model = model.to(param_dtype(config))
         self.module.attach(self.model)
         self.optimizer = make_optimizer(self.model, config, strategy)
         self.norms = GradientNorms(self.model)
-        self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng).to(options.device) for _ in range(8)]
+        self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng, device=options.device) for _ in range(8)]
         self.made = 0
 
     def loss(self, idx: torch.Tensor) -> torch.Tensor:
@@ -107,16 +111,24 @@ def gemm_flops(options: argparse.Namespace) -> float:
     return 2 * n**3 / timed({"product": lambda i: x @ y}, 1, rounds)["product"]["ms_fastest"] * 1e3
 
 
-def by_kernel(training: Training, device: str, most: int = 25) -> list[dict]:
-    """What the time of one step goes to, the longest first."""
+def by_kernel(training: Training, device: str, most: int = 25) -> dict:
+    """What the time of one step goes to, the longest first, and the sum: where the step takes longer than its kernels, Python is what it waits for."""
     activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profile:
         training.step()
         if device == "cuda":
             torch.cuda.synchronize()
-    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    rows = sorted(((getattr(e, key, 0), e.count, e.key) for e in profile.key_averages()), reverse=True)
-    return [{"ms": round(us / 1e3, 3), "calls": count, "name": name[:120]} for us, count, name in rows[:most] if us > 0]
+    return times_by_kernel(profile.key_averages(), device, most)
+
+
+def times_by_kernel(events: Iterable, device: str, most: int) -> dict:
+    """An operator's time on the device is that of its kernels, which are events of their own: these alone count."""
+    if device == "cuda":
+        rows = [(e.self_device_time_total, e.count, e.key) for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    else:
+        rows = [(e.self_cpu_time_total, e.count, e.key) for e in events]
+    longest = [{"ms": round(us / 1e3, 3), "calls": count, "name": name[:120]} for us, count, name in sorted(rows, reverse=True)[:most] if us > 0]
+    return {"kernels_ms": round(sum(us for us, _, _ in rows) / 1e3, 3), "launches": sum(count for _, count, _ in rows), "by_kernel": longest}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,7 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
     row |= {"ms": round(ms, 3), "ms_fastest": round(min(times), 3), "tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
     row |= {"mfu": round(flops / peak, 4) if peak else None, "gemm_tflops": round(gemm / 1e12, 2), "share_of_gemm": round(flops / gemm, 4)}
     row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if options.device == "cuda" else None
-    row["by_kernel"] = by_kernel(training, options.device)
+    try:
+        row |= by_kernel(training, options.device)
+    except Exception as error:  # no profiler here, say; what has been timed counts all the same
+        row["by_kernel"] = repr(error)[:300]
     print(json.dumps(row))
     return 0
 

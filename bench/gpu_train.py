@@ -20,6 +20,7 @@ FLAGS = {  # of train.py -> knob; the rest stands in the scripts' commands
     "adam_eps": "ADAM_EPS", "weight_decay": "W_DECAY", "epoch_save": "EPOCH_SAVE", "epoch_samples": "EPOCH_SAMPLES", "save_minutes": "SAVE_MINUTES",
     "head_chunk": "HEAD_CHUNK", "precision": "PRECISION", "strategy": "STRATEGY", "grad_cp": "GRAD_CP",
 }  # fmt: skip
+MISSING = "orjson, with which the data are made, is not installed, and there is no data/demo.bin; bring data/demo.* of another machine"
 OTHERS = {"data_file": "data/demo", "vocab_size": "65536", "warmup_steps": "10", "devices": "1"}
 
 
@@ -42,6 +43,9 @@ def main() -> int:
     python = [sys.executable, str(ROOT / "train.py")]
     os.chdir(ROOT)
     if not (ROOT / "data" / "demo.bin").exists():
+        if importlib.util.find_spec("orjson") is None:
+            print(f"error: {MISSING}", file=sys.stderr)
+            return 2
         for command in (["-m", "rwkvlm", "demo_corpus", "--out", "data/demo.jsonl"],
                         ["make_data.py", "data/demo.jsonl", "1", given["CTX_LEN"], "--out", "data/demo", "--val_split", "0.03"]):  # fmt: skip
             if code := subprocess.run([sys.executable, *command]).returncode:

@@ -143,6 +143,28 @@ def test_kernels_are_checked_and_timed(what, capsys):
     assert row["times"]["ours"]["ms"] > 0 and row["times"]["ours"]["rounds"] == 3
 
 
+def test_the_gpu_waits_until_all_of_what_is_timed_is_on_its_stream(monkeypatch):
+    """Else small kernels are as slow as Python."""
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, other):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("busy"))
+    options = type("Options", (), dict(device="cuda", warmup=0, rounds=1))
+    assert gpu_kernels.timed({"it": lambda i: happened.append("it")}, 1, options)["it"]["rounds"] == 1
+    assert happened == ["wait", "busy", "event", "it", "event", "wait"]
+
+
 def test_a_peer_is_a_file_and_nothing_is_timed_on_wrong_results(tmp_path, capsys):
     (tmp_path / "right.py").write_text("from rwkvlm.ops.wkv7 import wkv7_chunked\ndef wkv7(*x): return wkv7_chunked(*x)[0]\n")
     (tmp_path / "wrong.py").write_text("from rwkvlm.ops.wkv7 import wkv7_chunked\ndef wkv7(*x): return wkv7_chunked(*x)[0] * 1.1\n")
@@ -169,6 +191,20 @@ def test_the_step_is_checked_and_timed(capsys, monkeypatch):
     assert gpu_step.main(["L1-D64x2x32", *REHEARSAL]) == 1
 
 
+def test_a_kernel_counts_once_and_not_for_its_operator_too():
+    """torch's profiler gives the time of a kernel to the operator that has launched it as well."""
+
+    class Event:
+        def __init__(self, key, us, kind, annotation=False):
+            self.key, self.self_device_time_total, self.device_type, self.is_user_annotation, self.count = key, us, kind, annotation, 2
+
+    CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [Event("aten::mm", 3000, CPU), Event("gemm", 3000, CUDA), Event("small", 500, CUDA), Event("step", 9000, CUDA, True), Event("none", 0, CUDA)]
+    found = gpu_step.times_by_kernel(events, "cuda", 25)
+    assert found["kernels_ms"] == 3.5 and found["launches"] == 6
+    assert found["by_kernel"] == [{"ms": 3.0, "calls": 2, "name": "gemm"}, {"ms": 0.5, "calls": 2, "name": "small"}]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_on_a_gpu_only_our_kernels_count():
     """The benches ask for the CUDA kernels by name: what cannot run is an error, and no plain PyTorch is timed in its place."""
@@ -191,6 +227,16 @@ def test_the_recipe_without_the_scripts_has_their_knobs(monkeypatch):
     monkeypatch.setenv("M_BSZ", "32")
     monkeypatch.setattr(gpu_train.importlib.util, "find_spec", lambda name: None)
     assert (gpu_train.knobs(True)["M_BSZ"], gpu_train.knobs(True)["STRATEGY"]) == ("32", "auto")
+
+
+def test_what_is_missing_for_the_demo_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_train, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_train, "knobs", lambda gpu: dict.fromkeys(gpu_train.FLAGS.values(), "1"))
+    monkeypatch.setattr(gpu_train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PROJ_DIR", str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    assert gpu_train.main() == 2
+    assert capsys.readouterr().err == f"error: {gpu_train.MISSING}\n"
 
 
 def test_minipile_losses_are_compared(tmp_path, capsys, monkeypatch):
