@@ -118,7 +118,7 @@ def test_both_ablations_in_miniature(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"def f{n}(x):\n    return x * {n} + {n * n}\n" * 60}) + "\n" for n in range(60)))
     knobs = {
-        "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 ghost_memory", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
+        "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide", "MEMORY_ROWS": "24", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
         "CORPUS_TOKENS": "8192", "CORPUS_BATCH": "2", "CORPUS_VOCAB": "300", "CORPUS_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 64",
         "RECALL_TOKENS": "4096", "RECALL_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 16", "PAIRS": "8", "KEYS": "16", "VALUES": "8", "SEQUENCES": "8",
     }  # fmt: skip
@@ -127,11 +127,11 @@ def test_both_ablations_in_miniature(tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     for task, drawn in (("corpus", ["val_loss.svg"]), ("recall", ["accuracy.svg", "by_pairs.svg", "val_loss.svg"])):
         saved = json.loads((tmp_path / "out" / task / "report.json").read_text())
-        assert saved["missing"] == [] and [*saved["runs"]] == ["rwkv7", "ghost_memory"]
+        assert saved["missing"] == [] and [*saved["runs"]] == ["rwkv7", "memory_wide"]
         assert len({run["1"]["tokens"] for run in saved["runs"].values()}) == 1  # equal tokens
         assert all((tmp_path / "out" / task / name).exists() for name in drawn)
     for task in ("corpus", "recall"):  # what is recorded is taken over
-        kept = [path for path in (tmp_path / "out" / task).glob("*.json") if path.stem in ("plan", "rwkv7-1", "ghost_memory-1")]
+        kept = [path for path in (tmp_path / "out" / task).glob("*.json") if path.stem in ("plan", "rwkv7-1", "memory_wide-1")]
         assert len(kept) == 3
         (tmp_path / "new" / task).mkdir(parents=True)
         for path in kept:
