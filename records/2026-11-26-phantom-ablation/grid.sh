@@ -7,7 +7,7 @@ export VARIANTS="${VARIANTS:-rwkv7 ghost state memory ghost_state ghost_memory}"
 export CORPUS_BATCH=4 CORPUS_LR="3e-3 3e-4" CORPUS_TOKENS=1000000 CORPUS_VOCAB=1024
 mkdir -p "$OUT" && cp -rn records/2026-11-26-phantom-ablation/recall records/2026-11-26-phantom-ablation/corpus "$OUT" || exit
 [ -e "$CORPUS_TEXT" ] || PYTHONPATH=RWKV-v7 "${PYTHON:-.venv/bin/python}" -m rwkvlm demo_corpus --out "$CORPUS_TEXT" --max_bytes 6000000 || exit
-for seed in 1 2 3; do
+for seed in ${SEED_LIST:-1 2 3}; do
     for task in ${TASKS:-corpus}; do
         TASKS=$task SEEDS=$seed bench/ablation_phantom.sh || exit
     done
