@@ -64,6 +64,7 @@ class RWKV7PhantomConfig:
     ttt_meta: bool = False
     ttt_loss_weight: float = 0.1
     memory_dim: int = 0
+    memory_rows: int = 0
     max_depth_iter: int = 1
     use_svd_compression: bool = False
     svd_rank_ratio: float = 0.5
@@ -182,9 +183,9 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
 
     config = config or RWKV7PhantomConfig()
     given = {f.name for f in fields(TrainConfig)}
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name in given - {"ghost_ratio", "ttt_chunk", "memory_dim"}}
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name in given - {"ghost_ratio", "ttt_chunk", "memory_dim", "memory_rows"}}
     sizes = config.sizes()
-    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim, "ttt_head": sizes.has_ttt_head}
+    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim, "memory_rows": sizes.memory_rows, "ttt_head": sizes.has_ttt_head}
     settings |= {} if config.use_cuda_kernel else {"kernel": "torch"}
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
     with backend.restored():

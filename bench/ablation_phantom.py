@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -31,12 +32,13 @@ from rwkvlm.config import ModelConfig, UserError, model_config
 
 TOLERANCE = 0.02
 GRAIN = 16  # dim_ffn is a multiple, as the fused operations want it
+PALETTE = (*COLOURS, "#8c564b", "#17becf", "#7f7f7f")  # one for each variant
 OFF = {"core_ratio": 1.0, "ttt_enabled": False}
 Curve = list[tuple[float, float]]
 
 
-def variants(core_ratio: float, ttt_chunk: int) -> dict[str, dict[str, object]]:
-    """Phantom's settings by variant; none is RWKV-7 itself."""
+def variants(core_ratio: float, ttt_chunk: int, memory_lr: float = 0.5, memory_rows: int = 64) -> dict[str, dict[str, object]]:
+    """Phantom's settings by variant; none is RWKV-7 itself. memory_lr and memory_rows are those of memory_fast and memory_wide."""
     ghost = {**OFF, "core_ratio": core_ratio}
     state, memory = ({**OFF, "ttt_enabled": True, "ttt_kind": kind, "ttt_chunk": ttt_chunk} for kind in ("state", "memory"))
     return {
@@ -44,6 +46,8 @@ def variants(core_ratio: float, ttt_chunk: int) -> dict[str, dict[str, object]]:
         "ghost": ghost,
         "state": state,
         "memory": memory,
+        "memory_fast": memory | {"ttt_lr": memory_lr},
+        "memory_wide": memory | {"ttt_lr": memory_lr, "memory_rows": memory_rows},
         "ghost_state": state | ghost | {"ttt_enabled": True},
         "ghost_memory": memory | ghost | {"ttt_enabled": True},
     }
@@ -116,17 +120,19 @@ def state_numbers(config: ModelConfig) -> int:
 def plan(options: argparse.Namespace) -> None:
     sizes = {name: getattr(options, name) for name in ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")}
     base = ModelConfig(**sizes)
-    known = variants(options.core_ratio, options.ttt_chunk)
+    known = variants(options.core_ratio, options.ttt_chunk, options.memory_lr, options.memory_rows)
     if unknown := set(options.variants) - set(known):
         raise UserError(f"--variants {' '.join(sorted(unknown))} not known; choose of: {' '.join(known)}")
     configs = {"rwkv7": base} | {name: fitted(base, known[name]) for name in options.variants if name != "rwkv7"}
     check_equal(configs)
-    whole = {key: value for key, value in vars(options).items() if key not in ("command", "out", "variants")}
+    whole = {key: value for key, value in vars(options).items() if key not in ("command", "out", "variants", "memory_lr", "memory_rows")}
     rows = earlier(options.out, whole)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
         settings = {key: int(value) if isinstance(value, bool) else value for key, value in known[name].items()}
         flags = {"my_testing": config.model_type, **{key: getattr(config, key) for key in sizes}, **settings}
+        if rows.get(name, {"flags": flags})["flags"] != flags:
+            raise UserError(f"{options.out} was planned with {name} as {rows[name]['flags']} and now it is {flags}; choose another OUT")
         (options.out / f"{name}.flags").write_text(" ".join(f"--{key} {value}" for key, value in flags.items()) + "\n")
         rows[name] = {
             "n_embd": config.n_embd, "dim_ffn": config.dim_ffn, "parameters": parameters(config), "flops": flops(config, options.ctx_len), "state": state_numbers(config), "flags": flags,
@@ -195,11 +201,12 @@ def result(folder: Path, planned: dict) -> dict[str, object]:
         at = {"rwkv-init.pth": 0, "rwkv-final.pth": steps[-1][0]}
         found["accuracy_curve"] = [(at[m["file"]] if m["file"] in at else (int(m["file"][5:-4]) + 1) * of_mini_epoch, m["accuracy"]) for m in measured]
         found |= {"accuracy": measured[-1]["accuracy"], "answer_loss": measured[-1]["loss"], "by_quarter": measured[-1]["by_quarter"]}
+        found["by_pairs"] = {pairs: part["accuracy"] for pairs, part in measured[-1]["by_pairs"].items()}
     return found
 
 
 def report(out: Path) -> list[str]:
-    """Writes report.json, val_loss.svg and, for recall, accuracy.svg; returns the lines of the tables. A run that is missing is named."""
+    """Writes report.json, val_loss.svg and, for recall, accuracy.svg and by_pairs.svg; returns the lines of the tables. A run that is missing is named."""
     planned = json.loads((out / "plan.json").read_text())
     runs = {name: finished(out, name) for name in planned["models"]}
     missing = [f"{name}-{seed}" for name, seeds in runs.items() for seed in planned["seeds"] if seed not in seeds]
@@ -209,6 +216,7 @@ def report(out: Path) -> list[str]:
         if seeds:
             cells = [_spread([run[key] for run in seeds.values() if key in run]) for key in keys]
             lines.append(f"| {name} | {' '.join(map(str, seeds))} | {' | '.join(cells)} |")
+    lines += pairs_table(runs)
     lines += ["", f"not run: {' '.join(missing)}" if missing else "all runs are finished"]
     (out / "report.json").write_text(json.dumps({"plan": planned, "runs": runs, "missing": missing}, indent=1) + "\n")
     (out / "report.md").write_text("\n".join(lines) + "\n")
@@ -217,6 +225,25 @@ def report(out: Path) -> list[str]:
         curves = {name: found for name, found in curves.items() if found}
         if curves:
             (out / f"{key}.svg").write_text(picture(curves, label))
+    across = {name: [[(math.log2(int(pairs)), share) for pairs, share in run["by_pairs"].items()] for run in seeds.values() if "by_pairs" in run] for name, seeds in runs.items()}
+    if any(across.values()):
+        marks = {x: f"{2**x:g}" for found in across.values() for curve in found for x, _ in curve}
+        (out / "by_pairs.svg").write_text(picture({name: found for name, found in across.items() if found}, "share of answers that are right", "pairs", marks))
+    return lines
+
+
+def pairs_table(runs: dict[str, dict[int, dict]]) -> list[str]:
+    """Right answers by number of pairs: every run, and each variant's mean."""
+    measured = {name: {seed: run["by_pairs"] for seed, run in seeds.items() if "by_pairs" in run} for name, seeds in runs.items()}
+    pairs = next((found for seeds in measured.values() for found in seeds.values()), None)
+    if pairs is None:
+        return []
+    lines = ["", f"| right answers, pairs: | seed | {' | '.join(pairs)} |", "|---" * (2 + len(pairs)) + "|"]
+    for name, seeds in measured.items():
+        rows = {str(seed): [found[n] for n in pairs] for seed, found in seeds.items()}
+        if len(rows) > 1:
+            rows["mean"] = [statistics.mean(column) for column in zip(*rows.values())]
+        lines += [f"| {name} | {seed} | {' | '.join(f'{100 * share:.1f}%' for share in row)} |" for seed, row in rows.items()]
     return lines
 
 
@@ -226,15 +253,18 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}" + (f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else "")
 
 
-def picture(curves: dict[str, list[Curve]], label: str) -> str:
-    """One colour for each variant, one line for each of its seeds, a dot at each line's end."""
+def picture(curves: dict[str, list[Curve]], label: str, below: str = "million tokens", marks: dict[float, str] | None = None) -> str:
+    """One colour for each variant, one line for each of its seeds, a dot at each line's end. marks: what is written where on the axis below, from
+    its first to its last; otherwise x are tokens from 0 on."""
     everything = [point for seeds in curves.values() for curve in seeds for point in curve]
     most, low, high = max(x for x, _ in everything) or 1, min(y for _, y in everything), max(y for _, y in everything)
+    marks = marks or {value: f"{value / 1e6:g}" for value in ticks(0, most)}
+    least = min(marks)
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
     right = RIGHT + 110  # room for the names
 
-    def x(tokens: float) -> float:
-        return LEFT + tokens / most * (WIDTH - LEFT - right)
+    def x(value: float) -> float:
+        return LEFT + (value - least) / (most - least or 1) * (WIDTH - LEFT - right)
 
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
@@ -245,14 +275,14 @@ def picture(curves: dict[str, list[Curve]], label: str) -> str:
     ]
     for value in ticks(low, high):
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - right}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(0, most):
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value / 1e6:g}</text>')
+    for value, mark in marks.items():
+        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{mark}</text>')
     middle = (LEFT + WIDTH - right) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">million tokens (upwards: {html.escape(label)})</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(f"{below} (upwards: {label})")}</text>')
     for i, (name, seeds) in enumerate(curves.items()):
-        colour = (*COLOURS, "#8c564b")[i % (len(COLOURS) + 1)]
+        colour = PALETTE[i % len(PALETTE)]
         for curve in seeds:
-            path = " ".join(f"{x(tokens):.1f},{y(value):.1f}" for tokens, value in curve)
+            path = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in curve)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
             parts.append(f'<circle cx="{x(curve[-1][0]):.1f}" cy="{y(curve[-1][1]):.1f}" r="3" fill="{colour}"/>')
         parts.append(f'<text x="{WIDTH - right + 12}" y="{TOP + 16 * (i + 1)}" fill="{colour}">{html.escape(name)}</text>')
@@ -269,6 +299,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, default in (("n_layer", 4), ("n_embd", 128), ("vocab_size", 2048), ("head_size", 32), ("dim_ffn", 0), ("ctx_len", 512), ("ttt_chunk", 64), ("epoch_samples", 0), ("tokens", 0)):
         make.add_argument(f"--{name}", type=int, default=default)
     make.add_argument("--core_ratio", type=float, default=0.5, help="of the Ghost variants")
+    make.add_argument("--memory_lr", type=float, default=0.5, help="ttt_lr of memory_fast and memory_wide")
+    make.add_argument("--memory_rows", type=int, default=64, help="hidden units per head of memory_wide")
     make.add_argument("--variants", nargs="+", default=list(variants(0.5, 64)))
     make.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     make.add_argument("--conditions", default="", help="what else all runs have in common; a folder takes only one")

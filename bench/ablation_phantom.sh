@@ -1,9 +1,10 @@
 #!/bin/sh
 # The Phantom ablation: RWKV-7; Ghost layers; TTT on the state; TTT with a memory; both. Equal parameters (within 2 %), tokens and data; three seeds each.
+# memory_fast is the memory with MEMORY_LR as first step size, memory_wide besides with MEMORY_ROWS hidden units a head.
 #
 #   corpus   the demo corpus in 2048 byte pairs trained on its own text: of the World tokenizer's 65536 rows a model of a million parameters would spend
 #            nearly all of its arithmetic in the head, which no variant touches. Held-out loss
-#   recall   multi-query associative recall (bench/recall.py), more pairs than a head's state holds. Answers that are right, held out
+#   recall   multi-query associative recall (bench/recall.py), from few pairs to more than the state holds. Answers that are right, held out, by pairs
 #
 # It goes on where it was stopped: a run whose $OUT/TASK/VARIANT-SEED.json exists is finished. These files and plan.json are all that has to be copied into
 # another OUT for it to go on there. The result: $OUT/{corpus,recall}/report.md, report.json and .svg
@@ -17,8 +18,10 @@ cd "$(dirname "$0")/.." || exit 1
 knob OUT           out/ablation out/ablation
 knob TASKS         "corpus recall" "corpus recall"
 knob SEEDS         "1 2 3" "1 2 3"
-knob VARIANTS      "rwkv7 ghost state memory ghost_state ghost_memory" "rwkv7 ghost state memory ghost_state ghost_memory"
+knob VARIANTS      "rwkv7 ghost state memory memory_wide ghost_state ghost_memory" "rwkv7 ghost state memory memory_wide ghost_state ghost_memory"
 knob CORE_RATIO    0.5 0.5 # of the Ghost variants
+knob MEMORY_LR     0.5 0.5
+knob MEMORY_ROWS   64 64
 knob MINI_EPOCHS   10 10 # points of each curve
 knob PRECISION     fp32 fp32
 knob CORPUS_TEXT   data/demo.jsonl data/demo.jsonl
@@ -47,6 +50,7 @@ run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL RATES DATA: plans, trai
     tokens=$((epoch_samples * MINI_EPOCHS * ctx_len))
     # shellcheck disable=SC2086
     "$PYTHON" bench/ablation_phantom.py plan "$OUT/$task" $model --ctx_len $ctx_len --vocab_size "$vocabulary" --core_ratio "$CORE_RATIO" \
+        --memory_lr "$MEMORY_LR" --memory_rows "$MEMORY_ROWS" \
         --epoch_samples $epoch_samples --tokens $tokens --variants $VARIANTS --seeds $SEEDS \
         --conditions "batch $batch, lr $7, $PRECISION, $8" || exit
     for seed in $SEEDS; do # one seed of every variant before the next seed of any
@@ -96,7 +100,7 @@ after_recall() {
 for task in $TASKS; do
     case $task in
     corpus) run_all corpus 512 "$CORPUS_TOKENS" "$CORPUS_BATCH" "$CORPUS_VOCAB" "$CORPUS_MODEL" "$CORPUS_LR" "$CORPUS_TEXT" ;;
-    recall) run_all recall $((4 * PAIRS)) "$RECALL_TOKENS" "$RECALL_BATCH" $((1 + KEYS + VALUES)) "$RECALL_MODEL" "$RECALL_LR" "$PAIRS pairs of $KEYS keys and $VALUES values" ;;
+    recall) run_all recall $((4 * PAIRS)) "$RECALL_TOKENS" "$RECALL_BATCH" $((1 + KEYS + VALUES)) "$RECALL_MODEL" "$RECALL_LR" "4 to $PAIRS pairs of $KEYS keys and $VALUES values" ;;
     *) die "TASKS=$task is not known" "use corpus, recall or both" ;;
     esac
 done

@@ -8,8 +8,9 @@
 Keys differ within a sequence; which value belongs to a key is drawn anew in each, so that nothing can be learned by heart. Token 0, the end of a
 document, does not occur; 1 to KEYS are keys, the next VALUES values. Sequence n of a seed is a pure function of (seed, n).
 
-What is trained on is a mixture: a sequence is one task of PAIRS pairs, or two of half as many, or four, ... down to 4 pairs, each as likely. From
-whole tasks of 24 pairs alone a small RWKV-7 learned nothing in 4 million tokens; the short ones teach it to recall. Whole tasks are evaluated.
+What is trained on is a mixture: a sequence begins with PAIRS pairs, or half as many, or a quarter, ... down to 4, each as likely; then it asks for all
+of them, and again in another order, until it is 4 * PAIRS tokens long. From whole tasks of 24 pairs alone a small RWKV-7 learned nothing in 4 million
+tokens; the short ones teach it to recall, and they are full of answers. What is evaluated is each number of pairs, every key asked for once.
 Source: "Zoology" (arXiv 2312.04927). There the loss is taken at the answers alone; the trainer here takes it at all tokens, of which
 the keys and the first values cannot be foreseen, so a training loss falls to a floor far above 0. `evaluate` reads the answers alone.
 """
@@ -69,31 +70,36 @@ def sequences(task: Task, seed: int, count: int) -> tuple[np.ndarray, np.ndarray
     return tokens, order
 
 
+def levels(task: Task) -> list[Task]:
+    """The tasks of a mixture, by pairs: task itself, one of half as many pairs, of a quarter, ... that are whole numbers of SHORTEST and more."""
+    found = [task]
+    while found[-1].pairs % 2 == 0 and found[-1].pairs >= 2 * SHORTEST:
+        found.append(replace(task, pairs=found[-1].pairs // 2))
+    return found
+
+
 def mixture(task: Task, seed: int, count: int) -> np.ndarray:
-    """The first `count` training sequences of a seed, uint16 [count, task.length]: 1, 2, 4, ... tasks in a row that are as much smaller."""
-    halvings = 0
-    while task.pairs % (2 << halvings) == 0 and task.pairs >> halvings >= 2 * SHORTEST:
-        halvings += 1
-    blocks = []
+    """The first `count` training sequences of a seed, uint16 [count, task.length]: the pairs of one of levels(task), then questions to the end."""
+    parts, blocks = levels(task), []
     for n in range(-(-count // BLOCK)):
-        drawn = np.random.default_rng([seed, n]).integers(halvings + 1, size=BLOCK)
+        drawn = np.random.default_rng([seed, n]).integers(len(parts), size=BLOCK)
         tokens = np.empty((BLOCK, task.length), dtype=np.uint16)
-        for level in range(halvings + 1):
-            part = replace(task, pairs=task.pairs >> level)
-            rows = np.concatenate([_block(part, seed, n, level, i)[0] for i in range(1 << level)], 1)
+        for level, part in enumerate(parts):
+            rows, _ = _block(part, seed, n, level, rounds=(2 << level) - 1)
             tokens[drawn == level] = rows[drawn == level]
         blocks.append(tokens)
     return np.concatenate(blocks)[:count]
 
 
-def _block(task: Task, *entropy: int) -> tuple[np.ndarray, np.ndarray]:
+def _block(task: Task, *entropy: int, rounds: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs and so many times all questions; and the order of the first time."""
     rng = np.random.default_rng(entropy)
     keys = 1 + rng.random((BLOCK, task.keys)).argsort(1)[:, : task.pairs]
     values = 1 + task.keys + rng.integers(task.values, size=keys.shape)
     pairs = np.stack([keys, values], 2)
-    order = rng.random(keys.shape).argsort(1)
-    asked = np.take_along_axis(pairs, order[..., None], 1)
-    return np.concatenate([pairs, asked], 1).reshape(BLOCK, -1).astype(np.uint16), order
+    orders = [rng.random(keys.shape).argsort(1) for _ in range(rounds)]
+    asked = [np.take_along_axis(pairs, order[..., None], 1) for order in orders]
+    return np.concatenate([pairs, *asked], 1).reshape(BLOCK, -1).astype(np.uint16), orders[0]
 
 
 @torch.inference_mode()
@@ -115,6 +121,12 @@ def answers(model: LanguageModel, task: Task, count: int, batch: int = 32) -> di
         "by_quarter": [float(right[quarter == q].mean()) if (quarter == q).any() else None for q in range(QUARTERS)],
         "sequences": count,
     }
+
+
+def by_pairs(model: LanguageModel, task: Task, count: int) -> dict[str, object]:
+    """answers() to the whole task, and under "by_pairs" loss and accuracy of each number of pairs, fewest first."""
+    measured = {part.pairs: answers(model, part, count) for part in reversed(levels(task))}
+    return measured[task.pairs] | {"by_pairs": {str(pairs): {key: found[key] for key in ("loss", "accuracy")} for pairs, found in measured.items()}}
 
 
 def load(path: Path) -> LanguageModel:
@@ -142,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     make.add_argument("--seed", type=int, required=True, help=f"of the mixture; {HELD_OUT}: the whole tasks that are evaluated")
     make.add_argument("--samples", type=int, required=True, help="sequences")
     evaluate.add_argument("run", type=Path, help="folder of a run, or one .pth file")
-    evaluate.add_argument("--sequences", type=int, default=128)
+    evaluate.add_argument("--sequences", type=int, default=128, help="of each number of pairs")
     options = parser.parse_args(argv)
     try:
         task = Task(options.pairs, options.keys, options.values)
@@ -153,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = weights_of(options.run) if options.run.is_dir() else [options.run]
         if not paths:
             raise UserError(f"{options.run} has no rwkv-*.pth; train there first")
-        results = [{"file": path.name, **answers(load(path), task, options.sequences)} for path in paths]
+        results = [{"file": path.name, **by_pairs(load(path), task, options.sequences)} for path in paths]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -45,8 +45,8 @@ def test_gradient_is_that_of_the_inner_loss():
 
 
 def test_derivatives_that_are_written_out():
-    fast, Q, K, V = (random(B, 2, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(((3, 4, 4), (5, 4), (5, 4), (5, 4))))
-    assert torch.autograd.gradcheck(_Read.apply, (fast, Q))
+    fast, Q, K, V = (random(B, 2, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(((3, 6, 4), (5, 4), (5, 4), (5, 4))))
+    assert torch.autograd.gradcheck(_Read.apply, (fast, Q))  # 6 hidden units in heads of 4
     assert torch.autograd.gradcheck(_Gradient.apply, (fast, K, V))
 
 

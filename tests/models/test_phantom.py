@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
 from rwkvlm.config import ModelConfig, PhantomConfig, UserError, model_config
@@ -21,6 +22,7 @@ VARIANTS = {
     "values as targets, no head": dict(ttt_chunk=32, ttt_target="value", ttt_head=False, core_ratio=1.0),
     "ghosts only": dict(ttt_enabled=False),
     "memory": dict(ttt_kind="memory", ttt_chunk=16),
+    "memory, wide": dict(ttt_kind="memory", ttt_chunk=16, memory_rows=80),
     "memory, two passes": dict(ttt_kind="memory", ttt_chunk=64, max_depth_iter=2),
 }
 SLOW = ("two passes, segments of 64", "memory, two passes")
@@ -95,7 +97,7 @@ def test_whole_sequence_pieces_and_single_tokens_agree(variant, more):
                     assert relative(wkv, wkv_want) < 1e-4
 
 
-@pytest.mark.parametrize("variant", ["segments of 16", "two passes, segments of 64", "memory"])
+@pytest.mark.parametrize("variant", ["segments of 16", "two passes, segments of 64", "memory", "memory, wide"])
 def test_sequences_at_different_positions_in_one_batch(variant):
     model = alive(model_config("phantom", **SIZES, **VARIANTS[variant]))
     segment = VARIANTS[variant].get("ttt_chunk", 64)
@@ -255,6 +257,12 @@ def test_what_a_file_carries_survives_every_format():
             decode(damaged.tolist())
 
 
+def test_a_file_of_before_memory_rows_means_what_it_meant():
+    config = PhantomConfig(**SIZES, ttt_kind="memory")
+    then = {name: value for name, value in config.carried().items() if name != "memory_rows"}
+    assert model_config("phantom", **SIZES, **then) == config and config.memory_rows == config.head_size
+
+
 def test_rwkv7_becomes_a_phantom_with_the_least_error():
     config = ModelConfig(**SIZES, dim_ffn=192)
     plain = alive(config)
@@ -299,7 +307,20 @@ def test_the_table_of_costs_counts_what_the_model_has():
     lines = costs(config)
     assert f"-> {held:,} " in lines[-1] and f"{2 * held:,}" in lines[-1] and len(lines) == 8
     assert "16%" in next(line for line in costs(PhantomConfig(n_embd=768)) if line.startswith("ffn.key"))
+    assert costs(PhantomConfig(n_embd=768, core_ratio=1.0)) == []
     assert count_parameters(model) == sum(t.numel() for name, t in model.state_dict().items() if name != CARRIED)
+
+
+@pytest.mark.parametrize("core_ratio", [1.0, 0.2])
+def test_the_table_of_costs_has_the_memory(core_ratio):
+    config = PhantomConfig(n_layer=1, n_embd=64, head_size=16, vocab_size=8, core_ratio=core_ratio, ttt_kind="memory", ttt_chunk=16, memory_rows=48)
+    model = alive(config)
+    memory = model.blocks[0].mem
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        memory(torch.randn(1, 32, 64), return_state=True)
+    line = costs(config)[-1]
+    assert line.startswith("memory: 2 heads of 16 with 48 hidden units, ")
+    assert f" {sum(p.numel() for p in memory.parameters()):,} parameters and {counter.get_total_flops() // 32:,} FLOPs/token" in line
 
 
 def test_initial_values_keep_the_scale_of_rwkv7():
@@ -374,6 +395,7 @@ def test_bf16_stays_near():
         (dict(ttt_kind="memory", ttt_steps=2), "use --ttt_steps 1"),
         (dict(ttt_kind="memory", ttt_meta=True), "use --ttt_meta 0"),
         (dict(ttt_kind="memory", memory_dim=40), "--memory_dim 40 is not a multiple of --head_size"),
+        (dict(ttt_kind="memory", memory_rows=-8), "--memory_rows -8 must be at least 1"),
         (dict(dropout=1.0), "--dropout 1.0 must lie in [0, 1)"),
         (dict(layer_norm_eps=0.0), "--layer_norm_eps 0.0 must be above 0"),
     ],

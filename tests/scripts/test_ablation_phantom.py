@@ -40,9 +40,12 @@ def test_variants_are_what_they_are_called():
 
     found = {name: parts(settings) for name, settings in tool.variants(0.5, 32).items() if settings}
     assert found == {
-        "ghost": (True, False, False), "state": (False, True, False), "memory": (False, False, True),
+        "ghost": (True, False, False), "state": (False, True, False), "memory": (False, False, True), "memory_fast": (False, False, True), "memory_wide": (False, False, True),
         "ghost_state": (True, True, False), "ghost_memory": (True, False, True),
     }  # fmt: skip
+    given = tool.variants(0.5, 32, 0.25, 96)
+    default, fast, wide = (tool.fitted(BASE, given[name]) for name in ("memory", "memory_fast", "memory_wide"))
+    assert [(c.ttt_lr, c.memory_rows) for c in (default, fast, wide)] == [(0.01, 16), (0.25, 16), (0.25, 96)] and wide.dim_ffn < default.dim_ffn
 
 
 def test_unequal_variants_are_refused(capsys, tmp_path):
@@ -73,6 +76,9 @@ def test_a_folder_takes_one_plan(capsys, tmp_path):
     capsys.readouterr()
     assert tool.main(["plan", str(tmp_path), *sizes, "--conditions", "lr 1"]) == 2
     assert "could not be compared" in capsys.readouterr().err
+    assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "memory_fast", "--memory_lr", "0.2"]) == 0
+    assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "memory_fast", "--memory_lr", "0.3"]) == 2
+    assert "was planned with memory_fast as" in capsys.readouterr().err
 
 
 def test_report_of_runs(tmp_path):
@@ -81,7 +87,7 @@ def test_report_of_runs(tmp_path):
         (tmp_path / name).mkdir()
         lines = [{"step": 0, "tokens": 0, "val_loss": losses[0]}, {"step": 1, "tokens": 320, "loss": 3.5, "tokens_per_s": 10}, {"step": 1, "tokens": 320, "val_loss": losses[1]}]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        measured = [{"file": file, "accuracy": share, "loss": 1.0, "by_quarter": [share] * 4} for file, share in (("rwkv-init.pth", 0.1), ("rwkv-0.pth", 0.4), ("rwkv-final.pth", 0.5))]
+        measured = [{"file": file, "accuracy": share, "loss": 1.0, "by_quarter": [share] * 4, "by_pairs": {"4": {"accuracy": 1.0, "loss": 0.1}, "8": {"accuracy": share, "loss": 1.0}}} for file, share in (("rwkv-init.pth", 0.1), ("rwkv-0.pth", 0.4), ("rwkv-final.pth", 0.5))]
         (tmp_path / name / "recall.json").write_text(json.dumps({"results": measured}))
         if name != "memory-2":
             (tmp_path / name / "rwkv-final.pth").touch()
@@ -92,7 +98,8 @@ def test_report_of_runs(tmp_path):
     assert "not run: memory-2" in lines
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["runs"]["memory"]["1"]["accuracy_curve"] == [[0, 0.1], [320, 0.4], [320, 0.5]]
-    for name in ("accuracy", "val_loss"):
+    assert [line for line in lines if line.startswith("| rwkv7 | mean |")] == ["| rwkv7 | mean | 100.0% | 50.0% |"] and "| memory | 1 | 100.0% | 50.0% |" in lines
+    for name in ("accuracy", "val_loss", "by_pairs"):
         drawn = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
         assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) == 3
 
@@ -111,20 +118,20 @@ def test_both_ablations_in_miniature(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"def f{n}(x):\n    return x * {n} + {n * n}\n" * 60}) + "\n" for n in range(60)))
     knobs = {
-        "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 ghost_memory", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
+        "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide", "MEMORY_ROWS": "24", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
         "CORPUS_TOKENS": "8192", "CORPUS_BATCH": "2", "CORPUS_VOCAB": "300", "CORPUS_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 64",
         "RECALL_TOKENS": "4096", "RECALL_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 16", "PAIRS": "8", "KEYS": "16", "VALUES": "8", "SEQUENCES": "8",
     }  # fmt: skip
     command = [ROOT / "bench/ablation_phantom.sh"]
     first = subprocess.run(command, env=os.environ | knobs, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stdout + first.stderr
-    for task, drawn in (("corpus", ["val_loss.svg"]), ("recall", ["accuracy.svg", "val_loss.svg"])):
+    for task, drawn in (("corpus", ["val_loss.svg"]), ("recall", ["accuracy.svg", "by_pairs.svg", "val_loss.svg"])):
         saved = json.loads((tmp_path / "out" / task / "report.json").read_text())
-        assert saved["missing"] == [] and [*saved["runs"]] == ["rwkv7", "ghost_memory"]
+        assert saved["missing"] == [] and [*saved["runs"]] == ["rwkv7", "memory_wide"]
         assert len({run["1"]["tokens"] for run in saved["runs"].values()}) == 1  # equal tokens
         assert all((tmp_path / "out" / task / name).exists() for name in drawn)
     for task in ("corpus", "recall"):  # what is recorded is taken over
-        kept = [path for path in (tmp_path / "out" / task).glob("*.json") if path.stem in ("plan", "rwkv7-1", "ghost_memory-1")]
+        kept = [path for path in (tmp_path / "out" / task).glob("*.json") if path.stem in ("plan", "rwkv7-1", "memory_wide-1")]
         assert len(kept) == 3
         (tmp_path / "new" / task).mkdir(parents=True)
         for path in kept:

@@ -35,14 +35,15 @@ def test_sequences_are_a_function_of_seed_and_number():
     assert len(value_of_key_1) == 4  # nothing can be learned by heart
 
 
-def test_the_mixture_is_tasks_in_a_row():
+def test_the_mixture_is_pairs_and_rounds_of_questions():
     task = recall.Task(pairs=16, keys=20, values=5)
+    assert [part.pairs for part in recall.levels(task)] == [16, 8, 4] and [part.pairs for part in recall.levels(TASK)] == [6]
     tokens = recall.mixture(task, 1, 300)
     assert tokens.shape == (300, 64) and np.array_equal(recall.mixture(task, 1, 3), tokens[:3]) and not np.array_equal(recall.mixture(task, 2, 3), tokens[:3])
 
-    def holds(row, pairs):  # each part: pairs of different keys, then the same pairs again
-        parts = [list(zip(part[::2], part[1::2])) for part in row.reshape(-1, 4 * pairs).tolist()]
-        return all(sorted(part[:pairs]) == sorted(part[pairs:]) and len({key for key, _ in part[:pairs]}) == pairs for part in parts)
+    def holds(row, pairs):  # pairs of different keys, then the same again and again, each time in another order
+        first, *rounds = [[*map(tuple, part)] for part in row.reshape(-1, pairs, 2).tolist()]
+        return len({key for key, _ in first}) == pairs and all(sorted(part) == sorted(first) for part in rounds) and (pairs == 16 or len({*map(tuple, rounds)}) > 1)
 
     kinds = [[pairs for pairs in (16, 8, 4) if holds(row, pairs)] for row in tokens]
     assert all(len(kind) == 1 for kind in kinds)
@@ -67,8 +68,9 @@ class Oracle:
         scores = torch.zeros(*idx.shape, TASK.vocabulary)
         scores[..., 0] = 5.0
         for b, row in enumerate(idx.tolist()):
-            places = {row[2 * place]: place for place in range(TASK.pairs)}
-            for t in range(2 * TASK.pairs, len(row), 2):
+            pairs = (len(row) + 1) // 4
+            places = {row[2 * place]: place for place in range(pairs)}
+            for t in range(2 * pairs, len(row), 2):
                 place = places[row[t]]
                 scores[b, t, 0 if self.forgets(place) else row[2 * place + 1]] = 50.0
         return scores
@@ -79,3 +81,10 @@ def test_accuracy_counts_the_answers_alone():
     assert perfect["accuracy"] == 1 and perfect["loss"] < 1e-6 and perfect["by_quarter"] == [1, 1, 1, 1]
     assert half["accuracy"] == 0.5 and half["loss"] == pytest.approx(25, abs=0.1)
     assert half["by_quarter"] == [0, 0, 1, 1]  # places 0 1, 2, 3 4, 5
+
+
+def test_every_number_of_pairs_is_measured():
+    task = recall.Task(pairs=8, keys=9, values=4)
+    found = recall.by_pairs(Oracle(lambda place: place >= 6), task, 40)
+    assert {pairs: part["accuracy"] for pairs, part in found["by_pairs"].items()} == {"4": 1, "8": 0.75}
+    assert found["accuracy"] == 0.75 and found["loss"] == found["by_pairs"]["8"]["loss"] > found["by_pairs"]["4"]["loss"] and found["sequences"] == 40

@@ -38,6 +38,7 @@ class PhantomConfig(ModelConfig):
                       alone, which is two to three times smaller, the step mostly shrinks the state
     ttt_anchor        weight of the squared distance from the state before the steps; without effect when ttt_steps is 1
     memory_dim        width of the "memory"; 0: half of n_embd in whole heads
+    memory_rows       hidden units of each of its heads, three rows of fast weights to each; 0: head_size. Holds more for few more parameters
     max_depth_iter    passes through each block
     ttt_second_order  False: the inner gradient is a constant to the outer loss
     ttt_meta          adds ttt_loss_weight * the inner loss on the segment after the step
@@ -58,6 +59,7 @@ class PhantomConfig(ModelConfig):
     ttt_target: str = "stored"
     ttt_anchor: float = 0.01
     memory_dim: int = 0
+    memory_rows: int = 0
     max_depth_iter: int = 1
     layer_norm_eps: float = 1e-5
     ttt_second_order: bool = True
@@ -91,6 +93,10 @@ class PhantomConfig(ModelConfig):
             raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
         if self.memory_dim < 1 or self.memory_dim % self.head_size:
             raise UserError(f"--memory_dim {self.memory_dim} is not a multiple of --head_size {self.head_size}; change one of them")
+        if self.memory_rows == 0:
+            object.__setattr__(self, "memory_rows", self.head_size)
+        if self.memory_rows < 1:
+            raise UserError(f"--memory_rows {self.memory_rows} must be at least 1")
         if self.ttt_enabled:
             self._check_ttt()
 

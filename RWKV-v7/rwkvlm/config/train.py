@@ -81,6 +81,7 @@ class TrainConfig:
     ttt_meta: int = flag(-1, "Phantom: 1: adds the inner loss on the segment after each step to the loss; else 0")
     ttt_loss_weight: float = flag(-1.0, "Phantom: weight of ttt_meta's term; else 0.1")
     memory_dim: int = flag(-1, "Phantom: width of the memory; else half of n_embd in whole heads")
+    memory_rows: int = flag(-1, "Phantom: hidden units of each head of the memory; else head_size")
     max_depth_iter: int = flag(-1, "Phantom: passes through each block with the same weights; else 1")
     dropout: float = flag(-1.0, "Phantom: share of each branch's outputs set to zero in training; else 0")
     layer_norm_eps: float = flag(-1.0, "Phantom: epsilon of the LayerNorms; else 1e-5")

@@ -18,7 +18,7 @@ from .segments import pieces, seen_after
 
 class MemoryState(NamedTuple):
     """last: [B, C] last normalised input
-    fast: [B, h, 3, N, N] fp32, the fast weights W1, W3 and W2^T
+    fast: [B, h, 3, m, N] fp32, the fast weights W1, W3 and W2^T of m hidden units
     sums: the same shape, gradients summed over the tokens of the segment that is not complete
     seen: [B] int64 on the CPU, these tokens
     """
@@ -37,7 +37,7 @@ class Memory(nn.Module):
 
     The gradient is written out. Within a segment W does not change, so the gradient is a sum over tokens as they come, and the state needs
     none of them; norm gives each row its initial length, so W neither grows nor fades however long the text is. Matrices act on rows:
-    fast[0] = W1, fast[1] = W3, [hidden, N]; fast[2] = W2^T, [hidden, N]. The output begins at zero: the model begins as it is without.
+    fast[0] = W1, fast[1] = W3, fast[2] = W2^T, each [m, N]. The output begins at zero: the model begins as it is without.
     """
 
     def __init__(self, config: PhantomConfig) -> None:
@@ -48,7 +48,7 @@ class Memory(nn.Module):
         self.x_q, self.x_k, self.x_v = (nn.Parameter(torch.empty(1, 1, C)) for _ in range(3))
         self.query, self.key, self.value = (nn.Linear(C, M, bias=False) for _ in range(3))
         self.rate = nn.Linear(C, self.heads)
-        self.fast = nn.Parameter(torch.empty(self.heads, 3, N, N))
+        self.fast = nn.Parameter(torch.empty(self.heads, 3, config.memory_rows, N))
         self.ln_x = nn.GroupNorm(self.heads, M, eps=1e-5)
         self.output = nn.Linear(M, C, bias=False)
 
@@ -98,7 +98,7 @@ class Memory(nn.Module):
 
 
 class _Read(torch.autograd.Function):
-    """f(q): fast [B, h, 3, N, N], q [B, h, n, N] -> [B, h, n, N]. Derivatives are written out, here and below: they take fewer operations over
+    """f(q): fast [B, h, 3, m, N], q [B, h, n, N] -> [B, h, n, N]. Derivatives are written out, here and below: they take fewer operations over
     all tokens than autograd's."""
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Read(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """grad l summed over the tokens, [B, h, 3, N, N]: fast as there, k [B, h, n, N], v [B, h, n, N] times the rates.
+    """grad l summed over the tokens, [B, h, 3, m, N]: fast as there, k [B, h, n, N], v [B, h, n, N] times the rates.
 
     With A = W1 k, G = W3 k, D = W2^T v: -grad l = [(D G silu'(A)) k^T, (D silu(A)) k^T, (silu(A) G) v^T].
     """

@@ -111,7 +111,10 @@ def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dic
 
 
 def costs(config: PhantomConfig) -> list[str]:
-    """Parameters and FLOPs per token of a block's large matrices, dense beside ghost, as the lines of a table."""
+    """Parameters and FLOPs per token, forward, of a block's large matrices, dense beside ghost, as the lines of a table; and of its memory."""
+    memory = [_memory_line(config)] if config.has_memory else []
+    if not config.has_ghosts:
+        return memory
     lines = [f"{'matrix':15} {'shape':>12} {'core':>5} {'parameters':>22} {'FLOPs/token':>22} {'saved':>6}"]
     total, ranks = [0, 0], config.rank_of()
     for name in MATRICES:
@@ -120,7 +123,17 @@ def costs(config: PhantomConfig) -> list[str]:
         parts = sum(ranks[part] * (i + o) if part in ranks else i * o for part, (i, o) in config.parts().items() if f"{part}.".startswith(f"{name}."))
         total = [total[0] + whole, total[1] + parts]
         lines.append(_line(name, f"{outputs}x{inputs}", str(rows) if rows else "dense", whole, parts))
-    return [*lines, _line("per block", "", "", *total)]
+    return [*lines, _line("per block", "", "", *total), *memory]
+
+
+def _memory_line(config: PhantomConfig) -> str:
+    """Every fast weight is multiplied by three vectors at each token: read once, computed once and changed once for the step."""
+    with torch.device("meta"):
+        memory = Memory(config)
+    fast, projected = memory.fast.numel(), sum(p.numel() for name, p in memory.named_parameters() if p.dim() == 2)
+    heads, _, rows, N = memory.fast.shape
+    parameters = sum(p.numel() for p in memory.parameters())
+    return f"memory: {heads} head{'s' * (heads > 1)} of {N} with {rows} hidden units, {parameters:,} parameters and {2 * (projected + 3 * fast):,} FLOPs/token more in each block"
 
 
 def _line(name: str, shape: str, core: str, whole: int, parts: int) -> str:
@@ -149,8 +162,8 @@ def _softplus_inverse_of_step(s: Slot) -> torch.Tensor:
 
 
 def _fast(s: Slot) -> torch.Tensor:
-    heads, three, N, _ = s.shape
-    return torch.randn(s.shape, generator=s.generator) / math.sqrt(N)
+    """Rows of length 1 about."""
+    return torch.randn(s.shape, generator=s.generator) / math.sqrt(s.shape[-1])
 
 
 MEM = BLOCK + r"mem\."

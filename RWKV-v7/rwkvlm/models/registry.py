@@ -40,7 +40,7 @@ def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mappin
 
 def costs(config: ModelConfig) -> list[str]:
     """Lines of a table of parameters and FLOPs, for models whose matrices are not all dense."""
-    return phantom.costs(config) if config.model_type == "phantom" and config.has_ghosts else []
+    return phantom.costs(config) if config.model_type == "phantom" else []
 
 
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:

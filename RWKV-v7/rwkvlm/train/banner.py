@@ -29,7 +29,7 @@ def describe(plan: Plan) -> dict[str, str]:
     rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
     return {
         "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {heads}, vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
-        **({"ghosts": f"\n{'':10}".join(table)} if (table := costs(model)) else {}),
+        **({"costs": f"\n{'':10}".join(table)} if (table := costs(model)) else {}),
         "data": f"{_files(plan)}, {held_out}",
         "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
