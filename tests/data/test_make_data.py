@@ -197,6 +197,7 @@ def test_bad_files(here, capsys):
         (["demo.jsonl", "1", "16", "--val_split", "inf"], "--val_split inf must be"),
         (["demo.jsonl", "1", "16", "--val_split", "1.5"], "--val_split 1.5"),
         (["demo.jsonl", "1", "16", "--val_split", "10"], "hold out all 10 documents"),
+        (["demo.jsonl", "1", "16", "--val_split", "11"], "hold out all 10 documents"),
         (["demo.jsonl", "1", "16", "--val_split", "0.999"], "hold out all 10 documents"),
         (["demo.jsonl", "1", "16", "--tokenizer", "gpt2"], "tokenizer 'gpt2' is not known"),
         (["demo.jsonl", "1", "16", "--out", "demo.jsonl/x"], "cannot write demo.jsonl/x.bin"),

@@ -262,7 +262,7 @@ def draw(pile: Pile, share: float, seed: int) -> tuple[int, int]:
         leading = (keys(numbers, seed) >> np.uint64(48)).astype(np.int64)
         histogram += np.bincount(leading, sizes if weighed else None, 1 << 16)
         total += int(sizes.sum()) if weighed else len(sizes)
-    target = share * total if weighed else share
+    target = share * total if weighed else min(share, total)
     cell = int(np.searchsorted(np.cumsum(histogram), target))
     found, drawn = [], 0
     for sizes, numbers in pile.sizes():
