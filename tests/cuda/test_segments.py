@@ -13,12 +13,14 @@ from rwkvlm.ops.wkv7.cuda import segment_chunks
 LIMIT = 6.2e-3  # relative rms against float64 of the worst result of the plain scans; test_chunked.py has each
 
 
-def check(kernels: Kernels, case: Case, limit: float = LIMIT) -> dict[str, tuple[float, float]]:
-    """Errors of the segments and of the plain scans. The first may be little more: a state comes through the rounding of P instead of its own."""
+def check(kernels: Kernels, case: Case, limit: float = LIMIT) -> None:
+    """The segments may be hardly worse than the plain scans, measured 0.3 percent: P is rounded as the state is. P in bf16 costs the states 28 percent.
+
+    Only dw scatters, by 15 percent: where the decays are slow a few elements make up its norm.
+    """
     expected, plain = case.expected(), replace(case, segment_chunks=0)
     ours, theirs = (errors(kernels.run("chunked", c), expected) for c in (case, plain))
-    assert all(ours[name] < limit and ours[name] < 1.15 * theirs[name] for name in ours), (ours, theirs)
-    return {name: (ours[name], theirs[name]) for name in ours}
+    assert all(ours[name] < limit and ours[name] < (1.2 if name == "dw" else 1.05) * theirs[name] for name in ours), (ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,7 @@ def check(kernels: Kernels, case: Case, limit: float = LIMIT) -> dict[str, tuple
         dict(T=330, N=32, segment_chunks=2),
         dict(T=150, N=32, states=False, segment_chunks=1),
         dict(T=150, N=32, kind="clamp", segment_chunks=1),
-        dict(T=300, N=32, kind="slow", segment_chunks=1),
+        dict(T=640, N=32, H=1, kind="slow", segment_chunks=1),
     ],
     ids=str,
 )
@@ -39,6 +41,11 @@ def test_as_near_to_float64_as_the_plain_scans(kernels: Kernels, options: dict) 
 
 def test_repeated_keys(kernels: Kernels) -> None:
     check(kernels, make_case(T=200, H=1, kind="repeated", segment_chunks=1), limit=3e-2)
+
+
+@pytest.mark.slow
+def test_many_segments_take_whole_blocks_in_the_scans(kernels: Kernels) -> None:
+    check(kernels, make_case(T=200, N=32, H=90, segment_chunks=1))
 
 
 @pytest.mark.slow
@@ -65,7 +72,7 @@ def test_packed_documents_equal_separate_runs(kernels: Kernels) -> None:
 
 
 def test_both_schedules_give_the_same_bits(kernels: Kernels) -> None:
-    case = make_case(T=330, N=32, B=2, H=1, segment_chunks=2)
+    case = make_case(T=600, N=32, H=1, kind="slow", segment_chunks=4)  # segments that use their buffers again, and remember it
     forwards, backwards = kernels.run("chunked", case), kernels.run("chunked", case, reverse=True)
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
