@@ -241,7 +241,8 @@ def check_elementwise(name: str, options: argparse.Namespace) -> float:
     leaves = [x.detach().cpu().double().requires_grad_() for x in inputs]  # on the CPU, so that a sanitizer looks at no reduction of others
     outputs = elementwise_call(name, reference, sizes)(*leaves)
     want = [*outputs, *torch.autograd.grad(outputs, leaves, [x.cpu().double() for x in slopes])]
-    return demand({f"result {i}": rms(a.detach().cpu(), b.detach()) for i, (a, b) in enumerate(zip(got, want))}, LIMITS[options.dtype], name)
+    in_parts = name == "norm_mix" and options.device == "cpu"  # there, what is normalised is rounded too
+    return demand({f"result {i}": rms(a.detach().cpu(), b.detach()) for i, (a, b) in enumerate(zip(got, want))}, (2 if in_parts else 1) * LIMITS[options.dtype], name)
 
 
 def measure_elementwise(name: str, options: argparse.Namespace) -> dict:

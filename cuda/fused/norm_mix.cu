@@ -140,31 +140,37 @@ template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix(Fu
     }
 }
 
+// Warps of a block of the backward such that two blocks fit a multiprocessor: a lane holds gradients and sums of four channels for each blend.
+template <int n> constexpr int most_warps = n == 1 ? warps : 6;
+
 // With u = (x - mean) * inverse, e the gradient of u and < > a mean over the channels:
 //     dx = inverse (e - <e> - u <e u>) + dstream
 // First, from the last token of a run to the first, the gradient of the normalised channels, which is left in dx; then, when <e> and <e u> are
-// known, the rest. Lane i keeps the two sums of the run's token i.
-template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix_backward(FusedNormMix p, int runs) {
+// known, the rest. Lane i keeps the two sums of the run's token i. Parameters are read for each token again, from a cache: registers are short.
+template <class T, int n> __launch_bounds__(32 * most_warps<n>, 2) __global__ void norm_mix_backward(FusedNormMix p, int runs) {
     float2* memory = reinterpret_cast<float2*>(shared_memory());  // [warps][run_tokens]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = blockDim.x / 32;
     const int first = blockIdx.x * runs, last = min(first + runs, p.B * ceil_div(p.T, run_tokens));
     const Moments* moments = reinterpret_cast<const Moments*>(p.moments);
-    for (int number = first; number < last; ++number) {
+    int number = first;
+    const auto add_part = [&](int j, int c, Four sums) {
+        if (c >= p.C) return;
+        float* part = p.parts + (int64_t(blockIdx.x) * (n + 2) + j) * p.C + c;
+        store(part, number > first ? load(part) + sums : sums);
+    };
+    for (; number < last; ++number) {
         const Run run(p, number);
         float2 mine = make_float2(0.f, 0.f);
         for (int c0 = warp * width; c0 < p.C; c0 += stride * width) {
             const int c = c0 + lane * 4;
             const bool inside = c < p.C;
             const Access<T> x{inside};
-            const Four weight = x.in(p.weight, c), bias = x.in(p.bias, c);
-            Four mix[n], sums[n + 2], next = zeros();
+            Four sums[n], next = zeros();
 #pragma unroll
-            for (int j = 0; j < n; ++j) mix[j] = x.in(p.mix[j], c);
-#pragma unroll
-            for (int j = 0; j < n + 2; ++j) sums[j] = zeros();
+            for (int j = 0; j < n; ++j) sums[j] = zeros();
             if (run.end < p.T) {
 #pragma unroll
-                for (int j = 0; j < n; ++j) next += x.in(p.dout[j], (run.row + run.end - run.begin) * p.C + c) * mix[j];
+                for (int j = 0; j < n; ++j) next += x.in(p.dout[j], (run.row + run.end - run.begin) * p.C + c) * x.in(p.mix[j], c);
             } else if (p.dnewest) {
                 next = x.in(p.dnewest, int64_t(run.b) * p.C + c);
             }
@@ -176,6 +182,7 @@ template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix_ba
                 Four d[n];
 #pragma unroll
                 for (int j = 0; j < n; ++j) d[j] = x.in(p.dout[j], offset);
+                const Four weight = x.in(p.weight, c), bias = x.in(p.bias, c);
                 Moments earlier = here;
                 Four raw_before = zeros(), before = zeros();
                 if (t) {
@@ -190,14 +197,12 @@ template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix_ba
                 next = zeros();
 #pragma unroll
                 for (int j = 0; j < n; ++j) {
-                    const Four back = d[j] * mix[j];
+                    const Four back = d[j] * x.in(p.mix[j], c);
                     dnormal += d[j] - back;
                     next += back;
                     sums[j] += d[j] * shift;
                 }
                 if (here.padding()) dnormal = zeros();
-                sums[n] += dnormal * unit;
-                sums[n + 1] += dnormal;
                 x.out(p.dx, offset, dnormal);
                 const Four slope = dnormal * weight;
                 const float total = over_head(sum(slope), 32), along = over_head(sum(slope * unit), 32);
@@ -206,13 +211,8 @@ template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix_ba
                 raw = raw_before;
             }
             if (run.begin == 0 && p.dlast) x.out(p.dlast, int64_t(run.b) * p.C + c, next);
-            if (inside) {
 #pragma unroll
-                for (int j = 0; j < n + 2; ++j) {
-                    float* part = p.parts + (int64_t(blockIdx.x) * (n + 2) + j) * p.C + c;
-                    store(part, number > first ? load(part) + sums[j] : sums[j]);
-                }
-            }
+            for (int j = 0; j < n; ++j) add_part(j, c, sums[j]);
         }
         if (lane < run_tokens) memory[warp * run_tokens + lane] = mine;
         __syncthreads();
@@ -225,6 +225,7 @@ template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix_ba
             const int c = c0 + lane * 4;
             const Access<T> x{c < p.C};
             const Four weight = x.in(p.weight, c);
+            Four sums[2] = {zeros(), zeros()};  // of weight and bias
             for (int t0 = run.begin; t0 < run.end; t0 += batch) {
                 const int64_t row = run.row + t0 - run.begin;
                 Four dnormal[batch], raw[batch], dstream[batch];
@@ -241,18 +242,22 @@ template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix_ba
                         const Moments here = moments[row + i];
                         const int token = t0 + i - run.begin;
                         const float total = __shfl_sync(~0u, mine.x, token) / p.C, along = __shfl_sync(~0u, mine.y, token) / p.C;
-                        const Four through = (dnormal[i] * weight - total - here.unit(raw[i]) * along) * here.inverse;
+                        const Four unit = here.unit(raw[i]), through = (dnormal[i] * weight - total - unit * along) * here.inverse;
+                        sums[0] += dnormal[i] * unit;
+                        sums[1] += dnormal[i];
                         x.out(p.dx, (row + i) * p.C + c, here.padding() ? dstream[i] : dstream[i] + through);
                     }
             }
+            add_part(n, c, sums[0]);
+            add_part(n + 1, c, sums[1]);
         }
     }
 }
 
-// As many warps as share the strips of 128 channels evenly.
-unsigned threads_for(int C) {
+// As many warps, up to `most`, as share the strips of 128 channels evenly.
+unsigned threads_for(int C, int most) {
     const int strips = ceil_div(C, width);
-    return 32 * ceil_div(strips, ceil_div(strips, warps));
+    return 32 * ceil_div(strips, ceil_div(strips, most));
 }
 
 int64_t runs_of(int64_t B, int64_t T) { return B * ((T + run_tokens - 1) / run_tokens); }
@@ -263,13 +268,14 @@ bool takes(const FusedNormMix& p) {
 }
 
 template <class T, int n> int forward(const FusedNormMix& p, void* stream) {
-    return launch(norm_mix<T, n>, dim3(unsigned(runs_of(p.B, p.T))), threads_for(p.C), (run_tokens + 1) * sizeof(Moments), stream, p);
+    return launch(norm_mix<T, n>, dim3(unsigned(runs_of(p.B, p.T))), threads_for(p.C, warps), (run_tokens + 1) * sizeof(Moments), stream, p);
 }
 
 template <class T, int n> int backward(const FusedNormMix& p, void* stream) {
     const int64_t blocks = fused_norm_parts(p.B, p.T);
-    const size_t bytes = warps * run_tokens * sizeof(float2);
-    const int error = launch(norm_mix_backward<T, n>, dim3(unsigned(blocks)), threads_for(p.C), bytes, stream, p, int(runs_a_block(p.B, p.T)));
+    const unsigned count = threads_for(p.C, most_warps<n>);
+    const size_t bytes = count / 32 * run_tokens * sizeof(float2);
+    const int error = launch(norm_mix_backward<T, n>, dim3(unsigned(blocks)), count, bytes, stream, p, int(runs_a_block(p.B, p.T)));
     return error ? error : collect_sums<T>(p.parts, blocks, (n + 2) * p.C, p.sums, stream);
 }
 
