@@ -7,6 +7,7 @@ import torch
 
 from oracles.elementwise import Case, close
 from rwkvlm import native as build
+from rwkvlm.cli import doctor
 from rwkvlm.ops import backend, fused
 from rwkvlm.ops.fused import cuda, native, reference
 
@@ -230,3 +231,9 @@ def test_the_emulated_kernels_have_run(block_kernels, monkeypatch):
         cuda.register(registration, block_kernels, "CPU")
         first = torch.ops.rwkvlm.relu_square(x)
     assert calls == [x.shape] and torch.equal(first, torch.ops.rwkvlm.relu_square(x)) and len(calls) == 1
+
+
+def test_the_doctor_asks_for_what_the_kernels_take(device, monkeypatch):
+    """It would call a healthy GPU sick otherwise."""
+    monkeypatch.setattr(doctor, "_device", lambda: device)
+    assert "largest deviation from the reference" in doctor.kernel_fused()

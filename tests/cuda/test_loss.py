@@ -110,11 +110,11 @@ def test_nothing_is_hidden(device, bad):
     assert losses.isnan().tolist() == [False, True, False]
 
 
-def test_both_schedules_give_the_same_bits(block_kernels, device):
+def test_both_schedules_give_the_same_bits(device, request):
     logits, targets = make(5, 2777, BF16, device)
     first = run(logits, targets)
     if device.type == "cpu":
-        block_kernels.emulation_reverse(1)
+        request.getfixturevalue("block_kernels").emulation_reverse(1)
     assert all(torch.equal(a, b) for a, b in zip(first, run(logits, targets)))
 
 

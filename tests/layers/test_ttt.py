@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from rwkvlm.config import PhantomConfig
+from rwkvlm.layers import ttt as module
 from rwkvlm.layers.segments import pieces
 from rwkvlm.layers.ttt import StateTTT
 from rwkvlm.layers.ttt_segments import Segments
@@ -154,6 +155,13 @@ def test_all_segments_at_once(monkeypatch, rows, length, settings):
     assert torch.allclose(y, want_y, rtol=1e-5, atol=1e-6)
     for got, grad in zip(grads, want, strict=True):
         assert grad.abs().max() > 0 and (got - grad).norm() < 1e-5 * grad.norm()
+
+
+@pytest.mark.parametrize(("kernel", "at_once"), [("cpu", True), ("cuda", False), ("torch", False)])
+def test_all_segments_at_once_only_where_the_kernel_is_the_cpus(monkeypatch, kernel, at_once):
+    """On a GPU the operator that Segments calls has no form."""
+    monkeypatch.setattr(module, "backend_for", lambda device, dtype: kernel)
+    assert make()._at_once(torch.zeros(2, 70, H, N), torch.zeros(2, dtype=torch.int64)) == at_once
 
 
 @pytest.mark.parametrize("steps", [1, 4])

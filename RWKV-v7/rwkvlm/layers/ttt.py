@@ -120,9 +120,9 @@ class StateTTT(nn.Module):
         return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error)
 
     def _at_once(self, r: torch.Tensor, seen: torch.Tensor) -> bool:
-        """Whether Segments can compute this: it is for training, knows the kernel and one second-order step a segment."""
+        """Whether Segments can compute this: it is for training, knows the kernel of the CPU and one second-order step a segment."""
         usual = self.config.ttt_steps == 1 and self.config.ttt_second_order and not self.config.ttt_meta and not seen.any()
-        return usual and torch.is_grad_enabled() and backend_for(r.device, r.dtype) != "torch"
+        return usual and torch.is_grad_enabled() and backend_for(r.device, r.dtype) == "cpu"
 
     def step(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
         """The state after the steps of one segment. S [B, H, N, N]; keys [B, n, H, N]; values [B, n, H, c]; eta [H, 1, 1]."""

@@ -12,9 +12,9 @@ def adamw_(
     scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """As `ops.adamw.adamw_`."""
-    grads = [grad.float().contiguous() for grad in grads]
+    grads = [grad.to(torch.float32, copy=scale is not None).contiguous() for grad in grads]
     if scale is not None:
-        grads = torch._foreach_mul(grads, scale)
+        torch._foreach_mul_(grads, scale)  # in the copies: a third set of gradients would be the largest thing there is
     rates = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     adamw(masters, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, found_inf=found_inf, amsgrad=False, maximize=False, **rates)
     if rounded:
@@ -22,4 +22,4 @@ def adamw_(
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm([grad.float() for grad in grads]))
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
