@@ -75,6 +75,7 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
     "argv, said",
     [
         (["--micro_bs", "3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
+        (["--lr", "1e-4"], "unknown flag --lr; did you mean --lr_init?"),
         (["--micro_bs=3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
         (["--qqqqq", "3"], "unknown flag --qqqqq; --help lists all flags"),
         (["--micro_bsz", "3x"], "argument --micro_bsz: '3x' is not a whole number"),
