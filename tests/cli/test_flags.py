@@ -138,6 +138,8 @@ def test_commands_are_found_by_name(capsys):
     capsys.readouterr()
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"
+    assert main(["xyz"]) == 2
+    assert capsys.readouterr().err == f"error: unknown command 'xyz'; choose one of: {', '.join(commands())}\n"
 
 
 def test_wrong_flags_are_answered_without_importing_torch():
