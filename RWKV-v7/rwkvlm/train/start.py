@@ -76,8 +76,10 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
         return None
     for name, now in (("ctx_len", config.ctx_len), ("magic_prime", order)):
         if (then := info.meta[name]) != now:
-            one_file = isinstance(now, int) and isinstance(then, int)
-            is_now, cure = (f"--{name} is {now}", f"--{name} {then}") if one_file else (f"--data_file means {now}", "the --data_file of that run")
+            if name == "ctx_len" or config.magic_prime:
+                is_now, cure = f"--{name} is {now}", f"--{name} {then}"
+            else:  # computed: the data are others
+                is_now, cure = f"--data_file {config.data_file} means {'magic_prime ' * isinstance(now, int)}{now}", "the --data_file of that run"
             raise UserError(
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
