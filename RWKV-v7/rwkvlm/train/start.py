@@ -148,7 +148,7 @@ def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomC
 
 def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
     if config.my_testing != found.model_type:
-        raise UserError(f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or give another checkpoint")
+        raise UserError(f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or another --load_model or --proj_dir")
     deeper = bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
@@ -179,7 +179,7 @@ def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) 
 
 def _differs(name: str, given: object, there: object, path: Path) -> str:
     given, there = (int(value) if isinstance(value, bool) else value for value in (given, there))
-    return f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint"
+    return f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or use another --load_model or --proj_dir"
 
 
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
