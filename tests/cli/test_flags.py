@@ -75,6 +75,7 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
     "argv, said",
     [
         (["--micro_bs", "3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
+        (["--lr", "1e-4"], "unknown flag --lr; did you mean --lr_init?"),
         (["--micro_bs=3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
         (["--qqqqq", "3"], "unknown flag --qqqqq; --help lists all flags"),
         (["--micro_bsz", "3x"], "argument --micro_bsz: '3x' is not a whole number"),
@@ -137,6 +138,8 @@ def test_commands_are_found_by_name(capsys):
     capsys.readouterr()
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"
+    assert main(["xyz"]) == 2
+    assert capsys.readouterr().err == f"error: unknown command 'xyz'; choose one of: {', '.join(commands())}\n"
 
 
 def test_wrong_flags_are_answered_without_importing_torch():

@@ -98,6 +98,18 @@ def test_command_line(checkpoint, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_a_text_that_ends_early_is_told(checkpoint, capsys, monkeypatch):
+    """Otherwise an empty sample looks like a fault."""
+    argv = ["--model", str(checkpoint), "--prompt", "def ", "--length", "3", "--device", "cpu"]
+    assert command.main(argv) == 0
+    assert "ended" not in capsys.readouterr().err
+    chosen = iter([110, 0])
+    monkeypatch.setattr("rwkvlm.infer.engine.sample", lambda *_: next(chosen))
+    assert command.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert out == "def m\n" and err.startswith("[the model ended the text after 1 of 3 tokens, ")
+
+
 def test_text_that_the_terminal_cannot_show(checkpoint):
     argv = ["generate", "--model", str(checkpoint), "--prompt", "def \u00fc", "--length", "1", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-m", "rwkvlm", *argv], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120)

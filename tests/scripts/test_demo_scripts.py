@@ -141,6 +141,13 @@ def test_exit_status_of_the_training_is_that_of_the_script(demo, shell, status):
     assert demo.calls()[-1][0] == "train"
 
 
+def test_a_finished_training_is_0_whatever_becomes_of_the_sample(demo, shell):
+    (command,) = demo.root.rglob("generate.py")
+    command.write_text(command.read_text().replace("return 0", "return 2"))
+    done = demo.run("demo-training-run.sh", shell)
+    assert done.returncode == 0 and done.stdout.endswith("no sample; the training has ended well\n") and demo.calls()[-1][0] == "generate"
+
+
 def test_failing_preparation_stops(demo):
     (demo.root / "make_data.py").write_text("raise SystemExit(2)")
     assert demo.run("demo-training-run.sh").returncode == 2

@@ -69,7 +69,8 @@ def test_rates_follow_the_schedule(whole, records):
 def test_a_finished_run_says_so(whole, run, capsys):
     before = {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
     assert run(whole) == 0
-    assert "this run is finished" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "this run is finished" in told and "(a larger --my_exit_tokens trains longer)" in told
     assert before == {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
 
 
@@ -109,9 +110,17 @@ def test_signals_save_and_stop(run, whole, losses, tmp_path, monkeypatch, capsys
         assert run(tmp_path / "out") == code
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert (tmp_path / "out" / "state" / "latest").read_text() == "step7"
-    assert "goes on from it" in capsys.readouterr().err
+    assert "the same command goes on from it" in capsys.readouterr().err
     assert run(tmp_path / "out") == 0
     assert losses(tmp_path / "out") == losses(whole)
+
+
+def test_the_line_of_a_stop_is_true_without_a_train_stage_too(run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "step", lambda self, record: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(tmp_path / "out", train_stage=0) == 143
+    assert "the same command with --train_stage 3 goes on from it" in capsys.readouterr().err
+    assert run(tmp_path / "out", train_stage=0) == 2 and "continue it with --train_stage 3" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_step_just_ends(run, tmp_path, monkeypatch):

@@ -56,5 +56,5 @@ def _command(name: str):
     known = commands()
     if module not in known:
         close = difflib.get_close_matches(module, known, 1)
-        raise UserError(f"unknown command {name!r}; {f'did you mean {close[0]}' if close else 'choose one of: ' + ', '.join(known)}?")
+        raise UserError(f"unknown command {name!r}; {f'did you mean {close[0]}?' if close else 'choose one of: ' + ', '.join(known)}")
     return importlib.import_module(f"{__name__}.{module}").main

@@ -69,5 +69,6 @@ def _unknown(argument: str, names: list[str]) -> str:
     if not argument.startswith("--"):
         return f"unexpected argument {argument!r}; flags are given as --name value"
     flag = argument.partition("=")[0]
-    close = difflib.get_close_matches(flag.removeprefix("--"), names, 1, cutoff=0.5)
+    typed = flag.removeprefix("--")
+    close = [name for name in names if name.startswith(f"{typed}_")] or difflib.get_close_matches(typed, names, 1, cutoff=0.5)  # --lr: lr_init, not ttt_lr
     return f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "--help lists all flags")

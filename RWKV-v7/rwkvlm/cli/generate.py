@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 
 from ..infer import load_engine
 from .flags import Parser
@@ -23,11 +24,19 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     engine = load_engine(args.model, args.tokenizer, args.device)
-    pieces = engine.generate(args.prompt, args.length, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
+    tokens = engine.tokens(args.prompt, args.length, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
+    made = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal made
+        for made, token in enumerate(tokens, 1):
+            yield token
+
     start = time.perf_counter()
     print(args.prompt, end="", flush=True)
-    for text in pieces:
+    for text in engine.text(counted()):
         print(text, end="", flush=True)
     print()
-    print(f"[{time.perf_counter() - start:.1f} s]", file=sys.stderr)
+    ended = f"the model ended the text after {made} of {args.length} tokens, " if made < args.length else ""
+    print(f"[{ended}{time.perf_counter() - start:.1f} s]", file=sys.stderr)
     return 0

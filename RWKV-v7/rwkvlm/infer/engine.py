@@ -93,9 +93,10 @@ class Engine:
 
     def generate(self, prompt: str, length: int, **sampling) -> Iterator[str]:
         """As `tokens`, but text, as soon as it is whole characters; joined, the pieces are the continuation."""
-        return self._text(self.tokens(prompt, length, **sampling))
+        return self.text(self.tokens(prompt, length, **sampling))
 
-    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
+    def text(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Whole characters of the tokens, as soon as there are any."""
         stream = self.tokenizer.stream()
         for token in tokens:
             if text := stream.push(token):

@@ -36,7 +36,7 @@ def run(config: TrainConfig) -> int:
     plan = make_plan(config)
     tell(config.phantom_without_effect(plan.start.model))
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
-        say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do")
+        say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do (a larger --my_exit_tokens trains longer)")
         return 0
     if plan.held_out is None:
         for name in ("val_every", "val_batches"):

@@ -76,8 +76,10 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
         return None
     for name, now in (("ctx_len", config.ctx_len), ("magic_prime", order)):
         if (then := info.meta[name]) != now:
-            one_file = isinstance(now, int) and isinstance(then, int)
-            is_now, cure = (f"--{name} is {now}", f"--{name} {then}") if one_file else (f"--data_file means {now}", "the --data_file of that run")
+            if name == "ctx_len" or config.magic_prime:
+                is_now, cure = f"--{name} is {now}", f"--{name} {then}"
+            else:  # computed: the data are others
+                is_now, cure = f"--data_file {config.data_file} means {'magic_prime ' * isinstance(now, int)}{now}", "the --data_file of that run"
             raise UserError(
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
@@ -146,7 +148,7 @@ def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomC
 
 def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
     if config.my_testing != found.model_type:
-        raise UserError(f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or give another checkpoint")
+        raise UserError(f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or another --load_model or --proj_dir")
     deeper = bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
@@ -177,7 +179,7 @@ def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) 
 
 def _differs(name: str, given: object, there: object, path: Path) -> str:
     given, there = (int(value) if isinstance(value, bool) else value for value in (given, there))
-    return f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or give another checkpoint"
+    return f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or use another --load_model or --proj_dir"
 
 
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
