@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
@@ -345,6 +346,13 @@ def test_step_size_begins_at_its_rate_per_token():
     for block in model.blocks:
         assert torch.allclose(2 * torch.sigmoid(block.att.ttt.rate), torch.tensor(0.64))
         assert not block.att.ttt.w2.any() and block.att.ttt.w1.any()
+
+
+def test_the_memory_begins_with_the_step_size_that_is_given():
+    for lr in (0.01, 2.0, 1000.0):
+        model = build(PhantomConfig(**SIZES, ttt_kind="memory", ttt_lr=lr))
+        init_weights(model, 0)
+        assert torch.allclose(F.softplus(model.blocks[1].mem.rate.bias), torch.tensor(lr))
 
 
 def test_groups():

@@ -158,7 +158,8 @@ def _logit_of_step(s: Slot) -> torch.Tensor:
 
 
 def _softplus_inverse_of_step(s: Slot) -> torch.Tensor:
-    return torch.full(s.shape, math.log(math.expm1(s.config.ttt_lr)))
+    lr = s.config.ttt_lr
+    return torch.full(s.shape, lr + math.log(-math.expm1(-lr)))  # and not log(expm1(lr)), which overflows
 
 
 def _fast(s: Slot) -> torch.Tensor:
