@@ -43,7 +43,8 @@ class Snapshot:
 class Health:
     """in_a_row: steps up to the last one judged that were skipped or undone. last_ill: step and samples consumed after it, of the last such.
 
-    guarded: spikes are looked for; then every step must be judged before the next one begins.
+    guarded: spikes are looked for; then every step must be judged before the next one begins. What they go back to is not part of a training
+    state, which it would make three times as large: a spike soon after a resumption goes back to that, not to an earlier snapshot.
     """
 
     def __init__(self, plan: Plan, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
