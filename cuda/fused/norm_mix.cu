@@ -82,7 +82,7 @@ __device__ __forceinline__ bool is_padding(const FusedNormMix& p, int t) {
     return p.bounds[low] - 1 == t;
 }
 
-template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix(FusedNormMix p) {
+template <class T, int n> __launch_bounds__(threads, 2) __global__ void norm_mix(FusedNormMix p) {
     Moments* moments = reinterpret_cast<Moments*>(shared_memory());  // of the token before the run, and of the run
     const Run run(p, blockIdx.x);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = blockDim.x / 32;
@@ -140,14 +140,15 @@ template <class T, int n> __launch_bounds__(threads) __global__ void norm_mix(Fu
     }
 }
 
-// Warps of a block of the backward such that two blocks fit a multiprocessor: a lane holds gradients and sums of four channels for each blend.
-template <int n> constexpr int most_warps = n == 1 ? warps : 6;
+// Warps of a block of the backward such that two blocks fit a multiprocessor and nothing spills: a lane holds gradients and sums of four channels
+// for each blend.
+template <class T, int n> constexpr int most_warps = n == 1 ? warps : sizeof(T) == 2 ? 6 : 4;
 
 // With u = (x - mean) * inverse, e the gradient of u and < > a mean over the channels:
 //     dx = inverse (e - <e> - u <e u>) + dstream
 // First, from the last token of a run to the first, the gradient of the normalised channels, which is left in dx; then, when <e> and <e u> are
 // known, the rest. Lane i keeps the two sums of the run's token i. Parameters are read for each token again, from a cache: registers are short.
-template <class T, int n> __launch_bounds__(32 * most_warps<n>, 2) __global__ void norm_mix_backward(FusedNormMix p, int runs) {
+template <class T, int n> __launch_bounds__(32 * most_warps<T, n>, 2) __global__ void norm_mix_backward(FusedNormMix p, int runs) {
     float2* memory = reinterpret_cast<float2*>(shared_memory());  // [warps][run_tokens]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = blockDim.x / 32;
     const int first = blockIdx.x * runs, last = min(first + runs, p.B * ceil_div(p.T, run_tokens));
@@ -273,7 +274,7 @@ template <class T, int n> int forward(const FusedNormMix& p, void* stream) {
 
 template <class T, int n> int backward(const FusedNormMix& p, void* stream) {
     const int64_t blocks = fused_norm_parts(p.B, p.T);
-    const unsigned count = threads_for(p.C, most_warps<n>);
+    const unsigned count = threads_for(p.C, most_warps<T, n>);
     const size_t bytes = count / 32 * run_tokens * sizeof(float2);
     const int error = launch(norm_mix_backward<T, n>, dim3(unsigned(blocks)), count, bytes, stream, p, int(runs_a_block(p.B, p.T)));
     return error ? error : collect_sums<T>(p.parts, blocks, (n + 2) * p.C, p.sums, stream);
