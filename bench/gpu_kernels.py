@@ -157,7 +157,7 @@ def measure_recurrence(options: argparse.Namespace) -> dict:
     *whole, dy = sets[0]
     want = expected(part[:-1], part[-1])
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if options.device == "cuda" else 0
-    segment = wkv7_kernels.segment_chunks(B, T, H, multiprocessors)
+    segment = wkv7_kernels.segment_chunks(B, T, H, N, multiprocessors)
     row["segment_chunks"] = segment
     scans = {"ours": segment, "ours, not in segments": 0} if segment else {"ours": 0}
     for form, chunks in scans.items():

@@ -40,7 +40,8 @@ int wkv7_sequential_forward(const Wkv7Shape* shape, int dtype, const Wkv7Inputs*
 int wkv7_sequential_backward(const Wkv7Shape* shape, int dtype, const Wkv7Inputs* in, const void* saved, const void* dy,
                              const float* d_final_state, const Wkv7Gradients* out, void* stream);
 
-// Chunks of 64 tokens on the tensor cores of compute capability 8.0 and above: bf16, N in {16, 32, 64}, any T; the state is carried in fp32.
+// Chunks of 64 tokens, of 32 for N = 128, on the tensor cores of compute capability 8.0 and above: bf16, N in {16, 32, 64, 128}, any T; the state is
+// carried in fp32.
 // saved: wkv7_chunked_saved_bytes, written and read by the forward (so never null), then read by the backward. The scratches are free after the call.
 // With segment_chunks the scans run in segments of so many chunks (segments.cuh), for the same results within rounding; each call may choose anew.
 int64_t wkv7_chunked_saved_bytes(const Wkv7Shape* shape);

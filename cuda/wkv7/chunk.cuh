@@ -6,7 +6,12 @@
 
 namespace wkv7 {
 
-constexpr int chunk_tokens = 64;
+// Tokens of a chunk. Those of heads with 128 channels are short: the tiles then fit into the shared memory of every card.
+constexpr int chunk_tokens(int N) { return N == 128 ? 32 : 64; }
+
+// Wide matrices are divided into parts of at most 64 columns, a warp for each: more sums would not fit into its registers.
+__host__ __device__ constexpr int part_width(int N) { return N < 64 ? N : 64; }
+__host__ __device__ constexpr int column_parts(int N) { return N / part_width(N); }
 
 // Blocks with `bytes` of shared memory that fit on a multiprocessor, at most `wanted`: what the registers are divided by.
 constexpr int blocks_per_sm(int bytes, int wanted) {
@@ -64,14 +69,15 @@ template <int C> __device__ __forceinline__ Place place_in_slot(const Sequences&
     return place;
 }
 
-// Elementwise passes: warp w of `warps` has tokens w * rows .. of the chunk, lane l channels 2 l and 2 l + 1 (none where N < 64 runs out).
+// Elementwise passes: warp w of the `warps` of a part has tokens w * rows .. of the chunk, lane l channels 2 l and 2 l + 1 of the part (none where
+// N < 64 runs out).
 template <int C, int N, int warps> struct Columns {
-    static_assert(N <= 64 && C % warps == 0, "one lane has two channels");
+    static_assert(C % warps == 0, "as many tokens for each warp");
     static constexpr int rows = C / warps;
-    int warp, lane = forget(lane_index());
+    int warp, part, lane = forget(lane_index());
 
     __device__ bool active() const { return lane * 2 < N; }
-    __device__ int column() const { return lane * 2; }
+    __device__ int column() const { return part * part_width(N) + lane * 2; }
     __device__ int row() const { return warp * rows; }
 
     // Two channels of a token as they lie in memory, zeros behind the last token.
@@ -149,10 +155,18 @@ constexpr int scan_blocks(int N) { return N == 64 ? 4 : 160 / N; }  // per multi
 // Below this many (sequence, head) pairs the scans split a head's value rows over blocks, to fill the chip.
 constexpr int small_batch = 264;
 
+template <template <int, int> class Record, int N> int64_t records_bytes(const Wkv7Shape& s) {
+    constexpr int C = chunk_tokens(N);
+    return Record<C, N>::size * int64_t(sizeof(bf16)) * sequences_of(s).slots<C>() * s.H;
+}
 template <template <int, int> class Record> int64_t records_bytes(const Wkv7Shape& s) {
-    constexpr int C = chunk_tokens;
-    const int64_t size = s.N == 16 ? Record<C, 16>::size : s.N == 32 ? Record<C, 32>::size : s.N == 64 ? Record<C, 64>::size : 0;
-    return size * int64_t(sizeof(bf16)) * sequences_of(s).slots<C>() * s.H;
+    switch (s.N) {
+        case 16: return records_bytes<Record, 16>(s);
+        case 32: return records_bytes<Record, 32>(s);
+        case 64: return records_bytes<Record, 64>(s);
+        case 128: return records_bytes<Record, 128>(s);
+        default: return 0;
+    }
 }
 
 }  // namespace wkv7

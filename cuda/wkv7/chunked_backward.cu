@@ -1,4 +1,4 @@
-// WKV7 backward in chunks of 64 tokens on the tensor cores. Two kernels:
+// WKV7 backward in chunks of 64 tokens (32 where a head has 128 channels) on the tensor cores. Two kernels:
 //   gradient_scan     from the last chunk to the first: the gradient of the state, G <- G F^T + dY^T E, in fp32 registers; leaves for each chunk
 //                     the gradient of its leaving state, scaled by the chunk's decay. Value rows do not meet: each warp carries 16 of them. In segments it
 //                     is the first and the last of the passes of segments.cuh.
@@ -83,140 +83,168 @@ template <int N> struct Plane {
 };
 
 template <int C, int N> struct GradientsShared {
-    static constexpr int factors = 4 * C * N * 2 + C * C * 2;         // At, Rt, Bt, Kt, and X, whose place w takes
-    static constexpr int rest = (4 * C * N + 2 * N * N) * 2;          // V, Y, U, Z, S, G
+    static constexpr int w = (C > N ? C : N) * C * 2;                 // X, whose place w takes
+    static constexpr int factors = 4 * C * N * 2 + w;                 // At, Rt, Bt, Kt, X
+    static constexpr int rest = (4 * C + 2 * N) * part_width(N) * 2;  // V, Y, U, Z, S, G: as many value rows as are treated at a time
     static constexpr int planes = 3 * C * Plane<N>::stride * 4;       // take the place of the rest
     static constexpr int sums = 2 * (C / 8) * N * 4;
     static constexpr size_t size = factors + (rest > planes ? rest : planes) + sums + N * 4;
 };
 
-// Adds, for this warp, sum over its 16 rows of tile o d to sums [N].
-template <int J, class T> __device__ __forceinline__ void column_sums(float (&d)[J][4], const T& tile, int row0, int sums) {
+// Sums over this warp's 16 rows of tile o d go to, or are added to, sums [columns of the tile]; d has its columns from column0 on.
+template <int J, class T> __device__ __forceinline__ void column_sums(const float (&d)[J][4], const T& tile, int row0, int column0, int sums, bool add) {
     const int row = row0 + lane_index() / 4;
 #pragma unroll
     for (int j = 0; j < J; ++j) {
-        const int column = j * 8 + lane_index() % 4 * 2;
+        const int column = column0 + j * 8 + lane_index() % 4 * 2;
         const float2 upper = tile.get(row, column), lower = tile.get(row + 8, column);
         float x = upper.x * d[j][0] + lower.x * d[j][2], y = upper.y * d[j][1] + lower.y * d[j][3];
 #pragma unroll
         for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask), y += __shfl_xor_sync(~0u, y, mask);
-        if (lane_index() < 4) shared<float2>(sums + column * 4) = make_float2(x, y);
+        if (lane_index() < 4) {
+            float2& sum = shared<float2>(sums + column * 4);
+            sum = add ? make_float2(sum.x + x, sum.y + y) : make_float2(x, y);
+        }
     }
 }
 
-template <int C, int N> __launch_bounds__(C * 4, blocks_per_sm(GradientsShared<C, N>::size, 2))
+// Two blocks of 8 warps on a multiprocessor; for N = 128 one, whose sums last through both passes and take the registers of two.
+template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm(GradientsShared<C, N>::size, N == 128 ? 1 : 2))
 __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy, const bf16* __restrict__ scratch,
                                 ChunkGradients out) {
+    constexpr int width = part_width(N), values = width, parts = column_parts(N);  // a warp's columns, the value rows of a pass
     using Token = Tile<C, N>;
-    using State = Tile<N, N>;
+    using Value = Tile<C, values>;
+    using State = Tile<values, N>;
     const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
     if (place.tokens < 1) return;
     const bf16* const saved = saved_ + place.record * SavedChunk<C, N>::size;
 
-    const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()};
-    const Tile<C, C> X{Kt.end()};
-    const Token V{X.end()}, Y{V.end()}, U{Y.end()}, Z{U.end()};
+    const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()}, w{Kt.end()};
+    const Tile<C, C> X{w.base};
+    const Value V{GradientsShared<C, N>::factors}, Y{V.end()}, U{Y.end()}, Z{U.end()};
     const State S{Z.end()}, G{S.end()};
     constexpr int sums_size = C / 8 * N * 4, sums = GradientsShared<C, N>::size - 2 * sums_size - N * 4, totals = sums + sums_size, decay = totals + sums_size;
 
-    copy_tokens(V, in.v + place.first, place.stride, place.tokens);
-    copy_tokens(Y, dy + place.first, place.stride, place.tokens);
-    copy_blocks(S, saved + SavedChunk<C, N>::S);
-    copy_blocks(G, scratch + place.record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G);
+    // A pass takes `values` value rows of all that has them; the gradients of r, a, k and b are sums over the passes.
+    const auto fetch = [&](int value0) {
+        copy_tokens(V, in.v + place.first + value0, place.stride, place.tokens);
+        copy_tokens(Y, dy + place.first + value0, place.stride, place.tokens);
+        copy_blocks(S, saved + SavedChunk<C, N>::S + value0 * N);
+        copy_blocks(G, scratch + place.record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G + value0 * N);
+        copy_commit();
+    };
     copy_blocks(X, saved + SavedChunk<C, N>::X);
-    copy_commit();
-    const int warp = uniform(warp_index()), block = warp % (C / 16), row0 = block * 16;
-    Columns<C, N, C / 8>{warp}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
-    copy_wait<0>();
-    __syncthreads();
+    fetch(0);
+    const int warp = uniform(warp_index()), group = warp % (C / 8), part = parts == 1 ? 0 : warp / (C / 8), block = group % (C / 16), row0 = block * 16;
+    Columns<C, N, C / 8>{group, part}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
 
-    // Half of the warps follow a (and what it shares with b), the other half r (and k). Each has 16 rows.
-    const bool for_a = warp < C / 16;
-    const auto choose = [for_a](const Token& a, const Token& r) { return Token{for_a ? a.base : r.base}; };
+    // Half of the warps follow a (and what it shares with b), the other half r (and k). Each has 16 rows, and a part of the columns.
+    const bool for_a = group < C / 16;
+    const auto choose = [for_a](const auto& a, const auto& r) { auto x = a; return x.base = for_a ? a.base : r.base, x; };
     constexpr Blocks all{0, N / 16};
     const Blocks lower{0, block + 1}, upper{block, C / 16};
-    Left<N> rows;
-    Sums<N> d;
+    const int column0 = part * width;
+    Sums<width> d_read, d_write;
+    clear(d_read), clear(d_write);
+#pragma unroll 1
+    for (int value0 = 0; value0 < N; value0 += values) {
+        copy_wait<0>();
+        __syncthreads();
+        Left<values> rows;
+        {
+            // U's right side At S^T + M V | dU = Qb^T Y + Bt G^T.
+            Sums<values / parts> d;
+            const int mine = part * (values / parts);
+            const Rows<Token> keys(choose(At, Bt), row0);
+            clear(d);
+            multiply_transpose(d, keys, State{for_a ? S.base : G.base}, mine);
+            if (for_a)
+                multiply_triangle<true>(d, keys, Kt, 1, V, block, mine);
+            else
+                multiply_triangle<false>(d, keys, Rt, 0, Y, block, mine);
+            store(d, choose(U, Z), row0, mine);
+            __syncthreads();
 
-    // U's right side At S^T + M V | dU = Qb^T Y + Bt G^T.
-    clear(d);
-    load_left<false>(rows, choose(At, Bt), row0, all);
-    multiply_transpose(d, rows, State{for_a ? S.base : G.base});
-    if (for_a)
-        multiply_triangle<true>(d, rows, Kt, 1, V, block);
-    else
-        multiply_triangle<false>(d, rows, Rt, 0, Y, block);
-    store(d, choose(U, Z), row0);
-    __syncthreads();
-
-    // U = X (...) | Z = X^T dU.
-    {
-        Left<C> x;
-        clear(d);
-        if (for_a) {
-            load_left<false>(x, X, row0, lower);
-            multiply<false>(d, x, U, lower, all);
-        } else {
-            load_left<true>(x, X, row0, upper);
-            multiply<false>(d, x, Z, upper, all);
+            // U = X (...) | Z = X^T dU.
+            Left<C> x;
+            clear(d);
+            if (for_a) {
+                load_left<false>(x, X, row0, lower);
+                multiply<false>(d, x, U, lower, all, mine);
+            } else {
+                load_left<true>(x, X, row0, upper);
+                multiply<false>(d, x, Z, upper, all, mine);
+            }
+            __syncthreads();
+            store(d, choose(U, Z), row0, mine);
+        }
+        if (value0 == N - values) {  // needed again at the end: fetched once X has served
+            copy_tokens(w, in.w + place.first, place.stride, place.tokens);
+            copy_commit();
         }
         __syncthreads();
-        store(d, choose(U, Z), row0);
-    }
-    const Token w{X.base};  // needed again at the end: fetched once X has served
-    copy_tokens(w, in.w + place.first, place.stride, place.tokens);
-    copy_commit();
-    __syncthreads();
 
-    // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt | dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt.
-    Sums<N> d_read;
-    clear(d_read);
-    load_left<false>(rows, choose(Z, Y), row0, all);
-    multiply_rows(d_read, rows, S);
-    multiply_triangle<true>(d_read, rows, U, for_a, Bt, block);
-    multiply_triangle<true>(d_read, rows, V, for_a, Kt, block);
+        // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt | dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt.
+        load_left<false>(rows, choose(Z, Y), row0, all);
+        multiply_rows(d_read, rows, S, column0);
+        multiply_triangle<true>(d_read, rows, U, for_a, Bt, block, column0);
+        multiply_triangle<true>(d_read, rows, V, for_a, Kt, block, column0);
 
-    // dV = Kt G^T + Qk^T Y + M^T Z, half of the channels in each half of the warps.
-    constexpr int halves = N >= 32 ? 2 : 1, width = N / halves;
-    if (halves == 2 || for_a) {
-        const int column0 = for_a ? 0 : N - width;
-        Sums<width> dv;
-        clear(dv);
-        load_left<false>(rows, Kt, row0, all);
-        multiply_transpose(dv, rows, G, column0);
-        multiply_triangle<false>(dv, rows, Rt, 0, Y, block, column0);
-        multiply_triangle<false>(dv, rows, At, 1, Z, block, column0);
-        for_pairs(dv, row0, [&](int row, int column, float x, float y) {
-            if (row < place.tokens)
-                *reinterpret_cast<uint32_t*>(out.dv + place.first + int64_t(row) * place.stride + column0 + column) = pack(x, y);
-        });
-    }
+        // dV = Kt G^T + Qk^T Y + M^T Z, the channels divided among all warps of these 16 rows.
+        constexpr int halves = N >= 32 ? 2 : 1, share = values / halves / parts;
+        if (halves == 2 || for_a) {
+            const int mine = (part * halves + (for_a ? 0 : halves - 1)) * share;
+            Sums<share> dv;
+            const Rows<Token> keys(Kt, row0);
+            clear(dv);
+            multiply_transpose(dv, keys, G, mine);
+            multiply_triangle<false>(dv, keys, Rt, 0, Y, block, mine);
+            multiply_triangle<false>(dv, keys, At, 1, Z, block, mine);
+            for_pairs(dv, row0, [&](int row, int column, float x, float y) {
+                if (row < place.tokens)
+                    *reinterpret_cast<uint32_t*>(out.dv + place.first + int64_t(row) * place.stride + value0 + mine + column) = pack(x, y);
+            });
+        }
 
-    // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt | dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt.
-    // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike.
-    Sums<N> d_write;
-    clear(d_write);
-    load_left<false>(rows, choose(U, V), row0, all);
-    multiply_rows(d_write, rows, G);
-    column_sums(d_write, choose(Bt, Kt), forget(row0), sums + warp * N * 4);
-    __syncwarp();
-    const Columns<C, N, C / 8> channels{warp};
-    if (channels.active()) {  // and so does that of S decaying through the whole chunk
-        float2& sum = shared<float2>(sums + (warp * N + channels.column()) * 4);
-        for (int i = warp; i < N; i += C / 8) {
-            const float2 s = S.get(i, channels.column()), g = G.get(i, channels.column());
-            sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
+        // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt | dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt.
+        // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike.
+        load_left<false>(rows, choose(U, V), row0, all);
+        const int sums_row0 = forget(row0);
+#pragma unroll
+        for (int n = 0; n < width / 16; ++n) {
+            Sums<16> d;
+            clear(d);
+            multiply_rows(d, rows, G, column0 + n * 16);
+            column_sums(d, choose(Bt, Kt), sums_row0, column0 + n * 16, sums + group * N * 4, value0 > 0);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) d_write[2 * n + i / 4][i % 4] += d[i / 4][i % 4];
+        }
+        __syncwarp();
+        const Columns<C, N, C / 8> channels{group, part};
+        if (channels.active()) {  // and so does that of S decaying through the whole chunk
+            float2& sum = shared<float2>(sums + (group * N + channels.column()) * 4);
+            for (int i = group; i < values; i += C / 8) {
+                const float2 s = S.get(i, channels.column()), g = G.get(i, channels.column());
+                sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
+            }
+        }
+        // Then S and G are dead: where registers are scarce, sums that do not fit beside the triangles wait in their place.
+        constexpr int waiting = N == 128 ? 0 : 2 * State::bytes / (C * 4 * 16);
+        if (waiting) __syncthreads();
+        put_aside<waiting>(d_read, S.base);
+        multiply_triangle<false>(d_write, rows, Z, 1, At, block, column0);
+        multiply_triangle<false>(d_write, rows, Y, 0, Rt, block, column0);
+        take_back<waiting>(d_read, S.base);
+        if (value0 < N - values) {
+            __syncthreads();
+            fetch(value0 + values);
         }
     }
-    __syncthreads();  // S and G are dead: sums that do not fit into the registers beside the triangles wait in their place
-    constexpr int waiting = 2 * State::bytes / (C * 4 * 16);
-    put_aside<waiting>(d_read, S.base);
-    multiply_triangle<false>(d_write, rows, Z, 1, At, block);
-    multiply_triangle<false>(d_write, rows, Y, 0, Rt, block);
-    take_back<waiting>(d_read, S.base);
     copy_wait<0>();
     __syncthreads();
 
+    const Columns<C, N, C / 8> channels{group, part};
     // From here the tiles behind X are dead. g: log2 decay up to and with the token. d log(decay) gathers what each use of a decay earns.
     const Plane<N> g{V.base}, earned{g.base + C * g.stride * 4}, earned_a{earned.base + C * g.stride * 4};
     const Plane<N> mine{for_a ? earned_a.base : earned.base};
@@ -237,6 +265,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     __syncthreads();
     const Token read = choose(At, Rt), written = choose(Bt, Kt);  // each element gives way to its gradient
     for_pairs(d_read, forget(row0), [&](int row, int column, float x, float y) {
+        column += column0;
         const int used = row - for_a;  // a_t meets the decays before its token, r_t that of its token as well
         const float2 s = used < 0 ? make_float2(0.f, 0.f) : g.at(used, column), tile = read.get(row, column);
         // What a_0 earns is in the share of the chunk before; the last token's place is free for a zero.
@@ -245,6 +274,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     });
     __syncthreads();
     for_pairs(d_write, forget(row0), [&](int row, int column, float x, float y) {
+        column += column0;
         const float2 s = g.at(row, column), tile = written.get(row, column);
         float2& sum = mine.at(row, column);
         sum = make_float2(sum.x - tile.x * x, sum.y - tile.y * y);
@@ -286,7 +316,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
 template <int N>
 int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, const void* dy, const float* d_final_state, const Wkv7Gradients& out,
              void* scratch, void* stream) {
-    constexpr int C = chunk_tokens;
+    constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
     const Segments segments = segments_of(shape);
     const int count = segments.count * segments.each, parts = int64_t(count) * q.H < small_batch ? N / 16 : 1;
@@ -304,7 +334,7 @@ int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, co
         error = scan(d_final_state, out.d_initial_state);
     }
     if (error) return error;
-    return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4, GradientsShared<C, N>::size, stream, q, ChunkInputs(in), (const bf16*)saved,
+    return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), GradientsShared<C, N>::size, stream, q, ChunkInputs(in), (const bf16*)saved,
                   (const bf16*)dy, (const bf16*)scratch, ChunkGradients(out));
 }
 
@@ -321,6 +351,7 @@ extern "C" int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* i
         case 16: return wkv7::backward<16>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
         case 32: return wkv7::backward<32>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
         case 64: return wkv7::backward<64>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
+        case 128: return wkv7::backward<128>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
         default: return WKV7_UNSUPPORTED;
     }
 }

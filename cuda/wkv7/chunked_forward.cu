@@ -1,4 +1,4 @@
-// WKV7 forward in chunks of 64 tokens on the tensor cores. Two kernels:
+// WKV7 forward in chunks of 64 tokens (32 where a head has 128 channels) on the tensor cores. Two kernels:
 //   chunk_maps   all chunks at once: F and H, which carry the state through the chunk (S <- S F + H), E and O, which give its output
 //                (Y = E S^T + O), and X = (I - L)^-1 for the backward;
 //   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of them. In segments it is
@@ -60,12 +60,12 @@ template <int C, int N> struct MapsShared {
     static constexpr size_t size = 6 * tokens + square + (square > tokens ? square : tokens) + blocks + sums + N * 4;
 };
 
-template <int C, int N> __launch_bounds__(C * 4, blocks_per_sm(MapsShared<C, N>::size, 2))
+template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm(MapsShared<C, N>::size, 2))
 __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved_, bf16* __restrict__ scratch_) {
     using Token = Tile<C, N>;
     using Square = Tile<C, C>;
-    constexpr int n_blocks = C / 16;
-    static_assert(n_blocks == 4, "the merges below are those of 4 blocks");
+    constexpr int n_blocks = C / 16, width = part_width(N);
+    static_assert(n_blocks == 2 || n_blocks == 4, "the merges below are those of 2 and of 4 blocks");
     const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
     if (place.tokens < 1) return;
     bf16* const saved = saved_ + place.record * SavedChunk<C, N>::size;
@@ -78,18 +78,18 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
 
     copy_tokens(V, in.v + place.first, place.stride, place.tokens);
     copy_commit();
-    const int warp = uniform(warp_index()), block = warp % n_blocks;
-    Columns<C, N, C / 8>{warp}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
+    const int warp = uniform(warp_index()), group = warp % (2 * n_blocks), block = group % n_blocks;
+    const int part = column_parts(N) == 1 ? 0 : warp / (2 * n_blocks), column0 = part * width;
+    Columns<C, N, C / 8>{group, part}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
     copy_wait<0>();
     __syncthreads();
 
-    // Half of the warps follow a: L, its inverse X, W = X At, F and H. The other half: M V, then r's: Qb, Qk, E and O. Each has 16 rows.
-    const bool for_a = warp < n_blocks;
+    // Half of the warps follow a: L, its inverse X, W = X At. The other half: M V, then r's: Qb, Qk, E and O. Each has 16 rows. Then F and H.
+    const bool for_a = group < n_blocks;
     const Blocks all{0, N / 16}, lower{0, block + 1};
-    Left<N> rows;
-    Sums<N> O;
-    load_left<false>(rows, At, block * 16, all);
-    if (for_a) {
+    Rows<Token> rows(At, block * 16);
+    Sums<width> O;
+    if (for_a && part == 0) {
         const int mine = blocks + block * 256 * 4;
 #pragma unroll
         for (int i = 0; i < n_blocks; ++i) {
@@ -110,72 +110,77 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
         if (column < 16)
 #pragma unroll
             for (int i = 0; i < 16; ++i) shared<bf16>(X.at(block * 16 + i, block * 16 + column)) = from_float<bf16>(x[i]);
-    } else {
+    }
+    if (!for_a) {
         clear(O);
-        multiply_triangle<true>(O, rows, Kt, 1, V, block);
-        store(O, P, block * 16);  // M V, until P replaces it
-        load_left<false>(rows, Rt, block * 16, all);
+        multiply_triangle<true>(O, rows, Kt, 1, V, block, column0);
+        store(O, P, block * 16, column0);  // M V, until P replaces it
+        rows = Rows<Token>(Rt, block * 16);
     }
     __syncthreads();
     if (for_a) {
-        if (block < 2) merge_inverses<1>(X, L, block);
+        if (block < n_blocks / 2 && part == 0) merge_inverses<1>(X, L, block);
     } else {
         clear(O);
-        multiply_triangle<true>(O, rows, Kt, 0, V, block);
+        multiply_triangle<true>(O, rows, Kt, 0, V, block, column0);
     }
     __syncthreads();
-    if (for_a) merge_inverses<2>(X, L, block);
-    __syncthreads();
+    if constexpr (n_blocks == 4) {
+        if (for_a && part == 0) merge_inverses<2>(X, L, block);
+        __syncthreads();
+    }
 
     Left<C> x;
-    Sums<N> d;
+    Sums<width> d;
     clear(d);
     load_left<false>(x, X, block * 16, lower);
     if (for_a) {
-        multiply<false>(d, x, At, lower, all);
-        store(d, W, block * 16);
+        multiply<false>(d, x, At, lower, all, column0);
+        store(d, W, block * 16, column0);
     } else {
-        multiply<false>(d, x, P, lower, all);
+        multiply<false>(d, x, P, lower, all, column0);
     }
     __syncthreads();
-    if (!for_a) store(d, P, block * 16);
+    if (!for_a) store(d, P, block * 16, column0);
     __syncthreads();
 
-    if (for_a) {
-        constexpr Blocks tokens{0, n_blocks};
-        for (int row = block * 16; row < N; row += C) {
-            Left<C> left;
-            clear(d);
-            load_left<true>(left, W, row, tokens);
-            multiply_rows(d, left, Bt);
-            scale_columns(d, decay);
-            store_blocks(d, saved + SavedChunk<C, N>::F, row);
-            __syncwarp();  // or else ptxas fetches ahead until it spills
-            clear(d);
-            load_left<true>(left, V, row, tokens);
-            multiply_rows(d, left, Kt);
-            load_left<true>(left, P, row, tokens);
-            multiply_rows(d, left, Bt);
-            scale_columns(d, decay);
-            store_blocks(d, scratch + ForwardScratch<C, N>::H, row);
-        }
-    } else {
+    if (!for_a) {
+        const int lane = forget(lane_index());
         Left<C> Qb;
 #pragma unroll
         for (int i = 0; i < n_blocks; ++i)
             if (i <= block) {
                 float t[2][4];
-                triangle_block<true>(t, rows, Bt, block, i, 0);
+                triangle_block<true>(t, rows, Bt, block, i, 0, lane);
                 as_left(Qb[i], t[0], t[1]);
             }
-        multiply<false>(O, Qb, P, lower, all);
-        store_blocks(O, scratch + ForwardScratch<C, N>::O, block * 16);
+        multiply<false>(O, Qb, P, lower, all, column0, 0, lane);
+        store_blocks<N>(O, scratch + ForwardScratch<C, N>::O, block * 16, column0);
+        clear(d);
+        multiply<false>(d, Qb, W, lower, all, column0, 0, lane);
         for_pairs(d, block * 16, [&](int row, int column, float& x0, float& x1) {
-            const float2 r = Rt.get(row, column);
-            x0 = r.x, x1 = r.y;
+            const float2 r = Rt.get(row, column0 + column);
+            x0 += r.x, x1 += r.y;
         });
-        multiply<false>(d, Qb, W, lower, all);
-        store_blocks(d, saved + SavedChunk<C, N>::E, block * 16);
+        store_blocks<N>(d, saved + SavedChunk<C, N>::E, block * 16, column0);
+    }
+#pragma unroll 1
+    for (int row = group * 16; row < N; row += 2 * C) {  // r's warps have a share where N > C
+        constexpr Blocks tokens{0, n_blocks};
+        Left<C> left;
+        clear(d);
+        load_left<true>(left, W, row, tokens);
+        multiply_rows(d, left, Bt, column0);
+        scale_columns(d, decay + column0 * 4);
+        store_blocks<N>(d, saved + SavedChunk<C, N>::F, row, column0);
+        __syncwarp();  // or else ptxas fetches ahead until it spills
+        clear(d);
+        load_left<true>(left, V, row, tokens);
+        multiply_rows(d, left, Kt, column0);
+        load_left<true>(left, P, row, tokens);
+        multiply_rows(d, left, Bt, column0);
+        scale_columns(d, decay + column0 * 4);
+        store_blocks<N>(d, scratch + ForwardScratch<C, N>::H, row, column0);
     }
     for (int i = threadIdx.x; i < Square::bytes / 16; i += blockDim.x) {
         const int piece = i / 8, row = piece / Square::pieces * 8 + i % 8, column = piece % Square::pieces * 8;
@@ -289,9 +294,9 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
 }
 
 template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
-    constexpr int C = chunk_tokens;
+    constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
-    const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4, MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved, (bf16*)scratch);
+    const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved, (bf16*)scratch);
     if (error) return error;
     const Segments segments = segments_of(shape);
     const float* entering = in.initial_state;
@@ -320,6 +325,7 @@ extern "C" int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in
         case 16: return wkv7::forward<16>(*shape, *in, y, final_state, saved, scratch, stream);
         case 32: return wkv7::forward<32>(*shape, *in, y, final_state, saved, scratch, stream);
         case 64: return wkv7::forward<64>(*shape, *in, y, final_state, saved, scratch, stream);
+        case 128: return wkv7::forward<128>(*shape, *in, y, final_state, saved, scratch, stream);
         default: return WKV7_UNSUPPORTED;
     }
 }

@@ -23,8 +23,9 @@ struct Segments : Sequences {
 
 // One segment a sequence where the shape asks for none: the plain scan.
 inline Segments segments_of(const Wkv7Shape& shape) {
-    const int chunks = ceil_div(shape.T, chunk_tokens), segment = shape.segment_chunks > 0 && shape.segment_chunks < chunks ? shape.segment_chunks : chunks;
-    return {sequences_of(shape), ceil_div(chunks, segment), segment * chunk_tokens};
+    const int C = chunk_tokens(shape.N), chunks = ceil_div(shape.T, C);
+    const int segment = shape.segment_chunks > 0 && shape.segment_chunks < chunks ? shape.segment_chunks : chunks;
+    return {sequences_of(shape), ceil_div(chunks, segment), segment * C};
 }
 
 // What the passes hand on, fp32 [segments, H, N, N] each, behind the records of a scratch. states: R, then what enters each segment.

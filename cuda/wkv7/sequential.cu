@@ -1,5 +1,5 @@
 // WKV7 token by token in fp32, one thread per state row (forward) and per row and column (backward): any shape, bf16 or fp32.
-// One block of N threads per (sequence, head). Not the fast path: chunked_*.cu is; this one serves fp32, odd sizes and old cards.
+// One block of N threads per (sequence, head). Not the fast path: chunked_*.cu is; this one serves fp32 and old cards.
 //
 // The backward goes over chunks of 16 tokens from the last to the first. It never divides by a decay, and never rebuilds a state inside the
 // chunk. With S0 the checkpoint that enters the chunk, G the gradient of the state that leaves it, s_t = S_{t-1} a_t (saved) and

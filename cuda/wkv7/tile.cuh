@@ -126,8 +126,35 @@ __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K
 template <int K, int J, class T> __device__ __forceinline__ void multiply_rows(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int column0 = 0) {
     multiply<false>(d, a, tile, {0, K}, {0, J / 2}, column0);
 }
-template <int K, int J, class T> __device__ __forceinline__ void multiply_transpose(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int column0 = 0) {
-    multiply<true>(d, a, tile, {0, K}, {0, J / 2}, column0);
+template <int K, int J, class T> __device__ __forceinline__ void multiply_transpose(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int column0 = 0,
+                                                                                         int lane = lane_index()) {
+    multiply<true>(d, a, tile, {0, K}, {0, J / 2}, column0, 0, lane);
+}
+
+// 16 rows of a tile as a left factor with every use of it: of at most 64 columns kept in registers, else fetched anew each time.
+template <class T, bool kept = T::columns <= 64> struct Rows {
+    Left<T::columns> a;
+    __device__ __forceinline__ Rows(const T& tile, int row0) { load_left<false>(a, tile, row0, {0, T::columns / 16}); }
+    __device__ __forceinline__ void fragment(uint32_t (&x)[1][4], int k, int) const {
+        for (int i = 0; i < 4; ++i) x[0][i] = a[k][i];
+    }
+};
+template <class T> struct Rows<T, false> {
+    T tile;
+    int row0;
+    __device__ __forceinline__ Rows(const T& tile_, int row0_) : tile(tile_), row0(row0_) {}
+    __device__ __forceinline__ void fragment(uint32_t (&x)[1][4], int k, int lane) const {
+        ldmatrix<false>(x[0], tile.at(row0 + lane % 16, k * 16 + lane / 16 * 8));
+    }
+};
+template <class R, bool kept, int J, class T>
+__device__ __forceinline__ void multiply_transpose(float (&d)[J][4], const Rows<R, kept>& rows, const T& tile, int column0 = 0, int lane = lane_index()) {
+#pragma unroll
+    for (int k = 0; k < R::columns / 16; ++k) {
+        uint32_t a[1][4];
+        rows.fragment(a, k, lane);
+        multiply<true>(d, a, tile, {0, 1}, {0, J / 2}, column0, k * 16, lane);
+    }
 }
 
 // Keeps the elements of a 16 x 16 block with row >= column + distance (lower) or column >= row + distance (upper), where the block's corner is
@@ -140,17 +167,16 @@ template <bool lower> __device__ __forceinline__ void keep_triangle(float (&d)[2
 }
 
 // One 16 x 16 block of a B^T, rows `row` and columns `column` (in blocks) of a triangular C x C matrix; a holds the 16 rows.
-template <bool lower, int K, class T>
-__device__ __forceinline__ void triangle_block(float (&d)[2][4], const uint32_t (&a)[K][4], const T& B, int row, int column, int distance,
-                                               int lane = lane_index()) {
+template <bool lower, class A, class T>
+__device__ __forceinline__ void triangle_block(float (&d)[2][4], const A& a, const T& B, int row, int column, int distance, int lane = lane_index()) {
     clear(d);
-    multiply<true>(d, a, B, {0, K}, {0, 1}, column * 16, 0, lane);
+    multiply_transpose(d, a, B, column * 16, lane);
     keep_triangle<lower>(d, row * 16, column * 16, distance);
 }
 
 // d += triangle(a B^T) D for 16 rows, block after block: the triangular matrix passes from sums to factors within the registers.
-template <bool lower, int J, int K, class T>
-__device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const uint32_t (&a)[K][4], const T& B, int distance, const T& D, int row, int column0 = 0) {
+template <bool lower, int J, class A, class T, class U>
+__device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, const T& B, int distance, const U& D, int row, int column0 = 0) {
     constexpr int n = T::rows / 16;
     const int lane = forget(lane_index());
 #pragma unroll 1
@@ -166,13 +192,16 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const uint32
 // In global memory a bf16 matrix lies in blocks of 8 x 8, 128 bytes each, so that a warp writes and reads a d tile in whole lines.
 template <int columns> __device__ __forceinline__ int block_offset(int row, int column) { return (row / 8 * (columns / 8) + column / 8) * 64; }
 
-template <int J> __device__ __forceinline__ void store_blocks(float (&d)[J][4], bf16* matrix, int row0) {
+// Sums into rows row0.. and columns column0.. of a matrix with `columns` of them.
+template <int columns, int J> __device__ __forceinline__ void store_blocks(float (&d)[J][4], bf16* matrix, int row0, int column0) {
 #pragma unroll
     for (int j = 0; j < J; ++j)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<uint32_t*>(matrix + block_offset<J * 8>(row0 + half * 8, j * 8) + lane_index() * 2) = pack(d[j][2 * half], d[j][2 * half + 1]);
+            *reinterpret_cast<uint32_t*>(matrix + block_offset<columns>(row0 + half * 8, column0 + j * 8) + lane_index() * 2) =
+                pack(d[j][2 * half], d[j][2 * half + 1]);
 }
+template <int J> __device__ __forceinline__ void store_blocks(float (&d)[J][4], bf16* matrix, int row0) { store_blocks<J * 8>(d, matrix, row0, 0); }
 
 // A matrix of blocks into a tile, by all threads of the block, asynchronously.
 template <class T> __device__ __forceinline__ void copy_blocks(const T& tile, const bf16* matrix) {

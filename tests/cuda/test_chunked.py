@@ -22,10 +22,11 @@ def check(kernels: Kernels, **options) -> None:
     assert all(got[name] < limits[name] for name in limits), got  # false for NaN, too
 
 
+@pytest.mark.parametrize("N", [64, 128])  # their chunks have 64 and 32 tokens
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 64, 100, 130])
-def test_any_length(kernels: Kernels, T: int) -> None:
+def test_any_length(kernels: Kernels, T: int, N: int) -> None:
     # Few tokens round in few places: the error of a single number says little, that of 8 rows does.
-    check(kernels, T=T, B=8 if T < 16 else 1, H=1, seed=T)
+    check(kernels, T=T, N=N, B=8 if T < 16 else 1, H=1, seed=T)
 
 
 @pytest.mark.parametrize("N", [16, 32])
@@ -33,33 +34,37 @@ def test_head_sizes(kernels: Kernels, N: int) -> None:
     check(kernels, T=90, N=N, B=2, seed=N)
 
 
+@pytest.mark.parametrize("N", [64, 128])
 @pytest.mark.parametrize("kind", ["clamp", "repeated"])
-def test_fast_decay_and_repeated_keys(kernels: Kernels, kind: str) -> None:
-    check(kernels, T=130, H=1, kind=kind)
+def test_fast_decay_and_repeated_keys(kernels: Kernels, kind: str, N: int) -> None:
+    check(kernels, T=130, N=N, H=1, kind=kind)
 
 
-def test_without_states(kernels: Kernels) -> None:
-    check(kernels, T=70, H=1, states=False)
+@pytest.mark.parametrize("N", [64, 128])
+def test_without_states(kernels: Kernels, N: int) -> None:
+    check(kernels, T=70, N=N, H=1, states=False)
 
 
-def test_packed_documents_equal_separate_runs(kernels: Kernels) -> None:
-    packed = make_case(T=131, H=1, documents=[1, 63, 64, 3])
+@pytest.mark.parametrize("options", [dict(T=131, documents=[1, 63, 64, 3]), dict(T=67, N=128, documents=[1, 31, 32, 3])], ids=str)
+def test_packed_documents_equal_separate_runs(kernels: Kernels, options: dict) -> None:
+    packed = make_case(H=1, **options)
     got = kernels.run("chunked", packed)
     for i, (one, tokens) in enumerate(separate(packed)):
         for name, x in kernels.run("chunked", one).items():
             assert torch.equal(x, got[name][i : i + 1] if "state" in name else got[name][:, tokens]), (name, i)
 
 
-def test_both_schedules_give_the_same_bits(kernels: Kernels) -> None:
-    case = make_case(T=100, B=2, H=1)
+@pytest.mark.parametrize("N", [64, 128])
+def test_both_schedules_give_the_same_bits(kernels: Kernels, N: int) -> None:
+    case = make_case(T=100, N=N, B=2, H=1)
     forwards, backwards = kernels.run("chunked", case), kernels.run("chunked", case, reverse=True)
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("N", [16, 32, 64])
-def test_many_heads_take_whole_blocks_in_the_scans(kernels: Kernels, N: int) -> None:
-    check(kernels, T=70, N=N, B=3, H=90)
+@pytest.mark.parametrize("N, T", [(16, 70), (32, 70), (64, 70), (128, 33)])  # two chunks each
+def test_many_heads_take_whole_blocks_in_the_scans(kernels: Kernels, N: int, T: int) -> None:
+    check(kernels, T=T, N=N, B=3, H=88)
 
 
 @pytest.mark.slow
@@ -75,7 +80,7 @@ def test_many_chunks_do_not_accumulate_error(kernels: Kernels) -> None:
 
 
 def test_what_it_cannot_do_is_refused(kernels: Kernels) -> None:
-    shape = Shape(1, 64, 2, 128, 0, None)
+    shape = Shape(1, 64, 2, 48, 0, None)
     assert kernels.library.wkv7_chunked_forward(ctypes.byref(shape), *[None] * 6) == -1
     case = make_case(T=10, H=1)
     kernels.library.emulation_shared_limit(ctypes.c_size_t(48 * 1024))
@@ -89,7 +94,8 @@ def test_what_it_cannot_do_is_refused(kernels: Kernels) -> None:
 def test_every_kernel_fits_the_smallest_card(kernels: Kernels) -> None:
     kernels.library.emulation_shared_limit(ctypes.c_size_t(99 * 1024))  # what a block may have on sm_86, sm_89 and sm_120
     try:
-        kernels.run("chunked", make_case(T=10, H=1))
+        for N in (64, 128):
+            kernels.run("chunked", make_case(T=10, N=N, H=1))
         kernels.run("sequential", make_case(T=10, H=1, N=128))
     finally:
         kernels.library.emulation_shared_limit(ctypes.c_size_t(227 * 1024))

@@ -70,10 +70,12 @@ from pathlib import Path
 from oracles.emulated_wkv7 import Kernels, make_case
 kernels = Kernels(Path({str(path)!r}))
 for reverse in (False, True):
-    for options in (dict(T=67, H=2), dict(T=35, N=32), dict(T=17, N=16, B=2), dict(T=70, documents=[1, 64, 5]), dict(T=200, N=32, documents=[1, 199], segment_chunks=1)):
+    for options in (
+        dict(T=67, H=2), dict(T=35, N=32), dict(T=17, N=16, B=2), dict(T=70, documents=[1, 64, 5]), dict(T=35, N=128, H=1),
+        dict(T=200, N=32, documents=[1, 199], segment_chunks=1), dict(T=90, N=128, H=1, segment_chunks=1),
+    ):  # fmt: skip
         kernels.run("chunked", make_case(**options), reverse=reverse)
         kernels.run("sequential", make_case(**options), reverse=reverse)
-    kernels.run("sequential", make_case(T=18, N=128, H=1), reverse=reverse)
 print("clean")
 """
     done = run_sanitized(program)

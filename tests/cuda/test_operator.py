@@ -100,10 +100,10 @@ def test_inference_saves_nothing_and_gives_the_same(device):
 
 def test_the_sizes_told_to_fake_tensors_are_the_librarys(device):
     library = cuda.machine(device).library
-    for B, T, H, N, documents in ((2, 100, 3, 64, 0), (1, 1, 1, 16, 0), (1, 200, 2, 32, 7)):
+    for B, T, H, N, documents in ((2, 100, 3, 64, 0), (1, 1, 1, 16, 0), (1, 200, 2, 32, 7), (2, 100, 3, 128, 0)):
         bounds = torch.zeros(documents + 1, dtype=torch.int32)
         shape = cuda.Shape(B, T, H, N, documents, bounds.data_ptr() if documents else None)
-        for form in cuda.CHUNK:
+        for form in ("chunked", "sequential"):
             assert getattr(library, f"wkv7_{form}_saved_bytes")(shape) == cuda.saved_bytes(form, B, T, H, N, documents)
 
 
@@ -227,8 +227,8 @@ def test_nothing_waits_for_the_gpu():
 
 
 def test_the_choice_of_the_form():
-    assert cuda.form_for(BF16, 64, (9, 0)) == cuda.form_for(BF16, 16, (8, 0)) == "chunked"
-    assert cuda.form_for(FP32, 64, (9, 0)) == cuda.form_for(BF16, 64, (7, 5)) == "sequential"
+    assert cuda.form_for(BF16, (9, 0)) == cuda.form_for(BF16, (8, 0)) == "chunked"
+    assert cuda.form_for(FP32, (9, 0)) == cuda.form_for(BF16, (7, 5)) == "sequential"
 
 
 GPU = torch.device("cuda", 0)

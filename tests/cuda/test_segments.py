@@ -30,6 +30,7 @@ def check(kernels: Kernels, case: Case, limit: float = LIMIT) -> None:
         dict(T=256, N=16, B=2, segment_chunks=1),
         dict(T=330, N=32, segment_chunks=2),
         dict(T=150, N=32, states=False, segment_chunks=1),
+        dict(T=100, N=128, H=1, segment_chunks=1),
         dict(T=150, N=32, kind="clamp", segment_chunks=1),
         dict(T=640, N=32, H=1, kind="slow", segment_chunks=1),
     ],
@@ -78,7 +79,7 @@ def test_both_schedules_give_the_same_bits(kernels: Kernels) -> None:
 
 
 def test_the_rule() -> None:
-    assert segment_chunks(1, 32768, 32, 132) == 32 and segment_chunks(1, 32768, 16, 132) == 16  # as many blocks as run at once
-    assert segment_chunks(1, 4096, 1, 132) == segment_chunks(1, 4096, 64, 132) == 8  # no shorter
-    assert segment_chunks(1, 4032, 64, 132) == segment_chunks(2, 32768, 33, 132) == 0  # short; enough pairs
-    assert segment_chunks(1, 32768, 64, 60) == 0  # a small chip is full
+    assert segment_chunks(1, 32768, 32, 64, 132) == 32 and segment_chunks(1, 32768, 16, 64, 132) == 16  # as many blocks as run at once
+    assert segment_chunks(1, 4096, 1, 64, 132) == segment_chunks(1, 4096, 64, 64, 132) == 8  # no shorter
+    assert segment_chunks(1, 4032, 64, 64, 132) == segment_chunks(2, 32768, 33, 64, 132) == 0  # short; enough pairs
+    assert segment_chunks(1, 32768, 64, 64, 60) == 0  # a small chip is full

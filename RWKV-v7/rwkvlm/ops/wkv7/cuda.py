@@ -15,8 +15,6 @@ from rwkvlm import native
 from ..launch import address as _address, ready as _ready
 from .arguments import NAMES, sequence_bounds
 
-CHUNK = {"chunked": 64, "sequential": 16}  # tokens from one saved record to the next
-CHUNKED_SIZES = (16, 32, 64)
 TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
 FEW_PAIRS, MANY_CHUNKS = 64, 64  # of (sequence, head), and in a sequence: where the chunked scans run in segments
 
@@ -99,18 +97,25 @@ def wkv7_cuda(
     return y, state
 
 
-def form_for(dtype: torch.dtype, N: int, capability: tuple[int, int]) -> str:
+def form_for(dtype: torch.dtype, capability: tuple[int, int]) -> str:
     """"chunked", on the tensor cores, wherever it can; else "sequential", fp32 arithmetic throughout."""
-    return "chunked" if dtype == torch.bfloat16 and N in CHUNKED_SIZES and capability >= TENSOR_CORES else "sequential"
+    return "chunked" if dtype == torch.bfloat16 and capability >= TENSOR_CORES else "sequential"
 
 
-def segment_chunks(sequences: int, T: int, H: int, multiprocessors: int) -> int:
+def chunk_tokens(form: str, N: int) -> int:
+    """Tokens from one saved record to the next."""
+    if form == "sequential":
+        return 16
+    return 32 if N == 128 else 64
+
+
+def segment_chunks(sequences: int, T: int, H: int, N: int, multiprocessors: int) -> int:
     """Chunks of a segment of the chunked scans, 0 where the scans walk whole sequences.
 
     A rule on paper (docs/wkv7_chunked.md, "Time"): not measured yet. Sequences of packed documents count as if each could have all T tokens,
     for their lengths lie on the device.
     """
-    pairs, chunks = sequences * H, -(-T // CHUNK["chunked"])
+    pairs, chunks = sequences * H, -(-T // chunk_tokens("chunked", N))
     if pairs > FEW_PAIRS or chunks < MANY_CHUNKS:
         return 0
     segments = min(4 * multiprocessors // pairs, chunks // 8)  # as many blocks as run at once; no shorter than 8 chunks
@@ -119,7 +124,7 @@ def segment_chunks(sequences: int, T: int, H: int, multiprocessors: int) -> int:
 
 def saved_bytes(form: str, B: int, T: int, H: int, N: int, documents: int) -> int:
     """Of what the forward leaves for the backward; documents: 0 without cu_seqlens. The library's own answer, for sizes that are symbols too."""
-    C = CHUNK[form]
+    C = chunk_tokens(form, N)
     slots = T // C + documents if documents else B * ((T + C - 1) // C)
     if form == "sequential":
         return 4 * N * H * (slots * N + B * T)
@@ -147,10 +152,10 @@ class _Call:
         B, T, H, N = self.r.shape
         documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.machine = machine(self.r.device)
-        self.form = form_for(self.r.dtype, N, self.machine.capability)
+        self.form = form_for(self.r.dtype, self.machine.capability)
         self.states = (documents or B, H, N, N)
         self.saved = saved_bytes(self.form, B, T, H, N, documents)
-        segment = segment_chunks(documents or B, T, H, self.machine.multiprocessors) if self.form == "chunked" else 0
+        segment = segment_chunks(documents or B, T, H, N, self.machine.multiprocessors) if self.form == "chunked" else 0
         self.shape = Shape(B, T, H, N, documents, _address(self.kept[7]), segment)
         self.inputs = Pointers(*map(_address, self.kept[:7]))
         self.dtype = [] if self.form == "chunked" else [int(self.r.dtype == torch.float32)]
@@ -196,7 +201,7 @@ def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, sa
 def _fake_forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
     B, T, H, N = r.shape
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    saved = saved_bytes(form_for(r.dtype, N, machine(r.device).capability), B, T, H, N, documents) if save else 0
+    saved = saved_bytes(form_for(r.dtype, machine(r.device).capability), B, T, H, N, documents) if save else 0
     return r.new_empty(r.shape), r.new_empty(documents or B, H, N, N, dtype=torch.float32), r.new_empty(saved, dtype=torch.uint8)
 
 
