@@ -296,7 +296,8 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
 template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
     constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
-    const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved, (bf16*)scratch);
+    const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved,
+                             (bf16*)scratch);
     if (error) return error;
     const Segments segments = segments_of(shape);
     const float* entering = in.initial_state;

@@ -118,7 +118,8 @@ def segment_chunks(sequences: int, T: int, H: int, N: int, multiprocessors: int)
     pairs, chunks = sequences * H, -(-T // chunk_tokens("chunked", N))
     if pairs > FEW_PAIRS or chunks < MANY_CHUNKS:
         return 0
-    segments = min(4 * multiprocessors // pairs, chunks // 8)  # as many blocks as run at once; no shorter than 8 chunks
+    at_once = (1 if N == 128 else 4) * multiprocessors  # blocks of a scan
+    segments = min(at_once // pairs, chunks // 8)  # no shorter than 8 chunks
     return -(-chunks // segments) if segments >= 4 else 0
 
 
