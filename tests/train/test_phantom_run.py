@@ -34,6 +34,14 @@ def phantom(tiny, tmp_path_factory):
     return folder
 
 
+def test_the_initial_model_is_told_as_large_as_the_one_that_is_trained(run, tmp_path, capsys):
+    """What describes the model in its file is no parameter."""
+    assert run(tmp_path / "out", **PHANTOM, train_stage=1) == 0
+    wrote = capsys.readouterr().out.rpartition(", ")[2]
+    assert run(tmp_path / "out", **PHANTOM, **SHORT, max_steps=1) == 0
+    assert wrote.endswith(" M parameters\n") and f", vocabulary 256, {wrote}" in capsys.readouterr().out
+
+
 def test_it_learns_and_says_what_it_is(phantom, losses, records):
     curve = losses(phantom)
     assert len(curve) == 10 and sum(curve[-3:]) < sum(curve[:3]) - 0.5

@@ -18,6 +18,7 @@ from ..config import TrainConfig, UserError, env
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
+from ..models import count_parameters
 from .conductor import Conductor
 from .matmul import settle_fp32_products
 from .module import TrainModule
@@ -69,8 +70,7 @@ def write_init(config: TrainConfig) -> int:
     if env.first_process():
         weights = initial_weights(config, sizes)
         publish_weights(config.proj_dir, INIT_NAME, weights)
-        count = sum(tensor.numel() for tensor in weights.values())
-        print(f"wrote {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count / 1e6:.6f} M parameters")
+        print(f"wrote {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters")
     return 0
 
 
