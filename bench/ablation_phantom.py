@@ -37,7 +37,7 @@ OFF = {"core_ratio": 1.0, "ttt_enabled": False}
 Curve = list[tuple[float, float]]
 
 
-def variants(core_ratio: float, ttt_chunk: int, memory_lr: float = 0.5, memory_rows: int = 64) -> dict[str, dict[str, object]]:
+def variants(core_ratio: float, ttt_chunk: int, memory_lr: float = 0.01, memory_rows: int = 64) -> dict[str, dict[str, object]]:
     """Phantom's settings by variant; none is RWKV-7 itself. memory_lr and memory_rows are those of memory_fast and memory_wide."""
     ghost = {**OFF, "core_ratio": core_ratio}
     state, memory = ({**OFF, "ttt_enabled": True, "ttt_kind": kind, "ttt_chunk": ttt_chunk} for kind in ("state", "memory"))
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, default in (("n_layer", 4), ("n_embd", 128), ("vocab_size", 2048), ("head_size", 32), ("dim_ffn", 0), ("ctx_len", 512), ("ttt_chunk", 64), ("epoch_samples", 0), ("tokens", 0)):
         make.add_argument(f"--{name}", type=int, default=default)
     make.add_argument("--core_ratio", type=float, default=0.5, help="of the Ghost variants")
-    make.add_argument("--memory_lr", type=float, default=0.5, help="ttt_lr of memory_fast and memory_wide")
+    make.add_argument("--memory_lr", type=float, default=0.01, help="ttt_lr of memory_fast and memory_wide")
     make.add_argument("--memory_rows", type=int, default=64, help="hidden units per head of memory_wide")
     make.add_argument("--variants", nargs="+", default=list(variants(0.5, 64)))
     make.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
