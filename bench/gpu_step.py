@@ -34,7 +34,7 @@ from rwkvlm.train.norms import GradientNorms
 from rwkvlm.train.optimizer import make_optimizer
 from rwkvlm.train.strategy import make_strategy, param_dtype
 
-LIMIT = 5e-2  # relative: loss and the whole gradient in bf16, against float64
+LIMIT = 2e-2  # relative: loss and the whole gradient in bf16, against float64
 
 
 class Training:
@@ -48,10 +48,11 @@ class Training:
         self.module = TrainModule(config)
         with torch.device(options.device):
             model = models.build(sizes)
-        # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them.
+        # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them. Twice as large, they make a
+        # model in which roundings of bf16 grow, in some to a tenth of the gradient, in plain PyTorch as well.
         rng = torch.Generator(options.device).manual_seed(0)
         matrices = "|".join(re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k"))
-        random = Row(matrices, lambda s: torch.randn(s.shape, generator=rng, device=options.device) / s.shape[1] ** 0.5)
+        random = Row(matrices, lambda s: torch.randn(s.shape, generator=rng, device=options.device) * 0.5 / s.shape[1] ** 0.5)
         init_from_table(model, [random, *TABLE], 0)
         self.model = model.to(param_dtype(config))
         self.module.attach(self.model)

@@ -152,8 +152,14 @@ template <int J> __device__ __forceinline__ void scale_columns(float (&d)[J][4],
 constexpr int scan_stages = 2;  // chunks of factors that a scan has in flight or in use
 constexpr int scan_blocks(int N) { return N == 64 ? 4 : 160 / N; }  // per multiprocessor, wanted
 
-// Below this many (sequence, head) pairs the scans split a head's value rows over blocks, to fill the chip.
-constexpr int small_batch = 264;
+// With few (sequence, head) pairs a scan divides a head's value rows over blocks, to fill the chip: into as many parts as run at once there, but no
+// more, for each part reads all of F and E. bytes: of a block's shared memory.
+inline int parts_of_scan(int64_t pairs, int N, int bytes) {
+    constexpr int multiprocessors = 132;
+    int parts = N / 16;
+    while (parts > 1 && pairs * parts > int64_t(multiprocessors) * blocks_per_sm(bytes, 32)) parts /= 2;
+    return parts;
+}
 
 template <template <int, int> class Record, int N> int64_t records_bytes(const Wkv7Shape& s) {
     constexpr int C = chunk_tokens(N);

@@ -108,6 +108,13 @@ template <int J, class T> __device__ __forceinline__ void column_sums(const floa
     }
 }
 
+// Whether ptxas needs more than its 128 registers for chunk_gradients.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 < 10
+constexpr bool registers_are_scarce = false;
+#else
+constexpr bool registers_are_scarce = true;
+#endif
+
 // Two blocks of 8 warps on a multiprocessor; for N = 128 one, whose sums last through both passes and take the registers of two.
 template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm(GradientsShared<C, N>::size, N == 128 ? 1 : 2))
 __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy, const bf16* __restrict__ scratch,
@@ -230,7 +237,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             }
         }
         // Then S and G are dead: where registers are scarce, sums that do not fit beside the triangles wait in their place.
-        constexpr int waiting = N == 128 ? 0 : 2 * State::bytes / (C * 4 * 16);
+        constexpr int waiting = N == 128 || !registers_are_scarce ? 0 : 2 * State::bytes / (C * 4 * 16);
         if (waiting) __syncthreads();
         put_aside<waiting>(d_read, S.base);
         multiply_triangle<false>(d_write, rows, Z, 1, At, block, column0);
@@ -319,7 +326,7 @@ int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, co
     constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
     const Segments segments = segments_of(shape);
-    const int count = segments.count * segments.each, parts = int64_t(count) * q.H < small_batch ? N / 16 : 1;
+    const int count = segments.count * segments.each, parts = parts_of_scan(int64_t(count) * q.H, N, ScanShared<C, N>::size);
     const auto scan = [&](const float* last, float* first) {
         return launch(gradient_scan<C, N>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, (const bf16*)saved, (const bf16*)dy,
                       last, (bf16*)scratch, first);

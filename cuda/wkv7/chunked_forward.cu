@@ -16,7 +16,13 @@ __device__ __forceinline__ void invert_block(float (&x)[16], int L) {
     for (int i = 0; i < 16; ++i) {
         x[i] = i == column ? 1.f : 0.f;
 #pragma unroll
-        for (int s = 0; s < i; ++s) x[i] += shared<float>(L + (i * 16 + s) * 4) * x[s];
+        for (int s = 0; s < i; s += 4) {
+            const float4 l = shared<float4>(L + (i * 16 + s) * 4);
+            x[i] += l.x * x[s];
+            if (s + 1 < i) x[i] += l.y * x[s + 1];
+            if (s + 2 < i) x[i] += l.z * x[s + 2];
+            if (s + 3 < i) x[i] += l.w * x[s + 3];
+        }
     }
 }
 
@@ -307,7 +313,7 @@ template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void*
         if (error) return error;
         entering = m.states, final_state = nullptr;
     }
-    const int count = segments.count * segments.each, parts = int64_t(count) * q.H < small_batch ? N / 16 : 1;
+    const int count = segments.count * segments.each, parts = parts_of_scan(int64_t(count) * q.H, N, ScanShared<C, N>::size);
     return launch(chunk_scan<C, N>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, entering, (bf16*)saved,
                   (const bf16*)scratch, (bf16*)y, final_state);
 }

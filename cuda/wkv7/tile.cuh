@@ -171,7 +171,7 @@ template <bool lower, class A, class T>
 __device__ __forceinline__ void triangle_block(float (&d)[2][4], const A& a, const T& B, int row, int column, int distance, int lane = lane_index()) {
     clear(d);
     multiply_transpose(d, a, B, column * 16, lane);
-    keep_triangle<lower>(d, row * 16, column * 16, distance);
+    if (row == column) keep_triangle<lower>(d, 0, 0, distance);  // the other blocks that are visited lie inside
 }
 
 // d += triangle(a B^T) D for 16 rows, block after block: the triangular matrix passes from sums to factors within the registers.
