@@ -74,16 +74,17 @@ template <int C> __device__ __forceinline__ Place place_in_slot(const Sequences&
 template <int C, int N, int warps> struct Columns {
     static_assert(C % warps == 0, "as many tokens for each warp");
     static constexpr int rows = C / warps;
-    int warp, part, lane = forget(lane_index());
+    int warp, part, lane = forgotten_lane();
 
     __device__ bool active() const { return lane * 2 < N; }
     __device__ int column() const { return part * part_width(N) + lane * 2; }
     __device__ int row() const { return warp * rows; }
 
-    // Two channels of a token as they lie in memory, zeros behind the last token.
-    __device__ uint32_t load(const bf16* x, const Place& place, int t) const {
-        const bool inside = active() && row() + t < place.tokens;
-        return inside ? *reinterpret_cast<const uint32_t*>(x + place.first + int64_t(row() + t) * place.stride + column()) : 0u;
+    // Two channels of a warp's tokens as they lie in memory, zeros behind the last token.
+    __device__ void load(uint32_t (&to)[rows], const bf16* x, const Place& place) const {
+        const uint32_t* const from = reinterpret_cast<const uint32_t*>(x + place.first + int64_t(row()) * place.stride + column());
+#pragma unroll
+        for (int t = 0; t < rows; ++t) to[t] = active() && row() + t < place.tokens ? from[int64_t(t) * (place.stride / 2)] : 0u;
     }
 
     __device__ static float2 add_log_decay(float2 sum, float2 w) {  // to a sum of log2 of decays
@@ -113,11 +114,7 @@ template <int C, int N, int warps> struct Columns {
                                   int decay) const {
         uint32_t r[rows], w[rows], k[rows], a[rows], b[rows];
         float2 g[rows], before, after, total = make_float2(0.f, 0.f);
-#pragma unroll
-        for (int t = 0; t < rows; ++t) {
-            w[t] = load(in.w, place, t), r[t] = load(in.r, place, t), k[t] = load(in.k, place, t);
-            a[t] = load(in.a, place, t), b[t] = load(in.b, place, t);
-        }
+        load(w, in.w, place), load(r, in.r, place), load(k, in.k, place), load(a, in.a, place), load(b, in.b, place);
 #pragma unroll
         for (int t = 0; t < rows; ++t) {
             if (row() + t < place.tokens) total = add_log_decay(total, unpack(w[t]));  // padding does not decay

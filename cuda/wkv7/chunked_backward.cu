@@ -119,7 +119,7 @@ constexpr bool registers_are_scarce = true;
 template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm(GradientsShared<C, N>::size, N == 128 ? 1 : 2))
 __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy, const bf16* __restrict__ scratch,
                                 ChunkGradients out) {
-    constexpr int width = part_width(N), values = width, parts = column_parts(N);  // a warp's columns, the value rows of a pass
+    constexpr int threads = C * 4 * column_parts(N), width = part_width(N), values = width, parts = column_parts(N);  // a warp's columns, the value rows of a pass
     using Token = Tile<C, N>;
     using Value = Tile<C, values>;
     using State = Tile<values, N>;
@@ -135,13 +135,13 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
 
     // A pass takes `values` value rows of all that has them; the gradients of r, a, k and b are sums over the passes.
     const auto fetch = [&](int value0) {
-        copy_tokens(V, in.v + place.first + value0, place.stride, place.tokens);
-        copy_tokens(Y, dy + place.first + value0, place.stride, place.tokens);
-        copy_blocks(S, saved + SavedChunk<C, N>::S + value0 * N);
-        copy_blocks(G, scratch + place.record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G + value0 * N);
+        copy_tokens<threads>(V, in.v + place.first + value0, place.stride, place.tokens);
+        copy_tokens<threads>(Y, dy + place.first + value0, place.stride, place.tokens);
+        copy_blocks<threads>(S, saved + SavedChunk<C, N>::S + value0 * N);
+        copy_blocks<threads>(G, scratch + place.record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G + value0 * N);
         copy_commit();
     };
-    copy_blocks(X, saved + SavedChunk<C, N>::X);
+    copy_blocks<threads>(X, saved + SavedChunk<C, N>::X);
     fetch(0);
     const int warp = uniform(warp_index()), group = warp % (C / 8), part = parts == 1 ? 0 : warp / (C / 8), block = group % (C / 16), row0 = block * 16;
     Columns<C, N, C / 8>{group, part}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
@@ -187,7 +187,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             store(d, choose(U, Z), row0, mine);
         }
         if (value0 == N - values) {  // needed again at the end: fetched once X has served
-            copy_tokens(w, in.w + place.first, place.stride, place.tokens);
+            copy_tokens<threads>(w, in.w + place.first, place.stride, place.tokens);
             copy_commit();
         }
         __syncthreads();
@@ -288,10 +288,10 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         written.put(row, column, x * exp2_fast(-s.x), y * exp2_fast(-s.y));
     });
     __syncthreads();
-    store_tokens(At, out.da + place.first, place.stride, place.tokens);
-    store_tokens(Rt, out.dr + place.first, place.stride, place.tokens);
-    store_tokens(Bt, out.db + place.first, place.stride, place.tokens);
-    store_tokens(Kt, out.dk + place.first, place.stride, place.tokens);
+    store_tokens<threads>(At, out.da + place.first, place.stride, place.tokens);
+    store_tokens<threads>(Rt, out.dr + place.first, place.stride, place.tokens);
+    store_tokens<threads>(Bt, out.db + place.first, place.stride, place.tokens);
+    store_tokens<threads>(Kt, out.dk + place.first, place.stride, place.tokens);
     {
         float2 later[channels.rows], before, after, sum = make_float2(0.f, 0.f);
 #pragma unroll

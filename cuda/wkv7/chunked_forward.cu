@@ -70,7 +70,7 @@ template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm
 __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved_, bf16* __restrict__ scratch_) {
     using Token = Tile<C, N>;
     using Square = Tile<C, C>;
-    constexpr int n_blocks = C / 16, width = part_width(N);
+    constexpr int threads = C * 4 * column_parts(N), n_blocks = C / 16, width = part_width(N);
     static_assert(n_blocks == 2 || n_blocks == 4, "the merges below are those of 2 and of 4 blocks");
     const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
     if (place.tokens < 1) return;
@@ -82,7 +82,7 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     const Token W{L.base};  // takes the place of L
     const int blocks = max(L.end(), W.end()), totals = blocks + C * 16 * 4, decay = totals + C / 8 * N * 4;
 
-    copy_tokens(V, in.v + place.first, place.stride, place.tokens);
+    copy_tokens<threads>(V, in.v + place.first, place.stride, place.tokens);
     copy_commit();
     const int warp = uniform(warp_index()), group = warp % (2 * n_blocks), block = group % n_blocks;
     const int part = column_parts(N) == 1 ? 0 : warp / (2 * n_blocks), column0 = part * width;
@@ -151,7 +151,7 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     __syncthreads();
 
     if (!for_a) {
-        const int lane = forget(lane_index());
+        const int lane = forgotten_lane();
         Left<C> Qb;
 #pragma unroll
         for (int i = 0; i < n_blocks; ++i)
@@ -188,10 +188,10 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
         scale_columns(d, decay + column0 * 4);
         store_blocks<N>(d, scratch + ForwardScratch<C, N>::H, row, column0);
     }
-    for (int i = threadIdx.x; i < Square::bytes / 16; i += blockDim.x) {
-        const int piece = i / 8, row = piece / Square::pieces * 8 + i % 8, column = piece % Square::pieces * 8;
-        *reinterpret_cast<uint4*>(saved + SavedChunk<C, N>::X + i * 8) = shared<uint4>(X.at(row, column));
-    }
+    for_threads<Square::bytes / 16, threads>([&](unsigned i) {
+        const unsigned piece = i / 8;
+        *reinterpret_cast<uint4*>(saved + SavedChunk<C, N>::X + i * 8) = shared<uint4>(X.at(piece / Square::pieces * 8 + i % 8, piece % Square::pieces * 8));
+    });
     if (threadIdx.x < N) reinterpret_cast<float*>(saved + SavedChunk<C, N>::decay)[threadIdx.x] = shared<float>(decay + threadIdx.x * 4);
 }
 

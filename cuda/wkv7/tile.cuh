@@ -21,6 +21,9 @@ __device__ __forceinline__ int forget(int x) {
     return x;
 }
 
+// The lane, of which it knows the bits.
+__device__ __forceinline__ int forgotten_lane() { return forget(lane_index()) & 31; }
+
 // A bf16 matrix in shared memory, row by row. The 16 byte pieces of a row are permuted by the row, so that neither the eight rows that one
 // ldmatrix reads, nor a row, nor a fragment of sums that a warp writes, ever meet twice in a bank; nothing is lost to padding.
 template <int rows_, int columns_> struct Tile {
@@ -30,8 +33,13 @@ template <int rows_, int columns_> struct Tile {
     __device__ __forceinline__ int end() const { return base + bytes; }
     __device__ __forceinline__ int at(int row, int column) const {
         constexpr int rows_per_line = pieces < 8 ? 8 / pieces : 1, mask = (pieces < 8 ? pieces : 8) - 1;  // a line: all 32 banks
-        return base + (row * columns + ((column / 8 ^ (row / rows_per_line & mask)) * 8 | column % 8)) * 2;
+        const unsigned r = row, c = column;  // never negative: a signed division by a power of two takes four instructions
+        return (base + r * columns * 2 + (r / rows_per_line & mask) * 16 + c % 8 * 2) ^ c / 8 * 16;
     }
+    // The offset `blocks` times 16 columns to the right of one in the first 16: the permutation is an exclusive or, and so is this.
+    static __device__ __forceinline__ int beside(int offset, int blocks) { return offset ^ blocks * 32; }
+    // As many times 16 rows below: 16 rows further the permutation is the same.
+    static __device__ __forceinline__ int below(int offset, int blocks) { return offset + blocks * 16 * columns * 2; }
     __device__ __forceinline__ void put(int row, int column, float x, float y) const { shared<uint32_t>(at(row, column)) = pack(x, y); }  // column even
     __device__ __forceinline__ float2 get(int row, int column) const { return unpack(shared<uint32_t>(at(row, column))); }
 };
@@ -67,15 +75,11 @@ template <int J, class T> __device__ __forceinline__ void store(float (&d)[J][4]
 
 // Rows row0.. of a tile as a left factor, or (transposed) its columns row0.. as rows.
 template <bool transposed, int K, class T> __device__ __forceinline__ void load_left(uint32_t (&a)[K][4], const T& tile, int row0, Blocks inner) {
-    const int lane = forget(lane_index());
+    const int lane = forgotten_lane();
+    const int first = transposed ? tile.at(lane % 8 + lane / 16 * 8, row0 + lane / 8 % 2 * 8) : tile.at(row0 + lane % 16, lane / 16 * 8);
 #pragma unroll
     for (int k = 0; k < K; ++k)
-        if (inner.begin <= k && k < inner.end) {
-            if constexpr (transposed)
-                ldmatrix<true>(a[k], tile.at(k * 16 + lane % 8 + lane / 16 * 8, row0 + lane / 8 % 2 * 8));
-            else
-                ldmatrix<false>(a[k], tile.at(row0 + lane % 16, k * 16 + lane / 16 * 8));
-        }
+        if (inner.begin <= k && k < inner.end) ldmatrix<transposed>(a[k], transposed ? T::below(first, k) : T::beside(first, k));
 }
 
 // The first `count` tiles of sums into shared memory and back, each thread its own: 16 * count bytes for each thread of the block.
@@ -101,10 +105,12 @@ template <int K> __device__ __forceinline__ void as_left(uint32_t (&a)[K][4], co
 }
 
 // d += a B over inner blocks `inner` and column blocks `outer`, where B is the tile, or (transposed) its transpose. Column 0 of d is column
-// `column0` of B, column 0 of a is row `inner0` of B.
+// `column0` of B, a multiple of the columns of d; column 0 of a is row `inner0` of B, a multiple of those of a.
 template <bool transposed, int J, int K, class T>
 __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
                                          int inner0 = 0, int lane = lane_index()) {
+    const int first = transposed ? T::beside(tile.at(column0 + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8), inner0 / 16)
+                                 : T::beside(tile.at(inner0 + lane % 16, lane / 16 * 8), column0 / 16);
 #pragma unroll
     for (int k = 0; k < K; ++k)
         if (inner.begin <= k && k < inner.end) {
@@ -112,10 +118,7 @@ __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K
             for (int n = 0; n < J / 2; ++n)
                 if (outer.begin <= n && n < outer.end) {
                     uint32_t b[4];
-                    if constexpr (transposed)
-                        ldmatrix<false>(b, tile.at(column0 + n * 16 + lane % 8 + lane / 16 * 8, inner0 + k * 16 + lane / 8 % 2 * 8));
-                    else
-                        ldmatrix<true>(b, tile.at(inner0 + k * 16 + lane % 16, column0 + n * 16 + lane / 16 * 8));
+                    ldmatrix<!transposed>(b, transposed ? T::below(T::beside(first, k), n) : T::below(T::beside(first, n), k));
                     const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
                     mma(d[2 * n], a[k], b0);
                     mma(d[2 * n + 1], a[k], b1);
@@ -178,7 +181,7 @@ __device__ __forceinline__ void triangle_block(float (&d)[2][4], const A& a, con
 template <bool lower, int J, class A, class T, class U>
 __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, const T& B, int distance, const U& D, int row, int column0 = 0) {
     constexpr int n = T::rows / 16;
-    const int lane = forget(lane_index());
+    const int lane = forgotten_lane();
 #pragma unroll 1
     for (int i = lower ? 0 : row; i < (lower ? row + 1 : n); ++i) {
         float t[2][4];
@@ -190,7 +193,7 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, 
 }
 
 // In global memory a bf16 matrix lies in blocks of 8 x 8, 128 bytes each, so that a warp writes and reads a d tile in whole lines.
-template <int columns> __device__ __forceinline__ int block_offset(int row, int column) { return (row / 8 * (columns / 8) + column / 8) * 64; }
+template <int columns> __device__ __forceinline__ int block_offset(unsigned row, unsigned column) { return (row / 8 * (columns / 8) + column / 8) * 64; }
 
 // Sums into rows row0.. and columns column0.. of a matrix with `columns` of them.
 template <int columns, int J> __device__ __forceinline__ void store_blocks(float (&d)[J][4], bf16* matrix, int row0, int column0) {
@@ -203,29 +206,41 @@ template <int columns, int J> __device__ __forceinline__ void store_blocks(float
 }
 template <int J> __device__ __forceinline__ void store_blocks(float (&d)[J][4], bf16* matrix, int row0) { store_blocks<J * 8>(d, matrix, row0, 0); }
 
-// A matrix of blocks into a tile, by all threads of the block, asynchronously.
-template <class T> __device__ __forceinline__ void copy_blocks(const T& tile, const bf16* matrix) {
-    for (int i = threadIdx.x; i < T::bytes / 16; i += blockDim.x) {
-        const int block = i / 8, row = block / T::pieces * 8 + i % 8, column = block % T::pieces * 8;
-        copy_async(tile.at(row, column), matrix + i * 8, true);
+// Calls f(i) for i = 0 .. count - 1, each by another thread of the block. A number of `threads` that is known to the compiler saves most of the address
+// arithmetic; 0: it is not.
+template <int count, int threads, class F> __device__ __forceinline__ void for_threads(F f) {
+    if constexpr (threads) {
+#pragma unroll
+        for (unsigned k = 0; k < (count + threads - 1) / threads; ++k)
+            if (count % threads == 0 || threadIdx.x + k * threads < count) f(threadIdx.x + k * threads);
+    } else {
+        for (unsigned i = threadIdx.x; i < count; i += blockDim.x) f(i);
     }
+}
+
+// A matrix of blocks into a tile, by all threads of the block, asynchronously.
+template <int threads = 0, class T> __device__ __forceinline__ void copy_blocks(const T& tile, const bf16* matrix) {
+    for_threads<T::bytes / 16, threads>([&](unsigned i) {
+        const unsigned block = i / 8;
+        copy_async(tile.at(block / T::pieces * 8 + i % 8, block % T::pieces * 8), matrix + i * 8, true);
+    });
 }
 
 // Tokens (rows of one head, `stride` elements apart) into a tile, zeros behind the last; by all threads, asynchronously.
-template <class T> __device__ __forceinline__ void copy_tokens(const T& tile, const bf16* first, int64_t stride, int tokens) {
-    for (int i = threadIdx.x; i < T::bytes / 16; i += blockDim.x) {
+template <int threads = 0, class T> __device__ __forceinline__ void copy_tokens(const T& tile, const bf16* first, int64_t stride, int tokens) {
+    for_threads<T::bytes / 16, threads>([&](unsigned i) {
         const int row = i / T::pieces, column = i % T::pieces * 8;
         const bool inside = row < tokens;
         copy_async(tile.at(row, column), first + (inside ? row : 0) * stride + column, inside);
-    }
+    });
 }
 
 // The reverse: a tile's tokens into global memory, by all threads.
-template <class T> __device__ __forceinline__ void store_tokens(const T& tile, bf16* first, int64_t stride, int tokens) {
-    for (int i = threadIdx.x; i < T::bytes / 16; i += blockDim.x) {
+template <int threads, class T> __device__ __forceinline__ void store_tokens(const T& tile, bf16* first, int64_t stride, int tokens) {
+    for_threads<T::bytes / 16, threads>([&](unsigned i) {
         const int row = i / T::pieces, column = i % T::pieces * 8;
         if (row < tokens) *reinterpret_cast<uint4*>(first + row * stride + column) = shared<uint4>(tile.at(row, column));
-    }
+    });
 }
 
 }  // namespace wkv7
