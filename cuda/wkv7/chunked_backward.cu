@@ -108,13 +108,6 @@ template <int J, class T> __device__ __forceinline__ void column_sums(const floa
     }
 }
 
-// Whether ptxas needs more than its 128 registers for chunk_gradients.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 < 10
-constexpr bool registers_are_scarce = false;
-#else
-constexpr bool registers_are_scarce = true;
-#endif
-
 // Two blocks of 8 warps on a multiprocessor; for N = 128 one, whose sums last through both passes and take the registers of two.
 template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm(GradientsShared<C, N>::size, N == 128 ? 1 : 2))
 __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy, const bf16* __restrict__ scratch,
@@ -236,13 +229,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
                 sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
             }
         }
-        // Then S and G are dead: where registers are scarce, sums that do not fit beside the triangles wait in their place.
-        constexpr int waiting = N == 128 || !registers_are_scarce ? 0 : 2 * State::bytes / (C * 4 * 16);
-        if (waiting) __syncthreads();
-        put_aside<waiting>(d_read, S.base);
         multiply_triangle<false>(d_write, rows, Z, 1, At, block, column0);
         multiply_triangle<false>(d_write, rows, Y, 0, Rt, block, column0);
-        take_back<waiting>(d_read, S.base);
         if (value0 < N - values) {
             __syncthreads();
             fetch(value0 + values);

@@ -286,9 +286,10 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
         }
         __syncwarp();
 #pragma unroll
-        for (int i = lane; i < C * 2; i += 32)  // 16 bytes each of this warp's 16 columns
-            if (i / 2 < place.tokens)
-                *reinterpret_cast<uint4*>(y + place.first + int64_t(i / 2) * place.stride + slab + i % 2 * 8) = shared<uint4>(O.at(i / 2, slab + i % 2 * 8));
+        for (int i = lane; i < C * 2; i += 32) {  // 16 bytes each of this warp's 16 columns: neighbours on eight rows, which lie in different banks
+            const int t = i / 32 * 16 + i % 16, column = slab + i / 16 % 2 * 8;
+            if (t < place.tokens) *reinterpret_cast<uint4*>(y + place.first + int64_t(t) * place.stride + column) = shared<uint4>(O.at(t, column));
+        }
 
         multiply_rows(S, s, F);
         __syncthreads();

@@ -82,19 +82,6 @@ template <bool transposed, int K, class T> __device__ __forceinline__ void load_
         if (inner.begin <= k && k < inner.end) ldmatrix<transposed>(a[k], transposed ? T::below(first, k) : T::beside(first, k));
 }
 
-// The first `count` tiles of sums into shared memory and back, each thread its own: 16 * count bytes for each thread of the block.
-template <int count, int J> __device__ __forceinline__ void put_aside(const float (&d)[J][4], int place) {
-#pragma unroll
-    for (int j = 0; j < count; ++j) shared<float4>(place + (j * blockDim.x + threadIdx.x) * 16) = make_float4(d[j][0], d[j][1], d[j][2], d[j][3]);
-}
-template <int count, int J> __device__ __forceinline__ void take_back(float (&d)[J][4], int place) {
-#pragma unroll
-    for (int j = 0; j < count; ++j) {
-        const float4 x = shared<float4>(place + (j * blockDim.x + threadIdx.x) * 16);
-        d[j][0] = x.x, d[j][1] = x.y, d[j][2] = x.z, d[j][3] = x.w;
-    }
-}
-
 // Sums rounded to bf16 as a left factor: they stay in their registers.
 __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&d)[4], const float (&next)[4]) {
     a[0] = pack(d[0], d[1]), a[1] = pack(d[2], d[3]), a[2] = pack(next[0], next[1]), a[3] = pack(next[2], next[3]);
