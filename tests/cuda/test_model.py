@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(backend, "_requested", "cpu")
     assert fused_native.why_not((torch.float32,), 64) == ""  # defines the operators
     monkeypatch.setattr(recurrence, "backend_for", lambda device, dtype: "cuda")
-    monkeypatch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(recurrent.library, (9, 0), 132, lambda: contextlib.nullcontext(None)))
+    monkeypatch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(recurrent.library, (9, 0), 132))
     monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
     with torch.library._scoped_library("rwkvlm", "IMPL") as registration:

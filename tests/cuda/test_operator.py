@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ def device(request, monkeypatch):
     else:
         kernels: Kernels = request.getfixturevalue("kernels")
         kernels.library.emulation_reverse(0)
-        monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(kernels.library, (9, 0), 132, lambda: contextlib.nullcontext(None)))
+        monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(kernels.library, (9, 0), 132))
         yield torch.device("cpu")
     torch.use_deterministic_algorithms(False)
 

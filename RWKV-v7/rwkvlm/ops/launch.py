@@ -46,10 +46,12 @@ def launch(library: ctypes.CDLL, function: str, device: torch.device, *arguments
     """`function(*arguments, stream)` on the device's current stream; RuntimeError with the library's message. On the CPU (emulated kernels): no stream."""
     if device.type == "cpu":
         code = getattr(library, function)(*arguments, None)
-    elif device.index == torch.cuda.current_device():
-        code = getattr(library, function)(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
-        with torch.cuda.device(device):
-            code = getattr(library, function)(*arguments, torch.cuda.current_stream().cuda_stream)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)  # as Triton asks for it; current_stream() makes objects for 15 microseconds a call
+        if device.index == torch.cuda.current_device():
+            code = getattr(library, function)(*arguments, stream)
+        else:  # the kernels' own CUDA runtime launches where the driver's current context is
+            with torch.cuda.device(device):
+                code = getattr(library, function)(*arguments, stream)
     if code:
         native.cuda_check(library, code, function)

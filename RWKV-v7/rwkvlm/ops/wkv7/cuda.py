@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-from typing import Callable, ContextManager, Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkvlm import native
 
-from ..launch import address as _address, ready as _ready
+from ..launch import address as _address, launch, ready as _ready
 from .arguments import NAMES, sequence_bounds
 
 TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
@@ -32,12 +31,11 @@ class Pointers(ctypes.Structure):
 
 
 class Machine(NamedTuple):
-    """Where kernels run. current: makes the device the current one meanwhile and gives the address of its current stream."""
+    """Where kernels run."""
 
     library: ctypes.CDLL
     capability: tuple[int, int]
     multiprocessors: int
-    current: Callable[[], ContextManager[int | None]]
 
 
 @functools.cache
@@ -45,14 +43,8 @@ def machine(device: torch.device) -> Machine:
     """The GPU that holds the tensors. Everything here that needs a GPU is in this function: tests put the emulation on the host in its place."""
     if device.type != "cuda":
         raise ValueError(f"wkv7: the CUDA kernels need tensors on a GPU, got {device}")
-
-    @contextlib.contextmanager
-    def current() -> Iterator[int]:
-        with torch.cuda.device(device):  # the kernels' own CUDA runtime launches where the driver's current context is
-            yield torch.cuda.current_stream().cuda_stream
-
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Machine(prototypes(native.cuda_library("wkv7")), torch.cuda.get_device_capability(device), multiprocessors, current)
+    return Machine(prototypes(native.cuda_library("wkv7")), torch.cuda.get_device_capability(device), multiprocessors)
 
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -170,10 +162,8 @@ class _Call:
         return [self.bytes(getattr(self.machine.library, f"wkv7_chunked_{direction}_scratch_bytes")(self.shape))]
 
     def run(self, direction: str, *arguments: Tensor | Pointers | None) -> None:
-        library, name = self.machine.library, f"wkv7_{self.form}_{direction}"
         given = [x if isinstance(x, Pointers) else _address(x) for x in arguments]
-        with self.machine.current() as stream:
-            native.cuda_check(library, getattr(library, name)(self.shape, *self.dtype, self.inputs, *given, stream), name)
+        launch(self.machine.library, f"wkv7_{self.form}_{direction}", self.r.device, self.shape, *self.dtype, self.inputs, *given)
 
 
 @torch.library.impl("rwkvlm::wkv7_cuda_forward", "CompositeExplicitAutograd")
