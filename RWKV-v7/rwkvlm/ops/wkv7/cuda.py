@@ -104,7 +104,7 @@ def chunk_tokens(form: str, N: int) -> int:
 def segment_chunks(sequences: int, T: int, H: int, N: int, multiprocessors: int) -> int:
     """Chunks of a segment of the chunked scans, 0 where the scans walk whole sequences.
 
-    A rule on paper (docs/wkv7_chunked.md, "Time"): not measured yet. Sequences of packed documents count as if each could have all T tokens,
+    The rule is argued in docs/wkv7_chunked.md, "Time", and measured at two shapes. Sequences of packed documents count as if each could have all T tokens,
     for their lengths lie on the device.
     """
     pairs, chunks = sequences * H, -(-T // chunk_tokens("chunked", N))
