@@ -67,8 +67,8 @@ def test_the_file_says_what_the_shapes_do_not(phantom):
 
 
 def test_stopped_and_gone_on_it_is_the_same_run(run, phantom, losses, tmp_path):
-    assert run(tmp_path / "out", **PHANTOM, **SHORT, ttt_meta=1, max_steps=3) == 0
-    assert run(tmp_path / "out", my_testing="x070_phantom", **SHORT, ttt_meta=1) == 0, "what it is comes from the state"
+    command(run, tmp_path / "out", **PHANTOM, **SHORT, ttt_meta=1, max_steps=3)  # with as many threads as the other run: torch's own sums may depend on them
+    command(run, tmp_path / "out", my_testing="x070_phantom", **SHORT, ttt_meta=1)  # what it is comes from the state
     assert losses(tmp_path / "out") == losses(phantom)
     one, other = (load_weights(folder / "rwkv-final.pth") for folder in (phantom, tmp_path / "out"))
     assert all(torch.equal(one[name], other[name]) for name in one)
