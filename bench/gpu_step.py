@@ -49,7 +49,7 @@ class Training:
         with torch.device(options.device):
             model = models.build(sizes)
         # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them. Twice as large, they make a
-        # model in which roundings of bf16 grow, in some to a tenth of the gradient, in plain PyTorch as well.
+        # model in which roundings of bf16 grow, in some to 5 or 10 percent of the gradient, in plain PyTorch as well.
         rng = torch.Generator(options.device).manual_seed(0)
         matrices = "|".join(re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k"))
         random = Row(matrices, lambda s: torch.randn(s.shape, generator=rng, device=options.device) * 0.5 / s.shape[1] ** 0.5)

@@ -36,7 +36,8 @@ template <int rows_, int columns_> struct Tile {
         const unsigned r = row, c = column;  // never negative: a signed division by a power of two takes four instructions
         return (base + r * columns * 2 + (r / rows_per_line & mask) * 16 + c % 8 * 2) ^ c / 8 * 16;
     }
-    // The offset `blocks` times 16 columns to the right of one in the first 16: the permutation is an exclusive or, and so is this.
+    // The offset `blocks` times 16 columns to the right of one in the first 16: the permutation is an exclusive or, and so is this. For both, base is a
+    // multiple of a row's bytes.
     static __device__ __forceinline__ int beside(int offset, int blocks) { return offset ^ blocks * 32; }
     // As many times 16 rows below: 16 rows further the permutation is the same.
     static __device__ __forceinline__ int below(int offset, int blocks) { return offset + blocks * 16 * columns * 2; }

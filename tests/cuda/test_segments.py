@@ -46,7 +46,7 @@ def test_repeated_keys(kernels: Kernels) -> None:
 
 @pytest.mark.slow
 def test_many_segments_take_whole_blocks_in_the_scans(kernels: Kernels) -> None:
-    check(kernels, make_case(T=200, N=32, H=90, segment_chunks=1))
+    check(kernels, make_case(T=200, N=32, H=166, segment_chunks=1))
 
 
 @pytest.mark.slow

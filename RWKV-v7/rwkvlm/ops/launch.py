@@ -47,7 +47,7 @@ def launch(library: ctypes.CDLL, function: str, device: torch.device, *arguments
     if device.type == "cpu":
         code = getattr(library, function)(*arguments, None)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device.index)  # as Triton asks for it; current_stream() makes objects for 15 microseconds a call
+        stream = torch._C._cuda_getCurrentRawStream(device.index)  # as Triton asks for it; current_stream() makes an object each time
         if device.index == torch.cuda.current_device():
             code = getattr(library, function)(*arguments, stream)
         else:  # the kernels' own CUDA runtime launches where the driver's current context is
