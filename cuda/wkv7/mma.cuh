@@ -94,6 +94,15 @@ __device__ __forceinline__ void copy_commit() {
 #endif
 }
 
+// A line of global memory towards the L2 cache: a hint.
+__device__ __forceinline__ void prefetch(const void* from) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+    (void)from;
+#endif
+}
+
 // Waits until at most `left` of this thread's committed groups are still in flight.
 template <int left> __device__ __forceinline__ void copy_wait() {
 #if defined(WKV7_OLD_CARD)

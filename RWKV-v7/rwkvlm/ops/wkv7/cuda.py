@@ -30,6 +30,12 @@ class Pointers(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in (*NAMES, "state")]
 
 
+class StepsOfTtt(ctypes.Structure):
+    """Wkv7Steps."""
+
+    _fields_ = [(n, ctypes.c_int32) for n in ("rows", "hidden", "segment", "stored")] + [("rate", ctypes.c_void_p), ("head", ctypes.c_void_p)]
+
+
 class Machine(NamedTuple):
     """Where kernels run."""
 
@@ -49,18 +55,22 @@ def machine(device: torch.device) -> Machine:
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told the types of its functions: addresses would be cut to 32 bits otherwise."""
-    shape, inputs, address = ctypes.POINTER(Shape), ctypes.POINTER(Pointers), ctypes.c_void_p
+    shape, inputs, steps, address = ctypes.POINTER(Shape), ctypes.POINTER(Pointers), ctypes.POINTER(StepsOfTtt), ctypes.c_void_p
     types = {
         "sequential_forward": [shape, ctypes.c_int, inputs, address, address, address, address],
         "sequential_backward": [shape, ctypes.c_int, inputs, address, address, address, inputs, address],
         "chunked_forward": [shape, inputs, address, address, address, address, address],
         "chunked_backward": [shape, inputs, address, address, address, inputs, address, address],
+        "ttt_forward": [shape, inputs, steps, address, address, address, address, address],
+        "ttt_backward": [shape, inputs, steps, address, address, address, inputs, address, address, address],
     }
     for name, arguments in types.items():
         getattr(library, f"wkv7_{name}").argtypes = arguments
     for name in ("sequential_saved", "chunked_saved", "chunked_forward_scratch", "chunked_backward_scratch"):
         function = getattr(library, f"wkv7_{name}_bytes")
         function.argtypes, function.restype = [shape], ctypes.c_int64
+    for function in (library.wkv7_ttt_saved_bytes, library.wkv7_ttt_backward_scratch_bytes):
+        function.argtypes, function.restype = [shape, steps], ctypes.c_int64
     return library
 
 
