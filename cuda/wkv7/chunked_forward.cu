@@ -2,7 +2,7 @@
 //   chunk_maps   all chunks at once: F and H, which carry the state through the chunk (S <- S F + H), E and O, which give its output
 //                (Y = E S^T + O), and X = (I - L)^-1 for the backward;
 //   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of them. In segments it is
-//                the last of the passes of segments.cuh.
+//                the last of the passes of segments.cuh; with steps of test-time training (ttt.cuh) they come between two chunks.
 // RWKV-v7/docs/wkv7_chunked.md derives the formulas.
 #include "segments.cuh"
 #include "ttt.cuh"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rwkvlm import native as build
-from rwkvlm.config import ModelConfig
+from rwkvlm.config import ModelConfig, model_config
+from rwkvlm.layers import ttt
 from rwkvlm.layers.packed import Packed
 from rwkvlm.models import build as build_model, init_weights
 from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
@@ -34,7 +35,8 @@ def device(request, monkeypatch):
     others.emulation_reverse(0)
     monkeypatch.setattr(backend, "_requested", "cpu")
     assert fused_native.why_not((torch.float32,), 64) == ""  # defines the operators
-    monkeypatch.setattr(recurrence, "backend_for", lambda device, dtype: "cuda")
+    for module in (recurrence, ttt):
+        monkeypatch.setattr(module, "backend_for", lambda device, dtype: "cuda")
     monkeypatch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(recurrent.library, (9, 0), 132))
     monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
@@ -46,14 +48,15 @@ def device(request, monkeypatch):
 
 def in_plain_pytorch(monkeypatch):
     monkeypatch.setattr(backend, "_requested", "torch")
-    monkeypatch.setattr(recurrence, "backend_for", lambda device, dtype: "torch")
+    for module in (recurrence, ttt):
+        monkeypatch.setattr(module, "backend_for", lambda device, dtype: "torch")
     monkeypatch.setattr(fused, "_in_one", lambda *inputs: False)
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: chunked)
 
 
-def make_model(device, dtype):
+def make_model(device, dtype, config=ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32)):
     """No gradient is zero in it."""
-    model = build_model(ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32))
+    model = build_model(config)
     init_weights(model, 0)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -82,6 +85,21 @@ def test_loss_and_gradients(device, dtype, monkeypatch):
     want = loss_and_gradient(model.double(), idx)
     assert abs(got[0] / want[0] - 1) < LIMIT[dtype] / 10
     assert ((got[1] - want[1]).norm() / want[1].norm()).item() < LIMIT[dtype]
+
+
+def test_loss_and_gradients_of_a_phantom(device, monkeypatch):
+    """Test-time training inside the kernels, one operator a layer; the oracle goes from segment to segment. The steps' own gradients by themselves as well."""
+    calls, operator = [], recurrence.ttt_cuda.wkv7_ttt
+    monkeypatch.setattr(recurrence.ttt_cuda, "wkv7_ttt", lambda *x: calls.append(1) or operator(*x))
+    model, idx = make_model(device, torch.bfloat16, model_config("phantom", n_layer=2, n_embd=64, vocab_size=97, head_size=32, core_ratio=0.5))
+    got = loss_and_gradient(model, idx)
+    assert len(calls) == 2
+    in_plain_pytorch(monkeypatch)
+    want = loss_and_gradient(model.double(), idx)
+    assert len(calls) == 2 and abs(got[0] / want[0] - 1) < LIMIT[torch.bfloat16] / 10
+    assert ((got[1] - want[1]).norm() / want[1].norm()).item() < LIMIT[torch.bfloat16]
+    own = torch.cat([torch.full((p.numel(),), ".ttt." in name, device=got[1].device) for name, p in model.named_parameters()])
+    assert 0 < (got[1] - want[1])[own].norm() < 0.1 * want[1][own].norm()
 
 
 def test_packed_documents_and_states(device, monkeypatch):

@@ -146,7 +146,7 @@ torch.library.define(
 )
 
 
-class _Call:
+class Call:
     """One call of the library: its inputs made ready, its shape, its memory."""
 
     def __init__(self, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -178,7 +178,7 @@ class _Call:
 
 @torch.library.impl("rwkvlm::wkv7_cuda_forward", "CompositeExplicitAutograd")
 def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
-    call = _Call((r, w, k, v, a, b), initial_state, cu_seqlens)
+    call = Call((r, w, k, v, a, b), initial_state, cu_seqlens)
     y, final_state = r.new_empty(r.shape), r.new_empty(call.states, dtype=torch.float32)
     saved = call.bytes(call.saved if save or call.form == "chunked" else 0)
     call.run("forward", y, final_state, saved if len(saved) else None, *call.scratch("forward"))
@@ -187,7 +187,7 @@ def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
 
 @torch.library.impl("rwkvlm::wkv7_cuda_backward", "CompositeExplicitAutograd")
 def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient):
-    call = _Call((r, w, k, v, a, b), initial_state, cu_seqlens)
+    call = Call((r, w, k, v, a, b), initial_state, cu_seqlens)
     if len(saved) != call.saved:
         raise RuntimeError(f"wkv7: the backward needs what a forward with save has left, {call.saved} bytes, got {len(saved)}")
     gradients = [r.new_empty(r.shape) for _ in range(6)]
