@@ -119,12 +119,12 @@ template <int N, int n, int copies> struct StepTokens {
         return make_float4(x.x * by, x.y * by, y.x * by, y.y * by);
     }
 
-    // to[t][m] = f(t, m, W[m] . from[t])
+    // to[t][m] = f(t, m, W[m] . from[t]). Unrolled, the loops would make the scans spill, whose states are in registers meanwhile.
     template <class F> __device__ __forceinline__ void to_hidden(const Rows32& from, const Rows32& to, const float* W, F f) const {
         for (int job = threadIdx.x; job < n * hidden; job += 2 * N) {
             const int t = job % n, m = job / n;
             float sum = 0.f;
-#pragma unroll 2
+#pragma unroll 1
             for (int i = 0; i < rows; i += 4) {
                 const float4 x = from.four(t, i), w = *reinterpret_cast<const float4*>(W + m * rows + i);
                 sum += x.x * w.x + x.y * w.y + x.z * w.z + x.w * w.w;
@@ -155,6 +155,7 @@ template <int N, int n, int copies> struct StepTokens {
     template <class F> __device__ __forceinline__ void project(const Rows32& to, int slab, float sign, F rows_of) const {
 #pragma unroll 1
         for (int t = 0; t < n; t += 32) {
+            const int lane = forgotten_lane();
             Sums<32> d;
             clear(d);
 #pragma unroll
@@ -167,8 +168,8 @@ template <int N, int n, int copies> struct StepTokens {
                     const float2 y = unpack(rounded[0][i]);
                     rest[0][i] = pack(x.x - y.x, x.y - y.y);
                 }
-                multiply<true>(d, rounded, keys, {0, 1}, {0, 2}, t, k * 16);
-                multiply<true>(d, rest, keys, {0, 1}, {0, 2}, t, k * 16);
+                multiply<true>(d, rounded, keys, {0, 1}, {0, 2}, t, k * 16, lane);
+                multiply<true>(d, rest, keys, {0, 1}, {0, 2}, t, k * 16, lane);
             }
             for_pairs(d, slab, [&](int row, int column, float x, float y) { to.at(t + column, row) = sign * x, to.at(t + column + 1, row) = sign * y; });
         }
