@@ -27,6 +27,8 @@ from gpu_peers import Peer, load
 from torch import Tensor
 from torch.nn import functional as F
 
+from rwkvlm.config import PhantomConfig
+from rwkvlm.layers.ttt import StateTTT
 from rwkvlm.ops import backend, fused
 from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy
 from rwkvlm.ops.fused import reference
@@ -313,6 +315,25 @@ def check_logits(V: int, options: argparse.Namespace) -> float:
     return demand(errors, LIMITS[options.dtype], f"loss of {V} logits")
 
 
+def check_steps(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
+    """Test-time training of the state, all segments at once where a kernel can: outputs and gradients against segment by segment in float64. The head is
+    weak: where a unit comes out on the other side of zero, gradients jump."""
+    _, _, H, N = sizes
+    ttt = StateTTT(PhantomConfig(n_layer=1, n_embd=H * N, head_size=N, vocab_size=8))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p, scale in ((ttt.rate, 1.0), (ttt.w1, 0.5), (ttt.w2, 0.02)):
+            p.copy_(scale * torch.randn(p.shape, generator=g))
+    *inputs, dy = recurrence_inputs(*sizes, options.dtype, options.device)
+    results = []
+    for device, of_inputs, of_module in ((options.device, options.dtype, torch.float32), ("cpu", torch.float64, torch.float64)):
+        ttt, leaves = ttt.to(device, of_module), [x.detach().to(device, of_inputs).requires_grad_() for x in inputs]
+        y = ttt(*leaves)
+        results.append([y.detach().cpu(), *(x.cpu() for x in torch.autograd.grad(y, [*leaves, *ttt.parameters()], dy.to(device, of_inputs)))])
+    names = ("y", *(f"d{n}" for n in "rwkvab"), "d_rate", "d_w1", "d_w2")
+    return demand({name: rms(got, want) for name, got, want in zip(names, *results)}, 2 * LIMITS[options.dtype], "test-time training")
+
+
 def once(options: argparse.Namespace) -> dict:
     """Every kernel, forward and backward, on small shapes; right, besides."""
     found: dict[str, float] = {}
@@ -328,6 +349,8 @@ def once(options: argparse.Namespace) -> dict:
                 found[f"wkv7 {sizes} {dtype} {chunks}"] = demand(errors, LIMITS[dtype], "wkv7")
             for name in PASSES:
                 found[f"{name} {sizes} {dtype}"] = check_elementwise(name, options)
+        for sizes in ((2, 140, 2, 64), (1, 70, 1, 16), (1, 130, 1, 32), (1, 70, 1, 128)):
+            found[f"ttt {sizes} {dtype}"] = check_steps(sizes, options)
         for V in (7, 5001):
             found[f"loss {V} {dtype}"] = check_logits(V, options)
     return {"kernels": len(found), "worst_error": max(found.values())}

@@ -70,6 +70,21 @@ def test_the_steps_matter(kernels: Kernels) -> None:
     assert (got["y"][:, 64:].float() - plain["y"][:, 64:].float()).norm() > 10 * LIMITS["y"] * plain["y"][:, 64:].float().norm()
 
 
+@pytest.mark.parametrize("options", [dict(N=64), dict(N=128, rows=64, segment=64), dict(N=32, rows=8, segment=128, head=False)], ids=str)
+def test_the_steps_are_as_exact_as_fp32(kernels: Kernels, options: dict) -> None:
+    """Tokens that change nothing leave the steps alone with a state and its gradient; a factor rounded to bf16 would be off by 1e-3."""
+    given = make_ttt_case(T=300, **options)
+    r, w, k, v, a, b = given.case.inputs
+    for x in (k, v, b, given.case.dy):
+        x.zero_()
+    w.fill_(-40.0)
+    got = run(kernels, given)
+    expected = given.expected(got["masks"] if given.ttt.has_head else None)
+    for name, before in (("final_state", given.case.initial_state), ("d_initial_state", given.case.d_final_state)):
+        change = (expected[name] - before)[:, :, : given.ttt.rows]
+        assert change.norm() > 0.02 * before.norm() and (got[name] - expected[name]).norm() < 3e-5 * change.norm(), name
+
+
 def test_without_a_whole_segment_it_is_the_plain_kernel(kernels: Kernels) -> None:
     given = make_ttt_case(T=64, H=1)
     got, plain = run(kernels, given), kernels.run("chunked", given.case)
