@@ -35,8 +35,8 @@ struct Steps {
     }
 
     static bool valid(const Wkv7Shape& s, const Wkv7Steps& t) {
-        return !s.cu_seqlens && s.segment_chunks == 0 && t.rows >= 8 && t.rows % 8 == 0 && t.rows <= s.N && t.hidden >= 0 && t.hidden <= 32 && (t.hidden == 0 || t.head) && t.segment >= 1 &&
-               t.segment % chunk_tokens(s.N) == 0;
+        return !s.cu_seqlens && s.segment_chunks == 0 && t.rows >= 8 && t.rows % 8 == 0 && t.rows <= s.N && t.hidden >= 0 && t.hidden <= 32 &&
+               (t.hidden == 0 || t.head) && t.segment >= 1 && t.segment % chunk_tokens(s.N) == 0;
     }
     static int steps(const Wkv7Shape& s, const Wkv7Steps& t) { return (s.T - 1) / t.segment; }
     static int64_t core_bytes(const Wkv7Shape& s, const Wkv7Steps& t) { return int64_t(4) * steps(s, t) * s.B * s.H * t.rows * s.N; }
@@ -90,7 +90,8 @@ template <int N, int n, int copies> struct StepTokens {
         if (p.stored) {
 #pragma unroll
             for (int i = 0; i < channels / 8; ++i) {
-                const uint4 a = shared<uint4>(keys.at(t, channel0 + i * 8)), k = *reinterpret_cast<const uint4*>(p.k + first + int64_t(t) * stride + channel0 + i * 8);
+                const uint4 a = shared<uint4>(keys.at(t, channel0 + i * 8));
+                const uint4 k = *reinterpret_cast<const uint4*>(p.k + first + int64_t(t) * stride + channel0 + i * 8);
                 dot = add_products(add_products(add_products(add_products(dot, k.x, a.x), k.y, a.y), k.z, a.z), k.w, a.w);
             }
 #pragma unroll
@@ -210,8 +211,8 @@ template <int N> int scan_bytes(int stages, const Wkv7Steps& t) {
     return needed <= stages / scan_stages ? stages : stages + needed;
 }
 
-// A step of one sequence and head, after segment `number`; below 0: none. S: 16 rows of the state in each warp, all of them in the block; backwards those of its gradient.
-// stage: that of the chunk before, which nobody reads any more. All threads, behind a barrier; ends with one.
+// A step of one sequence and head, after segment `number`; below 0: none. S: 16 rows of the state in each warp, all of them in the block; backwards those
+// of its gradient. stage: that of the chunk before, which nobody reads any more. All threads, behind a barrier; ends with one.
 //
 // The way back has the same program: with e = G a in the place of u, without targets, and with the hidden units chosen that were above zero on the way there.
 template <int N, bool backwards>

@@ -108,7 +108,11 @@ def test_every_size_fits_the_smallest_card(kernels: Kernels) -> None:
         kernels.library.emulation_shared_limit(ctypes.c_size_t(227 * 1024))
 
 
-@pytest.mark.parametrize("wrong", [dict(rows=12), dict(rows=72), dict(rows=0), dict(hidden=33), dict(segment=96), dict(segment=0), dict(head=None), dict(segment_chunks=1), dict(documents=1)], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(rows=12), dict(rows=72), dict(rows=0), dict(hidden=33), dict(segment=96), dict(segment=0), dict(head=None), dict(segment_chunks=1), dict(documents=1)],
+    ids=str,
+)
 def test_what_it_cannot_do_is_refused(kernels: Kernels, wrong: dict) -> None:
     numbers = torch.zeros(2 * 4 * 16)
     bounds = torch.tensor([0, 100], dtype=torch.int32)

@@ -46,7 +46,8 @@ class TttCase:
             if at + segment >= T:
                 break
             keys = -piece[4].transpose(1, 2)  # [B, H, n, N]
-            z = (piece[3][..., :c].transpose(1, 2) * ((piece[2].transpose(1, 2) * keys).sum(-1, keepdim=True) if ttt.config.ttt_target == "stored" else 1)).detach()
+            stored = (piece[2].transpose(1, 2) * keys).sum(-1, keepdim=True) if ttt.config.ttt_target == "stored" else 1
+            z = (piece[3][..., :c].transpose(1, 2) * stored).detach()
             u = keys @ S[:, :, :c].mT
             guess = u
             if head is not None:

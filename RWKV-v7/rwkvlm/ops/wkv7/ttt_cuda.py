@@ -17,7 +17,18 @@ def runs_here(device: torch.device, dtype: torch.dtype, N: int, segment: int) ->
 
 
 def wkv7_ttt(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None, rate: Tensor, head: Tensor | None, rows: int, segment: int, stored: bool
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    rate: Tensor,
+    head: Tensor | None,
+    rows: int,
+    segment: int,
+    stored: bool,
 ) -> tuple[Tensor, Tensor]:
     """wkv7, and after each of the first (T - 1) // segment segments one gradient step on the first `rows` value rows of the state; layers/ttt.py has the formula.
 
