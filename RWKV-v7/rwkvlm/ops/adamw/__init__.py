@@ -32,7 +32,7 @@ def adamw_(
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:
-    """The Euclidean norm of each gradient (bf16 or fp32): [len(grads)] fp32. The native kernels give the same bits on each run, for any number of threads on a CPU."""
+    """The Euclidean norm of each gradient (bf16 or fp32): [len(grads)] fp32. The native kernels' bits are the same on each run, on any number of threads."""
     return _form(grads[0].device).gradient_norms(grads)
 
 
