@@ -7,6 +7,7 @@ import torch
 
 from rwkvlm import native as build
 from rwkvlm.cli import doctor
+from rwkvlm.config import UserError
 from rwkvlm.ops import adamw, backend
 from rwkvlm.ops.adamw import cuda, native, reference
 from rwkvlm.train.optimizer import MasterAdamW
@@ -74,7 +75,7 @@ def equal(one, two):
     return all(torch.equal(a, b) for some, others in zip(one, two, strict=True) for a, b in zip(some, others, strict=True))
 
 
-def check(state, after, scale, device):
+def check(state, after, scale):
     """A step from `state` has led to `after`, as far as fp32 can tell."""
     masters, rounded, grads, averages, squares, steps = after
     exact = [[t.double() for t in tensors] for tensors in copies(state)]
@@ -96,7 +97,7 @@ def test_a_step_against_float64(device, grad_dtype, narrow, scale, done):
     state = make(device, grad_dtype, narrow, done)
     before = copies(state)
     adamw.adamw_(*state, None if scale is None else torch.tensor(scale, device=device), None, **RATES)
-    check(before, state, scale, device)
+    check(before, state, scale)
 
 
 def test_steps_that_follow_each_other_and_a_gradient_of_each_kind(device):
@@ -105,7 +106,7 @@ def test_steps_that_follow_each_other_and_a_gradient_of_each_kind(device):
     for _ in range(3):
         before = copies(state)
         adamw.adamw_(*state, torch.tensor(0.5, device=device), torch.tensor(0.0, device=device), **RATES)
-        check(before, state, 0.5, device)
+        check(before, state, 0.5)
 
 
 @pytest.mark.parametrize("found", [1.0, float("nan"), float("inf")])
@@ -115,7 +116,7 @@ def test_nothing_changes_where_found_inf_says_so(device, found):
     adamw.adamw_(*state, torch.tensor(float("nan"), device=device), torch.tensor(found, device=device), **RATES)
     assert equal(before[:1] + before[2:], state[:1] + state[2:]) and all(r.isnan().all() for r in state[1])
     adamw.adamw_(*state, None, torch.tensor(0.0, device=device), **RATES)
-    check(before, state, None, device)
+    check(before, state, None)
 
 
 @pytest.mark.parametrize("moved", range(5), ids=["master", "rounded", "grad", "exp_avg", "exp_avg_sq"])
@@ -251,6 +252,21 @@ def test_a_step_is_captured_in_a_graph_of_the_gpu(device):
     for _ in range(3):
         graph.replay()
     assert equal(state, other) and state[5][0].item() == 3
+
+
+def test_who_computes_it_on_a_gpu(monkeypatch, capsys):
+    gpu = torch.device("cuda", 0)
+    for reason in ("", "nvcc is not there"):
+        monkeypatch.setattr(cuda, "why_not", lambda reason=reason: reason)
+        monkeypatch.setattr(backend, "_said", set())
+        for asked, form in (("torch", "torch"), ("auto", "torch" if reason else "cuda"), ("cuda", "" if reason else "cuda")):
+            monkeypatch.setattr(backend, "_requested", asked)
+            if form:
+                assert adamw.backend_for(gpu) == form
+            else:
+                with pytest.raises(UserError, match="--kernel cuda: adamw cannot run: nvcc is not there"):
+                    adamw.backend_for(gpu)
+        assert ("adamw: running in plain PyTorch, which is slower (nvcc is not there)" in capsys.readouterr().err) == bool(reason)
 
 
 def test_the_emulated_kernels_have_run(block_kernels, monkeypatch):
