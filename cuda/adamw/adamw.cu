@@ -298,10 +298,9 @@ extern "C" int adamw_norms(int64_t n, const int64_t* sizes, const void* const* g
     using namespace adamw;
     const auto fill = [&](Gradient& at, int64_t i) { at = {grads[i], 0, 0, narrow[i]}; };
     return in_launches<Gradients>(n, sizes, fill, [&](Gradients& these, int64_t begin) {
-        these.parts = parts, these.norms = norms + begin;
+        these.parts = parts, these.norms = norms + begin;  // the next launch may have the same parts: the stream keeps the order
         const int error = these.blocks ? launch(sum_squares, dim3(these.blocks), threads, warps * sizeof(float), stream, these) : 0;
         if (error) return error;
-        parts += these.blocks;
         return launch(finish_norms, dim3(these.n), threads, warps * sizeof(double), stream, these);
     });
 }

@@ -126,6 +126,10 @@ for reverse in (0, 1):
             scale = optimizer.gradient_norms(grads)[1]
             optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], scale, scale, 1e-3, 0.9, 0.99, 1e-18, 0.1)
             optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
+        for moved in range(5):  # each in turn begins at an odd address
+            lists = [[torch.zeros(9000, dtype=kind)[j == moved :][:8999]] for j, kind in enumerate((torch.float32, torch.bfloat16, dtype, *[torch.float32] * 2))]
+            optimizer.gradient_norms(lists[2])
+            optimizer.adamw_(*lists, [torch.zeros(())], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
 print("clean")
 """
     done = run_sanitized(program)
