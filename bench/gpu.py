@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(__file__).resolve().parent
 STEPS = ("tests", "sanitize", "kernels", "step", "train")
 FIRST_TESTS = ("cuda", "ops", "layers", "models", "infer")  # those that touch the GPU most
-OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss")
+OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss", "adamw")
 MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096")  # layers, width, samples, tokens of a sample
 LONG = ("1x32768x32x64", "1x4096x32x64")  # B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
 GRACE = 90.0  # seconds from SIGTERM to SIGKILL: training writes its state meanwhile
@@ -83,7 +83,9 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         found = [Item("wkv7", [*work, "wkv7", *device], read=last_json)]
         found += [Item(f"wkv7 {shape}", [*work, "wkv7", "--shape", shape, *device], read=last_json) for shape in ([] if small else LONG)]
         found += [Item(f"wkv7 beside {peer.split('=')[0]}", [*work, "wkv7", "--peer", peer, *device], read=last_json) for peer in options.peer]
-        return found + [Item(name, [*work, name, *device], read=last_json) for name in OPERATORS]
+        found += [Item(name, [*work, name, *device], read=last_json) for name in OPERATORS]
+        large = [*work, "adamw", "--layers", "24", "--shape", "2x4096x32x64", *device]  # of the last of MODELS
+        return found + [Item("adamw L24-D2048", large, read=last_json)] * (not small)
     if step == "step":
         models = options.models.split(",") if options.models else ["L2-D64x2x64"] if small else MODELS
         return [Item(m, [python, str(BENCH / "gpu_step.py"), m, *device], read=last_json) for m in models]

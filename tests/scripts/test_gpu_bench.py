@@ -136,7 +136,7 @@ def test_every_step_has_items_on_a_gpu_and_in_a_rehearsal():
             assert len({item.name for item in items}) == len(items)
 
 
-@pytest.mark.parametrize("what", ["wkv7", "norm_mix", "relu_square", "loss"])
+@pytest.mark.parametrize("what", ["wkv7", "norm_mix", "relu_square", "loss", "adamw"])
 def test_kernels_are_checked_and_timed(what, capsys):
     assert gpu_kernels.main([what, *REHEARSAL]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -34,7 +34,8 @@ def parameters(sizes: ModelConfig) -> int:
     "flags, run, parts",
     [
         (dict(precision="fp32"), Launch("gpu", 1, 1, "auto"), (4, 4, 8)),
-        (dict(precision="bf16"), Launch("gpu", 1, 1, "auto"), (2, 4, 12)),
+        (dict(precision="bf16"), Launch("gpu", 1, 1, "auto"), (2, 2, 12)),
+        (dict(precision="bf16", accumulate_grad_batches=2), Launch("gpu", 1, 1, "auto"), (2, 4, 12)),
         (dict(precision="bf16"), Launch("gpu", 8, 1, "ddp"), (2, 6, 12)),
         (dict(precision="bf16"), Launch("gpu", 4, 2, "deepspeed_stage_1"), (2, 6, 1.5)),
         (dict(precision="bf16", ds_bucket_mb=1), Launch("gpu", 4, 2, "deepspeed_stage_2"), (2, 0.5, 1.5)),
