@@ -14,7 +14,7 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 from ..checkpoint.ledger import publish_weights, write_atomically
 from ..checkpoint.ranks import rank, say
 from ..checkpoint.state import set_aside
-from ..config import TrainConfig, UserError, env
+from ..config import TrainConfig, env
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
@@ -22,7 +22,7 @@ from ..models import count_parameters
 from .conductor import Conductor
 from .matmul import settle_fp32_products
 from .module import TrainModule
-from .plan import Plan, check_data, check_folder, make_plan
+from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
 from .planner import dry_run
 from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite
 from .strategy import lightning_precision, make_strategy, param_dtype
@@ -75,12 +75,9 @@ def write_init(config: TrainConfig) -> int:
 
 
 def save_tokenizer(config: TrainConfig, data: Mixture) -> None:
-    """{proj_dir}/tokenizer.json, for data that define their vocabulary. UserError when another one is there: its tokens mean other characters."""
+    """For data that define their vocabulary; check_data has refused them where another one is there."""
     if env.first_process() and (text := data.parts[0].data.tokenizer_json()):
-        path = Path(config.proj_dir) / "tokenizer.json"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise UserError(f"--data_file {config.data_file} has other characters than {path}, with which this run began; use another --proj_dir")
-        write_atomically(path, text)
+        write_atomically(Path(config.proj_dir) / TOKENIZER, text)
 
 
 def train(plan: Plan, strategy: Strategy) -> int:

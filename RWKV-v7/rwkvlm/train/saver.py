@@ -72,6 +72,7 @@ class Saver:
             "model": plan.start.model.as_dict(),
             "ctx_len": plan.config.ctx_len,
             "magic_prime": plan.data.order,
+            "data": plan.identity,
             "warmup_steps": plan.schedule.warmup_steps,
             "precision": plan.config.precision,
             "fp32_products": torch.get_float32_matmul_precision(),

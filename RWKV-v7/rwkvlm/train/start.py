@@ -42,15 +42,16 @@ class Start:
         return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
 
 
-def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] = ()) -> Start:
+def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] = (), identity: list[dict] | None = None) -> Start:
     """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
     rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
     order: what decides the order of the data (Mixture.order). damaged: training states that are not to be used.
+    identity: which data these are (Mixture.identity), where this process knows.
 
     Raises UserError when the files do not fit the flags, and instead of overwriting a run that is not being continued.
     """
     if config.train_stage >= 2:
-        start = _from_state(config, order, damaged) or _from_newest_weights(config)
+        start = _from_state(config, order, damaged, identity) or _from_newest_weights(config)
         if start is not None:
             for name in ("load_model", "epoch_begin"):
                 if getattr(config, name):
@@ -70,7 +71,7 @@ def _warmup(config: TrainConfig, default: int) -> int:
     return default if config.warmup_steps < 0 else config.warmup_steps
 
 
-def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]) -> Start | None:
+def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path], identity: list[dict] | None) -> Start | None:
     info = find_state(config.proj_dir, damaged)
     if info is None:
         return None
@@ -84,8 +85,29 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
             )
+    if identity is not None:
+        _same_data(config, info, identity)
     model = _agree(config, model_config(**info.meta["model"]), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
+
+
+def _same_data(config: TrainConfig, info: StateInfo, identity: list[dict]) -> None:
+    """UserError where other tokens lie in the place of those that the state was trained with; as many chunks of them alone do not tell."""
+    if info.meta.get("data") is None:
+        say(f"{info.path} is of an older version, which did not note what its data hold: whether --data_file {config.data_file} is what it was is not checked")
+        return
+    for then, now in zip(info.meta["data"], identity, strict=True):
+        if then["tokens"] != now["tokens"]:
+            differs = f"does not hold the tokens that {info.path} was trained with"
+        elif config.doc_reset and then["documents"] != now["documents"]:
+            differs = f"divides its tokens into {now['documents']:,} documents, and {info.path} was trained with {then['documents']:,}"
+        else:
+            continue
+        renamed = f" (then {then['file']})" if then["file"] != now["file"] else ""
+        raise UserError(
+            f"--data_file: {now['file']} {differs}{renamed}: the order of the data would break; "
+            "use the data of that run, or another --proj_dir with --load_model to begin anew"
+        )
 
 
 def _from_newest_weights(config: TrainConfig) -> Start | None:
