@@ -58,19 +58,27 @@ def tell(lines: list[str]) -> None:
 
 
 def write_init(config: TrainConfig) -> int:
-    """--train_stage 1: writes rwkv-init.pth. An untrained one that is there is replaced, a run that has begun is not touched."""
+    """--train_stage 1: writes rwkv-init.pth. An untrained one that is there is replaced, a run that has begun is not touched.
+
+    With dry_run everything is made and checked, and nothing written.
+    """
     check_folder(config)
     refuse_to_overwrite(config)
+    path = Path(config.load_model) if config.load_model else None
+    data = None
     if config.data_file:
         config, data = check_data(config)
-        data.check_token_range(model_sizes(config).vocab_size)
-        save_tokenizer(config, data)
-    sizes = model_sizes(config)
+        data.check_token_range(model_sizes(config, path).vocab_size)
+    sizes = model_sizes(config, path)
     tell(config.phantom_without_effect(sizes))
     if env.first_process():
         weights = initial_weights(config, sizes)
-        publish_weights(config.proj_dir, INIT_NAME, weights)
-        print(f"wrote {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters")
+        if not config.dry_run:
+            if data is not None:
+                save_tokenizer(config, data)
+            publish_weights(config.proj_dir, INIT_NAME, weights)
+        done = "would write" if config.dry_run else "wrote"
+        print(f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters")
     return 0
 
 
