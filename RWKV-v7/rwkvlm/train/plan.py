@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import ranks
+from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
 from ..config import TrainConfig, UserError, env
 from ..data.binidx import idx_path
@@ -179,16 +179,9 @@ def check_folder(config: TrainConfig) -> None:
     try:
         if not config.dry_run:
             folder.mkdir(parents=True, exist_ok=True)
-        probe = nearest(folder) / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        try_folder(folder)
     except OSError as error:
         raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the one above it that exists."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:
