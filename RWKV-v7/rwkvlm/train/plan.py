@@ -100,6 +100,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     backend.set_kernel(config.kernel)
     identity = data.identity() if env.first_process() else None
     start = find_start(config, data.order, damaged, identity)
+    check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
     if config.doc_reset and config.my_testing != "x070":
         raise UserError(f"--doc_reset 1 is not made for --my_testing {config.my_testing}; use x070, or leave --doc_reset out")
