@@ -24,7 +24,7 @@ from .matmul import settle_fp32_products
 from .module import TrainModule
 from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
 from .planner import dry_run
-from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite
+from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite, what_goes_on
 from .strategy import lightning_precision, make_strategy, param_dtype
 from .watch import Watch
 
@@ -114,7 +114,7 @@ def train(plan: Plan, strategy: Strategy) -> int:
     trainer._signal_connector.register_signal_handlers = lambda: None
     # Its observer kills everything, without a word, some seconds after a process that it started has ended; the Watch says which and why.
     subprocess_script._launch_process_observer = lambda processes: None
-    watch = watch_over(trainer, config.dist_timeout)
+    watch = watch_over(trainer, config)
     conductor = Conductor(plan, watch)
     trainer.callbacks.append(conductor)
     try:
@@ -133,17 +133,18 @@ def train(plan: Plan, strategy: Strategy) -> int:
     return 0 if watch.parent else conductor.exit_code  # the process that has started others speaks for them
 
 
-def watch_over(trainer: pl.Trainer, timeout_s: float) -> Watch | None:
+def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     """The Watch of this process, begun; none when it trains alone."""
     if trainer.world_size == 1:
         return None
     started_here = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
     watch = Watch(
-        timeout_s,
+        config.dist_timeout,
         trainer.global_rank,
         trainer.local_rank,
         processes=lambda: getattr(trainer.strategy.launcher, "procs", ()),
         started=started_here and trainer.local_rank > 0,
+        cure=f"{what_goes_on(config)} goes on from the last training state",
     )
     watch.start()
     return watch

@@ -42,6 +42,11 @@ class Start:
         return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
 
 
+def what_goes_on(config: TrainConfig) -> str:
+    """How a run that these flags have begun is continued, for messages: stages 0 and 1 refuse to overwrite it."""
+    return "the same command" if config.train_stage >= 2 else "the same command with --train_stage 3"
+
+
 def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] = (), identity: list[dict] | None = None) -> Start:
     """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
     rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
