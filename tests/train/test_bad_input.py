@@ -116,7 +116,8 @@ CASES = {
     "proj_dir is a file": (lambda d, f: dict(proj_dir=regular_file(f)), "cannot be written: "),
     "stage 1 over a run": (lambda d, f: held(f, "rwkv-3.pth") | dict(train_stage=1), "would overwrite the run in"),
     "stage 0 over a run": (lambda d, f: held(f, "rwkv-3.pth") | NEW, "continue it with --train_stage 3"),
-    "stage 0 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | NEW, "(it holds rwkv-final.pth)"),
+    "stage 0 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | NEW, "(it holds rwkv-final.pth: it is finished); train it longer with --train_stage 3 and a larger"),
+    "stage 1 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | dict(train_stage=1), "(it holds rwkv-final.pth: it is finished); train it"),
 }
 
 

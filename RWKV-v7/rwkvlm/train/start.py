@@ -136,19 +136,18 @@ def _from_newest_weights(config: TrainConfig) -> Start | None:
 
 
 def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
-    """UserError when proj_dir holds a run of which something would be lost."""
-    found = newest_weights(config.proj_dir)
-    if found is not None and found[1] >= from_mini_epoch:
+    """UserError when proj_dir holds a run of which something would be lost, finished or not: stages 0 and 1 are asked to begin another one."""
+    found, cure = newest_weights(config.proj_dir), "continue it with --train_stage 3"
+    if (Path(config.proj_dir) / FINAL_NAME).exists():
+        held, cure = f"{FINAL_NAME}: it is finished", "train it longer with --train_stage 3 and a larger --my_exit_tokens"
+    elif found is not None and found[1] >= from_mini_epoch:
         held = found[0].name
-    elif (Path(config.proj_dir) / FINAL_NAME).exists():
-        held = FINAL_NAME
     elif from_mini_epoch == 0 and (Path(config.proj_dir) / "state" / "latest").exists():
         held = "state/"
     else:
         return
     raise UserError(
-        f"--train_stage {config.train_stage} would overwrite the run in {config.proj_dir} (it holds {held}); "
-        "continue it with --train_stage 3, or choose another --proj_dir"
+        f"--train_stage {config.train_stage} would overwrite the run in {config.proj_dir} (it holds {held}); {cure}, or choose another --proj_dir"
     )
 
 
