@@ -166,6 +166,14 @@ def test_nodes(demo):
     assert (flags(train)["--num_nodes"], flags(train)["--devices"]) == ("2", "8")
 
 
+@pytest.mark.parametrize("nodes", ["x", "", "-1", "2 "])
+def test_a_number_of_nodes_that_is_none_is_one_error(demo, shell, nodes):
+    done = demo.run("demo-training-run.sh", shell, N_NODE=nodes)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: N_NODE={nodes} is not a number of nodes\n       1, 2, ...; or unset N_NODE for this machine alone\n"
+    assert [call for call in demo.calls() if "3" == flags(call).get("--train_stage")] == []
+
+
 def pile_files(demo, bin_size=664230651068):
     """Files of the official sizes that take no room."""
     (demo.root / "data").mkdir(exist_ok=True)
