@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -136,6 +137,6 @@ class Conductor(pl.Callback):
         self.meter.close()
         self.signals.restore()
         if self.exit_code:
-            say(f"stopped by signal {self.exit_code - 128} at step {self.position.step}; the training state is saved, {what_goes_on(self.plan.config)} goes on from it")
+            say(f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; the training state is saved, {what_goes_on(self.plan.config)} goes on from it")
         elif not self.plan.schedule.finished(self.position.samples * self.plan.config.ctx_len):
             say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")

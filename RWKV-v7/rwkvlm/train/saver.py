@@ -71,6 +71,7 @@ class Saver:
             "position": self.position.as_dict(),
             "model": plan.start.model.as_dict(),
             "ctx_len": plan.config.ctx_len,
+            "epoch_samples": plan.config.epoch_samples,
             "magic_prime": plan.data.order,
             "data": plan.identity,
             "warmup_steps": plan.schedule.warmup_steps,

@@ -90,6 +90,8 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
             )
+    if (then := info.meta.get("epoch_samples", config.epoch_samples)) != config.epoch_samples:
+        say(f"--epoch_samples {config.epoch_samples} from here on, and {then} before: mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}")
     if identity is not None:
         _same_data(config, info, identity)
     model = _agree(config, model_config(**info.meta["model"]), info.path)
