@@ -66,6 +66,23 @@ def test_activations_are_those_that_autograd_keeps():
     assert 3 * 192 * (found.outside + 4 * found.block) == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "flags, run, parts",
+    [
+        (dict(), Launch("cpu", 2, 1, "ddp"), 0),
+        (dict(spike_guard=8.0), Launch("cpu", 1, 1, "auto"), 24),
+        (dict(spike_guard=8.0), Launch("cpu", 2, 1, "ddp"), 24),
+        (dict(spike_guard=8.0), Launch("cpu", 2, 1, "deepspeed_stage_1"), 12),
+        (dict(spike_guard=8.0), Launch("gpu", 1, 1, "auto"), 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_snapshots_of_the_spike_guard_are_counted_where_they_lie_in_the_memory_that_is_told(flags, run, parts, precision):
+    memory = estimate(SIZES, TrainConfig(precision=precision, **flags), run, Activations(0, 0), 0)
+    assert memory.snapshots == parts * parameters(SIZES) and ("snapshots" in str(memory)) == bool(parts)
+
+
 def test_less_with_grad_cp_and_with_smaller_batches():
     def total(**flags) -> int:
         return estimate(SIZES, TrainConfig(**flags), Launch("cpu", 1, 1, "auto"), Activations(60_000, 5_000), 0).total
@@ -149,6 +166,7 @@ CONFIGURATIONS = {
     "grad_cp": dict(precision="bf16", n_layer=6, vocab_size=8192, micro_bsz=16, grad_cp=1),
     "wide": dict(precision="fp32", n_embd=512, micro_bsz=8),
     "two processes": dict(precision="bf16", vocab_size=8192, micro_bsz=8, devices=2),
+    "spike_guard": dict(precision="bf16", vocab_size=65536, micro_bsz=4, spike_guard=8.0, spike_snapshot=1),
     "ZeRO-2": dict(precision="bf16", vocab_size=16384, micro_bsz=8, devices=2, strategy="deepspeed_stage_2"),
     "ZeRO-3": dict(precision="fp32", vocab_size=16384, micro_bsz=8, devices=2, strategy="deepspeed_stage_3"),
 }

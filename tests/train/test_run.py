@@ -110,9 +110,17 @@ def test_signals_save_and_stop(run, whole, losses, tmp_path, monkeypatch, capsys
         assert run(tmp_path / "out") == code
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert (tmp_path / "out" / "state" / "latest").read_text() == "step7"
-    assert "the same command goes on from it" in capsys.readouterr().err
+    assert f"stopped by {name} at step 7; the training state is saved, the same command goes on from it" in capsys.readouterr().err
     assert run(tmp_path / "out") == 0
     assert losses(tmp_path / "out") == losses(whole)
+
+
+def test_mini_epochs_of_another_size_are_said(run, tmp_path, capsys):
+    assert run(tmp_path / "out", max_steps=22, epoch_samples=40) == 0
+    assert run(tmp_path / "out", max_steps=1, epoch_samples=20) == 0
+    said = "--epoch_samples 20 from here on, and 40 before: mini-epochs and rwkv-{n}.pth are counted anew, step 22 is in mini-epoch 4\n"
+    assert said in capsys.readouterr().err
+    assert run(tmp_path / "out", max_steps=1, epoch_samples=20) == 0 and "--epoch_samples" not in capsys.readouterr().err
 
 
 def test_the_line_of_a_stop_is_true_without_a_train_stage_too(run, tmp_path, monkeypatch, capsys):

@@ -108,6 +108,23 @@ def test_the_official_prepare_script_needs_neither_gpu_nor_deepspeed(run, tmp_pa
     assert (tmp_path / "out" / "rwkv-init.pth").exists()
 
 
+def test_a_dry_run_of_stage_1_checks_all_and_leaves_nothing(run, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("abc" * 1000)
+    flags = dict(train_stage=1, dry_run=True, data_file=tmp_path / "text.txt", data_type="utf-8", vocab_size=None)
+    assert run(tmp_path / "not" / "yet", **flags) == 0
+    assert f"would write {tmp_path}/not/yet/rwkv-init.pth: x070 L2 D64, 0." in capsys.readouterr().out
+    assert run(tmp_path / "not" / "yet", **flags | dict(vocab_size=3)) == 2 and run(tmp_path / "not" / "yet", **flags | dict(load_model=tmp_path / "text.txt")) == 2
+    assert [*tmp_path.rglob("*")] == [tmp_path / "text.txt"]
+
+
+def test_stage_1_takes_the_sizes_of_the_weights_that_it_copies(run, tmp_path):
+    path = put(tmp_path, "other.pth", vocab_size=256)
+    sizes = dict.fromkeys(("n_layer", "n_embd", "head_size", "vocab_size"))
+    assert run(tmp_path / "out", train_stage=1, load_model=path, **sizes) == 0
+    made, given = torch.load(tmp_path / "out" / "rwkv-init.pth"), torch.load(path)
+    assert made.keys() == given.keys() and all(torch.equal(made[name], given[name]) for name in given)
+
+
 def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch):
     monkeypatch.setenv("RWKV_PRECISION", "")
     monkeypatch.setattr(planning, "bf16_is_faster", lambda: True)

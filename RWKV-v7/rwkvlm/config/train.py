@@ -170,6 +170,9 @@ class TrainConfig:
         for name in ("dim_att", "dim_ffn", "n_layer", "n_embd", "vocab_size", "head_size", "magic_prime", "epoch_begin", "epoch_save",
                      "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "spike_guard", "lr_init", "lr_final", "adam_eps"):
             self._at_least(name, 0)
+        self._at_least("my_exit_tokens", 0)
+        for name in ("warmup_steps", "random_seed"):
+            self._at_least(name, -1)
         self._at_least("ds_bucket_mb", 1)
         if self.dist_timeout <= 0:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")

@@ -9,6 +9,7 @@ Terms, for P trained parameters, W processes, b bytes of a parameter (what each 
     activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
     saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 P (weights, the first process)
+    snapshots    on a CPU: those that --spike_guard goes back to, 12 P each; ZeRO: 12 P / W (on a GPU they lie in the host's memory, which is not told)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from .. import models
 from ..config import ModelConfig, TrainConfig
+from .health import SNAPSHOTS
 from .strategy import DTYPES, Launch
 
 PROBED_TOKENS = 64
@@ -38,6 +40,7 @@ class Memory:
     activations: int
     head: int
     saving: int
+    snapshots: int
 
     @property
     def total(self) -> int:
@@ -119,4 +122,5 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
         activations=int(kept),
         head=head,
         saving=12 * P // W + 2 * P if cpu else 0,
+        snapshots=SNAPSHOTS * 12 * P // (W if stage else 1) if cpu and config.spike_guard else 0,
     )
