@@ -3,7 +3,7 @@
 Terms, for P trained parameters, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
 
     parameters   b P; ZeRO-3: b P / W, and whole in turn, of which up to a thousand million stay
-    gradients    one process: b P, of several micro batches 4 P.  DDP: 4 P and its buckets, b P.  ZeRO-1: 4 P, and in bf16 b P.
+    gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P.  ZeRO-1: 4 P, and in bf16 b P.
                  ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
     activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
@@ -103,9 +103,9 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
     tokens = config.micro_bsz * config.ctx_len
 
     bucket = min(P, config.ds_bucket_mb * 1_000_000)
-    # No kernel of the optimizer copies gradients; plain PyTorch does, 4 P when the activations are gone. W > 1: see Ddp, and DDP's buckets.
-    alone = (b if config.accumulate_grad_batches == 1 else 4) * P
-    gradients = {0: alone if W == 1 else (4 + b) * P, 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[stage]
+    # No kernel of the optimizer copies gradients; plain PyTorch does, 4 P when the activations are gone. W > 1: DDP's buckets.
+    each = (b if config.accumulate_grad_batches == 1 else 4) * P
+    gradients = {0: each + b * P * (W > 1), 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[stage]
     optimizer = 12 * P // W if stage else (8 if b == 4 else 12) * P
     kept = activations.outside * tokens
     if config.grad_cp:
