@@ -54,6 +54,16 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
     assert start.fresh and start.path == tmp_path / "rwkv-init.pth" and start.warmup_steps == 0 and start.model.n_embd == 32
 
 
+@pytest.mark.parametrize("flags", [{}, {"load_model": "rwkv-final.pth"}])
+def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
+    """Someone has kept it and deleted the rest. With anything else to go on from it is an earlier end of this run."""
+    final = put(tmp_path, "rwkv-final.pth")
+    with pytest.raises(UserError, match=f"nothing to go on from in {tmp_path} but rwkv-final.pth, which a new run would overwrite; .* --load_model {final} to train it further"):
+        find_start(config(tmp_path, **flags), 101)
+    put(tmp_path, "rwkv-0.pth")
+    assert find_start(config(tmp_path, **flags), 101).path == tmp_path / "rwkv-0.pth"
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_load_model_and_epoch_begin(tmp_path, stage):
     path = put(tmp_path, "other.pth")

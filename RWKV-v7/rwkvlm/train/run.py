@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.strategies.launchers import subprocess_script
 
 from ..checkpoint.ledger import publish_weights, write_atomically
-from ..checkpoint.ranks import rank, say
+from ..checkpoint.ranks import describe, rank, say
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, env
 from ..data.ahead import Ahead
@@ -124,13 +126,20 @@ def train(plan: Plan, strategy: Strategy) -> int:
     except Exception as error:
         if watch is not None:
             watch.end(error)
-        raise
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {describe(error)}; --dry_run tells what fits (less --micro_bsz, or --grad_cp 1), and {what_goes_on(config)} goes on", file=sys.stderr, flush=True)
+        return 1
     finally:
         conductor.signals.restore()
     if watch is None:
         return conductor.exit_code
     watch.close()
     return 0 if watch.parent else conductor.exit_code  # the process that has started others speaks for them
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:

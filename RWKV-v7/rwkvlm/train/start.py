@@ -62,6 +62,8 @@ def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] 
                 if getattr(config, name):
                     say(f"--{name} {getattr(config, name)} has no effect: --train_stage {config.train_stage} goes on with what {config.proj_dir} holds")
             return start
+        if (final := Path(config.proj_dir) / FINAL_NAME).exists():
+            raise UserError(f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run would overwrite; choose another --proj_dir, with --load_model {final} to train it further")
     else:
         refuse_to_overwrite(config, from_mini_epoch=config.epoch_begin)
     position = Position(samples=config.epoch_begin * config.epoch_samples)
