@@ -30,6 +30,7 @@ STEPS = ("tests", "sanitize", "kernels", "step", "train")
 FIRST_TESTS = ("cuda", "ops", "layers", "models", "infer")  # those that touch the GPU most
 OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss", "adamw")
 MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096")  # layers, width, samples, tokens of a sample
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile, for the blocks: gpu_step.py --compile
 LONG = ("1x32768x32x64", "1x4096x32x64")  # B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
 GRACE = 90.0  # seconds from SIGTERM to SIGKILL: training writes its state meanwhile
 LEAST = 5.0  # seconds without which no item is begun
@@ -88,7 +89,8 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         return found + [Item("adamw L24-D2048", large, read=last_json)] * (not small)
     if step == "step":
         models = options.models.split(",") if options.models else ["L2-D64x2x64"] if small else MODELS
-        return [Item(m, [python, str(BENCH / "gpu_step.py"), m, *device], read=last_json) for m in models]
+        modes = ("", "default") if small else ("", *MODES)  # the eager steps first
+        return [Item(f"{m}{mode and f' compile {mode}'}", [python, str(BENCH / "gpu_step.py"), m, *device, *(["--compile", mode] if mode else [])], read=last_json) for mode in modes for m in models]
     folder = options.out / "demo"
     knobs = {"DATA": "demo", "PROJ_DIR": str(folder), "PROMPT": "", "RANDOM_SEED": "1", "PYTHON": python}
     if cpu:

@@ -83,6 +83,7 @@ KNOBS = {
     "BETA_2": ("0.95", "--beta2"),
     "ADAM_EPS": ("1e-8", "--adam_eps"),
     "GRAD_CP": ("1", "--grad_cp"),
+    "COMPILE": ("1", "--compile"),
     "HEAD_CHUNK": ("4096", "--head_chunk"),
     "KERNEL": ("torch", "--kernel"),
     "PRECISION": ("fp32", "--precision"),

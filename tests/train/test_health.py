@@ -37,7 +37,7 @@ def moments(out: Path) -> dict:
     return torch.load(next((out / "state").glob("step*/rank00000.pt")))["tensors"]
 
 
-@pytest.mark.parametrize("flags", [dict(precision="fp32"), dict(precision="bf16"), dict(precision="fp32", accumulate_grad_batches=2, micro_bsz=2)], ids=str)
+@pytest.mark.parametrize("flags", [dict(precision="fp32"), dict(precision="bf16"), dict(precision="fp32", accumulate_grad_batches=2, micro_bsz=2), pytest.param(dict(precision="bf16", accumulate_grad_batches=2, micro_bsz=2, kernel="auto", compile=1), marks=pytest.mark.slow)], ids=str)
 def test_a_step_that_is_not_finite_changes_nothing(run, losses, records, tmp_path, monkeypatch, capsys, flags):
     """Sample 18 belongs to step 5: weights and Adam's moments after it are bit for bit those before it."""
     assert run(tmp_path / "out", **flags, max_steps=4) == 0

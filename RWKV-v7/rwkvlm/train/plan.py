@@ -22,6 +22,7 @@ from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
 from ..ops.wkv7 import backend_for
+from .compiled import check_compile
 from .freeze import check_freeze
 from .schedule import Schedule
 from .start import Start, find_start
@@ -107,6 +108,8 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
+    kernel = backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config))
+    check_compile(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
@@ -114,7 +117,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     return Plan(
         config=config,
         launch=run,
-        kernel=backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config)),
+        kernel=kernel,
         start=start,
         data=data,
         identity=identity,

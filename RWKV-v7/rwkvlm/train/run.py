@@ -21,6 +21,7 @@ from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
 from ..models import count_parameters
+from .compiled import compile_blocks
 from .conductor import Conductor
 from .matmul import settle_fp32_products
 from .module import TrainModule
@@ -173,6 +174,8 @@ class PlannedModule(TrainModule):
         if start.fresh:
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
+        if plan.config.compile:
+            compile_blocks(self.model, lengths_vary=bool(plan.config.doc_reset))
 
     def train_dataloader(self) -> Ahead:
         plan, trainer = self.plan, self.trainer
