@@ -161,7 +161,7 @@ def test_another_order_of_the_data_is_not_mixed_into_a_run(run, tmp_path, capfd)
     assert "leave --n_layer out to take it from there, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
     assert run(tmp_path / "out", data_file=f"{run.data}.val") == 2
     err = capfd.readouterr().err
-    assert f"--data_file {run.data}.val means magic_prime 59, but" in err and "; use the --data_file of that run, or another --proj_dir" in err
+    assert f"--data_file {run.data}.val means magic_prime 59, but" in err and "; use the data of that run, or another --proj_dir" in err
     assert run(tmp_path / "out", magic_prime=593) == 2
     assert "--magic_prime is 593, but" in capfd.readouterr().err
 

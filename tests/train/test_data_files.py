@@ -38,7 +38,7 @@ def test_a_mixture_resumes_to_the_same_losses(run, mixed, losses, tmp_path, capf
     capfd.readouterr()
     assert run(tmp_path / "parts", data_file=mixed.replace("0.7", "0.6")) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and f"--data_file {mixed.replace('0.7', '0.6')} means 269 chunks x 2/3, 317 chunks x 1/3, but" in err and "use the --data_file of that run" in err
+    assert err.count("\n") == 1 and f"--data_file {mixed.replace('0.7', '0.6')} means 269 chunks x 2/3, 317 chunks x 1/3, but" in err and "use the data of that run" in err
     assert run(tmp_path / "parts", data_file=a) == 2
     assert f"--data_file {a} means magic_prime 269, but" in capfd.readouterr().err
 

@@ -87,7 +87,7 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
             if name == "ctx_len" or config.magic_prime:
                 is_now, cure = f"--{name} is {now}", f"--{name} {then}"
             else:  # computed: the data are others
-                is_now, cure = f"--data_file {config.data_file} means {'magic_prime ' * isinstance(now, int)}{now}", "the --data_file of that run"
+                is_now, cure = f"--data_file {config.data_file} means {'magic_prime ' * isinstance(now, int)}{now}", "the data of that run"
             raise UserError(
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
