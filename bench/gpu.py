@@ -30,6 +30,7 @@ STEPS = ("tests", "sanitize", "kernels", "step", "train")
 FIRST_TESTS = ("cuda", "ops", "layers", "models", "infer")  # those that touch the GPU most
 OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss", "adamw")
 MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096")  # layers, width, samples, tokens of a sample
+PHANTOMS = ("P12-D768x16x512", "P12-D768x2x4096")  # the first two with test-time training
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile, for the blocks: gpu_step.py --compile
 LONG = ("1x32768x32x64", "1x4096x32x64")  # B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
 GRACE = 90.0  # seconds from SIGTERM to SIGKILL: training writes its state meanwhile
@@ -89,8 +90,10 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         return found + [Item("adamw L24-D2048", large, read=last_json)] * (not small)
     if step == "step":
         models = options.models.split(",") if options.models else ["L2-D64x2x64"] if small else MODELS
-        modes = ("", "default") if small else ("", *MODES)  # the eager steps first
-        return [Item(f"{m}{mode and f' compile {mode}'}", [python, str(BENCH / "gpu_step.py"), m, *device, *(["--compile", mode] if mode else [])], read=last_json) for mode in modes for m in models]
+        modes = ("default",) if small else MODES
+        runs = [(m, "") for m in (*models, *([] if options.models else ["P2-D64x2x128"] if small else PHANTOMS))]  # the eager steps first
+        runs += [(m, mode) for mode in modes for m in models]
+        return [Item(f"{m}{mode and f' compile {mode}'}", [python, str(BENCH / "gpu_step.py"), m, *device, *(["--compile", mode] if mode else [])], read=last_json) for m, mode in runs]
     folder = options.out / "demo"
     knobs = {"DATA": "demo", "PROJ_DIR": str(folder), "PROMPT": "", "RANDOM_SEED": "1", "PYTHON": python}
     if cpu:

@@ -3,6 +3,7 @@
     python bench/gpu_step.py L12-D768x16x512        layers, width x samples x tokens of a sample; bf16, vocabulary 65536, nothing recomputed
     python bench/gpu_step.py L24-D2048x4x4096 --grad_cp 1
     python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them; other modes of torch.compile
+    python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state: beside L, its price
 
 Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and gradients of a small model
 against plain PyTorch in float64; exit code 1, and nothing is timed, where they are wrong. Steps are timed between events without waiting in between.
@@ -26,8 +27,8 @@ from gpu_kernels import timed
 from torch.autograd import DeviceType
 
 from rwkvlm import models
-from rwkvlm.config import ModelConfig, TrainConfig
-from rwkvlm.models.rwkv7 import TABLE
+from rwkvlm.config import ModelConfig, TrainConfig, model_config
+from rwkvlm.models.phantom import TABLE
 from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
 from rwkvlm.train.compiled import MODES, compile_blocks
@@ -39,6 +40,11 @@ from rwkvlm.train.strategy import make_strategy, param_dtype
 
 LIMIT = 2e-2  # relative: loss and the whole gradient in bf16, against float64
 WARM_UP = 5  # steps. With CUDA graphs the first of them run without, then they are recorded
+
+
+def model_sizes(kind: str, **sizes: int) -> ModelConfig:
+    """L: RWKV-7; P: RWKV-7 TTT Phantom, all of whose matrices are RWKV-7's."""
+    return model_config("phantom", **sizes, core_ratio=1.0) if kind == "P" else ModelConfig(**sizes)
 
 
 class Training:
@@ -79,9 +85,9 @@ class Training:
         self.made += 1
 
 
-def errors(kernel: str, options: argparse.Namespace) -> dict[str, float]:
+def errors(kind: str, kernel: str, options: argparse.Namespace) -> dict[str, float]:
     """Of loss and gradient of a small model, against plain PyTorch in float64 from the same rounded weights; the worst of as many passes as warm up."""
-    training = Training(ModelConfig(n_layer=3, n_embd=128, vocab_size=1000, head_size=64), 2, 100, options)
+    training = Training(model_sizes(kind, n_layer=3, n_embd=128, vocab_size=1000, head_size=64), 2, 100, options)
 
     def results(idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss = training.loss(idx)
@@ -160,14 +166,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--compile needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile")
     if options.small:
         options.vocabulary, options.steps = 1000, 3
-    layers, width, batch, ctx = map(int, re.fullmatch(r"L(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups())
+    kind, *numbers = re.fullmatch(r"([LP])(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups()
+    layers, width, batch, ctx = map(int, numbers)
     kernel = options.kernel or ("cuda" if options.device == "cuda" else "")
     backend.set_kernel(kernel)
-    found = errors(kernel, options)
+    found = errors(kind, kernel, options)
     if not max(found.values()) <= LIMIT:
         print(f"error: of a small model {found}, more than {LIMIT:g}; nothing is timed on wrong results", file=sys.stderr)
         return 1
-    sizes = ModelConfig(n_layer=layers, n_embd=width, vocab_size=options.vocabulary)
+    sizes = model_sizes(kind, n_layer=layers, n_embd=width, vocab_size=options.vocabulary)
     training = Training(sizes, batch, ctx, options)
     warm_up = step_ms(training, WARM_UP, options.device)
     times = step_ms(training, options.steps, options.device)

@@ -25,6 +25,17 @@ struct Wkv7Inputs {
     const float* initial_state;  // may be null: zeros
 };
 
+// One gradient step of test-time training after each of the first (T - 1) / segment segments: with S the first `rows` rows of a head's state, kk = -a,
+// targets z = v (stored: v (k . kk)) and P(u) = u + W2 relu(W1 u), S becomes S - rate grad_S sum_t 1/2 |P(S kk_t) - z_t|^2 over the segment's tokens.
+struct Wkv7Steps {
+    int32_t rows;         // a multiple of 8, at most N
+    int32_t hidden;       // rows of W1; 0: without W1 and W2, P(u) = u; at most 32
+    int32_t segment;      // tokens, a multiple of a chunk's
+    int32_t stored;       // 0 or 1
+    const float *rate;    // [H]
+    const float *head;    // [2, hidden, rows]: W1 and the transpose of W2
+};
+
 struct Wkv7Gradients {
     void *dr, *dw, *dk, *dv, *da, *db;
     float* d_initial_state;  // may be null: not wanted
@@ -50,4 +61,12 @@ int64_t wkv7_chunked_backward_scratch_bytes(const Wkv7Shape* shape);
 int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* scratch, void* stream);
 int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const void* saved, const void* dy, const float* d_final_state,
                           const Wkv7Gradients* out, void* scratch, void* stream);
+
+// The same with steps of test-time training in the scans, without cu_seqlens and segments of the scans. The forward's scratch is that of wkv7_chunked_forward.
+// sums: fp32 [(T - 1) / segment * B, H, 1 + 2 hidden rows], the gradients of rate and head by segment and sequence; targets are constants.
+int64_t wkv7_ttt_saved_bytes(const Wkv7Shape* shape, const Wkv7Steps* steps);
+int64_t wkv7_ttt_backward_scratch_bytes(const Wkv7Shape* shape, const Wkv7Steps* steps);
+int wkv7_ttt_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch, void* stream);
+int wkv7_ttt_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const Wkv7Steps* steps, const void* saved, const void* dy, const float* d_final_state,
+                      const Wkv7Gradients* out, float* sums, void* scratch, void* stream);
 }

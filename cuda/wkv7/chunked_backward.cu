@@ -5,6 +5,7 @@
 //   chunk_gradients   all chunks at once: the six gradients, from the entering state (saved by the forward) and the leaving gradient.
 // No state is ever recomputed backwards, nothing is divided by a decay. RWKV-v7/docs/wkv7_chunked.md derives the formulas.
 #include "segments.cuh"
+#include "ttt.cuh"
 
 namespace wkv7 {
 namespace {
@@ -19,10 +20,11 @@ template <int C, int N> struct ScanShared {
     static constexpr size_t size = scan_stages * stage;
 };
 
-// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps.
-template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
+// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps. With steps of test-time training a block has
+// all of them.
+template <int C, int N, class Stepping> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
 __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ dy, const float* __restrict__ d_final_state,
-                              bf16* __restrict__ scratch, float* __restrict__ d_initial_state) {
+                              bf16* __restrict__ scratch, float* __restrict__ d_initial_state, Stepping steps) {
     using Token = Tile<C, N>;
     using State = Tile<N, N>;
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16;
@@ -51,6 +53,7 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
     for (int i = 1; i < scan_stages; ++i) fetch(chunks - i);
 
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+        if constexpr (Stepping::on) fetch_ahead<N>(steps, q.T, q.H, steps.after(chunk - 1, C), sequence, head, false);
         fetch(chunk - scan_stages + 1);
         Left<N> g;
         as_left(g, G);
@@ -68,6 +71,8 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
         load_left<true>(y, Y, slab, {0, C / 16});
         multiply_rows(G, y, E);
         __syncthreads();
+        if constexpr (Stepping::on)
+            make_step<N, true>(steps, q.T, q.H, G, slab, steps.after(forget(chunk) - 1, C), sequence, head, chunk % scan_stages, ScanShared<C, N>::stage);
     }
     if (d_initial_state)
         for_pairs(G, slab, [&](int row, int column, float x0, float x1) {
@@ -309,17 +314,28 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
 }
 
 template <int N>
-int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, const void* dy, const float* d_final_state, const Wkv7Gradients& out,
-             void* scratch, void* stream) {
+int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const Wkv7Steps* steps, const void* saved, const void* dy, const float* d_final_state,
+             const Wkv7Gradients& out, float* sums, void* scratch, void* stream) {
     constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
     const Segments segments = segments_of(shape);
     const int count = segments.count * segments.each, parts = parts_of_scan(int64_t(count) * q.H, N, ScanShared<C, N>::size);
     const auto scan = [&](const float* last, float* first) {
-        return launch(gradient_scan<C, N>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, (const bf16*)saved, (const bf16*)dy,
-                      last, (bf16*)scratch, first);
+        return launch(gradient_scan<C, N, NoSteps>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, (const bf16*)saved, (const bf16*)dy,
+                      last, (bf16*)scratch, first, NoSteps());
+    };
+    const auto gradients = [&] {
+        return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), GradientsShared<C, N>::size, stream, q, ChunkInputs(in),
+                      (const bf16*)saved, (const bf16*)dy, (const bf16*)scratch, ChunkGradients(out));
     };
     int error;
+    if (steps) {
+        const Steps p(shape, *steps, in, (char*)saved + records_bytes<SavedChunk>(shape), (char*)scratch + records_bytes<BackwardScratch>(shape));
+        error = launch(gradient_scan<C, N, Steps>, dim3(shape.B, q.H), N * 2, scan_bytes<N>(ScanShared<C, N>::size, *steps), stream, segments, (const bf16*)saved,
+                       (const bf16*)dy, d_final_state, (bf16*)scratch, out.d_initial_state, p);
+        if (!error) error = gradients();
+        return error ? error : launch_step_gradients<N>(p, shape, out.da, sums, stream);
+    }
     if (segments.each > 1) {
         const SegmentMatrices m(segments, N, (char*)scratch + records_bytes<BackwardScratch>(shape));
         error = scan(nullptr, m.states);
@@ -328,9 +344,7 @@ int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, co
     } else {
         error = scan(d_final_state, out.d_initial_state);
     }
-    if (error) return error;
-    return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), GradientsShared<C, N>::size, stream, q, ChunkInputs(in), (const bf16*)saved,
-                  (const bf16*)dy, (const bf16*)scratch, ChunkGradients(out));
+    return error ? error : gradients();
 }
 
 }  // namespace
@@ -340,13 +354,30 @@ extern "C" int64_t wkv7_chunked_backward_scratch_bytes(const Wkv7Shape* shape) {
     return wkv7::records_bytes<wkv7::BackwardScratch>(*shape) + wkv7::SegmentMatrices::bytes(*shape);
 }
 
-extern "C" int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const void* saved, const void* dy, const float* d_final_state,
-                                     const Wkv7Gradients* out, void* scratch, void* stream) {
-    switch (wkv7::valid(*shape) ? shape->N : 0) {
-        case 16: return wkv7::backward<16>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
-        case 32: return wkv7::backward<32>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
-        case 64: return wkv7::backward<64>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
-        case 128: return wkv7::backward<128>(*shape, *in, saved, dy, d_final_state, *out, scratch, stream);
+namespace {
+int backward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, const void* saved, const void* dy, const float* d_final_state,
+             const Wkv7Gradients& out, float* sums, void* scratch, void* stream) {
+    switch (wkv7::valid(s) ? s.N : 0) {
+        case 16: return wkv7::backward<16>(s, in, steps, saved, dy, d_final_state, out, sums, scratch, stream);
+        case 32: return wkv7::backward<32>(s, in, steps, saved, dy, d_final_state, out, sums, scratch, stream);
+        case 64: return wkv7::backward<64>(s, in, steps, saved, dy, d_final_state, out, sums, scratch, stream);
+        case 128: return wkv7::backward<128>(s, in, steps, saved, dy, d_final_state, out, sums, scratch, stream);
         default: return WKV7_UNSUPPORTED;
     }
+}
+}  // namespace
+
+extern "C" int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const void* saved, const void* dy, const float* d_final_state,
+                                     const Wkv7Gradients* out, void* scratch, void* stream) {
+    return backward(*shape, *in, nullptr, saved, dy, d_final_state, *out, nullptr, scratch, stream);
+}
+
+extern "C" int64_t wkv7_ttt_backward_scratch_bytes(const Wkv7Shape* shape, const Wkv7Steps* steps) {
+    return wkv7::records_bytes<wkv7::BackwardScratch>(*shape) + wkv7::Steps::core_bytes(*shape, *steps);
+}
+
+extern "C" int wkv7_ttt_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const Wkv7Steps* steps, const void* saved, const void* dy,
+                                 const float* d_final_state, const Wkv7Gradients* out, float* sums, void* scratch, void* stream) {
+    if (!wkv7::Steps::valid(*shape, *steps)) return WKV7_UNSUPPORTED;
+    return backward(*shape, *in, steps, saved, dy, d_final_state, *out, sums, scratch, stream);
 }

@@ -2,9 +2,10 @@
 //   chunk_maps   all chunks at once: F and H, which carry the state through the chunk (S <- S F + H), E and O, which give its output
 //                (Y = E S^T + O), and X = (I - L)^-1 for the backward;
 //   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of them. In segments it is
-//                the last of the passes of segments.cuh.
+//                the last of the passes of segments.cuh; with steps of test-time training (ttt.cuh) they come between two chunks.
 // RWKV-v7/docs/wkv7_chunked.md derives the formulas.
 #include "segments.cuh"
+#include "ttt.cuh"
 
 namespace wkv7 {
 namespace {
@@ -200,10 +201,11 @@ template <int C, int N> struct ScanShared {
     static constexpr size_t size = scan_stages * stage;
 };
 
-// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps.
-template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
+// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps. With steps of test-time training a block has
+// all of them.
+template <int C, int N, class Stepping> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
 __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch, bf16* __restrict__ y,
-                           float* __restrict__ final_state) {
+                           float* __restrict__ final_state, Stepping steps) {
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16, lane = lane_index();
     using Token = Tile<C, N>;
     using State = Tile<N, N>;
@@ -239,6 +241,7 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
 
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const Place place = place_of<C>(q, N, sequence, chunk * C, head);
+        if constexpr (Stepping::on) fetch_ahead<N>(steps, q.T, q.H, steps.after(chunk, C), sequence, head, true);
         fetch(chunk + scan_stages - 1);
 
         // H of this warp's rows straight into registers, while the rest arrives.
@@ -293,6 +296,8 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
 
         multiply_rows(S, s, F);
         __syncthreads();
+        if constexpr (Stepping::on)
+            make_step<N, false>(steps, q.T, q.H, S, slab, steps.after(forget(chunk), C), sequence, head, chunk % scan_stages, ScanShared<C, N>::stage);
     }
     if (final_state)
         for_pairs(S, slab, [&](int row, int column, float x0, float x1) {
@@ -300,13 +305,19 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
         });
 }
 
-template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+template <int N>
+int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch, void* stream) {
     constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
     const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved,
                              (bf16*)scratch);
     if (error) return error;
     const Segments segments = segments_of(shape);
+    if (steps) {
+        const Steps p(shape, *steps, in, (char*)saved + records_bytes<SavedChunk>(shape), nullptr);
+        return launch(chunk_scan<C, N, Steps>, dim3(shape.B, q.H), N * 2, scan_bytes<N>(ScanShared<C, N>::size, *steps), stream, segments, in.initial_state,
+                      (bf16*)saved, (const bf16*)scratch, (bf16*)y, final_state, p);
+    }
     const float* entering = in.initial_state;
     if (segments.each > 1) {
         const SegmentMatrices m(segments, N, (char*)scratch + records_bytes<ForwardScratch>(shape));
@@ -315,8 +326,8 @@ template <int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void*
         entering = m.states, final_state = nullptr;
     }
     const int count = segments.count * segments.each, parts = parts_of_scan(int64_t(count) * q.H, N, ScanShared<C, N>::size);
-    return launch(chunk_scan<C, N>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, entering, (bf16*)saved,
-                  (const bf16*)scratch, (bf16*)y, final_state);
+    return launch(chunk_scan<C, N, NoSteps>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, entering, (bf16*)saved,
+                  (const bf16*)scratch, (bf16*)y, final_state, NoSteps());
 }
 
 }  // namespace
@@ -328,12 +339,28 @@ extern "C" int64_t wkv7_chunked_forward_scratch_bytes(const Wkv7Shape* shape) {
     return wkv7::records_bytes<wkv7::ForwardScratch>(*shape) + wkv7::SegmentMatrices::bytes(*shape);
 }
 
-extern "C" int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
-    switch (wkv7::valid(*shape) ? shape->N : 0) {
-        case 16: return wkv7::forward<16>(*shape, *in, y, final_state, saved, scratch, stream);
-        case 32: return wkv7::forward<32>(*shape, *in, y, final_state, saved, scratch, stream);
-        case 64: return wkv7::forward<64>(*shape, *in, y, final_state, saved, scratch, stream);
-        case 128: return wkv7::forward<128>(*shape, *in, y, final_state, saved, scratch, stream);
+namespace {
+int forward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+    switch (wkv7::valid(s) ? s.N : 0) {
+        case 16: return wkv7::forward<16>(s, in, steps, y, final_state, saved, scratch, stream);
+        case 32: return wkv7::forward<32>(s, in, steps, y, final_state, saved, scratch, stream);
+        case 64: return wkv7::forward<64>(s, in, steps, y, final_state, saved, scratch, stream);
+        case 128: return wkv7::forward<128>(s, in, steps, y, final_state, saved, scratch, stream);
         default: return WKV7_UNSUPPORTED;
     }
+}
+}  // namespace
+
+extern "C" int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+    return forward(*shape, *in, nullptr, y, final_state, saved, scratch, stream);
+}
+
+extern "C" int64_t wkv7_ttt_saved_bytes(const Wkv7Shape* shape, const Wkv7Steps* steps) {
+    return wkv7::records_bytes<wkv7::SavedChunk>(*shape) + wkv7::Steps::core_bytes(*shape, *steps) + wkv7::Steps::mask_bytes(*shape, *steps);
+}
+
+extern "C" int wkv7_ttt_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch,
+                                void* stream) {
+    if (!wkv7::Steps::valid(*shape, *steps)) return WKV7_UNSUPPORTED;
+    return forward(*shape, *in, steps, y, final_state, saved, scratch, stream);
 }

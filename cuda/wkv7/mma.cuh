@@ -68,4 +68,13 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x
 #endif
 }
 
+// A line of global memory towards the L2 cache: a hint.
+__device__ __forceinline__ void prefetch(const void* from) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+    (void)from;
+#endif
+}
+
 }  // namespace wkv7

@@ -67,6 +67,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     path = compile_kernels(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     program = f"""
 from pathlib import Path
+from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import Kernels, make_case
 kernels = Kernels(Path({str(path)!r}))
 for reverse in (False, True):
@@ -76,6 +77,10 @@ for reverse in (False, True):
     ):  # fmt: skip
         kernels.run("chunked", make_case(**options), reverse=reverse)
         kernels.run("sequential", make_case(**options), reverse=reverse)
+    for options in (
+        dict(T=140, rows=8), dict(T=67, rows=64), dict(T=130, N=16, rows=16, B=2), dict(T=140, N=32, rows=24, segment=128, head=False), dict(T=35, N=128, rows=128, segment=32),
+    ):  # fmt: skip
+        run(kernels, make_ttt_case(H=1, **options), reverse=reverse)
 print("clean")
 """
     done = run_sanitized(program)

@@ -8,7 +8,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from rwkvlm import native as build
-from rwkvlm.config import ModelConfig
+from rwkvlm.config import ModelConfig, model_config
+from rwkvlm.layers import ttt
 from rwkvlm.layers.packed import Packed
 from rwkvlm.models import build as build_model, init_weights
 from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
@@ -36,7 +37,8 @@ def device(request, monkeypatch):
     others.emulation_reverse(0)
     monkeypatch.setattr(backend, "_requested", "cpu")
     assert fused_native.why_not((torch.float32,), 64) == ""  # defines the operators
-    monkeypatch.setattr(recurrence, "backend_for", lambda device, dtype: "cuda")
+    for module in (recurrence, ttt):
+        monkeypatch.setattr(module, "backend_for", lambda device, dtype: "cuda")
     monkeypatch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(recurrent.library, (9, 0), 132))
     monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
@@ -48,14 +50,18 @@ def device(request, monkeypatch):
 
 def in_plain_pytorch(monkeypatch):
     monkeypatch.setattr(backend, "_requested", "torch")
-    monkeypatch.setattr(recurrence, "backend_for", lambda device, dtype: "torch")
+    for module in (recurrence, ttt):
+        monkeypatch.setattr(module, "backend_for", lambda device, dtype: "torch")
     monkeypatch.setattr(fused, "_in_one", lambda *inputs: False)
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: chunked)
 
 
-def make_model(device, dtype, n_layer=2):
+SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32)
+
+
+def make_model(device, dtype, config=SIZES):
     """No gradient is zero in it."""
-    model = build_model(ModelConfig(n_layer=n_layer, n_embd=64, vocab_size=97, head_size=32))
+    model = build_model(config)
     init_weights(model, 0)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -84,6 +90,21 @@ def test_loss_and_gradients(device, dtype, monkeypatch):
     want = loss_and_gradient(model.double(), idx)
     assert abs(got[0] / want[0] - 1) < LIMIT[dtype] / 10
     assert ((got[1] - want[1]).norm() / want[1].norm()).item() < LIMIT[dtype]
+
+
+def test_loss_and_gradients_of_a_phantom(device, monkeypatch):
+    """Test-time training inside the kernels, one operator a layer; the oracle goes from segment to segment. The steps' own gradients by themselves as well."""
+    calls, operator = [], recurrence.ttt_cuda.wkv7_ttt
+    monkeypatch.setattr(recurrence.ttt_cuda, "wkv7_ttt", lambda *x: calls.append(1) or operator(*x))
+    model, idx = make_model(device, torch.bfloat16, model_config("phantom", n_layer=2, n_embd=64, vocab_size=97, head_size=32, core_ratio=0.5))
+    got = loss_and_gradient(model, idx)
+    assert len(calls) == 2
+    in_plain_pytorch(monkeypatch)
+    want = loss_and_gradient(model.double(), idx)
+    assert len(calls) == 2 and abs(got[0] / want[0] - 1) < LIMIT[torch.bfloat16] / 10
+    assert ((got[1] - want[1]).norm() / want[1].norm()).item() < LIMIT[torch.bfloat16]
+    own = torch.cat([torch.full((p.numel(),), ".ttt." in name, device=got[1].device) for name, p in model.named_parameters()])
+    assert 0 < (got[1] - want[1])[own].norm() < 0.1 * want[1][own].norm()
 
 
 def test_packed_documents_and_states(device, monkeypatch):
@@ -129,7 +150,7 @@ def test_blocks_compiled_as_for_training(device, mode):
         pytest.skip("CUDA graphs need a GPU")
     torch._dynamo.reset()
     counters.clear()
-    model, idx = make_model(device, torch.float32, n_layer=4)
+    model, idx = make_model(device, torch.float32, SIZES.with_(n_layer=4))
     batches = [(idx + shift) % 97 for shift in range(5)]
     eager = [loss_and_gradient(model, idx) for idx in batches]
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # what compile_blocks sets ends here

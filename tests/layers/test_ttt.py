@@ -9,7 +9,7 @@ from rwkvlm.layers import ttt as module
 from rwkvlm.layers.segments import pieces
 from rwkvlm.layers.ttt import StateTTT
 from rwkvlm.layers.ttt_segments import Segments
-from rwkvlm.ops.wkv7 import backend_for, wkv7, wkv7_reference
+from rwkvlm.ops.wkv7 import backend_for, cuda, wkv7, wkv7_reference
 
 B, H, N, n = 2, 2, 16, 5
 
@@ -149,7 +149,7 @@ def test_all_segments_at_once(monkeypatch, rows, length, settings):
 
     y, grads = run()
     assert called
-    monkeypatch.setattr(StateTTT, "_at_once", lambda *_: False)
+    monkeypatch.setattr(StateTTT, "_at_once", lambda *_: None)
     want_y, want = run()
     assert len(called) == 1 and not torch.allclose(y[:, 16:], wkv7(*(x.detach() for x in leaves))[:, 16:], rtol=1e-2)
     assert torch.allclose(y, want_y, rtol=1e-5, atol=1e-6)
@@ -157,11 +157,31 @@ def test_all_segments_at_once(monkeypatch, rows, length, settings):
         assert grad.abs().max() > 0 and (got - grad).norm() < 1e-5 * grad.norm()
 
 
-@pytest.mark.parametrize(("kernel", "at_once"), [("cpu", True), ("cuda", False), ("torch", False)])
-def test_all_segments_at_once_only_where_the_kernel_is_the_cpus(monkeypatch, kernel, at_once):
-    """On a GPU the operator that Segments calls has no form."""
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "settings", "form"),
+    [
+        ("cpu", FP32, {}, "_in_segments"),
+        ("torch", FP32, {}, None),
+        ("cuda", BF16, {}, "_in_kernel"),
+        ("cuda", BF16, {"ttt_chunk": 32}, None),  # half a chunk
+        ("cuda", BF16, {"ttt_steps": 2}, None),
+        ("cuda", BF16, {"ttt_second_order": False}, None),
+        ("cuda", BF16, {"ttt_meta": True}, None),
+        ("cuda", FP32, {}, None),
+    ],
+)
+def test_what_computes_all_segments_at_once(monkeypatch, kernel, dtype, settings, form):
     monkeypatch.setattr(module, "backend_for", lambda device, dtype: kernel)
-    assert make()._at_once(torch.zeros(2, 70, H, N), torch.zeros(2, dtype=torch.int64)) == at_once
+    monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(None, (9, 0), 132))
+    ttt, r = make(**{"ttt_chunk": 64, "ttt_lr": 0.01} | settings), torch.zeros(2, 70, H, N, dtype=dtype)
+    found = ttt._at_once(r)
+    assert (found and found.__name__) == form
+    with torch.no_grad():  # nothing is first-order then, and the CPU's form is for training
+        found = ttt._at_once(r)
+        assert (found and found.__name__) == ("_in_kernel" if "ttt_second_order" in settings else form if kernel == "cuda" else None)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

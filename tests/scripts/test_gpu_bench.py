@@ -184,12 +184,13 @@ def test_a_wrong_kernel_of_ours_is_not_timed(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: relu_square: result 0 is off by")
 
 
-def test_the_step_is_checked_and_timed(capsys, monkeypatch):
-    assert gpu_step.main(["L1-D64x2x32", *REHEARSAL]) == 0
+@pytest.mark.parametrize("model", ["L1-D64x2x32", "P1-D64x2x100"])
+def test_the_step_is_checked_and_timed(capsys, monkeypatch, model):
+    assert gpu_step.main([model, *REHEARSAL]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["tokens_per_s"] > 0 and row["mfu"] is None and row["by_kernel"] and max(row["errors"].values()) < gpu_step.LIMIT
     monkeypatch.setattr(gpu_step, "LIMIT", 0.0)
-    assert gpu_step.main(["L1-D64x2x32", *REHEARSAL]) == 1
+    assert gpu_step.main([model, *REHEARSAL]) == 1
 
 
 def test_the_compiled_step_is_what_is_checked(capsys, monkeypatch):

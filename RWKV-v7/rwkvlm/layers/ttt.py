@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
 
 from ..config.phantom import PhantomConfig
-from ..ops.wkv7 import backend_for, wkv7
+from ..ops.wkv7 import backend_for, ttt_cuda, wkv7
 from .segments import pieces, seen_after
 from .ttt_segments import Segments
 
@@ -68,16 +68,16 @@ class StateTTT(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, TttState]:
         """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk. Returns y [B, T, H, N], with output_final_state also the new state.
 
-        The kernel runs once a segment: the state after a step is what the next segment begins with.
+        The kernel runs once a segment: the state after a step is what the next segment begins with. Where one operator has the steps in it, it runs once.
         """
         B, T, H, N = r.shape
         config, segment = self.config, self.config.ttt_chunk
+        if T > segment and not output_final_state and (initial_state is None or not initial_state.seen.any()):
+            form = self._at_once(r)
+            if form:
+                return form(r, w, k, v, a, b, None if initial_state is None else initial_state.wkv)
         S, held_keys, held_values, seen, error = initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
         plan = pieces(seen.tolist(), T, segment)
-        if len(plan) > 1 and not output_final_state and self._at_once(r, seen):
-            values = self._targets(k.float(), v[..., : self.rows].float(), -a.float())
-            head = (self.w1.float(), self.w2.float()) if self.has_head else (None, None)
-            return Segments.apply(r, w, k, v, a, b, S, values, 2 * torch.sigmoid(self.rate.float()) / segment, *head, segment, len(plan) - 1)[0]
         lengths = [piece.stop - piece.start for piece in plan]
         inputs = zip(*(_cut(x, lengths) for x in (r, w, k, v, a, b)))
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
@@ -119,10 +119,28 @@ class StateTTT(nn.Module):
         keep = (new if new is not None else old for new, old in zip((S, held_keys, held_values), empty))
         return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error)
 
-    def _at_once(self, r: torch.Tensor, seen: torch.Tensor) -> bool:
-        """Whether Segments can compute this: it is for training, knows the kernel of the CPU and one second-order step a segment."""
-        usual = self.config.ttt_steps == 1 and self.config.ttt_second_order and not self.config.ttt_meta and not seen.any()
-        return usual and torch.is_grad_enabled() and backend_for(r.device, r.dtype) == "cpu"
+    def _at_once(self, r: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+        """What computes all segments of such inputs at once, from the beginning of one; None where nothing does. With gradients through more than a step
+        a segment, first-order, or with the error after each, it is the loop."""
+        config, training = self.config, torch.is_grad_enabled()
+        if config.ttt_steps > 1 or (config.ttt_meta and self.training) or (training and not config.ttt_second_order):
+            return None
+        kernel = backend_for(r.device, r.dtype)
+        if kernel == "cuda" and ttt_cuda.runs_here(r.device, r.dtype, r.shape[3], config.ttt_chunk):
+            return self._in_kernel
+        return self._in_segments if kernel == "cpu" and training else None
+
+    def _in_kernel(self, r, w, k, v, a, b, S) -> torch.Tensor:
+        rate = 2 * torch.sigmoid(self.rate.float()) / self.config.ttt_chunk
+        head = torch.stack([self.w1.float(), self.w2.float().mT]) if self.has_head else None
+        return ttt_cuda.wkv7_ttt(r, w, k, v, a, b, S, rate, head, self.rows, self.config.ttt_chunk, self.config.ttt_target == "stored")[0]
+
+    def _in_segments(self, r, w, k, v, a, b, S) -> torch.Tensor:
+        segment = self.config.ttt_chunk
+        values = self._targets(k.float(), v[..., : self.rows].float(), -a.float())
+        head = (self.w1.float(), self.w2.float()) if self.has_head else (None, None)
+        rate, steps = 2 * torch.sigmoid(self.rate.float()) / segment, (r.shape[1] - 1) // segment
+        return Segments.apply(r, w, k, v, a, b, S, values, rate, *head, segment, steps)[0]
 
     def step(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
         """The state after the steps of one segment. S [B, H, N, N]; keys [B, n, H, N]; values [B, n, H, c]; eta [H, 1, 1]."""

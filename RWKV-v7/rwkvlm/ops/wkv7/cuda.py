@@ -30,6 +30,12 @@ class Pointers(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in (*NAMES, "state")]
 
 
+class StepsOfTtt(ctypes.Structure):
+    """Wkv7Steps."""
+
+    _fields_ = [(n, ctypes.c_int32) for n in ("rows", "hidden", "segment", "stored")] + [("rate", ctypes.c_void_p), ("head", ctypes.c_void_p)]
+
+
 class Machine(NamedTuple):
     """Where kernels run."""
 
@@ -49,18 +55,22 @@ def machine(device: torch.device) -> Machine:
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told the types of its functions: addresses would be cut to 32 bits otherwise."""
-    shape, inputs, address = ctypes.POINTER(Shape), ctypes.POINTER(Pointers), ctypes.c_void_p
+    shape, inputs, steps, address = ctypes.POINTER(Shape), ctypes.POINTER(Pointers), ctypes.POINTER(StepsOfTtt), ctypes.c_void_p
     types = {
         "sequential_forward": [shape, ctypes.c_int, inputs, address, address, address, address],
         "sequential_backward": [shape, ctypes.c_int, inputs, address, address, address, inputs, address],
         "chunked_forward": [shape, inputs, address, address, address, address, address],
         "chunked_backward": [shape, inputs, address, address, address, inputs, address, address],
+        "ttt_forward": [shape, inputs, steps, address, address, address, address, address],
+        "ttt_backward": [shape, inputs, steps, address, address, address, inputs, address, address, address],
     }
     for name, arguments in types.items():
         getattr(library, f"wkv7_{name}").argtypes = arguments
     for name in ("sequential_saved", "chunked_saved", "chunked_forward_scratch", "chunked_backward_scratch"):
         function = getattr(library, f"wkv7_{name}_bytes")
         function.argtypes, function.restype = [shape], ctypes.c_int64
+    for function in (library.wkv7_ttt_saved_bytes, library.wkv7_ttt_backward_scratch_bytes):
+        function.argtypes, function.restype = [shape, steps], ctypes.c_int64
     return library
 
 
@@ -136,7 +146,7 @@ torch.library.define(
 )
 
 
-class _Call:
+class Call:
     """One call of the library: its inputs made ready, its shape, its memory."""
 
     def __init__(self, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -168,7 +178,7 @@ class _Call:
 
 @torch.library.impl("rwkvlm::wkv7_cuda_forward", "CompositeExplicitAutograd")
 def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
-    call = _Call((r, w, k, v, a, b), initial_state, cu_seqlens)
+    call = Call((r, w, k, v, a, b), initial_state, cu_seqlens)
     y, final_state = r.new_empty(r.shape), r.new_empty(call.states, dtype=torch.float32)
     saved = call.bytes(call.saved if save or call.form == "chunked" else 0)
     call.run("forward", y, final_state, saved if len(saved) else None, *call.scratch("forward"))
@@ -177,7 +187,7 @@ def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
 
 @torch.library.impl("rwkvlm::wkv7_cuda_backward", "CompositeExplicitAutograd")
 def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient):
-    call = _Call((r, w, k, v, a, b), initial_state, cu_seqlens)
+    call = Call((r, w, k, v, a, b), initial_state, cu_seqlens)
     if len(saved) != call.saved:
         raise RuntimeError(f"wkv7: the backward needs what a forward with save has left, {call.saved} bytes, got {len(saved)}")
     gradients = [r.new_empty(r.shape) for _ in range(6)]
