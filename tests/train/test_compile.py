@@ -150,6 +150,12 @@ def test_where_it_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no C.. compiler .no-such-compiler is not on the PATH.; install g.. or set CXX; or leave --compile out"):
         check()
+    gpu = torch.device("cuda")  # where nothing is tried
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    assert compiled._why_not(gpu).startswith("triton is not installed")
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    assert compiled._why_not(gpu).startswith("triton needs a C compiler")
     with pytest.raises(UserError, match="--compile 2 is not known; use 0 or 1"):
         TrainConfig(compile=2)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch._dynamo  # not part of torch until it is asked for
@@ -50,7 +52,11 @@ def _why_not(device: torch.device) -> str:
     On a GPU it is not tried: each process asks before it has chosen its own, and would take half a gigabyte of the one that happens to be current.
     """
     if device.type == "cuda":
-        return "" if importlib.util.find_spec("triton") else "triton is not installed; pip install triton, in the version that torch asks for"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton, in the version that torch asks for"
+        if not any(map(shutil.which, (env.cc(), "gcc", "clang"))) or not Path(sysconfig.get_path("include"), "Python.h").exists():
+            return "triton needs a C compiler and Python's headers (apt-get install gcc python3-dev)"
+        return ""
     if shutil.which(env.cxx()) is None:
         return f"no C++ compiler ({env.cxx()} is not on the PATH); install g++ or set CXX"
     try:
