@@ -84,7 +84,8 @@ __device__ __forceinline__ bool is_padding(const FusedNormMix& p, int t) {
     return p.bounds[low] - 1 == t;
 }
 
-template <class T, int n> __launch_bounds__(threads, 2) __global__ void norm_mix(FusedNormMix p) {
+// Blocks on a multiprocessor: as many as registers allow without spills. Each waits for loads most of its time.
+template <class T, int n> __launch_bounds__(threads, n == 1 ? 4 : 2) __global__ void norm_mix(FusedNormMix p) {
     Moments* moments = reinterpret_cast<Moments*>(shared_memory());  // of the token before the run, and of the run
     const Run run(p, blockIdx.x);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = blockDim.x / 32;
