@@ -53,7 +53,12 @@ pile)
     ;;
 esac
 
-if [ ! -e "$PROJ_DIR/rwkv-init.pth" ]; then
+begun() { # also with weights put there by hand, or by a run whose rwkv-init.pth has been deleted since
+    for file in "$PROJ_DIR"/rwkv-*.pth "$PROJ_DIR/state/latest"; do [ ! -e "$file" ] || return 0; done
+    return 1
+}
+
+if ! begun; then
     "$PYTHON" train.py --wandb "" --proj_dir "$PROJ_DIR" \
         --data_file "$DATA_FILE" --data_type "binidx" --vocab_size "$VOCAB_SIZE" --my_testing "$MODEL_TYPE" \
         --ctx_len "$CTX_LEN" --train_stage 1 --head_size "$HEAD_SIZE" --random_seed "$RANDOM_SEED" \

@@ -24,6 +24,7 @@ knob W_DECAY       0.001   0.001
 knob BETA_2        0.99    0.99
 knob ADAM_EPS      1e-18   1e-18
 knob GRAD_CP       0       1 # 1 => slower, save VRAM; 0 => faster, more VRAM
+knob COMPILE       0       0 # 1 => the blocks through torch.compile, which takes a while at the start
 knob HEAD_CHUNK    0       0 # tokens per chunk of LM head and loss; 0 => chosen by itself; smaller => slower, less VRAM
 knob KERNEL        ""      "@rwkv3" # "" and "@rwkv3" => automatic; cuda, cpu, torch => this one or an error
 knob PRECISION     auto    bf16 # auto => bf16 or fp32, whichever is faster here
@@ -43,6 +44,7 @@ if [ "$ACCELERATOR" = cpu ]; then # measured: records/2026-11-21-cpu-demo
     export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"       # memory is kept for the next step, not given back and cleared again
     export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 fi
+case $N_NODE in '' | *[!0-9]*) die "N_NODE=$N_NODE is not a number of nodes" "1, 2, ...; or unset N_NODE for this machine alone" ;; esac
 if [ "$N_NODE" -gt 1 ] && [ -z "${NODE_RANK:-}${SLURM_NODEID:-}${GROUP_RANK:-}" ]; then
     address=$(hostname -I 2>/dev/null | cut -d ' ' -f 1)
     echo "$N_NODE nodes of $GPU_PER_NODE: start this on each node (same files, same knobs; MASTER_ADDR is the address of node 0):"
@@ -60,7 +62,7 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
     --num_nodes "$N_NODE" --micro_bsz "$M_BSZ" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --head_size "$HEAD_SIZE" --kernel "$KERNEL" \
     --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps 10 --beta1 0.9 --beta2 "$BETA_2" --adam_eps "$ADAM_EPS" \
     --weight_decay "$W_DECAY" --epoch_save "$EPOCH_SAVE" --epoch_samples "$EPOCH_SAMPLES" --save_minutes "$SAVE_MINUTES" --head_chunk "$HEAD_CHUNK" \
-    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --enable_progress_bar True || exit
+    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --enable_progress_bar True || exit
 
 if [ -n "$PROMPT" ] && [ "${NODE_RANK:-0}" = 0 ]; then
     "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 ||

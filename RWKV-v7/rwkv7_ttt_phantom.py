@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -191,7 +192,7 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     with backend.restored():
         code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
     if code:
-        raise RuntimeError(f"training was stopped by signal {code - 128}; its state is saved in {output_dir}, the same call goes on from it")
+        raise RuntimeError(f"training was stopped by {signal.Signals(code - 128).name}; its state is saved in {output_dir}, the same call goes on from it")
     final, newest = Path(output_dir) / "rwkv-final.pth", newest_weights(output_dir)
     trained = final if final.exists() or newest is None else newest[0]
     return load_pretrained_rwkv7(_compressed(trained, config) if config.use_svd_compression or config.use_sparsity else trained, config)

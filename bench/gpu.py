@@ -28,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(__file__).resolve().parent
 STEPS = ("tests", "sanitize", "kernels", "step", "train")
 FIRST_TESTS = ("cuda", "ops", "layers", "models", "infer")  # those that touch the GPU most
-OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss")
-MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096", "P12-D768x16x512", "P12-D768x2x4096")  # layers (P: Phantom), width, samples, their tokens
+OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss", "adamw")
+MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096")  # layers, width, samples, tokens of a sample
+PHANTOMS = ("P12-D768x16x512", "P12-D768x2x4096")  # the first two with test-time training
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile, for the blocks: gpu_step.py --compile
 LONG = ("1x32768x32x64", "1x4096x32x64")  # B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
 GRACE = 90.0  # seconds from SIGTERM to SIGKILL: training writes its state meanwhile
 LEAST = 5.0  # seconds without which no item is begun
@@ -83,10 +85,15 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         found = [Item("wkv7", [*work, "wkv7", *device], read=last_json)]
         found += [Item(f"wkv7 {shape}", [*work, "wkv7", "--shape", shape, *device], read=last_json) for shape in ([] if small else LONG)]
         found += [Item(f"wkv7 beside {peer.split('=')[0]}", [*work, "wkv7", "--peer", peer, *device], read=last_json) for peer in options.peer]
-        return found + [Item(name, [*work, name, *device], read=last_json) for name in OPERATORS]
+        found += [Item(name, [*work, name, *device], read=last_json) for name in OPERATORS]
+        large = [*work, "adamw", "--layers", "24", "--shape", "2x4096x32x64", *device]  # of the last of MODELS
+        return found + [Item("adamw L24-D2048", large, read=last_json)] * (not small)
     if step == "step":
-        models = options.models.split(",") if options.models else ["L2-D64x2x64", "P2-D64x2x128"] if small else MODELS
-        return [Item(m, [python, str(BENCH / "gpu_step.py"), m, *device], read=last_json) for m in models]
+        models = options.models.split(",") if options.models else ["L2-D64x2x64"] if small else MODELS
+        modes = ("default",) if small else MODES
+        runs = [(m, "") for m in (*models, *([] if options.models else ["P2-D64x2x128"] if small else PHANTOMS))]  # the eager steps first
+        runs += [(m, mode) for mode in modes for m in models]
+        return [Item(f"{m}{mode and f' compile {mode}'}", [python, str(BENCH / "gpu_step.py"), m, *device, *(["--compile", mode] if mode else [])], read=last_json) for m, mode in runs]
     folder = options.out / "demo"
     knobs = {"DATA": "demo", "PROJ_DIR": str(folder), "PROMPT": "", "RANDOM_SEED": "1", "PYTHON": python}
     if cpu:

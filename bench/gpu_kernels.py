@@ -4,6 +4,7 @@
                                                                                    where the scans run in segments, without them too
     python bench/gpu_kernels.py norm_mix [--shape 16x512x12x64]                    and the other elementwise operators: ours, plain PyTorch, torch.compile
     python bench/gpu_kernels.py loss [--shape 16x512x12x64] [--vocabulary 65536]   the head with its loss: ours, plain PyTorch in chunks
+    python bench/gpu_kernels.py adamw [--shape 16x512x12x64] [--layers 12]         the optimizer's step on a model's parameters, and the norms of its gradients
     python bench/gpu_kernels.py once                                               every kernel once on small shapes, for compute-sanitizer
 
 Nothing is timed on wrong results: exit code 1. The inputs of a round are not those of the round before, unless they are larger than the second-level
@@ -27,9 +28,12 @@ from gpu_peers import Peer, load
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkvlm.config import PhantomConfig
+from rwkvlm import models
+from rwkvlm.config import ModelConfig, PhantomConfig
 from rwkvlm.layers.ttt import StateTTT
-from rwkvlm.ops import backend, fused
+from rwkvlm.ops import adamw, backend, fused
+from rwkvlm.ops.adamw import plain as plain_adamw
+from rwkvlm.ops.adamw import reference as exact_adamw
 from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy
 from rwkvlm.ops.fused import reference
 from rwkvlm.ops.wkv7 import cuda as wkv7_kernels
@@ -41,6 +45,7 @@ KINDS = ("usual", "clamp", "repeated")
 HEAD_LIMIT = 2e-2
 AHEAD = 8_000_000  # cycles that the GPU waits before what is timed, about 4 ms: longer than Python takes for any of it
 PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 26, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
+RATES = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-18, weight_decay=0.1)  # of AdamW
 Work = Callable[[int], object]  # of the n-th set of inputs
 
 
@@ -60,8 +65,8 @@ def demand(errors: dict[str, float], limit: float, what: str) -> float:
     return errors[name]
 
 
-def timed(works: dict[str, Work], sets: int, options: argparse.Namespace) -> dict[str, dict]:
-    """Milliseconds of each form: median, fastest, and how many rounds."""
+def timed(works: dict[str, Work], sets: int, options: argparse.Namespace, ahead: int = AHEAD) -> dict[str, dict]:
+    """Milliseconds of each form: median, fastest, and how many rounds. ahead: cycles that the GPU waits first."""
     cuda = options.device == "cuda"
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(-options.warmup, options.rounds):
@@ -69,7 +74,7 @@ def timed(works: dict[str, Work], sets: int, options: argparse.Namespace) -> dic
             if cuda:
                 torch.cuda.synchronize()
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(AHEAD)
+                torch.cuda._sleep(ahead)
                 begin.record()
                 work(number % sets)
                 end.record()
@@ -334,6 +339,57 @@ def check_steps(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
     return demand({name: rms(got, want) for name, got, want in zip(names, *results)}, 2 * LIMITS[options.dtype], "test-time training")
 
 
+def optimizer_state(shapes: list[torch.Size], grad_dtype: torch.dtype, device: str) -> list[list[Tensor]]:
+    """Masters, rounded, gradients, moments and steps after seven of them."""
+    g = torch.Generator(device).manual_seed(0)
+    masters, grads, averages, squares = ([torch.randn(shape, generator=g, device=device) for shape in shapes] for _ in range(4))
+    squares = [x.square_() for x in squares]
+    return [masters, [p.bfloat16() for p in masters], [x.to(grad_dtype) for x in grads], averages, squares, [torch.tensor(7.0, device=device) for _ in shapes]]
+
+
+def check_adamw(grad_dtype: torch.dtype, options: argparse.Namespace) -> float:
+    """On sizes around the tiles of the kernel, one gradient at an odd address."""
+    state = optimizer_state([torch.Size([n]) for n in (1, 3, 767, 2048, 8193, 100003)], grad_dtype, "cpu")
+    exact = [[x.double() for x in tensors] for tensors in state]
+    exact_adamw.adamw_(exact[0], [], *exact[2:], 0.3, None, **RATES)
+    ours = [[x.to(options.device) for x in tensors] for tensors in state]
+    ours[2][-1] = torch.cat([ours[2][-1][:1], ours[2][-1]])[1:]
+    norms = adamw.gradient_norms(ours[2])
+    adamw.adamw_(*ours, torch.tensor(0.3, device=options.device), torch.tensor(0.0, device=options.device), **RATES)
+    errors = {"norms": rms(norms.cpu(), exact_adamw.gradient_norms(state[2]))}
+    for name, i in (("masters", 0), ("exp_avgs", 3), ("exp_avg_sqs", 4), ("steps", 5)):
+        errors[name] = max(rms(a.cpu(), b) for a, b in zip(ours[i], exact[i]))
+    errors["rounded"] = max(rms(a.cpu(), b.cpu().bfloat16().double()) for a, b in zip(ours[1], ours[0]))
+    return demand(errors, LIMITS[torch.float32], "adamw")
+
+
+def measure_adamw(options: argparse.Namespace) -> dict:
+    B, T, H, N = options.sizes
+    with torch.device("meta"):
+        model = models.build(ModelConfig(n_layer=options.layers, n_embd=H * N, head_size=N, vocab_size=options.vocabulary))
+    shapes = [p.shape for p in model.parameters()]
+    P = sum(shape.numel() for shape in shapes)
+    row = {"layers": options.layers, "C": H * N, "V": options.vocabulary, "tensors": len(shapes), "parameters": P}
+    row["error"] = max(check_adamw(dtype, options) for dtype in (torch.float32, torch.bfloat16))
+    state = optimizer_state(shapes, options.dtype, options.device)
+    wide = [*state[:1], [], [g.float() for g in state[2]], *state[3:]]
+    scale, found = torch.tensor(0.5, device=options.device), torch.tensor(0.0, device=options.device)
+    works: dict[str, Work] = {
+        "ours": lambda i: adamw.adamw_(*state, scale, found, **RATES),
+        "plain": lambda i: plain_adamw.adamw_(*state, scale, found, **RATES),
+        "torch's fused step alone, of fp32": lambda i: plain_adamw.adamw_(*wide, None, found, **RATES),
+        "ours, norms": lambda i: adamw.gradient_norms(state[2]),
+        "plain, norms": lambda i: plain_adamw.gradient_norms(state[2]),
+    }
+    row["times"] = timed(works, 1, options, 10 * AHEAD)  # plain PyTorch starts thousands of kernels
+    begin = time.perf_counter()
+    works["ours"](0)
+    row["ms_of_python"] = round((time.perf_counter() - begin) * 1e3, 3)  # until all is on the stream; on a CPU the step itself
+    row["copy_gb_s"] = copy_gb_s(options)
+    row["gb_s"], row["norms_gb_s"] = (round(size * P / row["times"][name]["ms"] / 1e6, 1) for name, size in (("ours", 28), ("ours, norms", 2)))
+    return row
+
+
 def once(options: argparse.Namespace) -> dict:
     """Every kernel, forward and backward, on small shapes; right, besides."""
     found: dict[str, float] = {}
@@ -353,29 +409,31 @@ def once(options: argparse.Namespace) -> dict:
             found[f"ttt {sizes} {dtype}"] = check_steps(sizes, options)
         for V in (7, 5001):
             found[f"loss {V} {dtype}"] = check_logits(V, options)
+        found[f"adamw {dtype}"] = check_adamw(dtype, options)
     return {"kernels": len(found), "worst_error": max(found.values())}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("wkv7", *PASSES, "loss", "once"))
+    parser.add_argument("what", choices=("wkv7", *PASSES, "loss", "adamw", "once"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--shape", default="", help="B x T x H x N")
     parser.add_argument("--vocabulary", type=int, default=65536)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--peer", default="", metavar="NAME=PATH")
     options = parser.parse_args(arguments)
     if options.small:
-        options.shape, options.rounds, options.warmup, options.vocabulary = options.shape or "2x64x2x64", 3, 1, 1000
+        options.shape, options.rounds, options.warmup, options.vocabulary, options.layers = options.shape or "2x64x2x64", 3, 1, 1000, 2
     options.sizes = tuple(map(int, (options.shape or ("8x4096x64x64" if options.what == "wkv7" else "16x512x12x64")).split("x")))
     options.dtype = torch.bfloat16
     backend.set_kernel("cuda" if options.device == "cuda" else "")  # by name: an error where it cannot run, never a silent fallback
     try:
         row = once(options) if options.what == "once" else None
         if row is None:
-            measure = {"wkv7": measure_recurrence, "loss": measure_loss}.get(options.what, lambda o: measure_elementwise(options.what, o))
+            measure = {"wkv7": measure_recurrence, "loss": measure_loss, "adamw": measure_adamw}.get(options.what, lambda o: measure_elementwise(options.what, o))
             row = measure(options)
     except Wrong as error:
         print(f"error: {error}; nothing is timed on wrong results", file=sys.stderr)

@@ -2,6 +2,7 @@
 
     python bench/gpu_step.py L12-D768x16x512        layers, width x samples x tokens of a sample; bf16, vocabulary 65536, nothing recomputed
     python bench/gpu_step.py L24-D2048x4x4096 --grad_cp 1
+    python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them; other modes of torch.compile
     python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state: beside L, its price
 
 Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and gradients of a small model
@@ -13,6 +14,7 @@ measured in the same run. --device cpu is a rehearsal.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import statistics
@@ -29,6 +31,7 @@ from rwkvlm.config import ModelConfig, TrainConfig, model_config
 from rwkvlm.models.phantom import TABLE
 from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
+from rwkvlm.train.compiled import MODES, compile_blocks
 from rwkvlm.train.flops import flops_per_token, peak_flops
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.norms import GradientNorms
@@ -36,6 +39,7 @@ from rwkvlm.train.optimizer import make_optimizer
 from rwkvlm.train.strategy import make_strategy, param_dtype
 
 LIMIT = 2e-2  # relative: loss and the whole gradient in bf16, against float64
+WARM_UP = 5  # steps. With CUDA graphs the first of them run without, then they are recorded
 
 
 def model_sizes(kind: str, **sizes: int) -> ModelConfig:
@@ -62,12 +66,15 @@ class Training:
         init_from_table(model, [random, *TABLE], 0)
         self.model = model.to(param_dtype(config))
         self.module.attach(self.model)
+        if options.compile:
+            compile_blocks(self.model, mode=options.compile)
         self.optimizer = make_optimizer(self.model, config, strategy)
         self.norms = GradientNorms(self.model)
         self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng, device=options.device) for _ in range(8)]
         self.made = 0
 
     def loss(self, idx: torch.Tensor) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs have returned until now may be overwritten
         return self.module.training_step((idx[:, :-1].contiguous(), idx[:, 1:].contiguous()), 0)
 
     def step(self) -> None:
@@ -79,17 +86,23 @@ class Training:
 
 
 def errors(kind: str, kernel: str, options: argparse.Namespace) -> dict[str, float]:
-    """Of loss and gradient of a small model, against plain PyTorch in float64 from the same rounded weights."""
+    """Of loss and gradient of a small model, against plain PyTorch in float64 from the same rounded weights; the worst of as many passes as warm up."""
     training = Training(model_sizes(kind, n_layer=3, n_embd=128, vocab_size=1000, head_size=64), 2, 100, options)
-    results = []
-    for name in (kernel, "torch"):
-        backend.set_kernel(name)
-        model = training.model if name == kernel else training.model.double()
-        loss = training.loss(training.batches[0])
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        results.append((loss.detach().double(), torch.cat([g.double().flatten() for g in grads])))
+
+    def results(idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = training.loss(idx)
+        grads = torch.autograd.grad(loss, list(training.module.model.parameters()))
+        return loss.detach().double(), torch.cat([g.double().flatten() for g in grads])
+
+    batches = training.batches[: WARM_UP if options.compile else 1]
     backend.set_kernel(kernel)
-    return {name: ((got - exact).norm() / exact.norm()).item() for name, got, exact in zip(("loss", "gradient"), *results)}
+    ours = [results(idx) for idx in batches]
+    backend.set_kernel("torch")
+    training.module.attach(copy.deepcopy(training.model).double())  # a copy is not compiled
+    exact = [results(idx) for idx in batches]
+    backend.set_kernel(kernel)
+    off = [[((a - b).norm() / b.norm()).item() for a, b in zip(*pair)] for pair in zip(ours, exact)]
+    return {name: max(values) for name, values in zip(("loss", "gradient"), zip(*off))}
 
 
 def step_ms(training: Training, steps: int, device: str) -> list[float]:
@@ -145,9 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a small vocabulary, few steps")
     parser.add_argument("--vocabulary", type=int, default=65536)
     parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--compile", choices=("", *MODES), default="", help="the blocks through torch.compile in this mode")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--kernel", default="", help="torch: to compare with plain PyTorch; else by itself, which is an error here where it is not the native one")
     options = parser.parse_args(arguments)
+    if options.compile and options.kernel == "torch":
+        parser.error("--compile needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile")
     if options.small:
         options.vocabulary, options.steps = 1000, 3
     kind, *numbers = re.fullmatch(r"([LP])(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups()
@@ -160,11 +176,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     sizes = model_sizes(kind, n_layer=layers, n_embd=width, vocab_size=options.vocabulary)
     training = Training(sizes, batch, ctx, options)
-    step_ms(training, 3, options.device)
+    warm_up = step_ms(training, WARM_UP, options.device)
     times = step_ms(training, options.steps, options.device)
     ms, tokens = statistics.median(times), batch * ctx
     flops, peak, gemm = flops_per_token(sizes) * tokens / ms * 1e3, peak_flops(torch.device(options.device)), gemm_flops(options)
-    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "errors": found, "steps": len(times)}
+    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "compile": options.compile, "warm_up_s": round(sum(warm_up) / 1e3, 1), "errors": found, "steps": len(times)}
     row |= {"ms": round(ms, 3), "ms_fastest": round(min(times), 3), "tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
     row |= {"mfu": round(flops / peak, 4) if peak else None, "gemm_tflops": round(gemm / 1e12, 2), "share_of_gemm": round(flops / gemm, 4)}
     row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if options.device == "cuda" else None

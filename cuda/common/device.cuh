@@ -33,6 +33,28 @@ int launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t sh
 #endif
 }
 
+// Of the GPU in use: its multiprocessors, and the bytes of shared memory that a block may have.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+    int device = 0, count = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+#else
+    return 3;  // few: each block of a test has a lot to do
+#endif
+}
+inline size_t shared_limit() {
+#ifdef __CUDACC__
+    int device = 0, bytes = 48 * 1024;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return size_t(bytes);
+#else
+    return emulation::machine.shared_limit;
+#endif
+}
+
 __device__ __forceinline__ char* shared_memory() {
 #ifdef __CUDACC__
     extern __shared__ __align__(128) char memory[];

@@ -22,9 +22,9 @@ struct FusedTokenMix {
 };
 
 // s = x + branch;  u = s, normalised over the channels of a token, * weight + bias;  out[j] = u + (u of the token before - u) * mix[j], for n = 1 or 6.
-// Backward has s as x. Its parts are [fused_norm_parts(B, T), n + 2, C].
+// Backward has s as x. Its parts are [blocks, n + 2, C], and blocks is what fused_norm_parts makes of B, T, C and n.
 struct FusedNormMix {
-    int32_t B, T, C, n, documents;
+    int32_t B, T, C, n, documents, blocks;
     float eps;
     const void *x, *branch;  // [B, T, C]; branch null: s is x
     const void *weight, *bias;  // [C]
@@ -70,7 +70,8 @@ struct FusedOutput {
 extern "C" {
 int64_t fused_parts(int64_t B, int64_t T);  // of rows that are not sequences: B = rows, T = 1 gives too many; pass B = 1, T = rows
 
-int64_t fused_norm_parts(int64_t B, int64_t T);
+// Asks the GPU in use how many blocks it runs at once. 0: a shape that the kernels do not take.
+int64_t fused_norm_parts(const FusedNormMix* task, int dtype);
 
 int fused_norm_mix(const FusedNormMix* task, int dtype, void* stream);
 int fused_norm_mix_backward(const FusedNormMix* task, int dtype, void* stream);

@@ -3,6 +3,7 @@
 // where they arise: per lane over a run, per block over its runs, then over blocks, always in the same order.
 #pragma once
 
+#include "../common/copy.cuh"
 #include "../common/pack.cuh"
 #include "api.cuh"
 
@@ -12,32 +13,67 @@ using namespace device;
 
 constexpr int run_tokens = 16, warps = 8, threads = 32 * warps, width = 32 * 4;
 
-struct Four {
-    float x[4];
+// Neighbouring channels of a lane.
+template <int V> struct Numbers {
+    float x[V];
 };
+using Four = Numbers<4>;
 
-#define FUSED_OPERATOR(op)                                                                                                                        \
-    __device__ __forceinline__ Four operator op(Four a, Four b) { return {a.x[0] op b.x[0], a.x[1] op b.x[1], a.x[2] op b.x[2], a.x[3] op b.x[3]}; } \
-    __device__ __forceinline__ Four operator op(Four a, float b) { return {a.x[0] op b, a.x[1] op b, a.x[2] op b, a.x[3] op b}; }
+#define FUSED_OPERATOR(op)                                                                                       \
+    template <int V> __device__ __forceinline__ Numbers<V> operator op(Numbers<V> a, Numbers<V> b) { \
+        Numbers<V> c;                                                                                            \
+        _Pragma("unroll") for (int i = 0; i < V; ++i) c.x[i] = a.x[i] op b.x[i];                                 \
+        return c;                                                                                                \
+    }                                                                                                            \
+    template <int V> __device__ __forceinline__ Numbers<V> operator op(Numbers<V> a, float b) {           \
+        Numbers<V> c;                                                                                            \
+        _Pragma("unroll") for (int i = 0; i < V; ++i) c.x[i] = a.x[i] op b;                                      \
+        return c;                                                                                                \
+    }
 FUSED_OPERATOR(+)
 FUSED_OPERATOR(-)
 FUSED_OPERATOR(*)
 #undef FUSED_OPERATOR
-__device__ __forceinline__ Four& operator+=(Four& a, Four b) { return a = a + b; }
-__device__ __forceinline__ float sum(Four a) { return (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]); }
-__device__ __forceinline__ Four zeros() { return {0.f, 0.f, 0.f, 0.f}; }
+template <int V> __device__ __forceinline__ Numbers<V>& operator+=(Numbers<V>& a, Numbers<V> b) { return a = a + b; }
+template <int V> __device__ __forceinline__ float sum(Numbers<V> a) {
+    float total = (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]);
+#pragma unroll
+    for (int i = 4; i < V; i += 4) total += (a.x[i] + a.x[i + 1]) + (a.x[i + 2] + a.x[i + 3]);
+    return total;
+}
+template <int V = 4> __device__ __forceinline__ Numbers<V> zeros() { return {}; }
 
-__device__ __forceinline__ Four load(const float* p) {
-    const float4 x = *reinterpret_cast<const float4*>(p);
-    return {x.x, x.y, x.z, x.w};
+template <int V = 4> __device__ __forceinline__ Numbers<V> load(const float* p) {
+    Numbers<V> a;
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+        const float4 x = *reinterpret_cast<const float4*>(p + i);
+        a.x[i] = x.x, a.x[i + 1] = x.y, a.x[i + 2] = x.z, a.x[i + 3] = x.w;
+    }
+    return a;
 }
-__device__ __forceinline__ Four load(const bf16* p) {
-    const uint2 x = *reinterpret_cast<const uint2*>(p);
-    const float2 low = unpack(x.x), high = unpack(x.y);
-    return {low.x, low.y, high.x, high.y};
+__device__ __forceinline__ Four four(uint32_t low, uint32_t high) {
+    const float2 x = unpack(low), y = unpack(high);
+    return {x.x, x.y, y.x, y.y};
 }
-__device__ __forceinline__ void store(float* p, Four a) { *reinterpret_cast<float4*>(p) = make_float4(a.x[0], a.x[1], a.x[2], a.x[3]); }
+template <int V = 4> __device__ __forceinline__ Numbers<V> load(const bf16* p) {
+    if constexpr (V == 4) {
+        const uint2 x = *reinterpret_cast<const uint2*>(p);
+        return four(x.x, x.y);
+    } else {
+        const uint4 x = *reinterpret_cast<const uint4*>(p);
+        const Four low = four(x.x, x.y), high = four(x.z, x.w);
+        return {low.x[0], low.x[1], low.x[2], low.x[3], high.x[0], high.x[1], high.x[2], high.x[3]};
+    }
+}
+template <int V> __device__ __forceinline__ void store(float* p, Numbers<V> a) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(a.x[i], a.x[i + 1], a.x[i + 2], a.x[i + 3]);
+}
 __device__ __forceinline__ void store(bf16* p, Four a) { *reinterpret_cast<uint2*>(p) = make_uint2(pack(a.x[0], a.x[1]), pack(a.x[2], a.x[3])); }
+__device__ __forceinline__ void store(bf16* p, Numbers<8> a) {
+    *reinterpret_cast<uint4*>(p) = make_uint4(pack(a.x[0], a.x[1]), pack(a.x[2], a.x[3]), pack(a.x[4], a.x[5]), pack(a.x[6], a.x[7]));
+}
 
 // sigmoid(x) and 1 - sigmoid(x), each with all of its digits.
 __device__ __forceinline__ void sigmoids(Four x, Four& rate, Four& rest) {
@@ -74,11 +110,11 @@ struct Place {
     }
 };
 
-// Four channels of one tensor at a time; nothing where the lane has no channels.
-template <class T> struct Access {
+// A lane's channels of one tensor at a time; nothing where the lane has none.
+template <class T, int V = 4> struct Access {
     bool inside;
-    __device__ __forceinline__ Four in(const void* p, int64_t at) const { return inside ? load(static_cast<const T*>(p) + at) : zeros(); }
-    __device__ __forceinline__ void out(void* p, int64_t at, Four x) const {
+    __device__ __forceinline__ Numbers<V> in(const void* p, int64_t at) const { return inside ? load<V>(static_cast<const T*>(p) + at) : zeros<V>(); }
+    __device__ __forceinline__ void out(void* p, int64_t at, Numbers<V> x) const {
         if (inside) store(static_cast<T*>(p) + at, x);
     }
 };

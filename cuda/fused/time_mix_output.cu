@@ -30,14 +30,35 @@ template <class T> __launch_bounds__(threads) __global__ void time_mix_output(Fu
     }
 }
 
-template <class T> __launch_bounds__(threads) __global__ void time_mix_output_backward(FusedOutput p) {
+// Tokens of a warp that have a place in shared memory, six tensors each. Each lane copies its own channels there ahead of their turn: the chains of
+// sums over a head leave too few loads on their way otherwise.
+template <class T> constexpr int ahead = sizeof(T) == 2 ? 3 : 2;
+template <class T> constexpr int slot_bytes = 6 * width * int(sizeof(T));
+
+template <class T> __launch_bounds__(threads, 2) __global__ void time_mix_output_backward(FusedOutput p) {
+    constexpr int piece = 4 * int(sizeof(T)), step = 32 * piece;
     const Place at(1, p.rows, p.C);
     const Access<T> x{at.inside};
+    const int own = threadIdx.x / 32 * ahead<T> * slot_bytes<T> + threadIdx.x % 32 * piece;
+    const auto fetch = [&](int row, int to) {
+        if (row < at.end) {
+            const void* const tensors[6] = {p.dout, p.y, p.r, p.k, p.v, p.g};
+            const int64_t i = int64_t(row) * p.C + (at.inside ? at.c : 0);
+#pragma unroll
+            for (int j = 0; j < 6; ++j) copy_async<piece>(to + j * step, static_cast<const T*>(tensors[j]) + i, at.inside);
+        }
+        copy_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < ahead<T>; ++i) fetch(at.begin + i, own + i * slot_bytes<T>);
     const Four weight = x.in(p.weight, at.c), bias = x.in(p.bias, at.c), r_k = x.in(p.r_k, at.c);
     Four sums[3] = {zeros(), zeros(), zeros()};  // weight, bias, r_k
+    int slot = own;
     for (int row = at.begin; row < at.end; ++row) {
         const int64_t i = int64_t(row) * p.C + at.c;
-        const Four dout = x.in(p.dout, i), y = x.in(p.y, i), r = x.in(p.r, i), k = x.in(p.k, i), v = x.in(p.v, i), g = x.in(p.g, i);
+        const auto read = [&](int j) { return load(&shared<T>(slot + j * step)); };
+        copy_wait<ahead<T> - 1>();
+        const Four dout = read(0), y = read(1), r = read(2), k = read(3), v = read(4), g = read(5);
         const Head h(p, y, r, k, r_k);
         const Four normal = h.centred * h.inverse, inner = dout * g, dnormal = inner * weight;
         const float mean = over_head(sum(dnormal), p.N / 4) / p.N, slope = over_head(sum(dnormal * normal), p.N / 4) / p.N;
@@ -50,7 +71,10 @@ template <class T> __launch_bounds__(threads) __global__ void time_mix_output_ba
         sums[0] += inner * normal;
         sums[1] += inner;
         sums[2] += r * k * dbonus;
+        fetch(row + ahead<T>, slot);
+        slot = slot + slot_bytes<T> < own + ahead<T> * slot_bytes<T> ? slot + slot_bytes<T> : own;
     }
+    __syncthreads();  // the sums come where the tokens were
     leave_sums(sums, at, p.C, p.parts);
 }
 
@@ -59,7 +83,8 @@ template <class T> int forward(const FusedOutput& p, void* stream) {
 }
 
 template <class T> int backward(const FusedOutput& p, void* stream) {
-    const int error = launch(time_mix_output_backward<T>, grid_of(1, p.rows, p.C), threads, sums_bytes<3>, stream, p);
+    static_assert(warps * ahead<T> * slot_bytes<T> >= int(sums_bytes<3>), "shared memory serves both");
+    const int error = launch(time_mix_output_backward<T>, grid_of(1, p.rows, p.C), threads, warps * ahead<T> * slot_bytes<T>, stream, p);
     return error ? error : collect_sums<T>(p.parts, fused_parts(1, p.rows), 3 * p.C, p.sums, stream);
 }
 

@@ -2,6 +2,7 @@
 // none of them, the kernels end in a trap: such a card runs sequential.cu.
 #pragma once
 
+#include "../common/copy.cuh"
 #include "../common/pack.cuh"
 #include "device.cuh"
 
@@ -10,12 +11,6 @@
 #endif
 
 namespace wkv7 {
-
-// Shared memory is addressed by byte offsets from the beginning of the block's dynamic shared memory.
-template <class T> __device__ __forceinline__ T& shared(int offset) { return *reinterpret_cast<T*>(shared_memory() + offset); }
-#ifdef __CUDACC__
-__device__ __forceinline__ uint32_t shared_address(int offset) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + offset; }
-#endif
 
 // 2^x: error 2 ulp, and that of the argument.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -73,44 +68,12 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x
 #endif
 }
 
-// 16 bytes from global to shared memory, zeros where !valid; visible after copy_wait and a barrier.
-__device__ __forceinline__ void copy_async(int to, const void* from, bool valid) {
-#if defined(WKV7_OLD_CARD)
-    __trap();
-#elif defined(__CUDACC__)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-#else
-    emulation::copy_async(shared_memory() + to, from, 16, valid ? 16 : 0);
-#endif
-}
-
-__device__ __forceinline__ void copy_commit() {
-#if defined(WKV7_OLD_CARD)
-    __trap();
-#elif defined(__CUDACC__)
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#else
-    emulation::commit_copies();
-#endif
-}
-
 // A line of global memory towards the L2 cache: a hint.
 __device__ __forceinline__ void prefetch(const void* from) {
 #ifdef __CUDACC__
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 #else
     (void)from;
-#endif
-}
-
-// Waits until at most `left` of this thread's committed groups are still in flight.
-template <int left> __device__ __forceinline__ void copy_wait() {
-#if defined(WKV7_OLD_CARD)
-    __trap();
-#elif defined(__CUDACC__)
-    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
-#else
-    emulation::finish_copies(left);
 #endif
 }
 

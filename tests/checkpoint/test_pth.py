@@ -113,7 +113,19 @@ def damage_integers(path):
     torch.save({"emb.weight": torch.zeros(2, dtype=torch.int64)}, path)
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_empty, damage_text, damage_code, damage_list, damage_nested, damage_integers])
+def damage_other_text(path):
+    path.write_text("abc" * 1000)  # torch: IndexError
+
+
+def damage_json(path):
+    path.write_text('{"text": "a line of training data"}\n' * 100)
+
+
+def damage_bytes(path):
+    path.write_bytes(bytes(range(256)) * 40)
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_empty, damage_text, damage_other_text, damage_json, damage_bytes, damage_code, damage_list, damage_nested, damage_integers])
 def test_files_that_are_no_weights(file, damage):
     damage(file)
     with pytest.raises(UserError, match=str(file)) as caught:

@@ -9,7 +9,7 @@ from rwkv7_ttt_phantom import RWKV7PhantomConfig, load_pretrained_rwkv7
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
 from rwkvlm.cli import main
-from rwkvlm.compress import compress_file
+from rwkvlm.compress import compress_file, measure
 from rwkvlm.compress.measure import Text, activity
 from rwkvlm.compress.sparsity import importance, remove_units
 from rwkvlm.compress.svd import factorise, factorise_matrices, rank_for
@@ -263,14 +263,28 @@ def test_bad_settings_are_named_and_nothing_is_written(file, settings, word):
     assert word in str(error.value) and "\n" not in str(error.value) and not path.with_name("out.pth").exists()
 
 
+def test_what_cannot_work_is_said_before_the_work(file, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "load", lambda path: pytest.fail("the work has begun"))
+    path = file("rwkv7")
+    out, folder, before = path.with_name("out.pth"), path.parent, sorted(path.parent.rglob("*"))
+    for flags, said in (
+        (["--out", path / "x.pth"], f"--out {path / 'x.pth'} cannot be written: Not a directory; choose another place"),
+        (["--out", "/proc/self/x.pth"], "--out /proc/self/x.pth cannot be written: "),
+        (["--out", folder], f"--out {folder} is a folder; give the name of a file"),
+        (["--out", path], "is the model itself, which would be lost; choose another name"),
+        (["--out", out, "--report", path / "report.json"], "/report.json cannot be written: Not a directory; choose another place"),
+        (["--out", out, "--svd_rank_ratio", 2], "--svd_rank_ratio 2.0 must lie in (0, 1]"),
+        (["--out", out, "--sparsity_ratio", 1], "--sparsity_ratio 1.0 must lie in [0, 1)"),
+    ):
+        assert main(["compress", "--model", str(path), *map(str, flags)]) == 2
+        assert said in capsys.readouterr().err and sorted(folder.rglob("*")) == before
+    monkeypatch.undo()
+    assert main(["compress", "--model", str(path), "--out", str(folder / "new" / "folder" / "out.pth")]) == 0, "a folder that does not exist is made"
+
+
 def test_bad_files_are_user_errors(file, capsys):
     path = file("rwkv7")
     out = path.with_name("out.pth")
-    assert main(["compress", "--model", str(path), "--out", str(out), "--report", str(path / "report.json")]) == 2
-    assert "--report" in capsys.readouterr().err and out.exists()
-    assert main(["compress", "--model", str(path), "--out", str(path / "x.pth")]) == 2
-    said = capsys.readouterr().err
-    assert f"cannot write {path / 'x.pth'}: " in said and "choose another --out" in said and "--proj_dir" not in said
     save_weights(path, load_weights(path) | {"blocks.1.att.key.weight": torch.full((64, 64), torch.nan)})
     assert main(["compress", "--model", str(path), "--out", str(path.with_name("nan.pth")), "--svd_rank_ratio", "0.5"]) == 2
     assert "blocks.1.att.key has numbers that are not finite" in capsys.readouterr().err and not path.with_name("nan.pth").exists()

@@ -89,16 +89,17 @@ print("clean")
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing_in_what_is_around_wkv7(tmp_path: Path) -> None:
-    """Buffers of exactly the right size; what the kernels compute, test_fused.py and test_loss.py check."""
+    """Buffers of exactly the right size; what the kernels compute, test_adamw.py, test_fused.py and test_loss.py check."""
     path = compile_kernels(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", sources=[*AROUND, CUDA / "common" / "library.cu"])
     program = f"""
 import ctypes, torch
 from oracles.elementwise import Case
-from rwkvlm.ops import launch
+from rwkvlm.ops.adamw import cuda as adamw
 from rwkvlm.ops.cross_entropy import cuda as loss
 from rwkvlm.ops.fused import cuda
 library = ctypes.CDLL({str(path)!r})
 kernels = cuda.Kernels(cuda.prototypes(library))
+optimizer = adamw.Kernels(adamw.prototypes(library))
 registration = torch.library.Library("rwkvlm", "IMPL")
 loss.register(registration, library, "CPU")
 for reverse in (0, 1):
@@ -123,6 +124,17 @@ for reverse in (0, 1):
             kernels.relu_square_backward(x, kernels.relu_square(x))
         for V in (1, 7, 600, 5001):
             torch.ops.rwkvlm.loss_of_logits(torch.randn(3, V).to(dtype), torch.tensor([0, V - 1, V]), torch.empty(3), 1.0, 0.1, True)
+        sizes = (0, 1, 3, 767, 2048, 2051, 8191, 8192, 100003, *[7] * 600)
+        masters, grads, averages, squares = ([torch.rand(size) for size in sizes] for _ in range(4))
+        grads, rounded = [g.to(dtype) for g in grads], [p.bfloat16() for p in masters]
+        for narrow in (rounded, []):
+            scale = optimizer.gradient_norms(grads)[1]
+            optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], scale, scale, 1e-3, 0.9, 0.99, 1e-18, 0.1)
+            optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
+        for moved in range(5):  # each in turn begins at an odd address
+            lists = [[torch.zeros(9000, dtype=kind)[j == moved :][:8999]] for j, kind in enumerate((torch.float32, torch.bfloat16, dtype, *[torch.float32] * 2))]
+            optimizer.gradient_norms(lists[2])
+            optimizer.adamw_(*lists, [torch.zeros(())], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
 print("clean")
 """
     done = run_sanitized(program)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from rwkvlm.ops import backend, fused
 from rwkvlm.ops.fused import cuda, native, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
-# Relative rms of each output and gradient. bf16: each is computed in fp32 and rounded once, by 2^-8 of its size at most; the dx of norm_mix twice.
+# Relative rms of each output and gradient. bf16: each is computed in fp32 and rounded once, by 2^-8 of its size at most; the dx of a wide norm_mix twice.
 TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 CASES = {
     "norm_mix": [
@@ -25,6 +27,7 @@ CASES = {
         dict(B=1, T=23, H=67, N=16),
         dict(B=1, T=51, documents=[1, 16, 1, 17, 16], state=True),
         dict(B=1, T=20, documents=[20], residual=False, mixes=1),
+        dict(B=1, T=19, H=129, N=16, state=True),  # wider than a block of norm_mix_backward
     ],
     "token_mix": [
         dict(),
@@ -75,7 +78,7 @@ def test_against_float64(device, name, sizes, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bits_again_and_in_both_schedules(device, name, request):
-    case = Case(name, T=150, device=device)
+    case = Case(name, T=150, H=9, device=device)  # more than one warp with channels
     results = []
     for reverse in (0, 1, 0):
         if device.type == "cpu":
@@ -85,8 +88,31 @@ def test_the_same_bits_again_and_in_both_schedules(device, name, request):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
-def test_more_runs_of_tokens_than_blocks_leave_sums(device):
-    case = Case("norm_mix", B=3, T=16 * 342 + 3, H=1, N=16, mixes=1, device=device)
+@pytest.mark.parametrize("mixes", [1, 6])
+@pytest.mark.parametrize("sizes", [dict(), dict(T=40, H=9, N=16, state=True), dict(B=1, T=51, documents=[1, 16, 1, 17, 16]), dict(T=1, state=True)], ids=str)
+def test_wide_norm_mix_where_shared_memory_is_small(device, sizes, mixes, request):
+    """No card is as small; the same kernel serves more than 2048 channels."""
+    if device.type != "cpu":
+        pytest.skip("emulated only")
+    library = request.getfixturevalue("block_kernels")
+    library.emulation_shared_limit(ctypes.c_size_t(2048))
+    try:
+        results = []
+        for reverse in (0, 1):
+            library.emulation_reverse(reverse)
+            results.append(Case("norm_mix", mixes=mixes, device=device, **sizes).outputs_and_gradients(fused))
+    finally:
+        library.emulation_shared_limit(ctypes.c_size_t(227 * 1024))
+    for got, want in zip(results[0], Case("norm_mix", mixes=mixes, **sizes).exact()):
+        close(got, want, TOLERANCE[FP32])
+    assert all(torch.equal(a, b) for one, two in zip(*results) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("heads", [1, 129], ids=["narrow", "wide"])
+def test_more_tokens_than_blocks_take_at_once(device, heads):
+    """Sums of several runs or many tokens, over the ends of sequences."""
+    tokens = (16 * 342 + 3 if heads == 1 else 1501) if device.type == "cuda" else (611 if heads == 1 else 40)
+    case = Case("norm_mix", B=3, T=tokens, H=heads, N=16, mixes=1, device=device)
     for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
         close(got, want, TOLERANCE[FP32])
 

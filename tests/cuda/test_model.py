@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from rwkvlm import native as build
 from rwkvlm.config import ModelConfig, model_config
@@ -15,6 +16,7 @@ from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
 from rwkvlm.ops.cross_entropy import chunked, cuda as loss_cuda, head_cross_entropy
 from rwkvlm.ops.fused import cuda as fused_cuda, native as fused_native
 from rwkvlm.ops.wkv7 import cuda as recurrence_cuda
+from rwkvlm.train.compiled import compile_blocks
 
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # relative: the gradient as a whole
 
@@ -54,7 +56,10 @@ def in_plain_pytorch(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: chunked)
 
 
-def make_model(device, dtype, config=ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32)):
+SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32)
+
+
+def make_model(device, dtype, config=SIZES):
     """No gradient is zero in it."""
     model = build_model(config)
     init_weights(model, 0)
@@ -135,3 +140,23 @@ def test_compiles_into_one_graph(device, compiler):
         both.append([x.detach(), *torch.autograd.grad(x, leaves, slopes)])
     for compiled, eager in zip(*reversed(both), strict=True):
         assert (compiled - eager).norm() <= 1e-5 * eager.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_blocks_compiled_as_for_training(device, mode):
+    """Two graphs for four blocks; with CUDA graphs the passes after the first ones are replays, each of which must see its own tokens."""
+    if device == "cpu" and mode != "default":
+        pytest.skip("CUDA graphs need a GPU")
+    torch._dynamo.reset()
+    counters.clear()
+    model, idx = make_model(device, torch.float32, SIZES.with_(n_layer=4))
+    batches = [(idx + shift) % 97 for shift in range(5)]
+    eager = [loss_and_gradient(model, idx) for idx in batches]
+    with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # what compile_blocks sets ends here
+        compile_blocks(model, mode=mode)
+        for idx, want in zip(batches, eager):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = loss_and_gradient(model, idx)
+            assert abs(got[0] / want[0] - 1) < 1e-5 and (got[1] - want[1]).norm() < 2e-5 * want[1].norm()
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]

@@ -72,8 +72,17 @@ def test_packed_documents_equal_separate_runs(kernels: Kernels) -> None:
             assert torch.equal(x, ours) or ("state" in name and one.dy.shape[1] <= 64 and (x - ours).norm() < 6e-3 * x.norm()), (name, i)
 
 
-def test_both_schedules_give_the_same_bits(kernels: Kernels) -> None:
-    case = make_case(T=600, N=32, H=1, kind="slow", segment_chunks=4)  # segments that use their buffers again, and remember it
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(T=600, N=32, H=1, kind="slow", segment_chunks=4),  # segments that use their buffers again, and remember it
+        dict(T=300, N=64, H=1, kind="slow", segment_chunks=1),  # more P than buffers
+        dict(T=97, N=128, H=1, kind="slow", segment_chunks=1),
+    ],
+    ids=str,
+)
+def test_both_schedules_give_the_same_bits(kernels: Kernels, options: dict) -> None:
+    case = make_case(**options)
     forwards, backwards = kernels.run("chunked", case), kernels.run("chunked", case, reverse=True)
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 

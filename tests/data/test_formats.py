@@ -2,12 +2,14 @@
 
 import pickle
 import random
+import time
 
 import numpy as np
 import pytest
 
 from rwkvlm.config import UserError
 from rwkvlm.data import formats
+from rwkvlm.data.binidx import BinIdx, BinIdxWriter
 from rwkvlm.data.formats import ByteTokens, NumpyTokens, TextTokens
 from rwkvlm.data.mixture import open_mixture
 from rwkvlm.data.tokenizer import load_tokenizer
@@ -100,3 +102,39 @@ def test_missing_and_empty_files(tmp_path, form):
     (tmp_path / "a").touch()
     with pytest.raises(UserError, match="a is empty"):
         form(tmp_path / "a")
+
+
+def test_a_fingerprint_is_of_the_tokens_alone(tmp_path):
+    """The same in every dtype and format; another one when a token is another, or two have changed places; only tokens that are read count."""
+    tokens = np.random.default_rng(0).integers(1, 250, size=5000)
+    (tmp_path / "bytes").write_bytes(tokens.astype(np.uint8).tobytes())
+    found = {ByteTokens(tmp_path / "bytes").fingerprint(4000)}
+    for dtype in (np.uint8, np.uint16, np.int32, np.int64):
+        with BinIdxWriter(tmp_path / "pair", dtype) as out:
+            out.add(tokens)
+        np.save(tmp_path / "x.npy", tokens.astype(dtype))
+        found |= {BinIdx(tmp_path / "pair").fingerprint(4000), NumpyTokens(tmp_path / "x.npy").fingerprint(4000)}
+    assert len(found) == 1
+    for at in (0, 1, 2047, 2048, 3999, 4000):
+        changed = tokens.copy()
+        changed[at], changed[at + 1] = changed[at + 1] + 1, changed[at]
+        np.save(tmp_path / "x.npy", changed)
+        assert (NumpyTokens(tmp_path / "x.npy").fingerprint(4000) in found) == (at == 4000)
+
+
+def test_a_fingerprint_of_a_large_file_reads_little_and_all_over_it(tmp_path):
+    n = 20 << 30  # tokens: a file of 40 GiB, most of it a hole
+    with open(tmp_path / "hole", "wb") as file:
+        file.truncate(2 * n)
+    data = ByteTokens(tmp_path / "hole")
+    before, begun = data.fingerprint(2 * n), time.process_time()
+    assert data.fingerprint(2 * n) == before and time.process_time() - begun < 5
+    for at in (0, n, 2 * n - 1):  # a block is at either end, and within n / 256 of every place
+        with open(tmp_path / "hole", "r+b") as file:
+            file.seek(min(at, 2 * n - 1))
+            file.write(b"x")
+        if at == n:
+            assert data.fingerprint(2 * n) == before  # between two blocks
+        else:
+            assert data.fingerprint(2 * n) != before
+            before = data.fingerprint(2 * n)

@@ -125,7 +125,7 @@ def test_hugging_face_tokenizer(here, capsys):
 
 GOOD = b'{"text": "good"}\n'
 BAD_LINES = [
-    (b'{"text": "cut\n', "line 2: not JSON: "),
+    (b'{"text": "cut\n', "line 2: not JSON: Unterminated string starting at column 10"),
     (b'{"text": "a"} trailing\n', "line 2: not JSON: Extra data at column 15"),
     (b'{"txt": "a"}\n', "line 2: no key 'text' (keys: txt); see --text_key"),
     (b"{}\n", "line 2: no key 'text' (keys: none)"),

@@ -46,6 +46,16 @@ def test_what_is_there_is_kept(demo):
     assert sorted(os.listdir(folder)) == before
 
 
+@pytest.mark.parametrize("held", ["rwkv-3.pth", "rwkv-final.pth", "state/latest"])
+def test_a_folder_with_a_run_or_weights_is_gone_on_with_though_rwkv_init_is_not_there(demo, shell, held):
+    """train.py would refuse to write rwkv-init.pth beside them."""
+    file = demo.root / "out/L6-D256-x070" / held
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert demo.run("demo-training-run.sh", shell).returncode == 0
+    assert [flags(call)["--train_stage"] for call in demo.calls() if call[0] == "train"] == ["3"]
+
+
 @pytest.mark.parametrize("script", ["demo-training-run.sh", "demo-training-run-v7-pile.sh"])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_train_py_takes_every_flag(demo, script, gpu):
@@ -73,6 +83,7 @@ KNOBS = {
     "BETA_2": ("0.95", "--beta2"),
     "ADAM_EPS": ("1e-8", "--adam_eps"),
     "GRAD_CP": ("1", "--grad_cp"),
+    "COMPILE": ("1", "--compile"),
     "HEAD_CHUNK": ("4096", "--head_chunk"),
     "KERNEL": ("torch", "--kernel"),
     "PRECISION": ("fp32", "--precision"),
@@ -164,6 +175,14 @@ def test_nodes(demo):
     assert demo.run("demo-training-run.sh", N_NODE="2", GPU_PER_NODE="8", NODE_RANK="1").returncode == 0
     (train,) = [call for call in demo.calls() if call[0] == "train"]
     assert (flags(train)["--num_nodes"], flags(train)["--devices"]) == ("2", "8")
+
+
+@pytest.mark.parametrize("nodes", ["x", "", "-1", "2 "])
+def test_a_number_of_nodes_that_is_none_is_one_error(demo, shell, nodes):
+    done = demo.run("demo-training-run.sh", shell, N_NODE=nodes)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: N_NODE={nodes} is not a number of nodes\n       1, 2, ...; or unset N_NODE for this machine alone\n"
+    assert [call for call in demo.calls() if "3" == flags(call).get("--train_stage")] == []
 
 
 def pile_files(demo, bin_size=664230651068):

@@ -13,6 +13,7 @@ import torch
 
 from rwkvlm.config import UserError
 from rwkvlm.ops import backend
+from rwkvlm.train import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -136,7 +137,7 @@ def test_every_step_has_items_on_a_gpu_and_in_a_rehearsal():
             assert len({item.name for item in items}) == len(items)
 
 
-@pytest.mark.parametrize("what", ["wkv7", "norm_mix", "relu_square", "loss"])
+@pytest.mark.parametrize("what", ["wkv7", "norm_mix", "relu_square", "loss", "adamw"])
 def test_kernels_are_checked_and_timed(what, capsys):
     assert gpu_kernels.main([what, *REHEARSAL]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -190,6 +191,21 @@ def test_the_step_is_checked_and_timed(capsys, monkeypatch, model):
     assert row["tokens_per_s"] > 0 and row["mfu"] is None and row["by_kernel"] and max(row["errors"].values()) < gpu_step.LIMIT
     monkeypatch.setattr(gpu_step, "LIMIT", 0.0)
     assert gpu_step.main([model, *REHEARSAL]) == 1
+
+
+def test_the_compiled_step_is_what_is_checked(capsys, monkeypatch):
+    """With blocks that give something else when they are compiled, nothing is timed. That compiled ones are right, test_compile.py in tests/train proves."""
+    asked = []
+
+    def compile_wrongly(model, mode):
+        asked.append(mode)
+        for block in model.blocks:
+            block._compiled_call_impl = lambda x, *rest, block=block: (block.forward(x, *rest)[0] * 1.5, *block.forward(x, *rest)[1:])
+
+    monkeypatch.setattr(gpu_step, "compile_blocks", compile_wrongly)
+    assert gpu_step.main(["L1-D64x2x32", *REHEARSAL, "--compile", "reduce-overhead"]) == 1
+    assert asked == ["reduce-overhead"] and "nothing is timed on wrong results" in capsys.readouterr().err
+    assert gpu.MODES == compiled.MODES
 
 
 def test_a_kernel_counts_once_and_not_for_its_operator_too():

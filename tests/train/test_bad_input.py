@@ -22,6 +22,11 @@ def copied(data: str, folder: Path) -> str:
     return str(prefix)
 
 
+def text(data, folder):
+    (folder / "my.data.jsonl").write_text('{"text": "x"}\n')
+    return dict(data_file=folder / "my.data.jsonl")
+
+
 def truncated(data, folder):
     prefix = copied(data, folder)
     bin_path(prefix).write_bytes(bin_path(prefix).read_bytes()[:-100])
@@ -82,6 +87,8 @@ def regular_file(folder: Path) -> Path:
 CASES = {
     "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
     "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
+    "a text as data": (text, "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one of a text, then give {folder}/my"),
+    "the .bin as data": (lambda d, f: dict(data_file=f"{d}.bin"), "tiny.bin.idx does not exist; give {data}, without .bin"),
     "truncated .bin": (truncated, "data.bin is truncated:"),
     "truncated .idx": (cut_index, "copy or make it again"),
     "token >= vocab_size": (large_token, "holds token 300 at position 1234, outside the vocabulary (--vocab_size 256)"),
@@ -116,13 +123,15 @@ CASES = {
     "proj_dir is a file": (lambda d, f: dict(proj_dir=regular_file(f)), "cannot be written: "),
     "stage 1 over a run": (lambda d, f: held(f, "rwkv-3.pth") | dict(train_stage=1), "would overwrite the run in"),
     "stage 0 over a run": (lambda d, f: held(f, "rwkv-3.pth") | NEW, "continue it with --train_stage 3"),
-    "stage 0 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | NEW, "(it holds rwkv-final.pth)"),
+    "stage 0 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | NEW, "(it holds rwkv-final.pth: it is finished); train it longer with --train_stage 3 and a larger"),
+    "stage 1 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | dict(train_stage=1), "(it holds rwkv-final.pth: it is finished); train it"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
     make, said = CASES[case]
+    said = said.replace("{folder}", str(tmp_path)).replace("{data}", data)
     flags = dict(proj_dir=tmp_path / "out") | make(data, tmp_path)
     assert run(flags.pop("proj_dir"), **flags) == 2
     out, err = capfd.readouterr()
@@ -152,7 +161,7 @@ def test_another_order_of_the_data_is_not_mixed_into_a_run(run, tmp_path, capfd)
     assert "leave --n_layer out to take it from there, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
     assert run(tmp_path / "out", data_file=f"{run.data}.val") == 2
     err = capfd.readouterr().err
-    assert f"--data_file {run.data}.val means magic_prime 59, but" in err and "; use the --data_file of that run, or another --proj_dir" in err
+    assert f"--data_file {run.data}.val means magic_prime 59, but" in err and "; use the data of that run, or another --proj_dir" in err
     assert run(tmp_path / "out", magic_prime=593) == 2
     assert "--magic_prime is 593, but" in capfd.readouterr().err
 

@@ -1,6 +1,10 @@
 """Runs on several files and on data that are not binidx: what they say, that they resume exactly, what they refuse."""
 
+import json
+import os
 import random
+import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -34,7 +38,7 @@ def test_a_mixture_resumes_to_the_same_losses(run, mixed, losses, tmp_path, capf
     capfd.readouterr()
     assert run(tmp_path / "parts", data_file=mixed.replace("0.7", "0.6")) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and f"--data_file {mixed.replace('0.7', '0.6')} means 269 chunks x 2/3, 317 chunks x 1/3, but" in err and "use the --data_file of that run" in err
+    assert err.count("\n") == 1 and f"--data_file {mixed.replace('0.7', '0.6')} means 269 chunks x 2/3, 317 chunks x 1/3, but" in err and "use the data of that run" in err
     assert run(tmp_path / "parts", data_file=a) == 2
     assert f"--data_file {a} means magic_prime 269, but" in capfd.readouterr().err
 
@@ -69,3 +73,76 @@ def test_numpy_gives_the_run_of_the_same_tokens(run, data, losses, whole, tmp_pa
     np.save(tmp_path / "tokens.npy", BinIdx(data).tokens.astype(np.int64))
     assert run(tmp_path / "out", data_file=tmp_path / "tokens.npy", data_type="numpy", max_steps=4) == 0
     assert losses(tmp_path / "out") == losses(whole)[:4]
+
+
+def swapped(prefix: str, folder) -> str:
+    """The same documents in another order: as many tokens, so the same magic_prime."""
+    data = BinIdx(prefix)
+    with BinIdxWriter(folder / "swapped", data.dtype) as out:
+        for i in reversed(range(data.n_docs)):
+            out.add(data.doc(i))
+    return str(folder / "swapped")
+
+
+def test_other_tokens_of_the_same_length_are_not_mixed_into_a_run(run, data, losses, whole, tmp_path, capfd):
+    own = str(tmp_path / "own")
+    for end in (".bin", ".idx"):
+        shutil.copyfile(data + end, own + end)
+    assert run(tmp_path / "out", data_file=own, max_steps=2) == 0
+    other = swapped(data, tmp_path)
+    capfd.readouterr()
+    for file, name in ((other, f" (then {own})"), (own, "")):
+        if file == own:
+            shutil.copyfile(other + ".bin", own + ".bin")
+        assert run(tmp_path / "out", data_file=file) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and err == (
+            f"error: --data_file: {file} does not hold the tokens that {tmp_path}/out/state/step2 was trained with{name}: the order of the data would break; "
+            "use the data of that run, or another --proj_dir with --load_model to begin anew\n"
+        )
+    assert run(tmp_path / "new", data_file=other, load_model=tmp_path / "out" / "rwkv-init.pth", max_steps=1) == 0, "the cure"
+    moved = str(tmp_path / "moved")
+    with BinIdxWriter(moved, np.int32) as file:  # other files, another dtype, younger: the same tokens
+        for i in range(BinIdx(data).n_docs):
+            file.add(BinIdx(data).doc(i))
+    assert run(tmp_path / "out", data_file=moved, max_steps=2) == 0
+    os.utime(f"{data}.bin")
+    assert run(tmp_path / "out", max_steps=2) == 0
+    assert losses(tmp_path / "out") == losses(whole)[:6]
+
+
+def test_a_state_that_does_not_say_what_its_data_were_is_resumed_with_a_line(run, data, tmp_path, capfd):
+    assert run(tmp_path / "out", max_steps=1) == 0
+    manifest = tmp_path / "out" / "state" / "step1" / "manifest.json"
+    sealed = json.loads(manifest.read_text())
+    del sealed["content"]["meta"]["data"]
+    manifest.write_text(json.dumps({"content": sealed["content"], "crc32": zlib.crc32(json.dumps(sealed["content"], sort_keys=True).encode())}))
+    said = f"state/step1 is of an older version, which did not note what its data hold: whether --data_file {data} is what it was is not checked\n"
+    capfd.readouterr()
+    for line in (True, False):
+        assert run(tmp_path / "out", max_steps=1) == 0
+        err = capfd.readouterr().err
+        assert (said in err) == line
+    assert run(tmp_path / "out", data_file=swapped(data, tmp_path)) == 2
+
+
+def test_each_file_of_a_mixture_is_known_by_what_it_holds(run, data, tmp_path, capfd):
+    for name, seed in (("a", 1), ("b", 2)):
+        with BinIdxWriter(tmp_path / name) as out:
+            out.add(np.random.default_rng(seed).integers(1, 256, size=9000))
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run(tmp_path / "out", data_file=f"{a},{b}", max_steps=1) == 0
+    capfd.readouterr()
+    assert run(tmp_path / "out", data_file=f"{b},{a}") == 2
+    assert f"--data_file: {b} does not hold the tokens that {tmp_path}/out/state/step1 was trained with (then {a}): " in capfd.readouterr().err
+    assert run(tmp_path / "out", data_file=f"{a},{b}", max_steps=1) == 0
+
+
+def test_other_ends_of_documents_count_where_the_model_begins_anew_with_each(run, data, tmp_path, capfd):
+    with BinIdxWriter(tmp_path / "one") as out:
+        out.add(BinIdx(data).tokens)
+    assert run(tmp_path / "out", max_steps=1) == 0
+    assert run(tmp_path / "out", data_file=tmp_path / "one", max_steps=1) == 0, "nothing depends on them"
+    capfd.readouterr()
+    assert run(tmp_path / "out", doc_reset=1, kernel="torch") == 2
+    assert f"{data} divides its tokens into 20 documents, and {tmp_path}/out/state/step2 was trained with 1 (then {tmp_path}/one): " in capfd.readouterr().err

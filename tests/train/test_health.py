@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.data.dataset import TrainingSamples
 from rwkvlm.data.sampler import magic_prime
+from rwkvlm.train import health as watching
 from rwkvlm.train.health import Health
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.position import Position
@@ -35,7 +37,7 @@ def moments(out: Path) -> dict:
     return torch.load(next((out / "state").glob("step*/rank00000.pt")))["tensors"]
 
 
-@pytest.mark.parametrize("flags", [dict(precision="fp32"), dict(precision="bf16"), dict(precision="fp32", accumulate_grad_batches=2, micro_bsz=2)], ids=str)
+@pytest.mark.parametrize("flags", [dict(precision="fp32"), dict(precision="bf16"), dict(precision="fp32", accumulate_grad_batches=2, micro_bsz=2), pytest.param(dict(precision="bf16", accumulate_grad_batches=2, micro_bsz=2, kernel="auto", compile=1), marks=pytest.mark.slow)], ids=str)
 def test_a_step_that_is_not_finite_changes_nothing(run, losses, records, tmp_path, monkeypatch, capsys, flags):
     """Sample 18 belongs to step 5: weights and Adam's moments after it are bit for bit those before it."""
     assert run(tmp_path / "out", **flags, max_steps=4) == 0
@@ -184,6 +186,22 @@ def test_a_spike_after_a_spike_goes_to_the_snapshot_before():
     assert [said["undone_to"] for _, said, _, _ in (first, second, third)] == [60, 50, 50]
     assert [weight for _, _, weight, _ in (first, second, third)] == [60, 50, 50]
     assert third[3].in_a_row == 3 and third[3].position.undone == 3
+
+
+def test_two_snapshots_are_in_memory_at_most(monkeypatch):
+    """Also while a third one is being made."""
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(watching.Snapshot):
+        def __init__(self, *args) -> None:
+            alive.add(self)
+            most.append(len(alive))
+            super().__init__(*args)
+
+    monkeypatch.setattr(watching, "Snapshot", Counted)
+    for _ in watched([3.0] * 60):
+        pass
+    assert most == [1] + [2] * 6
 
 
 def test_no_spike_while_the_loss_falls_fast_or_before_the_window():

@@ -66,7 +66,7 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen, log: Path) 
 @pytest.mark.parametrize(
     "victim, signum, said",
     [
-        (1, signal.SIGKILL, r"error: rank 1 \(\S+, process \d+\) was killed by SIGKILL; the same command goes on"),
+        (1, signal.SIGKILL, r"error: rank 1 \(\S+, process \d+\) was killed by SIGKILL; the same command goes on from the last training state\n"),
         pytest.param(0, signal.SIGKILL, r"error: rank 0 \(\S+, process \d+\) died", marks=pytest.mark.slow),
         pytest.param(1, signal.SIGSTOP, r"error: rank 1 \(\S+, process \d+\) (has not answered|did not answer) for 15 s \(--dist_timeout\)", marks=pytest.mark.slow),
         pytest.param(0, signal.SIGSTOP, r"error: rank 0 \(\S+, process \d+\) (has not answered|did not answer) for 15 s \(--dist_timeout\)", marks=pytest.mark.slow),
@@ -92,9 +92,9 @@ def test_a_process_that_ends_before_it_has_begun_is_named(run, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('LOCAL_RANK') == '1': os._exit(7)\n")
     log = tmp_path / "log"
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **TWO)], log, PYTHONPATH=path)
+    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **TWO, train_stage=0)], log, PYTHONPATH=path)
     assert process.wait(240) == 1
-    assert re.search(r"error: rank 1 \(process \d+\) ended with exit code 7; ", log.read_text()), log.read_text()
+    assert re.search(r"error: rank 1 \(process \d+\) ended with exit code 7; the same command with --train_stage 3 goes on from the last ", log.read_text()), log.read_text()
 
 
 @pytest.mark.slow

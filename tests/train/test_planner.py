@@ -34,8 +34,10 @@ def parameters(sizes: ModelConfig) -> int:
     "flags, run, parts",
     [
         (dict(precision="fp32"), Launch("gpu", 1, 1, "auto"), (4, 4, 8)),
-        (dict(precision="bf16"), Launch("gpu", 1, 1, "auto"), (2, 4, 12)),
-        (dict(precision="bf16"), Launch("gpu", 8, 1, "ddp"), (2, 6, 12)),
+        (dict(precision="bf16"), Launch("gpu", 1, 1, "auto"), (2, 2, 12)),
+        (dict(precision="bf16", accumulate_grad_batches=2), Launch("gpu", 1, 1, "auto"), (2, 4, 12)),
+        (dict(precision="bf16"), Launch("gpu", 8, 1, "ddp"), (2, 4, 12)),
+        (dict(precision="bf16", accumulate_grad_batches=2), Launch("gpu", 8, 1, "ddp"), (2, 6, 12)),
         (dict(precision="bf16"), Launch("gpu", 4, 2, "deepspeed_stage_1"), (2, 6, 1.5)),
         (dict(precision="bf16", ds_bucket_mb=1), Launch("gpu", 4, 2, "deepspeed_stage_2"), (2, 0.5, 1.5)),
         (dict(precision="bf16", ds_bucket_mb=1), Launch("gpu", 4, 2, "deepspeed_stage_3"), (2.25, 0.5, 1.5)),
@@ -63,6 +65,23 @@ def test_activations_are_those_that_autograd_keeps():
         model.features(torch.zeros(3, 192, dtype=torch.int64))
     real = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
     assert 3 * 192 * (found.outside + 4 * found.block) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "flags, run, parts",
+    [
+        (dict(), Launch("cpu", 2, 1, "ddp"), 0),
+        (dict(spike_guard=8.0), Launch("cpu", 1, 1, "auto"), 24),
+        (dict(spike_guard=8.0), Launch("cpu", 2, 1, "ddp"), 24),
+        (dict(spike_guard=8.0), Launch("cpu", 2, 1, "deepspeed_stage_1"), 12),
+        (dict(spike_guard=8.0), Launch("gpu", 1, 1, "auto"), 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_snapshots_of_the_spike_guard_are_counted_where_they_lie_in_the_memory_that_is_told(flags, run, parts, precision):
+    memory = estimate(SIZES, TrainConfig(precision=precision, **flags), run, Activations(0, 0), 0)
+    assert memory.snapshots == parts * parameters(SIZES) and ("snapshots" in str(memory)) == bool(parts)
 
 
 def test_less_with_grad_cp_and_with_smaller_batches():
@@ -148,6 +167,7 @@ CONFIGURATIONS = {
     "grad_cp": dict(precision="bf16", n_layer=6, vocab_size=8192, micro_bsz=16, grad_cp=1),
     "wide": dict(precision="fp32", n_embd=512, micro_bsz=8),
     "two processes": dict(precision="bf16", vocab_size=8192, micro_bsz=8, devices=2),
+    "spike_guard": dict(precision="bf16", vocab_size=65536, micro_bsz=4, spike_guard=8.0, spike_snapshot=1),
     "ZeRO-2": dict(precision="bf16", vocab_size=16384, micro_bsz=8, devices=2, strategy="deepspeed_stage_2"),
     "ZeRO-3": dict(precision="fp32", vocab_size=16384, micro_bsz=8, devices=2, strategy="deepspeed_stage_3"),
 }

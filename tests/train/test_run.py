@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.train.logs.metrics import Metrics
+from rwkvlm.train.module import TrainModule
 from rwkvlm.train.run import PlannedModule
 
 
@@ -110,9 +112,38 @@ def test_signals_save_and_stop(run, whole, losses, tmp_path, monkeypatch, capsys
         assert run(tmp_path / "out") == code
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert (tmp_path / "out" / "state" / "latest").read_text() == "step7"
-    assert "the same command goes on from it" in capsys.readouterr().err
+    assert f"stopped by {name} at step 7; the training state is saved, the same command goes on from it" in capsys.readouterr().err
     assert run(tmp_path / "out") == 0
     assert losses(tmp_path / "out") == losses(whole)
+
+
+@pytest.mark.parametrize("stage, goes_on", [(0, "the same command with --train_stage 3"), (3, "the same command")])
+@pytest.mark.parametrize("kind", ["GPU", "CPU", "numpy"])
+def test_memory_that_runs_out_is_one_line(run, tmp_path, monkeypatch, capsys, kind, stage, goes_on):
+    def loss(self, batch, grad_cp=False):
+        if kind == "GPU":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of it")
+        return torch.empty(10**15) if kind == "CPU" else np.empty(10**15)
+
+    monkeypatch.setattr(TrainModule, "loss", loss)
+    assert run(tmp_path / "out", train_stage=stage) == 1
+    err = capsys.readouterr().err
+    line = r"error: out of memory: [^\n]*allocate[^\n]*; --dry_run tells what fits \(less --micro_bsz, or --grad_cp 1\), and {} goes on\n"
+    assert re.fullmatch(line.format(goes_on), err), err
+
+
+def test_an_error_of_another_kind_keeps_its_traceback(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainModule, "loss", lambda self, batch, grad_cp=False: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "out")
+
+
+def test_mini_epochs_of_another_size_are_said(run, tmp_path, capsys):
+    assert run(tmp_path / "out", max_steps=22, epoch_samples=40) == 0
+    assert run(tmp_path / "out", max_steps=1, epoch_samples=20) == 0
+    said = "--epoch_samples 20 from here on, and 40 before: mini-epochs and rwkv-{n}.pth are counted anew, step 22 is in mini-epoch 4\n"
+    assert said in capsys.readouterr().err
+    assert run(tmp_path / "out", max_steps=1, epoch_samples=20) == 0 and "--epoch_samples" not in capsys.readouterr().err
 
 
 def test_the_line_of_a_stop_is_true_without_a_train_stage_too(run, tmp_path, monkeypatch, capsys):

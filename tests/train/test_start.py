@@ -54,6 +54,16 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
     assert start.fresh and start.path == tmp_path / "rwkv-init.pth" and start.warmup_steps == 0 and start.model.n_embd == 32
 
 
+@pytest.mark.parametrize("flags", [{}, {"load_model": "rwkv-final.pth"}])
+def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
+    """Someone has kept it and deleted the rest. With anything else to go on from it is an earlier end of this run."""
+    final = put(tmp_path, "rwkv-final.pth")
+    with pytest.raises(UserError, match=f"nothing to go on from in {tmp_path} but rwkv-final.pth, which a new run would overwrite; .* --load_model {final} to train it further"):
+        find_start(config(tmp_path, **flags), 101)
+    put(tmp_path, "rwkv-0.pth")
+    assert find_start(config(tmp_path, **flags), 101).path == tmp_path / "rwkv-0.pth"
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_load_model_and_epoch_begin(tmp_path, stage):
     path = put(tmp_path, "other.pth")
@@ -106,6 +116,23 @@ def test_the_official_prepare_script_needs_neither_gpu_nor_deepspeed(run, tmp_pa
     flags = dict(train_stage=1, precision="bf16", strategy="deepspeed_stage_2", grad_cp=1, epoch_count=1, adam_eps=1e-8)
     assert run(tmp_path / "out", **flags) == 0 and run(tmp_path / "out", **flags) == 0  # again: an untrained file may be replaced
     assert (tmp_path / "out" / "rwkv-init.pth").exists()
+
+
+def test_a_dry_run_of_stage_1_checks_all_and_leaves_nothing(run, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("abc" * 1000)
+    flags = dict(train_stage=1, dry_run=True, data_file=tmp_path / "text.txt", data_type="utf-8", vocab_size=None)
+    assert run(tmp_path / "not" / "yet", **flags) == 0
+    assert f"would write {tmp_path}/not/yet/rwkv-init.pth: x070 L2 D64, 0." in capsys.readouterr().out
+    assert run(tmp_path / "not" / "yet", **flags | dict(vocab_size=3)) == 2 and run(tmp_path / "not" / "yet", **flags | dict(load_model=tmp_path / "text.txt")) == 2
+    assert [*tmp_path.rglob("*")] == [tmp_path / "text.txt"]
+
+
+def test_stage_1_takes_the_sizes_of_the_weights_that_it_copies(run, tmp_path):
+    path = put(tmp_path, "other.pth", vocab_size=256)
+    sizes = dict.fromkeys(("n_layer", "n_embd", "head_size", "vocab_size"))
+    assert run(tmp_path / "out", train_stage=1, load_model=path, **sizes) == 0
+    made, given = torch.load(tmp_path / "out" / "rwkv-init.pth"), torch.load(path)
+    assert made.keys() == given.keys() and all(torch.equal(made[name], given[name]) for name in given)
 
 
 def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch):

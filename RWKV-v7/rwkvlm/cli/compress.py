@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..checkpoint.place import check_file
 from ..compress import compress_file, report_lines
 from ..config import UserError
 from .flags import Parser
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--report", type=Path, default=None, help="write the figures here as JSON too")
     args = parser.parse_args(argv)
 
+    if args.report is not None:
+        check_file(args.report, "--report")
     report = compress_file(args.model, args.out, args.svd_rank_ratio, args.sparsity_ratio, args.data, args.ctx_len, args.samples)
     print("\n".join(report_lines(report)))
     if args.report is not None:

@@ -139,13 +139,14 @@ def kernel_adamw() -> str:
     from ..ops import adamw
     from ..ops.adamw import reference
 
-    def answers(form, dtype: torch.dtype) -> list:
-        master, grad, average, square = (_random(33, 65, seed=n).to(dtype) for n in range(4))
-        form.adamw_([master], [], [grad], [average], [square.square_()], [torch.tensor(7.0)], None, None, 0.5, 0.9, 0.99, 1e-18, 0.1)
-        return [master, average, square, form.gradient_norms([grad])]
+    def answers(form, dtype: torch.dtype, device: torch.device) -> list:
+        master, grad, average, square = (_random(33, 65, seed=n).to(device, dtype) for n in range(4))
+        form.adamw_([master], [], [grad], [average], [square.square_()], [torch.tensor(7.0, device=device)], None, None, 0.5, 0.9, 0.99, 1e-18, 0.1)
+        return [t.cpu() for t in (master, average, square, form.gradient_norms([grad]))]
 
-    device = torch.device("cpu")  # on a GPU torch's own step runs
-    return _compared("adamw", adamw.backend_for(device), device, answers(adamw, torch.float32), answers(reference, torch.float64))
+    device = _device()
+    made_by, wanted = adamw.backend_for(device), answers(reference, torch.float64, torch.device("cpu"))
+    return _compared("adamw", made_by, device, answers(adamw, torch.float32, device), wanted)
 
 
 def kernel_rwkv7_step() -> str:

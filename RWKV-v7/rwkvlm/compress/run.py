@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.place import check_file
 from ..checkpoint.pth import load_weights, read_config, save_weights
 from ..config import ModelConfig, UserError
 from ..models import count_parameters
 from ..train.flops import flops_per_token
 from . import measure
 from .sparsity import remove_units, units_left
-from .svd import factorise_matrices
+from .svd import check_ratio, factorise_matrices
 
 
 def compress_file(
@@ -22,7 +23,8 @@ def compress_file(
 
     svd_rank_ratio in (0, 1] and sparsity_ratio in [0, 1): svd.py and sparsity.py; 1 and 0 change nothing, to the bit. data: prefix of a
     .bin/.idx pair, of which `samples` sequences of ctx_len tokens say how much each hidden unit matters, and as many of DATA.val (of DATA
-    where there is none) what the model loses. Raises UserError for what does not fit.
+    where there is none) what the model loses. Raises UserError for what does not fit, before the
+    long work wherever it can be known.
     """
     path, out = Path(path), Path(out)
     if out.exists() and path.exists() and os.path.samefile(path, out):
@@ -30,8 +32,11 @@ def compress_file(
     for name, value in (("ctx_len", ctx_len), ("samples", samples)):
         if value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
+    check_file(out, "--out")
+    check_ratio(svd_rank_ratio)
     weights = load_weights(path)
     config = read_config(weights)
+    units_left(config, sparsity_ratio)
     model = measure.load(path)  # refuses a file that does not fit together
     activity, losses = None, {}
     if data:

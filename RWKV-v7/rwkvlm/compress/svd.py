@@ -24,6 +24,11 @@ def rank_for(ratio: float, inputs: int, outputs: int) -> int:
     return rank if ratio < 1 and rank * (inputs + outputs) < inputs * outputs else 0
 
 
+def check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise UserError(f"--svd_rank_ratio {ratio} must lie in (0, 1]; 1 leaves every matrix in one piece")
+
+
 @torch.no_grad()
 def factorise_matrices(weights: Weights, config: ModelConfig, ratio: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The large matrices of all blocks as two factors, wherever that is smaller than the form in which they are.
@@ -31,8 +36,7 @@ def factorise_matrices(weights: Weights, config: ModelConfig, ratio: float) -> t
     ratio in (0, 1]: of a dense matrix's parameters, that is of the rank at which two factors are as large as it; 1 changes nothing.
     Returns the weights, and for each matrix that has changed the relative Frobenius error, root mean square over the blocks.
     """
-    if not 0 < ratio <= 1:
-        raise UserError(f"--svd_rank_ratio {ratio} must lie in (0, 1]; 1 leaves every matrix in one piece")
+    check_ratio(ratio)
     smaller, errors, ranks = dict(weights), {}, config.rank_of()
     for name, (inputs, outputs) in config.parts().items():
         rank = rank_for(ratio, inputs, outputs)

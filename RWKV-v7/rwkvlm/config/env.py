@@ -24,6 +24,11 @@ def cxx() -> str:
     return os.environ.get("CXX", "g++")
 
 
+def cc() -> str:
+    """CC: the C compiler of triton, which otherwise looks for gcc and clang."""
+    return os.environ.get("CC", "gcc")
+
+
 def cxx_flags() -> list[str]:
     """RWKV_CXXFLAGS: further compiler flags for the native kernels, for example -fsanitize=address,undefined."""
     return os.environ.get("RWKV_CXXFLAGS", "").split()

@@ -116,6 +116,7 @@ class TrainConfig:
     precision: str = flag("bf16", "number format of weights and activations (bf16, fp16: with fp32 master weights); auto: the faster of bf16 and fp32 here", PRECISIONS)
     strategy: str = flag("auto", "how the training is spread over devices", STRATEGIES)
     grad_cp: int = flag(0, "1: recompute activations in the backward pass (less memory, slower)")
+    compile: int = flag(0, "1: the blocks through torch.compile; not with deepspeed_stage_3, test-time training and plain PyTorch's wkv7")
     head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
     kernel: str = flag("", 'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is', KERNELS)
     ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB")
@@ -170,12 +171,15 @@ class TrainConfig:
         for name in ("dim_att", "dim_ffn", "n_layer", "n_embd", "vocab_size", "head_size", "magic_prime", "epoch_begin", "epoch_save",
                      "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "spike_guard", "lr_init", "lr_final", "adam_eps"):
             self._at_least(name, 0)
+        self._at_least("my_exit_tokens", 0)
+        for name in ("warmup_steps", "random_seed"):
+            self._at_least(name, -1)
         self._at_least("ds_bucket_mb", 1)
         if self.dist_timeout <= 0:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
-        for name in ("grad_cp", "tensorboard", "doc_reset", "load_partial"):
+        for name in ("grad_cp", "compile", "tensorboard", "doc_reset", "load_partial"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:

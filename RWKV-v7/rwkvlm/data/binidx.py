@@ -140,6 +140,16 @@ class Index:
         return first // self.dtype.itemsize, last // self.dtype.itemsize
 
 
+def _cure(given: Path) -> str:
+    """What to give instead of a path that is no prefix of a pair."""
+    if given.suffix in (".bin", ".idx") and idx_path(given.with_suffix("")).is_file():
+        return f"give {given.with_suffix('')}, without {given.suffix}"
+    if given.is_file():
+        prefix = given.with_name(given.name.partition(".")[0])
+        return f"{given} is a text or something else, not a pair of tokens: python make_data.py {given} 1 512 --out {prefix} makes one of a text, then give {prefix}"
+    return "give the path without .bin/.idx of a pair made by make_data.py"
+
+
 class BinIdx(Tokens):
     """A pair of files, memory-mapped and read-only; `prefix` is their path without .bin / .idx.
 
@@ -154,7 +164,7 @@ class BinIdx(Tokens):
         self.bin_path = self.file = bin_path(prefix)
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise UserError(f"data file {path} does not exist; give the path without .bin/.idx of a pair made by make_data.py")
+                raise UserError(f"data file {path} does not exist; {_cure(Path(prefix))}")
         try:
             self.index = Index(self.idx_path, check)
             self.tokens = self._map()

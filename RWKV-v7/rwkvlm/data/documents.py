@@ -347,7 +347,7 @@ def _text_of(line: bytes, text_key: str) -> bytes:
         except UnicodeDecodeError as error:
             raise UserError(f"invalid UTF-8 at byte {error.start} of the line") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"not JSON: {error.msg} at column {error.colno}") from None
+            raise UserError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
         except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
             raise UserError(f"not JSON that can be read: {error}") from None
     if not isinstance(record, dict):

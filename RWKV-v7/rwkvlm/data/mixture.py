@@ -155,6 +155,12 @@ class Mixture:
     def chunks(self) -> int:
         return sum(part.prime for part in self.parts)
 
+    def identity(self) -> list[dict[str, object]]:
+        """What a training state remembers of each file: the tokens that are read of it, as a hash, and its documents; the name is for people."""
+        return [
+            {"file": part.data.prefix, "tokens": part.data.fingerprint(part.prime * self.ctx_len + 1), "documents": part.data.n_docs} for part in self.parts
+        ]
+
     def samples(self, vocab_size: int) -> Samples:
         """In their order, without end; a token outside the vocabulary is a UserError. len() is the number of chunks in all files."""
         each = [TrainingSamples(part.data, self.ctx_len, part.prime, vocab_size) for part in self.parts]

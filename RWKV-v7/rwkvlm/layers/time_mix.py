@@ -33,7 +33,7 @@ class TimeMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
         super().__init__()
         C, H, N = config.n_embd, config.n_head, config.head_size
-        self.layer, self.n_head, self.head_size = layer, H, N
+        self.first, self.n_head, self.head_size = layer == 0, H, N
 
         def vector() -> nn.Parameter:
             return nn.Parameter(torch.empty(1, 1, C))
@@ -87,7 +87,7 @@ class TimeMix(nn.Module):
         w = torch.tanh(xw @ self.w1) @ self.w2
         a = xa @ self.a1 @ self.a2
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if self.layer == 0:
+        if self.first:
             residual, v0, v_first = (None, None), None, v
         else:
             residual, v0 = (v_first, xv @ self.v1 @ self.v2), self.v0

@@ -20,9 +20,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
         super().__init__()
         C = config.n_embd
-        self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(C)
+        self.n_head, self.head_size = config.n_head, config.head_size
+        self.ln0 = nn.LayerNorm(C) if layer == 0 else None  # and no number of the layer: torch.compile takes modules that look alike for one
         self.ln1 = NormMix(C)
         self.ln2 = NormMix(C)
         self.att = TimeMix(config, layer, linear, ttt)
@@ -35,7 +34,7 @@ class Block(nn.Module):
         self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, BlockState | None]:
         """x: [B, T, C] residual stream; v_first: [B, T, C] block 0's value. Returns x, v_first and the new state or None."""
-        if self.layer == 0:
+        if self.ln0 is not None:
             x = self.ln0(x)
         return self.mix(x, v_first, state, return_state, packed)
 

@@ -52,7 +52,7 @@ class PhantomBlock(Block):
     def forward(
         self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[PhantomState] | None = None, return_state: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, list[PhantomState] | None]:
-        if self.layer == 0:
+        if self.ln0 is not None:
             x = self.ln0(x)
         new_state = []
         for i in range(self.passes):

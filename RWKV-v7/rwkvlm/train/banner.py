@@ -21,6 +21,7 @@ def describe(plan: Plan) -> dict[str, str]:
         parameters = count_parameters(build(model))
     heads = f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"
     held_out = f"held out {plan.held_out.name}" if plan.held_out is not None else "nothing held out"
+    left = schedule.steps_left(plan.tokens)
     mini_epochs = -(-schedule.exit_tokens // (config.ctx_len * config.epoch_samples))
     accumulated = f" x {config.accumulate_grad_batches} accumulated" if config.accumulate_grad_batches > 1 else ""
     devices = f"{f'{run.num_nodes} nodes x ' if run.num_nodes > 1 else ''}{run.devices} {run.accelerator}"
@@ -33,9 +34,9 @@ def describe(plan: Plan) -> dict[str, str]:
         "data": f"{_files(plan)}, {held_out}",
         "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
-        "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epochs, {rate}, warm-up {schedule.warmup_steps} steps",
-        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}, wkv7 in {KERNELS[plan.kernel]}",
-        "start": f"{plan.start}; {schedule.steps_left(plan.tokens):,} steps to go",
+        "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epoch{'s' * (mini_epochs != 1)}, {rate}, warm-up {schedule.warmup_steps} steps",
+        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}, wkv7 in {KERNELS[plan.kernel]}",
+        "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go",
         "output": f"{plan.proj_dir}",
     }
 

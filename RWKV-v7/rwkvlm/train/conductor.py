@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from .module import TrainModule
 from .plan import Plan, checked
 from .saver import Saver
 from .signals import Agreement, Signals
-from .start import FINAL_NAME
+from .start import FINAL_NAME, what_goes_on
 from .validation import Validation
 from .watch import Watch
 
@@ -136,7 +137,6 @@ class Conductor(pl.Callback):
         self.meter.close()
         self.signals.restore()
         if self.exit_code:
-            stage = "" if self.plan.config.train_stage >= 2 else " with --train_stage 3"  # the others refuse to overwrite a run
-            say(f"stopped by signal {self.exit_code - 128} at step {self.position.step}; the training state is saved, the same command{stage} goes on from it")
+            say(f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; the training state is saved, {what_goes_on(self.plan.config)} goes on from it")
         elif not self.plan.schedule.finished(self.position.samples * self.plan.config.ctx_len):
             say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")

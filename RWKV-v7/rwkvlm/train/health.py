@@ -19,6 +19,7 @@ from .plan import Plan
 from .position import Position
 
 WINDOW = 50  # steps over which mean and variance of the loss run, and before which nothing is called a spike
+SNAPSHOTS = 2  # kept in host memory
 LEAST_SPREAD = 0.01  # of the mean: a deviation that is never rare
 
 
@@ -52,7 +53,7 @@ class Health:
         self.guarded = plan.config.spike_guard > 0
         self.in_a_row = 0
         self.last_ill = (0, 0)
-        self._snapshots: deque[Snapshot] = deque(maxlen=2)
+        self._snapshots: deque[Snapshot] = deque()
         self.keep()
 
     @property
@@ -71,6 +72,8 @@ class Health:
     def keep(self) -> None:
         """At the beginning and after every step: what spikes go back to, when it is time for that and the step was well."""
         if self.guarded and not self.in_a_row and (not self._snapshots or self.position.step % self.plan.config.spike_snapshot == 0):
+            if len(self._snapshots) == SNAPSHOTS:
+                self._snapshots.popleft()  # first, so that there are never three
             self._snapshots.append(Snapshot(self.position, self.model, self.optimizer))
 
     def judge(self, step: int, samples: int, loss: float, norm: float | None, by_part: dict[str, float] | None) -> dict[str, object]:

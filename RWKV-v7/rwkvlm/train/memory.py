@@ -3,11 +3,13 @@
 Terms, for P trained parameters, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
 
     parameters   b P; ZeRO-3: b P / W, and whole in turn, of which up to a thousand million stay
-    gradients    one device, DDP: 4 P and DDP's buckets, b P.  ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
+    gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P.  ZeRO-1: 4 P, and in bf16 b P.
+                 ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
     activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
     saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 P (weights, the first process)
+    snapshots    on a CPU: those that --spike_guard goes back to, 12 P each; ZeRO: 12 P / W (on a GPU they lie in the host's memory, which is not told)
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 
 from .. import models
 from ..config import ModelConfig, TrainConfig
+from .health import SNAPSHOTS
 from .strategy import DTYPES, Launch
 
 PROBED_TOKENS = 64
@@ -37,6 +40,7 @@ class Memory:
     activations: int
     head: int
     saving: int
+    snapshots: int
 
     @property
     def total(self) -> int:
@@ -99,7 +103,9 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
     tokens = config.micro_bsz * config.ctx_len
 
     bucket = min(P, config.ds_bucket_mb * 1_000_000)
-    gradients = {0: 4 * P + (b * P if W > 1 else 0), 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[stage]
+    # No kernel of the optimizer copies gradients; plain PyTorch does, 4 P when the activations are gone. W > 1: DDP's buckets.
+    each = (b if config.accumulate_grad_batches == 1 else 4) * P
+    gradients = {0: each + b * P * (W > 1), 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[stage]
     optimizer = 12 * P // W if stage else (8 if b == 4 else 12) * P
     kept = activations.outside * tokens
     if config.grad_cp:
@@ -116,4 +122,5 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
         activations=int(kept),
         head=head,
         saving=12 * P // W + 2 * P if cpu else 0,
+        snapshots=SNAPSHOTS * 12 * P // (W if stage else 1) if cpu and config.spike_guard else 0,
     )

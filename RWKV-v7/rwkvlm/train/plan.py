@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import ranks
+from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
 from ..config import TrainConfig, UserError, env
 from ..data.binidx import idx_path
@@ -22,11 +22,13 @@ from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
 from ..ops.wkv7 import backend_for
+from .compiled import check_compile
 from .freeze import check_freeze
 from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype
 
+TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
 DEVICE = {"gpu": "cuda", "cpu": "cpu"}
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
 
@@ -40,6 +42,7 @@ class Plan:
     kernel: str
     start: Start
     data: Mixture
+    identity: list[dict] | None  # of the data (Mixture.identity), as token_ranges
     samples: Samples
     held_out: Samples | None
     token_ranges: tuple[TokenRange, ...] | None  # one a file; the first process alone has them
@@ -96,13 +99,17 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
         raise UserError("--tensorboard 1: tensorboard is not installed; pip install tensorboard, or leave --tensorboard out")
     run = launch(config)
     backend.set_kernel(config.kernel)
-    start = find_start(config, data.order, damaged)
+    identity = data.identity() if env.first_process() else None
+    start = find_start(config, data.order, damaged, identity)
+    check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
     if config.doc_reset and config.my_testing != "x070":
         raise UserError(f"--doc_reset 1 is not made for --my_testing {config.my_testing}; use x070, or leave --doc_reset out")
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
+    kernel = backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config))
+    check_compile(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
@@ -110,9 +117,10 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     return Plan(
         config=config,
         launch=run,
-        kernel=backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config)),
+        kernel=kernel,
         start=start,
         data=data,
+        identity=identity,
         samples=packed(data.samples(vocab_size)),
         held_out=packed(validation) if validation is not None else None,
         token_ranges=data.check_token_range(vocab_size, SCAN_BYTES) if env.first_process() else None,
@@ -162,6 +170,10 @@ def check_data(config: TrainConfig) -> tuple[TrainConfig, Mixture]:
     if not config.data_file:
         raise UserError("--data_file is missing; give the path without .bin/.idx of a pair made by make_data.py")
     data = open_mixture(config.data_file, config.ctx_len, config.magic_prime, FORMATS[config.data_type])
+    if env.first_process() and (text := data.parts[0].data.tokenizer_json()):
+        path = Path(config.proj_dir) / TOKENIZER
+        if path.exists() and path.read_text(encoding="utf-8") != text:  # its tokens mean other characters
+            raise UserError(f"--data_file {config.data_file} has other characters than {path}, with which this run began; use another --proj_dir")
     return replace(config, vocab_size=config.vocab_size or data.parts[0].data.vocab_size), data
 
 
@@ -171,16 +183,9 @@ def check_folder(config: TrainConfig) -> None:
     try:
         if not config.dry_run:
             folder.mkdir(parents=True, exist_ok=True)
-        probe = nearest(folder) / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        try_folder(folder)
     except OSError as error:
         raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the one above it that exists."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:

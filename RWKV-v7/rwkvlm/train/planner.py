@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.place import nearest
 from ..config import TrainConfig, UserError, env
 from .banner import describe
 from .logs.progress import clock
 from .memory import FULL, Memory, estimate, gigabytes, measure_activations
-from .plan import Plan, nearest
+from .plan import Plan
 from .strategy import make_strategy
 
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all

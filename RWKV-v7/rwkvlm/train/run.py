@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.strategies.launchers import subprocess_script
 
 from ..checkpoint.ledger import publish_weights, write_atomically
-from ..checkpoint.ranks import rank, say
+from ..checkpoint.ranks import describe, rank, say
 from ..checkpoint.state import set_aside
-from ..config import TrainConfig, UserError, env
+from ..config import TrainConfig, env
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
 from ..models import count_parameters
+from .compiled import compile_blocks
 from .conductor import Conductor
 from .matmul import settle_fp32_products
 from .module import TrainModule
-from .plan import Plan, check_data, check_folder, make_plan
+from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
 from .planner import dry_run
-from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite
+from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite, what_goes_on
 from .strategy import lightning_precision, make_strategy, param_dtype
 from .watch import Watch
 
@@ -58,29 +61,34 @@ def tell(lines: list[str]) -> None:
 
 
 def write_init(config: TrainConfig) -> int:
-    """--train_stage 1: writes rwkv-init.pth. An untrained one that is there is replaced, a run that has begun is not touched."""
+    """--train_stage 1: writes rwkv-init.pth. An untrained one that is there is replaced, a run that has begun is not touched.
+
+    With dry_run everything is made and checked, and nothing written.
+    """
     check_folder(config)
     refuse_to_overwrite(config)
+    path = Path(config.load_model) if config.load_model else None
+    data = None
     if config.data_file:
         config, data = check_data(config)
-        data.check_token_range(model_sizes(config).vocab_size)
-        save_tokenizer(config, data)
-    sizes = model_sizes(config)
+        data.check_token_range(model_sizes(config, path).vocab_size)
+    sizes = model_sizes(config, path)
     tell(config.phantom_without_effect(sizes))
     if env.first_process():
         weights = initial_weights(config, sizes)
-        publish_weights(config.proj_dir, INIT_NAME, weights)
-        print(f"wrote {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters")
+        if not config.dry_run:
+            if data is not None:
+                save_tokenizer(config, data)
+            publish_weights(config.proj_dir, INIT_NAME, weights)
+        done = "would write" if config.dry_run else "wrote"
+        print(f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters")
     return 0
 
 
 def save_tokenizer(config: TrainConfig, data: Mixture) -> None:
-    """{proj_dir}/tokenizer.json, for data that define their vocabulary. UserError when another one is there: its tokens mean other characters."""
+    """For data that define their vocabulary; check_data has refused them where another one is there."""
     if env.first_process() and (text := data.parts[0].data.tokenizer_json()):
-        path = Path(config.proj_dir) / "tokenizer.json"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise UserError(f"--data_file {config.data_file} has other characters than {path}, with which this run began; use another --proj_dir")
-        write_atomically(path, text)
+        write_atomically(Path(config.proj_dir) / TOKENIZER, text)
 
 
 def train(plan: Plan, strategy: Strategy) -> int:
@@ -109,7 +117,7 @@ def train(plan: Plan, strategy: Strategy) -> int:
     trainer._signal_connector.register_signal_handlers = lambda: None
     # Its observer kills everything, without a word, some seconds after a process that it started has ended; the Watch says which and why.
     subprocess_script._launch_process_observer = lambda processes: None
-    watch = watch_over(trainer, config.dist_timeout)
+    watch = watch_over(trainer, config)
     conductor = Conductor(plan, watch)
     trainer.callbacks.append(conductor)
     try:
@@ -119,7 +127,10 @@ def train(plan: Plan, strategy: Strategy) -> int:
     except Exception as error:
         if watch is not None:
             watch.end(error)
-        raise
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {describe(error)}; --dry_run tells what fits (less --micro_bsz, or --grad_cp 1), and {what_goes_on(config)} goes on", file=sys.stderr, flush=True)
+        return 1
     finally:
         conductor.signals.restore()
     if watch is None:
@@ -128,17 +139,22 @@ def train(plan: Plan, strategy: Strategy) -> int:
     return 0 if watch.parent else conductor.exit_code  # the process that has started others speaks for them
 
 
-def watch_over(trainer: pl.Trainer, timeout_s: float) -> Watch | None:
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     """The Watch of this process, begun; none when it trains alone."""
     if trainer.world_size == 1:
         return None
     started_here = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
     watch = Watch(
-        timeout_s,
+        config.dist_timeout,
         trainer.global_rank,
         trainer.local_rank,
         processes=lambda: getattr(trainer.strategy.launcher, "procs", ()),
         started=started_here and trainer.local_rank > 0,
+        cure=f"{what_goes_on(config)} goes on from the last training state",
     )
     watch.start()
     return watch
@@ -158,6 +174,8 @@ class PlannedModule(TrainModule):
         if start.fresh:
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
+        if plan.config.compile:
+            compile_blocks(self.model, lengths_vary=bool(plan.config.doc_reset))
 
     def train_dataloader(self) -> Ahead:
         plan, trainer = self.plan, self.trainer

@@ -42,20 +42,28 @@ class Start:
         return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
 
 
-def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] = ()) -> Start:
+def what_goes_on(config: TrainConfig) -> str:
+    """How a run that these flags have begun is continued, for messages: stages 0 and 1 refuse to overwrite it."""
+    return "the same command" if config.train_stage >= 2 else "the same command with --train_stage 3"
+
+
+def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] = (), identity: list[dict] | None = None) -> Start:
     """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
     rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
     order: what decides the order of the data (Mixture.order). damaged: training states that are not to be used.
+    identity: which data these are (Mixture.identity), where this process knows.
 
     Raises UserError when the files do not fit the flags, and instead of overwriting a run that is not being continued.
     """
     if config.train_stage >= 2:
-        start = _from_state(config, order, damaged) or _from_newest_weights(config)
+        start = _from_state(config, order, damaged, identity) or _from_newest_weights(config)
         if start is not None:
             for name in ("load_model", "epoch_begin"):
                 if getattr(config, name):
                     say(f"--{name} {getattr(config, name)} has no effect: --train_stage {config.train_stage} goes on with what {config.proj_dir} holds")
             return start
+        if (final := Path(config.proj_dir) / FINAL_NAME).exists():
+            raise UserError(f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run would overwrite; choose another --proj_dir, with --load_model {final} to train it further")
     else:
         refuse_to_overwrite(config, from_mini_epoch=config.epoch_begin)
     position = Position(samples=config.epoch_begin * config.epoch_samples)
@@ -70,7 +78,7 @@ def _warmup(config: TrainConfig, default: int) -> int:
     return default if config.warmup_steps < 0 else config.warmup_steps
 
 
-def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]) -> Start | None:
+def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path], identity: list[dict] | None) -> Start | None:
     info = find_state(config.proj_dir, damaged)
     if info is None:
         return None
@@ -79,13 +87,36 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
             if name == "ctx_len" or config.magic_prime:
                 is_now, cure = f"--{name} is {now}", f"--{name} {then}"
             else:  # computed: the data are others
-                is_now, cure = f"--data_file {config.data_file} means {'magic_prime ' * isinstance(now, int)}{now}", "the --data_file of that run"
+                is_now, cure = f"--data_file {config.data_file} means {'magic_prime ' * isinstance(now, int)}{now}", "the data of that run"
             raise UserError(
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
             )
+    if (then := info.meta.get("epoch_samples", config.epoch_samples)) != config.epoch_samples:
+        say(f"--epoch_samples {config.epoch_samples} from here on, and {then} before: mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}")
+    if identity is not None:
+        _same_data(config, info, identity)
     model = _agree(config, model_config(**info.meta["model"]), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
+
+
+def _same_data(config: TrainConfig, info: StateInfo, identity: list[dict]) -> None:
+    """UserError where other tokens lie in the place of those that the state was trained with; as many chunks of them alone do not tell."""
+    if info.meta.get("data") is None:
+        say(f"{info.path} is of an older version, which did not note what its data hold: whether --data_file {config.data_file} is what it was is not checked")
+        return
+    for then, now in zip(info.meta["data"], identity, strict=True):
+        if then["tokens"] != now["tokens"]:
+            differs = f"does not hold the tokens that {info.path} was trained with"
+        elif config.doc_reset and then["documents"] != now["documents"]:
+            differs = f"divides its tokens into {now['documents']:,} documents, and {info.path} was trained with {then['documents']:,}"
+        else:
+            continue
+        renamed = f" (then {then['file']})" if then["file"] != now["file"] else ""
+        raise UserError(
+            f"--data_file: {now['file']} {differs}{renamed}: the order of the data would break; "
+            "use the data of that run, or another --proj_dir with --load_model to begin anew"
+        )
 
 
 def _from_newest_weights(config: TrainConfig) -> Start | None:
@@ -109,19 +140,18 @@ def _from_newest_weights(config: TrainConfig) -> Start | None:
 
 
 def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
-    """UserError when proj_dir holds a run of which something would be lost."""
-    found = newest_weights(config.proj_dir)
-    if found is not None and found[1] >= from_mini_epoch:
+    """UserError when proj_dir holds a run of which something would be lost, finished or not: stages 0 and 1 are asked to begin another one."""
+    found, cure = newest_weights(config.proj_dir), "continue it with --train_stage 3"
+    if (Path(config.proj_dir) / FINAL_NAME).exists():
+        held, cure = f"{FINAL_NAME}: it is finished", "train it longer with --train_stage 3 and a larger --my_exit_tokens"
+    elif found is not None and found[1] >= from_mini_epoch:
         held = found[0].name
-    elif (Path(config.proj_dir) / FINAL_NAME).exists():
-        held = FINAL_NAME
     elif from_mini_epoch == 0 and (Path(config.proj_dir) / "state" / "latest").exists():
         held = "state/"
     else:
         return
     raise UserError(
-        f"--train_stage {config.train_stage} would overwrite the run in {config.proj_dir} (it holds {held}); "
-        "continue it with --train_stage 3, or choose another --proj_dir"
+        f"--train_stage {config.train_stage} would overwrite the run in {config.proj_dir} (it holds {held}); {cure}, or choose another --proj_dir"
     )
 
 

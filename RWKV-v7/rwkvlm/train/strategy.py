@@ -98,7 +98,8 @@ def make_strategy(config: TrainConfig) -> Strategy:
     if run.strategy.startswith("deepspeed"):
         return _deepspeed(config, run)
     if run.strategy == "ddp":
-        return Ddp(**_distributed(config, run))
+        summing = config.accumulate_grad_batches > 1 and param_dtype(config) != torch.float32
+        return (SummingDdp if summing else DDPStrategy)(**_distributed(config, run), broadcast_buffers=False)
     return SingleDeviceStrategy(torch.device("cuda", 0) if run.accelerator == "gpu" else torch.device("cpu"))
 
 
@@ -116,21 +117,21 @@ def _environment() -> ClusterEnvironment | None:
     return TorchElasticEnvironment() if env.launched_by_variables() else None
 
 
-class Ddp(DDPStrategy):
-    """DDP that hands over fp32 gradients when parameters are bf16.
+class SummingDdp(DDPStrategy):
+    """DDP that adds up micro batches in fp32 when parameters are bf16.
 
-    DDP reduces gradients in the parameters' dtype. They are lifted to fp32 after every backward pass, and micro batches are added up
-    there; so each micro batch is reduced on its own.
+    DDP reduces gradients in the parameters' dtype. They are lifted to fp32 after every backward pass, and added up there; so each micro
+    batch is reduced on its own.
     """
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs, broadcast_buffers=False)
+        super().__init__(**kwargs)
         self._held: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
         super().pre_backward(closure_loss)
         for p in self.model.parameters():
-            if p.dtype != torch.float32 and p.requires_grad:
+            if p.requires_grad:
                 p.grad_dtype = None  # bf16 from DDP, fp32 afterwards
                 if p.grad is not None:
                     self._held[p], p.grad = p.grad, None
@@ -138,12 +139,12 @@ class Ddp(DDPStrategy):
     def post_backward(self, closure_loss: torch.Tensor) -> None:
         super().post_backward(closure_loss)
         for p in self.model.parameters():
-            if p.grad is not None and p.grad.dtype != torch.float32:
+            if p.grad is not None:
                 grad = p.grad.float()
                 p.grad = self._held.pop(p).add_(grad) if p in self._held else grad
 
     def block_backward_sync(self):
-        return nullcontext() if any(p.dtype != torch.float32 for p in self.model.parameters()) else super().block_backward_sync()
+        return nullcontext()
 
 
 class DeepSpeed(DeepSpeedStrategy):

@@ -51,11 +51,12 @@ class Watch:
     """One for each process of a run, from before the process group exists to its end; no thread when a run has only one process.
 
     timeout_s: silence, or waiting for others in a collective operation, after which a run ends.
-    processes(): those that this one has started, of the ranks after its own. started: by another of the run.
+    processes(): those that this one has started, of the ranks after its own. started: by another of the run. cure: what the user can do then.
     """
 
-    def __init__(self, timeout_s: float, rank: int, local_rank: int, processes: Callable[[], Sequence[subprocess.Popen]], started: bool) -> None:
+    def __init__(self, timeout_s: float, rank: int, local_rank: int, processes: Callable[[], Sequence[subprocess.Popen]], started: bool, cure: str) -> None:
         self.timeout_s, self.rank, self.local_rank, self.processes = timeout_s, rank, local_rank, processes
+        self.cure = cure
         self.parent = os.getppid() if started else 0
         self.world_size = 1  # of the process group, once there is one
         self.names: dict[int, str] = {}
@@ -274,7 +275,7 @@ class Watch:
             time.sleep(LAST_WORDS)
         if speak:
             with suppress(OSError):
-                print(f"error: {verdict}; the same command goes on from the last training state", file=sys.stderr, flush=True)
+                print(f"error: {verdict}; {self.cure}", file=sys.stderr, flush=True)
         for process in self.processes():
             process.kill()
         if self.parent and os.getppid() == self.parent and self.rank - self.local_rank in self._lost():

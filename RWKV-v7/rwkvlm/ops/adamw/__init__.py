@@ -1,7 +1,7 @@
 """The optimizer's step and the norms of gradients: one pass over memory each, and the choice of who makes it.
 
-A step of AdamW moves 28 bytes a parameter and computes little: on a CPU its time is that of the memory. So gradients stay as backward
-left them, bf16 or fp32, clipping is a factor that the step applies, and a bf16 parameter is rounded from its master on the way.
+A step of AdamW moves 28 bytes a parameter and computes little: its time is that of the memory. So gradients stay as backward left
+them, bf16 or fp32, clipping is a factor that the step applies, and a bf16 parameter is rounded from its master on the way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import native, plain
+from . import cuda, native, plain
 
 __all__ = ["adamw_", "backend_for", "gradient_norms"]
 
@@ -32,16 +32,16 @@ def adamw_(
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:
-    """The Euclidean norm of each gradient (bf16 or fp32): [len(grads)] fp32. The same bits for any number of threads on a CPU."""
+    """The Euclidean norm of each gradient (bf16 or fp32): [len(grads)] fp32. The native kernels' bits are the same on each run, on any number of threads."""
     return _form(grads[0].device).gradient_norms(grads)
 
 
 def backend_for(device: torch.device) -> str:
-    """Who computes it here: "cpu", or "torch" (its own fused step); builds what is missing. UserError for a kernel asked for that cannot run."""
-    if device.type != "cpu":
+    """Who computes it here: "cuda", "cpu", or "torch" (its own fused step); builds what is missing. UserError for a kernel asked for that cannot run."""
+    if device.type not in ("cpu", "cuda"):
         return "torch"
-    return backend.choose("adamw", backend.requested(), device, {"cpu": native.why_not, "torch": lambda: ""})
+    return backend.choose("adamw", backend.requested(), device, {"cuda": cuda.why_not, "cpu": native.why_not, "torch": lambda: ""})
 
 
 def _form(device: torch.device):
-    return native if backend_for(device) == "cpu" else plain
+    return plain if backend_for(device) == "torch" else native  # native: the operators of cuda/adamw, which have a form for either device

@@ -1,4 +1,4 @@
-"""The C++ kernels (cuda/adamw) on the CPU."""
+"""The native kernels (cuda/adamw): C++ on the CPU, CUDA (cuda.py) on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rwkvlm import native
 
 
 def why_not() -> str:
-    """"" when the kernels run here (they are then built), else the reason."""
+    """"" when the C++ kernels run here (they are then built), else the reason."""
     return native.available("adamw")[1]
 
 
@@ -17,7 +17,7 @@ def adamw_(
     masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """As `ops.adamw.adamw_`; numbers below the smallest normal one (1.2e-38) count as zero."""
+    """As `ops.adamw.adamw_`; on a CPU numbers below the smallest normal one (1.2e-38) count as zero."""
     grads = [grad.contiguous() for grad in grads]
     torch.ops.rwkvlm.adamw_(masters, rounded, grads, exp_avgs, exp_avg_sqs, steps, scale, found_inf, lr, beta1, beta2, eps, weight_decay)
 

@@ -23,7 +23,7 @@ class TokenMix(ctypes.Structure):
 class NormMix(ctypes.Structure):
     """FusedNormMix of cuda/fused/api.cuh."""
 
-    _fields_ = [(n, INT) for n in ("B", "T", "C", "n", "documents")] + [("eps", FLOAT)]
+    _fields_ = [(n, INT) for n in ("B", "T", "C", "n", "documents", "blocks")] + [("eps", FLOAT)]
     _fields_ += [(n, POINTER) for n in ("x", "branch", "weight", "bias", "last", "bounds")] + [("mix", POINTER * 6)]
     _fields_ += [(n, POINTER) for n in ("stream", "moments", "newest")] + [("out", POINTER * 6), ("dstream", POINTER), ("dnewest", POINTER), ("dout", POINTER * 6)]
     _fields_ += [(n, POINTER) for n in ("dx", "dlast", "sums", "parts")]
@@ -53,8 +53,8 @@ def why_not(dtypes: tuple[torch.dtype, ...], width: int) -> str:
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told the types of its functions."""
-    for count in (library.fused_parts, library.fused_norm_parts):
-        count.argtypes, count.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    library.fused_parts.argtypes, library.fused_parts.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    library.fused_norm_parts.argtypes, library.fused_norm_parts.restype = [ctypes.POINTER(NormMix), ctypes.c_int], ctypes.c_int64
     for name, task in (("norm_mix", NormMix), ("token_mix", TokenMix), ("time_mix_inputs", Inputs), ("time_mix_output", Output)):
         for direction in ("", "_backward"):
             getattr(library, f"fused_{name}{direction}").argtypes = [ctypes.POINTER(task), ctypes.c_int, POINTER]
@@ -88,7 +88,7 @@ class Kernels:
     def norm_mix(self, x, branch, weight, bias, eps, last, mixes, bounds) -> list[Tensor]:
         """stream (nothing without a branch: it is x), newest, moments, and the blends."""
         x, branch, weight, bias, last, bounds, *mixes = kept = [ready(t) for t in (x, branch, weight, bias, last, bounds, *mixes)]
-        task = NormMix(*x.shape, len(mixes), 0 if bounds is None else len(bounds) - 1, eps)
+        task = NormMix(*x.shape, len(mixes), 0 if bounds is None else len(bounds) - 1, eps=eps)
         _point(task, ("x", "branch", "weight", "bias", "last", "bounds"), kept)
         B, T, C = x.shape
         stream, newest, moments = x.new_empty(0 if branch is None else x.shape), x.new_empty(B, C), x.new_empty(B, T, 2, dtype=torch.float32)
@@ -105,7 +105,8 @@ class Kernels:
         (B, T, C), n = stream.shape, len(mixes)
         task = NormMix(B, T, C, n)
         dx, dlast, sums = torch.empty_like(kept[0]), stream.new_empty(0 if last is None else B, C), stream.new_empty(n + 2, C)
-        parts = stream.new_empty(self.library.fused_norm_parts(B, T), n + 2, C, dtype=torch.float32)
+        task.blocks = self.library.fused_norm_parts(task, int(stream.dtype == torch.float32))
+        parts = stream.new_empty(task.blocks, n + 2, C, dtype=torch.float32)
         _point(task, names, kept)
         _point(task, ("dx", "dlast", "sums", "parts"), (dx, None if last is None else dlast, sums, parts))
         task.mix[:], task.dout[:] = _six(mixes), _six(douts)
