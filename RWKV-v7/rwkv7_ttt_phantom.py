@@ -178,7 +178,7 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
 
     With use_svd_compression or use_sparsity that is the model of rwkv-compressed.pth, made from the last weights and beside them.
     flags: those of train.py (lr_init=..., strategy="deepspeed_stage_2", ...). Called again, it goes on where it stopped. Raises UserError
-    for what does not fit, and RuntimeError when training was stopped before its end by a signal.
+    for what does not fit, and RuntimeError when training was stopped before its end by a signal, or memory ran out.
     """
     from rwkvlm.train.run import run  # Lightning takes seconds to import
 
@@ -191,6 +191,8 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
     with backend.restored():
         code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
+    if code == 1:
+        raise RuntimeError("training ended because memory ran out: less micro_bsz, or grad_cp=1; the same call goes on from the last state")
     if code:
         raise RuntimeError(f"training was stopped by {signal.Signals(code - 128).name}; its state is saved in {output_dir}, the same call goes on from it")
     final, newest = Path(output_dir) / "rwkv-final.pth", newest_weights(output_dir)

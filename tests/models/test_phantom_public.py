@@ -185,6 +185,15 @@ def test_train_model(tmp_path):
     assert losses[0] < losses[1] - 0.3, losses
 
 
+@pytest.mark.parametrize("code, words", [(1, "memory ran out"), (143, "stopped by SIGTERM")])
+def test_train_model_says_why_training_ended_early(tmp_path, monkeypatch, code, words):
+    from rwkvlm.train import run
+
+    monkeypatch.setattr(run, "run", lambda config: code)
+    with pytest.raises(RuntimeError, match=words):
+        train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL))
+
+
 def test_example_of_its_docstring_runs_outside_the_checkout(tmp_path):
     root = Path(__file__).resolve().parents[2] / "RWKV-v7"
     code = (f"import sys; sys.path.insert(0, {str(root)!r}); import torch; from rwkv7_ttt_phantom import create_model, RWKV7PhantomConfig as C;"

@@ -178,6 +178,13 @@ def test_a_peer_is_a_file_and_nothing_is_timed_on_wrong_results(tmp_path, capsys
         gpu_kernels.main(["wkv7", "--peer", "fla=/nowhere", *REHEARSAL])
 
 
+def test_what_is_exact_is_computed_in_plain_pytorch_whatever_kernel_is_asked_for():
+    """On a GPU "cuda" is asked for by name, and what is exact is on the CPU."""
+    options = type("Options", (), dict(device="cpu", dtype=torch.float32))
+    backend.set_kernel("cpu")  # which has no float64
+    assert gpu_kernels.check_steps((1, 70, 1, 16), options) < 2 * gpu_kernels.LIMITS[torch.float32]
+
+
 def test_a_wrong_kernel_of_ours_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(gpu_kernels.fused, "relu_square", lambda x: torch.relu(x) ** 2 * 1.1)
     assert gpu_kernels.main(["relu_square", *REHEARSAL]) == 1

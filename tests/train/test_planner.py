@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +52,13 @@ def test_bytes_for_each_parameter(flags, run, parts):
     bucket = 2_000_000 if "ds_bucket_mb" in flags else 0
     got = (memory.parameters / P, (memory.gradients - bucket) / P, memory.optimizer / P)
     assert got == pytest.approx(parts, abs=1e-3) and memory.program == memory.saving == 0
+
+
+def test_copies_of_gradients_come_when_the_activations_are_gone():
+    P, config, run = parameters(SIZES), TrainConfig(precision="bf16"), Launch("gpu", 1, 1, "auto")
+    none, many = (replace(config, micro_bsz=1, ctx_len=n) for n in (16, 1 << 16))
+    more = [estimate(SIZES, c, run, Activations(60_000, 5_000), 0, copies=True).total - estimate(SIZES, c, run, Activations(60_000, 5_000), 0).total for c in (none, many)]
+    assert 0 < more[0] < 4 * P and more[1] == 0
 
 
 def test_activations_are_those_that_autograd_keeps():

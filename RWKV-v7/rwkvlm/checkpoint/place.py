@@ -24,6 +24,8 @@ def check_file(path: Path, flag: str) -> None:
     """UserError, naming the flag that asks for it, when path cannot be written."""
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        return  # /dev/stdout, a pipe: in its folder nothing is made
     try:
         try_folder(path.parent)
     except OSError as error:

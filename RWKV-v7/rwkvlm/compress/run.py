@@ -23,8 +23,8 @@ def compress_file(
 
     svd_rank_ratio in (0, 1] and sparsity_ratio in [0, 1): svd.py and sparsity.py; 1 and 0 change nothing, to the bit. data: prefix of a
     .bin/.idx pair, of which `samples` sequences of ctx_len tokens say how much each hidden unit matters, and as many of DATA.val (of DATA
-    where there is none) what the model loses. Raises UserError for what does not fit, before the
-    long work wherever it can be known.
+    where there is none) what the model loses. Raises UserError for what does not fit, before the long work
+    wherever it can be known.
     """
     path, out = Path(path), Path(out)
     if out.exists() and path.exists() and os.path.samefile(path, out):

@@ -3,8 +3,8 @@
 Terms, for P trained parameters, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
 
     parameters   b P; ZeRO-3: b P / W, and whole in turn, of which up to a thousand million stay
-    gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P.  ZeRO-1: 4 P, and in bf16 b P.
-                 ZeRO-2, 3: 4 P / W, and the reduction's bucket
+    gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P; the optimizer in plain PyTorch copies them, 4 P.
+                 ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
     activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
@@ -92,8 +92,8 @@ def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.d
     return Activations(block, two / (many - few) - 2 * block)
 
 
-def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: Activations, program: int) -> Memory:
-    """Of each process; `program`: bytes of a process before there is a model."""
+def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: Activations, program: int, copies: bool = False) -> Memory:
+    """Of each process; `program`: bytes of a process before there is a model; copies: whether the optimizer copies gradients (outside DeepSpeed)."""
     with torch.device("meta"):
         model = models.build(sizes)
     P = models.count_parameters(model)
@@ -103,7 +103,6 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
     tokens = config.micro_bsz * config.ctx_len
 
     bucket = min(P, config.ds_bucket_mb * 1_000_000)
-    # No kernel of the optimizer copies gradients; plain PyTorch does, 4 P when the activations are gone. W > 1: DDP's buckets.
     each = (b if config.accumulate_grad_batches == 1 else 4) * P
     gradients = {0: each + b * P * (W > 1), 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[stage]
     optimizer = 12 * P // W if stage else (8 if b == 4 else 12) * P
@@ -114,6 +113,8 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
         kept += (sizes.n_layer + 0.5) * activations.block * tokens  # the backward pass of a block needs some room of its own
     logits = 2 * 4 * V * config.head_chunk if config.head_chunk else LOGITS["cpu" if cpu else "cuda"]
     head = (4 + b) * V * C + b * C * tokens + min(logits, 2 * 4 * V * tokens)
+    if copies and not stage:
+        gradients += max(0, 4 * P - int(kept) - head)  # made when the activations are gone
     return Memory(
         program=program if cpu else 0,
         parameters=b * P // W + b * min(P, LIVE) if stage == 3 else b * P,

@@ -19,6 +19,7 @@ import torch
 
 from ..checkpoint.place import nearest
 from ..config import TrainConfig, UserError, env
+from ..ops import adamw
 from .banner import describe
 from .logs.progress import clock
 from .memory import FULL, Memory, estimate, gigabytes, measure_activations
@@ -65,9 +66,10 @@ def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:
     make_strategy(plan.config)  # imports what a training process imports, and refuses what it would refuse
     program = _resident()
     activations = measure_activations(plan.start.model, plan.config, plan.device)
+    copies = adamw.backend_for(plan.device) == "torch"
     batches = {plan.config.micro_bsz} | {2**n for n in range(LARGEST.bit_length())}
     return {
-        (batch, cp): estimate(plan.start.model, replace(plan.config, micro_bsz=batch, grad_cp=cp), plan.launch, activations, program)
+        (batch, cp): estimate(plan.start.model, replace(plan.config, micro_bsz=batch, grad_cp=cp), plan.launch, activations, program, copies)
         for batch in sorted(batches)
         for cp in (0, 1)
     }

@@ -33,7 +33,7 @@ from .watch import Watch
 
 
 def run(config: TrainConfig) -> int:
-    """Returns the exit code: 0 at the last token or after max_steps, 128 + signal when stopped by one. Raises UserError."""
+    """Returns the exit code: 0 at the last token or after max_steps, 128 + signal when stopped by one, 1 when memory has run out. Raises UserError."""
     tell(config.flags_without_effect())
     if config.train_stage == 1:
         return write_init(config)
