@@ -12,7 +12,7 @@ __device__ __forceinline__ float inverse_length(Four z, int lanes, bool& counts)
     return 1.f / (counts ? length : 1e-12f);
 }
 
-template <class T, bool residual> __launch_bounds__(threads) __global__ void time_mix_inputs(FusedInputs p) {
+template <class T, bool residual> __launch_bounds__(threads, 4) __global__ void time_mix_inputs(FusedInputs p) {
     const Place at(1, p.rows, p.C);
     const Access<T> x{at.inside};
     const Four w0 = x.in(p.w0, at.c), k_k = x.in(p.k_k, at.c), k_a = x.in(p.k_a, at.c), a0 = x.in(p.a0, at.c);
@@ -20,20 +20,20 @@ template <class T, bool residual> __launch_bounds__(threads) __global__ void tim
     for (int row = at.begin; row < at.end; ++row) {
         const int64_t i = int64_t(row) * p.C + at.c;
         const Four w_low = x.in(p.w_low, i), k = x.in(p.k, i), a_low = x.in(p.a_low, i);
-        Four v = zeros(), v_first = zeros(), v_low = zeros(), rate, rest;
-        if (residual) v = x.in(p.v, i), v_first = x.in(p.v_first, i), v_low = x.in(p.v_low, i);
+        Four rate, rest;
+        if (residual) {
+            const Four v = x.in(p.v, i), v_first = x.in(p.v_first, i), v_low = x.in(p.v_low, i);
+            sigmoids(v0 + v_low, rate, rest);
+            x.out(p.v_out, i, v * rest + v_first * rate);
+        }
+        x.out(p.w, i, w0 + w_low);
         const Four z = k * k_k;
         bool counts;
         const Four kk = z * inverse_length(z, p.N / 4, counts);
         sigmoids(a0 + a_low, rate, rest);
-        x.out(p.w, i, w0 + w_low);
         x.out(p.k_out, i, k - k * rest * k_a);
         x.out(p.a, i, zeros() - kk);
         x.out(p.b, i, kk * rate);
-        if (residual) {
-            sigmoids(v0 + v_low, rate, rest);
-            x.out(p.v_out, i, v * rest + v_first * rate);
-        }
     }
 }
 
