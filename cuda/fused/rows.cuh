@@ -19,16 +19,16 @@ template <int V> struct Numbers {
 };
 using Four = Numbers<4>;
 
-#define FUSED_OPERATOR(op)                                                                                       \
+#define FUSED_OPERATOR(op)                                                                           \
     template <int V> __device__ __forceinline__ Numbers<V> operator op(Numbers<V> a, Numbers<V> b) { \
-        Numbers<V> c;                                                                                            \
-        _Pragma("unroll") for (int i = 0; i < V; ++i) c.x[i] = a.x[i] op b.x[i];                                 \
-        return c;                                                                                                \
-    }                                                                                                            \
-    template <int V> __device__ __forceinline__ Numbers<V> operator op(Numbers<V> a, float b) {           \
-        Numbers<V> c;                                                                                            \
-        _Pragma("unroll") for (int i = 0; i < V; ++i) c.x[i] = a.x[i] op b;                                      \
-        return c;                                                                                                \
+        Numbers<V> c;                                                                                \
+        _Pragma("unroll") for (int i = 0; i < V; ++i) c.x[i] = a.x[i] op b.x[i];                     \
+        return c;                                                                                    \
+    }                                                                                                \
+    template <int V> __device__ __forceinline__ Numbers<V> operator op(Numbers<V> a, float b) {      \
+        Numbers<V> c;                                                                                \
+        _Pragma("unroll") for (int i = 0; i < V; ++i) c.x[i] = a.x[i] op b;                          \
+        return c;                                                                                    \
     }
 FUSED_OPERATOR(+)
 FUSED_OPERATOR(-)
