@@ -8,8 +8,9 @@
 // It cannot find: races that both schedules hide, wgmma, TMA and proxy fences (not emulated), misaligned vector accesses outside UBSan, bank
 // conflicts, register pressure, anything about speed. The mma sums in the order k = 0..15 in fp32, hardware in an order of its own.
 //
-// How: one fiber per CUDA thread. A warp runs until each of its lanes waits at the block barrier or has ended, then the next warp does. At a
-// warp collective a lane parks its operands; the last lane to arrive computes the results of all.
+// How: one fiber per CUDA thread. In one schedule a warp runs until each of its lanes waits at the block barrier or has ended, then the next warp
+// does; in the other, which begins with the last warp, they take turns at every collective. At a warp collective a lane parks its operands; the
+// last lane to arrive computes the results of all.
 #pragma once
 
 #include <algorithm>
@@ -188,16 +189,20 @@ inline void run_block() {
         start(m.fibers[i]);
     }
     for (;;) {
-        for (int w = 0; w < n_warps; ++w) {
-            int first = (m.reverse ? n_warps - 1 - w : w) * 32, last = std::min(first + 32, m.count);
-            for (bool progress = true; progress;) {
-                progress = false;
-                for (int l = 0; l < last - first; ++l) {
-                    int i = m.reverse ? last - 1 - l : first + l;
-                    if (m.fibers[i].wait != Wait::none) continue;
-                    run(i);
-                    progress = true;
-                    if (!m.error.empty()) return;
+        for (bool progress = true; progress;) {
+            progress = false;
+            for (int w = 0; w < n_warps; ++w) {
+                int first = (m.reverse ? n_warps - 1 - w : w) * 32, last = std::min(first + 32, m.count);
+                for (bool runs = true; runs;) {
+                    runs = false;
+                    for (int l = 0; l < last - first; ++l) {
+                        int i = m.reverse ? last - 1 - l : first + l;
+                        if (m.fibers[i].wait != Wait::none) continue;
+                        run(i);
+                        runs = progress = true;
+                        if (!m.error.empty()) return;
+                    }
+                    if (m.reverse) break;  // the next warp's turn, up to its next collective
                 }
             }
         }

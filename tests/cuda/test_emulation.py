@@ -22,6 +22,17 @@ __global__ void exchange(float* out, int barrier) {
     if (barrier) __syncthreads();
     out[threadIdx.x] = x[(threadIdx.x + 1) % blockDim.x];
 }
+// Each lane writes into a place, of its own or one that it shares with a lane of the other warp, and reads it again after a collective.
+__global__ void places(float* out, int own) {
+    const int place = 4 * (own ? threadIdx.x : threadIdx.x % 32);
+    float sum = 0.f;
+    for (int i = 0; i < 3; ++i) {
+        shared<float>(place) = float(threadIdx.x);
+        __syncwarp();
+        sum += shared<float>(place);
+    }
+    out[threadIdx.x] = sum;
+}
 __global__ void half_a_barrier(float*, int) { if (threadIdx.x < 32) __syncthreads(); }
 __global__ void half_a_warp(float* out, int) { if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.f, 1); }
 __global__ void copy(float* out, int wait) {
@@ -52,6 +63,7 @@ __global__ void beyond(float* out, int index) {
 #define ENTRY(name, threads, bytes) \
     extern "C" int run_##name(float* out, int flag) { return launch(name, dim3(1), threads, bytes, nullptr, out, flag); }
 ENTRY(exchange, 64, 256)
+ENTRY(places, 64, 256)
 ENTRY(half_a_barrier, 64, 0)
 ENTRY(half_a_warp, 32, 0)
 ENTRY(copy, 32, 512)
@@ -87,6 +99,12 @@ def test_a_barrier_orders_and_its_absence_shows(library: ctypes.CDLL) -> None:
     right = [float((i + 1) % 64) for i in range(64)]
     assert [run(library, "exchange", 1, reverse)[1][:64] == right for reverse in (0, 1)] == [True, True]
     assert [run(library, "exchange", 0, reverse)[1][:64] == right for reverse in (0, 1)] == [False, False]  # NaN poison, then order
+
+
+def test_warps_that_take_turns_meet_in_places_that_are_not_their_own(library: ctypes.CDLL) -> None:
+    right = [3.0 * i for i in range(64)]
+    assert [run(library, "places", 1, reverse)[1][:64] == right for reverse in (0, 1)] == [True, True]
+    assert [run(library, "places", 0, reverse)[1][:64] == right for reverse in (0, 1)] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["half_a_barrier", "half_a_warp"])
