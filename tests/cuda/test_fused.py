@@ -76,9 +76,10 @@ def test_against_float64(device, name, sizes, dtype):
         close(got, want, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])  # which have other places in shared memory
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_bits_again_and_in_both_schedules(device, name, request):
-    case = Case(name, T=150, H=9, device=device)  # more than one warp with channels
+def test_the_same_bits_again_and_in_both_schedules(device, name, dtype, request):
+    case = Case(name, T=150, H=9, dtype=dtype, device=device)  # more than one warp with channels
     results = []
     for reverse in (0, 1, 0):
         if device.type == "cpu":
