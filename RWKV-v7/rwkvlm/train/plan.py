@@ -42,7 +42,7 @@ class Plan:
     kernel: str
     start: Start
     data: Mixture
-    identity: list[dict] | None  # of the data (Mixture.identity), as token_ranges
+    identity: list[dict]  # of the data (Mixture.identity)
     samples: Samples
     held_out: Samples | None
     token_ranges: tuple[TokenRange, ...] | None  # one a file; the first process alone has them
@@ -99,7 +99,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
         raise UserError("--tensorboard 1: tensorboard is not installed; pip install tensorboard, or leave --tensorboard out")
     run = launch(config)
     backend.set_kernel(config.kernel)
-    identity = data.identity() if env.first_process() else None
+    identity = data.identity()
     start = find_start(config, data.order, damaged, identity)
     check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))

@@ -51,7 +51,7 @@ def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] 
     """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
     rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
     order: what decides the order of the data (Mixture.order). damaged: training states that are not to be used.
-    identity: which data these are (Mixture.identity), where this process knows.
+    identity: which data these are (Mixture.identity); None: whatever they are.
 
     Raises UserError when the files do not fit the flags, and instead of overwriting a run that is not being continued.
     """
