@@ -8,7 +8,9 @@ import torch
 
 from rwkvlm.ops import backend
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored, and so would all runs that tests interrupt
+# A job in the background inherits one ignored, nohup's the other, and so would all runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 THREADS, PRECISION = torch.get_num_threads(), torch.get_float32_matmul_precision()
 
