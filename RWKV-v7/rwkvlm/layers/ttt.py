@@ -74,7 +74,7 @@ class StateTTT(nn.Module):
         config, segment = self.config, self.config.ttt_chunk
         if T > segment and not output_final_state and (initial_state is None or not initial_state.seen.any()):
             form = self._at_once(r)
-            if form:
+            if form is not None:
                 return form(r, w, k, v, a, b, None if initial_state is None else initial_state.wkv)
         S, held_keys, held_values, seen, error = initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
         plan = pieces(seen.tolist(), T, segment)
