@@ -28,6 +28,7 @@ def device(request, monkeypatch):
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
         monkeypatch.setattr(backend, "_requested", "cuda")
+        assert cuda.why_not() == ""  # registers the operators
         yield torch.device("cuda", 0)
     else:
         if not build.available("adamw")[0]:
