@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights, read_config
+from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights
 from rwkvlm.config import PhantomConfig, TrainConfig, UserError
 from rwkvlm.config.phantom import core_ratio_of
 from rwkvlm.infer.sampling import check_sampling, sample
-from rwkvlm.models import adapted, init_weights
+from rwkvlm.models import adapted, init_weights, read_config
 from rwkvlm.models.lm import State
 from rwkvlm.models.phantom import Phantom
 from rwkvlm.ops import backend

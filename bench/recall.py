@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rwkvlm.checkpoint.pth import load_into, load_weights, read_config
+from rwkvlm.checkpoint.pth import load_into, load_weights
 from rwkvlm.config import UserError
-from rwkvlm.models import LanguageModel, build
+from rwkvlm.models import LanguageModel, build, read_config
 
 HELD_OUT = 1_000_000  # the seed of what is evaluated; seeds of training lie below
 BLOCK = 256  # sequences made together

@@ -5,7 +5,7 @@ import torch
 
 from rwkvlm import models
 from rwkvlm.checkpoint.gather import full_weights
-from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights, read_config, save_weights
+from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights, save_weights
 from rwkvlm.config import ModelConfig, UserError
 
 SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=16, dim_ffn=96, rank_w=8, rank_a=12, rank_v=20, rank_g=24)
@@ -40,7 +40,7 @@ def test_round_trip_is_the_official_format(file):
     assert load_into(other, tensors) == []
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, tensors[name].float()), name
-    assert read_config(tensors) == SIZES
+    assert models.read_config(tensors) == SIZES
 
 
 def test_views_are_written_without_the_memory_behind_them(tmp_path):
@@ -54,7 +54,7 @@ def test_config_of_one_layer_without_the_unused_tensors():
     tensors = full_weights(build(config))
     for name in ("v0", "v1", "v2"):
         del tensors[f"blocks.0.att.{name}"]
-    assert read_config(tensors) == config
+    assert models.read_config(tensors) == config
     assert load_into(build(config), tensors) == [f"blocks.0.att.{v}" for v in ("v0", "v1", "v2")]
 
 
@@ -150,7 +150,7 @@ def test_other_models_are_refused():
     ):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         with pytest.raises(UserError, match=what) as caught:
-            read_config(changed)
+            models.read_config(changed)
         one_line(caught)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rwkv7_ttt_phantom import RWKV7PhantomConfig, load_pretrained_rwkv7
 
-from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
+from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.cli import main
 from rwkvlm.compress import compress_file, measure
 from rwkvlm.compress.measure import Text, activity
@@ -18,7 +18,7 @@ from rwkvlm.config import ModelConfig, UserError, model_config
 from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.infer import load_engine
 from rwkvlm.layers.channel_mix import ChannelMix
-from rwkvlm.models import build, init_weights, param_groups
+from rwkvlm.models import build, init_weights, param_groups, read_config
 from rwkvlm.models.phantom import from_rwkv7
 
 SIZES = dict(n_layer=2, n_embd=64, vocab_size=256, head_size=32)

@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 
-from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
+from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.config import ModelConfig
-from rwkvlm.models import build, init_weights
+from rwkvlm.models import build, init_weights, read_config
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
+from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.config import ModelConfig, PhantomConfig, UserError, model_config
 from rwkvlm.config.phantom import CARRIED, MATRICES, decode, encode
-from rwkvlm.models import adapted, build, count_parameters, init_weights, param_groups
+from rwkvlm.models import adapted, build, count_parameters, init_weights, param_groups, read_config
 from rwkvlm.models.phantom import costs
 
 SIZES = dict(n_layer=2, n_embd=64, vocab_size=37, head_size=32)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkvlm.checkpoint.pth import load_into, load_weights, read_config, save_weights
+from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, model_config
 from rwkvlm.config.phantom import MATRICES
 from rwkvlm.infer import load_engine
-from rwkvlm.models import build, init_weights
+from rwkvlm.models import build, init_weights, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOM = dict(my_testing="phantom", ttt_chunk=16, core_ratio=0.5)

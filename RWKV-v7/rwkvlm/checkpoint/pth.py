@@ -7,7 +7,6 @@ absent when read. Everything that can be wrong with a file is a UserError of one
 from __future__ import annotations
 
 import os
-import re
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -16,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config import ModelConfig, UserError, model_config
-from ..config.phantom import CARRIED, decode
+from ..config import UserError
 from . import ranks
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
@@ -90,49 +88,6 @@ def _unwrap(name: str) -> str:
     while (wrapper := next((w for w in WRAPPERS if name.startswith(w)), None)) is not None:
         name = name.removeprefix(wrapper)
     return name
-
-
-def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
-    """All sizes, low ranks included, from the shapes of a checkpoint; a Phantom's also from the tensor by which it says what shapes do not.
-
-    Raises UserError naming what is missing.
-    """
-    layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if not layers or layers != set(range(len(layers))):
-        raise UserError(f"the checkpoint is not an RWKV-7 model: its blocks are {sorted(layers) or 'missing'}; give a complete x070 .pth file")
-
-    def shape(name: str, dims: int) -> torch.Size:
-        if name not in tensors:
-            raise UserError(f"the checkpoint is not an RWKV-7 model: {name} is missing; give an x070 .pth file")
-        if tensors[name].dim() != dims:
-            raise UserError(f"the checkpoint's {name} has shape {list(tensors[name].shape)}, which has not {dims} dimensions; give an x070 .pth file")
-        return tensors[name].shape
-
-    vocab_size, n_embd = shape("emb.weight", 2)
-    n_head, head_size = shape("blocks.0.att.r_k", 2)
-    if n_head * head_size != n_embd:
-        raise UserError(f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight")
-    with_value_rank = next((layer for layer in sorted(layers, reverse=True) if f"blocks.{layer}.att.v1" in tensors), None)
-    key = "blocks.0.ffn.key"
-    factors = {match[1]: name for name in tensors if (match := re.fullmatch(r"blocks\.0\.(.+)\.down\.weight", name))}
-    ghost = any(name.startswith(f"{key}.ghost.") for name in tensors)
-    parts = [f"{key}.core", f"{key}.ghost"] if ghost else [key]
-    dim_ffn = sum(shape(f"{part}.{'up.' * (part.removeprefix('blocks.0.') in factors)}weight", 2)[0] for part in parts)
-    carried = decode(tensors[CARRIED].tolist()) if CARRIED in tensors else None
-    return model_config(
-        "x070" if carried is None else "phantom",
-        n_layer=len(layers),
-        n_embd=n_embd,
-        vocab_size=vocab_size,
-        head_size=head_size,
-        dim_ffn=dim_ffn,
-        rank_w=shape("blocks.0.att.w1", 2)[1],
-        rank_a=shape("blocks.0.att.a1", 2)[1],
-        rank_v=0 if with_value_rank is None else shape(f"blocks.{with_value_rank}.att.v1", 2)[1],
-        rank_g=shape("blocks.0.att.g1", 2)[1],
-        ranks=",".join(f"{name}={shape(down, 2)[0]}" for name, down in sorted(factors.items())),
-        **(carried or {}),
-    )
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint.pth import load_into, load_weights, read_config
+from ..checkpoint.pth import load_into, load_weights
 from ..data.binidx import BinIdx, idx_path
 from ..data.dataset import HeldOutSamples, Pair
-from ..models import LanguageModel, build
+from ..models import LanguageModel, build, read_config
 from ..ops.cross_entropy import head_cross_entropy
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.place import check_file
-from ..checkpoint.pth import load_weights, read_config, save_weights
+from ..checkpoint.pth import load_weights, save_weights
 from ..config import ModelConfig, UserError
-from ..models import count_parameters
+from ..models import count_parameters, read_config
 from ..train.flops import flops_per_token
 from . import measure
 from .sparsity import remove_units, units_left

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.pth import load_into, load_weights, read_config
+from ..checkpoint.pth import load_into, load_weights
 from ..config import UserError
 from ..data.tokenizer import load_tokenizer
-from ..models import LanguageModel, build
+from ..models import LanguageModel, build, read_config
 from ..ops import backend, rwkv7_step
 from .sampling import check_sampling, sample
 

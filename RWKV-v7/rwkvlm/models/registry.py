@@ -20,6 +20,11 @@ def build(config: ModelConfig) -> LanguageModel:
     return RECIPES[config.model_type].build(config)
 
 
+def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+    """Type and sizes of the model whose weights these are. Raises UserError naming what is missing."""
+    return rwkv7.config_of(tensors)
+
+
 def init_weights(model: LanguageModel, seed: int) -> None:
     """Fills the model with its initial values, a pure function of the seed (a non-negative integer)."""
     init_from_table(model, RECIPES[model.config.model_type].TABLE, seed)

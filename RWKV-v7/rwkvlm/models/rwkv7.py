@@ -7,18 +7,53 @@ a great deal for quality.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 
-from ..config import ModelConfig
+from ..config import ModelConfig, UserError, model_config
+from ..config.phantom import CARRIED, decode
 from ..layers.linear import linear_of
 from .block import Block
 from .lm import LanguageModel
+from .sizes import Sizes
 from .table import Row, Slot
 
 
 def build(config: ModelConfig) -> LanguageModel:
     return LanguageModel(config, [Block(config, layer, linear_of(config.rank_of())) for layer in range(config.n_layer)])
+
+
+def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+    """All sizes, low ranks included, from the shapes of a checkpoint; a Phantom's also from the tensor by which it says what shapes do not."""
+    sizes = Sizes(tensors, "an RWKV-7", "x070")
+    n_layer = sizes.n_layer()
+    vocab_size, n_embd = sizes.shape("emb.weight", 2)
+    n_head, head_size = sizes.shape("blocks.0.att.r_k", 2)
+    if n_head * head_size != n_embd:
+        raise UserError(f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight")
+    with_value_rank = next((layer for layer in reversed(range(n_layer)) if f"blocks.{layer}.att.v1" in tensors), None)
+    key = "blocks.0.ffn.key"
+    factors = {match[1]: name for name in tensors if (match := re.fullmatch(r"blocks\.0\.(.+)\.down\.weight", name))}
+    ghost = any(name.startswith(f"{key}.ghost.") for name in tensors)
+    parts = [f"{key}.core", f"{key}.ghost"] if ghost else [key]
+    dim_ffn = sum(sizes.shape(f"{part}.{'up.' * (part.removeprefix('blocks.0.') in factors)}weight", 2)[0] for part in parts)
+    carried = decode(tensors[CARRIED].tolist()) if CARRIED in tensors else None
+    return model_config(
+        "x070" if carried is None else "phantom",
+        n_layer=n_layer,
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        head_size=head_size,
+        dim_ffn=dim_ffn,
+        rank_w=sizes.shape("blocks.0.att.w1", 2)[1],
+        rank_a=sizes.shape("blocks.0.att.a1", 2)[1],
+        rank_v=0 if with_value_rank is None else sizes.shape(f"blocks.{with_value_rank}.att.v1", 2)[1],
+        rank_g=sizes.shape("blocks.0.att.g1", 2)[1],
+        ranks=",".join(f"{name}={sizes.shape(down, 2)[0]}" for name, down in sorted(factors.items())),
+        **(carried or {}),
+    )
 
 
 def _channels(s: Slot) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import models
-from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights, read_config
+from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
 from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
@@ -158,7 +158,7 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
 def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
     """Sizes from the checkpoint at path, where there is one, and the flags; UserError where they contradict each other."""
     if path is not None:
-        found = read_config(load_weights(path))
+        found = models.read_config(load_weights(path))
         if config.my_testing == "phantom" and found.model_type == "x070":
             found = _phantom_of(config, found, path)
         return _agree(config, found, path)

@@ -1,0 +1,31 @@
+"""The sizes of a model read off a checkpoint's tensors: how many blocks, and shapes with an error that names what is not as it should be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from ..config import UserError
+
+
+class Sizes:
+    """The tensors of a file that shall hold a model of this kind, such as "an RWKV-7"; give: what the user should give instead of another one."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], kind: str, give: str) -> None:
+        self.tensors, self.kind, self.give = tensors, kind, give
+
+    def n_layer(self) -> int:
+        layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+        if not layers or layers != set(range(len(layers))):
+            raise UserError(f"the checkpoint is not {self.kind} model: its blocks are {sorted(layers) or 'missing'}; give a complete {self.give} .pth file")
+        return len(layers)
+
+    def shape(self, name: str, dims: int) -> torch.Size:
+        """Of a tensor that must be there, with so many dimensions."""
+        if name not in self.tensors:
+            raise UserError(f"the checkpoint is not {self.kind} model: {name} is missing; give an {self.give} .pth file")
+        if self.tensors[name].dim() != dims:
+            raise UserError(f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, which has not {dims} dimensions; give an {self.give} .pth file")
+        return self.tensors[name].shape
