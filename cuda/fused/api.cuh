@@ -82,7 +82,7 @@ int fused_time_mix_inputs_backward(const FusedInputs* task, int dtype, void* str
 int fused_time_mix_output(const FusedOutput* task, int dtype, void* stream);
 int fused_time_mix_output_backward(const FusedOutput* task, int dtype, void* stream);
 
-// y = max(x, 0)^2; dx = 2 max(x, 0) dy. count is a multiple of 4.
+// y = max(x, 0)^2; dx = 2 max(x, 0) dy, from y. count is a multiple of 4.
 int fused_relu_square(const void* x, void* y, int64_t count, int dtype, void* stream);
-int fused_relu_square_backward(const void* dy, const void* x, void* dx, int64_t count, int dtype, void* stream);
+int fused_relu_square_backward(const void* dy, const void* y, void* dx, int64_t count, int dtype, void* stream);
 }

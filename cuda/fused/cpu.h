@@ -48,7 +48,7 @@ struct Kernels {
   void (*finish)(const Finish&, int64_t begin, int64_t end);
   void (*finish_backward)(const Finish&, int64_t begin, int64_t end, float* sums);
   void (*relu_square)(const void* x, void* y, int64_t count);
-  void (*relu_square_backward)(const void* dy, const void* x, void* dx, int64_t count);
+  void (*relu_square_backward)(const void* dy, const void* y, void* dx, int64_t count);
   void (*collect)(const float* parts, int64_t count, int64_t stride, int64_t n, void* to);  // to[i] = sum of parts[j * stride + i] over j
 };
 

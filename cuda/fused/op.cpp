@@ -185,12 +185,12 @@ Tensor relu_square(Tensor x) {
   return y;
 }
 
-Tensor relu_square_backward(Tensor dy, Tensor x) {
-  const Shape shape(x);
-  shape.whole(x), shape.whole(dy);
-  Tensor dx = torch::stable::empty_like(x);
-  const Kernels kernels = kernels_for(x);
-  over_elements(x, [&](int64_t at, int64_t count) { kernels.relu_square_backward(bytes(dy) + at, bytes(x) + at, bytes(dx) + at, count); });
+Tensor relu_square_backward(Tensor dy, Tensor y) {
+  const Shape shape(y);
+  shape.whole(y), shape.whole(dy);
+  Tensor dx = torch::stable::empty_like(y);
+  const Kernels kernels = kernels_for(y);
+  over_elements(y, [&](int64_t at, int64_t count) { kernels.relu_square_backward(bytes(dy) + at, bytes(y) + at, bytes(dx) + at, count); });
   return dx;
 }
 
@@ -210,7 +210,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
       "time_mix_output_backward(Tensor dout, Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, Tensor bias, Tensor r_k, int head_size,"
       " float eps) -> Tensor[]");
   m.def("relu_square(Tensor x) -> Tensor");
-  m.def("relu_square_backward(Tensor dy, Tensor x) -> Tensor");
+  m.def("relu_square_backward(Tensor dy, Tensor y) -> Tensor");
   m.def("fused_limit_isa(int level) -> int");
 }
 

@@ -66,6 +66,18 @@ class Case:
         return self.outputs_and_gradients(reference, [None if t is None else t.detach().double().requires_grad_() for t in self.inputs])
 
 
+def squarable(dtype):
+    """[1, T, 64] numbers whose squares are normal numbers: of bfloat16 all there are, of float32 a sample of every size."""
+    if dtype == torch.bfloat16:
+        x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        x = x[(x.abs() >= 2.0**-63) & (x.abs() < 2.0**63)]
+    else:
+        rng = torch.Generator().manual_seed(0)
+        x = (1 + torch.rand(1 << 17, generator=rng)) * 2.0 ** torch.randint(-63, 62, (1 << 17,), generator=rng)
+        x = torch.cat([x, -x])
+    return x.view(1, -1, 64)
+
+
 def close(got, want, tolerance):
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape and g.isfinite().all()

@@ -174,10 +174,10 @@ class Kernels:
         launch(self.library, "fused_relu_square", x.device, address(x), address(y), x.numel(), int(x.dtype == torch.float32))
         return y
 
-    def relu_square_backward(self, dy: Tensor, x: Tensor) -> Tensor:
-        dy, x = ready(dy), ready(x)
-        dx = torch.empty_like(x)
-        launch(self.library, "fused_relu_square_backward", x.device, address(dy), address(x), address(dx), x.numel(), int(x.dtype == torch.float32))
+    def relu_square_backward(self, dy: Tensor, y: Tensor) -> Tensor:
+        dy, y = ready(dy), ready(y)
+        dx = torch.empty_like(y)
+        launch(self.library, "fused_relu_square_backward", y.device, address(dy), address(y), address(dx), y.numel(), int(y.dtype == torch.float32))
         return dx
 
 

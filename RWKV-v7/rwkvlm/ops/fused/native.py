@@ -96,11 +96,13 @@ class _TimeMixOutput(torch.autograd.Function):
 
 
 class _ReluSquare(torch.autograd.Function):
+    """Keeps what it returns, which the next product keeps too, and not x, which nothing else needs."""
+
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
-        ctx.save_for_backward(x)
-        return torch.ops.rwkvlm.relu_square(x)
+        y = torch.ops.rwkvlm.relu_square(x.contiguous())
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -144,5 +146,5 @@ def _register() -> None:
         return torch.empty_like(x)
 
     @register("relu_square_backward")
-    def _(dy, x):
-        return torch.empty_like(x)
+    def _(dy, y):
+        return torch.empty_like(y)
