@@ -49,6 +49,7 @@ struct FusedInputs {
     const void *w0, *k_k, *k_a, *a0, *v0;
     void *w, *k_out, *a, *b, *v_out;
     const void *dw, *dk_out, *da, *db, *dv_out;
+    const void* more_dv_first;  // what other uses of v_first have given, which dv_first then includes; null: nothing
     void *dk, *da_low, *dv, *dv_first, *dv_low;
     void* sums;  // [5, C]: gradients of w0, k_k, k_a, a0, v0
     float* parts;

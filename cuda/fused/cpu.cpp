@@ -130,7 +130,7 @@ void prepare_backward(const Prepare& given, int64_t begin, int64_t end, float* s
         sigmoids(in(p.v0, c) + in(p.v_low, at), rate, rest);
         const vf dv = in(p.dv_out, at), dv_low = dv * (in(p.v_first, at) - in(p.v, at)) * rate * rest;
         out(p.dv, at, dv * rest);
-        out(p.dv_first, at, dv * rate);
+        out(p.dv_first, at, p.more_dv_first ? dv * rate + in(p.more_dv_first, at) : dv * rate);
         out(p.dv_low, at, dv_low);
         gather(Prepare::v0_sum, c, dv_low);
       }

@@ -24,6 +24,7 @@ struct Prepare {
   const void *w0, *k_k, *k_a, *a0, *v0;
   void *w, *k_out, *v_out, *a, *b;
   const void *dw, *dk_out, *dv_out, *da, *db;
+  const void* more_dv_first;  // what other uses of v_first have given, which dv_first then includes; null: nothing
   void *dk, *da_low, *dv, *dv_first, *dv_low;
   enum Sum { w0_sum, k_k_sum, k_a_sum, a0_sum, v0_sum, sums };
 };

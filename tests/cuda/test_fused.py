@@ -229,7 +229,7 @@ def test_the_operators_are_well_formed(device, dtype, residual):
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
     check(ops.time_mix_inputs.default, (*inputs, 32))
-    check(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32))
+    check(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]))
     inputs = tensors("time_mix_output")
     check(ops.time_mix_output.default, (*inputs, 32, 1e-5))
     check(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5))

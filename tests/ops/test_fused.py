@@ -194,7 +194,7 @@ def test_the_operators_are_well_formed(form, dtype, residual):
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
     torch.library.opcheck(ops.time_mix_inputs.default, (*inputs, 32), test_utils=tests)
-    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]), test_utils=tests)
     inputs = tensors("time_mix_output")
     torch.library.opcheck(ops.time_mix_output.default, (*inputs, 32, 1e-5), test_utils=tests)
     torch.library.opcheck(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5), test_utils=tests)
