@@ -73,7 +73,7 @@ kernels = Kernels(Path({str(path)!r}))
 for reverse in (False, True):
     for options in (
         dict(T=67, H=2), dict(T=35, N=32), dict(T=17, N=16, B=2), dict(T=70, documents=[1, 64, 5]), dict(T=35, N=128, H=1),
-        dict(T=200, N=32, documents=[1, 199], segment_chunks=1), dict(T=90, N=128, H=1, segment_chunks=1),
+        dict(T=200, N=32, documents=[1, 199], segment_chunks=1), dict(T=90, N=128, H=1, segment_chunks=1), dict(T=67, more="rkv"), dict(T=35, N=16, more="v"),
     ):  # fmt: skip
         kernels.run("chunked", make_case(**options), reverse=reverse)
         kernels.run("sequential", make_case(**options), reverse=reverse)
@@ -118,7 +118,8 @@ for reverse in (0, 1):
             kernels.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
             tensors = inputs("time_mix_inputs")
             grads = kernels.time_mix_inputs(*tensors, sizes["N"])
-            kernels.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"])
+            for more in (None, *grads[4:]):
+                kernels.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"], more)
             tensors = inputs("time_mix_output")
             kernels.time_mix_output_backward(kernels.time_mix_output(*tensors, sizes["N"], 1e-5), *tensors, sizes["N"], 1e-5)
             kernels.relu_square_backward(x, kernels.relu_square(x))

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from oracles.elementwise import Case, close
+from oracles.elementwise import Case, close, squarable
 from rwkvlm import native as build
 from rwkvlm.cli import doctor
 from rwkvlm.ops import backend, fused
@@ -170,6 +170,15 @@ def test_extreme_rates_keep_their_digits(device):
         close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_the_square_alone_gives_every_bit_of_its_gradient(device, dtype):
+    """2 max(x, 0) dy from max(x, 0)^2: what is kept of x is its rounded square."""
+    x = squarable(dtype).to(device).requires_grad_()
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device).to(dtype)
+    (dx,) = torch.autograd.grad(fused.relu_square(x), x, dy)
+    assert torch.equal(dx, (2 * x.detach().clamp_min(0).float() * dy.float()).to(dtype))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_nan_is_not_hidden(device, name):
     case = Case(name, device=device)
@@ -220,12 +229,12 @@ def test_the_operators_are_well_formed(device, dtype, residual):
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
     check(ops.time_mix_inputs.default, (*inputs, 32))
-    check(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32))
+    check(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]))
     inputs = tensors("time_mix_output")
     check(ops.time_mix_output.default, (*inputs, 32, 1e-5))
     check(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5))
     check(ops.relu_square.default, (x,))
-    check(ops.relu_square_backward.default, (x, x))
+    check(ops.relu_square_backward.default, (x, x.square()))
 
 
 @pytest.mark.parametrize("name, sizes", [(name, sizes) for name in CASES for sizes in (dict(), dict(residual=False, state=True))], ids=str)

@@ -125,7 +125,7 @@ def kernel_fused() -> str:
         def block(x, v_first, vector, r_k):
             mixes = [vector, 1 - vector, 2 * vector, 2 - vector, vector, vector]  # six, as in a model: what the kernel of a GPU takes
             w, k, a, v, *_ = form.token_mix(x, None, mixes)
-            w, k, a, b, v = form.time_mix_inputs(w, k, a, v, v_first, x, *[vector] * 5, 32)
+            w, k, a, b, v, _ = form.time_mix_inputs(w, k, a, v, v_first, x, *[vector] * 5, 32)
             return form.relu_square(form.time_mix_output(w, a, k, v, b, vector.flatten(), vector.flatten(), r_k, 64e-5))
 
         return _answers(block, inputs, device)
