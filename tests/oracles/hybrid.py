@@ -10,21 +10,17 @@ import torch
 from oracles.x070 import channel_mix, layer_norm, sub, time_mix
 
 
-def unit(x, weight):
-    return x / torch.sqrt((x**2).mean() + 1e-6) * weight
-
-
 def attention(p, x, x_prev, past, window):
     """One token of one sequence. x, x_prev: [C]; past: the keys and values of all tokens before it, a list of pairs [G, N]. Adds its own to past."""
     xq, xk, xv, xg = (x + (x_prev - x) * p[f"x_{c}"].flatten() for c in "qkvg")
     N = len(p["ln_q.weight"])
     q, k, v = ((p[f"{name}.weight"] @ y).split(N) for name, y in (("query", xq), ("key", xk), ("value", xv)))
-    past.append(([unit(head, p["ln_k.weight"]) for head in k], v))
+    past.append(([layer_norm(head, p["ln_k.weight"], 0) for head in k], v))
     seen = past[-window:] if window else past
     out = []
     for h, head in enumerate(q):
         group = h * len(k) // len(q)
-        head = unit(head, p["ln_q.weight"])
+        head = layer_norm(head, p["ln_q.weight"], 0)
         weights = [torch.exp((head * keys[group]).sum() / math.sqrt(N)) for keys, _ in seen]
         out.append(sum(w * values[group] for w, (_, values) in zip(weights, seen)) / sum(weights))
     return p["output.weight"] @ (torch.cat(out) / (1 + torch.exp(-((xg @ p["g1"]) @ p["g2"]))))

@@ -24,7 +24,7 @@ class KeyValues(NamedTuple):
 class Attention(nn.Module):
     """`O (softmax(q k^T / sqrt(N)) v * sigmoid(xg g1 g2))`, H heads of queries on G heads of keys and values; token shift, blends and names as in RWKV-7.
 
-    q and k are normalised in each head, so that no product grows without bound (arXiv 2010.04245); the gate is that of Kimi Linear (arXiv 2510.26692)
+    q and k have a LayerNorm in each head, so that no product grows without bound (arXiv 2010.04245, 2302.05442); the gate is that of Kimi Linear (arXiv 2510.26692)
     and of Qwen3-Next (arXiv 2505.06708); fewer heads of keys and values: arXiv 2305.13245. There is no position encoding: the RWKV-7 blocks below and
     the token shift know the order, as Kimi Linear's linear layers do, whose attention has none either; so a text may become longer than those trained on,
     and a remembered key needs no place. v_first passes by: the values of attention are not mixed into one state, and there may be fewer heads of them.
@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.key = dense("att.key", C, groups * N)
         self.value = dense("att.value", C, groups * N)
         self.output = dense("att.output", C, C)
-        self.ln_q, self.ln_k = nn.RMSNorm(N, eps=1e-6), nn.RMSNorm(N, eps=1e-6)
+        self.ln_q, self.ln_k = nn.LayerNorm(N, bias=False), nn.LayerNorm(N, bias=False)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValues:
         return KeyValues(*(torch.empty(batch, self.groups, 0, self.head_size, device=device, dtype=dtype) for _ in "kv"))
