@@ -36,6 +36,8 @@ def compress_file(
     check_ratio(svd_rank_ratio)
     weights = load_weights(path)
     config = read_config(weights)
+    if config.model_type not in ("x070", "phantom"):
+        raise UserError(f"--model {path} holds a model of type {config.model_type}; compress is made for x070 and phantom")
     units_left(config, sparsity_ratio)
     model = measure.load(path)  # refuses a file that does not fit together
     activity, losses = None, {}

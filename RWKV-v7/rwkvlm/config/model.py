@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from .errors import UserError
 
-MODEL_TYPES = ("x070", "phantom")
+MODEL_TYPES = ("x070", "phantom", "hybrid")
 HEAD_SIZES = (16, 32, 64, 128)
 MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # the large ones of a block
 

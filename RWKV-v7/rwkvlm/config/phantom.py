@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from .errors import UserError
+from .hybrid import HybridConfig
 from .model import MATRICES, ModelConfig
 
 ACTIVATIONS = ("identity", "relu")
@@ -234,7 +235,7 @@ def parse_ratios(text: str) -> dict[str, float]:
 
 def model_config(model_type: str = "x070", **sizes: object) -> ModelConfig:
     """The sizes of a model of this type."""
-    return (PhantomConfig if model_type == "phantom" else ModelConfig)(model_type=model_type, **sizes)
+    return {"phantom": PhantomConfig, "hybrid": HybridConfig}.get(model_type, ModelConfig)(model_type=model_type, **sizes)
 
 
 def core_ratio_of(core_ratio: float | None, ghost_ratio: float | None) -> float | None:

@@ -86,6 +86,11 @@ class TrainConfig:
     dropout: float = flag(-1.0, "Phantom: share of each branch's outputs set to zero in training; else 0")
     layer_norm_eps: float = flag(-1.0, "Phantom: epsilon of the LayerNorms; else 1e-5")
 
+    # hybrid (--my_testing hybrid); -1 and "": from the checkpoint, else the default in [config/hybrid.py]
+    attention_layers: str = flag("", "Hybrid: blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four; else 1/4")
+    attention_kv_heads: int = flag(-1, "Hybrid: heads of keys and values, a divisor of the number of heads; 0: as many; else 0")
+    attention_window: int = flag(-1, "Hybrid: tokens that a token's attention sees, which bounds the memory of generation; 0: all; else 0")
+
     # batches and their order
     ctx_len: int = flag(1024, "tokens per sample")
     micro_bsz: int = flag(12, "samples per device and step")
@@ -204,9 +209,16 @@ class TrainConfig:
         if getattr(self, name) < least:
             raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
 
+    def _given(self, kind: str) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"].startswith(kind) and getattr(self, f.name) != f.default}
+
+    def hybrid_settings(self) -> dict[str, Any]:
+        """Those fields of a HybridConfig that flags were given for."""
+        return self._given("Hybrid: ")
+
     def phantom_settings(self) -> dict[str, Any]:
         """Those fields of a PhantomConfig that flags were given for."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"].startswith("Phantom: ") and getattr(self, f.name) != f.default}
+        given = self._given("Phantom: ")
         ratio = core_ratio_of(given.get("core_ratio"), given.pop("ghost_ratio", None))
         for name in ("ttt_enabled", "ttt_head", "ttt_second_order", "ttt_meta"):
             if name in given:
@@ -232,6 +244,8 @@ class TrainConfig:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
             if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no Ghost layers and no test-time training")
+            if help.startswith("Hybrid: ") and self.my_testing != "hybrid" and getattr(self, f.name) != f.default:
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no attention")
             if getattr(self, f.name) != f.default and (reason := self._idle(f.name)):
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {reason}")
         return lines

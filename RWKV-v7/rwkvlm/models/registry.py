@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from . import phantom, rwkv7
+from . import hybrid, phantom, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
-RECIPES = {"x070": rwkv7, "phantom": phantom}
+RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid}
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -22,7 +22,7 @@ def build(config: ModelConfig) -> LanguageModel:
 
 def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     """Type and sizes of the model whose weights these are. Raises UserError naming what is missing."""
-    return rwkv7.config_of(tensors)
+    return (hybrid if hybrid.attention_layers(tensors) else rwkv7).config_of(tensors)
 
 
 def init_weights(model: LanguageModel, seed: int) -> None:
@@ -37,15 +37,18 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
     """A file's weights in the form that the model has them: for a Phantom, those of an RWKV-7 are factorised, and what is new there is as it is
-    in the model."""
+    in the model;
+    for a hybrid, those of an RWKV-7 without the time mixing of its attention blocks."""
+    if model.config.model_type == "hybrid":
+        return hybrid.from_rwkv7(tensors, model)
     if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
         return tensors
     return phantom.from_rwkv7(tensors, model)
 
 
 def costs(config: ModelConfig) -> list[str]:
-    """Lines of a table of parameters and FLOPs, for models whose matrices are not all dense."""
-    return phantom.costs(config) if config.model_type == "phantom" else []
+    """Lines of a table of parameters and FLOPs, for models whose matrices are not all dense; what the attention of a hybrid remembers."""
+    return RECIPES[config.model_type].costs(config) if config.model_type in ("phantom", "hybrid") else []
 
 
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import models
-from ..config import ModelConfig, PhantomConfig
+from ..config import HybridConfig, ModelConfig, PhantomConfig
 
 # Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets (without sparsity); the first name that the device's contains counts.
 PEAK = {
@@ -14,10 +14,11 @@ PEAK = {
 }  # fmt: skip
 
 
-def flops_per_token(sizes: ModelConfig) -> int:
+def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
     """Of forward and backward in a long text, nothing recomputed: 6 for each weight of a matrix product whenever it is used, 27 N C for each layer's state.
 
     The recurrence takes 9 N^2 a head: decay 1, and 2 each for S a, its product with b, v k and S r; the backward pass twice that.
+    Attention takes 12 C for each token that a token sees, on average over a sequence of ctx_len, which no other model needs: q k^T and its product with v.
     """
     with torch.device("meta"):
         named = dict(models.build(sizes).named_parameters())
@@ -27,7 +28,11 @@ def flops_per_token(sizes: ModelConfig) -> int:
     passes = 1
     if isinstance(sizes, PhantomConfig):
         passes, layer = sizes.max_depth_iter, layer + _of_test_time_training(sizes)
-    return 6 * head + passes * (6 * sum(weights.values()) + sizes.n_layer * layer)
+    states, seen = sizes.n_layer * layer, 0
+    if isinstance(sizes, HybridConfig):
+        states -= len(sizes.attention) * layer
+        seen = round(12 * sizes.n_embd * len(sizes.attention) * sizes.seen(ctx_len))
+    return 6 * head + passes * (6 * sum(weights.values()) + states) + seen
 
 
 def _of_test_time_training(sizes: PhantomConfig) -> int:

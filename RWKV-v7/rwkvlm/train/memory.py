@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from .. import models
-from ..config import ModelConfig, TrainConfig
+from ..config import HybridConfig, ModelConfig, TrainConfig
 from .health import SNAPSHOTS
 from .strategy import DTYPES, Launch
 
@@ -57,19 +57,22 @@ def gigabytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass for each token: in one block, and outside the blocks."""
+    """Bytes kept for the backward pass for each token: in one block (of a hybrid: on average over its blocks), and outside the blocks."""
 
     block: float
     outside: float
 
 
 def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.device) -> Activations:
-    """From forward passes of two and of three blocks of the real width over a few tokens: what autograd saves, each storage once."""
+    """From forward passes of two and of three blocks of the real width over a few tokens: what autograd saves, each storage once.
+
+    Of a hybrid a block of either kind is added to one of both; a window is taken for as narrow as it would be in the run: shorter than the text or not.
+    """
     dtype = DTYPES[config.precision]
 
-    def saved(depth: int, tokens: int) -> int:
+    def saved(tokens: int, **layers: object) -> int:
         with device:
-            model = models.build(sizes.with_(n_layer=depth, vocab_size=256)).to(dtype)
+            model = models.build(sizes.with_(vocab_size=256, **layers)).to(dtype)
         for parameter in model.state_dict().values():
             parameter.zero_()
         own = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
@@ -86,10 +89,20 @@ def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.d
         del kept
         return sum(found.values())
 
-    few, many = PROBED_TOKENS, 2 * PROBED_TOKENS
-    two, three = (saved(depth, many) - saved(depth, few) for depth in (2, 3))
-    block = (three - two) / (many - few)
-    return Activations(block, two / (many - few) - 2 * block)
+    def of_a_token(**layers: object) -> float:
+        few, many = PROBED_TOKENS, 2 * PROBED_TOKENS
+        return (saved(many, **layers) - saved(few, **layers)) / (many - few)
+
+    if not isinstance(sizes, HybridConfig):
+        two, three = (of_a_token(n_layer=depth) for depth in (2, 3))
+        return Activations(three - two, two - 2 * (three - two))
+    window = PROBED_TOKENS // 2 if 0 < sizes.attention_window < config.ctx_len else 0
+    both, more_attention, more_time_mixing = (
+        of_a_token(n_layer=depth, attention_layers=layers, attention_window=window) for depth, layers in ((2, "1"), (3, "1,2"), (3, "2"))
+    )
+    attention, time_mixing = more_attention - both, more_time_mixing - both
+    share = len(sizes.attention) / sizes.n_layer
+    return Activations(share * attention + (1 - share) * time_mixing, both - attention - time_mixing)
 
 
 def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: Activations, program: int, copies: bool = False) -> Memory:

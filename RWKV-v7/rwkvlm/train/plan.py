@@ -103,7 +103,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     start = find_start(config, data.order, damaged, identity)
     check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
-    if config.doc_reset and config.my_testing != "x070":
+    if config.doc_reset and config.my_testing not in ("x070", "hybrid"):
         raise UserError(f"--doc_reset 1 is not made for --my_testing {config.my_testing}; use x070, or leave --doc_reset out")
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples

@@ -13,7 +13,7 @@ from .. import models
 from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
-from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
+from ..config import HybridConfig, ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
 from ..config.phantom import TRAINING_ONLY
 from .position import Position
 
@@ -161,10 +161,14 @@ def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
         found = models.read_config(load_weights(path))
         if config.my_testing == "phantom" and found.model_type == "x070":
             found = _phantom_of(config, found, path)
+        if config.my_testing == "hybrid" and found.model_type == "x070":
+            found = model_config("hybrid", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.hybrid_settings())
         return _agree(config, found, path)
     given = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
     if config.my_testing == "phantom":
         given |= config.phantom_settings()
+    if config.my_testing == "hybrid":
+        given |= config.hybrid_settings()
     return _flags_fit(config, model_config(config.my_testing, **given))
 
 
@@ -186,6 +190,8 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
             raise UserError(_differs(name, given, there, path))
     if isinstance(found, PhantomConfig):
         found = _phantom_agrees(config.phantom_settings(), found, path)
+    if isinstance(found, HybridConfig):
+        return _flags_fit(config, _hybrid_agrees(config.hybrid_settings(), found, config.n_layer if deeper else found.n_layer, path))
     return _flags_fit(config, found.with_(n_layer=config.n_layer) if deeper else found)
 
 
@@ -205,6 +211,17 @@ def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) 
             f"leave --{name} out, or add {'--ttt_meta 1' if name == 'ttt_second_order' else '--ttt_second_order 1'}"
         )
     return changed
+
+
+def _hybrid_agrees(given: dict[str, object], found: HybridConfig, n_layer: int, path: Path) -> HybridConfig:
+    """What is there; blocks above it, which a deeper model begins anew, have attention where the flags say so."""
+    wanted = found.with_(n_layer=n_layer, **given)
+    for name in given:
+        there = getattr(found, name)
+        same = tuple(i for i in wanted.attention if i < found.n_layer) == found.attention if name == "attention_layers" else getattr(wanted, name) == there
+        if not same:
+            raise UserError(_differs(name, given[name], there, path))
+    return wanted
 
 
 def _differs(name: str, given: object, there: object, path: Path) -> str:
