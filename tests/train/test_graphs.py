@@ -1,7 +1,6 @@
 """--cuda_graphs 1 without a GPU: everything around the graphs, with a tape in their place (tests/oracles/tape.py); on a GPU: tests/cuda/test_graphs.py"""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -221,12 +220,19 @@ def test_where_it_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2"])
-def test_two_processes(forked, tmp_path, losses, strategy):
-    """Two micro batches in fp32, where nothing but a copy keeps the first one's gradients from the second."""
-    flags = dict(strategy=strategy, accumulate_grad_batches=2, micro_bsz=1, max_steps=8, kernel="auto", val_batches=1)
-    done = forked((flags | dict(proj_dir=tmp_path / "eager"), {}), (flags | dict(proj_dir=tmp_path / "graphs", cuda_graphs=1), dict(tape=2)))
-    assert [d["codes"] for d in done] == [[0, 0], [0, 0]], json.dumps(done)[-3000:]
-    assert "blocks in CUDA graphs" in done[1]["said"]
-    assert losses(tmp_path / "graphs") == losses(tmp_path / "eager")
-    assert Path(tmp_path / "graphs" / "taped").read_text() == "64"  # 2 blocks, both ways, 8 steps of 2
+def test_two_processes(forked, tmp_path, losses):
+    """Two micro batches; in fp32 nothing but a copy keeps the first one's gradients from the second."""
+    cases = [("ddp", "fp32"), ("ddp", "bf16"), ("deepspeed_stage_1", "fp32"), ("deepspeed_stage_2", "bf16")]
+    flags = dict(devices=2, accumulate_grad_batches=2, micro_bsz=1, max_steps=8, kernel="auto", val_batches=1)
+    jobs = []
+    for strategy, precision in cases:
+        for name, more in (("eager", {}), ("graphs", dict(tape=2))):
+            own = dict(strategy=strategy, precision=precision, proj_dir=tmp_path / f"{strategy}-{precision}-{name}", cuda_graphs=int(name == "graphs"))
+            jobs.append((flags | own, more))
+    done = forked(*jobs)
+    assert [d["codes"] for d in done] == [[0, 0]] * len(jobs), json.dumps(done)[-3000:]
+    assert ["blocks in CUDA graphs" in d["said"] for d in done] == [False, True] * len(cases)
+    for strategy, precision in cases:
+        eager, graphed = (tmp_path / f"{strategy}-{precision}-{name}" for name in ("eager", "graphs"))
+        assert losses(graphed) == losses(eager) and len(losses(eager)) == 8
+        assert (graphed / "taped").read_text() == "64"  # 2 blocks, both ways, 8 steps of 2
