@@ -7,6 +7,7 @@ Terms, for P trained parameters, W processes, b bytes of a parameter (what each 
                  ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
     activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
+    graphs       CUDA graphs: gradients where they are written, b P of the blocks, and in each block those of x and v_first
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
     saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 P (weights, the first process)
     snapshots    on a CPU: those that --spike_guard goes back to, 12 P each; ZeRO: 12 P / W (on a GPU they lie in the host's memory, which is not told)
@@ -38,6 +39,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    graphs: int
     head: int
     saving: int
     snapshots: int
@@ -109,7 +111,7 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
     """Of each process; `program`: bytes of a process before there is a model; copies: whether the optimizer copies gradients (outside DeepSpeed)."""
     with torch.device("meta"):
         model = models.build(sizes)
-    P = models.count_parameters(model)
+    P, in_blocks = models.count_parameters(model), sum(p.numel() for p in model.blocks.parameters())
     C, V, W, b = sizes.n_embd, sizes.vocab_size, run.world_size, DTYPES[config.precision].itemsize
     stage = int(run.strategy.split("_")[2]) if run.strategy.startswith("deepspeed") else 0
     cpu, offload = run.accelerator == "cpu", run.strategy.endswith("_offload")
@@ -134,6 +136,7 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
         gradients=gradients,
         optimizer=0 if offload and not cpu else optimizer,
         activations=int(kept),
+        graphs=b * (in_blocks + 2 * sizes.n_layer * C * tokens) if config.cuda_graphs else 0,
         head=head,
         saving=12 * P // W + 2 * P if cpu else 0,
         snapshots=SNAPSHOTS * 12 * P // (W if stage else 1) if cpu and config.spike_guard else 0,

@@ -24,6 +24,7 @@ from ..ops.precision import bf16_is_faster
 from ..ops.wkv7 import backend_for
 from .compiled import check_compile
 from .freeze import check_freeze
+from .graphs import check_graphs
 from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype
@@ -109,7 +110,8 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
     kernel = backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config))
-    check_compile(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
+    for check_blocks in (check_graphs, check_compile):
+        check_blocks(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
