@@ -95,6 +95,17 @@ def kernel_wkv7() -> str:
     return said
 
 
+def kernel_wkv4() -> str:
+    import torch
+
+    from ..ops.wkv4 import backend_for, wkv4, wkv4_reference
+
+    device = _device()
+    inputs = [_random(32, seed=1), _random(32, seed=2), _random(2, 70, 32, seed=3), _random(2, 70, 32, seed=4)]
+    wanted = _answers(lambda w, *x: wkv4_reference(-torch.exp(w), *x)[0], inputs, torch.device("cpu"))
+    return _compared("wkv4", backend_for(device, torch.float32, 32), device, _answers(wkv4, inputs, device), wanted)
+
+
 def kernel_loss() -> str:
     import torch
 
@@ -181,7 +192,8 @@ def kernel_tokenizer() -> str:
 
 # every folder of cuda/ with sources of its own, by its name
 KERNELS = {
-    "wkv7": kernel_wkv7, "loss": kernel_loss, "fused": kernel_fused, "adamw": kernel_adamw, "rwkv7_step": kernel_rwkv7_step, "tokenizer": kernel_tokenizer,
+    "wkv7": kernel_wkv7, "wkv4": kernel_wkv4, "loss": kernel_loss, "fused": kernel_fused, "adamw": kernel_adamw, "rwkv7_step": kernel_rwkv7_step,
+    "tokenizer": kernel_tokenizer,
 }  # fmt: skip
 
 
