@@ -37,6 +37,7 @@ CASES = {
         dict(B=3, T=65, H=1, N=64),
         dict(T=40, mixes=1),
         dict(T=40, mixes=3, state=True),
+        dict(T=40, mixes=2),
     ],
     "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
     "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
@@ -107,6 +108,13 @@ def test_wide_norm_mix_where_shared_memory_is_small(device, sizes, mixes, reques
     for got, want in zip(results[0], Case("norm_mix", mixes=mixes, **sizes).exact()):
         close(got, want, TOLERANCE[FP32])
     assert all(torch.equal(a, b) for one, two in zip(*results) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("mixes", [2, 3])
+def test_what_rwkv4_asks_for_is_made_in_parts(device, mixes):
+    case = Case("norm_mix", T=20, mixes=mixes, state=mixes == 3, device=device)
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, TOLERANCE[FP32])
 
 
 @pytest.mark.parametrize("heads", [1, 129], ids=["narrow", "wide"])
@@ -201,7 +209,7 @@ def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
 
 
 def test_what_the_kernels_do_not_take_is_an_error(device):
-    for case in (Case("norm_mix", mixes=2, device=device), Case("token_mix", mixes=2, device=device), Case("time_mix_output", N=48, device=device)):
+    for case in (Case("norm_mix", mixes=4, device=device), Case("token_mix", mixes=4, device=device), Case("time_mix_output", N=48, device=device)):
         with pytest.raises(RuntimeError, match="shape or dtype"):
             case.call(fused, *case.inputs)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from .errors import UserError
 
-MODEL_TYPES = ("x070", "phantom", "hybrid")
+MODEL_TYPES = ("x070", "phantom", "hybrid", "x040")
 HEAD_SIZES = (16, 32, 64, 128)
+UNUSED = {"x040": ("head_size", "rank_w", "rank_a", "rank_v", "rank_g")}  # by model type: sizes that mean nothing to it, and are 0 there
 MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # the large ones of a block
 
 
@@ -43,9 +44,14 @@ class ModelConfig:
         for name in ("n_layer", "n_embd", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.head_size not in HEAD_SIZES:
+        for name in UNUSED.get(self.model_type, ()):
+            object.__setattr__(self, name, 0)
+        if "head_size" in self.unused:
+            if self.n_embd % 32:
+                raise UserError(f"--n_embd {self.n_embd} is not a multiple of 32, which --my_testing {self.model_type} needs; change it")
+        elif self.head_size not in HEAD_SIZES:
             raise UserError(f"--head_size {self.head_size} is not supported; choose one of: {', '.join(map(str, HEAD_SIZES))}")
-        if self.n_embd % self.head_size:
+        elif self.n_embd % self.head_size:
             raise UserError(f"--n_embd {self.n_embd} is not a multiple of --head_size {self.head_size}; change one of them")
         derived = {
             "dim_ffn": 4 * self.n_embd,
@@ -58,7 +64,7 @@ class ModelConfig:
             given = getattr(self, name)
             if given < 0:
                 raise UserError(f"--{name} is {given}; it must be positive, or 0 to derive it")
-            if given == 0:
+            if given == 0 and name not in self.unused:
                 object.__setattr__(self, name, value)
         for name, rank in self.rank_of().items():
             if name not in self.parts() or rank < 1:
@@ -80,8 +86,13 @@ class ModelConfig:
         return {matrix: self.matrix_shape(matrix) for matrix in MATRICES}
 
     @property
+    def unused(self) -> tuple[str, ...]:
+        """Sizes that mean nothing to a model of this type."""
+        return UNUSED.get(self.model_type, ())
+
+    @property
     def n_head(self) -> int:
-        return self.n_embd // self.head_size
+        return self.n_embd // self.head_size if self.head_size else 0
 
     def with_(self, **changes: object) -> ModelConfig:
         """A copy with some fields changed; sizes are checked again."""

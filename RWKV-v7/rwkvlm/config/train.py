@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import UserError
-from .model import MODEL_TYPES, ModelConfig
+from .model import MODEL_TYPES, UNUSED, ModelConfig
 from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, PhantomConfig, core_ratio_of
 
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
@@ -198,7 +198,7 @@ class TrainConfig:
         if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices) >= 1):
             raise UserError(f"--devices {self.devices!r} is not a number of devices; use auto, 1, 2, ...")
         if self.dim_att and self.n_embd and self.dim_att != self.n_embd:
-            raise UserError(f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; RWKV-7 needs them equal (leave dim_att out)")
+            raise UserError(f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; --my_testing {self.my_testing} needs them equal (leave dim_att out)")
 
     def _rename(self, old: str, new: str) -> None:
         if getattr(self, old):
@@ -253,6 +253,8 @@ class TrainConfig:
 
     def _idle(self, name: str) -> str:
         """Why a flag changes nothing beside the others, "" where it may."""
+        if name in UNUSED.get(self.my_testing, ()):
+            return f"--my_testing {self.my_testing} has no heads and no low ranks"
         if name == "ds_bucket_mb" and not self.strategy.startswith("deepspeed"):
             return f"--strategy {self.strategy} is not DeepSpeed's"
         if name == "lr_final" and self.lr_schedule == "constant":

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from . import hybrid, phantom, rwkv7
+from ..ops import wkv4, wkv7
+from . import hybrid, phantom, rwkv4, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
-RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid}
+RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid, "x040": rwkv4}
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -22,7 +23,8 @@ def build(config: ModelConfig) -> LanguageModel:
 
 def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     """Type and sizes of the model whose weights these are. Raises UserError naming what is missing."""
-    return (hybrid if hybrid.attention_layers(tensors) else rwkv7).config_of(tensors)
+    recipe = rwkv4 if rwkv4.DECAY in tensors else hybrid if hybrid.attention_layers(tensors) else rwkv7
+    return recipe.config_of(tensors)
 
 
 def init_weights(model: LanguageModel, seed: int) -> None:
@@ -44,6 +46,16 @@ def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mappin
     if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
         return tensors
     return phantom.from_rwkv7(tensors, model)
+
+
+def recurrence(config: ModelConfig) -> str:
+    """The operator that carries the state of a model."""
+    return "wkv4" if config.model_type == "x040" else "wkv7"
+
+
+def kernel_of(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
+    return {"wkv4": wkv4, "wkv7": wkv7}[recurrence(config)].backend_for(device, dtype)
 
 
 def costs(config: ModelConfig) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 import torch._dynamo  # not part of torch until it is asked for
 
 from ..config import HybridConfig, ModelConfig, PhantomConfig, TrainConfig, UserError, env
-from ..models import LanguageModel
+from ..models import LanguageModel, recurrence
 from .strategy import Launch
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile
@@ -33,7 +33,7 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, mode: str =
 
 
 def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str, device: torch.device) -> None:
-    """UserError where --compile 1 would not work, or not well. On a CPU it tries the compiler: some seconds. kernel: who computes wkv7."""
+    """UserError where --compile 1 would not work, or not well. On a CPU it tries the compiler: some seconds. kernel: who computes the model's recurrence."""
     if not config.compile:
         return
     if run.strategy.startswith("deepspeed_stage_3"):
@@ -45,7 +45,7 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
     if problem := _why_not(device):
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":
-        raise UserError("--compile 1 needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out")
+        raise UserError(f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out")
 
 
 def _why_not(device: torch.device) -> str:

@@ -54,6 +54,7 @@ class BlockGraphs:
     """The two graphs of a block, and what stands in the place of its `forward`.
 
     inputs: x, and in all blocks but the first v_first, where the graph reads them. outputs: x for the next block, and v_first if there is a next one.
+    (Not so in an RWKV-4, which has none.)
     recompute: as --grad_cp: the backward pass begins with the forward pass, of which only inputs are kept.
     """
 
@@ -90,7 +91,7 @@ class BlockGraphs:
     def _run(self) -> tuple[Tensor, ...]:
         x, v_first = (*self.inputs, None)[:2]
         x, v_first, _ = torch.func.functional_call(self.block, self.aliases, (x, v_first))
-        return (x,) if self.last else (x, v_first)
+        return (x,) if self.last or v_first is None else (x, v_first)
 
     def _both_ways(self) -> None:
         outputs = self._run()
@@ -181,7 +182,7 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
 
 
 def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str, device: torch.device) -> None:
-    """UserError where --cuda_graphs 1 would not work. kernel: who computes wkv7."""
+    """UserError where --cuda_graphs 1 would not work. kernel: who computes the model's recurrence."""
     if not config.cuda_graphs:
         return
     if config.compile:

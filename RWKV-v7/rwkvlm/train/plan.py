@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .. import models
 from ..checkpoint import ranks
 from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
@@ -21,7 +22,6 @@ from ..data.reset import ResetSamples
 from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
-from ..ops.wkv7 import backend_for
 from .compiled import check_compile
 from .freeze import check_freeze
 from .graphs import check_graphs
@@ -36,7 +36,7 @@ SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a s
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with precision decided. kernel: who computes wkv7. batch: samples per optimizer step, all devices and micro batches together."""
+    """config: with precision decided. kernel: who computes the model's recurrence. batch: samples per optimizer step, all devices and micro batches together."""
 
     config: TrainConfig
     launch: Launch
@@ -109,7 +109,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
-    kernel = backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config))
+    kernel = models.kernel_of(start.model, torch.device(DEVICE[run.accelerator]), param_dtype(config))
     for check_blocks in (check_graphs, check_compile):
         check_blocks(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches

@@ -186,7 +186,7 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
     deeper = bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
-        if given and given != there and not (deeper and name == "n_layer"):
+        if given and given != there and name not in found.unused and not (deeper and name == "n_layer"):
             raise UserError(_differs(name, given, there, path))
     if isinstance(found, PhantomConfig):
         found = _phantom_agrees(config.phantom_settings(), found, path)
@@ -231,7 +231,7 @@ def _differs(name: str, given: object, there: object, path: Path) -> str:
 
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if config.dim_att and config.dim_att != model.n_embd:
-        raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; RWKV-7 needs them equal (leave --dim_att out)")
+        raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; --my_testing {config.my_testing} needs them equal (leave --dim_att out)")
     if isinstance(model, PhantomConfig) and model.ttt_enabled and config.ctx_len <= model.ttt_chunk:
         raise UserError(
             f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: no token would come after a step, and nothing would train it; "

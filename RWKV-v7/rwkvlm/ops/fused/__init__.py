@@ -28,9 +28,9 @@ def norm_mix(
     x, branch: [B, T, C], without a branch nothing is added; weight, bias: [C], eps: of the LayerNorm; last: [B, C], the normalised token before
     x[:, 0], None for zeros; mixes: [1, 1, C] each. bounds: [documents + 1] int32 for documents in a row, B = 1, from 0 to T: each one's last token
     is padding, for which the normalised token is zeros. Returns x + branch, the last normalised token [B, C], and a [B, T, C] for each mix.
-    One kernel on a GPU; elsewhere its parts.
+    One kernel on a GPU for as many mixes as RWKV-7 has; else its parts.
     """
-    if _in_one(x, weight, *mixes, *([] if branch is None else [branch])):
+    if len(mixes) in norm.COUNTS and _in_one(x, weight, *mixes, *([] if branch is None else [branch])):
         return norm.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds)
     return reference.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds, token_mix)
 
