@@ -47,7 +47,8 @@ def relu_square(x: Tensor) -> Tensor:
 
 class _TokenMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, *mixes):
+    def forward(ctx, *inputs):  # torch.compile under no_grad leaves ctx out where there are as many inputs as named parameters: four with two mixes
+        x, last, *mixes = inputs
         x = x.contiguous()
         last = None if last is None else last.contiguous()
         ctx.save_for_backward(x, last, *mixes)
