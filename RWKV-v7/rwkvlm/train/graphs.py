@@ -54,7 +54,7 @@ class BlockGraphs:
     """The two graphs of a block, and what stands in the place of its `forward`.
 
     inputs: x, and in all blocks but the first v_first, where the graph reads them. outputs: x for the next block, and v_first if there is a next one.
-    (Not so in an RWKV-4, which has none.)
+    An RWKV-4 has no v_first.
     recompute: as --grad_cp: the backward pass begins with the forward pass, of which only inputs are kept.
     """
 
