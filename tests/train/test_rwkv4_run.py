@@ -87,7 +87,7 @@ def test_plain_pytorch_trains_alike(trained, run, losses, tmp_path):
     assert losses(tmp_path / "out") == pytest.approx(losses(trained / "fp32")[:10], rel=1e-5)
 
 
-def test_text_from_it(trained, capfd, tmp_path):
+def test_text_from_it(run, capfd, tmp_path):
     """The characters of its vocabulary are those of a tokenizer of bytes; a text is what one makes of the logits."""
     (tmp_path / "text.txt").write_text("abcabcabd" * 400)
     flags = dict(data_file=tmp_path / "text.txt", data_type="utf-8", my_testing="x040", n_layer=1, n_embd=32, ctx_len=16, micro_bsz=8, my_exit_tokens=40 * 8 * 16,
