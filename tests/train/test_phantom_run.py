@@ -192,7 +192,7 @@ BUSY = [
 def test_flags_of_phantom_beside_others_that_leave_them_nothing_to_do(flags, line):
     config = TrainConfig(my_testing="phantom", **flags)
     model = model_config("phantom", n_layer=2, n_embd=64, head_size=32, **config.phantom_settings())
-    assert config.phantom_without_effect(model) == ([line] if line else [])
+    assert config.own_without_effect(model) == ([line] if line else [])
 
 
 def test_a_run_says_which_flags_of_phantom_have_no_effect(run, phantom, tmp_path, capfd):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.place import check_file
 from ..checkpoint.pth import load_weights, save_weights
-from ..config import ModelConfig, UserError
+from ..config import ModelConfig, RosaConfig, UserError
 from ..models import count_parameters, read_config
 from ..train.flops import flops_per_token
 from . import measure
@@ -36,6 +36,8 @@ def compress_file(
     check_ratio(svd_rank_ratio)
     weights = load_weights(path)
     config = read_config(weights)
+    if isinstance(config, RosaConfig):
+        raise UserError(f"--model {path} holds a model of type {config.model_type}; only RWKV-7 (x070) and Phantom can be compressed")
     units_left(config, sparsity_ratio)
     model = measure.load(path)  # refuses a file that does not fit together
     activity, losses = None, {}

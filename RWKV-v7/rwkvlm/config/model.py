@@ -7,7 +7,12 @@ from dataclasses import dataclass, fields, replace
 
 from .errors import UserError
 
-MODEL_TYPES = ("x070", "phantom")
+MODEL_TYPES = (
+    "x070",
+    "phantom",
+    "x080",
+    "rosa",
+)
 HEAD_SIZES = (16, 32, 64, 128)
 MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # the large ones of a block
 
@@ -78,6 +83,11 @@ class ModelConfig:
     def parts(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the matrices that a block's large matrices are made of, by name."""
         return {matrix: self.matrix_shape(matrix) for matrix in MATRICES}
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Sizes that mean nothing to a model of this type."""
+        return ()
 
     @property
     def n_head(self) -> int:

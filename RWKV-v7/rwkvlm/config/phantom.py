@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from .errors import UserError
 from .model import MATRICES, ModelConfig
+from .rosa import RosaConfig
 
 ACTIVATIONS = ("identity", "relu")
 TTT_KINDS = ("state", "memory")
@@ -232,9 +233,16 @@ def parse_ratios(text: str) -> dict[str, float]:
     return ratios
 
 
+CONFIGS = {
+    "phantom": PhantomConfig,
+    "x080": RosaConfig,
+    "rosa": RosaConfig,
+}
+
+
 def model_config(model_type: str = "x070", **sizes: object) -> ModelConfig:
     """The sizes of a model of this type."""
-    return (PhantomConfig if model_type == "phantom" else ModelConfig)(model_type=model_type, **sizes)
+    return CONFIGS.get(model_type, ModelConfig)(model_type=model_type, **sizes)
 
 
 def core_ratio_of(core_ratio: float | None, ghost_ratio: float | None) -> float | None:

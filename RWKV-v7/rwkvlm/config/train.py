@@ -13,6 +13,7 @@ from typing import Any
 from .errors import UserError
 from .model import MODEL_TYPES, ModelConfig
 from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, PhantomConfig, core_ratio_of
+from .rosa import GRADS, OF_TIME_MIXING, RosaConfig
 
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
 STRATEGIES = (
@@ -85,6 +86,12 @@ class TrainConfig:
     max_depth_iter: int = flag(-1, "Phantom: passes through each block with the same weights; else 1")
     dropout: float = flag(-1.0, "Phantom: share of each branch's outputs set to zero in training; else 0")
     layer_norm_eps: float = flag(-1.0, "Phantom: epsilon of the LayerNorms; else 1e-5")
+
+    # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
+    rosa_bits: int = flag(-1, "ROSA: channels that make a symbol together, 1 or 4; else 4")
+    rosa_grad: str = flag("", "ROSA: gradient of a bit: exact, by flipping it, or a soft surrogate; else flip", ("", *GRADS))
+    rosa_tau: float = flag(-1.0, "ROSA: least size of an activation in the gradient of its bit; else 0.1")
+    deep_embed: int = flag(-1, "ROSA: 1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed); else 0")
 
     # batches and their order
     ctx_len: int = flag(1024, "tokens per sample")
@@ -215,10 +222,19 @@ class TrainConfig:
                 given[name] = bool(given[name])
         return given if ratio is None else given | {"core_ratio": ratio}
 
-    def phantom_without_effect(self, model: ModelConfig) -> list[str]:
-        """As flags_without_effect, for Phantom's flags in a Phantom: what they do is known when the model is, which a checkpoint may decide."""
-        given = self.phantom_settings() if isinstance(model, PhantomConfig) else {}
+    def own_without_effect(self, model: ModelConfig) -> list[str]:
+        """As flags_without_effect, for the flags of the model's own type: what they do is known when the model is, which a checkpoint may decide."""
+        given = self.phantom_settings() if isinstance(model, PhantomConfig) else self.rosa_settings() if isinstance(model, RosaConfig) else {}
         return [f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}" for name, value in given.items() if (reason := model.idle(name))]
+
+    def rosa_settings(self) -> dict[str, Any]:
+        """Those fields of a RosaConfig that flags were given for."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"].startswith("ROSA: ") and getattr(self, f.name) != f.default}
+        if "deep_embed" in given:
+            if given["deep_embed"] not in (0, 1):
+                raise UserError(f"--deep_embed {self.deep_embed} is not known; use 0 or 1")
+            given["deep_embed"] = bool(given["deep_embed"])
+        return given
 
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -232,6 +248,8 @@ class TrainConfig:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
             if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no Ghost layers and no test-time training")
+            if help.startswith("ROSA: ") and self.my_testing not in ("x080", "rosa") and getattr(self, f.name) != f.default:
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no ROSA")
             if getattr(self, f.name) != f.default and (reason := self._idle(f.name)):
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {reason}")
         return lines
@@ -240,6 +258,8 @@ class TrainConfig:
         """Why a flag changes nothing beside the others, "" where it may."""
         if name == "ds_bucket_mb" and not self.strategy.startswith("deepspeed"):
             return f"--strategy {self.strategy} is not DeepSpeed's"
+        if name in OF_TIME_MIXING and self.my_testing == "rosa":
+            return "--my_testing rosa has no time mixing"
         if name == "lr_final" and self.lr_schedule == "constant":
             return "--lr_schedule constant stays at lr_init"
         if name == "wsd_decay" and self.lr_schedule != "wsd":

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from . import phantom, rwkv7
+from . import phantom, rosa, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
-RECIPES = {"x070": rwkv7, "phantom": phantom}
+RECIPES = {
+    "x070": rwkv7,
+    "phantom": phantom,
+    "x080": rosa,
+    "rosa": rosa,
+}
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -20,8 +25,10 @@ def build(config: ModelConfig) -> LanguageModel:
     return RECIPES[config.model_type].build(config)
 
 
-def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
-    """Type and sizes of the model whose weights these are. Raises UserError naming what is missing."""
+def read_config(tensors: Mapping[str, torch.Tensor], rosa_bits: int = 0) -> ModelConfig:
+    """Type and sizes of the model whose weights these are; rosa_bits: of its symbols, where they do not say it. Raises UserError naming what is missing."""
+    if rosa.is_rosa(tensors):
+        return rosa.config_of(tensors, rosa_bits)
     return rwkv7.config_of(tensors)
 
 
@@ -37,7 +44,9 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
     """A file's weights in the form that the model has them: for a Phantom, those of an RWKV-7 are factorised, and what is new there is as it is
-    in the model."""
+    in the model; for ROSA, those of an official file."""
+    if rosa.CARRIED in model.state_dict():
+        return rosa.adapted(tensors, model)
     if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
         return tensors
     return phantom.from_rwkv7(tensors, model)
@@ -51,4 +60,4 @@ def costs(config: ModelConfig) -> list[str]:
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:
     """Numbers in a checkpoint of the model, the first block's unused value residual included, what describes the model left out."""
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
-    return sum(t.numel() for name, t in tensors.items() if name != phantom.CARRIED and not name.endswith(".order"))
+    return sum(t.numel() for name, t in tensors.items() if name not in (phantom.CARRIED, rosa.CARRIED) and not name.endswith(".order"))

@@ -13,7 +13,7 @@ from .. import models
 from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
-from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
+from ..config import ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, model_config, rosa
 from ..config.phantom import TRAINING_ONLY
 from .position import Position
 
@@ -158,13 +158,15 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
 def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
     """Sizes from the checkpoint at path, where there is one, and the flags; UserError where they contradict each other."""
     if path is not None:
-        found = models.read_config(load_weights(path))
+        found = models.read_config(load_weights(path), config.rosa_settings().get("rosa_bits", 0))
         if config.my_testing == "phantom" and found.model_type == "x070":
             found = _phantom_of(config, found, path)
         return _agree(config, found, path)
     given = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
     if config.my_testing == "phantom":
         given |= config.phantom_settings()
+    if config.my_testing in ("x080", "rosa"):
+        given |= config.rosa_settings()
     return _flags_fit(config, model_config(config.my_testing, **given))
 
 
@@ -182,10 +184,12 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
     deeper = bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
-        if given and given != there and not (deeper and name == "n_layer"):
+        if given and given != there and name not in found.unused and not (deeper and name == "n_layer"):
             raise UserError(_differs(name, given, there, path))
     if isinstance(found, PhantomConfig):
         found = _phantom_agrees(config.phantom_settings(), found, path)
+    if isinstance(found, RosaConfig):
+        found = _rosa_agrees(config.rosa_settings(), found, path)
     return _flags_fit(config, found.with_(n_layer=config.n_layer) if deeper else found)
 
 
@@ -205,6 +209,14 @@ def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) 
             f"leave --{name} out, or add {'--ttt_meta 1' if name == 'ttt_second_order' else '--ttt_second_order 1'}"
         )
     return changed
+
+
+def _rosa_agrees(given: dict[str, object], found: RosaConfig, path: Path) -> RosaConfig:
+    """What is trained on is what is there; how its bits are trained is as the flags say."""
+    for name, value in given.items():
+        if name not in rosa.TRAINING_ONLY and value != getattr(found, name):
+            raise UserError(_differs(name, value, getattr(found, name), path))
+    return found.with_(**{name: value for name, value in given.items() if name in rosa.TRAINING_ONLY})
 
 
 def _differs(name: str, given: object, there: object, path: Path) -> str:
