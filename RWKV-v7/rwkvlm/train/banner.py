@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..config import RosaConfig
 from ..models import build, count_parameters, costs
 from .plan import Plan
 
@@ -19,7 +20,9 @@ def describe(plan: Plan) -> dict[str, str]:
     config, model, run, schedule = plan.config, plan.start.model, plan.launch, plan.schedule
     with torch.device("meta"):
         parameters = count_parameters(build(model))
-    heads = f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"
+    mixers = [] if "head_size" in model.unused else [f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"]
+    if isinstance(model, RosaConfig):
+        mixers.append(f"ROSA of {model.rosa_bits} bit{'s' * (model.rosa_bits > 1)}")
     held_out = f"held out {plan.held_out.name}" if plan.held_out is not None else "nothing held out"
     left = schedule.steps_left(plan.tokens)
     mini_epochs = -(-schedule.exit_tokens // (config.ctx_len * config.epoch_samples))
@@ -29,7 +32,7 @@ def describe(plan: Plan) -> dict[str, str]:
     fall = {"cosine": "", "wsd": f" over the last {100 * config.wsd_decay:g}%", "constant": ""}[config.lr_schedule]
     rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
     return {
-        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {heads}, vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
+        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {', '.join(mixers)}, vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
         **({"costs": f"\n{'':10}".join(table)} if (table := costs(model)) else {}),
         "data": f"{_files(plan)}, {held_out}",
         "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",
