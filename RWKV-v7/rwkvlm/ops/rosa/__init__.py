@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import backend
+from . import native, reference
 from .arguments import RosaState, check, check_tokens
 
-__all__ = ["RosaState", "rosa", "rosa_self", "rosa_tokens"]
+__all__ = ["RosaState", "backend_for", "rosa", "rosa_self", "rosa_tokens"]
 
 
 def rosa_tokens(x: Tensor, state: RosaState | None = None, return_state: bool = False) -> Tensor | tuple[Tensor, RosaState]:
@@ -24,8 +25,9 @@ def rosa_tokens(x: Tensor, state: RosaState | None = None, return_state: bool = 
     ValueError for anything else.
     """
     check_tokens(x, state)
-    out, after = reference.tokens(x, state)
-    return (out, after) if return_state else out
+    old = (None, None) if state is None else (state.k.contiguous(), state.runs.contiguous())
+    y, k, runs = _operator("_tokens", x)(x.contiguous(), *old, return_state)
+    return (y, RosaState(k, k, runs)) if return_state else y
 
 
 def rosa(
@@ -73,9 +75,19 @@ def rosa_self(
 
 def _rosa(q, k, v, low, high, bits, miss, tau, grad, state, return_state):
     check(q, k, v, low, high, bits, miss, tau, grad, state, return_state)
-    low, high = low.to(q.dtype), high.to(q.dtype)
-    if state is not None or return_state:
-        with torch.no_grad():
-            out, after = reference.resumed(q, k, v, low, high, bits, miss == "low", state)
-        return (out, after) if return_state else out
-    return reference.Rosa.apply(q, k, v, low, high, bits, miss == "low", tau, grad)
+    inputs = [x if x is None else x.contiguous() for x in (q, k, v, low.to(q.dtype), high.to(q.dtype))]
+    old = (None, None, None) if state is None else (x.contiguous() for x in state)
+    out, k_after, v_after, runs = _operator("", q)(*inputs, bits, miss == "low", tau, grad == "soft", *old, return_state)
+    return (out, RosaState(k_after, k_after if k is None else v_after, runs)) if return_state else out
+
+
+def _operator(part: str, x: Tensor):
+    # rosa: the operators of cuda/rosa, which have a form for either device
+    name = "rosa_plain" if backend_for(x.device, x.dtype) == "torch" else "rosa"
+    return getattr(torch.ops.rwkvlm, name + part)
+
+
+@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """Who computes it here, int64 for tokens: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
+    return backend.choose("rosa", backend.requested(), device, {"cpu": lambda: native.why_not(dtype), "torch": lambda: ""})

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .arguments import RosaState
-from .soft import soft_gradients
+from .operator import BACKWARD, FORWARD, TOKENS, register
 
 FLIPS_AT_ONCE = 1 << 22  # symbols
 
@@ -52,28 +50,40 @@ def followers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.where(sources < 0, -1, v.long().gather(1, sources.clamp(min=0)))
 
 
-def tokens(x: Tensor, state: RosaState | None) -> tuple[Tensor, RosaState]:
-    L = 0 if state is None else state.k.shape[1]
-    k = x if state is None else torch.cat([state.k, x], 1)
-    sources, runs = longest(x, k, x.new_zeros(len(x), 0, dtype=torch.int32) if L == 0 else state.runs)
-    return torch.where(sources < 0, -1, k.gather(1, sources.clamp(min=0))), RosaState(k, k, runs)
-
-
-def resumed(q, k, v, low, high, bits: int, miss_low: bool, state: RosaState | None) -> tuple[Tensor, RosaState]:
-    """Forward from a state, or from the beginning: the output, and the state after it. k, v None: they are q."""
+def rosa(q, k, v, low, high, bits, miss_low, tau, soft, old_k, old_v, old_runs, with_state) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, and with_state the symbols and runs after it; k and v None: they are q."""
+    (B, T, C), L = q.shape, 0 if old_k is None else old_k.shape[2]
+    G = C // bits
     new = [symbols(x, bits) for x in ((q,) if k is None else (q, k, v))]
-    (B, G, T), L = new[0].shape, 0 if state is None else state.k.shape[2]
-    before = [] if state is None else [state.k, state.v]
-    k_all, v_all = (torch.cat([*before[i : i + 1], s], 2) for i, s in enumerate(new[-2:] if len(new) > 1 else new * 2))
-    runs = torch.zeros(B, G, 0, dtype=torch.int32, device=q.device) if state is None else state.runs
-    sources, runs = longest(new[0].flatten(0, 1), k_all.flatten(0, 1), runs.flatten(0, 1))
+    all_k = new[-2 if len(new) > 1 else 0] if L == 0 else torch.cat([old_k, new[-2 if len(new) > 1 else 0]], 2)
+    all_v = all_k if k is None else new[2] if L == 0 else torch.cat([old_v, new[2]], 2)
+    runs = old_runs.flatten(0, 1) if L else torch.zeros(B * G, 0, dtype=torch.int32, device=q.device)
+    sources, runs = longest(new[0].flatten(0, 1), all_k.flatten(0, 1), runs)
     sources = sources.view(B, G, T)
-    y = torch.where(sources < 0, -1, v_all.long().gather(2, sources.clamp(min=0)))
-    after = RosaState(k_all, k_all if k is None else v_all, runs.view(B, G, L + T))
-    return values(y, low, high, bits, miss_low), after
+    y = torch.where(sources < 0, -1, all_v.long().gather(2, sources.clamp(min=0)))
+    out, nothing = values(y, low, high, bits, miss_low), all_k[:, :, :0]
+    if not with_state:
+        return out, nothing.clone(), nothing.clone(), nothing.int()
+    return out, all_k.contiguous(), nothing.clone() if k is None else all_v.contiguous(), runs.view(B, G, L + T)
 
 
-def flips(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: int, miss_low: bool, tau: float) -> list[Tensor]:
+def rosa_backward(dout, q, k, v, low, high, bits, miss_low, tau, flips) -> list[Tensor]:
+    """The gradients of q, k, v, or of q alone where k and v are None, of which none without `flips`; then those of low and high."""
+    gradients = turned(dout, [q] if k is None else [q, k, v], low, high, bits, miss_low, tau) if flips else []
+    for ends in ((1.0, 0.0), (0.0, 1.0)):  # where `low` has been put out, where `high` has
+        mask = rosa(q, k, v, *(torch.full_like(low, x) for x in ends), bits, miss_low, tau, False, None, None, None, False)[0]
+        gradients.append((dout.double() * mask).sum((0, 1)).to(low.dtype))
+    return gradients
+
+
+def rosa_tokens(x: Tensor, old: Tensor | None, old_runs: Tensor | None, with_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+    k = x.clone() if old is None else torch.cat([old, x], 1)
+    sources, runs = longest(x, k, x.new_zeros(len(x), 0, dtype=torch.int32) if old is None else old_runs)
+    y = torch.where(sources < 0, -1, k.gather(1, sources.clamp(min=0)))
+    return (y, k, runs) if with_state else (y, k[:, :0].clone(), runs[:, :0].clone())
+
+
+def turned(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: int, miss_low: bool, tau: float) -> list[Tensor]:
     """The gradient of each of q, k, v, or of x alone, in its dtype: every bit of every symbol turned, and all run again."""
     B, T, C = dout.shape
     base = [symbols(x, bits).flatten(0, 1) for x in inputs]
@@ -87,12 +97,12 @@ def flips(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: i
         numerator = torch.zeros(B, T, C, dtype=torch.float64, device=x.device)
         for begin in range(0, T * bits, several):
             places = torch.arange(begin, min(T * bits, begin + several), device=x.device)
-            turned = [s.expand(len(places), R, T) for s in base]
+            rows = [s.expand(len(places), R, T) for s in base]
             mask = torch.zeros(len(places), 1, T, dtype=torch.uint8, device=x.device)
             mask[torch.arange(len(places), device=x.device), 0, places // bits] = (1 << (places % bits)).to(torch.uint8)
-            turned[which] = turned[which] ^ mask
-            turned = [s.reshape(-1, T) for s in turned]
-            y = followers(*(turned * 3)[:3] if len(base) == 1 else turned).view(len(places) * B, G, T)
+            rows[which] = rows[which] ^ mask
+            rows = [s.reshape(-1, T) for s in rows]
+            y = followers(*(rows * 3)[:3] if len(base) == 1 else rows).view(len(places) * B, G, T)
             change = (values(y, *weight, bits, miss_low).view(-1, B, T, C) - before) * slopes
             change = change.unflatten(3, (G, bits)).sum((2, 4))  # [places, B, G]
             for place, c in zip(places.tolist(), change):
@@ -102,28 +112,7 @@ def flips(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: i
     return gradients
 
 
-class Rosa(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, low, high, bits, miss_low, tau, grad):
-        ctx.save_for_backward(q, k, v, low, high)
-        ctx.options = bits, miss_low, tau, grad
-        return resumed(q, k, v, low, high, bits, miss_low, None)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        q, k, v, low, high = ctx.saved_tensors
-        bits, miss_low, tau, grad = ctx.options
-        inputs = [q] if k is None else [q, k, v]
-        gradients = [None] * len(inputs)
-        if any(ctx.needs_input_grad[:3]):
-            gradients = (
-                soft_gradients(dout, inputs, low, high, bits, miss_low)
-                if grad == "soft"
-                else flips(dout, inputs, low, high, bits, miss_low, tau)
-            )
-        nought, one = torch.zeros_like(low, dtype=torch.float32), torch.ones_like(low, dtype=torch.float32)
-        is_high = resumed(q, k, v, nought, one, bits, miss_low, None)[0]
-        is_low = resumed(q, k, v, one, nought, bits, miss_low, None)[0]
-        dlow, dhigh = ((dout.double() * mask).sum((0, 1)).to(low.dtype) for mask in (is_low, is_high))
-        return *gradients, *[None] * (3 - len(gradients)), dlow, dhigh, None, None, None, None
+for _name, _schema, _form in (("rosa_plain", FORWARD, rosa), ("rosa_plain_backward", BACKWARD, rosa_backward), ("rosa_plain_tokens", TOKENS, rosa_tokens)):
+    torch.library.define(f"rwkvlm::{_name}", _schema)
+    torch.library.impl(f"rwkvlm::{_name}", "CompositeExplicitAutograd", _form)
+register("rosa_plain")

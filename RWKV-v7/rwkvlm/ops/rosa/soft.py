@@ -33,8 +33,9 @@ def soft_rosa(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, bits: 
     return torch.cat(outs, 1)
 
 
-def soft_gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: int, miss_low: bool) -> list[Tensor]:
-    """The gradients of q, k, v, or of x alone (then of all its three parts), in its dtype; a few rows at a time."""
+@torch.library.custom_op("rwkvlm::rosa_soft_gradients", mutates_args=())
+def gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: int, miss_low: bool) -> list[Tensor]:
+    """The gradients of q, k, v, or of x alone (then of all its three parts), in their dtype; a few rows at a time."""
     B, T, C = dout.shape
 
     def rows(x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def soft_gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor
 
     slopes, rowed = rows(dout), [rows(x) for x in inputs]
     ends = [rows(t.view(1, 1, C).expand(B, 1, C)) for t in (low, high)]
-    gradients = [torch.zeros_like(x) for x in rowed]
+    sums = [torch.zeros_like(x) for x in rowed]
     several = max(1, AT_ONCE // (T * T))
     for begin in range(0, len(slopes), several):
         here = slice(begin, begin + several)
@@ -50,6 +51,11 @@ def soft_gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor
             parts = [x[here].requires_grad_() for x in rowed]
             out = soft_rosa(*(parts * 3)[:3] if len(parts) == 1 else parts, ends[0][here], ends[1][here], bits, miss_low)
             found = torch.autograd.grad(out, parts, slopes[here])
-        for total, part in zip(gradients, found):
+        for total, part in zip(sums, found):
             total[here] = part
-    return [g.unflatten(0, (B, -1)).transpose(1, 2).flatten(2).to(x.dtype) for g, x in zip(gradients, inputs)]
+    return [g.unflatten(0, (B, -1)).transpose(1, 2).flatten(2).to(x.dtype).contiguous() for g, x in zip(sums, inputs)]
+
+
+@gradients.register_fake
+def _(dout, inputs, low, high, bits, miss_low):
+    return [torch.empty_like(x) for x in inputs]
