@@ -138,7 +138,7 @@ def test_low_ranks(n_embd, ranks):
 
 
 @pytest.mark.parametrize(
-    "bad,word", [({"n_layer": 0}, "n_layer"), ({"head_size": 48}, "head_size"), ({"n_embd": 100}, "n_embd"), ({"model_type": "x080"}, "my_testing"), ({"rank_w": -1}, "rank_w")]
+    "bad,word", [({"n_layer": 0}, "n_layer"), ({"head_size": 48}, "head_size"), ({"n_embd": 100}, "n_embd"), ({"model_type": "x060"}, "my_testing"), ({"rank_w": -1}, "rank_w")]
 )
 def test_bad_sizes_are_named(bad, word):
     with pytest.raises(UserError, match=word) as error:

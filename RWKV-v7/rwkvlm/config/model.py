@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields, replace
 
 from .errors import UserError
 
-MODEL_TYPES = ("x070", "phantom", "hybrid", "x040")
+MODEL_TYPES = ("x070", "phantom", "hybrid", "x080", "rosa", "x040")
 HEAD_SIZES = (16, 32, 64, 128)
-UNUSED = {"x040": ("head_size", "rank_w", "rank_a", "rank_v", "rank_g")}  # by model type: sizes that mean nothing to it, and are 0 there
+OF_TIME_MIXING = ("head_size", "rank_w", "rank_a", "rank_v", "rank_g")
+UNUSED = {"x040": OF_TIME_MIXING, "rosa": OF_TIME_MIXING}  # by model type: sizes that mean nothing to it, and are 0 there
+MULTIPLES = {"x040": 32, "rosa": 16}  # of which the width must be one, in models without heads
 MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # the large ones of a block
 
 
@@ -47,8 +49,8 @@ class ModelConfig:
         for name in UNUSED.get(self.model_type, ()):
             object.__setattr__(self, name, 0)
         if "head_size" in self.unused:
-            if self.n_embd % 32:
-                raise UserError(f"--n_embd {self.n_embd} is not a multiple of 32, which --my_testing {self.model_type} needs; change it")
+            if self.n_embd % (multiple := MULTIPLES[self.model_type]):
+                raise UserError(f"--n_embd {self.n_embd} is not a multiple of {multiple}, which --my_testing {self.model_type} needs; change it")
         elif self.head_size not in HEAD_SIZES:
             raise UserError(f"--head_size {self.head_size} is not supported; choose one of: {', '.join(map(str, HEAD_SIZES))}")
         elif self.n_embd % self.head_size:
@@ -89,6 +91,10 @@ class ModelConfig:
     def unused(self) -> tuple[str, ...]:
         """Sizes that mean nothing to a model of this type."""
         return UNUSED.get(self.model_type, ())
+
+    def idle(self, name: str) -> str:
+        """Why a setting of its own type changes nothing beside the others, "" where it may, or is what it would be anyway."""
+        return ""
 
     @property
     def n_head(self) -> int:

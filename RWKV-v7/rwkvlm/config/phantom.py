@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from .errors import UserError
-from .hybrid import HybridConfig
 from .model import MATRICES, ModelConfig
 
 ACTIVATIONS = ("identity", "relu")
@@ -231,11 +230,6 @@ def parse_ratios(text: str) -> dict[str, float]:
             raise UserError(f"--core_ratios {part!r}: {number!r} is not a number; write MATRIX=RATIO,...") from None
         _check_ratio(f"--core_ratios {name}", ratios[name])
     return ratios
-
-
-def model_config(model_type: str = "x070", **sizes: object) -> ModelConfig:
-    """The sizes of a model of this type."""
-    return {"phantom": PhantomConfig, "hybrid": HybridConfig}.get(model_type, ModelConfig)(model_type=model_type, **sizes)
 
 
 def core_ratio_of(core_ratio: float | None, ghost_ratio: float | None) -> float | None:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import UserError
+from .kinds import config_type, owner
 from .model import MODEL_TYPES, UNUSED, ModelConfig
-from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, PhantomConfig, core_ratio_of
+from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, core_ratio_of
+from .rosa import GRADS
 
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
 STRATEGIES = (
@@ -90,6 +92,11 @@ class TrainConfig:
     attention_layers: str = flag("", "Hybrid: blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four; else 1/4")
     attention_kv_heads: int = flag(-1, "Hybrid: heads of keys and values, a divisor of the number of heads; 0: as many; else 0")
     attention_window: int = flag(-1, "Hybrid: tokens that a token's attention sees, which bounds the memory of generation; 0: all; else 0")
+    # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
+    rosa_bits: int = flag(-1, "ROSA: channels that make a symbol together, 1 or 4; else 4")
+    rosa_grad: str = flag("", "ROSA: gradient of a bit: exact, by flipping it, or a soft surrogate; else flip", ("", *GRADS))
+    rosa_tau: float = flag(-1.0, "ROSA: least size of an activation in the gradient of its bit; else 0.1")
+    deep_embed: int = flag(-1, "ROSA: 1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed); else 0")
 
     # batches and their order
     ctx_len: int = flag(1024, "tokens per sample")
@@ -210,28 +217,21 @@ class TrainConfig:
         if getattr(self, name) < least:
             raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
 
-    def _given(self, kind: str) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"].startswith(kind) and getattr(self, f.name) != f.default}
-
-    def hybrid_settings(self) -> dict[str, Any]:
-        """Those fields of a HybridConfig that flags were given for."""
-        return self._given("Hybrid: ")
-
-    def phantom_settings(self) -> dict[str, Any]:
-        """Those fields of a PhantomConfig that flags were given for."""
-        given = self._given("Phantom: ")
+    def own_settings(self) -> dict[str, Any]:
+        """Those fields of the model type's own config (PhantomConfig, ...) that flags were given for."""
+        kind = config_type(self.my_testing)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if (found := owner(f.metadata["help"])) and found[0] is kind and getattr(self, f.name) != f.default}
         ratio = core_ratio_of(given.get("core_ratio"), given.pop("ghost_ratio", None))
-        for name in ("ttt_enabled", "ttt_head", "ttt_second_order", "ttt_meta"):
-            if name in given:
+        for name in given:
+            if isinstance(getattr(kind, name), bool):
                 if given[name] not in (0, 1):
                     raise UserError(f"--{name} {given[name]} is not known; use 0 or 1")
                 given[name] = bool(given[name])
         return given if ratio is None else given | {"core_ratio": ratio}
 
-    def phantom_without_effect(self, model: ModelConfig) -> list[str]:
-        """As flags_without_effect, for Phantom's flags in a Phantom: what they do is known when the model is, which a checkpoint may decide."""
-        given = self.phantom_settings() if isinstance(model, PhantomConfig) else {}
-        return [f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}" for name, value in given.items() if (reason := model.idle(name))]
+    def own_without_effect(self, model: ModelConfig) -> list[str]:
+        """As flags_without_effect, for the flags of the model's own type: what they do is known when the model is, which a checkpoint may decide."""
+        return [f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}" for name, value in self.own_settings().items() if (reason := model.idle(name))]
 
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -243,10 +243,8 @@ class TrainConfig:
             help = f.metadata["help"]
             if help.startswith("no effect: ") and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
-            if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no Ghost layers and no test-time training")
-            if help.startswith("Hybrid: ") and self.my_testing != "hybrid" and getattr(self, f.name) != f.default:
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no attention")
+            if (found := owner(help)) and found[0] is not config_type(self.my_testing) and getattr(self, f.name) != f.default:
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has {found[1]}")
             if getattr(self, f.name) != f.default and (reason := self._idle(f.name)):
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {reason}")
         return lines

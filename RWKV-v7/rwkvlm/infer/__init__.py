@@ -1,4 +1,4 @@
-"""Recurrent-mode inference: read a prompt, then sample token by token in constant memory."""
+"""Recurrent-mode inference: read a prompt, then sample token by token, in constant memory but for ROSA."""
 
 from .engine import Engine, load_engine
 

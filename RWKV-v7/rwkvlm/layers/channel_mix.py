@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, RosaConfig
 from ..ops.fused import relu_square
 from .linear import Linear, dense
 from .norm_mix import NormMix
@@ -26,3 +26,18 @@ class ChannelMix(nn.Module):
         """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C] for it, and its last normalised token [B, C]."""
         x, last, (mixed,) = norm(x, branch, last, [self.x_k], bounds)
         return x, self.value(relu_square(self.key(mixed))), last
+
+
+class DeepChannelMix(ChannelMix):
+    """DeepEmbed: channel mixing whose output is multiplied elementwise by a learned vector of the token. Source: RWKV-LM, RWKV-8."""
+
+    def __init__(self, config: RosaConfig) -> None:
+        super().__init__(config)
+        self.enn = nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None, norm: NormMix, last: torch.Tensor | None, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """tokens: [B, T] int64; else as ChannelMix."""
+        x, y, last = super().forward(x, branch, norm, last)
+        return x, y * self.enn(tokens), last

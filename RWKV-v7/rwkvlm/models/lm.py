@@ -33,6 +33,10 @@ class LanguageModel(nn.Module):
         dtype = dtype if dtype is not None else self.emb.weight.dtype
         return [block.init_state(batch, device, dtype) for block in self.blocks]
 
+    def beside(self, idx: torch.Tensor) -> object:
+        """What the blocks hand on beside the residual stream: the first one's value, once it is there."""
+        return None
+
     def features(
         self, idx: torch.Tensor, state: State | None = None, return_state: bool = False, grad_cp: bool = False, packed: Packed | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, State]:
@@ -44,14 +48,14 @@ class LanguageModel(nn.Module):
         Returns [B, T, C], and the new state with return_state. Tokens fed one by one, in pieces or at once give the same.
         """
         x = self.emb(idx)
-        v_first = None
+        beside = self.beside(idx)
         new_state: State = []
         for i, block in enumerate(self.blocks):
-            args = (x, v_first, state[i] if state is not None else None, return_state, *([] if packed is None else [packed]))
+            args = (x, beside, state[i] if state is not None else None, return_state, *([] if packed is None else [packed]))
             if grad_cp and torch.is_grad_enabled():
-                x, v_first, block_state = checkpoint(block, *args, use_reentrant=False)
+                x, beside, block_state = checkpoint(block, *args, use_reentrant=False)
             else:
-                x, v_first, block_state = block(*args)
+                x, beside, block_state = block(*args)
             new_state.append(block_state)
         x = self.ln_out(x)
         return (x, new_state) if return_state else x

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
+from ..ops import rosa as rosa_op
 from ..ops import wkv4, wkv7
-from . import hybrid, phantom, rwkv4, rwkv7
+from . import hybrid, phantom, rosa, rwkv4, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
-RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid, "x040": rwkv4}
+RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid, "x080": rosa, "rosa": rosa, "x040": rwkv4}
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -21,8 +22,10 @@ def build(config: ModelConfig) -> LanguageModel:
     return RECIPES[config.model_type].build(config)
 
 
-def read_config(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
-    """Type and sizes of the model whose weights these are. Raises UserError naming what is missing."""
+def read_config(tensors: Mapping[str, torch.Tensor], rosa_bits: int = 0) -> ModelConfig:
+    """Type and sizes of the model whose weights these are; rosa_bits: of its symbols, where they do not say it. Raises UserError naming what is missing."""
+    if rosa.is_rosa(tensors):
+        return rosa.config_of(tensors, rosa_bits)
     recipe = rwkv4 if rwkv4.DECAY in tensors else hybrid if hybrid.attention_layers(tensors) else rwkv7
     return recipe.config_of(tensors)
 
@@ -39,10 +42,11 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
     """A file's weights in the form that the model has them: for a Phantom, those of an RWKV-7 are factorised, and what is new there is as it is
-    in the model;
-    for a hybrid, those of an RWKV-7 without the time mixing of its attention blocks."""
+    in the model; for a hybrid, those of an RWKV-7 without the time mixing of its attention blocks; for ROSA, those of an official file."""
     if model.config.model_type == "hybrid":
         return hybrid.from_rwkv7(tensors, model)
+    if rosa.CARRIED in model.state_dict():
+        return rosa.adapted(tensors, model)
     if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
         return tensors
     return phantom.from_rwkv7(tensors, model)
@@ -50,12 +54,12 @@ def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mappin
 
 def recurrence(config: ModelConfig) -> str:
     """The operator that carries the state of a model."""
-    return "wkv4" if config.model_type == "x040" else "wkv7"
+    return {"x040": "wkv4", "rosa": "rosa"}.get(config.model_type, "wkv7")
 
 
 def kernel_of(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
-    return {"wkv4": wkv4, "wkv7": wkv7}[recurrence(config)].backend_for(device, dtype)
+    return {"wkv4": wkv4, "wkv7": wkv7, "rosa": rosa_op}[recurrence(config)].backend_for(device, dtype)
 
 
 def costs(config: ModelConfig) -> list[str]:
@@ -66,4 +70,4 @@ def costs(config: ModelConfig) -> list[str]:
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:
     """Numbers in a checkpoint of the model, the first block's unused value residual included, what describes the model left out."""
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
-    return sum(t.numel() for name, t in tensors.items() if name != phantom.CARRIED and not name.endswith(".order"))
+    return sum(t.numel() for name, t in tensors.items() if name not in (phantom.CARRIED, rosa.CARRIED) and not name.endswith(".order"))

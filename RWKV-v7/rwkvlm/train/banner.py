@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..config import RosaConfig
 from ..models import build, count_parameters, costs, recurrence
 from .plan import Plan
 
@@ -20,6 +21,8 @@ def describe(plan: Plan) -> dict[str, str]:
     with torch.device("meta"):
         parameters = count_parameters(build(model))
     mixers = [] if "head_size" in model.unused else [f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"]
+    if isinstance(model, RosaConfig):
+        mixers.append(f"ROSA of {model.rosa_bits} bit{'s' * (model.rosa_bits > 1)}")
     held_out = f"held out {plan.held_out.name}" if plan.held_out is not None else "nothing held out"
     left = schedule.steps_left(plan.tokens)
     mini_epochs = -(-schedule.exit_tokens // (config.ctx_len * config.epoch_samples))

@@ -19,6 +19,7 @@ import torch
 
 from ..checkpoint.place import nearest
 from ..config import TrainConfig, UserError, env
+from ..config.kinds import owner
 from ..ops import adamw
 from .banner import describe
 from .logs.progress import clock
@@ -29,7 +30,7 @@ from .strategy import make_strategy
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
-OF_A_TYPE = [f.name for f in fields(TrainConfig) if f.metadata["help"].startswith(("Phantom: ", "Hybrid: "))]
+OWN = [f.name for f in fields(TrainConfig) if owner(f.metadata["help"])]  # flags of some model types only
 
 
 def dry_run(plan: Plan) -> int:
@@ -137,7 +138,7 @@ def probe(plan: Plan) -> float:
 def probe_flags(plan: Plan, folder: str) -> list[str]:
     """Those of a run of the same model: with the weights of the same file, which says what no flag does, or with fresh ones."""
     model, start = plan.start.model, plan.start
-    changes = {name: getattr(model, name) for name in SIZES} | {name: getattr(model, name) for name in OF_A_TYPE if hasattr(model, name)}
+    changes = {name: getattr(model, name) for name in SIZES if name not in model.unused} | {name: getattr(model, name) for name in OWN if hasattr(model, name)}
     changes |= dict(
         proj_dir=folder, load_model="" if start.fresh or start.path is None else str(start.path), load_partial=0, train_stage=0, epoch_begin=0, dry_run=False,
         wandb="", tensorboard=0, enable_progress_bar=False, save_steps=10**9, save_minutes=0.0, epoch_save=0, val_every=10**9, val_batches=1, max_steps=0,

@@ -39,7 +39,7 @@ def run(config: TrainConfig) -> int:
     if config.train_stage == 1:
         return write_init(config)
     plan = make_plan(config)
-    tell(config.phantom_without_effect(plan.start.model))
+    tell(config.own_without_effect(plan.start.model))
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do (a larger --my_exit_tokens trains longer)")
         return 0
@@ -74,7 +74,7 @@ def write_init(config: TrainConfig) -> int:
         config, data = check_data(config)
         data.check_token_range(model_sizes(config, path).vocab_size)
     sizes = model_sizes(config, path)
-    tell(config.phantom_without_effect(sizes))
+    tell(config.own_without_effect(sizes))
     if env.first_process():
         weights = initial_weights(config, sizes)
         if not config.dry_run:

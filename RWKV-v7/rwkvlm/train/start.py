@@ -13,7 +13,7 @@ from .. import models
 from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
-from ..config import HybridConfig, ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
+from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, model_config, rosa
 from ..config.phantom import TRAINING_ONLY
 from .position import Position
 
@@ -158,23 +158,19 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
 def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
     """Sizes from the checkpoint at path, where there is one, and the flags; UserError where they contradict each other."""
     if path is not None:
-        found = models.read_config(load_weights(path))
+        found = models.read_config(load_weights(path), config.own_settings().get("rosa_bits", 0))
         if config.my_testing == "phantom" and found.model_type == "x070":
             found = _phantom_of(config, found, path)
         if config.my_testing == "hybrid" and found.model_type == "x070":
-            found = model_config("hybrid", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.hybrid_settings())
+            found = model_config("hybrid", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.own_settings())
         return _agree(config, found, path)
-    given = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
-    if config.my_testing == "phantom":
-        given |= config.phantom_settings()
-    if config.my_testing == "hybrid":
-        given |= config.hybrid_settings()
+    given = {name: getattr(config, name) for name in SIZES if getattr(config, name)} | config.own_settings()
     return _flags_fit(config, model_config(config.my_testing, **given))
 
 
 def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomConfig:
     """The Phantom that an RWKV-7 becomes: its Ghost layers are factorised matrices, whose rows come in an order of their own."""
-    sizes = model_config("phantom", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.phantom_settings(), ghost_permuted=True)
+    sizes = model_config("phantom", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.own_settings(), ghost_permuted=True)
     if sizes.has_ghosts and sizes.ghost_activation != "identity":
         raise UserError(f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity")
     return sizes
@@ -189,9 +185,11 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
         if given and given != there and name not in found.unused and not (deeper and name == "n_layer"):
             raise UserError(_differs(name, given, there, path))
     if isinstance(found, PhantomConfig):
-        found = _phantom_agrees(config.phantom_settings(), found, path)
+        found = _phantom_agrees(config.own_settings(), found, path)
     if isinstance(found, HybridConfig):
-        return _flags_fit(config, _hybrid_agrees(config.hybrid_settings(), found, config.n_layer if deeper else found.n_layer, path))
+        return _flags_fit(config, _hybrid_agrees(config.own_settings(), found, config.n_layer if deeper else found.n_layer, path))
+    if isinstance(found, RosaConfig):
+        found = _rosa_agrees(config.own_settings(), found, path)
     return _flags_fit(config, found.with_(n_layer=config.n_layer) if deeper else found)
 
 
@@ -222,6 +220,14 @@ def _hybrid_agrees(given: dict[str, object], found: HybridConfig, n_layer: int, 
         if not same:
             raise UserError(_differs(name, given[name], there, path))
     return wanted
+
+
+def _rosa_agrees(given: dict[str, object], found: RosaConfig, path: Path) -> RosaConfig:
+    """What is trained on is what is there; how its bits are trained is as the flags say."""
+    for name, value in given.items():
+        if name not in rosa.TRAINING_ONLY and value != getattr(found, name):
+            raise UserError(_differs(name, value, getattr(found, name), path))
+    return found.with_(**{name: value for name, value in given.items() if name in rosa.TRAINING_ONLY})
 
 
 def _differs(name: str, given: object, there: object, path: Path) -> str:

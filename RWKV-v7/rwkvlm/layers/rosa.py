@@ -1,0 +1,86 @@
+"""ROSA in a model: what followed the last time that the longest known suffix was seen, of symbols that layers make of their inputs, and of tokens.
+
+Names, starting values and what a miss gives are those of the official files (RWKV-LM, RWKV-v8).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..config.rosa import RosaConfig
+from ..ops.rosa import RosaState, rosa, rosa_self, rosa_tokens
+from .norm_mix import NormMix
+
+
+class RosaMixState(NamedTuple):
+    """last: [B, C] last normalised input; seen: the symbols read so far, which grow with the text; None at its beginning."""
+
+    last: torch.Tensor
+    seen: RosaState | None
+
+
+class RosaQKV(nn.Module):
+    """What the values hold where the keys matched the queries longest: +emb for a bit of 1, -emb for 0; a miss gives -emb (1 bit) or 0 (4 bits)."""
+
+    def __init__(self, width: int, bits: int, tau: float, grad: str) -> None:
+        super().__init__()
+        self.settings = dict(bits=bits, miss="low" if bits == 1 else "zero", tau=tau, grad=grad)
+        self.emb = nn.Parameter(torch.empty(1, 1, width))
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: RosaState | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, RosaState | None]:
+        """q, k, v: [B, T, C]. Returns [B, T, C], and the new state or None."""
+        emb = self.emb.flatten()
+        out = rosa(q, k, v, -emb, emb, **self.settings, state=seen, return_state=return_state)
+        return out if return_state else (out, None)
+
+
+class RosaMix(nn.Module):
+    """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: the branch of a block that mixes tokens by exact recall."""
+
+    def __init__(self, config: RosaConfig) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.x_q, self.x_k, self.x_v = (nn.Parameter(torch.empty(1, 1, C)) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(C, C) for _ in range(3))
+        self.rosa_qkv = RosaQKV(C, config.rosa_bits, config.rosa_tau, config.rosa_grad)
+        self.o = nn.Linear(C, C)
+
+    def forward(
+        self, x: torch.Tensor, norm: NormMix, state: RosaMixState | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, RosaMixState | None]:
+        """x: [B, T, C], the residual stream, which norm leads in. Returns x, the output [B, T, C] for it, and the new state or None."""
+        last, seen = state if state is not None else (None, None)
+        x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v])
+        y, seen = self.rosa_qkv(self.q(xq), self.k(xk), self.v(xv), seen, return_state)
+        return x, self.o(y), RosaMixState(last, seen) if return_state else None
+
+
+class RosaSelf(nn.Module):
+    """The input's own symbols as queries, keys and values, [B, T, C] -> [B, T, C]: emb0 or emb1 for each bit of what followed; a miss gives 0
+    (1 bit) or emb0 (4 bits)."""
+
+    def __init__(self, width: int, bits: int = 1, tau: float = 1e-3, grad: str = "flip") -> None:
+        super().__init__()
+        self.settings = dict(bits=bits, miss="zero" if bits == 1 else "low", tau=tau, grad=grad)
+        self.emb0 = nn.Parameter(torch.full((1, 1, width), -1e-5))
+        self.emb1 = nn.Parameter(torch.full((1, 1, width), 1e-5))
+
+    def forward(self, x: torch.Tensor, seen: RosaState | None = None, return_state: bool = False) -> torch.Tensor | tuple[torch.Tensor, RosaState]:
+        return rosa_self(x, self.emb0.flatten(), self.emb1.flatten(), **self.settings, state=seen, return_state=return_state)
+
+
+class RosaEmbedding(nn.Module):
+    """The embedding of the token that ROSA of the tokens themselves expects, [B, T] -> [B, T, C]; 0 on a miss."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(vocab_size, width)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        expected = rosa_tokens(idx)
+        return self.emb(expected.clamp(min=0)).masked_fill((expected < 0).unsqueeze(-1), 0.0)

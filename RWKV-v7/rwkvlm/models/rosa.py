@@ -1,0 +1,139 @@
+"""RWKV-8 with ROSA (x080): RWKV-7 with exact recall beside its time mixing; and the pure ROSA model (rosa), which has it in its place.
+
+Source: RWKV-LM, RWKV-v8, whose names and starting values these are; where its files have none (embedding, head, channel mixing), RWKV-7's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..config import RosaConfig, UserError, model_config
+from ..config.rosa import BITS
+from ..layers.channel_mix import ChannelMix, DeepChannelMix
+from ..layers.norm_mix import NormMix
+from ..layers.rosa import RosaMix, RosaMixState
+from ..layers.state import BlockState
+from ..layers.time_mix import TimeMix
+from . import rwkv7
+from .lm import LanguageModel
+from .rwkv7 import BLOCK, FFN, constant
+from .sizes import Sizes
+from .table import Row, Slot
+
+CARRIED = "rosa_bits"  # the tensor by which a weight file says what shapes do not
+
+
+class RosaBlockState(NamedTuple):
+    """att_x, wkv, ffn_x: as in BlockState, the first two None without time mixing."""
+
+    att_x: torch.Tensor | None
+    wkv: torch.Tensor | None
+    rosa: RosaMixState
+    ffn_x: torch.Tensor
+
+
+class RosaBlock(nn.Module):
+    """`x += att(ln1(x)) + rosa(ln3(x)); x += ffn(ln2(x))`, in the pure ROSA model without att; block 0 also normalises the embedding with ln0."""
+
+    def __init__(self, config: RosaConfig, layer: int) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.width, self.n_head, self.head_size = C, config.n_head, config.head_size
+        self.ln0 = nn.LayerNorm(C) if layer == 0 else None
+        self.ln1 = NormMix(C) if config.has_time_mixing else None
+        self.ln2 = NormMix(C)
+        self.ln3 = NormMix(C)
+        self.att = TimeMix(config, layer) if config.has_time_mixing else None
+        self.rosa = RosaMix(config)
+        self.ffn = (DeepChannelMix if config.deep_embed else ChannelMix)(config)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> RosaBlockState:
+        att_x, wkv, ffn_x = None, None, torch.zeros(batch, self.width, device=device, dtype=dtype)
+        if self.att is not None:
+            att_x, wkv, _ = BlockState.zeros(batch, self.n_head, self.head_size, device, dtype)
+        return RosaBlockState(att_x, wkv, RosaMixState(ffn_x.clone(), None), ffn_x)
+
+    def forward(
+        self, x: torch.Tensor, beside: tuple[torch.Tensor, torch.Tensor | None], state: RosaBlockState | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None], RosaBlockState | None]:
+        """x: [B, T, C] residual stream; beside: the tokens [B, T] and block 0's value, None in block 0. Returns x, beside, the new state or None."""
+        tokens, v_first = beside
+        att_x, wkv, seen, ffn_x = state if state is not None else (None, None, None, None)
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        x, branch, seen = self.rosa(x, self.ln3, seen, return_state)
+        if self.att is not None:
+            x, att, v_first, att_x, wkv = self.att(x, self.ln1, v_first, att_x, wkv, return_state)
+            branch = att + branch
+        more = (tokens,) if isinstance(self.ffn, DeepChannelMix) else ()
+        x, ffn, ffn_x = self.ffn(x, branch, self.ln2, ffn_x, *more)
+        return x + ffn, (tokens, v_first), RosaBlockState(att_x, wkv, seen, ffn_x) if return_state else None
+
+
+class Rosa(LanguageModel):
+    def __init__(self, config: RosaConfig) -> None:
+        super().__init__(config, [RosaBlock(config, layer) for layer in range(config.n_layer)])
+        self.register_buffer(CARRIED, torch.empty(1))
+
+    def beside(self, idx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return idx, None
+
+
+def build(config: RosaConfig) -> LanguageModel:
+    return Rosa(config)
+
+
+def is_rosa(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return "blocks.0.rosa.q.weight" in tensors
+
+
+def config_of(tensors: Mapping[str, torch.Tensor], bits: int = 0) -> RosaConfig:
+    """Type and sizes from the names and shapes of a checkpoint; the bits of a symbol, which these do not say, from the tensor that our files carry,
+    else from `bits`. UserError where neither says it, as with the official files."""
+    if CARRIED in tensors:
+        bits = int(tensors[CARRIED]) if tensors[CARRIED].numel() == 1 and tensors[CARRIED] in BITS else -1
+        if bits < 0:
+            raise UserError(f"the checkpoint's {CARRIED} cannot be read: it is damaged or of a newer version; use the version that wrote it")
+    if not bits:
+        raise UserError(
+            f"the checkpoint has ROSA layers, but no tensor {CARRIED}: whether their symbols have 1 bit or 4 its shapes do not say; give --rosa_bits, "
+            "with train.py --train_stage 1 --load_model it writes a file that says so"
+        )
+    if "blocks.0.att.r_k" in tensors:
+        given = rwkv7.config_of(tensors).as_dict() | {"model_type": "x080"}
+    else:
+        sizes = Sizes(tensors, "a ROSA", "rosa")
+        vocab_size, n_embd = sizes.shape("emb.weight", 2)
+        given = dict(model_type="rosa", n_layer=sizes.n_layer(), n_embd=n_embd, vocab_size=vocab_size, dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0])
+    return model_config(**given, rosa_bits=bits, deep_embed="blocks.0.ffn.enn.weight" in tensors)
+
+
+def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
+    """A file's weights in the form that the model has them: official files have a ln0 that nothing reads in each block, and do not carry the bits."""
+    own = model.state_dict()
+    return {CARRIED: own[CARRIED]} | {name: tensor for name, tensor in tensors.items() if ".ln0." not in name or name in own}
+
+
+def _linear(s: Slot) -> torch.Tensor:
+    """As torch begins a Linear, weight and bias alike: both read C inputs."""
+    bound = s.config.n_embd**-0.5
+    return torch.empty(s.shape).uniform_(-bound, bound, generator=s.generator)
+
+
+ROSA = BLOCK + r"rosa\."
+
+TABLE = [
+    Row(CARRIED, lambda s: torch.full(s.shape, float(s.config.rosa_bits))),
+    Row(BLOCK + r"ln3\.weight", constant(1.0)),
+    Row(BLOCK + r"ln3\.bias", constant(0.0)),
+    Row(ROSA + r"x_[qkv]", constant(0.0)),
+    Row(ROSA + r"[qkvo]\.weight", _linear, decay=True),
+    Row(ROSA + r"[qkvo]\.bias", _linear),
+    Row(ROSA + r"rosa_qkv\.emb", constant(1.0)),
+    Row(FFN + r"enn\.weight", constant(1.0)),
+    *rwkv7.TABLE,
+]

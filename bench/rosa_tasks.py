@@ -1,0 +1,225 @@
+"""What ROSA is for, as tasks that a CPU trains in minutes, each with the figure that it must reach.
+
+    python bench/rosa_tasks.py --out out/rosa-tasks.json             all of them
+    python bench/rosa_tasks.py --out copy.json recall copy           those whose names begin so
+
+counting  consecutive integers, digit by digit: what follows the longest known suffix is the number before, and where it differs from the next one
+          only learned bits can say. The toy models of the official files (RWKV-LM, RWKV-v8), with the starting values and the schedule there:
+          an embedding of what ROSA of the tokens expects; 1-bit layers behind it, trained by exact flips
+recall    pairs of a key and a value, keys coming again and again in one sequence, each with its value of this sequence: asked are the values of keys
+          seen before. The pure ROSA model with one block; and with q, k, v as they begin, which shows that the bits are learned
+copy      random symbols, then the same once more: asked is the second half
+
+Everything is drawn from --seed. A task's figure is measured on fresh sequences after the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from environment import write_record
+from torch import nn
+from torch.nn import functional as F
+
+from rwkvlm.config import UserError, model_config
+from rwkvlm.layers.rosa import RosaEmbedding, RosaSelf
+from rwkvlm.models import build, init_weights, param_groups
+
+DIGITS, SEPARATOR = 10, 10
+HELD_OUT = 128  # sequences
+
+
+class Batch(NamedTuple):
+    """idx, targets: [B, T]; asked: [B, T], which targets count."""
+
+    idx: torch.Tensor
+    targets: torch.Tensor
+    asked: torch.Tensor
+
+
+Draw = Callable[[int, torch.Generator], Batch]
+
+
+def integer(least: int, most: int, rng: torch.Generator) -> int:
+    return int(torch.randint(least, most + 1, (), generator=rng))
+
+
+def counting(B: int, rng: torch.Generator, length: int = 128) -> Batch:
+    """The official sequences: they begin with a number of one to three digits, each count of digits as likely."""
+    rows = []
+    for _ in range(B):
+        digits = integer(1, 3, rng)
+        number, row = integer(0 if digits == 1 else 10 ** (digits - 1), 10**digits - 1, rng), [SEPARATOR]
+        while len(row) < length:
+            row += [*map(int, str(number)), SEPARATOR]
+            number += 1
+        rows.append(row[:length])
+    tokens = torch.tensor(rows)
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones_like(tokens[:, 1:], dtype=torch.bool))
+
+
+def recall(B: int, rng: torch.Generator, length: int = 64, keys: int = 16, values: int = 16) -> Batch:
+    """k v k v ...: `length` tokens, keys 0 to keys - 1, then the values; a value is asked for where its key has been there before."""
+    pairs = length // 2
+    key = torch.randint(keys, (B, pairs), generator=rng)
+    value = keys + torch.randint(values, (B, keys), generator=rng)
+    tokens = torch.stack([key, value.gather(1, key)], 2).flatten(1)
+    before = (key.unsqueeze(2) == key.unsqueeze(1)).tril(-1).any(2)
+    asked = torch.stack([before, torch.zeros_like(before)], 2).flatten(1)
+    return Batch(tokens, tokens.roll(-1, 1), asked)
+
+
+def copy(B: int, rng: torch.Generator, length: int = 64, symbols: int = 16) -> Batch:
+    half = torch.randint(symbols, (B, length // 2), generator=rng)
+    tokens = torch.cat([half, half], 1)
+    asked = torch.zeros_like(tokens, dtype=torch.bool)
+    asked[:, length // 2 : -1] = True  # the first symbol of the second half is there to be read
+    return Batch(tokens, tokens.roll(-1, 1), asked)
+
+
+class Stack(nn.Module):
+    """The official toy: `x = e(x) + emb_rosa(x); x += rosa1(x); x += lin(x); x += rosa2(x); ...; o(x)`."""
+
+    def __init__(self, layers: int, bits: int = 1, width: int = 64) -> None:
+        super().__init__()
+        self.e, self.emb_rosa = nn.Embedding(11, width), RosaEmbedding(11, width)
+        self.rosa = nn.ModuleList(RosaSelf(width, bits) for _ in range(layers))
+        self.lin = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
+        self.o = nn.Linear(width, 11)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        x = self.e(idx) + self.emb_rosa(idx)
+        for n, rosa in enumerate(self.rosa):
+            if n:
+                x = x + self.lin[n - 1](x)
+            x = x + rosa(x)
+        return self.o(x)
+
+
+def language_model(vocab_size: int, seed: int, frozen: bool = False) -> nn.Module:
+    model = build(model_config("rosa", n_layer=1, n_embd=32, vocab_size=vocab_size, rosa_bits=4))
+    init_weights(model, seed)
+    if frozen:
+        for block in model.blocks:
+            for name, parameter in block.rosa.named_parameters():
+                parameter.requires_grad_(not name.startswith(("q.", "k.", "v.", "x_")))
+    return model
+
+
+def train(model: nn.Module, groups: list[dict], draw: Draw, batch: int, steps: int, rng: torch.Generator, lr: tuple[float, float], device: str) -> list[float]:
+    """AdamW with a cosine from lr[0] to lr[1]; returns the loss of each step."""
+    optimizer = torch.optim.AdamW(groups, lr=lr[0], betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=lr[1])
+    curve = []
+    for step in range(steps):
+        loss = loss_of(model, Batch(*(t.to(device) for t in draw(batch, rng))))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        curve.append(loss.item())
+        if (step + 1) % max(1, steps // 10) == 0:
+            print(f"  step {step + 1}/{steps}  loss {curve[-1]:.4f}", flush=True)
+    return curve
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return F.cross_entropy(model(batch.idx)[batch.asked].float(), batch.targets[batch.asked])
+
+
+@torch.no_grad()
+def measured(model: nn.Module, draw: Draw, rng: torch.Generator, device: str) -> dict[str, float]:
+    """Loss and right answers on fresh sequences."""
+    batch = Batch(*(t.to(device) for t in draw(HELD_OUT, rng)))
+    logits = model(batch.idx)[batch.asked].float()
+    targets = batch.targets[batch.asked]
+    return {"loss": F.cross_entropy(logits, targets).item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
+
+
+class Task(NamedTuple):
+    """make(seed) -> model; figure: "loss", at most the bar, or "accuracy", at least it, or with `at_most` at most it."""
+
+    draw: Draw
+    make: Callable[[int], nn.Module]
+    batch: int
+    steps: int
+    lr: tuple[float, float]
+    figure: str
+    bar: float
+    at_most: bool = True
+
+    def met(self, found: float) -> bool:
+        return math.isfinite(found) and (found <= self.bar if self.at_most else found >= self.bar)
+
+
+def _stack(layers: int) -> Callable[[int], nn.Module]:
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return Stack(layers)
+
+    return make
+
+
+OFFICIAL = (1e-3, 1e-6)
+QUICK = (1e-2, 1e-4)
+TASKS = {
+    "counting, embedding only": Task(counting, _stack(0), 32, 1000, OFFICIAL, "loss", 0.66),
+    "counting, one layer": Task(counting, _stack(1), 32, 1000, OFFICIAL, "loss", 0.47),
+    "counting, two layers": Task(counting, _stack(2), 8, 1000, OFFICIAL, "loss", 0.43),
+    "recall": Task(recall, functools.partial(language_model, 32), 16, 400, QUICK, "accuracy", 0.99, at_most=False),
+    "recall, q k v frozen": Task(recall, functools.partial(language_model, 32, frozen=True), 16, 400, QUICK, "accuracy", 0.6),
+    "copy": Task(copy, functools.partial(language_model, 16), 16, 100, QUICK, "accuracy", 0.94, at_most=False),
+}
+
+
+def run(name: str, seed: int, device: str = "cpu", steps: int = 0) -> dict[str, object]:
+    """Trains one task, for so many steps in the place of its own, and says what came of it."""
+    task, rng = TASKS[name], torch.Generator().manual_seed(seed)
+    model = task.make(seed).to(device)
+    groups = param_groups(model, 0.0) if hasattr(model, "config") else [{"params": list(model.parameters()), "weight_decay": 0.01}]  # torch's, as officially
+    groups = [{key: value for key, value in group.items() if key in ("params", "weight_decay")} for group in groups]
+    begin = time.perf_counter()
+    curve = train(model, groups, task.draw, task.batch, steps or task.steps, rng, task.lr, device)
+    found = measured(model, task.draw, rng, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "task": name, "seed": seed, "parameters": parameters, "steps": len(curve), "seconds": round(time.perf_counter() - begin, 1), **found,
+        "figure": task.figure, "bar": task.bar, "met": task.met(found[task.figure]), "curve": [round(loss, 4) for loss in curve],
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Tasks that show what ROSA is for.")
+    parser.add_argument("names", nargs="*", help="beginnings of the names of tasks; none: all of them")
+    parser.add_argument("--out", required=True, help="JSON file of the results")
+    parser.add_argument("--seeds", default="1", help="seeds, separated by commas")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=0, help="another number of steps; 0: each task's own")
+    args = parser.parse_args(argv)
+    names = [name for name in TASKS if not args.names or name.startswith(tuple(args.names))]
+    if not names:
+        raise UserError(f"no task is called {' '.join(args.names)}; choose of: {', '.join(TASKS)}")
+    results = []
+    for seed in map(int, args.seeds.split(",")):
+        for name in names:
+            print(f"{name}, seed {seed}", flush=True)
+            results.append(run(name, seed, args.device, args.steps))
+            r = results[-1]
+            print(f"  {r['figure']} {r[r['figure']]:.4f}, bar {r['bar']}: {'met' if r['met'] else 'NOT MET'}, {r['seconds']} s", flush=True)
+            write_record(Path(args.out), results=results)
+    return 0 if all(r["met"] for r in results) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,116 @@
+"""ROSA's layers: the official rules for hits and misses, every gradient against running the layer again with one bit flipped, and states."""
+
+import pytest
+import torch
+from oracles import rosa as oracle
+
+from rwkvlm.config import RosaConfig
+from rwkvlm.layers.norm_mix import NormMix
+from rwkvlm.layers.rosa import RosaEmbedding, RosaMix, RosaQKV, RosaSelf
+
+B, T, C = 2, 12, 8
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_definition(q, k, v, low, high, bits, miss_is_low):
+    on = [(x > 0).long().tolist() for x in (q, k, v)]
+    return torch.tensor([oracle.layer(*rows, low.flatten().tolist(), high.flatten().tolist(), bits, miss_is_low) for rows in zip(*on)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bits, on_a_miss", [(1, -1.0), (4, 0.0)])
+def test_qkv_gives_plus_or_minus_emb_and_what_the_official_layer_gives_on_a_miss(bits, on_a_miss):
+    layer = RosaQKV(C, bits, 0.1, "flip").double()
+    with torch.no_grad():
+        layer.emb.copy_(numbers(1, 1, C, seed=9))
+    q, k, v = (numbers(B, T, C, seed=n) for n in range(3))
+    out, _ = layer(q, k, v)
+    assert torch.equal(out, by_definition(q, k, v, -layer.emb, layer.emb, bits, bits == 1))
+    assert torch.equal(out[:, 0], on_a_miss * layer.emb[0].expand(B, C)), "the first token has nothing before it"
+    assert {-1.0, 1.0} <= set((out / layer.emb).round(decimals=9).flatten().tolist())
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_self_gives_emb0_or_emb1_and_what_the_official_layer_gives_on_a_miss(bits):
+    layer = RosaSelf(C, bits)
+    assert torch.equal(layer.emb1, torch.full((1, 1, C), 1e-5)) and torch.equal(layer.emb0, -layer.emb1) and layer.settings["tau"] == 1e-3
+    layer.double()
+    with torch.no_grad():
+        layer.emb0.copy_(numbers(1, 1, C, seed=8))
+        layer.emb1.copy_(numbers(1, 1, C, seed=9))
+    x = numbers(B, T, C)
+    out = layer(x)
+    assert torch.equal(out, by_definition(x, x, x, layer.emb0, layer.emb1, bits, bits == 4))
+    assert torch.equal(out[:, 0], (layer.emb0[0] if bits == 4 else torch.zeros(1, C, dtype=torch.float64)).expand(B, C))
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("kind", ["qkv", "self"])
+def test_every_gradient_is_what_flipping_the_bit_does_to_the_whole_sequence(kind, bits):
+    layer = RosaQKV(C, bits, 0.3, "flip").double() if kind == "qkv" else RosaSelf(C, bits, tau=0.3).double()
+    with torch.no_grad():
+        for n, p in enumerate(layer.parameters()):
+            p.copy_(numbers(1, 1, C, seed=20 + n))
+    inputs = [numbers(B, T, C, seed=30 + n).requires_grad_() for n in range(3 if kind == "qkv" else 1)]
+    weight = numbers(B, T, C, seed=40)
+    run = lambda xs: layer(*xs)[0] if kind == "qkv" else layer(*xs)  # noqa: E731
+    (run(inputs) * weight).sum().backward()
+    with torch.no_grad():
+        for n, x in enumerate(inputs):
+            for place in torch.cartesian_prod(*map(torch.arange, x.shape)).tolist():
+                sums = []
+                for sign in (-1, 1):
+                    other = x.clone()
+                    other[tuple(place)] = sign * x[tuple(place)].abs()
+                    sums.append((run([*inputs[:n], other, *inputs[n + 1 :]]) * weight).sum())
+                want = (sums[1] - sums[0]) / (2 * x[tuple(place)].abs().clamp(min=0.3))
+                assert (x.grad[tuple(place)] - want).abs() < 1e-12, (n, place)
+            assert x.grad.count_nonzero() > 20
+        for p in layer.parameters():  # linear in these
+            was, base = p.clone(), (run(inputs) * weight).sum()
+            for c in range(C):
+                p[..., c] += 1.0
+                assert (p.grad[0, 0, c] - ((run(inputs) * weight).sum() - base)).abs() < 1e-9
+                p.copy_(was)
+
+
+def test_the_block_is_the_official_one_with_its_names():
+    config = RosaConfig(n_embd=32, head_size=16)
+    mix = RosaMix(config)
+    shapes = {name: tuple(p.shape) for name, p in mix.named_parameters()}
+    assert shapes == {f"x_{c}": (1, 1, 32) for c in "qkv"} | {f"{c}.weight": (32, 32) for c in "qkvo"} | {f"{c}.bias": (32,) for c in "qkvo"} | {"rosa_qkv.emb": (1, 1, 32)}
+    mix, norm = mix.double(), NormMix(32).double()
+    with torch.no_grad():
+        for n, p in enumerate([*mix.parameters(), *norm.parameters()]):
+            p.copy_(numbers(*p.shape, seed=n))
+    x = numbers(2, 12, 32, seed=50)
+    with torch.no_grad():
+        same, out, _ = mix(x, norm)
+        normed = torch.nn.functional.layer_norm(x, (32,), norm.weight, norm.bias)
+        p = {name: t.detach() for name, t in mix.named_parameters()}
+        want = torch.stack([oracle.rosa_mix(p, row, 4, 0.1) for row in normed])
+    assert torch.equal(same, x) and torch.allclose(out, want, atol=1e-10)
+
+
+def test_embedding_of_the_expected_token():
+    layer = RosaEmbedding(5, 3).double()
+    idx = torch.tensor([[4, 1, 2, 4, 1, 3, 1], [0, 0, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        out = layer(idx)
+    expected = [[-1, -1, -1, 1, 2, -1, 3], [-1, 0, 0, 0, 0, 0, 0]]  # 4 1 -> 2, the longer suffix; 1 -> 3, the latest
+    for b in range(2):
+        for t, token in enumerate(expected[b]):
+            assert torch.equal(out[b, t], layer.emb.weight[token] if token >= 0 else torch.zeros(3, dtype=torch.float64)), (b, t)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_self_layer_reads_on_where_it_stopped(bits):
+    layer, x = RosaSelf(C, bits).double(), numbers(B, T, C)
+    with torch.no_grad():
+        seen, parts = None, []
+        for piece in x.split([1, 4, 7], 1):
+            part, seen = layer(piece, seen, return_state=True)
+            parts.append(part)
+        assert torch.equal(torch.cat(parts, 1), layer(x))

@@ -1,0 +1,230 @@
+"""RWKV-8 with ROSA through the same trainer: a run, killed and resumed, its files, text from it, every strategy, dry run, the demo script, bad flags."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvlm.checkpoint.pth import load_weights, save_weights
+from rwkvlm.cli import main
+from rwkvlm.cli.flags import parse_flags
+from rwkvlm.config import ModelConfig, RosaConfig, TrainConfig, UserError, model_config
+from rwkvlm.infer import load_engine
+from rwkvlm.models import build, init_weights, read_config
+from rwkvlm.train.compiled import check_compile
+from rwkvlm.train.flops import flops_per_token
+from rwkvlm.train.memory import Activations, estimate
+from rwkvlm.train.plan import make_plan
+from rwkvlm.train.planner import probe_flags
+from rwkvlm.train.start import model_sizes
+from rwkvlm.train.strategy import Launch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, CTX, BATCH = 20, 16, 16
+SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3)
+KINDS = {
+    "x080": dict(my_testing="x080", deep_embed=1),
+    "rosa": dict(my_testing="rosa", head_size=None, rosa_bits=1),
+}
+
+
+def start(run, folder, **flags):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **SHORT | flags)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def command(run, folder, **flags):
+    process = start(run, folder, **flags)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0 and "Traceback" not in err, err[-3000:]
+    return out, err
+
+
+@pytest.fixture(scope="module", params=["x080", pytest.param("rosa", marks=pytest.mark.slow)])
+def trained(request, tiny, tmp_path_factory):
+    """flags of a type, and the folder of an undisturbed run with them."""
+    flags, folder = KINDS[request.param], tmp_path_factory.mktemp(request.param) / "out"
+    return flags, folder, command(tiny, folder, **flags)
+
+
+def test_it_learns_and_says_what_it_is(trained, losses):
+    flags, folder, (out, err) = trained
+    curve = losses(folder)
+    assert len(curve) == STEPS and sum(curve[-3:]) < sum(curve[:3]) - 0.5, curve
+    kind = {"x080": "x080 L2 D32, 2 heads of 16, ROSA of 4 bits, vocabulary 256, ", "rosa": "rosa L2 D32, ROSA of 1 bit, vocabulary 256, "}[flags["my_testing"]]
+    assert kind in out and "has no effect" not in err
+    assert f"'my_testing': '{flags['my_testing']}'" in (folder / "train_log.txt").read_text() and (folder / "report.html").exists()
+    config = read_config(load_weights(folder / "rwkv-final.pth"))
+    assert (config.model_type, config.rosa_bits, config.deep_embed) == (flags["my_testing"], flags.get("rosa_bits", 4), bool(flags.get("deep_embed")))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_is_the_same_run(trained, tiny, losses, tmp_path):
+    flags, folder, _ = trained
+    process = start(tiny, tmp_path / "out", **flags, save_steps=1)
+    until = time.monotonic() + 300
+    while not any(int(saved.name.removeprefix("step")) >= 3 for saved in (tmp_path / "out").glob("state/step*[0-9]")):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    out, _ = command(tiny, tmp_path / "out", my_testing=flags["my_testing"], head_size=None, save_steps=1)  # what it is comes from the state
+    assert "training state" in out
+    assert losses(tmp_path / "out") == losses(folder)
+    one, other = (load_weights(f / "rwkv-final.pth") for f in (folder, tmp_path / "out"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_text_from_its_file_is_that_of_the_whole_sequence(trained):
+    """The vocabulary of 256 has the World tokenizer's single bytes."""
+    engine = load_engine(trained[1] / "rwkv-final.pth", device="cpu")
+    with torch.no_grad():
+        engine.model.emb.weight[0] = 3.0
+        engine.model.head.weight[0] = -10 * engine.model.head.weight.abs().max()  # else it might end the text
+    ids = [1, 2, 3, 4, 3, 2, 3, 4]
+    with torch.inference_mode():
+        logits, state = engine.read(ids)
+        for _ in range(12):
+            whole = engine.model(torch.tensor([ids]))[:, -1]
+            assert (logits - whole).abs().max() <= 1e-5 * whole.abs().max()
+            ids.append(int(logits.argmax()))
+            logits, state = engine.read(ids[-1:], state)
+    assert main(["generate", "--model", str(trained[1] / "rwkv-final.pth"), "--prompt", "", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
+
+
+def test_from_weights_alone_and_how_bits_are_trained_may_change(run, trained, tmp_path, capfd):
+    flags, folder, _ = trained
+    own = dict(SHORT, train_stage=0, load_model=folder / "rwkv-final.pth", max_steps=1)
+    assert run(tmp_path / "a", **own | flags) == 0
+    assert run(tmp_path / "b", **own | dict(my_testing=flags["my_testing"], head_size=None, rosa_grad="soft", rosa_tau=0.5)) == 0
+    assert capfd.readouterr().err.count("--rosa_tau 0.5 has no effect: --rosa_grad is soft\n") == 1
+    other = 5 - flags.get("rosa_bits", 4)
+    for more, said in (
+        (dict(rosa_bits=other), f"--rosa_bits {other}, but"),
+        (dict(my_testing="x070"), f"holds a model of type {flags['my_testing']}; use --my_testing {flags['my_testing']}"),
+        (dict(deep_embed=1 - flags.get("deep_embed", 0)), f"--deep_embed {1 - flags.get('deep_embed', 0)}, but"),
+    ):
+        assert run(tmp_path / "c", **own | flags | more) == 2
+        err = capfd.readouterr().err
+        assert err.splitlines()[-1].startswith("error: ") and said in err and "Traceback" not in err
+
+
+def test_an_official_file_is_told_its_bits_once(run, tmp_path, capfd):
+    model = build(model_config("rosa", n_layer=2, n_embd=32, vocab_size=256))
+    init_weights(model, 0)
+    save_weights(tmp_path / "official.pth", {name: tensor for name, tensor in model.state_dict().items() if name != "rosa_bits"})
+    flags = dict(SHORT, my_testing="rosa", head_size=None, load_model=tmp_path / "official.pth", train_stage=1)
+    assert run(tmp_path / "out", **flags) == 2
+    assert "give --rosa_bits" in (said := capfd.readouterr().err) and said.count("\n") == 1
+    assert run(tmp_path / "out", **flags, rosa_bits=1) == 0
+    assert read_config(load_weights(tmp_path / "out" / "rwkv-init.pth")).rosa_bits == 1
+
+
+def test_grad_cp_and_micro_batches_give_the_same_curve(run, losses, tmp_path):
+    flags = dict(SHORT, my_testing="x080", max_steps=3)
+    assert run(tmp_path / "whole", **flags) == 0
+    assert run(tmp_path / "parts", **flags | dict(grad_cp=1, micro_bsz=8, accumulate_grad_batches=2)) == 0
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_bf16(run, losses, tmp_path):
+    assert run(tmp_path / "out", **SHORT, my_testing="x080", precision="bf16") == 0
+    curve = losses(tmp_path / "out")
+    assert sum(curve[-3:]) < sum(curve[:3]) - 0.5
+
+
+@pytest.mark.slow
+def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys):
+    assert main(["train", *run.argv(tmp_path / "out", **SHORT, my_testing="x080"), "--dry_run"]) == 0
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "x080 L2 D32" in told["model"] and "fits" in told["memory"] and " kt/s in a probe" in told["time"]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_probe_is_of_the_model_that_the_file_says(run, trained, tmp_path):
+    flags, folder, _ = trained
+    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **SHORT | flags | dict(train_stage=0, load_model=folder / "rwkv-final.pth", rosa_tau=0.25)), "train.py"))
+    config = parse_flags(TrainConfig, probe_flags(plan, str(tmp_path / "probe")), "train.py")
+    assert model_sizes(config, Path(config.load_model)) == plan.start.model and plan.start.model.rosa_tau == 0.25
+    assert config.flags_without_effect() == []
+
+
+def test_arithmetic_by_hand():
+    C, F, V, L = 32, 128, 50, 2
+    x070 = flops_per_token(ModelConfig(n_layer=L, n_embd=C, vocab_size=V, head_size=16))
+    assert flops_per_token(model_config("x080", n_layer=L, n_embd=C, vocab_size=V, head_size=16, deep_embed=True)) == x070 + 6 * L * 4 * C * C
+    assert flops_per_token(model_config("rosa", n_layer=L, n_embd=C, vocab_size=V)) == 6 * (L * (4 * C * C + 2 * C * F) + V * C)
+
+
+def test_memory_counts_the_vectors_of_deep_embed():
+    sizes = model_config("x080", n_layer=2, n_embd=64, vocab_size=1000, head_size=32)
+    plain, deep = (estimate(s, TrainConfig(precision="fp32"), Launch("cpu", 1, 1, "auto"), Activations(0, 0), 0) for s in (sizes, sizes.with_(deep_embed=True)))
+    more = 2 * 1000 * 64
+    assert (deep.parameters - plain.parameters, deep.optimizer - plain.optimizer, deep.gradients - plain.gradients) == (4 * more, 8 * more, 4 * more)
+
+
+BAD = {
+    "bits": (dict(rosa_bits=2), "--rosa_bits 2 is not supported; choose one of: 1, 4"),
+    "grad": (dict(rosa_grad="hard"), "--rosa_grad 'hard' is not known; choose one of: "),
+    "tau": (dict(rosa_tau=0), "--rosa_tau 0.0 must be above 0"),
+    "deep": (dict(deep_embed=2), "--deep_embed 2 is not known; use 0 or 1"),
+    "width": (dict(my_testing="rosa", n_embd=40, head_size=None), "--n_embd 40 is not a multiple of 16"),
+    "documents": (dict(doc_reset=1), "--doc_reset 1 is not made for --my_testing x080; use x070, or leave --doc_reset out"),
+    "compile": (dict(compile=1), "--compile 1 is not made for ROSA, and --my_testing x080 has it; leave --compile out"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags(run, tmp_path, capfd, case):
+    flags, said = BAD[case]
+    assert run(tmp_path / "out", **SHORT | dict(my_testing="x080") | flags) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_it_is_not_compressed(trained, tmp_path, capsys):
+    assert main(["compress", "--model", str(trained[1] / "rwkv-final.pth"), "--out", str(tmp_path / "small.pth"), "--svd_rank_ratio", "0.5"]) == 2
+    err = capsys.readouterr().err
+    assert f"of type {trained[0]['my_testing']}; only RWKV-7 (x070) and Phantom can be compressed\n" in err and err.count("\n") == 1
+
+
+def test_flags_say_when_they_have_no_effect():
+    (line,) = TrainConfig(rosa_bits=1).flags_without_effect()
+    assert line == "--rosa_bits 1 has no effect: --my_testing x070 has no ROSA"
+    assert TrainConfig(my_testing="rosa", rosa_bits=1, deep_embed=1, rosa_tau=0.2).flags_without_effect() == []
+    assert TrainConfig(my_testing="rosa", rank_w=8, head_size=32).flags_without_effect() == [
+        "--head_size 32 has no effect: --my_testing rosa has no time mixing", "--rank_w 8 has no effect: --my_testing rosa has no time mixing"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--deep_embed 3 is not known"):
+        TrainConfig(my_testing="rosa", deep_embed=3).own_settings()
+    with pytest.raises(UserError, match="not made for ROSA"):
+        check_compile(TrainConfig(compile=1), Launch("cpu", 1, 1, "auto"), RosaConfig(), "cpu", torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_two_processes_give_the_curve_of_one_and_resume(run, losses, tmp_path, strategy):
+    flags = dict(KINDS["x080"], max_steps=6)
+    assert run(tmp_path / "one", **SHORT | flags) == 0
+    for steps in (3, 3):
+        command(run, tmp_path / "two", **flags | dict(devices=2, micro_bsz=8, strategy=strategy, max_steps=steps))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_demo_script_trains_it(tmp_path):
+    from shutil import copy, copytree
+
+    for name in ("RWKV-v7", "cuda", "train.py", "make_data.py", "requirements.txt", "constraints.txt", "pyproject.toml", *(p.name for p in ROOT.glob("demo-*.sh"))):
+        (copytree if (ROOT / name).is_dir() else copy)(ROOT / name, tmp_path / name)
+    knobs = dict(MODEL_TYPE="x080", N_LAYER="2", N_EMBD="64", CTX_LEN="64", M_BSZ="4", EPOCH_SAMPLES="64", EXIT_TOKENS="8192", RANDOM_SEED="1", PRECISION="fp32",
+                 DATA="demo", ACCELERATOR="cpu", PYTHON=sys.executable)  # fmt: skip
+    done = subprocess.run(["sh", "demo-training-run.sh"], cwd=tmp_path, env={**os.environ, **knobs}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "x080 L2 D64" in done.stdout and "\ndef " in done.stdout
+    assert (tmp_path / "out/L2-D64-x080/rwkv-final.pth").exists()
