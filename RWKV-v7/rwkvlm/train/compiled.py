@@ -11,6 +11,7 @@ import torch
 import torch._dynamo  # not part of torch until it is asked for
 
 from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, env
+from ..models import LanguageModel, recurrence
 from .strategy import Launch
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile
