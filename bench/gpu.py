@@ -91,9 +91,10 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     if step == "step":
         models = options.models.split(",") if options.models else ["L2-D64x2x64"] if small else MODELS
         modes = ("default",) if small else MODES
-        runs = [(m, "") for m in (*models, *([] if options.models else ["P2-D64x2x128"] if small else PHANTOMS))]  # the eager steps first
-        runs += [(m, mode) for mode in modes for m in models]
-        return [Item(f"{m}{mode and f' compile {mode}'}", [python, str(BENCH / "gpu_step.py"), m, *device, *(["--compile", mode] if mode else [])], read=last_json) for m, mode in runs]
+        eager = [*models, *([] if options.models else ["P2-D64x2x128"] if small else PHANTOMS)]
+        runs = [(m, "", []) for m in eager] + [(m, " graphs", ["--graphs"]) for m in eager if not cpu]  # a rehearsal has no GPU to make graphs of
+        runs += [(m, f" compile {mode}", ["--compile", mode]) for mode in modes for m in models]
+        return [Item(f"{m}{how}", [python, str(BENCH / "gpu_step.py"), m, *device, *words], read=last_json) for m, how, words in runs]
     folder = options.out / "demo"
     knobs = {"DATA": "demo", "PROJ_DIR": str(folder), "PROMPT": "", "RANDOM_SEED": "1", "PYTHON": python}
     if cpu:

@@ -2,6 +2,7 @@
 
     python bench/gpu_step.py L12-D768x16x512        layers, width x samples x tokens of a sample; bf16, vocabulary 65536, nothing recomputed
     python bench/gpu_step.py L24-D2048x4x4096 --grad_cp 1
+    python bench/gpu_step.py L12-D768x16x512 --graphs               the blocks in CUDA graphs, as --cuda_graphs 1 of training has them
     python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them; other modes of torch.compile
     python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state: beside L, its price
 
@@ -14,7 +15,6 @@ measured in the same run. --device cpu is a rehearsal.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import statistics
@@ -33,6 +33,7 @@ from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
 from rwkvlm.train.compiled import MODES, compile_blocks
 from rwkvlm.train.flops import flops_per_token, peak_flops
+from rwkvlm.train.graphs import graph_blocks
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.norms import GradientNorms
 from rwkvlm.train.optimizer import make_optimizer
@@ -68,6 +69,8 @@ class Training:
         self.module.attach(self.model)
         if options.compile:
             compile_blocks(self.model, mode=options.compile)
+        if options.graphs:
+            graph_blocks(self.model, batch, ctx, bool(options.grad_cp))
         self.optimizer = make_optimizer(self.model, config, strategy)
         self.norms = GradientNorms(self.model)
         self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng, device=options.device) for _ in range(8)]
@@ -94,11 +97,14 @@ def errors(kind: str, kernel: str, options: argparse.Namespace) -> dict[str, flo
         grads = torch.autograd.grad(loss, list(training.module.model.parameters()))
         return loss.detach().double(), torch.cat([g.double().flatten() for g in grads])
 
-    batches = training.batches[: WARM_UP if options.compile else 1]
+    batches = training.batches[: WARM_UP if options.compile or options.graphs else 1]
     backend.set_kernel(kernel)
     ours = [results(idx) for idx in batches]
     backend.set_kernel("torch")
-    training.module.attach(copy.deepcopy(training.model).double())  # a copy is not compiled
+    with torch.device(options.device):
+        plain = models.build(training.model.config).double()  # neither compiled nor in graphs
+    plain.load_state_dict(training.model.state_dict())
+    training.module.attach(plain)
     exact = [results(idx) for idx in batches]
     backend.set_kernel(kernel)
     off = [[((a - b).norm() / b.norm()).item() for a, b in zip(*pair)] for pair in zip(ours, exact)]
@@ -159,11 +165,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=65536)
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--compile", choices=("", *MODES), default="", help="the blocks through torch.compile in this mode")
+    parser.add_argument("--graphs", action="store_true", help="the blocks in CUDA graphs")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--kernel", default="", help="torch: to compare with plain PyTorch; else by itself, which is an error here where it is not the native one")
     options = parser.parse_args(arguments)
     if options.compile and options.kernel == "torch":
         parser.error("--compile needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile")
+    if options.graphs and (options.compile or options.kernel == "torch" or options.device == "cpu"):
+        parser.error("--graphs needs a GPU and its kernels, and records blocks that are not compiled")
     if options.small:
         options.vocabulary, options.steps = 1000, 3
     kind, *numbers = re.fullmatch(r"([LP])(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups()
@@ -180,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     times = step_ms(training, options.steps, options.device)
     ms, tokens = statistics.median(times), batch * ctx
     flops, peak, gemm = flops_per_token(sizes) * tokens / ms * 1e3, peak_flops(torch.device(options.device)), gemm_flops(options)
-    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "compile": options.compile, "warm_up_s": round(sum(warm_up) / 1e3, 1), "errors": found, "steps": len(times)}
+    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "compile": options.compile, "graphs": options.graphs, "warm_up_s": round(sum(warm_up) / 1e3, 1), "errors": found, "steps": len(times)}
     row |= {"ms": round(ms, 3), "ms_fastest": round(min(times), 3), "tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
     row |= {"mfu": round(flops / peak, 4) if peak else None, "gemm_tflops": round(gemm / 1e12, 2), "share_of_gemm": round(flops / gemm, 4)}
     row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if options.device == "cuda" else None

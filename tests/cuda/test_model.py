@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from oracles.tape import Tape
 from rwkvlm import native as build
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.layers import ttt
@@ -16,6 +17,7 @@ from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
 from rwkvlm.ops.cross_entropy import chunked, cuda as loss_cuda, head_cross_entropy
 from rwkvlm.ops.fused import cuda as fused_cuda, native as fused_native
 from rwkvlm.ops.wkv7 import cuda as recurrence_cuda
+from rwkvlm.train import graphs
 from rwkvlm.train.compiled import compile_blocks
 
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # relative: the gradient as a whole
@@ -105,6 +107,27 @@ def test_loss_and_gradients_of_a_phantom(device, monkeypatch):
     assert ((got[1] - want[1]).norm() / want[1].norm()).item() < LIMIT[torch.bfloat16]
     own = torch.cat([torch.full((p.numel(),), ".ttt." in name, device=got[1].device) for name, p in model.named_parameters()])
     assert 0 < (got[1] - want[1])[own].norm() < 0.1 * want[1][own].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, recompute", [("x070", False), ("phantom", True)])
+def test_blocks_in_graphs(device, kind, recompute, monkeypatch):
+    """The bits of eager blocks, two passes over other tokens summed. Emulated kernels are on a tape: that they are operators which read and write tensors alone."""
+    config = SIZES if kind == "x070" else model_config("phantom", n_layer=2, n_embd=64, vocab_size=97, head_size=32, core_ratio=0.5)
+    (eager, idx), (graphed, _) = (make_model(device, torch.bfloat16, config) for _ in range(2))
+    if device == "cpu":
+        monkeypatch.setattr(graphs, "WARM_UP", 1)
+    graphs.graph_blocks(graphed, 2, 70, recompute, Tape(2, recompute) if device == "cpu" else None)
+    for shift in range(2):
+        tokens = (idx + shift) % 97
+        losses = []
+        for model in (eager, graphed):
+            loss = head_cross_entropy(model.features(tokens[:, :-1], grad_cp=recompute), model.head.weight, tokens[:, 1:], chunk=50)
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[0] == losses[1]
+        for (name, p), q in zip(eager.named_parameters(), graphed.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), name
 
 
 def test_packed_documents_and_states(device, monkeypatch):

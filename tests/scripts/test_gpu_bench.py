@@ -215,6 +215,26 @@ def test_the_compiled_step_is_what_is_checked(capsys, monkeypatch):
     assert gpu.MODES == compiled.MODES
 
 
+def test_the_step_in_graphs_is_what_is_checked(capsys, monkeypatch):
+    """As for compiled ones; a rehearsal has no graphs, so the check of the arguments is passed by."""
+    asked = []
+
+    def record_wrongly(model, *shape):
+        asked.append(shape)
+        for block in model.blocks:
+            forward = block.forward
+            block.forward = lambda x, *rest, forward=forward: (forward(x, *rest)[0] * 1.5, *forward(x, *rest)[1:])
+
+    with pytest.raises(SystemExit):
+        gpu_step.main(["L1-D64x2x32", *REHEARSAL, "--graphs"])
+    assert "--graphs needs a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_step, "graph_blocks", record_wrongly)
+    options = type("Options", (), dict(device="cpu", graphs=True, compile="", grad_cp=1, small=True))
+    assert max(gpu_step.errors("L", "", options).values()) > gpu_step.LIMIT and asked == [(2, 100, True)]
+    items = gpu.items_of("step", type("Options", (), dict(device="cuda", small=False, models="")))
+    assert [item.command[2:] for item in items if item.name == "P12-D768x16x512 graphs"] == [["P12-D768x16x512", "--device", "cuda", "--graphs"]]
+
+
 def test_a_kernel_counts_once_and_not_for_its_operator_too():
     """torch's profiler gives the time of a kernel to the operator that has launched it as well."""
 

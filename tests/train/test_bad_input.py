@@ -122,6 +122,10 @@ CASES = {
     "CUDA graphs and ZeRO-3": (lambda d, f: dict(cuda_graphs=1, strategy="deepspeed_stage_3"), "use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"),
     "CUDA graphs and dropout": (lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, dropout=0.1), "use --dropout 0, or leave --cuda_graphs out"),
     "CUDA graphs and the meta loss": (lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, ttt_meta=1), "use --ttt_meta 0, or leave --cuda_graphs out"),
+    "CUDA graphs and passes": (
+        lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, max_depth_iter=2, precision="bf16", accumulate_grad_batches=2, micro_bsz=2),
+        "use --accumulate_grad_batches 1, or leave --cuda_graphs out",
+    ),
     "CUDA graphs 2": (lambda d, f: dict(cuda_graphs=2), "--cuda_graphs 2 is not known; use 0 or 1"),
     "kernel that cannot run": (lambda d, f: dict(kernel="cuda"), "--kernel cuda: "),
     "width and head size": (lambda d, f: dict(n_embd=80), "--n_embd 80 is not a multiple of --head_size 32"),

@@ -195,6 +195,9 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
         raise UserError(f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out")
     if isinstance(model, PhantomConfig) and model.steps_on_state and model.ttt_meta:
         raise UserError("--cuda_graphs 1 is not made for --ttt_meta 1, which asks the blocks for their states; use --ttt_meta 0, or leave --cuda_graphs out")
+    if isinstance(model, PhantomConfig) and model.max_depth_iter > 1 and config.accumulate_grad_batches > 1 and config.precision == "bf16" and run.strategy == "auto":
+        # several uses of a parameter: MasterAdamW has autograd sum them in fp32, a graph sums them before it hands them out
+        raise UserError(f"--cuda_graphs 1 would sum gradients over the passes of --max_depth_iter {model.max_depth_iter} in bf16, and with --accumulate_grad_batches {config.accumulate_grad_batches} that is done in fp32; use --accumulate_grad_batches 1, or leave --cuda_graphs out")
     if device.type != "cuda":
         raise UserError("--cuda_graphs 1 needs a GPU; leave --cuda_graphs out")
     if kernel == "torch":
