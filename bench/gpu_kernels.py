@@ -36,6 +36,7 @@ from rwkvlm.ops.adamw import plain as plain_adamw
 from rwkvlm.ops.adamw import reference as exact_adamw
 from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy
 from rwkvlm.ops.fused import reference
+from rwkvlm.ops.wkv4 import wkv4, wkv4_chunked
 from rwkvlm.ops.wkv7 import cuda as wkv7_kernels
 from rwkvlm.ops.wkv7 import wkv7, wkv7_chunked
 
@@ -150,6 +151,17 @@ def check_recurrence(form: Callable, options: argparse.Namespace, peer: Peer | N
         errors = {n: rms(g, w) for n, g, w in zip(NAMES, got, want) if not (peer and n == "dw")}
         found[kind] = demand(errors, PEER_LIMIT if peer else LIMITS[options.dtype], f"wkv7, {kind} inputs")
     return found
+
+
+def check_wkv4(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
+    """RWKV-4's recurrence, which bench/wkv4.py times."""
+    B, T, H, N = sizes
+    g = torch.Generator().manual_seed(0)
+    w, u, k, v, dy = (torch.randn(shape, generator=g) for shape in ((H * N,), (H * N,), *[(B, T, H * N)] * 3))
+    k, v, dy = (x.to(options.dtype) for x in (k, v, dy))
+    want = both(lambda w, *x: wkv4_chunked(-torch.exp(w), *x)[0], [x.double() for x in (w, u, k, v)], dy.double())
+    got = both(wkv4, [x.to(options.device) for x in (w, u, k, v)], dy.to(options.device))
+    return demand({n: rms(g.cpu(), x) for n, g, x in zip(("y", "dw", "du", "dk", "dv"), got, want) if x.norm() > 1e-12}, LIMITS[options.dtype], "wkv4")
 
 
 def measure_recurrence(options: argparse.Namespace) -> dict:
@@ -404,6 +416,7 @@ def once(options: argparse.Namespace) -> dict:
                 with in_segments(chunks):
                     errors = {n: rms(g.cpu(), w) for n, g, w in zip(NAMES, both(wkv7, inputs, dy), want) if w.norm() > 1e-12}
                 found[f"wkv7 {sizes} {dtype} {chunks}"] = demand(errors, LIMITS[dtype], "wkv7")
+            found[f"wkv4 {sizes} {dtype}"] = check_wkv4(sizes, options)
             for name in PASSES:
                 found[f"{name} {sizes} {dtype}"] = check_elementwise(name, options)
         for sizes in ((2, 140, 2, 64), (1, 70, 1, 16), (1, 130, 1, 32), (1, 70, 1, 128)):

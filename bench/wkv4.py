@@ -10,12 +10,13 @@ Rounds of all forms alternate, so that a busy machine hits them alike; a loop sl
 officially, for the longest T of the shapes.
 
 "ideal_ms" is the time of the bytes of k, v, y, dy, dk and dv, read or written once each way as autograd must (k and v twice), at the rate of a copy
-measured in the same run.
+measured in the same run. The last line of the output is JSON, for bench/gpu.sh.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -95,14 +96,18 @@ def errors_of(forms: dict[str, Callable], options: argparse.Namespace) -> dict[s
 
 
 def seconds(work: Callable[[], object], at_least: float, device: torch.device) -> float:
-    """Seconds a call, over as many as fill `at_least` seconds."""
-    count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < at_least or count == 0:
-        work()
+    """Seconds a call, over as many as fill `at_least` seconds, by the first of them. A GPU is waited for at the end alone: where Python is slower, it is Python's time."""
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        count += 1
-    return elapsed / count
+        return time.perf_counter() - start
+
+    count = max(1, round(at_least / run(1)))
+    return run(count) / count
 
 
 def measure(shape: tuple[int, int, int], forms: dict[str, Callable], options: argparse.Namespace) -> dict:
@@ -160,6 +165,7 @@ def main() -> int:
         print(f"(B,T,C)={shape}  {cells}  ideal {row['ideal_ms']} ms  " + "  ".join(f"{name} {value}x" for name, value in row["ratios"].items()), flush=True)
     if options.json:
         write_record(options.json, threads=options.threads, device=str(options.device), dtype=str(options.dtype), errors=errors, rows=rows)
+    print(json.dumps({"errors": errors, "rows": rows}))
     return 0
 
 

@@ -17,6 +17,11 @@ from rwkvlm.train.flops import flops_per_token
 from rwkvlm.train.optimizer import make_optimizer
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
 def sizes(**changes):
     return ModelConfig(**dict(model_type="x040", n_layer=2, n_embd=32, vocab_size=37) | changes)
 

@@ -21,7 +21,8 @@ TOLERANCE = {"large": 5e-5, "slow": 2e-5}
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """All new memory is filled with NaN."""
+    """All new memory is filled with NaN. One thread: of many small operations each would only wait for the others."""
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -39,7 +40,7 @@ def test_outputs_states_and_gradients(form, kind, dtype):
         assert error < TOLERANCE.get(kind, 3e-6) + rounding * (name in ("y", "dk", "dv")), (name, error)
 
 
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 150])
 @pytest.mark.parametrize("form", FORM)
 def test_any_length_with_and_without_a_state(form, T):
     for case in (Case(B=1, T=T, C=16), Case(B=3, T=T, C=80, state=False)):

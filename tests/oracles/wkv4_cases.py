@@ -36,8 +36,8 @@ class Case:
         self.slopes = [normal(B, T, C).to(device, dtype), normal(B, 3, C).to(device, carried)]
 
     def run(self, form, double=False):
-        """Outputs and all gradients; double: in float64."""
-        cast = (lambda x: x.double()) if double else (lambda x: x)
+        """Outputs and all gradients; double: in float64, on the CPU."""
+        cast = (lambda x: x.double().cpu()) if double else (lambda x: x)
         inputs = [None if x is None else cast(x.detach().clone()).requires_grad_() for x in self.inputs]
         outputs = form(*inputs)
         grads = torch.autograd.grad(outputs, [x for x in inputs if x is not None], [cast(x) for x in self.slopes])
