@@ -89,7 +89,7 @@ def _key(s: Slot) -> torch.Tensor:
 TABLE = [
     Row(WINDOW, lambda s: torch.empty(s.shape)),
     Row(ATT + r"x_q", shift_mix(0.2)),
-    Row(ATT + r"ln_[qk]\.weight", constant(1.0)),
+    Row(ATT + r"scale", constant(1.0), lr=2.0),  # moves as far as two factors would, one of queries and one of keys
     Row(ATT + r"query\.weight", orthogonal(1.0), decay=True),
     Row(ATT + r"key\.weight", _key, decay=True),
     *rwkv7.TABLE,
