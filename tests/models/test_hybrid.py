@@ -176,7 +176,7 @@ def test_initial_values_and_groups():
         gram = matrix @ matrix.T if len(matrix) <= 128 else matrix.T @ matrix
         torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-5)
     assert weights["blocks.3.att.key.weight"].shape == (64, 128)
-    assert weights["blocks.3.att.scale"].eq(1).all()
+    torch.testing.assert_close(weights["blocks.3.att.scale"], torch.full((1, 1, 128), 8 / 32**0.5))
     assert not any(weights[f"blocks.3.att.{name}"].any() for name in ("output.weight", "g1"))
     gram = weights["blocks.2.att.key.weight"].double().square().sum(1)
     torch.testing.assert_close(gram, torch.full_like(gram, 0.01), rtol=0, atol=1e-6)  # RWKV-7's own keys stay small
