@@ -16,9 +16,9 @@ for seed in ${SEEDS:-1 2 3}; do
         hybrid_window) model="--my_testing hybrid --dim_ffn ${HYBRID_FFN:-176} --attention_window 32" ;;
         esac
         # shellcheck disable=SC2086
-        "$PYTHON" train.py $model --n_layer 2 --n_embd 32 --head_size 16 --vocab_size $vocabulary --data_type numpy --data_file "$OUT/data$seed.npy" \
+        "$PYTHON" train.py $model --n_layer ${LAYERS:-2} --n_embd ${WIDTH:-32} --head_size 16 --vocab_size $vocabulary --data_type numpy --data_file "$OUT/data$seed.npy" \
             --proj_dir "$OUT/$arm-$seed" --train_stage 3 --random_seed "$seed" --ctx_len $ctx_len --micro_bsz 8 --my_exit_tokens $((samples * ctx_len)) \
-            --epoch_samples $((samples / 8)) --epoch_save 1 --lr_init 6e-3 --lr_final 5e-4 --warmup_steps 10 --weight_decay 0.001 --accelerator cpu --precision fp32 \
+            --epoch_samples $((samples / 8)) --epoch_save 1 --lr_init ${LR:-6e-3} --lr_final 5e-4 --warmup_steps 10 --weight_decay 0.001 --accelerator cpu --precision fp32 \
             --enable_progress_bar False &&
             "$PYTHON" bench/recall.py evaluate "$OUT/$arm-$seed" $task --sequences 256 --out "$OUT/$arm-$seed.json" || exit
     done

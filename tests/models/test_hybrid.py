@@ -22,7 +22,7 @@ VARIANTS = {
     "window as long as the text": dict(attention_layers="1/3", attention_window=19),
 }
 
-CHOOSING = [f"blocks.1.att.{name}" for name in ("x_q", "x_k", "query.weight", "key.weight", "ln_q.weight", "ln_k.weight")]
+CHOOSING = [f"blocks.1.att.{name}" for name in ("x_q", "x_k", "query.weight", "key.weight", "scale")]
 
 
 def alive(config, dtype=torch.float32, seed=0):
@@ -33,7 +33,7 @@ def alive(config, dtype=torch.float32, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=g, dtype=torch.float64).to(dtype) / p.shape[-1] ** 0.5)
-            if name.endswith("ln_q.weight"):
+            if name.endswith("scale"):
                 p.mul_(3)
     return model
 
@@ -176,7 +176,7 @@ def test_initial_values_and_groups():
         gram = matrix @ matrix.T if len(matrix) <= 128 else matrix.T @ matrix
         torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-5)
     assert weights["blocks.3.att.key.weight"].shape == (64, 128)
-    assert all(weights[f"blocks.3.att.ln_{x}.weight"].eq(1).all() for x in "qk")
+    torch.testing.assert_close(weights["blocks.3.att.scale"], torch.full((1, 1, 128), 8 / 32**0.5))
     assert not any(weights[f"blocks.3.att.{name}"].any() for name in ("output.weight", "g1"))
     gram = weights["blocks.2.att.key.weight"].double().square().sum(1)
     torch.testing.assert_close(gram, torch.full_like(gram, 0.01), rtol=0, atol=1e-6)  # RWKV-7's own keys stay small
@@ -184,7 +184,7 @@ def test_initial_values_and_groups():
     assert of.keys() == dict(model.named_parameters()).keys()
     attention = {name.removeprefix("blocks.3.att."): how for name, how in of.items() if name.startswith("blocks.3.att.")}
     large = {f"{name}.weight" for name in ("query", "key", "value", "output")}
-    assert attention == {name: (0.1 if name in large else 0.0, 1.0) for name in large | {"x_q", "x_k", "x_v", "x_g", "g1", "g2", "ln_q.weight", "ln_k.weight"}}
+    assert attention == {name: (0.1 if name in large else 0.0, 2.0 if name == "scale" else 1.0) for name in large | {"x_q", "x_k", "x_v", "x_g", "g1", "g2", "scale"}}
 
 
 def test_an_rwkv7_becomes_one():

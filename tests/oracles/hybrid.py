@@ -10,17 +10,16 @@ import torch
 from oracles.x070 import channel_mix, layer_norm, sub, time_mix
 
 
-def attention(p, x, x_prev, past, window):
+def attention(p, x, x_prev, past, N, window):
     """One token of one sequence. x, x_prev: [C]; past: the keys and values of all tokens before it, a list of pairs [G, N]. Adds its own to past."""
     xq, xk, xv, xg = (x + (x_prev - x) * p[f"x_{c}"].flatten() for c in "qkvg")
-    N = len(p["ln_q.weight"])
     q, k, v = ((p[f"{name}.weight"] @ y).split(N) for name, y in (("query", xq), ("key", xk), ("value", xv)))
-    past.append(([layer_norm(head, p["ln_k.weight"], 0) for head in k], v))
+    past.append(([layer_norm(head, 1, 0) for head in k], v))
     seen = past[-window:] if window else past
     out = []
     for h, head in enumerate(q):
         group = h * len(k) // len(q)
-        head = layer_norm(head, p["ln_q.weight"], 0)
+        head = layer_norm(head, 1, 0) * p["scale"].flatten()[h * N : (h + 1) * N]
         weights = [torch.exp((head * keys[group]).sum() / math.sqrt(N)) for keys, _ in seen]
         out.append(sum(w * values[group] for w, (_, values) in zip(weights, seen)) / sum(weights))
     return p["output.weight"] @ (torch.cat(out) / (1 + torch.exp(-((xg @ p["g1"]) @ p["g2"]))))
@@ -44,7 +43,7 @@ def logits(params, idx, head_size, window=0):
                     x = layer_norm(x, block["ln0.weight"], block["ln0.bias"])
                 a = layer_norm(x, block["ln1.weight"], block["ln1.bias"])
                 if "query.weight" in att:
-                    y = attention(att, a, att_prev[i], S[i], window)
+                    y = attention(att, a, att_prev[i], S[i], head_size, window)
                 else:
                     y, S[i], v_first = time_mix(att, a, att_prev[i], S[i], v_first, head_size)
                 att_prev[i] = a

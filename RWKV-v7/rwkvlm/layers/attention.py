@@ -22,9 +22,10 @@ class KeyValues(NamedTuple):
 
 
 class Attention(nn.Module):
-    """`O (softmax(q k^T / sqrt(N)) v * sigmoid(xg g1 g2))`, H heads of queries on G heads of keys and values; token shift, blends and names as in RWKV-7.
+    """`O (softmax(scale q k^T / sqrt(N)) v * sigmoid(xg g1 g2))`, H heads of queries on G heads of keys and values; token shift, blends and names as in RWKV-7.
 
-    q and k have a LayerNorm in each head, so that no product grows without bound (arXiv 2010.04245, 2302.05442); the gate is that of Kimi Linear (arXiv 2510.26692)
+    q and k have a LayerNorm in each head, so that no product grows without bound (arXiv 2010.04245, 2302.05442), with one learned scale of each channel for both: nothing
+    lies between them, as a position encoding does elsewhere, so a second one would always be its equal. The gate is that of Kimi Linear (arXiv 2510.26692)
     and of Qwen3-Next (arXiv 2505.06708); fewer heads of keys and values: arXiv 2305.13245. There is no position encoding: the RWKV-7 blocks below and
     the token shift know the order, as Kimi Linear's linear layers do, whose attention has none either; so a text may become longer than those trained on,
     and a remembered key needs no place. v_first passes by: the values of attention are not mixed into one state, and there may be fewer heads of them.
@@ -34,13 +35,12 @@ class Attention(nn.Module):
         super().__init__()
         C, N, groups = config.n_embd, config.head_size, config.attention_kv_heads
         self.head_size, self.groups, self.window = N, groups, config.attention_window
-        self.x_q, self.x_k, self.x_v, self.x_g = (nn.Parameter(torch.empty(1, 1, C)) for _ in range(4))
+        self.x_q, self.x_k, self.x_v, self.x_g, self.scale = (nn.Parameter(torch.empty(1, 1, C)) for _ in range(5))
         self.g1, self.g2 = nn.Parameter(torch.empty(C, config.rank_g)), nn.Parameter(torch.empty(config.rank_g, C))
         self.query = dense("att.query", C, C)
         self.key = dense("att.key", C, groups * N)
         self.value = dense("att.value", C, groups * N)
         self.output = dense("att.output", C, C)
-        self.ln_q, self.ln_k = nn.LayerNorm(N, bias=False), nn.LayerNorm(N, bias=False)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValues:
         return KeyValues(*(torch.empty(batch, self.groups, 0, self.head_size, device=device, dtype=dtype) for _ in "kv"))
@@ -58,7 +58,8 @@ class Attention(nn.Module):
         """Arguments and results as for TimeMix, with KeyValues in the place of wkv. bounds are read on the host: each document is a call of its own."""
         x, last, (xq, xk, xv, xg) = norm(x, None, last, [self.x_q, self.x_k, self.x_v, self.x_g], bounds)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (self.query(xq), self.key(xk), self.value(xv)))
-        q, k, v = (y.transpose(1, 2) for y in (self.ln_q(q), self.ln_k(k), v))
+        q, k = (F.layer_norm(y, (self.head_size,)) for y in (q, k))
+        q, k, v = (y.transpose(1, 2) for y in (q * self.scale.view(q.shape[2:]), k, v))
         if past is not None:
             k, v = torch.cat([past.k, k], dim=2), torch.cat([past.v, v], dim=2)
         if bounds is None:
