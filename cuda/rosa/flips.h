@@ -26,12 +26,34 @@ INLINE int64_t length_of(Match m) { return int64_t(m >> 32); }
 INLINE int64_t source_of(Match m) { return int64_t(uint32_t(m)); }
 INLINE Match better(Match a, Match b) { return a > b ? a : b; }
 
-template <bool SELF>
+template <class Lag>
+Lag largest(const Lag* __restrict x, int64_t n) {
+  Lag most = 0;
+  for (int64_t c = 0; c < n; c++) most = x[c] > most ? x[c] : most;
+  return most;
+}
+
+// Where x, which is there, is first.
+template <class Lag>
+int64_t place_of(const Lag* __restrict from, Lag x) {
+  for (int64_t begin = 0;; begin += 32) {  // up to 64 numbers behind the end exist
+    Lag found = 0;
+    for (int c = 0; c < 32; c++) found |= from[begin + c] == x;
+    if (found)
+      while (from[begin] != x) begin++;
+    if (found) return begin;
+  }
+}
+
+constexpr int64_t kFew = 16;  // turns in a match of q = k, for which a pass each takes less time than one pass that sorts all matches
+
+// Lag: an integer that holds T, the narrower the faster.
+template <bool SELF, class Lag>
 class Turns {
   const Flips& f;
   const int64_t T, M;
-  int32_t *L1, *L2, *L3;  // by lag, lag 1 first
-  uint8_t *D1, *D2;
+  Lag *L1, *L2, *L3, *D1, *D2, *after;  // by lag, lag 1 first; after: the length of a match after the turn in hand
+  uint8_t* longer_here;  // by lag: whether turning its mismatch makes a better match than the one that won
   const uint8_t *values, *backwards;  // v; k, the last symbol first
   Match *own, *starts, *later;  // of an output: the match at j; by s + 1 the last one; by t the best one with s > t
   Match *longer, *longer_q;  // by t M + bit: the best that is lengthened; the same by m M + bit, where q turns alone
@@ -45,20 +67,21 @@ class Turns {
 
  public:
   Turns(const Flips& flips, Memory& memory) : f(flips), T(flips.T), M(flips.M) {
-    const size_t n = size_t(T) + 1, matches = (3 + 2 * M) * n, numbers = (5 + M) * n, weights = (size_t(1) << M) + 1;
-    memory.resize(matches * sizeof(Match) + (numbers + weights) * 4 + 3 * n);
+    const size_t n = size_t(T) + 1, padded = (n + 63) / 64 * 64, matches = (3 + 2 * M) * n, numbers = (2 + M) * n, weights = (size_t(1) << M) + 1;
+    memory.resize(matches * sizeof(Match) + (numbers + weights) * 4 + 6 * padded * sizeof(Lag) + padded + n);
     own = reinterpret_cast<Match*>(memory.data()), starts = own + n, later = own + 2 * n, longer = own + 3 * n, longer_q = longer + M * n;
-    L1 = reinterpret_cast<int32_t*>(own + matches), L2 = L1 + n, L3 = L1 + 2 * n;
-    by_length = reinterpret_cast<uint32_t*>(L1 + 3 * n), by_cut = by_length + n, beyond = L1 + 5 * n;
-    weight = reinterpret_cast<float*>(L1 + numbers);
-    D1 = reinterpret_cast<uint8_t*>(weight + weights), D2 = D1 + n;
-    uint8_t* b = D2 + n;
+    by_length = reinterpret_cast<uint32_t*>(own + matches), by_cut = by_length + n, beyond = reinterpret_cast<int32_t*>(by_cut + n);
+    weight = reinterpret_cast<float*>(beyond + M * n);
+    L1 = reinterpret_cast<Lag*>(weight + weights), L2 = L1 + padded, L3 = L2 + padded, D1 = L3 + padded, D2 = D1 + padded, after = D2 + padded;
+    longer_here = reinterpret_cast<uint8_t*>(after + padded);
+    uint8_t* const b = longer_here + padded;
     const uint8_t* k = SELF ? f.q : f.k;
     for (int64_t j = 0; j < T; j++) b[j] = k[T - 1 - j];
     backwards = b, values = SELF ? f.q : f.v;
     memset(longer, 0, 2 * M * n * sizeof(Match));
-    memset(L1, 0, 4 * n * 4);  // by_length too
-    memset(D1, 0, 2 * n);
+    memset(by_length, 0, n * 4);
+    memset(L1, 0, 5 * padded * sizeof(Lag));
+    memset(longer_here, 0, padded);
     for (float* d : {f.dq, f.dk, f.dv})
       if (d) memset(d, 0, T * M * 4);
     for (int b = 0; b < M; b++) f.dlow[b] = f.dhigh[b] = 0;
@@ -68,16 +91,18 @@ class Turns {
     for (; i < T; i++) {
       find_match();
       if (!weigh() || !f.dq) continue;
+      if constexpr (SELF)
+        if (length * M <= kFew) {
+          turn_few();
+          continue;
+        }
       sort_matches();
       if (SELF && length) {
         turn_inside(q_won > j_won ? q_won : j_won, i);
         if (!inside(j_won + 1)) turn_copied();
       } else if (!SELF) {
         turn_queries();
-        if (length) {
-          turn_inside(i - 1, i - 1);
-          for (int64_t b = 0; b < M; b++) f.dv[source_of(won) * M + b] += worth_turned(won, b) - before;
-        }
+        if (length) turn_inside(i - 1, i - 1), turn_v();
       }
       turn_beyond();
     }
@@ -89,29 +114,29 @@ class Turns {
   INLINE float worth(Match m) const { return length_of(m) ? weight[1 + values[source_of(m)]] : weight[0]; }
   INLINE float worth_turned(Match m, int64_t b) const { return length_of(m) ? weight[1 + (values[source_of(m)] ^ (1 << b))] : weight[0]; }
 
-  // One symbol on, and the match that wins there: as long as the last one goes on, it does (automaton.cpp says why).
-  void find_match() {
-    const uint8_t symbol = f.q[i], *k = backwards + T - i;
-    for (int64_t c = 0; c < i; c++) {
-      const uint8_t differ = k[c] ^ symbol;
-      const int32_t first = L1[c], second = L2[c];
+  static void advance(int64_t n, uint8_t symbol, const uint8_t* __restrict k, Lag* __restrict L1, Lag* __restrict L2, Lag* __restrict L3, Lag* __restrict D1,
+                      Lag* __restrict D2) {
+    for (int64_t c = 0; c < n; c++) {
+      const Lag differ = k[c] ^ symbol, first = L1[c], second = L2[c], d = D1[c];
       if constexpr (SELF) {
         L3[c] = (differ ? second : L3[c]) + 1;
-        D2[c] = differ ? D1[c] : D2[c];
+        D2[c] = differ ? d : D2[c];
       }
       L2[c] = (differ ? first : second) + 1;
       L1[c] = differ ? 0 : first + 1;
-      D1[c] = differ ? differ : D1[c];
+      D1[c] = differ ? differ : d;
     }
+  }
+
+  // One symbol on, and the match that wins there: as long as the last one goes on, it does (automaton.cpp says why).
+  void find_match() {
+    advance(i, f.q[i], backwards + T - i, L1, L2, L3, D1, D2);
     const int64_t lag = i - 1 - j_won;  // of the last one
     if (length && L1[lag - 1]) {
       length++, j_won++;
     } else {
-      int32_t longest = 0;
-      for (int64_t c = 0; c < i; c++) longest = L1[c] > longest ? L1[c] : longest;
-      int64_t c = 0;
-      while (longest && L1[c] != longest) c++;
-      length = longest, j_won = i - 1 - c;
+      const Lag longest = largest(L1, i);
+      length = longest, j_won = i - 1 - (longest ? place_of(L1, longest) : 0);
     }
     s_won = j_won - length, q_won = i - length;
     won = length ? match(length, j_won) : 0;
@@ -137,37 +162,98 @@ class Turns {
     memset(starts, 0, (i + 2) * sizeof(Match));
     if (SELF) memset(by_cut, 0, (i + 1) * 4);
     for (int64_t c = i - 1; c >= 0; c--) {  // the last match comes last
-      const int64_t j = i - 1 - c, L = L1[c], s = j - L, cut = i - L;
+      const int64_t j = i - 1 - c, L = L1[c], s = j - L;
       const Match here = match(L, j);
       own[j] = here;
       starts[s + 1] = here;
       if (SELF)
-        by_cut[cut > j ? cut : j + 1] = uint32_t(j + 1);
+        by_cut[i - L > j ? i - L : j + 1] = uint32_t(j + 1);
       else
         by_length[L] = uint32_t(j + 1);
-      const uint32_t differ = D1[c];  // 0: none does, s = -1
-      if (differ == 0 || (differ & (differ - 1))) continue;
-      const int64_t b = M == 1 ? 0 : __builtin_ctz(differ);
-      if constexpr (SELF) {
-        const int64_t second = L2[c], other = i - s;  // q turns there, after k has turned at the mismatch
-        lengthen(s, b, match(second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second, j));
-        if (cut > j) lengthen(cut, b, match(second, j));
-      } else {
-        const Match to = match(L2[c], j);
-        longer_q[L * M + b] = better(longer_q[L * M + b], to);
-        lengthen(s, b, to);
-      }
+      lengthen_at<true>(c);
     }
   }
 
+  // The turns that lengthen the match at a lag, if one bit can; INSIDE: also where they change the match that won.
+  template <bool INSIDE>
+  INLINE void lengthen_at(int64_t c) {
+    const uint32_t differ = D1[c];  // 0: nothing does, s = -1
+    if (differ == 0 || (differ & (differ - 1))) return;
+    const int64_t b = M == 1 ? 0 : __builtin_ctz(differ), j = i - 1 - c, L = L1[c], s = j - L, second = L2[c];
+    if constexpr (SELF) {
+      const int64_t other = i - s;  // q turns there, after k has turned at the mismatch
+      lengthen<INSIDE>(s, b, match(second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second, j));
+      if (i - L > j) lengthen<INSIDE>(i - L, b, match(second, j));
+    } else {
+      if constexpr (INSIDE) longer_q[L * M + b] = better(longer_q[L * M + b], match(second, j));
+      lengthen<INSIDE>(s, b, match(second, j));
+    }
+  }
+  template <bool INSIDE>
   INLINE void lengthen(int64_t t, int64_t b, Match to) {
     Match& there = longer[t * M + b];
     if (inside(t)) {
-      there = better(there, to);
+      if constexpr (INSIDE) there = better(there, to);
     } else if (to > won) {
       if (!there) beyond[beyonds++] = int32_t(t * M + b);
       there = better(there, to);
     }
+  }
+
+  // All turns of an output whose match is short: a pass over all lags for each of the few inside it.
+  void turn_few() {
+    find_longer(i, Lag(length), i - 1 - j_won, L1, L2, L3, longer_here);
+    for (int64_t begin = 0; begin < i; begin += 8) {
+      uint64_t eight;
+      memcpy(&eight, longer_here + begin, 8);
+      for (; eight; eight &= eight - 1) {
+        const int64_t c = begin + __builtin_ctzll(eight) / 8;  // little endian, as all machines that this runs on
+        if (c < i) lengthen_at<false>(c);
+      }
+    }
+    for (int64_t t = s_won + 1; t <= j_won; t++) turn(t);
+    for (int64_t t = (q_won > j_won ? q_won : j_won) + 1; t <= i; t++) turn(t);
+    if (length && !inside(j_won + 1)) turn_copied();
+    turn_beyond();
+  }
+
+  static void find_longer(int64_t n, Lag length, int64_t c_won, const Lag* __restrict L1, const Lag* __restrict L2, const Lag* __restrict L3,
+                          uint8_t* __restrict longer_here) {
+    for (int64_t c = 0; c < n; c++) {
+      longer_here[c] = (L2[c] > length) | ((L2[c] == length) & (Lag(c) < Lag(c_won))) | ((L2[c] == Lag(L1[c] + c + 1)) & (L3[c] >= length));
+    }
+    for (int64_t c = n; c % 8; c++) longer_here[c] = 0;
+  }
+
+  void turn(int64_t t) {
+    for (int64_t b = 0; b < M; b++) {
+      const Lag longest = lengths_after(i, Lag(i - t), Lag(1) << b, L1, L2, L3, D1, D2, after);
+      const Match wins = longest ? match(longest, i - 1 - place_of(after, longest)) : 0;
+      f.dq[t * M + b] += (source_of(wins) == t ? worth_turned(wins, b) : worth(wins)) - before;
+    }
+  }
+
+  // after[c]: the match at lag c + 1 where a bit is turned m symbols back, which for a lag of up to m is also m - lag back in k. Their largest.
+  static Lag lengths_after(int64_t n, Lag m, Lag bit, const Lag* __restrict L1, const Lag* __restrict L2, const Lag* __restrict L3,
+                           const Lag* __restrict D1, const Lag* __restrict D2, Lag* __restrict after) {
+    const int64_t near = m < n ? m : n;
+    Lag longest = 0;
+    for (int64_t c = 0; c < near; c++) {
+      const Lag first = L1[c], second = L2[c], place = m - 1 - c;
+      const Lag on = D2[c] == bit ? L3[c] : second, to = second < m ? second : second > m ? m : on;
+      Lag length = first < place ? first : place;
+      length = (first == place) & (D1[c] == bit) ? to : length;
+      after[c] = length;
+      longest = length > longest ? length : longest;
+    }
+    for (int64_t c = near; c < n; c++) {
+      const Lag first = L1[c];
+      Lag length = first < m ? first : m;
+      length = (first == m) & (D1[c] == bit) ? L2[c] : length;
+      after[c] = length;
+      longest = length > longest ? length : longest;
+    }
+    return longest;
   }
 
   // q alone, m symbols back: what matched further matches so far, the last of it.
@@ -219,6 +305,10 @@ class Turns {
     for (int64_t t = s_won + 1; t <= j_won; t++) pass(t), turn(t);
     for (int64_t t = j_won + 1; t <= begin; t++) pass(t);
     for (int64_t t = begin + 1; t <= end; t++) pass(t), turn(t);
+  }
+
+  void turn_v() {
+    for (int64_t b = 0; b < M; b++) f.dv[source_of(won) * M + b] += worth_turned(won, b) - before;
   }
 
   // The symbol that was put out turns, the match that won stays.
