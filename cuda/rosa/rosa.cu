@@ -223,7 +223,7 @@ template <class X, bool self> __launch_bounds__(threads) __global__ void backwar
         double sum_low = 0., sum_high = 0.;  // of bit threadIdx.x
         for (r.i = 0; r.i < T; ++r.i) {
             r.find_match();
-            if (threadIdx.x < M && (r.won || task.miss_low)) {
+            if (int(threadIdx.x) < M && (r.won || task.miss_low)) {
                 const double g = double(to_float(r.dout[r.i * size.C + threadIdx.x]));
                 (r.won && r.v[source_of(r.won)] >> threadIdx.x & 1 ? sum_high : sum_low) += g;
             }
@@ -240,7 +240,7 @@ template <class X, bool self> __launch_bounds__(threads) __global__ void backwar
             r.turn_outside();
             __syncthreads();
         }
-        if (threadIdx.x < M) {
+        if (int(threadIdx.x) < M) {
             const int64_t at = row / G * size.C + row % G * M + threadIdx.x;
             task.sums[at] = sum_low, task.sums[size.B * size.C + at] = sum_high;
         }
