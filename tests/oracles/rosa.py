@@ -23,7 +23,7 @@ def from_definition(q: list[int], k: list[int], v: list[int]) -> list[int]:
 
 
 def numbers(kind: str, *shape: int, rng: torch.Generator) -> Tensor:
-    """[B, T, C] whose signs are of this kind along T; among them zeros of both signs and a NaN, which are no ones."""
+    """[B, T, C] whose signs are of this kind along T; among them zeros of both signs, which are no ones."""
     x = torch.randn(shape, generator=rng)
     chance = torch.rand(shape, generator=rng)
     if kind == "sparse":

@@ -91,7 +91,9 @@ def turned(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: 
     slopes = dout.double()
     weight = low.double(), high.double()
     before = values(followers(*(base * 3)[:3] if len(base) == 1 else base).view(B, G, T), *weight, bits, miss_low)
-    several = max(1, FLIPS_AT_ONCE // max(1, R * T))
+    if B == 0:
+        return [torch.zeros_like(x) for x in inputs]
+    several = max(1, FLIPS_AT_ONCE // (R * T))
     gradients = []
     for which, x in enumerate(inputs):
         numerator = torch.zeros(B, T, C, dtype=torch.float64, device=x.device)

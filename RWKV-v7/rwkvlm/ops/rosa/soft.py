@@ -53,7 +53,7 @@ def gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bit
             found = torch.autograd.grad(out, parts, slopes[here])
         for total, part in zip(sums, found):
             total[here] = part
-    return [g.unflatten(0, (B, -1)).transpose(1, 2).flatten(2).to(x.dtype).contiguous() for g, x in zip(sums, inputs)]
+    return [g.unflatten(0, (B, C // bits)).transpose(1, 2).flatten(2).to(x.dtype).contiguous() for g, x in zip(sums, inputs)]
 
 
 @gradients.register_fake
