@@ -61,7 +61,7 @@ def rosa(q, k, v, low, high, bits, miss_low, tau, soft, old_k, old_v, old_runs, 
     sources, runs = longest(new[0].flatten(0, 1), all_k.flatten(0, 1), runs)
     sources = sources.view(B, G, T)
     y = torch.where(sources < 0, -1, all_v.long().gather(2, sources.clamp(min=0)))
-    out, nothing = values(y, low, high, bits, miss_low), all_k[:, :, :0]
+    out, nothing = values(y, low, high, bits, miss_low).contiguous(), all_k[:, :, :0]
     if not with_state:
         return out, nothing.clone(), nothing.clone(), nothing.int()
     return out, all_k.contiguous(), nothing.clone() if k is None else all_v.contiguous(), runs.view(B, G, L + T)
