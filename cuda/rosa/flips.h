@@ -45,15 +45,12 @@ int64_t place_of(const Lag* __restrict from, Lag x) {
   }
 }
 
-constexpr int64_t kFew = 16;  // turns in a match of q = k, for which a pass each takes less time than one pass that sorts all matches
-
 // Lag: an integer that holds T, the narrower the faster.
 template <bool SELF, class Lag>
 class Turns {
   const Flips& f;
   const int64_t T, M;
-  Lag *L1, *L2, *L3, *D1, *D2, *after;  // by lag, lag 1 first; after: the length of a match after the turn in hand
-  uint8_t* longer_here;  // by lag: whether turning its mismatch makes a better match than the one that won
+  Lag *L1, *L2, *L3, *D1, *D2;  // by lag, lag 1 first
   const uint8_t *values, *backwards;  // v; k, the last symbol first
   Match *own, *starts, *later;  // of an output: the match at j; by s + 1 the last one; by t the best one with s > t
   Match *longer, *longer_q;  // by t M + bit: the best that is lengthened; the same by m M + bit, where q turns alone
@@ -68,20 +65,18 @@ class Turns {
  public:
   Turns(const Flips& flips, Memory& memory) : f(flips), T(flips.T), M(flips.M) {
     const size_t n = size_t(T) + 1, padded = (n + 63) / 64 * 64, matches = (3 + 2 * M) * n, numbers = (2 + M) * n, weights = (size_t(1) << M) + 1;
-    memory.resize(matches * sizeof(Match) + (numbers + weights) * 4 + 6 * padded * sizeof(Lag) + padded + n);
+    memory.resize(matches * sizeof(Match) + (numbers + weights) * 4 + 5 * padded * sizeof(Lag) + n);
     own = reinterpret_cast<Match*>(memory.data()), starts = own + n, later = own + 2 * n, longer = own + 3 * n, longer_q = longer + M * n;
     by_length = reinterpret_cast<uint32_t*>(own + matches), by_cut = by_length + n, beyond = reinterpret_cast<int32_t*>(by_cut + n);
     weight = reinterpret_cast<float*>(beyond + M * n);
-    L1 = reinterpret_cast<Lag*>(weight + weights), L2 = L1 + padded, L3 = L2 + padded, D1 = L3 + padded, D2 = D1 + padded, after = D2 + padded;
-    longer_here = reinterpret_cast<uint8_t*>(after + padded);
-    uint8_t* const b = longer_here + padded;
+    L1 = reinterpret_cast<Lag*>(weight + weights), L2 = L1 + padded, L3 = L2 + padded, D1 = L3 + padded, D2 = D1 + padded;
+    uint8_t* const b = reinterpret_cast<uint8_t*>(D2 + padded);
     const uint8_t* k = SELF ? f.q : f.k;
     for (int64_t j = 0; j < T; j++) b[j] = k[T - 1 - j];
     backwards = b, values = SELF ? f.q : f.v;
     memset(longer, 0, 2 * M * n * sizeof(Match));
     memset(by_length, 0, n * 4);
     memset(L1, 0, 5 * padded * sizeof(Lag));
-    memset(longer_here, 0, padded);
     for (float* d : {f.dq, f.dk, f.dv})
       if (d) memset(d, 0, T * M * 4);
     for (int b = 0; b < M; b++) f.dlow[b] = f.dhigh[b] = 0;
@@ -91,11 +86,6 @@ class Turns {
     for (; i < T; i++) {
       find_match();
       if (!weigh() || !f.dq) continue;
-      if constexpr (SELF)
-        if (length * M <= kFew) {
-          turn_few();
-          continue;
-        }
       sort_matches();
       if (SELF && length) {
         turn_inside(q_won > j_won ? q_won : j_won, i);
@@ -170,90 +160,32 @@ class Turns {
         by_cut[i - L > j ? i - L : j + 1] = uint32_t(j + 1);
       else
         by_length[L] = uint32_t(j + 1);
-      lengthen_at<true>(c);
+      lengthen_at(c);
     }
   }
 
-  // The turns that lengthen the match at a lag, if one bit can; INSIDE: also where they change the match that won.
-  template <bool INSIDE>
+  // The turns that lengthen the match at a lag, if one bit can.
   INLINE void lengthen_at(int64_t c) {
     const uint32_t differ = D1[c];  // 0: nothing does, s = -1
     if (differ == 0 || (differ & (differ - 1))) return;
     const int64_t b = M == 1 ? 0 : __builtin_ctz(differ), j = i - 1 - c, L = L1[c], s = j - L, second = L2[c];
     if constexpr (SELF) {
       const int64_t other = i - s;  // q turns there, after k has turned at the mismatch
-      lengthen<INSIDE>(s, b, match(second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second, j));
-      if (i - L > j) lengthen<INSIDE>(i - L, b, match(second, j));
+      lengthen(s, b, match(second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second, j));
+      if (i - L > j) lengthen(i - L, b, match(second, j));
     } else {
-      if constexpr (INSIDE) longer_q[L * M + b] = better(longer_q[L * M + b], match(second, j));
-      lengthen<INSIDE>(s, b, match(second, j));
+      longer_q[L * M + b] = better(longer_q[L * M + b], match(second, j));
+      lengthen(s, b, match(second, j));
     }
   }
-  template <bool INSIDE>
   INLINE void lengthen(int64_t t, int64_t b, Match to) {
     Match& there = longer[t * M + b];
     if (inside(t)) {
-      if constexpr (INSIDE) there = better(there, to);
+      there = better(there, to);
     } else if (to > won) {
       if (!there) beyond[beyonds++] = int32_t(t * M + b);
       there = better(there, to);
     }
-  }
-
-  // All turns of an output whose match is short: a pass over all lags for each of the few inside it.
-  void turn_few() {
-    find_longer(i, Lag(length), i - 1 - j_won, L1, L2, L3, longer_here);
-    for (int64_t begin = 0; begin < i; begin += 8) {
-      uint64_t eight;
-      memcpy(&eight, longer_here + begin, 8);
-      for (; eight; eight &= eight - 1) {
-        const int64_t c = begin + __builtin_ctzll(eight) / 8;  // little endian, as all machines that this runs on
-        if (c < i) lengthen_at<false>(c);
-      }
-    }
-    for (int64_t t = s_won + 1; t <= j_won; t++) turn(t);
-    for (int64_t t = (q_won > j_won ? q_won : j_won) + 1; t <= i; t++) turn(t);
-    if (length && !inside(j_won + 1)) turn_copied();
-    turn_beyond();
-  }
-
-  static void find_longer(int64_t n, Lag length, int64_t c_won, const Lag* __restrict L1, const Lag* __restrict L2, const Lag* __restrict L3,
-                          uint8_t* __restrict longer_here) {
-    for (int64_t c = 0; c < n; c++) {
-      longer_here[c] = (L2[c] > length) | ((L2[c] == length) & (Lag(c) < Lag(c_won))) | ((L2[c] == Lag(L1[c] + c + 1)) & (L3[c] >= length));
-    }
-    for (int64_t c = n; c % 8; c++) longer_here[c] = 0;
-  }
-
-  void turn(int64_t t) {
-    for (int64_t b = 0; b < M; b++) {
-      const Lag longest = lengths_after(i, Lag(i - t), Lag(1) << b, L1, L2, L3, D1, D2, after);
-      const Match wins = longest ? match(longest, i - 1 - place_of(after, longest)) : 0;
-      f.dq[t * M + b] += (source_of(wins) == t ? worth_turned(wins, b) : worth(wins)) - before;
-    }
-  }
-
-  // after[c]: the match at lag c + 1 where a bit is turned m symbols back, which for a lag of up to m is also m - lag back in k. Their largest.
-  static Lag lengths_after(int64_t n, Lag m, Lag bit, const Lag* __restrict L1, const Lag* __restrict L2, const Lag* __restrict L3,
-                           const Lag* __restrict D1, const Lag* __restrict D2, Lag* __restrict after) {
-    const int64_t near = m < n ? m : n;
-    Lag longest = 0;
-    for (int64_t c = 0; c < near; c++) {
-      const Lag first = L1[c], second = L2[c], place = m - 1 - c;
-      const Lag on = D2[c] == bit ? L3[c] : second, to = second < m ? second : second > m ? m : on;
-      Lag length = first < place ? first : place;
-      length = (first == place) & (D1[c] == bit) ? to : length;
-      after[c] = length;
-      longest = length > longest ? length : longest;
-    }
-    for (int64_t c = near; c < n; c++) {
-      const Lag first = L1[c];
-      Lag length = first < m ? first : m;
-      length = (first == m) & (D1[c] == bit) ? L2[c] : length;
-      after[c] = length;
-      longest = length > longest ? length : longest;
-    }
-    return longest;
   }
 
   // q alone, m symbols back: what matched further matches so far, the last of it.
