@@ -359,6 +359,13 @@ inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffl
 template <class T>
 inline T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle_from(value, source); }
 
+// Threads take turns only at barriers and collectives.
+inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
+    const unsigned long long before = *at;
+    if (value > before) *at = value;
+    return before;
+}
+
 // For the tests: which schedule, how much shared memory a block may have, and what went wrong in the last launch.
 extern "C" inline __attribute__((used)) void emulation_reverse(int reverse) { emulation::machine.reverse = reverse != 0; }
 extern "C" inline __attribute__((used)) void emulation_shared_limit(size_t bytes) { emulation::machine.shared_limit = bytes; }

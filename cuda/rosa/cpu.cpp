@@ -36,12 +36,15 @@ void scan(const Row<Symbol>& row, Memory& memory) {
   }
 }
 
-void flips(const Flips& task, Memory& memory) {
+template <class Lag>
+void flips_of(const Flips& task, Memory& memory) {
   if (task.k)
-    Turns<false>(task, memory).run();
+    Turns<false, Lag>(task, memory).run();
   else
-    Turns<true>(task, memory).run();
+    Turns<true, Lag>(task, memory).run();
 }
+
+void flips(const Flips& task, Memory& memory) { task.T < 1 << 16 ? flips_of<uint16_t>(task, memory) : flips_of<uint32_t>(task, memory); }
 
 }  // namespace
 

@@ -26,12 +26,31 @@ INLINE int64_t length_of(Match m) { return int64_t(m >> 32); }
 INLINE int64_t source_of(Match m) { return int64_t(uint32_t(m)); }
 INLINE Match better(Match a, Match b) { return a > b ? a : b; }
 
-template <bool SELF>
+template <class Lag>
+Lag largest(const Lag* __restrict x, int64_t n) {
+  Lag most = 0;
+  for (int64_t c = 0; c < n; c++) most = x[c] > most ? x[c] : most;
+  return most;
+}
+
+// Where x, which is there, is first.
+template <class Lag>
+int64_t place_of(const Lag* __restrict from, Lag x) {
+  for (int64_t begin = 0;; begin += 32) {  // up to 64 numbers behind the end exist
+    Lag found = 0;
+    for (int c = 0; c < 32; c++) found |= from[begin + c] == x;
+    if (found)
+      while (from[begin] != x) begin++;
+    if (found) return begin;
+  }
+}
+
+// Lag: an integer that holds T, the narrower the faster.
+template <bool SELF, class Lag>
 class Turns {
   const Flips& f;
   const int64_t T, M;
-  int32_t *L1, *L2, *L3;  // by lag, lag 1 first
-  uint8_t *D1, *D2;
+  Lag *L1, *L2, *L3, *D1, *D2;  // by lag, lag 1 first
   const uint8_t *values, *backwards;  // v; k, the last symbol first
   Match *own, *starts, *later;  // of an output: the match at j; by s + 1 the last one; by t the best one with s > t
   Match *longer, *longer_q;  // by t M + bit: the best that is lengthened; the same by m M + bit, where q turns alone
@@ -45,20 +64,19 @@ class Turns {
 
  public:
   Turns(const Flips& flips, Memory& memory) : f(flips), T(flips.T), M(flips.M) {
-    const size_t n = size_t(T) + 1, matches = (3 + 2 * M) * n, numbers = (5 + M) * n, weights = (size_t(1) << M) + 1;
-    memory.resize(matches * sizeof(Match) + (numbers + weights) * 4 + 3 * n);
+    const size_t n = size_t(T) + 1, padded = (n + 63) / 64 * 64, matches = (3 + 2 * M) * n, numbers = (2 + M) * n, weights = (size_t(1) << M) + 1;
+    memory.resize(matches * sizeof(Match) + (numbers + weights) * 4 + 5 * padded * sizeof(Lag) + n);
     own = reinterpret_cast<Match*>(memory.data()), starts = own + n, later = own + 2 * n, longer = own + 3 * n, longer_q = longer + M * n;
-    L1 = reinterpret_cast<int32_t*>(own + matches), L2 = L1 + n, L3 = L1 + 2 * n;
-    by_length = reinterpret_cast<uint32_t*>(L1 + 3 * n), by_cut = by_length + n, beyond = L1 + 5 * n;
-    weight = reinterpret_cast<float*>(L1 + numbers);
-    D1 = reinterpret_cast<uint8_t*>(weight + weights), D2 = D1 + n;
-    uint8_t* b = D2 + n;
+    by_length = reinterpret_cast<uint32_t*>(own + matches), by_cut = by_length + n, beyond = reinterpret_cast<int32_t*>(by_cut + n);
+    weight = reinterpret_cast<float*>(beyond + M * n);
+    L1 = reinterpret_cast<Lag*>(weight + weights), L2 = L1 + padded, L3 = L2 + padded, D1 = L3 + padded, D2 = D1 + padded;
+    uint8_t* const b = reinterpret_cast<uint8_t*>(D2 + padded);
     const uint8_t* k = SELF ? f.q : f.k;
     for (int64_t j = 0; j < T; j++) b[j] = k[T - 1 - j];
     backwards = b, values = SELF ? f.q : f.v;
     memset(longer, 0, 2 * M * n * sizeof(Match));
-    memset(L1, 0, 4 * n * 4);  // by_length too
-    memset(D1, 0, 2 * n);
+    memset(by_length, 0, n * 4);
+    memset(L1, 0, 5 * padded * sizeof(Lag));
     for (float* d : {f.dq, f.dk, f.dv})
       if (d) memset(d, 0, T * M * 4);
     for (int b = 0; b < M; b++) f.dlow[b] = f.dhigh[b] = 0;
@@ -74,10 +92,7 @@ class Turns {
         if (!inside(j_won + 1)) turn_copied();
       } else if (!SELF) {
         turn_queries();
-        if (length) {
-          turn_inside(i - 1, i - 1);
-          for (int64_t b = 0; b < M; b++) f.dv[source_of(won) * M + b] += worth_turned(won, b) - before;
-        }
+        if (length) turn_inside(i - 1, i - 1), turn_v();
       }
       turn_beyond();
     }
@@ -89,29 +104,29 @@ class Turns {
   INLINE float worth(Match m) const { return length_of(m) ? weight[1 + values[source_of(m)]] : weight[0]; }
   INLINE float worth_turned(Match m, int64_t b) const { return length_of(m) ? weight[1 + (values[source_of(m)] ^ (1 << b))] : weight[0]; }
 
-  // One symbol on, and the match that wins there: as long as the last one goes on, it does (automaton.cpp says why).
-  void find_match() {
-    const uint8_t symbol = f.q[i], *k = backwards + T - i;
-    for (int64_t c = 0; c < i; c++) {
-      const uint8_t differ = k[c] ^ symbol;
-      const int32_t first = L1[c], second = L2[c];
+  static void advance(int64_t n, uint8_t symbol, const uint8_t* __restrict k, Lag* __restrict L1, Lag* __restrict L2, Lag* __restrict L3, Lag* __restrict D1,
+                      Lag* __restrict D2) {
+    for (int64_t c = 0; c < n; c++) {
+      const Lag differ = k[c] ^ symbol, first = L1[c], second = L2[c], d = D1[c];
       if constexpr (SELF) {
         L3[c] = (differ ? second : L3[c]) + 1;
-        D2[c] = differ ? D1[c] : D2[c];
+        D2[c] = differ ? d : D2[c];
       }
       L2[c] = (differ ? first : second) + 1;
       L1[c] = differ ? 0 : first + 1;
-      D1[c] = differ ? differ : D1[c];
+      D1[c] = differ ? differ : d;
     }
+  }
+
+  // One symbol on, and the match that wins there: as long as the last one goes on, it does (automaton.cpp says why).
+  void find_match() {
+    advance(i, f.q[i], backwards + T - i, L1, L2, L3, D1, D2);
     const int64_t lag = i - 1 - j_won;  // of the last one
     if (length && L1[lag - 1]) {
       length++, j_won++;
     } else {
-      int32_t longest = 0;
-      for (int64_t c = 0; c < i; c++) longest = L1[c] > longest ? L1[c] : longest;
-      int64_t c = 0;
-      while (longest && L1[c] != longest) c++;
-      length = longest, j_won = i - 1 - c;
+      const Lag longest = largest(L1, i);
+      length = longest, j_won = i - 1 - (longest ? place_of(L1, longest) : 0);
     }
     s_won = j_won - length, q_won = i - length;
     won = length ? match(length, j_won) : 0;
@@ -137,29 +152,32 @@ class Turns {
     memset(starts, 0, (i + 2) * sizeof(Match));
     if (SELF) memset(by_cut, 0, (i + 1) * 4);
     for (int64_t c = i - 1; c >= 0; c--) {  // the last match comes last
-      const int64_t j = i - 1 - c, L = L1[c], s = j - L, cut = i - L;
+      const int64_t j = i - 1 - c, L = L1[c], s = j - L;
       const Match here = match(L, j);
       own[j] = here;
       starts[s + 1] = here;
       if (SELF)
-        by_cut[cut > j ? cut : j + 1] = uint32_t(j + 1);
+        by_cut[i - L > j ? i - L : j + 1] = uint32_t(j + 1);
       else
         by_length[L] = uint32_t(j + 1);
-      const uint32_t differ = D1[c];  // 0: none does, s = -1
-      if (differ == 0 || (differ & (differ - 1))) continue;
-      const int64_t b = M == 1 ? 0 : __builtin_ctz(differ);
-      if constexpr (SELF) {
-        const int64_t second = L2[c], other = i - s;  // q turns there, after k has turned at the mismatch
-        lengthen(s, b, match(second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second, j));
-        if (cut > j) lengthen(cut, b, match(second, j));
-      } else {
-        const Match to = match(L2[c], j);
-        longer_q[L * M + b] = better(longer_q[L * M + b], to);
-        lengthen(s, b, to);
-      }
+      lengthen_at(c);
     }
   }
 
+  // The turns that lengthen the match at a lag, if one bit can.
+  INLINE void lengthen_at(int64_t c) {
+    const uint32_t differ = D1[c];  // 0: nothing does, s = -1
+    if (differ == 0 || (differ & (differ - 1))) return;
+    const int64_t b = M == 1 ? 0 : __builtin_ctz(differ), j = i - 1 - c, L = L1[c], s = j - L, second = L2[c];
+    if constexpr (SELF) {
+      const int64_t other = i - s;  // q turns there, after k has turned at the mismatch
+      lengthen(s, b, match(second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second, j));
+      if (i - L > j) lengthen(i - L, b, match(second, j));
+    } else {
+      longer_q[L * M + b] = better(longer_q[L * M + b], match(second, j));
+      lengthen(s, b, match(second, j));
+    }
+  }
   INLINE void lengthen(int64_t t, int64_t b, Match to) {
     Match& there = longer[t * M + b];
     if (inside(t)) {
@@ -219,6 +237,10 @@ class Turns {
     for (int64_t t = s_won + 1; t <= j_won; t++) pass(t), turn(t);
     for (int64_t t = j_won + 1; t <= begin; t++) pass(t);
     for (int64_t t = begin + 1; t <= end; t++) pass(t), turn(t);
+  }
+
+  void turn_v() {
+    for (int64_t b = 0; b < M; b++) f.dv[source_of(won) * M + b] += worth_turned(won, b) - before;
   }
 
   // The symbol that was put out turns, the match that won stays.

@@ -161,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, T
         }
     });
   });
-  const Tensor nothing = torch::stable::new_empty(q, {s.B, s.G, 0}, ScalarType::Byte), none = torch::stable::new_empty(q, {s.B, s.G, 0}, ScalarType::Byte);
-  return {out, with_state ? all_k : none, with_state && v ? all_v : nothing, after};
+  const auto if_wanted = [&](bool wanted, const Tensor& x) { return wanted ? x : torch::stable::new_empty(q, {s.B, s.G, 0}, ScalarType::Byte); };
+  return {out, if_wanted(with_state, all_k), if_wanted(with_state && v.has_value(), all_v), after};
 }
 
 // With `flips` the gradients of q, k and v, or of q alone where k and v are it; then those of low and high.
@@ -221,7 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> tokens(Tensor x, Maybe old, Maybe old_runs, b
   const int64_t B = x.size(0), T = x.size(1), L = old ? old->size(1) : 0, n = L + T;
   STD_TORCH_CHECK(n < INT32_MAX, "rosa_tokens: too long");
   const int64_t* const from = data<int64_t>(x, ScalarType::Long, B * T);
-  Tensor all = torch::stable::new_empty(x, {B, n}), y = torch::stable::empty_like(x), after = torch::stable::new_empty(x, {B, with_state ? n : 0}, ScalarType::Int);
+  Tensor all = torch::stable::new_empty(x, {B, n}), y = torch::stable::empty_like(x);
+  Tensor after = torch::stable::new_empty(x, {B, with_state ? n : 0}, ScalarType::Int);
   int64_t *const k = data<int64_t>(all, ScalarType::Long, B * n), *const to = data<int64_t>(y, ScalarType::Long, B * T);
   const int64_t* const before_k = L ? data<int64_t>(*old, ScalarType::Long, B * L) : nullptr;
   const int32_t* const before = L ? ints(*old_runs, B * L) : nullptr;

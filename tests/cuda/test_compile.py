@@ -89,7 +89,7 @@ print("clean")
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing_in_what_is_around_wkv7(tmp_path: Path) -> None:
-    """Buffers of exactly the right size; what the kernels compute, test_adamw.py, test_fused.py and test_loss.py check."""
+    """Buffers of exactly the right size; what the kernels compute, test_adamw.py, test_fused.py, test_loss.py and test_rosa.py check."""
     path = compile_kernels(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", sources=[*AROUND, CUDA / "common" / "library.cu"])
     program = f"""
 import ctypes, torch
@@ -98,10 +98,12 @@ from oracles.elementwise import Case
 from rwkvlm.ops.adamw import cuda as adamw
 from rwkvlm.ops.cross_entropy import cuda as loss
 from rwkvlm.ops.fused import cuda
+from rwkvlm.ops.rosa import cuda as rosa
 from rwkvlm.ops.wkv4 import cuda as wkv4
 library = ctypes.CDLL({str(path)!r})
 kernels = cuda.Kernels(cuda.prototypes(library))
 optimizer = adamw.Kernels(adamw.prototypes(library))
+matches = rosa.Kernels(rosa.prototypes(library))
 recurrence = wkv4.Kernels(wkv4.prototypes(library))
 registration = torch.library.Library("rwkvlm", "IMPL")
 loss.register(registration, library, "CPU")
@@ -130,6 +132,14 @@ for reverse in (0, 1):
             case = wkv4_cases.Case(dtype=dtype, **sizes)
             _, _, starts = recurrence.forward(*case.inputs, True)
             recurrence.backward(*case.slopes, *case.inputs[:4], starts)
+        for T, bits in ((1, 1), (37, 1), (9, 3)):
+            q, ends = torch.randn(2, T, 2 * bits).to(dtype), torch.randn(2, 2 * bits).to(dtype)
+            for k in (q, None):
+                _, *state = matches.rosa(q, k, k, *ends, bits, False, 0.1, False, None, None, None, True)
+                matches.rosa(q, k, k, *ends, bits, True, 0.1, False, *state, False)
+                matches.rosa_backward(q, q, k, k, *ends, bits, False, 0.1, True)
+            _, *state = matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, None, None, True)
+            matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, *state, True)
         for V in (1, 7, 600, 5001):
             torch.ops.rwkvlm.loss_of_logits(torch.randn(3, V).to(dtype), torch.tensor([0, V - 1, V]), torch.empty(3), 1.0, 0.1, True)
         sizes = (0, 1, 3, 767, 2048, 2051, 8191, 8192, 100003, *[7] * 600)

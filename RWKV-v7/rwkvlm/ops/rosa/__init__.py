@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import native, reference
+from . import cuda, native, reference
 from .arguments import RosaState, check, check_tokens
 
 __all__ = ["RosaState", "backend_for", "rosa", "rosa_self", "rosa_tokens"]
@@ -52,7 +52,7 @@ def rosa(
         "soft"  the gradient of a soft ROSA (soft.py): dense, also where two bits would have to change together
     low and high receive the exact sums over where they were put out.
     state: what `return_state` gave, to go on behind it: token by token, in pieces or at once, the outputs are the same. Inference only: an
-        input that wants a gradient is an error then. It grows with the text, by 6 bytes for each symbol.
+        input that wants a gradient is an error then. It grows with the text, by 6 bytes for each symbol (q = k = v: 5).
     Returns out [B, T, C] in the dtype of q, with return_state also the state. ValueError for anything else.
     """
     return _rosa(q, k, v, low, high, bits, miss, tau, grad, state, return_state)
@@ -90,4 +90,5 @@ def _operator(part: str, x: Tensor):
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here, int64 for tokens: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
-    return backend.choose("rosa", backend.requested(), device, {"cpu": lambda: native.why_not(dtype), "torch": lambda: ""})
+    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype), "torch": lambda: ""}
+    return backend.choose("rosa", backend.requested(), device, supported)

@@ -61,7 +61,7 @@ def rosa(q, k, v, low, high, bits, miss_low, tau, soft, old_k, old_v, old_runs, 
     sources, runs = longest(new[0].flatten(0, 1), all_k.flatten(0, 1), runs)
     sources = sources.view(B, G, T)
     y = torch.where(sources < 0, -1, all_v.long().gather(2, sources.clamp(min=0)))
-    out, nothing = values(y, low, high, bits, miss_low), all_k[:, :, :0]
+    out, nothing = values(y, low, high, bits, miss_low).contiguous(), all_k[:, :, :0]
     if not with_state:
         return out, nothing.clone(), nothing.clone(), nothing.int()
     return out, all_k.contiguous(), nothing.clone() if k is None else all_v.contiguous(), runs.view(B, G, L + T)
@@ -91,7 +91,9 @@ def turned(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: 
     slopes = dout.double()
     weight = low.double(), high.double()
     before = values(followers(*(base * 3)[:3] if len(base) == 1 else base).view(B, G, T), *weight, bits, miss_low)
-    several = max(1, FLIPS_AT_ONCE // max(1, R * T))
+    if B == 0:
+        return [torch.zeros_like(x) for x in inputs]
+    several = max(1, FLIPS_AT_ONCE // (R * T))
     gradients = []
     for which, x in enumerate(inputs):
         numerator = torch.zeros(B, T, C, dtype=torch.float64, device=x.device)

@@ -1,0 +1,129 @@
+"""ROSA on the CPU, forward and gradient: the kernel, beside running again with every bit turned and, from a checkout of RWKV-LM, the official Python.
+
+    python bench/rosa.py --official RWKV-LM/RWKV-v8/251014_rosa_1bit_layer.py --out rosa.json
+
+One thread. Correctness first: the kernel is compared with the plain form, and the official function with the kernel, and nothing is timed on a wrong
+result. Times are the fastest of some rounds; those of the official Python, which grow with T^3, are of one row, times the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from environment import write_record
+from rwkvlm.ops import backend
+from rwkvlm.ops.rosa import rosa, rosa_self
+
+SHAPES = ((8, 128, 64), (8, 512, 256))
+BARS = {(8, 128, 64, "random"): 0.046, (8, 512, 256, "random"): 2.0, (8, 512, 256, "constant"): 1.1}  # seconds, of the gradient (q = k = v, one bit)
+
+
+def inputs(B: int, T: int, C: int, kind: str, count: int) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(B, T, C, generator=rng) if kind == "random" else torch.ones(B, T, C) for _ in range(count)]
+
+
+def errors() -> float:
+    """The largest relative error of the kernel's gradients, against turning every bit; outputs are the same or it fails."""
+    worst = 0.0
+    for bits in (1, 4):
+        for kind in ("random", "constant"):
+            for function, count in ((rosa_self, 1), (rosa, 3)):
+                found = {}
+                for kernel in ("torch", "cpu"):
+                    leaves = [x.requires_grad_() for x in (*inputs(1, 24, 8, kind, count), torch.full((8,), -0.7), torch.full((8,), 1.3))]
+                    with backend.asked_for(kernel):
+                        out = function(*leaves, bits)
+                        found[kernel] = [out.detach(), *torch.autograd.grad(out, leaves, torch.sin(torch.arange(out.numel())).view(out.shape))]
+                if not torch.equal(found["cpu"][0], found["torch"][0]):
+                    sys.exit("rosa: the kernel puts out something else than the plain form")
+                for got, want in zip(found["cpu"][1:], found["torch"][1:]):
+                    worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item())
+    return worst
+
+
+def fastest(function: Callable[[], object], rounds: int) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def measured(B: int, T: int, C: int, kind: str, form: str, rounds: int) -> dict[str, float]:
+    """Seconds of forward and gradient of all rows."""
+    xs, ends = inputs(B, T, C, kind, 1 if form == "self" else 3), (torch.full((C,), -1.0), torch.ones(C))
+    leaves = [x.requires_grad_() for x in xs]
+    function = rosa_self if form == "self" else rosa
+    out = function(*leaves, *ends)
+    slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    gradient = fastest(lambda: torch.autograd.grad(out, leaves, slopes, retain_graph=True), rounds)
+    with torch.no_grad():
+        forward = fastest(lambda: function(*leaves, *ends), rounds)
+    return {"forward": forward, "gradient": gradient, "forward_us_a_row": forward / (B * C) * 1e6}
+
+
+def official_function(path: Path) -> Callable[[list[int]], list[int]]:
+    """`rosa` of an official file, and nothing else of it: the rest wants a GPU."""
+    tree = ast.parse(path.read_text())
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "rosa"]
+    if not found:
+        sys.exit(f"{path}: has no function rosa")
+    names: dict[str, Callable] = {}
+    exec(compile(ast.Module(found, []), str(path), "exec"), names)
+    return names["rosa"]
+
+
+def official(function: Callable[[list[int]], list[int]], B: int, T: int, C: int, kind: str) -> dict[str, float]:
+    """Estimated seconds for all rows: one forward, and for the gradient one more for each of T bits."""
+    bits = (inputs(B, T, C, kind, 1)[0] > 0).long()[0, :, 0].tolist()
+    row = torch.tensor(bits).view(1, T, 1) * 2.0 - 1
+    ours = rosa_self(row, torch.full((1,), -1.0), torch.ones(1)).flatten().sign().tolist()
+    if [(-1, 1)[y] if y >= 0 else 0 for y in function(bits)] != ours:
+        sys.exit("rosa: the official function and the kernel put out different symbols")
+    one = fastest(lambda: function(bits), 3)
+    return {"forward": one * B * C, "gradient": one * (T + 1) * B * C}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, help="251014_rosa_1bit_layer.py of RWKV-LM, folder RWKV-v8")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shapes", default=",".join("x".join(map(str, shape)) for shape in SHAPES), help="BxTxC, separated by commas")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    worst = errors()
+    if worst > 1e-4:
+        sys.exit(f"rosa: gradients differ by {worst:.1e} from turning every bit")
+    print(f"gradients differ by at most {worst:.1e} from turning every bit, outputs by nothing", flush=True)
+    backend.set_kernel("cpu")
+    theirs = official_function(options.official) if options.official else None
+    results = []
+    for shape in (tuple(map(int, text.split("x"))) for text in options.shapes.split(",")):
+        for kind in ("random", "constant"):
+            for form in ("self", "qkv"):
+                result = {"shape": shape, "kind": kind, "form": form, **measured(*shape, kind, form, options.rounds)}
+                line = f"{shape} {kind} {form}: forward {result['forward_us_a_row']:.1f} us a row, gradient {result['gradient']:.3f} s"
+                if form == "self" and (*shape, kind) in BARS:
+                    result["bar"] = BARS[*shape, kind]
+                    line += f" (wanted {result['bar']})"
+                if theirs and form == "self":
+                    result["official_estimate"] = official(theirs, *shape, kind)
+                    line += f"; official {result['official_estimate']['gradient']:.1f} s"
+                results.append(result)
+                print(line, flush=True)
+    if options.out:
+        write_record(options.out, threads=1, largest_error=worst, results=results)
+
+
+if __name__ == "__main__":
+    main()
