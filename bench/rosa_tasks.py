@@ -176,7 +176,7 @@ TASKS = {
     "counting, two layers": Task(counting, _stack(2), 8, 1000, OFFICIAL, "loss", 0.43),
     "recall": Task(recall, functools.partial(language_model, 32), 16, 400, QUICK, "accuracy", 0.99, at_most=False),
     "recall, q k v frozen": Task(recall, functools.partial(language_model, 32, frozen=True), 16, 400, QUICK, "accuracy", 0.6),
-    "copy": Task(copy, functools.partial(language_model, 16), 16, 100, QUICK, "accuracy", 0.94, at_most=False),
+    "copy": Task(copy, functools.partial(language_model, 16), 16, 100, (1e-2, 1e-2), "accuracy", 0.94, at_most=False),
 }
 
 
