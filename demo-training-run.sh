@@ -25,6 +25,7 @@ knob BETA_2        0.99    0.99
 knob ADAM_EPS      1e-18   1e-18
 knob GRAD_CP       0       1 # 1 => slower, save VRAM; 0 => faster, more VRAM
 knob COMPILE       0       0 # 1 => the blocks through torch.compile, which takes a while at the start
+knob CUDA_GRAPHS   0       0 # 1 => each block as a CUDA graph: a small model waits less for Python, takes more VRAM; a GPU only, not tried on one yet
 knob HEAD_CHUNK    0       0 # tokens per chunk of LM head and loss; 0 => chosen by itself; smaller => slower, less VRAM
 knob KERNEL        ""      "@rwkv3" # "" and "@rwkv3" => automatic; cuda, cpu, torch => this one or an error
 knob PRECISION     auto    bf16 # auto => bf16 or fp32, whichever is faster here
@@ -62,7 +63,7 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
     --num_nodes "$N_NODE" --micro_bsz "$M_BSZ" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --head_size "$HEAD_SIZE" --kernel "$KERNEL" \
     --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps 10 --beta1 0.9 --beta2 "$BETA_2" --adam_eps "$ADAM_EPS" \
     --weight_decay "$W_DECAY" --epoch_save "$EPOCH_SAVE" --epoch_samples "$EPOCH_SAMPLES" --save_minutes "$SAVE_MINUTES" --head_chunk "$HEAD_CHUNK" \
-    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --enable_progress_bar True || exit
+    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --cuda_graphs "$CUDA_GRAPHS" --enable_progress_bar True || exit
 
 if [ -n "$PROMPT" ] && [ "${NODE_RANK:-0}" = 0 ]; then
     "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 ||

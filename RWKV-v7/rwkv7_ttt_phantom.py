@@ -164,6 +164,8 @@ def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfi
     """
     config, tensors = config or RWKV7PhantomConfig(), load_weights(checkpoint_path)
     sizes = read_config(tensors)
+    if sizes.model_type not in ("x070", "phantom"):
+        raise UserError(f"{checkpoint_path} holds a model of type {sizes.model_type}; give a .pth file of an RWKV-7 or a Phantom")
     if sizes.model_type != "phantom":
         sizes = config.sizes(**sizes.as_dict() | {"model_type": "phantom", "ghost_permuted": True})
         if sizes.has_ghosts and sizes.ghost_activation != "identity":

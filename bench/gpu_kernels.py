@@ -44,7 +44,7 @@ PEER_LIMIT = 5e-2  # of others' kernels, which round where they like
 KINDS = ("usual", "clamp", "repeated")
 HEAD_LIMIT = 2e-2
 AHEAD = 8_000_000  # cycles that the GPU waits before what is timed, about 4 ms: longer than Python takes for any of it
-PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 26, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
+PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 27, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
 RATES = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-18, weight_decay=0.1)  # of AdamW
 Work = Callable[[int], object]  # of the n-th set of inputs
 

@@ -19,6 +19,7 @@ FLAGS = {  # of train.py -> knob; the rest stands in the scripts' commands
     "my_exit_tokens": "EXIT_TOKENS", "micro_bsz": "M_BSZ", "kernel": "KERNEL", "lr_init": "LR_INIT", "lr_final": "LR_FINAL", "beta2": "BETA_2",
     "adam_eps": "ADAM_EPS", "weight_decay": "W_DECAY", "epoch_save": "EPOCH_SAVE", "epoch_samples": "EPOCH_SAMPLES", "save_minutes": "SAVE_MINUTES",
     "head_chunk": "HEAD_CHUNK", "precision": "PRECISION", "strategy": "STRATEGY", "grad_cp": "GRAD_CP", "compile": "COMPILE",
+    "cuda_graphs": "CUDA_GRAPHS",
 }  # fmt: skip
 MISSING = "orjson, with which the data are made, is not installed, and there is no data/demo.bin; bring data/demo.* of another machine"
 OTHERS = {"data_file": "data/demo", "vocab_size": "65536", "warmup_steps": "10", "devices": "1"}

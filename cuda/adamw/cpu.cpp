@@ -31,17 +31,6 @@ class NoDenormals {
 #endif
 };
 
-INLINE vf root(vf x) {
-#if defined(__AVX512F__)
-  return _mm512_sqrt_ps(x);
-#elif defined(__AVX2__)
-  return _mm256_sqrt_ps(x);
-#else
-  for (int i = 0; i < W; i++) x[i] = sqrtf(x[i]);
-  return x;
-#endif
-}
-
 template <class G, bool ROUNDED>
 INLINE void update_vector(float* p, float* m, float* v, const G* g, bf16* rounded, const Rates& r) {
   const vf grad = load(g) * r.scale;

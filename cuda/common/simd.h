@@ -112,6 +112,18 @@ INLINE vf reciprocal(vf x) {
 #endif
 }
 
+// The square root, rounded correctly.
+INLINE vf root(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < W; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // e^x for x <= 0, to 1 ulp; e^-87 below -87. A NaN stays one.
 INLINE vf exp_nonpositive(vf x) {
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer

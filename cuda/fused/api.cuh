@@ -10,7 +10,7 @@
 enum { FUSED_BF16 = 0, FUSED_FP32 = 1 };
 enum { FUSED_UNSUPPORTED = -1 };
 
-// out[j] = x + (x of the token before - x) * mix[j], for n = 1, 3 or 6
+// out[j] = x + (x of the token before - x) * mix[j], for n = 1, 2, 3 or 6
 struct FusedTokenMix {
     int32_t B, T, C, n;
     const void *x, *last;  // [B, T, C]; [B, C], null: zeros
@@ -49,6 +49,7 @@ struct FusedInputs {
     const void *w0, *k_k, *k_a, *a0, *v0;
     void *w, *k_out, *a, *b, *v_out;
     const void *dw, *dk_out, *da, *db, *dv_out;
+    const void* more_dv_first;  // what other uses of v_first have given, which dv_first then includes; null: nothing
     void *dk, *da_low, *dv, *dv_first, *dv_low;
     void* sums;  // [5, C]: gradients of w0, k_k, k_a, a0, v0
     float* parts;
@@ -82,7 +83,7 @@ int fused_time_mix_inputs_backward(const FusedInputs* task, int dtype, void* str
 int fused_time_mix_output(const FusedOutput* task, int dtype, void* stream);
 int fused_time_mix_output_backward(const FusedOutput* task, int dtype, void* stream);
 
-// y = max(x, 0)^2; dx = 2 max(x, 0) dy. count is a multiple of 4.
+// y = max(x, 0)^2; dx = 2 max(x, 0) dy, from y. count is a multiple of 4.
 int fused_relu_square(const void* x, void* y, int64_t count, int dtype, void* stream);
-int fused_relu_square_backward(const void* dy, const void* x, void* dx, int64_t count, int dtype, void* stream);
+int fused_relu_square_backward(const void* dy, const void* y, void* dx, int64_t count, int dtype, void* stream);
 }

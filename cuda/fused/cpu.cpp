@@ -130,7 +130,7 @@ void prepare_backward(const Prepare& given, int64_t begin, int64_t end, float* s
         sigmoids(in(p.v0, c) + in(p.v_low, at), rate, rest);
         const vf dv = in(p.dv_out, at), dv_low = dv * (in(p.v_first, at) - in(p.v, at)) * rate * rest;
         out(p.dv, at, dv * rest);
-        out(p.dv_first, at, dv * rate);
+        out(p.dv_first, at, p.more_dv_first ? dv * rate + in(p.more_dv_first, at) : dv * rate);
         out(p.dv_low, at, dv_low);
         gather(Prepare::v0_sum, c, dv_low);
       }
@@ -217,23 +217,25 @@ void finish_backward(const Finish& given, int64_t begin, int64_t end, float* sum
     }
 }
 
-INLINE vf positive(vf x) { return select(x < 0.f, vf{}, x); }  // a NaN stays one
-
 template <class T>
 void relu_square(const void* x_, void* y_, int64_t count) {
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_);
   for (int64_t i = 0; i < count; i += W) {
-    const vf r = positive(load(x + i));
+    const vf in = load(x + i), r = select(in < 0.f, vf{}, in);  // a NaN stays one
     store(y + i, r * r);
   }
 }
 
 template <class T>
-void relu_square_backward(const void* dy_, const void* x_, void* dx_, int64_t count) {
-  const T *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
+void relu_square_backward(const void* dy_, const void* y_, void* dx_, int64_t count) {
+  const T *dy = static_cast<const T*>(dy_), *y = static_cast<const T*>(y_);
   T* dx = static_cast<T*>(dx_);
-  for (int64_t i = 0; i < count; i += W) store(dx + i, 2.f * positive(load(x + i)) * load(dy + i));
+  for (int64_t i = 0; i < count; i += W) {
+    T x[W];  // max(x, 0), to the bit: relu_square.cu says why
+    store(x, root(load(y + i)));
+    store(dx + i, 2.f * load(x) * load(dy + i));
+  }
 }
 
 template <class T>

@@ -24,6 +24,7 @@ struct Prepare {
   const void *w0, *k_k, *k_a, *a0, *v0;
   void *w, *k_out, *v_out, *a, *b;
   const void *dw, *dk_out, *dv_out, *da, *db;
+  const void* more_dv_first;  // what other uses of v_first have given, which dv_first then includes; null: nothing
   void *dk, *da_low, *dv, *dv_first, *dv_low;
   enum Sum { w0_sum, k_k_sum, k_a_sum, a0_sum, v0_sum, sums };
 };
@@ -48,7 +49,7 @@ struct Kernels {
   void (*finish)(const Finish&, int64_t begin, int64_t end);
   void (*finish_backward)(const Finish&, int64_t begin, int64_t end, float* sums);
   void (*relu_square)(const void* x, void* y, int64_t count);
-  void (*relu_square_backward)(const void* dy, const void* x, void* dx, int64_t count);
+  void (*relu_square_backward)(const void* dy, const void* y, void* dx, int64_t count);
   void (*collect)(const float* parts, int64_t count, int64_t stride, int64_t n, void* to);  // to[i] = sum of parts[j * stride + i] over j
 };
 

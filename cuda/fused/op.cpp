@@ -125,11 +125,12 @@ Tensors prepare(Tensor w_low, Tensor k, Tensor a_low, Tensor v, Maybe v_first, M
 
 // dk, da_low, [dv, dv_first, dv_low], sums [5, C] of w0, k_k, k_a, a0, v0
 Tensors prepare_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Maybe dv_out, Tensor w_low, Tensor k, Tensor a_low, Tensor v, Maybe v_first,
-                         Maybe v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Maybe v0, int64_t N) {
+                         Maybe v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Maybe v0, int64_t N, Maybe more_dv_first) {
   const Shape shape(k);
   Prepare task = prepare_task(shape, N, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0);
   STD_TORCH_CHECK(dv_out.has_value() == v_first.has_value(), "time_mix_inputs: a gradient for each output");
   task.dw = shape.whole(dw), task.dk_out = shape.whole(dk_out), task.da = shape.whole(da), task.db = shape.whole(db), task.dv_out = shape.maybe(dv_out);
+  task.more_dv_first = shape.maybe(more_dv_first);
   Tensors out;
   for (int i = 0; i < (v_first ? 5 : 2); i++) out.push_back(torch::stable::empty_like(k));
   task.dk = out[0].data_ptr(), task.da_low = out[1].data_ptr();
@@ -185,12 +186,12 @@ Tensor relu_square(Tensor x) {
   return y;
 }
 
-Tensor relu_square_backward(Tensor dy, Tensor x) {
-  const Shape shape(x);
-  shape.whole(x), shape.whole(dy);
-  Tensor dx = torch::stable::empty_like(x);
-  const Kernels kernels = kernels_for(x);
-  over_elements(x, [&](int64_t at, int64_t count) { kernels.relu_square_backward(bytes(dy) + at, bytes(x) + at, bytes(dx) + at, count); });
+Tensor relu_square_backward(Tensor dy, Tensor y) {
+  const Shape shape(y);
+  shape.whole(y), shape.whole(dy);
+  Tensor dx = torch::stable::empty_like(y);
+  const Kernels kernels = kernels_for(y);
+  over_elements(y, [&](int64_t at, int64_t count) { kernels.relu_square_backward(bytes(dy) + at, bytes(y) + at, bytes(dx) + at, count); });
   return dx;
 }
 
@@ -204,13 +205,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
       " Tensor? v0, int head_size) -> Tensor[]");
   m.def(
       "time_mix_inputs_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Tensor? dv_out, Tensor w_low, Tensor k, Tensor a_low, Tensor v,"
-      " Tensor? v_first, Tensor? v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Tensor? v0, int head_size) -> Tensor[]");
+      " Tensor? v_first, Tensor? v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Tensor? v0, int head_size, Tensor? more_dv_first=None) -> Tensor[]");
   m.def("time_mix_output(Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, Tensor bias, Tensor r_k, int head_size, float eps) -> Tensor");
   m.def(
       "time_mix_output_backward(Tensor dout, Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, Tensor bias, Tensor r_k, int head_size,"
       " float eps) -> Tensor[]");
   m.def("relu_square(Tensor x) -> Tensor");
-  m.def("relu_square_backward(Tensor dy, Tensor x) -> Tensor");
+  m.def("relu_square_backward(Tensor dy, Tensor y) -> Tensor");
   m.def("fused_limit_isa(int level) -> int");
 }
 

@@ -39,6 +39,8 @@ struct Wkv7Steps {
 struct Wkv7Gradients {
     void *dr, *dw, *dk, *dv, *da, *db;
     float* d_initial_state;  // may be null: not wanted
+    // What other uses of r, k and v have given already, [B, T, H, N] like dr, which dr, dk and dv then include; each may be null: nothing.
+    const void *more_dr, *more_dk, *more_dv;
 };
 
 extern "C" {

@@ -12,7 +12,10 @@ namespace {
 
 struct ChunkGradients {
     bf16 *dr, *dw, *dk, *dv, *da, *db;
-    explicit ChunkGradients(const Wkv7Gradients& g) : dr((bf16*)g.dr), dw((bf16*)g.dw), dk((bf16*)g.dk), dv((bf16*)g.dv), da((bf16*)g.da), db((bf16*)g.db) {}
+    const bf16 *more_dr, *more_dk, *more_dv;
+    explicit ChunkGradients(const Wkv7Gradients& g)
+        : dr((bf16*)g.dr), dw((bf16*)g.dw), dk((bf16*)g.dk), dv((bf16*)g.dv), da((bf16*)g.da), db((bf16*)g.db), more_dr((const bf16*)g.more_dr),
+          more_dk((const bf16*)g.more_dk), more_dv((const bf16*)g.more_dv) {}
 };
 
 template <int C, int N> struct ScanShared {
@@ -202,13 +205,16 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             const int mine = (part * halves + (for_a ? 0 : halves - 1)) * share;
             Sums<share> dv;
             const Rows<Token> keys(Kt, row0);
-            clear(dv);
+            const auto at = [&](int row, int column) { return place.first + int64_t(row) * place.stride + value0 + mine + column; };
+            for_pairs(dv, row0, [&](int row, int column, float& x, float& y) {
+                const float2 more = out.more_dv && row < place.tokens ? unpack(*reinterpret_cast<const uint32_t*>(out.more_dv + at(row, column))) : make_float2(0.f, 0.f);
+                x = more.x, y = more.y;
+            });
             multiply_transpose(dv, keys, G, mine);
             multiply_triangle<false>(dv, keys, Rt, 0, Y, block, mine);
             multiply_triangle<false>(dv, keys, At, 1, Z, block, mine);
             for_pairs(dv, row0, [&](int row, int column, float x, float y) {
-                if (row < place.tokens)
-                    *reinterpret_cast<uint32_t*>(out.dv + place.first + int64_t(row) * place.stride + value0 + mine + column) = pack(x, y);
+                if (row < place.tokens) *reinterpret_cast<uint32_t*>(out.dv + at(row, column)) = pack(x, y);
             });
         }
 
@@ -280,11 +286,12 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         sum = make_float2(sum.x - tile.x * x, sum.y - tile.y * y);
         written.put(row, column, x * exp2_fast(-s.x), y * exp2_fast(-s.y));
     });
+    const Held<threads, Token> more_dr(out.more_dr, place.first, place.stride, place.tokens), more_dk(out.more_dk, place.first, place.stride, place.tokens);
     __syncthreads();
     store_tokens<threads>(At, out.da + place.first, place.stride, place.tokens);
-    store_tokens<threads>(Rt, out.dr + place.first, place.stride, place.tokens);
     store_tokens<threads>(Bt, out.db + place.first, place.stride, place.tokens);
-    store_tokens<threads>(Kt, out.dk + place.first, place.stride, place.tokens);
+    store_tokens<threads>(Rt, out.dr + place.first, place.stride, place.tokens, more_dr);
+    store_tokens<threads>(Kt, out.dk + place.first, place.stride, place.tokens, more_dk);
     {
         float2 later[channels.rows], before, after, sum = make_float2(0.f, 0.f);
 #pragma unroll

@@ -275,8 +275,8 @@ INLINE void pull_back(float (*G)[N], const Pull<N, V>& y, const Chunk<N>& x, con
 
 // `ahead(i)`, for i = 0 .. C - 1, prefetches a little; in one burst it would fill the queues of the core and stall it.
 template <int N, class T, class Ahead>
-void chunk_gradients(BackwardScratch<N>& y, float (*G)[N], const Chunk<N>& x, const float* S, const float* scale, const Outputs<N, T>& out,
-                     int64_t t0, int n, Ahead ahead) {
+void chunk_gradients(BackwardScratch<N>& y, float (*G)[N], const Chunk<N>& x, const float* S, const float* scale, const Inputs<N, T>& in,
+                     const Outputs<N, T>& out, int64_t t0, int n, Ahead ahead) {
   auto& [KBt, dVUt, M, dVU, ZY] = y.pull;
   solve(y.pull, G, x);
   ahead(0);
@@ -305,11 +305,11 @@ void chunk_gradients(BackwardScratch<N>& y, float (*G)[N], const Chunk<N>& x, co
       const int j = q * W;
       const vf dA = load(y.dAR[row(t)] + j), dR = load(y.dAR[second(t)] + j), dK = load(y.dKB[row(t)] + j), dB = load(y.dKB[second(t)] + j);
       const vf inverse = load(x.inverse[t] + j);
-      stream(out.dr[t0 + t] + j, dR * load(x.P[t + 1] + j));
+      stream(out.dr[t0 + t] + j, dR * load(x.P[t + 1] + j) + in.more_dr.at(t0 + t, j));
       stream(out.da[t0 + t] + j, dA * load(x.P[t] + j));
-      stream(out.dk[t0 + t] + j, dK * inverse);
+      stream(out.dk[t0 + t] + j, dK * inverse + in.more_dk.at(t0 + t, j));
       stream(out.db[t0 + t] + j, dB * inverse);
-      stream(out.dv[t0 + t] + j, load(dVU[row(t)] + j));
+      stream(out.dv[t0 + t] + j, load(dVU[row(t)] + j) + in.more_dv.at(t0 + t, j));
       suffix[q] += load(x.AR[second(t)] + j) * dR - load(x.KB[row(t)] + j) * dK - load(x.KB[second(t)] + j) * dB;
       stream(out.dw[t0 + t] + j, suffix[q] * load(x.slope[t] + j));
       suffix[q] += load(x.AR[row(t)] + j) * dA;
@@ -377,7 +377,7 @@ void backward(const Task& task, const Tensors& io, void* memory) {
           const float* state = checkpoint(next_first, next_h);
           for (int row = c * C + i; row < N; row += kCheckpoint) prefetch_row<N>(state + row * N);
         };
-        chunk_gradients(y, G, y.chunk[c], before(c), c ? y.chunk[c - 1].P[C] : kOnes<N>.value, out, t0, n, ahead);
+        chunk_gradients(y, G, y.chunk[c], before(c), c ? y.chunk[c - 1].P[C] : kOnes<N>.value, in, out, t0, n, ahead);
       }
     }
   end_of_stream();

@@ -29,6 +29,7 @@ struct Tensors {
   float* removed;  // written by the forward when it saves, read by the backward
   const void* dy;
   void *dr, *dw, *dk, *dv, *da, *db;
+  const void *more_dr, *more_dk, *more_dv;  // what other uses of r, k and v have given, which dr, dk and dv then include; each may be null: nothing
 };
 
 using Kernel = void (*)(const Task&, const Tensors&, void* scratch);

@@ -131,17 +131,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, std::optional<Tensor> d_final, Tensor r, Tensor w, Tensor k,
                                                                             Tensor v, Tensor a, Tensor b, std::optional<Tensor> cu_seqlens,
-                                                                            Tensor removed, Tensor checkpoints) {
+                                                                            Tensor removed, Tensor checkpoints, std::optional<Tensor> more_dr,
+                                                                            std::optional<Tensor> more_dk, std::optional<Tensor> more_dv) {
   const Kernels kernels = kernels_for(r);
   const Documents documents(r, cu_seqlens);
   const int64_t H = r.size(2), N = r.size(3);
   Tensor grads[6];
   for (Tensor& grad : grads) grad = torch::stable::empty_like(r);
   Tensor d_initial = torch::stable::new_empty(r, {documents.count(), H, N, N}, ScalarType::Float);
+  const auto maybe = [](const std::optional<Tensor>& x) { return x ? x->data_ptr() : nullptr; };
   const Tensors tensors{.r = r.data_ptr(), .w = w.data_ptr(), .k = k.data_ptr(), .v = v.data_ptr(), .a = a.data_ptr(), .b = b.data_ptr(),
                         .y = nullptr, .removed = static_cast<float*>(removed.data_ptr()), .dy = dy.data_ptr(),
                         .dr = grads[0].data_ptr(), .dw = grads[1].data_ptr(), .dk = grads[2].data_ptr(), .dv = grads[3].data_ptr(),
-                        .da = grads[4].data_ptr(), .db = grads[5].data_ptr()};
+                        .da = grads[4].data_ptr(), .db = grads[5].data_ptr(),
+                        .more_dr = maybe(more_dr), .more_dk = maybe(more_dk), .more_dv = maybe(more_dv)};
   const int64_t group = group_size(documents, H);
   std::vector<Task> heads;
   for (int64_t i = 0; i < documents.count(); i++)
@@ -180,7 +183,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
       " -> (Tensor y, Tensor final_state, Tensor removed, Tensor checkpoints)");
   m.def(
       "wkv7_backward(Tensor dy, Tensor? d_final, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? cu_seqlens,"
-      " Tensor removed, Tensor checkpoints) -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor d_initial)");
+      " Tensor removed, Tensor checkpoints, Tensor? more_dr=None, Tensor? more_dk=None, Tensor? more_dv=None)"
+      " -> (Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor d_initial)");
   m.def("wkv7_limit_isa(int level) -> int");
 }
 

@@ -51,16 +51,31 @@ struct ForwardRows {
   }
 };
 
+// Rows of a tensor that may be absent: zeros then.
+template <int N, class T>
+struct MaybeRows {
+  Rows<N, const T> rows;
+  bool given;
+  MaybeRows(const void* tensor, const Task& task, int64_t head) : rows(tensor, task, head), given(tensor) {}
+  INLINE vf at(int64_t t, int64_t j) const { return given ? load(rows[t] + j) : vf{}; }
+  INLINE void prefetch(int64_t t) const {
+    if (given) prefetch_row<N>(rows[t]);
+  }
+};
+
 template <int N, class T>
 struct Inputs {
   Rows<N, const T> r, w, k, v, a, b, dy;
   Rows<N, const float> removed;
+  MaybeRows<N, T> more_dr, more_dk, more_dv;
   Inputs(const Tensors& io, const Task& task, int64_t head)
       : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
-        dy(io.dy, task, head), removed(io.removed, task, head) {}
+        dy(io.dy, task, head), removed(io.removed, task, head), more_dr(io.more_dr, task, head), more_dk(io.more_dk, task, head),
+        more_dv(io.more_dv, task, head) {}
   INLINE void prefetch(int64_t t) const {
     prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]);
     prefetch_row<N>(a[t]), prefetch_row<N>(b[t]), prefetch_row<N>(dy[t]), prefetch_row<N>(removed[t]);
+    more_dr.prefetch(t), more_dk.prefetch(t), more_dv.prefetch(t);
   }
 };
 

@@ -40,11 +40,9 @@ struct SegmentMatrices {
 
 namespace {
 
-// A stage has F, the decay, and for R also H as it lies in memory; of 128 channels H comes through registers, two stages of both would be 130 KB.
 template <int N> struct SegmentShared {
-    static constexpr bool with_H = N < 128;
-    static constexpr int stages = with_H ? 3 : 2, H = (N * N + 2 * N) * 2, stage = H + (with_H ? N * N * 2 : 0);
-    static constexpr size_t size = stages * stage;
+    static constexpr int stage = (N * N + 2 * N) * 2;
+    static constexpr size_t size = scan_stages * stage;
 };
 
 // blockIdx: segment, head, and which matrix: 0 is P, an identity carried through the chunks without their H (stored transposed for the way back);
@@ -52,54 +50,50 @@ template <int N> struct SegmentShared {
 template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(SegmentShared<N>::size, scan_blocks(N)))
 __global__ void segment_maps(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ scratch, SegmentMatrices out, bool transposed) {
     using State = Tile<N, N>;
-    using Shared = SegmentShared<N>;
     const int segment = blockIdx.x, head = blockIdx.y, slab = warp_index() * 16, lane = lane_index();
     const bool for_P = blockIdx.z == 0;
     const int chunks = ceil_div(q.length(segment), C);
     if (chunks == 0) return;
 
-    auto record = [&](int chunk) { return place_of<C>(q, N, segment, chunk * C, head).record; };
-    auto H_of = [&](int chunk) { return scratch + record(chunk) * ForwardScratch<C, N>::size + ForwardScratch<C, N>::H; };
     auto fetch = [&](int chunk) {
         if (chunk < chunks) {
-            const bf16* from = saved + record(chunk) * SavedChunk<C, N>::size;
-            const State F{chunk % Shared::stages * Shared::stage};
-            copy_blocks(F, from + SavedChunk<C, N>::F);
-            if (threadIdx.x < N / 4) copy_async(F.end() + threadIdx.x * 16, from + SavedChunk<C, N>::decay + threadIdx.x * 8, true);
-            if (Shared::with_H && !for_P)
-                for_threads<N * N / 8, 0>([&](unsigned i) { copy_async(F.base + Shared::H + i * 16, H_of(chunk) + i * 8, true); });
+            const bf16* record = saved + place_of<C>(q, N, segment, chunk * C, head).record * SavedChunk<C, N>::size;
+            const State F{chunk % scan_stages * SegmentShared<N>::stage};
+            copy_blocks(F, record + SavedChunk<C, N>::F);
+            if (threadIdx.x < N / 4) copy_async(F.end() + threadIdx.x * 16, record + SavedChunk<C, N>::decay + threadIdx.x * 8, true);
         }
         copy_commit();
     };
 
     Sums<N> S;
     for_pairs(S, slab, [&](int row, int column, float& x0, float& x1) { x0 = for_P && row == column, x1 = for_P && row == column + 1; });
-    for (int chunk = 0; chunk < Shared::stages - 1; ++chunk) fetch(chunk);
+    for (int chunk = 0; chunk < scan_stages - 1; ++chunk) fetch(chunk);
 
     for (int chunk = 0; chunk < chunks; ++chunk) {
-        fetch(chunk + Shared::stages - 1);
-        const State F{chunk % Shared::stages * Shared::stage};
+        fetch(chunk + scan_stages - 1);
         uint32_t h[N / 8][2];
-        auto each_h = [&](auto f) {
+        if (!for_P) {
+            const int64_t record = place_of<C>(q, N, segment, chunk * C, head).record;
+            const uint32_t* from = reinterpret_cast<const uint32_t*>(scratch + record * ForwardScratch<C, N>::size + ForwardScratch<C, N>::H) + lane;
 #pragma unroll
             for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) f(j, half, block_offset<N>(slab + half * 8, j * 8) / 2 + lane);
-        };
-        if (!Shared::with_H && !for_P) {
-            const uint32_t* const from = reinterpret_cast<const uint32_t*>(H_of(chunk));
-            each_h([&](int j, int half, int at) { h[j][half] = from[at]; });
+                for (int half = 0; half < 2; ++half) h[j][half] = from[block_offset<N>(slab + half * 8, j * 8) / 2];
         }
         Left<N> s;
         as_left(s, S);
-        copy_wait<Shared::stages - 1>();
+        copy_wait<scan_stages - 1>();
         __syncthreads();
+        const State F{chunk % scan_stages * SegmentShared<N>::stage};
         scale_columns(S, F.end());
         if (!for_P)
-            each_h([&](int j, int half, int at) {
-                const float2 x = unpack(Shared::with_H ? shared<uint32_t>(F.base + Shared::H + at * 4) : h[j][half]);
-                S[j][2 * half] += x.x, S[j][2 * half + 1] += x.y;
-            });
+#pragma unroll
+            for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float2 x = unpack(h[j][half]);
+                    S[j][2 * half] += x.x, S[j][2 * half + 1] += x.y;
+                }
         multiply_rows(S, s, F);
         __syncthreads();
     }

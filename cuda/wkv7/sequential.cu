@@ -25,8 +25,10 @@ template <class T> struct Inputs {
 template <class T> struct Gradients {
     T *dr, *dw, *dk, *dv, *da, *db;
     float* d_initial_state;
+    const T *more_dr, *more_dk, *more_dv;
     explicit Gradients(const Wkv7Gradients& g)
-        : dr((T*)g.dr), dw((T*)g.dw), dk((T*)g.dk), dv((T*)g.dv), da((T*)g.da), db((T*)g.db), d_initial_state(g.d_initial_state) {}
+        : dr((T*)g.dr), dw((T*)g.dw), dk((T*)g.dk), dv((T*)g.dv), da((T*)g.da), db((T*)g.db), d_initial_state(g.d_initial_state),
+          more_dr((const T*)g.more_dr), more_dk((const T*)g.more_dk), more_dv((const T*)g.more_dv) {}
 };
 
 // What the forward leaves for the backward, fp32: the state after each chunk [slots, H, N, N] and s_t = S_{t-1} a_t [B, T, H, N].
@@ -198,7 +200,7 @@ __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, c
                 G[j + 2] = G[j + 2] * d4.z + ut * a4.z, G[j + 3] = G[j + 3] * d4.w + ut * a4.w;
             }
             u.at(t, i) = ut;
-            if (t < tokens) out.dv[first + t * step] = from_float<T>(dv);
+            if (t < tokens) out.dv[first + t * step] = from_float<T>(dv + load(out.more_dv, first + t * step, out.more_dv));
         }
         __syncthreads();
 
@@ -233,7 +235,7 @@ __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, c
         for (int t = 0; t < C; ++t) {
             change[t] = -b.at(t, i) * db[t] - k.at(t, i) * dk[t];
             if (t < tokens) {
-                out.dk[first + t * step] = from_float<T>(dk[t]);
+                out.dk[first + t * step] = from_float<T>(dk[t] + load(out.more_dk, first + t * step, out.more_dk));
                 out.db[first + t * step] = from_float<T>(db[t]);
             }
         }
@@ -267,7 +269,7 @@ __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, c
             dlog += change[t] + r.at(t, i) * dr[t];
             if (t < tokens) {
                 const int64_t x = first + t * step;
-                out.dr[x] = from_float<T>(dr[t]);
+                out.dr[x] = from_float<T>(dr[t] + load(out.more_dr, x, out.more_dr));
                 out.da[x] = from_float<T>(da[t]);
                 out.dw[x] = from_float<T>(dlog * log_decay_slope(to_float(in.w[x])));
             }

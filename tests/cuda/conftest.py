@@ -16,6 +16,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 @pytest.fixture(scope="session")
 def block_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Those around wkv7: cuda/adamw, cuda/fused and cuda/loss."""
-    sources = sorted(x for folder in ("common", "adamw", "fused", "loss") for x in (CUDA / folder).glob("*.cu"))
+    """Those around wkv7: cuda/adamw, cuda/fused, cuda/loss and cuda/wkv4."""
+    sources = sorted(x for folder in ("common", "adamw", "fused", "loss", "wkv4") for x in (CUDA / folder).glob("*.cu"))
     return ctypes.CDLL(str(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O1", sources=sources)))

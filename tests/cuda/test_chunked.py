@@ -54,6 +54,24 @@ def test_packed_documents_equal_separate_runs(kernels: Kernels, options: dict) -
             assert torch.equal(x, got[name][i : i + 1] if "state" in name else got[name][:, tokens]), (name, i)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(T=100, more="rkv"), dict(T=67, N=128, H=1, documents=[1, 31, 32, 3], more="rkv"), dict(T=70, N=16, B=2, more="rk"), dict(T=70, N=32, segment_chunks=1, more="v")],
+    ids=str,
+)
+def test_gradients_from_elsewhere_are_added_up(kernels: Kernels, options: dict) -> None:
+    case, alone = make_case(**options), make_case(**options | dict(more=""))
+    got, without, expected = kernels.run("chunked", case), kernels.run("chunked", alone), case.expected()
+    worst = errors(got, expected)
+    assert all(worst[name] < LIMITS[name] for name in LIMITS), worst
+    for name, x in got.items():
+        more = dict(zip(("dr", "dk", "dv"), case.more)).get(name)
+        if name != "dv" or more is None:  # as autograd would add them
+            assert torch.equal(x, without[name] if more is None else without[name] + more), name
+        else:  # rounded once instead of twice
+            assert worst["dv"] < errors({"dv": without["dv"] + more}, expected)["dv"]
+
+
 @pytest.mark.parametrize("N", [64, 128])
 def test_both_schedules_give_the_same_bits(kernels: Kernels, N: int) -> None:
     case = make_case(T=100, N=N, B=2, H=1)

@@ -73,7 +73,7 @@ kernels = Kernels(Path({str(path)!r}))
 for reverse in (False, True):
     for options in (
         dict(T=67, H=2), dict(T=35, N=32), dict(T=17, N=16, B=2), dict(T=70, documents=[1, 64, 5]), dict(T=35, N=128, H=1),
-        dict(T=200, N=32, documents=[1, 199], segment_chunks=1), dict(T=90, N=128, H=1, segment_chunks=1),
+        dict(T=200, N=32, documents=[1, 199], segment_chunks=1), dict(T=90, N=128, H=1, segment_chunks=1), dict(T=67, more="rkv"), dict(T=35, N=16, more="v"),
     ):  # fmt: skip
         kernels.run("chunked", make_case(**options), reverse=reverse)
         kernels.run("sequential", make_case(**options), reverse=reverse)
@@ -93,13 +93,16 @@ def test_sanitizers_find_nothing_in_what_is_around_wkv7(tmp_path: Path) -> None:
     path = compile_kernels(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", sources=[*AROUND, CUDA / "common" / "library.cu"])
     program = f"""
 import ctypes, torch
+from oracles import wkv4_cases
 from oracles.elementwise import Case
 from rwkvlm.ops.adamw import cuda as adamw
 from rwkvlm.ops.cross_entropy import cuda as loss
 from rwkvlm.ops.fused import cuda
+from rwkvlm.ops.wkv4 import cuda as wkv4
 library = ctypes.CDLL({str(path)!r})
 kernels = cuda.Kernels(cuda.prototypes(library))
 optimizer = adamw.Kernels(adamw.prototypes(library))
+recurrence = wkv4.Kernels(wkv4.prototypes(library))
 registration = torch.library.Library("rwkvlm", "IMPL")
 loss.register(registration, library, "CPU")
 for reverse in (0, 1):
@@ -118,10 +121,15 @@ for reverse in (0, 1):
             kernels.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
             tensors = inputs("time_mix_inputs")
             grads = kernels.time_mix_inputs(*tensors, sizes["N"])
-            kernels.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"])
+            for more in (None, *grads[4:]):
+                kernels.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"], more)
             tensors = inputs("time_mix_output")
             kernels.time_mix_output_backward(kernels.time_mix_output(*tensors, sizes["N"], 1e-5), *tensors, sizes["N"], 1e-5)
             kernels.relu_square_backward(x, kernels.relu_square(x))
+        for sizes in (dict(B=1, T=1, C=16), dict(T=67, C=16), dict(B=1, T=33, C=144, state=False)):
+            case = wkv4_cases.Case(dtype=dtype, **sizes)
+            _, _, starts = recurrence.forward(*case.inputs, True)
+            recurrence.backward(*case.slopes, *case.inputs[:4], starts)
         for V in (1, 7, 600, 5001):
             torch.ops.rwkvlm.loss_of_logits(torch.randn(3, V).to(dtype), torch.tensor([0, V - 1, V]), torch.empty(3), 1.0, 0.1, True)
         sizes = (0, 1, 3, 767, 2048, 2051, 8191, 8192, 100003, *[7] * 600)

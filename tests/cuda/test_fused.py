@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from oracles.elementwise import Case, close
+from oracles.elementwise import Case, close, squarable
 from rwkvlm import native as build
 from rwkvlm.cli import doctor
 from rwkvlm.ops import backend, fused
@@ -37,6 +37,7 @@ CASES = {
         dict(B=3, T=65, H=1, N=64),
         dict(T=40, mixes=1),
         dict(T=40, mixes=3, state=True),
+        dict(T=40, mixes=2),
     ],
     "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
     "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
@@ -109,6 +110,13 @@ def test_wide_norm_mix_where_shared_memory_is_small(device, sizes, mixes, reques
     assert all(torch.equal(a, b) for one, two in zip(*results) for a, b in zip(one, two))
 
 
+@pytest.mark.parametrize("mixes", [2, 3])
+def test_what_rwkv4_asks_for_is_made_in_parts(device, mixes):
+    case = Case("norm_mix", T=20, mixes=mixes, state=mixes == 3, device=device)
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, TOLERANCE[FP32])
+
+
 @pytest.mark.parametrize("heads", [1, 129], ids=["narrow", "wide"])
 def test_more_tokens_than_blocks_take_at_once(device, heads):
     """Sums of several runs or many tokens, over the ends of sequences."""
@@ -170,6 +178,15 @@ def test_extreme_rates_keep_their_digits(device):
         close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_the_square_alone_gives_every_bit_of_its_gradient(device, dtype):
+    """2 max(x, 0) dy from max(x, 0)^2: what is kept of x is its rounded square."""
+    x = squarable(dtype).to(device).requires_grad_()
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device).to(dtype)
+    (dx,) = torch.autograd.grad(fused.relu_square(x), x, dy)
+    assert torch.equal(dx, (2 * x.detach().clamp_min(0).float() * dy.float()).to(dtype))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_nan_is_not_hidden(device, name):
     case = Case(name, device=device)
@@ -192,7 +209,7 @@ def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
 
 
 def test_what_the_kernels_do_not_take_is_an_error(device):
-    for case in (Case("norm_mix", mixes=2, device=device), Case("token_mix", mixes=2, device=device), Case("time_mix_output", N=48, device=device)):
+    for case in (Case("norm_mix", mixes=4, device=device), Case("token_mix", mixes=4, device=device), Case("time_mix_output", N=48, device=device)):
         with pytest.raises(RuntimeError, match="shape or dtype"):
             case.call(fused, *case.inputs)
 
@@ -220,12 +237,12 @@ def test_the_operators_are_well_formed(device, dtype, residual):
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
     check(ops.time_mix_inputs.default, (*inputs, 32))
-    check(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32))
+    check(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]))
     inputs = tensors("time_mix_output")
     check(ops.time_mix_output.default, (*inputs, 32, 1e-5))
     check(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5))
     check(ops.relu_square.default, (x,))
-    check(ops.relu_square_backward.default, (x, x))
+    check(ops.relu_square_backward.default, (x, x.square()))
 
 
 @pytest.mark.parametrize("name, sizes", [(name, sizes) for name in CASES for sizes in (dict(), dict(residual=False, state=True))], ids=str)

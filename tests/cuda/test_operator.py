@@ -118,7 +118,31 @@ def test_opcheck(device, options):
     torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_forward, (*inputs, state, bounds, False))
     _, final_state, saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, state, bounds, True)
     for slope in (None, torch.randn_like(final_state)):
-        torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_backward, (case.dy.to(device), slope, *inputs, state, bounds, saved, slope is not None))
+        given = (case.dy.to(device), slope, *inputs, state, bounds, saved, slope is not None)
+        torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_backward, given)
+    torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_backward, (*given, inputs[0], None, inputs[2]))
+
+
+@pytest.mark.parametrize("again", ["rkv", "v", ""])
+@pytest.mark.parametrize("options", [dict(T=70), dict(T=35, dtype=FP32, documents=[30, 5])], ids=str)
+def test_what_is_passed_on_has_its_gradients_added_up(device, options, again):
+    """As if its other uses read r, k and v themselves; none, some or all of them."""
+    case = make_case(**options, states=False)
+    used = [(name in again) * (1 + i) for i, name in enumerate("rkv")]
+
+    def run(passing, form=wkv7):
+        leaves = [x.to(device).requires_grad_() for x in case.inputs]
+        y, *passed = form(*leaves, cu_seqlens=case.cu_seqlens, pass_on=True) if passing else (wkv7(*leaves, cu_seqlens=case.cu_seqlens), leaves[0], *leaves[2:4])
+        loss = (y * case.dy.to(device)).float().sum() + sum((x.float() ** 2).sum() * n for x, n in zip(passed, used) if n)
+        return [y.detach(), *torch.autograd.grad(loss, leaves)]
+
+    plain = run(False)
+    for got in (run(True), run(True, lambda *x, **y: checkpoint(wkv7, *x, **y, use_reentrant=False))):
+        for name, ours, theirs in zip(("y", *NAMES), got, plain):
+            if name == "v" and again and ours.dtype == BF16:
+                assert (ours.float() - theirs.float()).norm() < 4e-3 * theirs.float().norm()
+            else:
+                assert torch.equal(ours, theirs), name
 
 
 def test_only_the_final_state_may_be_used(device):
@@ -144,9 +168,11 @@ def block_and_inputs(device, dtype):
 
 
 def results(function, block, x, v_first) -> list[torch.Tensor]:
-    y = function(x, v_first)[0]
+    """With a use of v_first behind the block, as in a model."""
+    y, passed, _ = function(x, v_first)
     leaves = [x, v_first, *block.parameters()]
-    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves, allow_unused=True, materialize_grads=True)]
+    loss = y.float().square().sum() + passed.float().square().sum()
+    return [y.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
 @pytest.mark.parametrize("dtype, limit", [(FP32, 1e-4), (BF16, 0.1)], ids=["fp32", "bf16"])

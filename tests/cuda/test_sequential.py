@@ -37,6 +37,17 @@ def test_without_states(kernels: Kernels) -> None:
     check(kernels, LIMITS[FP32], T=40, dtype=FP32, states=False)
 
 
+@pytest.mark.parametrize("options", [dict(T=35, more="rkv"), dict(T=35, N=16, dtype=BF16, documents=[16, 1, 18], more="rkv"), dict(T=20, N=32, B=2, more="k")], ids=str)
+def test_gradients_from_elsewhere_are_added_up(kernels: Kernels, options: dict) -> None:
+    options = dict(dtype=FP32) | options
+    check(kernels, LIMITS[options["dtype"]], **options)
+    case = make_case(**options)
+    got, without = kernels.run("sequential", case), kernels.run("sequential", make_case(**options | dict(more="")))
+    for name, x in got.items():
+        more = dict(zip(("dr", "dk", "dv"), case.more)).get(name)
+        assert torch.equal(x, without[name]) if more is None else case.inputs[0].dtype == BF16 or torch.equal(x, without[name] + more), name
+
+
 def test_packed_documents_equal_separate_runs(kernels: Kernels) -> None:
     documents = [1, 31, 16, 17, 5]
     packed = make_case(T=sum(documents), dtype=FP32, documents=documents)

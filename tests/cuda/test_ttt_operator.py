@@ -73,6 +73,7 @@ def test_opcheck(device):
         for slope in (None, torch.randn_like(final_state)):
             wanted = (given.case.dy.to(device), slope, *asked[:6], *asked[7:9], saved, *asked[9:], slope is not None)
             torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_backward, wanted)
+        torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_backward, (*wanted, asked[0], None, asked[2]))
 
 
 def test_the_sizes_told_to_fake_tensors_are_the_librarys(device):
@@ -122,6 +123,20 @@ def test_checkpointing_and_repeated_runs_give_the_same_bits(device):
         y, state = form(*asked)
         results.append([y, state, *torch.autograd.grad(y.float().square().sum() + state.sum(), leaves)])
     assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(*results, strict=True))
+
+
+def test_what_is_passed_on_has_its_gradients_added_up(device):
+    given = make_ttt_case(T=130, N=16, rows=8)
+    results = []
+    for pass_on in (True, False):
+        asked = arguments(given, device)
+        leaves = [x for x in asked[:9] if x is not None]
+        y, state, *passed = ttt_cuda.wkv7_ttt(*asked, pass_on)
+        r, k, v = passed if pass_on else (asked[0], asked[2], asked[3])
+        loss = (y * given.case.dy.to(device)).float().sum() + state.sum() + (r.float() ** 2 + 2 * k.float() ** 2 - v.float() ** 2).sum()
+        results.append(torch.autograd.grad(loss, leaves))
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(ours, theirs) or i == 3 and (ours - theirs).float().norm() < 4e-3 * theirs.float().norm(), i
 
 
 def test_a_phantom_compiles_into_one_graph(device, monkeypatch):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from oracles import x070
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvlm.config import ModelConfig
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy
+from rwkvlm.ops.fused import native
 
 SHAPES = [
     ModelConfig(n_layer=2, n_embd=32, vocab_size=37, head_size=16),
@@ -37,6 +39,31 @@ def tokens(config, batch, length, seed=2):
 
 def relative(a, b):
     return ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+class Additions(TorchDispatchMode):
+    """Counts those of whole tensors."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.count += function.overloadpacket is torch.ops.aten.add and out.shape == self.shape
+        return out
+
+
+@pytest.mark.skipif(bool(native.why_not((torch.float32,), 64)), reason="plain PyTorch adds them up one by one")
+def test_kernels_add_up_the_gradients_of_what_they_pass_on():
+    """What is left to autograd: block 0's value, which all others read; of each other block the input of the value residual's rate; on a CPU, where a norm and what
+    is around it are several operators, the residual stream twice a block."""
+    layers = 4
+    model = alive(ModelConfig(n_layer=layers, n_embd=64, vocab_size=37, head_size=32), torch.float32)
+    features = model.features(tokens(model.config, 2, 20))
+    with Additions(features.shape) as additions:
+        features.square().sum().backward()
+    assert additions.count == 1 + (layers - 1) + 2 * layers
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from oracles.elementwise import Case, close
+from oracles.elementwise import Case, close, squarable
 from rwkvlm import native as build
 from rwkvlm.config import UserError
 from rwkvlm.ops import backend, fused
@@ -115,6 +115,32 @@ def test_extreme_rates_keep_their_digits(form):
         close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_square_alone_gives_every_bit_of_its_gradient(dtype):
+    """2 max(x, 0) dy from max(x, 0)^2: what is kept of x is its rounded square."""
+    x = squarable(dtype).requires_grad_()
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (dx,) = torch.autograd.grad(fused.relu_square(x), x, dy)
+    assert torch.equal(dx, (2 * x.detach().clamp_min(0).float() * dy.float()).to(dtype))
+
+
+def test_relu_square_keeps_nothing_but_its_output(form):
+    if form == "torch":
+        pytest.skip("C++ only")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = fused.relu_square(torch.randn(1, 3, 32, requires_grad=True) * 1)
+    assert kept == [y.data_ptr()]
+
+
+@pytest.mark.parametrize("x, dx", [(2e-20, [0.0, 4e-20]), (float("inf"), [float("inf")] * 2), (-float("inf"), [0.0, 0.0])], ids=str)
+def test_where_the_square_is_no_normal_number(x, dx):
+    """Its gradient is then 0 at worst: 2e-20 squared is no number but zero."""
+    x = torch.full((1, 1, 16), x, requires_grad=True)
+    (found,) = torch.autograd.grad(fused.relu_square(x), x, torch.ones_like(x))
+    assert found.eq(found[0, 0, 0]).all() and dx[0] <= found[0, 0, 0] <= dx[1] * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_nan_is_not_hidden(name):
     case = Case(name)
@@ -168,12 +194,12 @@ def test_the_operators_are_well_formed(form, dtype, residual):
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
     torch.library.opcheck(ops.time_mix_inputs.default, (*inputs, 32), test_utils=tests)
-    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]), test_utils=tests)
     inputs = tensors("time_mix_output")
     torch.library.opcheck(ops.time_mix_output.default, (*inputs, 32, 1e-5), test_utils=tests)
     torch.library.opcheck(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5), test_utils=tests)
     torch.library.opcheck(ops.relu_square.default, (x,), test_utils=tests)
-    torch.library.opcheck(ops.relu_square_backward.default, (x, x), test_utils=tests)
+    torch.library.opcheck(ops.relu_square_backward.default, (x, x.square()), test_utils=tests)
 
 
 def test_dispatch(form, monkeypatch, capfd):

@@ -136,6 +136,26 @@ def test_without_initial_state_it_is_zero(form):
         assert torch.equal(without, zero)
 
 
+@pytest.mark.parametrize("again", ["rkv", "k", ""])
+@pytest.mark.parametrize("shape, bounds", [((2, 17, 2, 64), None), ((1, 70, 1, 16), [0, 4, 70])], ids=str)
+def test_what_is_passed_on_has_its_gradients_added_up(form, again, shape, bounds):
+    """For other uses of r, k and v: none, some or all of them; also where a head is divided among threads."""
+    if form is wkv7_chunked:
+        pytest.skip("it passes nothing on")
+    inputs, _, dy, _, _ = case(*shape)
+    bounds = None if bounds is None else torch.tensor(bounds)
+    slopes = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) if name in again else None for i, name in enumerate("rkv")]
+
+    def gradients(passing):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y, _, *passed = form(*leaves, None, bounds, passing)
+        both = [(y, dy), *((x, d) for x, d in zip(passed if passing else (leaves[0], *leaves[2:4]), slopes) if d is not None)]
+        return torch.autograd.grad([x for x, _ in both], leaves, [d for _, d in both])
+
+    for ours, theirs in zip(gradients(True), gradients(False), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
 def test_gradient_of_one_output_alone(form):
     inputs, state, dy, d_state, _ = case(2, 17, 2, 64)
     both = run(form, inputs, state, dy, d_state)

@@ -79,6 +79,7 @@ def test_opcheck_of_the_backward(bounds):
     _, state, removed, checkpoints = torch.ops.rwkvlm.wkv7_forward(*x, None, cu_seqlens, True)
     arguments = (torch.randn_like(x[0]), torch.randn_like(state), *x, cu_seqlens, removed, checkpoints)
     torch.library.opcheck(torch.ops.rwkvlm.wkv7_backward, arguments)
+    torch.library.opcheck(torch.ops.rwkvlm.wkv7_backward, (*arguments, x[0], None, x[2]))
 
 
 @pytest.mark.parametrize("kernel", ["torch", pytest.param("cpu", marks=needs_native)])
@@ -107,8 +108,8 @@ def test_a_block_compiles_into_one_graph(monkeypatch, compiler):
     leaves = [x.requires_grad_(), v_first.requires_grad_(), *block.parameters()]
 
     def results(function):
-        y = function(x, v_first)[0]
-        return [y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True, materialize_grads=True)]
+        y, passed, _ = function(x, v_first)
+        return [y, *torch.autograd.grad(y.square().sum() + passed.square().sum(), leaves, allow_unused=True, materialize_grads=True)]
 
     compiled = torch.compile(block, fullgraph=True, backend=compiler)
     for ours, theirs in zip(results(block), results(compiled), strict=True):

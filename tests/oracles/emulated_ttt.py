@@ -12,7 +12,7 @@ from rwkvlm.config import PhantomConfig
 from rwkvlm.layers.ttt import StateTTT
 from rwkvlm.ops.wkv7 import wkv7_reference
 from rwkvlm.ops.wkv7.arguments import NAMES
-from rwkvlm.ops.wkv7.cuda import Pointers, Shape, StepsOfTtt
+from rwkvlm.ops.wkv7.cuda import Gradients, Pointers, Shape, StepsOfTtt
 
 
 @dataclass
@@ -114,7 +114,7 @@ def run(kernels: Kernels, given: TttCase, backward: bool = True, reverse: bool =
     if backward:
         gradients = {f"d{n}": poisoned(r.shape, r.dtype) for n in NAMES}
         gradients["d_initial_state"] = poisoned((B, H, N, N), torch.float32)
-        out = Pointers(*(x.data_ptr() for x in gradients.values()))
+        out = Gradients(*(x.data_ptr() for x in gradients.values()))
         sums = poisoned(((T - 1) // segment * B, H, 1 + 2 * hidden * rows), torch.float32)
         scratch = poisoned((library.wkv7_ttt_backward_scratch_bytes(shape, steps),), torch.uint8)
         arguments = (pointer(saved), pointer(case.dy), pointer(case.d_final_state), out, pointer(sums), pointer(scratch), None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkvlm.ops.wkv7 import wkv7_reference
 from rwkvlm.ops.wkv7.arguments import NAMES
-from rwkvlm.ops.wkv7.cuda import Pointers, Shape, prototypes
+from rwkvlm.ops.wkv7.cuda import Gradients, Pointers, Shape, prototypes
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
 SOURCES = sorted(x for folder in ("common", "wkv7") for x in (CUDA / folder).glob("*.cu"))
@@ -35,6 +35,7 @@ class Case:
     d_final_state: Tensor | None = None
     cu_seqlens: Tensor | None = None
     segment_chunks: int = 0  # of the chunked kernels' scans
+    more: tuple[Tensor | None, ...] = (None, None, None)  # what other uses of r, k and v give
 
     def expected(self) -> dict[str, Tensor]:
         inputs = [x.double().requires_grad_() for x in self.inputs]
@@ -48,8 +49,10 @@ class Case:
         outputs, slopes = [y], [self.dy.double()]
         if self.d_final_state is not None:
             outputs, slopes = outputs + [final_state], slopes + [self.d_final_state.double()]
-        gradients = torch.autograd.grad(outputs, [*inputs, state], slopes)
+        gradients = [*torch.autograd.grad(outputs, [*inputs, state], slopes)]
         torch.set_num_threads(threads)
+        for i, more in zip((0, 2, 3), self.more):
+            gradients[i] = gradients[i] if more is None else gradients[i] + more.double()
         return {"y": y.detach(), "final_state": final_state.detach(), **dict(zip([f"d{n}" for n in (*NAMES, "_initial_state")], gradients))}
 
 
@@ -64,8 +67,9 @@ def make_case(
     kind: str = "normal",
     seed: int = 0,
     segment_chunks: int = 0,
+    more: str = "",
 ) -> Case:
-    """kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay, w = +8)
+    """more: of which tensors there are gradients from elsewhere, "rkv" at most. kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay, w = +8)
     | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay)."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -85,7 +89,9 @@ def make_case(
     bounds = None if documents is None else torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
     sequences = B if bounds is None else len(bounds) - 1
     state = (lambda: (normal(sequences, H, N, N)).float()) if states else (lambda: None)
-    return Case(inputs, normal(B, T, H, N).to(dtype), state(), state(), bounds, segment_chunks)
+    case = Case(inputs, normal(B, T, H, N).to(dtype), state(), state(), bounds, segment_chunks)
+    case.more = tuple((8 * normal(B, T, H, N)).to(dtype) if name in more else None for name in "rkv")
+    return case
 
 
 class Kernels:
@@ -131,7 +137,7 @@ class Kernels:
         if backward:
             gradients = {f"d{n}": poisoned(r.shape, r.dtype) for n in NAMES}
             gradients["d_initial_state"] = poisoned(states, torch.float32)
-            out = Pointers(*(x.data_ptr() for x in gradients.values()))
+            out = Gradients(*(x.data_ptr() for x in gradients.values()), *map(pointer, case.more))
             scratch = [pointer(workspace("backward_scratch"))] if kernel == "chunked" else []
             self.call(
                 f"wkv7_{kernel}_backward", *head, pointer(saved), pointer(case.dy), pointer(case.d_final_state), out, *scratch, None

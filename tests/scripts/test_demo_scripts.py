@@ -84,6 +84,7 @@ KNOBS = {
     "ADAM_EPS": ("1e-8", "--adam_eps"),
     "GRAD_CP": ("1", "--grad_cp"),
     "COMPILE": ("1", "--compile"),
+    "CUDA_GRAPHS": ("1", "--cuda_graphs"),
     "HEAD_CHUNK": ("4096", "--head_chunk"),
     "KERNEL": ("torch", "--kernel"),
     "PRECISION": ("fp32", "--precision"),

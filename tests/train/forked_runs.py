@@ -1,7 +1,7 @@
 """Run by the tests: train.py in two processes under one set of flags after another, forked from one that has imported everything
 
 argv[1]: a JSON file, a list of jobs: flags; and if wanted nan_in (numbers of samples whose loss shall be NaN), terminate (the rank that gets
-SIGTERM just before training begins) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
+SIGTERM just before training begins), tape (of how many blocks: in the place of CUDA graphs) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
 that the samples in between are never read).
 Writes beside it results.json: exit codes and what was said, job by job.
 """
@@ -14,11 +14,13 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
 
 from forked import World  # noqa: E402  (first: it settles the environment)
 
 import faulty_train  # noqa: E402
+from oracles.tape import Tape  # noqa: E402
+from rwkvlm.train import graphs, plan  # noqa: E402
 from rwkvlm.train.module import TrainModule  # noqa: E402
 from rwkvlm.train.run import PlannedModule  # noqa: E402
 
@@ -32,8 +34,19 @@ def forget(proj_dir: Path, steps: int, batch: int) -> None:
     manifest.write_text(json.dumps(sealed))
 
 
-def train(flags: dict, log: Path, nan_in: list[int], terminate: int | None) -> dict:
+def tape_in_place_of_graphs(blocks: int, told: Path) -> None:
+    """In this process; told: how many recordings its steps have run, for the first process."""
+    tape = Tape(blocks)
+    plan.check_graphs = lambda *_: None
+    graphs.Recorder = lambda: tape
+    ended = TrainModule.on_train_end
+    TrainModule.on_train_end = lambda module: (told.write_text(str(len(tape.ran))), ended(module))[1]
+
+
+def train(flags: dict, log: Path, nan_in: list[int], terminate: int | None, tape: int) -> dict:
     def before(rank: int) -> None:
+        if tape:
+            tape_in_place_of_graphs(tape, Path(flags["proj_dir"]) / "taped")
         if nan_in:
             faulty_train.BAD = nan_in
             TrainModule.loss = faulty_train.loss
@@ -54,5 +67,5 @@ if __name__ == "__main__":
             forget(Path(job["flags"]["proj_dir"]), job["forget"], batch=4)
             results.append({"codes": [0, 0], "said": ""})
         else:
-            results.append(train(job["flags"], file.with_name("log"), job.get("nan_in", []), job.get("terminate")))
+            results.append(train(job["flags"], file.with_name("log"), job.get("nan_in", []), job.get("terminate"), job.get("tape", 0)))
     file.with_name("results.json").write_text(json.dumps(results))

@@ -1,35 +1,39 @@
 """One whole training step, forward to AdamW with its groups, against the float64 model written from the formulas."""
 
+import pytest
 import torch
-from oracles import x070
+from oracles import hybrid, x070
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.config import HybridConfig, ModelConfig, TrainConfig
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy
 from rwkvlm.train.optimizer import make_optimizer
 
-CONFIG = ModelConfig(n_layer=2, n_embd=32, vocab_size=37, head_size=16)
+SIZES = dict(n_layer=2, n_embd=32, vocab_size=37, head_size=16)
+MODELS = {"x070": (ModelConfig(**SIZES), x070.logits), "hybrid": (HybridConfig(**SIZES, attention_kv_heads=1), hybrid.logits)}
 SETTINGS = TrainConfig(lr_init=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99, adam_eps=1e-18, precision="fp32")
-MATRICES = ("emb", "head", "receptance", "key", "value", "output")
+MATRICES = ("emb", "head", "receptance", "query", "key", "value", "output")
 
 
 def decayed(name):
     return name.endswith(".weight") and name.split(".")[-2] in MATRICES
 
 
-def test_first_step_equals_the_formulas():
-    model = build(CONFIG)
+@pytest.mark.parametrize("kind", MODELS)
+def test_first_step_equals_the_formulas(kind):
+    config, formulas = MODELS[kind]
+    model = build(config)
     init_weights(model, 1)
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():  # away from the initial zeros, where most gradients vanish
             p.add_(0.2 * torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
-    data = torch.randint(CONFIG.vocab_size, (2, 17), generator=g)
+    data = torch.randint(config.vocab_size, (2, 17), generator=g)
     idx, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
     params = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
 
-    logits = x070.logits(params, idx, CONFIG.head_size)
+    logits = formulas(params, idx, config.head_size)
     _, logit_grad = x070.loss_and_logit_gradient(logits, targets)
     grads = dict(zip(params, torch.autograd.grad(logits, list(params.values()), logit_grad)))
     want = x070.adamw_step(

@@ -164,7 +164,7 @@ def test_flags_of_phantom_say_when_they_have_no_effect():
     assert line.startswith("--core_ratio 0.5 has no effect: --my_testing x070 has no Ghost layers")
     assert TrainConfig(my_testing="phantom", core_ratio=0.5).flags_without_effect() == []
     with pytest.raises(UserError, match="do not sum to 1"):
-        TrainConfig(my_testing="phantom", core_ratio=0.5, ghost_ratio=0.4).phantom_settings()
+        TrainConfig(my_testing="phantom", core_ratio=0.5, ghost_ratio=0.4).own_settings()
 
 
 
@@ -191,7 +191,7 @@ BUSY = [
 @pytest.mark.parametrize("flags, line", [*IDLE, *((flags, None) for flags in BUSY)], ids=str)
 def test_flags_of_phantom_beside_others_that_leave_them_nothing_to_do(flags, line):
     config = TrainConfig(my_testing="phantom", **flags)
-    model = model_config("phantom", n_layer=2, n_embd=64, head_size=32, **config.phantom_settings())
+    model = model_config("phantom", n_layer=2, n_embd=64, head_size=32, **config.own_settings())
     assert config.own_without_effect(model) == ([line] if line else [])
 
 

@@ -54,6 +54,15 @@ def test_bytes_for_each_parameter(flags, run, parts):
     assert got == pytest.approx(parts, abs=1e-3) and memory.program == memory.saving == 0
 
 
+def test_what_cuda_graphs_hold():
+    """The blocks' gradients where the graphs write them, beside those that autograd has; two gradients [tokens, C] a block."""
+    with torch.device("meta"):
+        P = sum(p.numel() for p in build(SIZES).blocks.parameters())
+    config, run = TrainConfig(precision="bf16", micro_bsz=3, ctx_len=100), Launch("gpu", 1, 1, "auto")
+    without, graphs = (estimate(SIZES, replace(config, cuda_graphs=g), run, Activations(60_000, 5_000), 0) for g in (0, 1))
+    assert graphs.graphs == graphs.total - without.total == 2 * P + 2 * 4 * 2 * 300 * 256 and "graphs" not in str(without)
+
+
 def test_copies_of_gradients_come_when_the_activations_are_gone():
     P, config, run = parameters(SIZES), TrainConfig(precision="bf16"), Launch("gpu", 1, 1, "auto")
     none, many = (replace(config, micro_bsz=1, ctx_len=n) for n in (16, 1 << 16))

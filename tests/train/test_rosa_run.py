@@ -201,7 +201,7 @@ def test_flags_say_when_they_have_no_effect():
         "--head_size 32 has no effect: --my_testing rosa has no time mixing", "--rank_w 8 has no effect: --my_testing rosa has no time mixing"
     ]  # fmt: skip
     with pytest.raises(UserError, match="--deep_embed 3 is not known"):
-        TrainConfig(my_testing="rosa", deep_embed=3).rosa_settings()
+        TrainConfig(my_testing="rosa", deep_embed=3).own_settings()
     with pytest.raises(UserError, match="not made for ROSA"):
         check_compile(TrainConfig(compile=1), Launch("cpu", 1, 1, "auto"), RosaConfig(), "cpu", torch.device("cpu"))
 

@@ -95,6 +95,17 @@ def kernel_wkv7() -> str:
     return said
 
 
+def kernel_wkv4() -> str:
+    import torch
+
+    from ..ops.wkv4 import backend_for, wkv4, wkv4_reference
+
+    device = _device()
+    inputs = [_random(32, seed=1), _random(32, seed=2), _random(2, 70, 32, seed=3), _random(2, 70, 32, seed=4)]
+    wanted = _answers(lambda w, *x: wkv4_reference(-torch.exp(w), *x)[0], inputs, torch.device("cpu"))
+    return _compared("wkv4", backend_for(device, torch.float32, 32), device, _answers(wkv4, inputs, device), wanted)
+
+
 def kernel_loss() -> str:
     import torch
 
@@ -125,7 +136,7 @@ def kernel_fused() -> str:
         def block(x, v_first, vector, r_k):
             mixes = [vector, 1 - vector, 2 * vector, 2 - vector, vector, vector]  # six, as in a model: what the kernel of a GPU takes
             w, k, a, v, *_ = form.token_mix(x, None, mixes)
-            w, k, a, b, v = form.time_mix_inputs(w, k, a, v, v_first, x, *[vector] * 5, 32)
+            w, k, a, b, v, _ = form.time_mix_inputs(w, k, a, v, v_first, x, *[vector] * 5, 32)
             return form.relu_square(form.time_mix_output(w, a, k, v, b, vector.flatten(), vector.flatten(), r_k, 64e-5))
 
         return _answers(block, inputs, device)
@@ -181,7 +192,8 @@ def kernel_tokenizer() -> str:
 
 # every folder of cuda/ with sources of its own, by its name
 KERNELS = {
-    "wkv7": kernel_wkv7, "loss": kernel_loss, "fused": kernel_fused, "adamw": kernel_adamw, "rwkv7_step": kernel_rwkv7_step, "tokenizer": kernel_tokenizer,
+    "wkv7": kernel_wkv7, "wkv4": kernel_wkv4, "loss": kernel_loss, "fused": kernel_fused, "adamw": kernel_adamw, "rwkv7_step": kernel_rwkv7_step,
+    "tokenizer": kernel_tokenizer,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.place import check_file
 from ..checkpoint.pth import load_weights, save_weights
-from ..config import ModelConfig, RosaConfig, UserError
+from ..config import ModelConfig, UserError
 from ..models import count_parameters, read_config
 from ..train.flops import flops_per_token
 from . import measure
@@ -36,8 +36,8 @@ def compress_file(
     check_ratio(svd_rank_ratio)
     weights = load_weights(path)
     config = read_config(weights)
-    if isinstance(config, RosaConfig):
-        raise UserError(f"--model {path} holds a model of type {config.model_type}; only RWKV-7 (x070) and Phantom can be compressed")
+    if config.model_type not in ("x070", "phantom"):
+        raise UserError(f"--model {path} holds a model of type {config.model_type}; compress is made for x070 and phantom")
     units_left(config, sparsity_ratio)
     model = measure.load(path)  # refuses a file that does not fit together
     activity, losses = None, {}

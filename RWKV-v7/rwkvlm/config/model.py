@@ -7,13 +7,11 @@ from dataclasses import dataclass, fields, replace
 
 from .errors import UserError
 
-MODEL_TYPES = (
-    "x070",
-    "phantom",
-    "x080",
-    "rosa",
-)
+MODEL_TYPES = ("x070", "phantom", "hybrid", "x080", "rosa", "x040")
 HEAD_SIZES = (16, 32, 64, 128)
+OF_TIME_MIXING = ("head_size", "rank_w", "rank_a", "rank_v", "rank_g")
+UNUSED = {"x040": OF_TIME_MIXING, "rosa": OF_TIME_MIXING}  # by model type: sizes that mean nothing to it, and are 0 there
+MULTIPLES = {"x040": 32, "rosa": 16}  # of which the width must be one, in models without heads
 MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # the large ones of a block
 
 
@@ -48,9 +46,14 @@ class ModelConfig:
         for name in ("n_layer", "n_embd", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.head_size not in HEAD_SIZES:
+        for name in UNUSED.get(self.model_type, ()):
+            object.__setattr__(self, name, 0)
+        if "head_size" in self.unused:
+            if self.n_embd % (multiple := MULTIPLES[self.model_type]):
+                raise UserError(f"--n_embd {self.n_embd} is not a multiple of {multiple}, which --my_testing {self.model_type} needs; change it")
+        elif self.head_size not in HEAD_SIZES:
             raise UserError(f"--head_size {self.head_size} is not supported; choose one of: {', '.join(map(str, HEAD_SIZES))}")
-        if self.n_embd % self.head_size:
+        elif self.n_embd % self.head_size:
             raise UserError(f"--n_embd {self.n_embd} is not a multiple of --head_size {self.head_size}; change one of them")
         derived = {
             "dim_ffn": 4 * self.n_embd,
@@ -63,7 +66,7 @@ class ModelConfig:
             given = getattr(self, name)
             if given < 0:
                 raise UserError(f"--{name} is {given}; it must be positive, or 0 to derive it")
-            if given == 0:
+            if given == 0 and name not in self.unused:
                 object.__setattr__(self, name, value)
         for name, rank in self.rank_of().items():
             if name not in self.parts() or rank < 1:
@@ -87,11 +90,15 @@ class ModelConfig:
     @property
     def unused(self) -> tuple[str, ...]:
         """Sizes that mean nothing to a model of this type."""
-        return ()
+        return UNUSED.get(self.model_type, ())
+
+    def idle(self, name: str) -> str:
+        """Why a setting of its own type changes nothing beside the others, "" where it may, or is what it would be anyway."""
+        return ""
 
     @property
     def n_head(self) -> int:
-        return self.n_embd // self.head_size
+        return self.n_embd // self.head_size if self.head_size else 0
 
     def with_(self, **changes: object) -> ModelConfig:
         """A copy with some fields changed; sizes are checked again."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 
 from .errors import UserError
 from .model import MATRICES, ModelConfig
-from .rosa import RosaConfig
 
 ACTIVATIONS = ("identity", "relu")
 TTT_KINDS = ("state", "memory")
@@ -231,18 +230,6 @@ def parse_ratios(text: str) -> dict[str, float]:
             raise UserError(f"--core_ratios {part!r}: {number!r} is not a number; write MATRIX=RATIO,...") from None
         _check_ratio(f"--core_ratios {name}", ratios[name])
     return ratios
-
-
-CONFIGS = {
-    "phantom": PhantomConfig,
-    "x080": RosaConfig,
-    "rosa": RosaConfig,
-}
-
-
-def model_config(model_type: str = "x070", **sizes: object) -> ModelConfig:
-    """The sizes of a model of this type."""
-    return CONFIGS.get(model_type, ModelConfig)(model_type=model_type, **sizes)
 
 
 def core_ratio_of(core_ratio: float | None, ghost_ratio: float | None) -> float | None:

@@ -10,8 +10,6 @@ from .model import ModelConfig
 BITS = (1, 4)
 GRADS = ("flip", "soft")
 TRAINING_ONLY = ("rosa_grad", "rosa_tau")
-OF_TIME_MIXING = ("head_size", "rank_w", "rank_a", "rank_v", "rank_g")
-NARROWEST = 16  # the width of a model without heads is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,6 @@ class RosaConfig(ModelConfig):
     deep_embed: bool = False
 
     def __post_init__(self) -> None:
-        if not self.has_time_mixing:
-            if self.n_embd % NARROWEST:
-                raise UserError(f"--n_embd {self.n_embd} is not a multiple of {NARROWEST}; change it")
-            for name in OF_TIME_MIXING:  # so that equal models have equal settings
-                object.__setattr__(self, name, NARROWEST if name == "head_size" else 0)
         super().__post_init__()
         if self.rosa_bits not in BITS:
             raise UserError(f"--rosa_bits {self.rosa_bits} is not supported; choose one of: {', '.join(map(str, BITS))}")
@@ -48,10 +41,6 @@ class RosaConfig(ModelConfig):
     @property
     def has_time_mixing(self) -> bool:
         return self.model_type == "x080"
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        return () if self.has_time_mixing else OF_TIME_MIXING
 
     def idle(self, name: str) -> str:
         """Why a setting changes nothing beside the others, "" where it may."""

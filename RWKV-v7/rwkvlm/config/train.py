@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import UserError
-from .model import MODEL_TYPES, ModelConfig
-from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, PhantomConfig, core_ratio_of
-from .rosa import GRADS, OF_TIME_MIXING, RosaConfig
+from .kinds import config_type, owner
+from .model import MODEL_TYPES, UNUSED, ModelConfig
+from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, core_ratio_of
+from .rosa import GRADS
 
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
 STRATEGIES = (
@@ -87,6 +88,10 @@ class TrainConfig:
     dropout: float = flag(-1.0, "Phantom: share of each branch's outputs set to zero in training; else 0")
     layer_norm_eps: float = flag(-1.0, "Phantom: epsilon of the LayerNorms; else 1e-5")
 
+    # hybrid (--my_testing hybrid); -1 and "": from the checkpoint, else the default in [config/hybrid.py]
+    attention_layers: str = flag("", "Hybrid: blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four; else 1/4")
+    attention_kv_heads: int = flag(-1, "Hybrid: heads of keys and values, a divisor of the number of heads; 0: as many; else 0")
+    attention_window: int = flag(-1, "Hybrid: tokens that a token's attention sees, which bounds the memory of generation; 0: all; else 0")
     # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
     rosa_bits: int = flag(-1, "ROSA: channels that make a symbol together, 1 or 4; else 4")
     rosa_grad: str = flag("", "ROSA: gradient of a bit: exact, by flipping it, or a soft surrogate; else flip", ("", *GRADS))
@@ -124,6 +129,7 @@ class TrainConfig:
     strategy: str = flag("auto", "how the training is spread over devices", STRATEGIES)
     grad_cp: int = flag(0, "1: recompute activations in the backward pass (less memory, slower)")
     compile: int = flag(0, "1: the blocks through torch.compile; not with deepspeed_stage_3, test-time training and plain PyTorch's wkv7")
+    cuda_graphs: int = flag(0, "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with compile, doc_reset, deepspeed_stage_3, dropout and ttt_meta")
     head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
     kernel: str = flag("", 'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is', KERNELS)
     ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB")
@@ -186,7 +192,7 @@ class TrainConfig:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
-        for name in ("grad_cp", "compile", "tensorboard", "doc_reset", "load_partial"):
+        for name in ("grad_cp", "compile", "cuda_graphs", "tensorboard", "doc_reset", "load_partial"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:
@@ -199,7 +205,7 @@ class TrainConfig:
         if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices) >= 1):
             raise UserError(f"--devices {self.devices!r} is not a number of devices; use auto, 1, 2, ...")
         if self.dim_att and self.n_embd and self.dim_att != self.n_embd:
-            raise UserError(f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; RWKV-7 needs them equal (leave dim_att out)")
+            raise UserError(f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; --my_testing {self.my_testing} needs them equal (leave dim_att out)")
 
     def _rename(self, old: str, new: str) -> None:
         if getattr(self, old):
@@ -211,12 +217,13 @@ class TrainConfig:
         if getattr(self, name) < least:
             raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
 
-    def phantom_settings(self) -> dict[str, Any]:
-        """Those fields of a PhantomConfig that flags were given for."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"].startswith("Phantom: ") and getattr(self, f.name) != f.default}
+    def own_settings(self) -> dict[str, Any]:
+        """Those fields of the model type's own config (PhantomConfig, ...) that flags were given for."""
+        kind = config_type(self.my_testing)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if (found := owner(f.metadata["help"])) and found[0] is kind and getattr(self, f.name) != f.default}
         ratio = core_ratio_of(given.get("core_ratio"), given.pop("ghost_ratio", None))
-        for name in ("ttt_enabled", "ttt_head", "ttt_second_order", "ttt_meta"):
-            if name in given:
+        for name in given:
+            if isinstance(getattr(kind, name), bool):
                 if given[name] not in (0, 1):
                     raise UserError(f"--{name} {given[name]} is not known; use 0 or 1")
                 given[name] = bool(given[name])
@@ -224,17 +231,7 @@ class TrainConfig:
 
     def own_without_effect(self, model: ModelConfig) -> list[str]:
         """As flags_without_effect, for the flags of the model's own type: what they do is known when the model is, which a checkpoint may decide."""
-        given = self.phantom_settings() if isinstance(model, PhantomConfig) else self.rosa_settings() if isinstance(model, RosaConfig) else {}
-        return [f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}" for name, value in given.items() if (reason := model.idle(name))]
-
-    def rosa_settings(self) -> dict[str, Any]:
-        """Those fields of a RosaConfig that flags were given for."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"].startswith("ROSA: ") and getattr(self, f.name) != f.default}
-        if "deep_embed" in given:
-            if given["deep_embed"] not in (0, 1):
-                raise UserError(f"--deep_embed {self.deep_embed} is not known; use 0 or 1")
-            given["deep_embed"] = bool(given["deep_embed"])
-        return given
+        return [f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}" for name, value in self.own_settings().items() if (reason := model.idle(name))]
 
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -246,20 +243,18 @@ class TrainConfig:
             help = f.metadata["help"]
             if help.startswith("no effect: ") and getattr(self, f.name) != f.default:
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
-            if help.startswith("Phantom: ") and self.my_testing != "phantom" and getattr(self, f.name) != f.default:
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no Ghost layers and no test-time training")
-            if help.startswith("ROSA: ") and self.my_testing not in ("x080", "rosa") and getattr(self, f.name) != f.default:
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has no ROSA")
+            if (found := owner(help)) and found[0] is not config_type(self.my_testing) and getattr(self, f.name) != f.default:
+                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has {found[1]}")
             if getattr(self, f.name) != f.default and (reason := self._idle(f.name)):
                 lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {reason}")
         return lines
 
     def _idle(self, name: str) -> str:
         """Why a flag changes nothing beside the others, "" where it may."""
+        if name in UNUSED.get(self.my_testing, ()):
+            return f"--my_testing {self.my_testing} has no heads and no low ranks"
         if name == "ds_bucket_mb" and not self.strategy.startswith("deepspeed"):
             return f"--strategy {self.strategy} is not DeepSpeed's"
-        if name in OF_TIME_MIXING and self.my_testing == "rosa":
-            return "--my_testing rosa has no time mixing"
         if name == "lr_final" and self.lr_schedule == "constant":
             return "--lr_schedule constant stays at lr_init"
         if name == "wsd_decay" and self.lr_schedule != "wsd":

@@ -20,8 +20,8 @@ END_OF_DOCUMENT = 0
 
 
 class Engine:
-    """Recurrent inference with one model, whose weights stay as they are. Memory does not grow with the length of the text, but for the symbols
-    that ROSA has seen of it."""
+    """Recurrent inference with one model, whose weights stay as they are. Memory does not grow with the length of the text, but for attention
+    without a window and the symbols that ROSA has seen."""
 
     def __init__(self, model: LanguageModel, tokenizer) -> None:
         self.model = model.eval()

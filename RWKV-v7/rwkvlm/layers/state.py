@@ -11,7 +11,7 @@ class BlockState(NamedTuple):
     """State of one block for a batch of B sequences; memory is constant in the number of tokens read.
 
     att_x: [B, C] last normalised input of time mixing
-    wkv:   [B, H, N, N] fp32, value rows times key columns
+    wkv:   [B, H, N, N] fp32, value rows times key columns; of an RWKV-4 [B, 3, C] (ops/wkv4)
     ffn_x: [B, C] last normalised input of channel mixing
     """
 

@@ -87,17 +87,14 @@ class TimeMix(nn.Module):
         w = torch.tanh(xw @ self.w1) @ self.w2
         a = xa @ self.a1 @ self.a2
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if self.first:
-            residual, v0, v_first = (None, None), None, v
-        else:
-            residual, v0 = (v_first, xv @ self.v1 @ self.v2), self.v0
+        residual, v0 = ((None, None), None) if self.first else ((v_first, xv @ self.v1 @ self.v2), self.v0)
 
-        inputs = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
-        _, k, _, _, v = inputs
-        w_, k_, a_, b_, v_ = (t.view(heads) for t in inputs)
+        # What an operator reads and others read after it, it passes on: its backward pass then adds its share to theirs.
+        *inputs, v_first = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
+        r, w, k, a, b, v = (t.view(heads) for t in (r, *inputs))
         packed = {} if bounds is None else {"cu_seqlens": bounds}
         recurrence = wkv7 if self.ttt is None else self.ttt
-        out = recurrence(r.view(heads), w_, k_, v_, a_, b_, initial_state=wkv, output_final_state=return_state, **packed)
-        y, new_wkv = out if return_state else (out, None)
+        y, *new_wkv, r, k, v = recurrence(r, w, k, v, a, b, initial_state=wkv, output_final_state=return_state, pass_on=True, **packed)
+        y, r, k, v = (t.reshape(B, T, C) for t in (y, r, k, v))
 
-        return x, self.output(self.ln_x(y.reshape(B, T, C), r, k, v, g, self.r_k)), v_first, last, new_wkv
+        return x, self.output(self.ln_x(y, r, k, v, g, self.r_k)), v if self.first else v_first, last, new_wkv[0] if return_state else None

@@ -65,8 +65,9 @@ class StateTTT(nn.Module):
         b: torch.Tensor,
         initial_state: TttState | None = None,
         output_final_state: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, TttState]:
-        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk. Returns y [B, T, H, N], with output_final_state also the new state.
+        pass_on: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor | TttState, ...]:
+        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk. Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v.
 
         The kernel runs once a segment: the state after a step is what the next segment begins with. Where one operator has the steps in it, it runs once.
         """
@@ -75,7 +76,9 @@ class StateTTT(nn.Module):
         if T > segment and not output_final_state and (initial_state is None or not initial_state.seen.any()):
             form = self._at_once(r)
             if form is not None:
-                return form(r, w, k, v, a, b, None if initial_state is None else initial_state.wkv)
+                y, *passed = form(r, w, k, v, a, b, None if initial_state is None else initial_state.wkv)
+                return (y, *passed) if pass_on else y
+        passed = (r, k, v) if pass_on else ()
         S, held_keys, held_values, seen, error = initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
         plan = pieces(seen.tolist(), T, segment)
         lengths = [piece.stop - piece.start for piece in plan]
@@ -114,13 +117,13 @@ class StateTTT(nn.Module):
 
         y = torch.cat(ys, 1) if len(ys) > 1 else ys[0]
         if not output_final_state:
-            return y
+            return (y, *passed) if pass_on else y
         empty = self.init_state(S)
         keep = (new if new is not None else old for new, old in zip((S, held_keys, held_values), empty))
-        return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error)
+        return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error), *passed
 
-    def _at_once(self, r: torch.Tensor) -> Callable[..., torch.Tensor] | None:
-        """What computes all segments of such inputs at once, from the beginning of one; None where nothing does. With gradients through more than a step
+    def _at_once(self, r: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]] | None:
+        """What computes all segments of such inputs at once, from the beginning of one, and passes r, k and v on; None where nothing does. With gradients through more than a step
         a segment, first-order, or with the error after each, it is the loop."""
         config, training = self.config, torch.is_grad_enabled()
         if config.ttt_steps > 1 or (config.ttt_meta and self.training) or (training and not config.ttt_second_order):
@@ -130,17 +133,18 @@ class StateTTT(nn.Module):
             return self._in_kernel
         return self._in_segments if kernel == "cpu" and training else None
 
-    def _in_kernel(self, r, w, k, v, a, b, S) -> torch.Tensor:
+    def _in_kernel(self, r, w, k, v, a, b, S) -> tuple[torch.Tensor, ...]:
         rate = 2 * torch.sigmoid(self.rate.float()) / self.config.ttt_chunk
         head = torch.stack([self.w1.float(), self.w2.float().mT]) if self.has_head else None
-        return ttt_cuda.wkv7_ttt(r, w, k, v, a, b, S, rate, head, self.rows, self.config.ttt_chunk, self.config.ttt_target == "stored")[0]
+        y, _, *passed = ttt_cuda.wkv7_ttt(r, w, k, v, a, b, S, rate, head, self.rows, self.config.ttt_chunk, self.config.ttt_target == "stored", True)
+        return y, *passed
 
-    def _in_segments(self, r, w, k, v, a, b, S) -> torch.Tensor:
+    def _in_segments(self, r, w, k, v, a, b, S) -> tuple[torch.Tensor, ...]:
         segment = self.config.ttt_chunk
         values = self._targets(k.float(), v[..., : self.rows].float(), -a.float())
         head = (self.w1.float(), self.w2.float()) if self.has_head else (None, None)
         rate, steps = 2 * torch.sigmoid(self.rate.float()) / segment, (r.shape[1] - 1) // segment
-        return Segments.apply(r, w, k, v, a, b, S, values, rate, *head, segment, steps)[0]
+        return Segments.apply(r, w, k, v, a, b, S, values, rate, *head, segment, steps)[0], r, k, v
 
     def step(self, S: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
         """The state after the steps of one segment. S [B, H, N, N]; keys [B, n, H, N]; values [B, n, H, c]; eta [H, 1, 1]."""

@@ -1,6 +1,6 @@
 """Model recipes: architecture, initial values and optimizer groups. No data, no environment, no compiling."""
 
 from .lm import LanguageModel
-from .registry import adapted, build, costs, count_parameters, init_weights, param_groups, read_config
+from .registry import adapted, build, costs, count_parameters, init_weights, kernel_of, param_groups, read_config, recurrence
 
-__all__ = ["LanguageModel", "adapted", "build", "costs", "count_parameters", "init_weights", "param_groups", "read_config"]
+__all__ = ["LanguageModel", "adapted", "build", "costs", "count_parameters", "init_weights", "kernel_of", "param_groups", "read_config", "recurrence"]

@@ -15,16 +15,16 @@ from ..layers.time_mix import TimeMix
 
 
 class Block(nn.Module):
-    """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0."""
+    """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0. att: in the place of RWKV-7's time mixing."""
 
-    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None, att: nn.Module | None = None) -> None:
         super().__init__()
         C = config.n_embd
         self.n_head, self.head_size = config.n_head, config.head_size
         self.ln0 = nn.LayerNorm(C) if layer == 0 else None  # and no number of the layer: torch.compile takes modules that look alike for one
         self.ln1 = NormMix(C)
         self.ln2 = NormMix(C)
-        self.att = TimeMix(config, layer, linear, ttt)
+        self.att = TimeMix(config, layer, linear, ttt) if att is None else att
         self.ffn = ChannelMix(config, linear)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:

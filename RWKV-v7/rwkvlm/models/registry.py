@@ -8,16 +8,13 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from . import phantom, rosa, rwkv7
+from ..ops import rosa as rosa_op
+from ..ops import wkv4, wkv7
+from . import hybrid, phantom, rosa, rwkv4, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
-RECIPES = {
-    "x070": rwkv7,
-    "phantom": phantom,
-    "x080": rosa,
-    "rosa": rosa,
-}
+RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid, "x080": rosa, "rosa": rosa, "x040": rwkv4}
 
 
 def build(config: ModelConfig) -> LanguageModel:
@@ -29,7 +26,8 @@ def read_config(tensors: Mapping[str, torch.Tensor], rosa_bits: int = 0) -> Mode
     """Type and sizes of the model whose weights these are; rosa_bits: of its symbols, where they do not say it. Raises UserError naming what is missing."""
     if rosa.is_rosa(tensors):
         return rosa.config_of(tensors, rosa_bits)
-    return rwkv7.config_of(tensors)
+    recipe = rwkv4 if rwkv4.DECAY in tensors else hybrid if hybrid.attention_layers(tensors) else rwkv7
+    return recipe.config_of(tensors)
 
 
 def init_weights(model: LanguageModel, seed: int) -> None:
@@ -44,7 +42,9 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
     """A file's weights in the form that the model has them: for a Phantom, those of an RWKV-7 are factorised, and what is new there is as it is
-    in the model; for ROSA, those of an official file."""
+    in the model; for a hybrid, those of an RWKV-7 without the time mixing of its attention blocks; for ROSA, those of an official file."""
+    if model.config.model_type == "hybrid":
+        return hybrid.from_rwkv7(tensors, model)
     if rosa.CARRIED in model.state_dict():
         return rosa.adapted(tensors, model)
     if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
@@ -52,9 +52,19 @@ def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mappin
     return phantom.from_rwkv7(tensors, model)
 
 
+def recurrence(config: ModelConfig) -> str:
+    """The operator that carries the state of a model."""
+    return {"x040": "wkv4", "rosa": "rosa"}.get(config.model_type, "wkv7")
+
+
+def kernel_of(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
+    return {"wkv4": wkv4, "wkv7": wkv7, "rosa": rosa_op}[recurrence(config)].backend_for(device, dtype)
+
+
 def costs(config: ModelConfig) -> list[str]:
-    """Lines of a table of parameters and FLOPs, for models whose matrices are not all dense."""
-    return phantom.costs(config) if config.model_type == "phantom" else []
+    """Lines of a table of parameters and FLOPs, for models whose matrices are not all dense; what the attention of a hybrid remembers."""
+    return RECIPES[config.model_type].costs(config) if config.model_type in ("phantom", "hybrid") else []
 
 
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:

@@ -52,9 +52,9 @@ class RosaBlock(nn.Module):
         self.ffn = (DeepChannelMix if config.deep_embed else ChannelMix)(config)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> RosaBlockState:
-        att_x, wkv, ffn_x = BlockState.zeros(batch, self.n_head, self.head_size, device, dtype)
-        if self.att is None:
-            att_x, wkv = None, None
+        att_x, wkv, ffn_x = None, None, torch.zeros(batch, self.width, device=device, dtype=dtype)
+        if self.att is not None:
+            att_x, wkv, _ = BlockState.zeros(batch, self.n_head, self.head_size, device, dtype)
         return RosaBlockState(att_x, wkv, RosaMixState(ffn_x.clone(), None), ffn_x)
 
     def forward(

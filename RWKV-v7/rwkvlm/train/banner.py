@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..config import RosaConfig
-from ..models import build, count_parameters, costs
-from ..ops import rosa
+from ..models import build, count_parameters, costs, recurrence
 from .plan import Plan
-from .strategy import param_dtype
 
 KERNELS = {"cuda": "CUDA", "cpu": "C++", "torch": "plain PyTorch"}
 
@@ -23,10 +21,8 @@ def describe(plan: Plan) -> dict[str, str]:
     with torch.device("meta"):
         parameters = count_parameters(build(model))
     mixers = [] if "head_size" in model.unused else [f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"]
-    kernels = [] if "head_size" in model.unused else [f"wkv7 in {KERNELS[plan.kernel]}"]
     if isinstance(model, RosaConfig):
         mixers.append(f"ROSA of {model.rosa_bits} bit{'s' * (model.rosa_bits > 1)}")
-        kernels.append(f"ROSA in {KERNELS[rosa.backend_for(plan.device, param_dtype(config))]}")
     held_out = f"held out {plan.held_out.name}" if plan.held_out is not None else "nothing held out"
     left = schedule.steps_left(plan.tokens)
     mini_epochs = -(-schedule.exit_tokens // (config.ctx_len * config.epoch_samples))
@@ -36,13 +32,13 @@ def describe(plan: Plan) -> dict[str, str]:
     fall = {"cosine": "", "wsd": f" over the last {100 * config.wsd_decay:g}%", "constant": ""}[config.lr_schedule]
     rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
     return {
-        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {', '.join(mixers)}, vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
+        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {''.join(f'{mixer}, ' for mixer in mixers)}vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
         **({"costs": f"\n{'':10}".join(table)} if (table := costs(model)) else {}),
         "data": f"{_files(plan)}, {held_out}",
         "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
         "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epoch{'s' * (mini_epochs != 1)}, {rate}, warm-up {schedule.warmup_steps} steps",
-        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}, {', '.join(kernels)}",
+        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * config.cuda_graphs}, {recurrence(model)} in {KERNELS[plan.kernel]}",
         "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go",
         "output": f"{plan.proj_dir}",
     }

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # not part of torch until it is asked for
 
-from ..config import ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, env
-from ..models import LanguageModel
+from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, env
 from .strategy import Launch
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile
@@ -33,19 +32,21 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, mode: str =
 
 
 def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str, device: torch.device) -> None:
-    """UserError where --compile 1 would not work, or not well. On a CPU it tries the compiler: some seconds. kernel: who computes wkv7."""
+    """UserError where --compile 1 would not work, or not well. On a CPU it tries the compiler: some seconds. kernel: who computes the model's recurrence."""
     if not config.compile:
         return
     if run.strategy.startswith("deepspeed_stage_3"):
         raise UserError(f"--compile 1 does not work with --strategy {run.strategy}, which has a block's parameters only while it runs module by module; use deepspeed_stage_2 or ddp, or leave --compile out")
     if isinstance(model, PhantomConfig) and model.ttt_enabled:
         raise UserError("--compile 1 is not made for test-time training, whose segments are in most forms a loop in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out")
+    if isinstance(model, HybridConfig) and config.doc_reset:
+        raise UserError("--compile 1 does not go with --doc_reset 1 in a hybrid, whose attention runs document by document in Python; leave one of them out")
     if isinstance(model, RosaConfig):
         raise UserError(f"--compile 1 is not made for ROSA, and --my_testing {model.model_type} has it; leave --compile out")
     if problem := _why_not(device):
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":
-        raise UserError("--compile 1 needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out")
+        raise UserError(f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out")
 
 
 def _why_not(device: torch.device) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import models
-from ..config import ModelConfig, PhantomConfig
+from ..config import HybridConfig, ModelConfig, PhantomConfig
 
 # Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets (without sparsity); the first name that the device's contains counts.
 PEAK = {
@@ -14,21 +14,27 @@ PEAK = {
 }  # fmt: skip
 
 
-def flops_per_token(sizes: ModelConfig) -> int:
+def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
     """Of forward and backward in a long text, nothing recomputed: 6 for each weight of a matrix product whenever it is used, 27 N C for each layer's state.
 
     Embeddings are not multiplied, DeepEmbed's no more than the first one; ROSA compares bits, which is no arithmetic of this kind.
     The recurrence takes 9 N^2 a head: decay 1, and 2 each for S a, its product with b, v k and S r; the backward pass twice that.
+    That of RWKV-4 takes 11 a channel beside its exponentials: two weighted means of numerator and denominator, and their quotient.
+    Attention takes 12 C for each token that a token sees, on average over a sequence of ctx_len, which no other model needs: q k^T and its product with v.
     """
     with torch.device("meta"):
         named = dict(models.build(sizes).named_parameters())
     weights = {name: p.numel() for name, p in named.items() if p.dim() == 2 and not name.startswith("emb.") and not name.endswith(("r_k", "enn.weight")) and ".ttt." not in name}
     head = weights.pop("head.weight")
-    layer = 0 if "head_size" in sizes.unused else 27 * sizes.head_size * sizes.n_embd
+    layer = 33 * sizes.n_embd if sizes.model_type == "x040" else 27 * sizes.head_size * sizes.n_embd  # 0 without heads
     passes = 1
     if isinstance(sizes, PhantomConfig):
         passes, layer = sizes.max_depth_iter, layer + _of_test_time_training(sizes)
-    return 6 * head + passes * (6 * sum(weights.values()) + sizes.n_layer * layer)
+    states, seen = sizes.n_layer * layer, 0
+    if isinstance(sizes, HybridConfig):
+        states -= len(sizes.attention) * layer
+        seen = round(12 * sizes.n_embd * len(sizes.attention) * sizes.seen(ctx_len))
+    return 6 * head + passes * (6 * sum(weights.values()) + states) + seen
 
 
 def _of_test_time_training(sizes: PhantomConfig) -> int:

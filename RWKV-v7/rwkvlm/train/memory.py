@@ -7,6 +7,7 @@ Terms, for P trained parameters, W processes, b bytes of a parameter (what each 
                  ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
     activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
+    graphs       CUDA graphs: gradients where they are written, b P of the blocks, and in each block those of x and v_first
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
     saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 P (weights, the first process)
     snapshots    on a CPU: those that --spike_guard goes back to, 12 P each; ZeRO: 12 P / W (on a GPU they lie in the host's memory, which is not told)
@@ -19,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from .. import models
-from ..config import ModelConfig, TrainConfig
+from ..config import HybridConfig, ModelConfig, TrainConfig
 from .health import SNAPSHOTS
 from .strategy import DTYPES, Launch
 
@@ -38,6 +39,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    graphs: int
     head: int
     saving: int
     snapshots: int
@@ -57,19 +59,22 @@ def gigabytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass for each token: in one block, and outside the blocks."""
+    """Bytes kept for the backward pass for each token: in one block (of a hybrid: on average over its blocks), and outside the blocks."""
 
     block: float
     outside: float
 
 
 def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.device) -> Activations:
-    """From forward passes of two and of three blocks of the real width over a few tokens: what autograd saves, each storage once."""
+    """From forward passes of two and of three blocks of the real width over a few tokens: what autograd saves, each storage once.
+
+    Of a hybrid a block of either kind is added to one of both; a window is taken for as narrow as it would be in the run: shorter than the text or not.
+    """
     dtype = DTYPES[config.precision]
 
-    def saved(depth: int, tokens: int) -> int:
+    def saved(tokens: int, **layers: object) -> int:
         with device:
-            model = models.build(sizes.with_(n_layer=depth, vocab_size=256)).to(dtype)
+            model = models.build(sizes.with_(vocab_size=256, **layers)).to(dtype)
         for parameter in model.state_dict().values():
             parameter.zero_()
         own = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
@@ -86,17 +91,27 @@ def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.d
         del kept
         return sum(found.values())
 
-    few, many = PROBED_TOKENS, 2 * PROBED_TOKENS
-    two, three = (saved(depth, many) - saved(depth, few) for depth in (2, 3))
-    block = (three - two) / (many - few)
-    return Activations(block, two / (many - few) - 2 * block)
+    def of_a_token(**layers: object) -> float:
+        few, many = PROBED_TOKENS, 2 * PROBED_TOKENS
+        return (saved(many, **layers) - saved(few, **layers)) / (many - few)
+
+    if not isinstance(sizes, HybridConfig):
+        two, three = (of_a_token(n_layer=depth) for depth in (2, 3))
+        return Activations(three - two, two - 2 * (three - two))
+    window = PROBED_TOKENS // 2 if 0 < sizes.attention_window < config.ctx_len else 0
+    both, more_attention, more_time_mixing = (
+        of_a_token(n_layer=depth, attention_layers=layers, attention_window=window) for depth, layers in ((2, "1"), (3, "1,2"), (3, "2"))
+    )
+    attention, time_mixing = more_attention - both, more_time_mixing - both
+    share = len(sizes.attention) / sizes.n_layer
+    return Activations(share * attention + (1 - share) * time_mixing, both - attention - time_mixing)
 
 
 def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: Activations, program: int, copies: bool = False) -> Memory:
     """Of each process; `program`: bytes of a process before there is a model; copies: whether the optimizer copies gradients (outside DeepSpeed)."""
     with torch.device("meta"):
         model = models.build(sizes)
-    P = models.count_parameters(model)
+    P, in_blocks = models.count_parameters(model), sum(p.numel() for p in model.blocks.parameters())
     C, V, W, b = sizes.n_embd, sizes.vocab_size, run.world_size, DTYPES[config.precision].itemsize
     stage = int(run.strategy.split("_")[2]) if run.strategy.startswith("deepspeed") else 0
     cpu, offload = run.accelerator == "cpu", run.strategy.endswith("_offload")
@@ -121,6 +136,7 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
         gradients=gradients,
         optimizer=0 if offload and not cpu else optimizer,
         activations=int(kept),
+        graphs=b * (in_blocks + 2 * sizes.n_layer * C * tokens) if config.cuda_graphs else 0,
         head=head,
         saving=12 * P // W + 2 * P if cpu else 0,
         snapshots=SNAPSHOTS * 12 * P // (W if stage else 1) if cpu and config.spike_guard else 0,

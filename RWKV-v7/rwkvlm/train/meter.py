@@ -40,7 +40,7 @@ class Meter:
     def __init__(self, plan: Plan, position: Position, health: Health, parts: list[str], logs: list[Log]) -> None:
         self.plan, self.position, self.health, self.parts, self.logs = plan, position, health, parts, logs
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.flops_per_token, self.peak = flops_per_token(plan.start.model), peak_flops(plan.device)
+        self.flops_per_token, self.peak = flops_per_token(plan.start.model, plan.config.ctx_len), peak_flops(plan.device)
         self.begin = self.drained = time.monotonic()
         self.pending: list[_Pending] = []
         self.mini_epochs_closed = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .. import models
 from ..checkpoint import ranks
 from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
@@ -21,9 +22,9 @@ from ..data.reset import ResetSamples
 from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
-from ..ops.wkv7 import backend_for
 from .compiled import check_compile
 from .freeze import check_freeze
+from .graphs import check_graphs
 from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype
@@ -35,7 +36,7 @@ SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a s
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with precision decided. kernel: who computes wkv7. batch: samples per optimizer step, all devices and micro batches together."""
+    """config: with precision decided. kernel: who computes the model's recurrence. batch: samples per optimizer step, all devices and micro batches together."""
 
     config: TrainConfig
     launch: Launch
@@ -103,13 +104,14 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     start = find_start(config, data.order, damaged, identity)
     check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
-    if config.doc_reset and config.my_testing != "x070":
+    if config.doc_reset and config.my_testing not in ("x070", "hybrid"):
         raise UserError(f"--doc_reset 1 is not made for --my_testing {config.my_testing}; use x070, or leave --doc_reset out")
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
-    kernel = backend_for(torch.device(DEVICE[run.accelerator]), param_dtype(config))
-    check_compile(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
+    kernel = models.kernel_of(start.model, torch.device(DEVICE[run.accelerator]), param_dtype(config))
+    for check_blocks in (check_graphs, check_compile):
+        check_blocks(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch

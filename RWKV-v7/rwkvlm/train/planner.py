@@ -19,6 +19,7 @@ import torch
 
 from ..checkpoint.place import nearest
 from ..config import TrainConfig, UserError, env
+from ..config.kinds import owner
 from ..ops import adamw
 from .banner import describe
 from .logs.progress import clock
@@ -29,7 +30,7 @@ from .strategy import make_strategy
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
-OWN = [f.name for f in fields(TrainConfig) if f.metadata["help"].startswith(("Phantom: ", "ROSA: "))]  # flags of some model types only
+OWN = [f.name for f in fields(TrainConfig) if owner(f.metadata["help"])]  # flags of some model types only
 
 
 def dry_run(plan: Plan) -> int:

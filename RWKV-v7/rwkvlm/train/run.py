@@ -23,6 +23,7 @@ from ..data.mixture import Mixture
 from ..models import count_parameters
 from .compiled import compile_blocks
 from .conductor import Conductor
+from .graphs import graph_blocks
 from .matmul import settle_fp32_products
 from .module import TrainModule
 from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
@@ -176,6 +177,12 @@ class PlannedModule(TrainModule):
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
         if plan.config.compile:
             compile_blocks(self.model, lengths_vary=bool(plan.config.doc_reset))
+
+    def on_train_start(self) -> None:
+        """After the Conductor's, which loads the training state: the model lies where it stays."""
+        config = self.plan.config
+        if config.cuda_graphs and not self.plan.finished:
+            graph_blocks(self.model, config.micro_bsz, config.ctx_len, bool(config.grad_cp))
 
     def train_dataloader(self) -> Ahead:
         plan, trainer = self.plan, self.trainer

@@ -13,7 +13,7 @@ from .. import models
 from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
-from ..config import ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, model_config, rosa
+from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, model_config, rosa
 from ..config.phantom import TRAINING_ONLY
 from .position import Position
 
@@ -158,21 +158,19 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
 def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
     """Sizes from the checkpoint at path, where there is one, and the flags; UserError where they contradict each other."""
     if path is not None:
-        found = models.read_config(load_weights(path), config.rosa_settings().get("rosa_bits", 0))
+        found = models.read_config(load_weights(path), config.own_settings().get("rosa_bits", 0))
         if config.my_testing == "phantom" and found.model_type == "x070":
             found = _phantom_of(config, found, path)
+        if config.my_testing == "hybrid" and found.model_type == "x070":
+            found = model_config("hybrid", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.own_settings())
         return _agree(config, found, path)
-    given = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
-    if config.my_testing == "phantom":
-        given |= config.phantom_settings()
-    if config.my_testing in ("x080", "rosa"):
-        given |= config.rosa_settings()
+    given = {name: getattr(config, name) for name in SIZES if getattr(config, name)} | config.own_settings()
     return _flags_fit(config, model_config(config.my_testing, **given))
 
 
 def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomConfig:
     """The Phantom that an RWKV-7 becomes: its Ghost layers are factorised matrices, whose rows come in an order of their own."""
-    sizes = model_config("phantom", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.phantom_settings(), ghost_permuted=True)
+    sizes = model_config("phantom", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.own_settings(), ghost_permuted=True)
     if sizes.has_ghosts and sizes.ghost_activation != "identity":
         raise UserError(f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity")
     return sizes
@@ -187,9 +185,11 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
         if given and given != there and name not in found.unused and not (deeper and name == "n_layer"):
             raise UserError(_differs(name, given, there, path))
     if isinstance(found, PhantomConfig):
-        found = _phantom_agrees(config.phantom_settings(), found, path)
+        found = _phantom_agrees(config.own_settings(), found, path)
+    if isinstance(found, HybridConfig):
+        return _flags_fit(config, _hybrid_agrees(config.own_settings(), found, config.n_layer if deeper else found.n_layer, path))
     if isinstance(found, RosaConfig):
-        found = _rosa_agrees(config.rosa_settings(), found, path)
+        found = _rosa_agrees(config.own_settings(), found, path)
     return _flags_fit(config, found.with_(n_layer=config.n_layer) if deeper else found)
 
 
@@ -211,6 +211,17 @@ def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) 
     return changed
 
 
+def _hybrid_agrees(given: dict[str, object], found: HybridConfig, n_layer: int, path: Path) -> HybridConfig:
+    """What is there; blocks above it, which a deeper model begins anew, have attention where the flags say so."""
+    wanted = found.with_(n_layer=n_layer, **given)
+    for name in given:
+        there = getattr(found, name)
+        same = tuple(i for i in wanted.attention if i < found.n_layer) == found.attention if name == "attention_layers" else getattr(wanted, name) == there
+        if not same:
+            raise UserError(_differs(name, given[name], there, path))
+    return wanted
+
+
 def _rosa_agrees(given: dict[str, object], found: RosaConfig, path: Path) -> RosaConfig:
     """What is trained on is what is there; how its bits are trained is as the flags say."""
     for name, value in given.items():
@@ -226,7 +237,7 @@ def _differs(name: str, given: object, there: object, path: Path) -> str:
 
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if config.dim_att and config.dim_att != model.n_embd:
-        raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; RWKV-7 needs them equal (leave --dim_att out)")
+        raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; --my_testing {config.my_testing} needs them equal (leave --dim_att out)")
     if isinstance(model, PhantomConfig) and model.ttt_enabled and config.ctx_len <= model.ttt_chunk:
         raise UserError(
             f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: no token would come after a step, and nothing would train it; "

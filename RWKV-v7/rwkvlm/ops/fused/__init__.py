@@ -2,7 +2,7 @@
 
     norm_mix(...) -> x, newest, blends             from the residual stream to what the projections read
     token_mix(x, last, mixes) -> blends            the last part of it: the token shift and the blends
-    time_mix_inputs(...) -> w, k, a, b, v          between projections and the wkv7 operator
+    time_mix_inputs(...) -> w, k, a, b, v, v_first between projections and the wkv7 operator
     time_mix_output(...) -> o                      between the operator and the output projection
     relu_square(x)                                 of the channel mixing
 
@@ -28,9 +28,9 @@ def norm_mix(
     x, branch: [B, T, C], without a branch nothing is added; weight, bias: [C], eps: of the LayerNorm; last: [B, C], the normalised token before
     x[:, 0], None for zeros; mixes: [1, 1, C] each. bounds: [documents + 1] int32 for documents in a row, B = 1, from 0 to T: each one's last token
     is padding, for which the normalised token is zeros. Returns x + branch, the last normalised token [B, C], and a [B, T, C] for each mix.
-    One kernel on a GPU; elsewhere its parts.
+    One kernel on a GPU for as many mixes as RWKV-7 has; else its parts.
     """
-    if _in_one(x, weight, *mixes, *([] if branch is None else [branch])):
+    if len(mixes) in norm.COUNTS and _in_one(x, weight, *mixes, *([] if branch is None else [branch])):
         return norm.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds)
     return reference.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds, token_mix)
 
@@ -46,14 +46,15 @@ def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tenso
 def time_mix_inputs(
     w_low: Tensor, k: Tensor, a_low: Tensor, v: Tensor, v_first: Tensor | None, v_low: Tensor | None,
     w0: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, v0: Tensor | None, head_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """What the wkv7 operator reads, from the projections.
 
         rate = sigmoid(a0 + a_low)      kk = k * k_k, of length 1 in each head (torch.nn.functional.normalize, eps 1e-12)
         w = w0 + w_low    k (1 + (rate - 1) k_a)    a = -kk    b = kk * rate    v + (v_first - v) sigmoid(v0 + v_low)
 
     w_low, k, a_low, v, v_first, v_low: [B, T, C]; w0, k_k, k_a, a0, v0: [1, 1, C]. Without v_first, v stays as it is.
-    Returns w, k, a, b, v, each [B, T, C]. Source: RWKV-7 paper (arXiv 2503.14456), section 4.
+    Returns w, k, a, b, v, each [B, T, C], and v_first as it came, for what reads it afterwards: what these uses give is then added in the same backward pass.
+    Source: RWKV-7 paper (arXiv 2503.14456), section 4.
     """
     return _form(k, w_low, a_low, v, w0).time_mix_inputs(w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
 

@@ -34,7 +34,7 @@ class Inputs(ctypes.Structure):
 
     _fields_ = [(n, INT) for n in ("rows", "C", "N", "unused")] + [
         (n, POINTER)
-        for n in "w_low k a_low v v_first v_low w0 k_k k_a a0 v0 w k_out a b v_out dw dk_out da db dv_out dk da_low dv dv_first dv_low sums parts".split()
+        for n in "w_low k a_low v v_first v_low w0 k_k k_a a0 v0 w k_out a b v_out dw dk_out da db dv_out more_dv_first dk da_low dv dv_first dv_low sums parts".split()
     ]
 
 
@@ -138,13 +138,16 @@ class Kernels:
         self.run("time_mix_inputs", k, task)
         return out
 
-    def time_mix_inputs_backward(self, dw, dk_out, da, db, dv_out, *inputs: Tensor | int | None) -> list[Tensor]:
+    def time_mix_inputs_backward(
+        self, dw, dk_out, da, db, dv_out, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size, more_dv_first=None
+    ) -> list[Tensor]:
+        inputs = (w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
         task, kept = _task(Inputs, ("w_low", "k", "a_low", "v", "v_first", "v_low", "w0", "k_k", "k_a", "a0", "v0"), inputs, like=1)
         k = kept[1]
-        douts = [ready(d) for d in (dw, dk_out, da, db, dv_out)]
+        douts = [ready(d) for d in (dw, dk_out, da, db, dv_out, more_dv_first)]
         out = [torch.empty_like(k) for _ in range(2 if kept[4] is None else 5)]
         parts, sums = self.sums(k, 1, task.rows, 5)
-        _point(task, ("dw", "dk_out", "da", "db", "dv_out"), douts)
+        _point(task, ("dw", "dk_out", "da", "db", "dv_out", "more_dv_first"), douts)
         _point(task, ("dk", "da_low", "dv", "dv_first", "dv_low"), out)
         _point(task, ("sums", "parts"), (sums, parts))
         self.run("time_mix_inputs_backward", k, task)
@@ -174,10 +177,10 @@ class Kernels:
         launch(self.library, "fused_relu_square", x.device, address(x), address(y), x.numel(), int(x.dtype == torch.float32))
         return y
 
-    def relu_square_backward(self, dy: Tensor, x: Tensor) -> Tensor:
-        dy, x = ready(dy), ready(x)
-        dx = torch.empty_like(x)
-        launch(self.library, "fused_relu_square_backward", x.device, address(dy), address(x), address(dx), x.numel(), int(x.dtype == torch.float32))
+    def relu_square_backward(self, dy: Tensor, y: Tensor) -> Tensor:
+        dy, y = ready(dy), ready(y)
+        dx = torch.empty_like(y)
+        launch(self.library, "fused_relu_square_backward", y.device, address(dy), address(y), address(dx), y.numel(), int(y.dtype == torch.float32))
         return dx
 
 

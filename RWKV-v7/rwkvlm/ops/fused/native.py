@@ -30,9 +30,9 @@ def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tenso
 def time_mix_inputs(
     w_low: Tensor, k: Tensor, a_low: Tensor, v: Tensor, v_first: Tensor | None, v_low: Tensor | None,
     w0: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, v0: Tensor | None, head_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     out = _TimeMixInputs.apply(w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
-    return out if v_first is not None else (*out, v)
+    return out if v_first is not None else (*out, v, None)
 
 
 def time_mix_output(
@@ -47,7 +47,8 @@ def relu_square(x: Tensor) -> Tensor:
 
 class _TokenMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, last, *mixes):
+    def forward(ctx, *inputs):  # torch.compile under no_grad leaves ctx out where there are as many inputs as named parameters: four with two mixes
+        x, last, *mixes = inputs
         x = x.contiguous()
         last = None if last is None else last.contiguous()
         ctx.save_for_backward(x, last, *mixes)
@@ -66,15 +67,19 @@ class _TimeMixInputs(torch.autograd.Function):
     def forward(ctx, *inputs):
         *tensors, ctx.head_size = inputs
         tensors = [None if t is None else t.contiguous() for t in tensors]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        return tuple(torch.ops.rwkvlm.time_mix_inputs(*tensors, ctx.head_size))
+        v_first = tensors[4]
+        return *torch.ops.rwkvlm.time_mix_inputs(*tensors, ctx.head_size), *([] if v_first is None else [v_first])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        dw, dk_out, da, db, dv_out = (d.contiguous() for d in grads) if len(grads) == 5 else (*(d.contiguous() for d in grads), None)
         tensors = ctx.saved_tensors
-        dk, da_low, *dv, sums = torch.ops.rwkvlm.time_mix_inputs_backward(dw, dk_out, da, db, dv_out, *tensors, ctx.head_size)
+        *grads, more = grads if len(grads) == 6 else (*grads, None)  # more: of v_first, from its other uses
+        dw, dk_out, da, db, *dv_out = (torch.zeros_like(tensors[1]) if d is None else d.contiguous() for d in grads)
+        more = None if more is None else more.contiguous()
+        dk, da_low, *dv, sums = torch.ops.rwkvlm.time_mix_inputs_backward(dw, dk_out, da, db, *(dv_out or [None]), *tensors, ctx.head_size, more)
         *sums, dv0 = (row.view(tensors[6].shape) for row in sums)
         return dw, dk, da_low, *(dv or (None, None, None)), *sums, dv0 if dv else None, None
 
@@ -96,11 +101,13 @@ class _TimeMixOutput(torch.autograd.Function):
 
 
 class _ReluSquare(torch.autograd.Function):
+    """Keeps what it returns, which the next product keeps too, and not x, which nothing else needs."""
+
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
-        ctx.save_for_backward(x)
-        return torch.ops.rwkvlm.relu_square(x)
+        y = torch.ops.rwkvlm.relu_square(x.contiguous())
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -128,7 +135,7 @@ def _register() -> None:
         return [torch.empty_like(k) for _ in range(4 if v_first is None else 5)]
 
     @register("time_mix_inputs_backward")
-    def _(dw, dk_out, da, db, dv_out, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size):
+    def _(dw, dk_out, da, db, dv_out, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size, more_dv_first=None):
         return [torch.empty_like(k) for _ in range(2 if v_first is None else 5)] + [k.new_empty(5, k.shape[-1])]
 
     @register("time_mix_output")
@@ -144,5 +151,5 @@ def _register() -> None:
         return torch.empty_like(x)
 
     @register("relu_square_backward")
-    def _(dy, x):
-        return torch.empty_like(x)
+    def _(dy, y):
+        return torch.empty_like(y)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+COUNTS = (1, 6)  # of mixes, that the kernel is compiled for
+
 torch.library.define(
     "rwkvlm::norm_mix",
     "(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, Tensor? last, Tensor[] mixes, Tensor? bounds) -> Tensor[]",

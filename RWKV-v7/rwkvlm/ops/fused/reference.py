@@ -27,12 +27,12 @@ def norm_mix(
 def time_mix_inputs(
     w_low: Tensor, k: Tensor, a_low: Tensor, v: Tensor, v_first: Tensor | None, v_low: Tensor | None,
     w0: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, v0: Tensor | None, head_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     rate = torch.sigmoid(a0 + a_low)
     kk = F.normalize((k * k_k).unflatten(-1, (-1, head_size)), dim=-1, eps=1e-12).flatten(-2)
     if v_first is not None:
         v = torch.lerp(v, v_first, torch.sigmoid(v0 + v_low))
-    return w0 + w_low, k * (1 + (rate - 1) * k_a), -kk, kk * rate, v
+    return w0 + w_low, k * (1 + (rate - 1) * k_a), -kk, kk * rate, v, v_first
 
 
 def time_mix_output(

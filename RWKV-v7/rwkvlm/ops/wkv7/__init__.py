@@ -29,7 +29,8 @@ def wkv7(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    pass_on: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Run the recurrence over T tokens for B rows and H heads.
 
     r, w, k, v, a, b: [B, T, H, N], contiguous, bfloat16 or float32 (float64 runs in plain PyTorch), any T >= 1,
@@ -37,14 +38,19 @@ def wkv7(
     initial_state: [B, H, N, N] float32 (rows value, columns key); zeros when None.
     cu_seqlens: [documents + 1] int32 or int64, rising from 0 to T, with B = 1: documents packed in one row, the state is
         reset at each boundary; states are then [documents, H, N, N].
-    Returns y [B, T, H, N] in the dtype of r, with output_final_state also the float32 state after the last token.
+    Returns y [B, T, H, N] in the dtype of r, with output_final_state also the float32 state after the last token, with pass_on also r, k and v: for what
+    reads them besides, so that the gradients of both are added up as they are stored, without passes over memory of their own.
     Gradients reach all six inputs and initial_state. ValueError for anything else; UserError for a kernel that cannot run.
     """
     inputs = (r, w, k, v, a, b)
     check_arguments(inputs, initial_state, cu_seqlens)
-    form = {"cuda": wkv7_cuda, "cpu": wkv7_native, "torch": wkv7_chunked}[backend_for(r.device, r.dtype)]
-    y, state = form(*inputs, initial_state, cu_seqlens)
-    return (y, state) if output_final_state else y
+    backend = backend_for(r.device, r.dtype)
+    if backend == "torch":
+        y, state, *passed = *wkv7_chunked(*inputs, initial_state, cu_seqlens), r, k, v
+    else:
+        y, state, *passed = {"cuda": wkv7_cuda, "cpu": wkv7_native}[backend](*inputs, initial_state, cu_seqlens, pass_on)
+    out = (y, *([state] if output_final_state else []), *(passed if pass_on else []))
+    return out if len(out) > 1 else y
 
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rwkvlm import native
 
@@ -25,9 +26,15 @@ class Shape(ctypes.Structure):
 
 
 class Pointers(ctypes.Structure):
-    """Wkv7Inputs and Wkv7Gradients alike: six tensors and a state."""
+    """Wkv7Inputs: six tensors and a state."""
 
     _fields_ = [(n, ctypes.c_void_p) for n in (*NAMES, "state")]
+
+
+class Gradients(Pointers):
+    """Wkv7Gradients: six tensors and a state to write, and those that r, k and v have from elsewhere."""
+
+    _fields_ = [(f"more_{n}", ctypes.c_void_p) for n in ("dr", "dk", "dv")]
 
 
 class StepsOfTtt(ctypes.Structure):
@@ -55,14 +62,15 @@ def machine(device: torch.device) -> Machine:
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told the types of its functions: addresses would be cut to 32 bits otherwise."""
-    shape, inputs, steps, address = ctypes.POINTER(Shape), ctypes.POINTER(Pointers), ctypes.POINTER(StepsOfTtt), ctypes.c_void_p
+    shape, inputs, out, steps = (ctypes.POINTER(kind) for kind in (Shape, Pointers, Gradients, StepsOfTtt))
+    address = ctypes.c_void_p
     types = {
         "sequential_forward": [shape, ctypes.c_int, inputs, address, address, address, address],
-        "sequential_backward": [shape, ctypes.c_int, inputs, address, address, address, inputs, address],
+        "sequential_backward": [shape, ctypes.c_int, inputs, address, address, address, out, address],
         "chunked_forward": [shape, inputs, address, address, address, address, address],
-        "chunked_backward": [shape, inputs, address, address, address, inputs, address, address],
+        "chunked_backward": [shape, inputs, address, address, address, out, address, address],
         "ttt_forward": [shape, inputs, steps, address, address, address, address, address],
-        "ttt_backward": [shape, inputs, steps, address, address, address, inputs, address, address, address],
+        "ttt_backward": [shape, inputs, steps, address, address, address, out, address, address, address],
     }
     for name, arguments in types.items():
         getattr(library, f"wkv7_{name}").argtypes = arguments
@@ -82,9 +90,10 @@ def why_not(dtype: torch.dtype) -> str:
 
 
 def wkv7_cuda(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """r, w, k, v, a, b [B, T, H, N] bfloat16 or float32, states [.., H, N, N] float32 -> y, final state.
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    pass_on: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """r, w, k, v, a, b [B, T, H, N] bfloat16 or float32, states [.., H, N, N] float32 -> y, final state; with pass_on also r, k, v.
 
     Only where `why_not` has returned "". The values of cu_seqlens are checked where that takes no waiting for the device: on the CPU.
     On the GPU wrong ones give wrong results, but touch no memory of others.
@@ -95,8 +104,9 @@ def wkv7_cuda(
         cu_seqlens = cu_seqlens.to(r.device, torch.int32, non_blocking=True)
     inputs = (r, w, k, v, a, b, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, state, _ = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, cu_seqlens, save)
-    return y, state
+    operator = _PassingOn.apply if pass_on else torch.ops.rwkvlm.wkv7_cuda_forward
+    y, state, _, *passed = operator(*inputs, cu_seqlens, save)
+    return y, state, *passed
 
 
 def form_for(dtype: torch.dtype, capability: tuple[int, int]) -> str:
@@ -142,7 +152,8 @@ torch.library.define(
 torch.library.define(
     "rwkvlm::wkv7_cuda_backward",
     "(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens,"
-    " Tensor saved, bool state_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor saved, bool state_gradient, Tensor? more_dr=None, Tensor? more_dk=None, Tensor? more_dv=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -171,8 +182,8 @@ class Call:
             return []
         return [self.bytes(getattr(self.machine.library, f"wkv7_chunked_{direction}_scratch_bytes")(self.shape))]
 
-    def run(self, direction: str, *arguments: Tensor | Pointers | None) -> None:
-        given = [x if isinstance(x, Pointers) else _address(x) for x in arguments]
+    def run(self, direction: str, *arguments: Tensor | Gradients | None) -> None:
+        given = [x if isinstance(x, Gradients) else _address(x) for x in arguments]
         launch(self.machine.library, f"wkv7_{self.form}_{direction}", self.r.device, self.shape, *self.dtype, self.inputs, *given)
 
 
@@ -186,14 +197,14 @@ def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
 
 
 @torch.library.impl("rwkvlm::wkv7_cuda_backward", "CompositeExplicitAutograd")
-def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient):
+def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient, *more):
     call = Call((r, w, k, v, a, b), initial_state, cu_seqlens)
     if len(saved) != call.saved:
         raise RuntimeError(f"wkv7: the backward needs what a forward with save has left, {call.saved} bytes, got {len(saved)}")
     gradients = [r.new_empty(r.shape) for _ in range(6)]
     d_initial = r.new_empty(call.states if state_gradient else (0,), dtype=torch.float32)
-    out = Pointers(*map(_address, gradients), _address(d_initial) if state_gradient else None)
-    dy, d_final_state = _ready(dy), _ready(d_final_state)
+    dy, d_final_state, *more = map(_ready, (dy, d_final_state, *more))
+    out = Gradients(*map(_address, gradients), _address(d_initial) if state_gradient else None, *map(_address, more))
     call.run("backward", saved, dy, d_final_state, out, *call.scratch("backward"))
     return *gradients, d_initial
 
@@ -207,7 +218,7 @@ def _fake_forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
 
 
 @torch.library.register_fake("rwkvlm::wkv7_cuda_backward")
-def _fake_backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient):
+def _fake_backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient, *more):
     B, _, H, N = r.shape
     states = (B if cu_seqlens is None else cu_seqlens.shape[0] - 1, H, N, N) if state_gradient else (0,)
     return *(r.new_empty(r.shape) for _ in range(6)), r.new_empty(states, dtype=torch.float32)
@@ -219,12 +230,26 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _gradients(ctx, dy, d_final_state, _saved):
+def _gradients(ctx, dy, d_final_state, _saved, *more):
     *tensors, saved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     wanted = ctx.needs_input_grad[6]
-    *gradients, d_initial = torch.ops.rwkvlm.wkv7_cuda_backward(dy, d_final_state, *tensors, saved, wanted)
+    *gradients, d_initial = torch.ops.rwkvlm.wkv7_cuda_backward(dy, d_final_state, *tensors, saved, wanted, *more)
     return *gradients, d_initial if wanted else None, None, None
 
 
 torch.library.register_autograd("rwkvlm::wkv7_cuda_forward", _gradients, setup_context=_save)
+
+
+class _PassingOn(torch.autograd.Function):
+    """The operator, and then r, k and v as they came, for what reads them afterwards: what these uses give arrives with dy, and the backward kernel adds
+    it to what it stores. Otherwise autograd would add up two tensors each."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, *others):
+        inputs = (r, w, k, v, *others)
+        output = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs)
+        _save(ctx, inputs, output)
+        return *output, r, k, v
+
+    backward = staticmethod(once_differentiable(_gradients))

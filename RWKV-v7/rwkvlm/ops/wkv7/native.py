@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rwkvlm import native
 
@@ -25,9 +26,10 @@ def why_not(dtype: torch.dtype) -> str:
 
 
 def wkv7_native(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """r, w, k, v, a, b [B, T, H, N] bfloat16 or float32, states [.., H, N, N] float32 -> y, final state.
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    pass_on: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """r, w, k, v, a, b [B, T, H, N] bfloat16 or float32, states [.., H, N, N] float32 -> y, final state; with pass_on also r, k, v.
 
     Only where `why_not` has returned "".
     """
@@ -35,8 +37,9 @@ def wkv7_native(
         sequence_bounds(cu_seqlens, r.shape[1])  # under torch.compile the kernel itself refuses wrong values
     inputs = (r, w, k, v, a, b, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, state, _, _ = torch.ops.rwkvlm.wkv7_forward(*inputs, cu_seqlens, save)
-    return y, state
+    operator = _PassingOn.apply if pass_on else torch.ops.rwkvlm.wkv7_forward
+    y, state, _, _, *passed = operator(*inputs, cu_seqlens, save)
+    return y, state, *passed
 
 
 def forward(
@@ -66,7 +69,7 @@ def _fake_forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
     return torch.empty_like(r), state(documents, H, N, N), state(B if save else 0, T, H, N), state(slots if save else 0, H, N, N)
 
 
-def _fake_backward(dy, d_final, r, w, k, v, a, b, cu_seqlens, removed, checkpoints):
+def _fake_backward(dy, d_final, r, w, k, v, a, b, cu_seqlens, removed, checkpoints, *more):
     B, _, H, N = r.shape
     documents = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return *(torch.empty_like(r) for _ in range(6)), r.new_empty(documents, H, N, N, dtype=torch.float32)
@@ -80,9 +83,22 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, cu_seqlens, removed, checkpoints)
 
 
-def _backward(ctx, dy, d_final, _removed, _checkpoints):
+def _backward(ctx, dy, d_final, _removed, _checkpoints, *more):
     *tensors, cu_seqlens, removed, checkpoints = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
-    *grads, d_initial = torch.ops.rwkvlm.wkv7_backward(dy, d_final, *tensors, cu_seqlens, removed, checkpoints)
+    d_final, *more = (None if d is None else d.contiguous() for d in (d_final, *more))
+    *grads, d_initial = torch.ops.rwkvlm.wkv7_backward(dy, d_final, *tensors, cu_seqlens, removed, checkpoints, *more)
     return *grads, d_initial if ctx.has_initial_state else None, None, None
+
+
+class _PassingOn(torch.autograd.Function):
+    """As that of cuda.py."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, *others):
+        inputs = (r, w, k, v, *others)
+        output = torch.ops.rwkvlm.wkv7_forward(*inputs)
+        _save(ctx, inputs, output)
+        return *output, r, k, v
+
+    backward = staticmethod(once_differentiable(_backward))

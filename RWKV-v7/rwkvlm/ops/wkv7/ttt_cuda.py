@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import address, launch, ready
 from . import cuda
@@ -29,18 +30,20 @@ def wkv7_ttt(
     rows: int,
     segment: int,
     stored: bool,
-) -> tuple[Tensor, Tensor]:
+    pass_on: bool = False,
+) -> tuple[Tensor, ...]:
     """wkv7, and after each of the first (T - 1) // segment segments one gradient step on the first `rows` value rows of the state; layers/ttt.py has the formula.
 
     r, w, k, v, a, b [B, T, H, N] bfloat16, a = -kk; initial_state [B, H, N, N] float32 or None. rate [H] float32: eta / segment.
     head [2, hidden, rows] float32: W1 and the transpose of W2, or None. stored: targets are v (k . kk), else v; they are constants.
-    Returns y and the state after the last token. Gradients reach the six inputs, initial_state, rate and head. Only where `runs_here`.
+    Returns y and the state after the last token, with pass_on also r, k, v, as wkv7 does. Gradients reach the six inputs, initial_state, rate and head. Only where `runs_here`.
     """
     inputs = (r, w, k, v, a, b)
     check_arguments(inputs, initial_state, None)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state, rate, head))
-    y, state, _ = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*inputs, initial_state, rate, head, rows, segment, stored, save)
-    return y, state
+    operator = _PassingOn.apply if pass_on else torch.ops.rwkvlm.wkv7_ttt_cuda_forward
+    y, state, _, *passed = operator(*inputs, initial_state, rate, head, rows, segment, stored, save)
+    return y, state, *passed
 
 
 def saved_bytes(B: int, T: int, H: int, N: int, rows: int, hidden: int, segment: int) -> int:
@@ -57,7 +60,7 @@ torch.library.define(
 torch.library.define(
     "rwkvlm::wkv7_ttt_cuda_backward",
     "(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor rate, Tensor? head, Tensor saved, int rows, int segment,"
-    " bool stored, bool state_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool stored, bool state_gradient, Tensor? more_dr=None, Tensor? more_dk=None, Tensor? more_dv=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -72,8 +75,8 @@ class _Call(cuda.Call):
         self.steps = cuda.StepsOfTtt(rows, hidden, segment, stored, *map(address, self.kept[-2:]))
         self.saved = saved_bytes(*self.r.shape, rows, hidden, segment)
 
-    def run(self, direction: str, *arguments: Tensor | cuda.Pointers | None) -> None:
-        given = [x if isinstance(x, cuda.Pointers) else address(x) for x in arguments]
+    def run(self, direction: str, *arguments: Tensor | cuda.Gradients | None) -> None:
+        given = [x if isinstance(x, cuda.Gradients) else address(x) for x in arguments]
         launch(self.machine.library, f"wkv7_ttt_{direction}", self.r.device, self.shape, self.inputs, self.steps, *given)
 
 
@@ -86,7 +89,7 @@ def _forward(r, w, k, v, a, b, initial_state, rate, head, rows, segment, stored,
 
 
 @torch.library.impl("rwkvlm::wkv7_ttt_cuda_backward", "CompositeExplicitAutograd")
-def _backward(dy, d_final_state, r, w, k, v, a, b, rate, head, saved, rows, segment, stored, state_gradient):
+def _backward(dy, d_final_state, r, w, k, v, a, b, rate, head, saved, rows, segment, stored, state_gradient, *more):
     call = _Call((r, w, k, v, a, b), None, rate, head, rows, segment, stored)
     if len(saved) != call.saved:
         raise RuntimeError(f"wkv7_ttt: the backward needs what a forward with save has left, {call.saved} bytes, got {len(saved)}")
@@ -96,8 +99,8 @@ def _backward(dy, d_final_state, r, w, k, v, a, b, rate, head, saved, rows, segm
     of_head = (0,) if head is None else head.shape
     sums = r.new_empty((T - 1) // segment * B, H, 1 + torch.Size(of_head).numel(), dtype=torch.float32)
     scratch = call.bytes(call.machine.library.wkv7_ttt_backward_scratch_bytes(call.shape, call.steps))
-    out = cuda.Pointers(*map(address, gradients), address(d_initial) if state_gradient else None)
-    dy, d_final_state = ready(dy), ready(d_final_state)
+    dy, d_final_state, *more = map(ready, (dy, d_final_state, *more))
+    out = cuda.Gradients(*map(address, gradients), address(d_initial) if state_gradient else None, *map(address, more))
     call.run("backward", saved, dy, d_final_state, out, sums, scratch)
     sums = sums.sum(0)
     return *gradients, d_initial, sums[:, 0].clone(), sums[:, 1:].sum(0).view(of_head)
@@ -111,7 +114,7 @@ def _fake_forward(r, w, k, v, a, b, initial_state, rate, head, rows, segment, st
 
 
 @torch.library.register_fake("rwkvlm::wkv7_ttt_cuda_backward")
-def _fake_backward(dy, d_final_state, r, w, k, v, a, b, rate, head, saved, rows, segment, stored, state_gradient):
+def _fake_backward(dy, d_final_state, r, w, k, v, a, b, rate, head, saved, rows, segment, stored, state_gradient, *more):
     B, _, H, N = r.shape
     states = (B, H, N, N) if state_gradient else (0,)
     return *(r.new_empty(r.shape) for _ in range(6)), rate.new_empty(states), rate.new_empty(rate.shape), rate.new_empty((0,) if head is None else head.shape)
@@ -124,12 +127,25 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, rate, head, output[2])
 
 
-def _gradients(ctx, dy, d_final_state, _saved):
+def _gradients(ctx, dy, d_final_state, _saved, *more):
     *tensors, rate, head, saved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     wanted = ctx.needs_input_grad[6]
-    *gradients, d_initial, d_rate, d_head = torch.ops.rwkvlm.wkv7_ttt_cuda_backward(dy, d_final_state, *tensors, rate, head, saved, *ctx.settings, wanted)
+    *gradients, d_initial, d_rate, d_head = torch.ops.rwkvlm.wkv7_ttt_cuda_backward(dy, d_final_state, *tensors, rate, head, saved, *ctx.settings, wanted, *more)
     return *gradients, d_initial if wanted else None, d_rate, None if head is None else d_head, None, None, None, None
 
 
 torch.library.register_autograd("rwkvlm::wkv7_ttt_cuda_forward", _gradients, setup_context=_save)
+
+
+class _PassingOn(torch.autograd.Function):
+    """As that of cuda.py."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, *others):
+        inputs = (r, w, k, v, *others)
+        output = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*inputs)
+        _save(ctx, inputs, output)
+        return *output, r, k, v
+
+    backward = staticmethod(once_differentiable(_gradients))

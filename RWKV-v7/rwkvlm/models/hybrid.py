@@ -1,0 +1,96 @@
+"""RWKV-7 with attention in some blocks: recipe, sizes from a file, an RWKV-7 as its beginning, and the rows of the table that RWKV-7's has not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from ..config import HybridConfig, UserError
+from ..layers.attention import Attention
+from ..layers.linear import Linear, linear_of
+from ..layers.state import BlockState
+from . import rwkv7
+from .block import Block
+from .lm import LanguageModel
+from .rwkv7 import ATT, constant, orthogonal, shift_mix
+from .sizes import Sizes
+from .table import Row, Slot
+
+WINDOW = "attention_window"  # [0, window], without a number in it: its shape says in a weight file what no other shape does
+QUERY = r"blocks\.(\d+)\.att\.query\.weight"
+
+
+class AttentionBlock(Block):
+    """RWKV-7's block with attention in the place of its time mixing."""
+
+    def __init__(self, config: HybridConfig, layer: int, linear: Linear) -> None:
+        super().__init__(config, layer, linear, att=Attention(config))
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
+        """wkv is a KeyValues (layers/attention.py), which grows with the tokens read, up to the window."""
+        return super().init_state(batch, device, dtype)._replace(wkv=self.att.init_state(batch, device, dtype))
+
+
+class Hybrid(LanguageModel):
+    def __init__(self, config: HybridConfig) -> None:
+        linear = linear_of(config.rank_of())
+        super().__init__(config, [(AttentionBlock if layer in config.attention else Block)(config, layer, linear) for layer in range(config.n_layer)])
+        if config.attention_window:
+            self.register_buffer(WINDOW, torch.empty(0, config.attention_window))
+
+
+def build(config: HybridConfig) -> LanguageModel:
+    return Hybrid(config)
+
+
+def attention_layers(tensors: Mapping[str, torch.Tensor]) -> list[int]:
+    """The blocks with attention in a file; none: it holds another model."""
+    return sorted(int(match[1]) for name in tensors if (match := re.fullmatch(QUERY, name)))
+
+
+def config_of(tensors: Mapping[str, torch.Tensor]) -> HybridConfig:
+    """All sizes from the shapes of a checkpoint; block 0 says what is RWKV-7's."""
+    layers = attention_layers(tensors)
+    found, sizes = rwkv7.config_of(tensors), Sizes(tensors, "a hybrid", "hybrid")
+    key = f"blocks.{layers[0]}.att.key.weight"
+    rows = sizes.shape(key, 2)[0]
+    if rows % found.head_size:
+        raise UserError(f"the checkpoint's {key} has {rows} rows, which are not whole heads of {found.head_size}; give a complete hybrid .pth file")
+    return HybridConfig(
+        **found.as_dict() | {"model_type": "hybrid"},
+        attention_layers=",".join(map(str, layers)),
+        attention_kv_heads=rows // found.head_size,
+        attention_window=sizes.shape(WINDOW, 2)[1] if WINDOW in tensors else 0,
+    )
+
+
+def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
+    """The weights that this model has of an RWKV-7: without the time mixing of blocks that have attention here and not there."""
+    gone = tuple(f"blocks.{layer}.att." for layer in set(model.config.attention) - set(attention_layers(tensors)))
+    window = {name: tensor for name, tensor in model.named_buffers() if name == WINDOW}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)} | window
+
+
+def costs(config: HybridConfig) -> list[str]:
+    """Which blocks have attention, and what it remembers, in a line."""
+    heads, N = config.attention_kv_heads, config.head_size
+    grows = f"{2 * heads * N * len(config.attention):,} numbers more with each token"
+    memory = f"window {config.attention_window}: {grows}, up to it" if config.attention_window else f"whole context: {grows}"
+    return [f"attention in blocks {config.attention_layers}, {config.n_head} heads on {heads} of keys and values, {memory}"]
+
+
+def _key(s: Slot) -> torch.Tensor:
+    """A normalised key does not tell how large the matrix is, but an optimizer step moves a small one further."""
+    return orthogonal(1.0 if s.layer in s.config.attention else 0.1)(s)
+
+
+TABLE = [
+    Row(WINDOW, lambda s: torch.empty(s.shape)),
+    Row(ATT + r"x_q", shift_mix(0.2)),
+    Row(ATT + r"ln_[qk]\.weight", constant(1.0)),
+    Row(ATT + r"query\.weight", orthogonal(1.0), decay=True),
+    Row(ATT + r"key\.weight", _key, decay=True),
+    *rwkv7.TABLE,
+]

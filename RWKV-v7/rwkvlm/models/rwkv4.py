@@ -1,0 +1,116 @@
+"""RWKV-4 (x040): the block, the recipe, and its table of initial values, learning rates and weight decay.
+
+Source: RWKV-LM, RWKV-v4neo, whose names and values these are, but for the embedding: there it begins in +- lr_init, here in +- 6e-4, which is
+that flag's default, since a model knows no learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..config import ModelConfig, UserError, model_config
+from ..layers.norm_mix import NormMix
+from ..layers.rwkv4 import ChannelMix4, TimeMix4
+from ..layers.state import BlockState
+from ..ops.wkv4 import EMPTY
+from .lm import LanguageModel
+from .rwkv7 import ATT, BLOCK, FFN, constant, orthogonal
+from .sizes import Sizes
+from .table import Row, Slot
+
+DECAY = "blocks.0.att.time_decay"  # RWKV-4 to 6 have it, RWKV-7 has not
+
+
+class Block4(nn.Module):
+    """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.channels = config.n_embd
+        self.ln0 = nn.LayerNorm(config.n_embd) if layer == 0 else None
+        self.ln1, self.ln2 = NormMix(config.n_embd), NormMix(config.n_embd)
+        self.att, self.ffn = TimeMix4(config), ChannelMix4(config)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
+        x = torch.zeros(batch, self.channels, device=device, dtype=dtype)
+        wkv = torch.zeros(batch, 3, self.channels, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        wkv[:, 2] = EMPTY
+        return BlockState(x, wkv, x.clone())
+
+    def forward(
+        self, x: torch.Tensor, v_first: None, state: BlockState | None = None, return_state: bool = False
+    ) -> tuple[torch.Tensor, None, BlockState | None]:
+        """x: [B, T, C] residual stream; v_first: RWKV-7's, nothing here. Returns x, nothing, and the new state or None."""
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        att_x, wkv, ffn_x = state if state is not None else (None, None, None)
+        x, att, att_x, wkv = self.att(x, self.ln1, att_x, wkv, return_state)
+        x, ffn, ffn_x = self.ffn(x, att, self.ln2, ffn_x)
+        return x + ffn, v_first, BlockState(att_x, wkv, ffn_x) if return_state else None
+
+
+def build(config: ModelConfig) -> LanguageModel:
+    return LanguageModel(config, [Block4(config, layer) for layer in range(config.n_layer)])
+
+
+def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+    """All sizes from the shapes of a checkpoint."""
+    if tensors[DECAY].squeeze().dim() > 1 or "blocks.0.att.ln_x.weight" in tensors:
+        raise UserError(f"the checkpoint is an RWKV-5 or RWKV-6: its {DECAY} has shape {list(tensors[DECAY].shape)}; there are RWKV-4 (x040) and RWKV-7 (x070) here")
+    sizes = Sizes(tensors, "an RWKV-4", "x040")
+    vocab_size, n_embd = sizes.shape("emb.weight", 2)
+    if sizes.shape(DECAY, 1)[0] != n_embd:
+        raise UserError(f"the checkpoint's {DECAY} has shape {list(tensors[DECAY].shape)}, which does not fit the width {n_embd} of emb.weight")
+    return model_config("x040", n_layer=sizes.n_layer(), n_embd=n_embd, vocab_size=vocab_size, dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0])
+
+
+def _share(s: Slot) -> torch.Tensor:
+    """0 to nearly 1 over the channels."""
+    return torch.arange(s.config.n_embd, dtype=torch.float64) / s.config.n_embd
+
+
+def _ramp(s: Slot) -> torch.Tensor:
+    """0 to 1 over the channels."""
+    return torch.arange(s.config.n_embd, dtype=torch.float64) / (s.config.n_embd - 1)
+
+
+def _depth(s: Slot) -> float:
+    """0 in the first block, 1 in the last."""
+    return s.layer / max(s.config.n_layer - 1, 1)
+
+
+def _mix(power: float, deeper: float = 0.0):
+    """The share of the token itself; `deeper` more in the last block than in the first."""
+    return lambda s: _share(s) ** (power * (1 - s.layer / s.config.n_layer)) + deeper * _depth(s)
+
+
+def _zigzag(s: Slot) -> torch.Tensor:
+    """0, 1/2, -1/2 in turn."""
+    return ((torch.arange(s.config.n_embd, dtype=torch.float64) + 1) % 3 - 1) / 2
+
+
+def _as_wide(gain: float):
+    """Orthogonal; of more rows than columns the columns are longer than 1, as if each row had the length of one in a square matrix."""
+    return lambda s: orthogonal(gain * max(1.0, math.sqrt(s.shape[0] / s.shape[1])))(s)
+
+
+TABLE = [
+    Row(r"emb\.weight", lambda s: torch.empty(s.shape).uniform_(-6e-4, 6e-4, generator=s.generator), decay=True),
+    Row(rf"(?:{BLOCK}ln[012]|ln_out)\.weight", constant(1.0)),
+    Row(rf"(?:{BLOCK}ln[012]|ln_out)\.bias", constant(0.0)),
+    Row(ATT + r"time_decay", lambda s: -5 + 8 * _ramp(s) ** (0.7 + 1.3 * _depth(s)), lr=2.0),
+    Row(ATT + r"time_first", lambda s: math.log(0.3) + _zigzag(s), lr=3.0),
+    Row(ATT + r"time_mix_k", _mix(1.0)),
+    Row(ATT + r"time_mix_v", _mix(1.0, deeper=0.3)),
+    Row(ATT + r"time_mix_r", _mix(0.5)),
+    Row(FFN + r"time_mix_[kr]", _mix(1.0)),
+    Row(ATT + r"value\.weight", _as_wide(1.0), decay=True),
+    Row(ATT + r"(?:key|receptance|output)\.weight", constant(0.0), decay=True),
+    Row(FFN + r"key\.weight", _as_wide(1.0), decay=True),
+    Row(FFN + r"(?:receptance|value)\.weight", constant(0.0), decay=True),
+    Row(r"head\.weight", _as_wide(0.5), decay=True),
+]

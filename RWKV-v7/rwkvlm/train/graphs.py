@@ -1,0 +1,201 @@
+"""--cuda_graphs: each block's forward and each block's backward pass as one CUDA graph, launched at once; and where that cannot be.
+
+A step of a small model waits for Python, which starts some forty kernels a block each way. A graph starts them with one call. One for each block and
+direction, not one for all blocks: gradients are there block by block, so that DDP and DeepSpeed send them while the next block runs, and what a call
+costs is 24 launches for 12 blocks.
+
+A graph reads and writes the memory with which it was recorded. What a block gives lies where the next one reads it, forwards and backwards: only the
+embedding's output and the gradient of the last block's are copied into their places. v_first goes through the blocks, so that the sum of its
+gradients is made inside, in the order of autograd. Gradients of parameters are copied out: what autograd takes for `grad` and adds the next micro batch
+to must not be overwritten by it (https://github.com/pytorch/pytorch/issues/181723).
+
+All graphs have their memory in common, as on the way through the blocks one's is free when the other begins: they run in the order in which they were recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError
+from ..models import LanguageModel
+from .strategy import Launch
+
+T = TypeVar("T")
+WARM_UP = 3  # passes before a block is recorded, as in torch.cuda.make_graphed_callables
+
+
+class Recorder:
+    """Makes CUDA graphs of what runs on the current GPU."""
+
+    def __init__(self) -> None:
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def try_out(self, work: Callable[[], object]) -> None:
+        """Where it will be recorded: kernels are loaded and libraries choose theirs when they are called first, which must not happen while recording."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """What runs it again, and its results, which lie where each run writes them. Other threads may go on, with NCCL's events and pinned memory."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            results = work()
+        return graph.replay, results
+
+
+class BlockGraphs:
+    """The two graphs of a block, and what stands in the place of its `forward`.
+
+    inputs: x, and in all blocks but the first v_first, where the graph reads them. outputs: x for the next block, and v_first if there is a next one.
+    An RWKV-4 has no v_first.
+    recompute: as --grad_cp: the backward pass begins with the forward pass, of which only inputs are kept.
+    """
+
+    def __init__(self, block: nn.Module, inputs: list[Tensor], last: bool, recompute: bool, recorder: Recorder) -> None:
+        self.block, self.eager, self.inputs, self.last = block, block.forward, inputs, last
+        self.recompute, self.recorder = recompute, recorder
+        named = dict(block.named_parameters())
+        self.parameters = list(named.values())
+        self.addresses = [p.data_ptr() for p in self.parameters]
+        # The same memory, other leaves: those of the parameters have hooks of DDP or DeepSpeed, and streams of their own, that must not be recorded.
+        self.aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in named.items()}
+        self.trained = [p for p in self.parameters if p.requires_grad]
+        self.passes = 0  # forward and backward passes so far
+        for _ in range(WARM_UP):
+            recorder.try_out(self._both_ways)
+        self.run_forward, outputs = recorder.record(self._run)
+        self.outputs = [o.detach().requires_grad_(o.requires_grad) for o in outputs]
+        self._recorded = None if recompute else outputs  # with what autograd has kept
+
+    def record_backward(self, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """slopes: gradients of the outputs, where the graph shall read them. Returns those of the inputs, where it writes them."""
+        self.slopes = [s if o.requires_grad else None for s, o in zip(slopes, self.outputs, strict=True)]
+        if all(s is None for s in self.slopes):  # nothing to train up to here
+            return [None] * len(self.inputs)
+
+        def work() -> list[Tensor | None]:
+            return self._gradients(self._run() if self.recompute else self._recorded, self.slopes)
+
+        self.run_backward, gradients = self.recorder.record(work)
+        self._recorded = None
+        self.of_inputs, self.of_parameters = gradients[: len(self.inputs)], gradients[len(self.inputs) :]
+        return self.of_inputs
+
+    def _run(self) -> tuple[Tensor, ...]:
+        x, v_first = (*self.inputs, None)[:2]
+        x, v_first, _ = torch.func.functional_call(self.block, self.aliases, (x, v_first))
+        return (x,) if self.last or v_first is None else (x, v_first)
+
+    def _both_ways(self) -> None:
+        outputs = self._run()
+        if any(o.requires_grad for o in outputs):
+            self._gradients(outputs, [torch.zeros_like(o) if o.requires_grad else None for o in outputs])
+
+    def _gradients(self, outputs: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of all inputs and of the trained parameters; None for an input that needs none."""
+        of, along = zip(*((o, s) for o, s in zip(outputs, slopes, strict=True) if s is not None))
+        trained = [a for a in self.aliases.values() if a.requires_grad]
+        found = list(torch.autograd.grad(of, [t for t in (*self.inputs, *trained) if t.requires_grad], along, allow_unused=True))
+        return [found.pop(0) if t.requires_grad else None for t in self.inputs] + found
+
+    def forward(self, x: Tensor, v_first: Tensor | None, state: object = None, return_state: bool = False, *packed: object) -> tuple:
+        """The block's: by the graph where it is what was recorded, else, as in validation, by the block itself."""
+        recorded = self.block.training and torch.is_grad_enabled() and state is None and not return_state and not packed and x.shape == self.inputs[0].shape
+        if not recorded:
+            return self.eager(x, v_first, state, return_state, *packed)
+        x, *rest = _Graphed.apply(self, *(x, v_first)[: len(self.inputs)], *self.trained)
+        return x, rest[0] if rest else v_first, None
+
+    def replay_forward(self, inputs: Sequence[Tensor]) -> int:
+        if [p.data_ptr() for p in self.parameters] != self.addresses:
+            raise RuntimeError("parameters do not lie any more where the CUDA graphs of their block read them")
+        _put(inputs, self.inputs)
+        self.run_forward()
+        self.passes += 1
+        return self.passes
+
+    def replay_backward(self, made: int, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """made: what replay_forward returned."""
+        if made != self.passes:
+            raise RuntimeError("the CUDA graphs of a block have run since this forward pass: what it has kept for the backward pass is gone")
+        self.passes += 1
+        _put(slopes, self.slopes)
+        self.run_backward()
+        out = [None if g is None else torch.empty_like(p, dtype=g.dtype) for p, g in zip(self.trained, self.of_parameters, strict=True)]
+        torch._foreach_copy_([o for o in out if o is not None], [g for g in self.of_parameters if g is not None])
+        return [*(None if g is None else g.detach() for g in self.of_inputs), *out]
+
+
+class _Graphed(torch.autograd.Function):
+    """A block as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx, graphs: BlockGraphs, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.graphs, ctx.made = graphs, graphs.replay_forward(tensors[: len(graphs.inputs)])
+        return tuple(o.detach() for o in graphs.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.graphs.replay_backward(ctx.made, slopes)
+
+
+def _put(tensors: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> None:
+    """Where they lie there already, as what a neighbour gives, nothing is to be done."""
+    for tensor, place in zip(tensors, places, strict=True):
+        if place is not None and tensor is None:
+            place.zero_()
+        elif place is not None and tensor.data_ptr() != place.data_ptr():
+            place.copy_(tensor)
+
+
+@torch.enable_grad()
+def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool = False, recorder: Recorder | None = None) -> None:
+    """In place, for training on [batch, tokens]; once the model is on its GPU and what shares its parameters out (DDP, DeepSpeed) has them.
+
+    Values, gradients, random numbers and buffers are afterwards what they were. Raises UserError where a block cannot be recorded.
+    """
+    weight, recorder = model.emb.weight, recorder or Recorder()
+    last, made = len(model.blocks) - 1, []
+    places = [torch.zeros(batch, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=weight.requires_grad)]
+    try:
+        for i, block in enumerate(model.blocks):
+            made.append(BlockGraphs(block, places, i == last, recompute, recorder))
+            places = made[-1].outputs
+        slopes = [torch.zeros_like(o) for o in places]
+        for graphs in reversed(made):
+            slopes = graphs.record_backward(slopes)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"--cuda_graphs 1: a block cannot be recorded here: {str(error).splitlines()[0][:200]}; leave --cuda_graphs out") from error
+    for graphs in made:
+        graphs.block.forward = graphs.forward
+
+
+def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str, device: torch.device) -> None:
+    """UserError where --cuda_graphs 1 would not work. kernel: who computes the model's recurrence."""
+    if not config.cuda_graphs:
+        return
+    if config.compile:
+        raise UserError("--cuda_graphs 1 records the blocks as they are, not what --compile 1 makes of them; leave one of the two out")
+    if config.doc_reset:
+        raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")
+    if run.strategy.startswith("deepspeed_stage_3"):
+        raise UserError(f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out")
+    if isinstance(model, PhantomConfig) and model.dropout:
+        raise UserError(f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out")
+    if isinstance(model, PhantomConfig) and model.steps_on_state and model.ttt_meta:
+        raise UserError("--cuda_graphs 1 is not made for --ttt_meta 1, which asks the blocks for their states; use --ttt_meta 0, or leave --cuda_graphs out")
+    if device.type != "cuda":
+        raise UserError("--cuda_graphs 1 needs a GPU; leave --cuda_graphs out")
+    if kernel == "torch":
+        raise UserError("--cuda_graphs 1 needs the CUDA kernels; python -m rwkvlm doctor says what they need, or leave --cuda_graphs out")

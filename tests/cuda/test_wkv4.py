@@ -1,0 +1,105 @@
+"""The CUDA kernels of cuda/wkv4 as operators, against float64: emulated on the host, and on this machine's GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oracles.wkv4_cases import Case, errors
+from rwkvlm import native as build
+from rwkvlm.cli import doctor
+from rwkvlm.ops import backend
+from rwkvlm.ops.wkv4 import cuda, native, wkv4_native
+
+FP32, BF16 = torch.float32, torch.bfloat16
+SHAPES = [
+    dict(),
+    dict(B=1, T=1, C=16),
+    dict(B=3, T=31, C=16, state=False),
+    dict(B=1, T=32, C=144),
+    dict(B=2, T=33, C=16),
+    dict(B=1, T=200, C=272),
+    dict(B=2, T=300, C=16, state=False),  # more segments than a step of the scans takes
+    dict(kind="large"),
+    dict(kind="slow"),
+    dict(kind="fast"),
+    dict(kind="repeated"),
+    dict(kind="empty"),
+]
+TOLERANCE = {"large": 5e-5, "slow": 2e-5}  # as in tests/ops/test_wkv4.py
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request, monkeypatch):
+    """Where the operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        monkeypatch.setattr(backend, "_requested", "cuda")
+        assert cuda.why_not(FP32, 16) == ""
+        yield torch.device("cuda", 0)
+    else:
+        if not build.available("wkv4")[0]:
+            pytest.skip(build.available("wkv4")[1])
+        monkeypatch.setattr(backend, "_requested", "cpu")
+        assert native.why_not(FP32, 16) == ""  # defines the operators
+        kernels = request.getfixturevalue("block_kernels")
+        kernels.emulation_reverse(0)
+        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
+            cuda.register(registration, kernels, "CPU")
+            yield torch.device("cpu")
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_against_float64(device, sizes, dtype):
+    case = Case(dtype=dtype, device=device, **sizes)
+    rounding = 4e-3 if dtype == BF16 else 0
+    for name, error in errors(case.run(wkv4_native), case.exact()).items():
+        assert error < TOLERANCE.get(sizes.get("kind"), 5e-6) + rounding * (name in ("y", "dk", "dv")), (name, error)
+
+
+def test_the_same_bits_again_and_in_both_schedules(device, request):
+    case, results = Case(T=150, C=144, device=device), []
+    for reverse in (0, 1, 0):
+        if device.type == "cpu":
+            request.getfixturevalue("block_kernels").emulation_reverse(reverse)
+        results.append(case.run(wkv4_native))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_nan_is_not_hidden(device):
+    case = Case(device=device)
+    case.inputs[2][0, 3, 5] = float("nan")
+    y, _, dw, *_ = case.run(wkv4_native)
+    assert y[0, 3:, 5].isnan().all() and dw[5].isnan() and not y[1].isnan().any()
+
+
+def test_the_operators_are_well_formed(device):
+    case = Case(T=37, C=16, device=device)
+    torch.library.opcheck(torch.ops.rwkvlm.wkv4_forward, (*[x.requires_grad_() for x in case.inputs], True))
+    inputs = [x.detach() for x in case.inputs]
+    _, _, checkpoints = torch.ops.rwkvlm.wkv4_forward(*inputs, True)
+    torch.library.opcheck(torch.ops.rwkvlm.wkv4_backward, (*case.slopes, *inputs[:4], checkpoints))
+
+
+def test_the_emulated_kernels_have_run(block_kernels, monkeypatch):
+    """The seam is not empty: with it, a call reaches the library; without it, the C++ kernels, which agree."""
+    if native.why_not(FP32, 16):
+        pytest.skip("no C++ kernels")
+    calls, run = [], cuda.Kernels.run
+    monkeypatch.setattr(cuda.Kernels, "run", lambda self, direction, *args, **tensors: calls.append(direction) or run(self, direction, *args, **tensors))
+    case = Case()
+    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
+        cuda.register(registration, block_kernels, "CPU")
+        emulated = case.run(wkv4_native)
+    assert calls == ["forward", "backward"]
+    plain = case.run(wkv4_native)
+    assert len(calls) == 2 and max(errors(emulated, [x.double() for x in plain]).values()) < 5e-6
+
+
+def test_the_doctor_asks_for_what_the_kernels_take(device, monkeypatch):
+    monkeypatch.setattr(doctor, "_device", lambda: device)
+    assert "largest deviation from the reference" in doctor.kernel_wkv4()

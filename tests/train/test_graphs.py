@@ -1,0 +1,239 @@
+"""--cuda_graphs 1 without a GPU: everything around the graphs, with a tape in their place (tests/oracles/tape.py); on a GPU: tests/cuda/test_graphs.py"""
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oracles.tape import Tape
+from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
+from rwkvlm.models import build, init_weights
+from rwkvlm.ops.cross_entropy import head_cross_entropy
+from rwkvlm.train import graphs, plan
+from rwkvlm.train.freeze import freeze
+from rwkvlm.train.graphs import check_graphs, graph_blocks
+from rwkvlm.train.strategy import Launch
+
+SIZES = dict(n_embd=64, vocab_size=97, head_size=32)
+MODELS = {
+    "x070": ModelConfig(n_layer=3, **SIZES),
+    "one block": ModelConfig(n_layer=1, **SIZES),
+    "x040": ModelConfig(model_type="x040", n_layer=3, n_embd=64, vocab_size=97),
+    "phantom": model_config("phantom", n_layer=2, core_ratio=0.5, ttt_chunk=16, **SIZES),
+    "memory": model_config("phantom", n_layer=2, ttt_kind="memory", ttt_chunk=16, max_depth_iter=2, **SIZES),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+class Pair:
+    """The same model twice, one of them with graphs of batches [2, 40]. both(work): work's results, the eager one's first."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, recompute: bool = False, frozen: str = "") -> None:
+        self.models = []
+        for _ in range(2):
+            model = build(config)
+            init_weights(model, 1)
+            rng = torch.Generator().manual_seed(0)
+            for p in model.parameters():
+                if not p.any():
+                    torch.nn.init.normal_(p, std=0.05, generator=rng)
+            freeze(model, frozen)
+            self.models.append(model.to(dtype))
+        self.recompute, self.tape = recompute, Tape(config.n_layer, recompute)
+        before = torch.get_rng_state(), [x.clone() for x in self.models[1].state_dict().values()]
+        graph_blocks(self.models[1], 2, 40, recompute, self.tape)
+        assert torch.equal(torch.get_rng_state(), before[0]) and all(map(torch.equal, self.models[1].state_dict().values(), before[1]))
+        assert all(p.grad is None for p in self.models[1].parameters())
+
+    def both(self, work):
+        return [work(model) for model in self.models]
+
+    def loss(self, number: int, model, shape=(2, 40)) -> torch.Tensor:
+        idx = torch.randint(97, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(number))
+        return head_cross_entropy(model.features(idx[:, :-1], grad_cp=self.recompute), model.head.weight, idx[:, 1:])
+
+    def same_gradients(self) -> bool:
+        for (name, p), (_, q) in zip(*self.both(lambda model: list(model.named_parameters())), strict=True):
+            assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad)), name
+        return True
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "grad_cp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bits_of_eager_blocks(name, dtype, recompute):
+    """Steps of two micro batches over other tokens each time, parameters that move, validation and a batch of another shape in between."""
+    pair = Pair(MODELS[name], dtype, recompute)
+    n = len(pair.models[0].blocks)
+    assert pair.tape.tried == 3 * n and len(pair.tape.lists) == 2 * n
+    for step in range(3):
+        pair.both(lambda model: model.zero_grad())
+        for micro in range(2):
+            pair.tape.ran.clear()
+            eager, graphed = pair.both(lambda model: pair.loss(10 * step + micro, model))
+            assert pair.tape.ran == list(range(n)) and eager.item() == graphed.item()
+            eager.backward()
+            graphed.backward()
+            assert pair.tape.ran == list(range(2 * n)) and pair.same_gradients()
+        with torch.no_grad():
+            pair.both(lambda model: [p.sub_(0.1 * p.grad) for p in model.parameters()])
+            pair.both(lambda model: model.eval())
+            eager, graphed = pair.both(lambda model: pair.loss(99, model).item())
+            pair.both(lambda model: model.train())
+        assert eager == graphed
+        eager, graphed = pair.both(lambda model: torch.autograd.grad(pair.loss(98, model, (1, 30)), list(model.parameters())))
+        assert all(map(torch.equal, eager, graphed)) and len(pair.tape.ran) == 2 * n
+
+
+@pytest.mark.parametrize("frozen", ["emb,head", "emb,blocks.0", "emb,blocks.0.att,blocks.0.ln*", "blocks.*.ffn", "emb,head,ln_out,blocks.0,blocks.1"])
+def test_frozen_parts_have_no_gradient(frozen):
+    pair = Pair(MODELS["x070"], frozen=frozen)
+    for number in range(2):
+        pair.both(lambda model: model.zero_grad())
+        pair.both(lambda model: pair.loss(number, model).backward())
+        assert pair.same_gradients()
+    assert any(p.grad is None for p in pair.models[1].parameters())
+
+
+class Counted(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_launched_beside_the_graphs():
+    """Two copies into place, however many blocks there are, and the gradients' way out, one call a block; blocks read where their neighbours write."""
+    counts = []
+    for n_layer in (2, 4):
+        pair = Pair(ModelConfig(n_layer=n_layer, **SIZES))
+        pair.loss(0, pair.models[1]).backward()
+        pair.models[1].zero_grad()
+        with Counted() as counted:
+            pair.loss(1, pair.models[1]).backward()
+        counts.append({name: counted.names.count(name) for name in set(counted.names)})
+    few, many = counts
+    assert few["aten::copy_"] == many["aten::copy_"] == 2 and many["aten::_foreach_copy_"] == 4
+    free = {"aten::detach", "aten::empty_like", "aten::_foreach_copy_"}  # no kernel, and counted above
+    assert {name: many[name] for name in many.keys() - free} == {name: few[name] for name in few.keys() - free}
+
+
+def test_what_is_gone_is_not_used():
+    """A later forward pass, a second backward pass, and parameters elsewhere: errors, not numbers."""
+    pair = Pair(MODELS["x070"])
+    _, first = pair.both(lambda model: pair.loss(0, model))
+    _, second = pair.both(lambda model: pair.loss(1, model))
+    with pytest.raises(RuntimeError, match="have run since this forward pass"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="have run since this forward pass"):
+        second.backward()
+    weight = pair.models[1].blocks[1].ffn.key.weight
+    weight.data = weight.data.clone()
+    with pytest.raises(RuntimeError, match="do not lie any more where"):
+        pair.loss(2, pair.models[1])
+
+
+def test_the_tape_would_find_memory_that_is_used_too_late(monkeypatch):
+    """Gradients handed out where the graphs write them, as torch.cuda.make_graphed_callables does: gone in the next pass, and twice the second one's."""
+
+    def alias(out, gradients):
+        for place, gradient in zip(out, gradients):
+            place.set_(gradient)
+
+    pair = Pair(MODELS["x070"])
+    monkeypatch.setattr(torch, "_foreach_copy_", alias)
+    model, weight = pair.models[1], pair.models[1].blocks[0].ffn.key.weight
+    pair.loss(0, model).backward()
+    assert weight.grad.isfinite().all()
+    second = pair.loss(1, model)
+    assert weight.grad.isnan().all()
+    second.backward()
+    pair.loss(1, pair.models[0]).backward()
+    assert torch.equal(weight.grad, 2 * pair.models[0].blocks[0].ffn.key.weight.grad)
+
+
+def test_a_block_that_cannot_be_recorded_is_one_line(monkeypatch):
+    class Refusing(Tape):
+        def record(self, work):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+
+    with pytest.raises(UserError, match=r"a block cannot be recorded here: CUDA error: operation not permitted when stream is capturing; leave --cuda_graphs out$"):
+        graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Runs of the trainer with tapes for graphs; the list of them."""
+    made = []
+    monkeypatch.setattr(plan, "check_graphs", lambda *_: None)
+    monkeypatch.setattr(graphs, "Recorder", lambda: made.append(Tape(2)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(precision="bf16"),
+        dict(accumulate_grad_batches=2, micro_bsz=2, freeze="emb,blocks.0.ffn"),
+        dict(precision="bf16", accumulate_grad_batches=2, micro_bsz=2, grad_cp=1),
+        dict(my_testing="phantom", ttt_chunk=16, precision="bf16"),
+    ],
+    ids=["bf16", "accumulated", "accumulated bf16", "phantom"],
+)
+def test_a_run_has_the_bits_of_one_without_and_so_has_a_resumed_one(run, losses, records, taped, tmp_path, flags):
+    flags = dict(flags, kernel="auto", max_steps=14)
+    assert run(tmp_path / "eager", **flags) == 0 and not taped
+    for name, stops in (("whole", [14]), ("parts", [6, 8])):
+        for stop in stops:
+            assert run(tmp_path / name, **flags | dict(cuda_graphs=1, max_steps=stop)) == 0
+        assert losses(tmp_path / name) == losses(tmp_path / "eager")
+        assert records(tmp_path / name, "val_loss").keys() == records(tmp_path / "eager", "val_loss").keys()
+    last = [torch.load(tmp_path / name / "rwkv-0.pth") for name in ("eager", "whole", "parts")] if (tmp_path / "eager" / "rwkv-0.pth").exists() else []
+    assert all(torch.equal(x, other[key]) for key, x in (last[0].items() if last else ()) for other in last[1:])
+    passes = 14 * flags.get("accumulate_grad_batches", 1)
+    assert len(taped) == 3 and sum(len(tape.ran) for tape in taped) == 2 * 4 * passes
+
+
+def check(device="cuda", kernel="cuda", strategy="auto", model=ModelConfig(n_layer=2, n_embd=64), **flags):
+    check_graphs(TrainConfig(cuda_graphs=1, **flags), Launch("gpu", 1, 1, strategy), model, kernel, torch.device(device))
+
+
+def test_where_it_is_refused():
+    """The others in test_bad_input.py."""
+    check()
+    check(strategy="deepspeed_stage_2")
+    check(model=PhantomConfig(n_layer=2, n_embd=64))
+    check_graphs(TrainConfig(), Launch("cpu", 1, 1, "auto"), ModelConfig(n_layer=2, n_embd=64), "torch", torch.device("cpu"))
+    for refused, line in ((dict(kernel="torch"), "needs the CUDA kernels"), (dict(strategy="deepspeed_stage_3_offload"), "--strategy deepspeed_stage_3_offload, which")):
+        with pytest.raises(UserError, match=line):
+            check(**refused)
+
+
+@pytest.mark.slow
+def test_two_processes(forked, tmp_path, losses):
+    """Two micro batches; in fp32 nothing but a copy keeps the first one's gradients from the second."""
+    cases = [("ddp", "fp32"), ("ddp", "bf16"), ("deepspeed_stage_1", "fp32"), ("deepspeed_stage_2", "bf16")]
+    flags = dict(devices=2, accumulate_grad_batches=2, micro_bsz=1, max_steps=8, kernel="auto", val_batches=1)
+    jobs = []
+    for strategy, precision in cases:
+        for name, more in (("eager", {}), ("graphs", dict(tape=2))):
+            own = dict(strategy=strategy, precision=precision, proj_dir=tmp_path / f"{strategy}-{precision}-{name}", cuda_graphs=int(name == "graphs"))
+            jobs.append((flags | own, more))
+    done = forked(*jobs)
+    assert [d["codes"] for d in done] == [[0, 0]] * len(jobs), json.dumps(done)[-3000:]
+    assert ["blocks in CUDA graphs" in d["said"] for d in done] == [False, True] * len(cases)
+    for strategy, precision in cases:
+        eager, graphed = (tmp_path / f"{strategy}-{precision}-{name}" for name in ("eager", "graphs"))
+        assert losses(graphed) == losses(eager) and len(losses(eager)) == 8
+        assert (graphed / "taped").read_text() == "64"  # 2 blocks, both ways, 8 steps of 2
