@@ -63,10 +63,11 @@ def test_frozen_is_what_it_says():
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["recall", "recall, q k v frozen", "copy"])
-def test_the_bits_are_learned(name):
-    """Whole, some seconds each: with queries, keys and values as they begin the same model does not reach it."""
-    assert (found := rosa_tasks.run(name, 1))["met"], found
+def test_the_bits_are_learned():
+    """Whole, some seconds each: with queries, keys and values as they begin the same model does not come near."""
+    for name in ("recall", "copy"):
+        assert (found := rosa_tasks.run(name, 1))["met"], found
+    assert rosa_tasks.run("recall, q k v frozen", 1)["accuracy"] < 0.8
 
 
 @needs_kernel
