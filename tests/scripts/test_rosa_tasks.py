@@ -71,12 +71,11 @@ def test_the_bits_are_learned():
 
 
 @needs_kernel
-@pytest.mark.slow
-def test_a_record_of_a_task(tmp_path):
-    """Two layers, trained for a third of the steps, count better than ROSA of the tokens does with all of them."""
-    assert rosa_tasks.main(["--out", str(tmp_path / "r.json"), "--steps", "330", "counting, two"]) in (0, 1)
+def test_a_record_of_a_task(tmp_path, capsys):
+    assert rosa_tasks.main(["--out", str(tmp_path / "r.json"), "--steps", "12", "counting, two"]) == 1
     (found,) = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert found["task"] == "counting, two layers" and len(found["curve"]) == 330 and found["loss"] < 0.62
+    assert found["task"] == "counting, two layers" and found["steps"] == 12 and len(found["losses_of_10_steps"]) == 2 and not found["met"]
+    assert "bar 0.43: NOT MET" in capsys.readouterr().out
 
 
 def test_an_unknown_task_is_said(tmp_path):
