@@ -26,7 +26,7 @@ from rwkvlm.train.strategy import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CTX, BATCH = 20, 16, 16
-SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3)
+SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3, kernel="auto")
 KINDS = {
     "x080": dict(my_testing="x080", deep_embed=1),
     "rosa": dict(my_testing="rosa", head_size=None, rosa_bits=1),
