@@ -33,6 +33,14 @@ def soft_rosa(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, bits: 
     return torch.cat(outs, 1)
 
 
+def _recorded():
+    """Lets autograd see what is computed inside an operator, where torch has put it out of the way."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradOther", "AutogradCPU", "AutogradCUDA", "AutogradMPS", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 @torch.library.custom_op("rwkvlm::rosa_soft_gradients", mutates_args=())
 def gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: int, miss_low: bool) -> list[Tensor]:
     """The gradients of q, k, v, or of x alone (then of all its three parts), in their dtype; a few rows at a time."""
@@ -47,13 +55,13 @@ def gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bit
     several = max(1, AT_ONCE // (T * T))
     for begin in range(0, len(slopes), several):
         here = slice(begin, begin + several)
-        with torch.enable_grad():
+        with _recorded(), torch.enable_grad():
             parts = [x[here].requires_grad_() for x in rowed]
             out = soft_rosa(*(parts * 3)[:3] if len(parts) == 1 else parts, ends[0][here], ends[1][here], bits, miss_low)
             found = torch.autograd.grad(out, parts, slopes[here])
         for total, part in zip(sums, found):
             total[here] = part
-    return [g.unflatten(0, (B, -1)).transpose(1, 2).flatten(2).to(x.dtype).contiguous() for g, x in zip(sums, inputs)]
+    return [g.unflatten(0, (B, C // bits)).transpose(1, 2).flatten(2).to(x.dtype).contiguous() for g, x in zip(sums, inputs)]
 
 
 @gradients.register_fake
