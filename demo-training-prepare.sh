@@ -17,7 +17,7 @@ cd "$(dirname "$0")" || exit 1
 #
 #    name        CPU   GPU
 knob DATA        demo  minipile
-knob MODEL_TYPE  x070  x070 # x070 => rwkv-7.0; x040 => rwkv-4.0
+knob MODEL_TYPE  x070  x070 # x070 => rwkv-7.0; x080 => rwkv-8 (ROSA); x040 => rwkv-4.0
 knob N_LAYER     6     12
 knob N_EMBD      256   768
 knob HEAD_SIZE   64    64

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import rosa as oracle
+from oracles import x080 as oracle
 
 from rwkvlm.config import RosaConfig
 from rwkvlm.layers.norm_mix import NormMix

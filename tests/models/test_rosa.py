@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import rosa as oracle
+from oracles import x080 as oracle
 from oracles import x070
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights

@@ -1,4 +1,4 @@
-"""RWKV-8 with ROSA through the same trainer: a run, killed and resumed, its files, text from it, every strategy, dry run, the demo script, bad flags."""
+"""RWKV-8 with ROSA through the same trainer: a run, killed and resumed, its files, text from it, two processes, dry run, bad flags."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from rwkvlm.train.strategy import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CTX, BATCH = 20, 16, 16
-SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3)
+SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3, kernel="auto")
 KINDS = {
     "x080": dict(my_testing="x080", deep_embed=1),
     "rosa": dict(my_testing="rosa", head_size=None, rosa_bits=1),
@@ -190,7 +190,7 @@ def test_bad_flags(run, tmp_path, capfd, case):
 def test_it_is_not_compressed(trained, tmp_path, capsys):
     assert main(["compress", "--model", str(trained[1] / "rwkv-final.pth"), "--out", str(tmp_path / "small.pth"), "--svd_rank_ratio", "0.5"]) == 2
     err = capsys.readouterr().err
-    assert f"of type {trained[0]['my_testing']}; only RWKV-7 (x070) and Phantom can be compressed\n" in err and err.count("\n") == 1
+    assert f"of type {trained[0]['my_testing']}; compress is made for x070 and phantom\n" in err and err.count("\n") == 1
 
 
 def test_flags_say_when_they_have_no_effect():
@@ -198,8 +198,8 @@ def test_flags_say_when_they_have_no_effect():
     assert line == "--rosa_bits 1 has no effect: --my_testing x070 has no ROSA"
     assert TrainConfig(my_testing="rosa", rosa_bits=1, deep_embed=1, rosa_tau=0.2).flags_without_effect() == []
     assert TrainConfig(my_testing="rosa", rank_w=8, head_size=32).flags_without_effect() == [
-        "--head_size 32 has no effect: --my_testing rosa has no time mixing", "--rank_w 8 has no effect: --my_testing rosa has no time mixing"
-    ]  # fmt: skip
+        f"--{name} has no effect: --my_testing rosa has no heads and no low ranks" for name in ("head_size 32", "rank_w 8")
+    ]
     with pytest.raises(UserError, match="--deep_embed 3 is not known"):
         TrainConfig(my_testing="rosa", deep_embed=3).own_settings()
     with pytest.raises(UserError, match="not made for ROSA"):
@@ -207,24 +207,10 @@ def test_flags_say_when_they_have_no_effect():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
-def test_two_processes_give_the_curve_of_one_and_resume(run, losses, tmp_path, strategy):
+def test_two_processes_give_the_curve_of_one_and_resume(run, losses, tmp_path):
+    """Under ZeRO-3, where a parameter is there only while its owner runs."""
     flags = dict(KINDS["x080"], max_steps=6)
     assert run(tmp_path / "one", **SHORT | flags) == 0
     for steps in (3, 3):
-        command(run, tmp_path / "two", **flags | dict(devices=2, micro_bsz=8, strategy=strategy, max_steps=steps))
+        command(run, tmp_path / "two", **flags | dict(devices=2, micro_bsz=8, strategy="deepspeed_stage_3", max_steps=steps))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_demo_script_trains_it(tmp_path):
-    from shutil import copy, copytree
-
-    for name in ("RWKV-v7", "cuda", "train.py", "make_data.py", "requirements.txt", "constraints.txt", "pyproject.toml", *(p.name for p in ROOT.glob("demo-*.sh"))):
-        (copytree if (ROOT / name).is_dir() else copy)(ROOT / name, tmp_path / name)
-    knobs = dict(MODEL_TYPE="x080", N_LAYER="2", N_EMBD="64", CTX_LEN="64", M_BSZ="4", EPOCH_SAMPLES="64", EXIT_TOKENS="8192", RANDOM_SEED="1", PRECISION="fp32",
-                 DATA="demo", ACCELERATOR="cpu", PYTHON=sys.executable)  # fmt: skip
-    done = subprocess.run(["sh", "demo-training-run.sh"], cwd=tmp_path, env={**os.environ, **knobs}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "x080 L2 D64" in done.stdout and "\ndef " in done.stdout
-    assert (tmp_path / "out/L2-D64-x080/rwkv-final.pth").exists()

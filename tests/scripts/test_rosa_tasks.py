@@ -1,0 +1,87 @@
+"""bench/rosa_tasks.py: the tasks as data, and the shortest of them trained; the whole of it is in records."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+import rosa_tasks  # noqa: E402
+
+sys.path.pop(0)
+from rwkvlm.config import UserError  # noqa: E402
+from rwkvlm.native import available  # noqa: E402
+
+needs_kernel = pytest.mark.skipif(not available("rosa")[0], reason="minutes without the C++ kernel")
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def test_counting_is_consecutive_integers():
+    idx, targets, asked = rosa_tasks.counting(50, rng())
+    assert idx.shape == targets.shape == (50, 127) and asked.all() and torch.equal(idx[:, 1:], targets[:, :-1])
+    digits = set()
+    for row in torch.cat([idx, targets[:, -1:]], 1).tolist():
+        numbers = "".join(map(str, (d if d < 10 else "," for d in row))).split(",")[1:-1]
+        assert [int(n) for n in numbers] == [*range(int(numbers[0]), int(numbers[0]) + len(numbers))] and row[0] == rosa_tasks.SEPARATOR
+        digits.add(len(numbers[0]))
+    assert digits == {1, 2, 3}
+
+
+def test_recall_asks_for_values_whose_key_has_been_there_with_the_same_value():
+    idx, targets, asked = rosa_tasks.recall(20, rng())
+    for tokens, want, ask in zip(idx.tolist(), targets.tolist(), asked.tolist()):
+        known = {}
+        for n, token in enumerate(tokens):
+            if n % 2 == 0:
+                assert ask[n] == (token in known) and (not ask[n] or want[n] == known[token])
+                known[token] = tokens[n + 1]
+            else:
+                assert not ask[n] and token >= 16
+    assert 0.2 < asked.float().mean() < 0.5
+
+
+def test_copy_asks_for_the_second_half():
+    idx, targets, asked = rosa_tasks.copy(5, rng())
+    assert torch.equal(idx[:, :32], idx[:, 32:]) and asked.sum() == 5 * 31
+    assert torch.equal(targets[asked].view(5, 31), idx[:, 1:32])
+
+
+def test_frozen_is_what_it_says():
+    model = rosa_tasks.language_model(16, 0, frozen=True)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {f"blocks.0.rosa.{name}" for name in ("x_q", "x_k", "x_v", *(f"{c}.{part}" for c in "qkv" for part in ("weight", "bias")))}
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["recall", "copy"])
+def test_the_bits_are_learned(name):
+    assert (found := rosa_tasks.run(name, 1))["met"], found
+
+
+@needs_kernel
+@pytest.mark.slow
+def test_with_queries_keys_and_values_as_they_begin_it_does_not_come_near():
+    assert rosa_tasks.run("recall, q k v frozen", 1)["accuracy"] < 0.8
+
+
+@needs_kernel
+def test_a_record_of_a_task(tmp_path, capsys):
+    assert rosa_tasks.main(["--out", str(tmp_path / "r.json"), "--steps", "12", "counting, two"]) == 1
+    (found,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert found["task"] == "counting, two layers" and found["steps"] == 12 and len(found["losses_of_10_steps"]) == 2 and not found["met"]
+    assert "bar 0.43: NOT MET" in capsys.readouterr().out
+
+
+def test_an_unknown_task_is_said(tmp_path):
+    with pytest.raises(UserError, match="no task is called sort; choose of: counting, embedding only, "):
+        rosa_tasks.main(["--out", str(tmp_path / "r.json"), "sort"])
