@@ -1,5 +1,6 @@
 """Conversations: which tokens a state has read, told by a model whose answers are written down, and by bits that agree with a fresh reading."""
 
+import contextlib
 import os
 import pty
 import select
@@ -245,6 +246,12 @@ class Terminal:
         before, _, self.screen = self.screen.partition(text)
         return before
 
+    def shows(self, text, seconds=2):
+        with contextlib.suppress(AssertionError):
+            self.wait_for(text, seconds)
+            return True
+        return self.process.poll() is not None
+
     def type(self, text):
         os.write(self.mine, text.encode())
 
@@ -253,9 +260,8 @@ def test_in_a_terminal(checkpoint):
     terminal = Terminal(checkpoint, *"--length 100000000 --seed 1 --temperature 2 --top_p 1".split())
     try:
         terminal.wait_for("User: ")
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.wait_for("[Ctrl-D or /quit ends]")
-        terminal.wait_for("User: ")
+        while not terminal.shows("[Ctrl-D or /quit ends]"):  # a signal between prompt and waiting for keys would wait for the next key
+            terminal.process.send_signal(signal.SIGINT)
         terminal.type("hello\n")
         terminal.wait_for("Assistant: ")
         terminal.wait_for(" ")  # it has begun, and goes on for days

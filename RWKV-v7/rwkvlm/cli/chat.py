@@ -94,12 +94,16 @@ def _lines(terminal: bool) -> Iterator[str]:
 
 def _answer(chat: Chat, message: str, terminal: bool) -> None:
     print("\nAssistant: " if terminal else "", end="", flush=True)
+    empty = True
     with _interrupts() as came:
         for piece in chat.answer(message, stopped=lambda: bool(came)):
             print(piece, end="", flush=True)
+            empty = False
     print(flush=True)
     if came:
         _say("[stopped]")
+    elif empty:
+        _say("[the answer is empty; /retry asks for another]")
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def run_tasks(engine: Engine, names: Sequence[str], batch: int = 8, limit: int =
         )
     except (OSError, ConnectionError) as error:
         raise UserError(f"--tasks {','.join(names)}: lm_eval cannot fetch the data: {' '.join(str(error).split())[:200]}") from None
-    return {task: {name: value for name, value in metrics.items() if _is_number(value)} for task, metrics in found["results"].items()}
+    return {task: {name: value for name, value in metrics.items() if name != "sample_len" and _is_number(value)} for task, metrics in found["results"].items()}
 
 
 def _is_number(value: Any) -> bool:
