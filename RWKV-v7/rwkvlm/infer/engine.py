@@ -66,6 +66,12 @@ class Engine:
         check_sampling(temperature, top_p, top_k)
         if length < 0:
             raise UserError(f"--length {length} must be at least 0")
+        generator = self.generator(seed)
+        ids = self.encode(prompt) or [END_OF_DOCUMENT]
+        return self._tokens(ids, length, lambda logits: int(sample(logits, temperature, top_p, top_k, generator)))
+
+    def generator(self, seed: int | None) -> torch.Generator:
+        """Random numbers for sampling; None: others each time. UserError for a seed that is too large."""
         generator = torch.Generator(device=self.model.emb.weight.device)
         if seed is None:
             generator.seed()
@@ -73,18 +79,21 @@ class Engine:
             generator.manual_seed(seed)
         else:
             raise UserError(f"--seed {seed} has more than 63 bits; use a smaller number")
-        ids = self.tokenizer.encode(prompt) or [END_OF_DOCUMENT]
-        if max(ids) >= self.model.config.vocab_size:
+        return generator
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Token ids of the text; UserError for tokens outside the model's vocabulary."""
+        ids = self.tokenizer.encode(text)
+        if ids and max(ids) >= self.model.config.vocab_size:
             raise UserError(
-                f"the prompt has token {max(ids)}, but the model's vocabulary has {self.model.config.vocab_size}; use the tokenizer it was trained with (--tokenizer)"
+                f"the text has token {max(ids)}, but the model's vocabulary has {self.model.config.vocab_size}; use the tokenizer it was trained with (--tokenizer)"
             )
-        return self._tokens(ids, length, lambda logits: int(sample(logits, temperature, top_p, top_k, generator)))
+        return ids
 
     def _tokens(self, ids: list[int], length: int, choose: Callable[[torch.Tensor], int]) -> Iterator[int]:
         logits, state = self.read(ids)
         for left in range(length - 1, -1, -1):
-            if not logits.isfinite().all():
-                raise UserError("the model's logits are not finite numbers: its weights are damaged, or its training diverged; use an earlier checkpoint")
+            check_finite(logits)
             token = choose(logits)
             if token == END_OF_DOCUMENT:
                 return
@@ -104,6 +113,12 @@ class Engine:
                 yield text
         if text := stream.finish():
             yield text
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """UserError for a model whose logits, or what was computed from them, are not numbers."""
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite numbers: its weights are damaged, or its training diverged; use an earlier checkpoint")
 
 
 def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto", dtype: torch.dtype | None = None) -> Engine:

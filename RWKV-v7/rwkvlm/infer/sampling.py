@@ -36,3 +36,39 @@ def sample(
         outside = p.cumsum(-1) - p >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, where, outside), -torch.inf)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+class Penalties:
+    """Tokens that have come already become less likely: `presence` once, `frequency` for each time; the times fade by `decay` with each token.
+
+    The numbers and their order are those of RWKV's chat programs (BlinkDL/ChatRWKV, API_DEMO_CHAT.py): penalise, choose, fade, count.
+    Raises UserError for values outside their range.
+    """
+
+    def __init__(self, presence: float = 0.0, frequency: float = 0.0, decay: float = 0.996) -> None:
+        for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
+            if not abs(value) < float("inf"):
+                raise UserError(f"--{name} {value} must be a number; 0 is no penalty")
+        if not 0 <= decay <= 1:
+            raise UserError(f"--penalty_decay {decay} must lie in [0, 1]; 1 forgets nothing")
+        self.presence, self.frequency, self.decay = presence, frequency, decay
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing has come yet."""
+        self._times: torch.Tensor | None = None  # [V]
+        self._seen: torch.Tensor | None = None  # [V]: times may fade to 0
+
+    def penalise(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits: [1, V]. Returns them in fp32, penalised."""
+        logits = logits.float()
+        return logits if self._times is None else logits - self.presence * self._seen - self.frequency * self._times
+
+    def count(self, token: int, logits: torch.Tensor) -> None:
+        """The token has come; logits: those it was chosen from."""
+        if self._times is None:
+            self._times = torch.zeros(logits.shape[-1], device=logits.device)
+            self._seen = torch.zeros_like(self._times)
+        self._times *= self.decay
+        self._times[token] += 1
+        self._seen[token] = 1

@@ -1,0 +1,81 @@
+"""What a model is measured on: texts and token files, a document at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..config import UserError
+from ..data.binidx import BinIdx
+from ..data.documents import Block, expand, kind, parse, read_blocks, where
+from ..data.tokenizer import END_OF_DOCUMENT, PART
+from ..infer.engine import Engine
+
+FILES = (".txt", ".jsonl", ".parquet")
+
+
+class Document(NamedTuple):
+    """tokens [n], as they are in training data: with a last 0, but for files of tokens that have none. n_bytes: of its text; None where nobody knows."""
+
+    tokens: np.ndarray
+    n_bytes: int | None
+
+
+def is_text(source: str) -> bool:
+    return source == "-" or kind(Path(source)) in FILES
+
+
+def documents(engine: Engine, source: str, text_key: str = "text") -> Iterator[Document]:
+    """Of a .txt (one document), .jsonl or .parquet, or of a .bin/.idx pair. UserError names the file and what is wrong in it, tokens outside the vocabulary too."""
+    found = _of_text(engine, source, text_key) if is_text(source) else _of_tokens(engine, source)
+    vocab_size = engine.model.config.vocab_size
+    for document in found:
+        if len(document.tokens) and not 0 <= int(document.tokens.min()) <= int(document.tokens.max()) < vocab_size:
+            raise UserError(f"{source} has token {document.tokens.max()}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with")
+        yield document
+
+
+def texts(source: str, text_key: str, whole: int = 0) -> Iterator[tuple[bytes, Block, int]]:
+    """Each text with its block, and its line there; a .txt comes in parts, of which all but the last go on. UserError for the first that is bad."""
+    for path in expand([source]):
+        for block in read_blocks(path, text_key, whole=whole):
+            parsed = parse(block, text_key)
+            if parsed.bad:
+                raise UserError(str(parsed.bad[0]))
+            for text, line in zip(parsed.texts, parsed.lines):
+                yield text, block, int(line)
+
+
+def _of_text(engine: Engine, source: str, text_key: str) -> Iterator[Document]:
+    tokenizer, dtype = engine.tokenizer, np.min_scalar_type(engine.tokenizer.vocab_size - 1)
+    parts, rest, n_bytes = [], b"", 0
+    for text, block, line in texts(source, text_key, tokenizer.largest_text):
+        n_bytes += len(text)
+        rest += text
+        try:
+            ids = np.array(tokenizer.encode(rest), dtype=dtype)
+        except UserError as error:
+            raise UserError(f"{where(block.file, line)}: {error}") from None
+        if block.goes_on:
+            n, settled = tokenizer.settled(ids, len(rest))
+            parts, rest = [*parts, ids[:n]], rest[settled:]
+        else:
+            yield Document(np.concatenate([*parts, ids, np.array([END_OF_DOCUMENT], dtype)]), n_bytes)
+            parts, rest, n_bytes = [], b"", 0
+
+
+def _of_tokens(engine: Engine, prefix: str) -> Iterator[Document]:
+    data = BinIdx(prefix)
+    known = engine.tokenizer.vocab_size <= engine.model.config.vocab_size
+    for i in range(data.n_docs):
+        tokens = data.doc(i)
+        yield Document(tokens, bytes_of(engine, tokens) if known else None)
+
+
+def bytes_of(engine: Engine, tokens: np.ndarray) -> int:
+    """Of the text of the tokens."""
+    tokens = tokens[tokens != END_OF_DOCUMENT]
+    return sum(len(engine.tokenizer.decode_bytes(tokens[first : first + PART])) for first in range(0, len(tokens), PART))
