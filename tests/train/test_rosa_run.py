@@ -26,7 +26,7 @@ from rwkvlm.train.strategy import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CTX, BATCH = 20, 16, 16
-SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3, kernel="auto")
+SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3)
 KINDS = {
     "x080": dict(my_testing="x080", deep_embed=1),
     "rosa": dict(my_testing="rosa", head_size=None, rosa_bits=1),
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def start(run, folder, **flags):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **SHORT | flags)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **SHORT | flags)], env=os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def command(run, folder, **flags):
