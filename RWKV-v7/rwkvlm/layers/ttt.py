@@ -126,7 +126,7 @@ class StateTTT(nn.Module):
         """What computes all segments of such inputs at once, from the beginning of one, and passes r, k and v on; None where nothing does. With gradients through more than a step
         a segment, first-order, or with the error after each, it is the loop."""
         config, training = self.config, torch.is_grad_enabled()
-        if config.ttt_steps > 1 or (config.ttt_meta and self.training) or (training and not config.ttt_second_order):
+        if config.ttt_steps > 1 or (config.ttt_meta and self.training) or (training and not config.ttt_second_order) or r.dtype == torch.float16:
             return None
         kernel = backend_for(r.device, r.dtype)
         if kernel == "cuda" and ttt_cuda.runs_here(r.device, r.dtype, r.shape[3], config.ttt_chunk):

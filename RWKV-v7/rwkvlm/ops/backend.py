@@ -88,3 +88,8 @@ def _why_not(name: str, device: torch.device, supported: Mapping[str, Callable[[
     if name not in supported:
         return f"there is no {name} kernel for it yet"
     return supported[name]()
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float16, whose range the recurrences and unscaled gradients of a loss leave; every other dtype itself."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -20,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int = 0, l2wrap: float = 1e-4) -> torch.Tensor:
     """Mean cross entropy of `softmax(x weight^T)` against `targets`, in nats; a scalar in fp32 (float64 for float64 inputs).
 
-    x        [..., C] bf16, fp32 or float64: the features after the last normalisation
+    x        [..., C] bf16, fp32 or float64 (fp16 in fp32): the features after the last normalisation
     weight   [V, C]   same dtype: the head
     targets  [...]    int64 in [0, V)
     chunk    tokens whose logits exist at a time, at most; 0 chooses
@@ -31,6 +31,7 @@ def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     forms but the C++ one). Where no gradient is asked for, only the loss is computed.
     Raises ValueError for shapes, dtypes, devices or targets that do not fit.
     """
+    x, weight = (t.to(backend.computed_in(t.dtype)) for t in (x, weight))  # of fp16 only rounded when a scaled gradient has come
     _check(x, weight, targets, chunk)
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     form = _form(x.device, x.dtype, x.shape[-1])

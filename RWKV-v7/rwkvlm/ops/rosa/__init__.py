@@ -75,9 +75,11 @@ def rosa_self(
 
 def _rosa(q, k, v, low, high, bits, miss, tau, grad, state, return_state):
     check(q, k, v, low, high, bits, miss, tau, grad, state, return_state)
-    inputs = [x if x is None else x.contiguous() for x in (q, k, v, low.to(q.dtype), high.to(q.dtype))]
+    wide = backend.computed_in(q.dtype)
+    inputs = [x if x is None else x.to(wide).contiguous() for x in (q, k, v, low, high)]
     old = (None, None, None) if state is None else (x.contiguous() for x in state)
     out, k_after, v_after, runs = _operator("", q)(*inputs, bits, miss == "low", tau, grad == "soft", *old, return_state)
+    out = out.to(q.dtype)
     return (out, RosaState(k_after, k_after if k is None else v_after, runs)) if return_state else out
 
 
@@ -90,5 +92,6 @@ def _operator(part: str, x: Tensor):
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here, int64 for tokens: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
+    dtype = backend.computed_in(dtype)
     supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype), "torch": lambda: ""}
     return backend.choose("rosa", backend.requested(), device, supported)

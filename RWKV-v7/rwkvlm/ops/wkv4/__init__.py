@@ -26,20 +26,24 @@ def wkv4(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence over T tokens for B rows and C channels.
 
-    k, v: [B, T, C], contiguous, bfloat16 or float32 (float64 runs in plain PyTorch), any T >= 1.
+    k, v: [B, T, C], contiguous, bfloat16 or float32 (float64 runs in plain PyTorch, float16 in float32), any T >= 1.
     w, u: [C], of the dtype of k or float32. w is the raw decay, any real number, as time_decay is in the official files.
     initial_state: [B, 3, C] float32: A exp(-p), B exp(-p), p; None: nothing seen yet, which is 0, 0, EMPTY.
     Returns y [B, T, C] in the dtype of k, with output_final_state also the float32 state after the last token.
     Gradients reach all four inputs and initial_state. ValueError for anything else; UserError for a kernel that cannot run.
     """
+    dtype = k.dtype
+    w, u, k, v = (x.to(backend.computed_in(x.dtype)) for x in (w, u, k, v))
     check_arguments(w, u, k, v, initial_state)
     form = wkv4_chunked if backend_for(k.device, k.dtype, k.shape[2]) == "torch" else wkv4_native
     y, state = form(-torch.exp(w.to(state_dtype(k.dtype))), u.to(state_dtype(k.dtype)), k, v, initial_state)
+    y = y.to(dtype)
     return (y, state) if output_final_state else y
 
 
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def backend_for(device: torch.device, dtype: torch.dtype, channels: int = 16) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
+    dtype = backend.computed_in(dtype)
     supported = {"cuda": lambda: cuda.why_not(dtype, channels), "cpu": lambda: native.why_not(dtype, channels), "torch": lambda: ""}
     return backend.choose("wkv4", backend.requested(), device, supported)

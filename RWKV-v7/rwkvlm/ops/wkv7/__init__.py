@@ -33,7 +33,7 @@ def wkv7(
 ) -> Tensor | tuple[Tensor, ...]:
     """Run the recurrence over T tokens for B rows and H heads.
 
-    r, w, k, v, a, b: [B, T, H, N], contiguous, bfloat16 or float32 (float64 runs in plain PyTorch), any T >= 1,
+    r, w, k, v, a, b: [B, T, H, N], contiguous, bfloat16 or float32 (float64 runs in plain PyTorch, float16 in float32), any T >= 1,
         N in {16, 32, 64, 128}. w is the raw decay, any real number. The model passes a = -kk, b = kk * in-context rate.
     initial_state: [B, H, N, N] float32 (rows value, columns key); zeros when None.
     cu_seqlens: [documents + 1] int32 or int64, rising from 0 to T, with B = 1: documents packed in one row, the state is
@@ -42,13 +42,14 @@ def wkv7(
     reads them besides, so that the gradients of both are added up as they are stored, without passes over memory of their own.
     Gradients reach all six inputs and initial_state. ValueError for anything else; UserError for a kernel that cannot run.
     """
-    inputs = (r, w, k, v, a, b)
+    inputs = tuple(x.to(backend.computed_in(x.dtype)) for x in (r, w, k, v, a, b))
     check_arguments(inputs, initial_state, cu_seqlens)
-    backend = backend_for(r.device, r.dtype)
-    if backend == "torch":
-        y, state, *passed = *wkv7_chunked(*inputs, initial_state, cu_seqlens), r, k, v
+    form = backend_for(r.device, r.dtype)
+    if form == "torch":
+        y, state, *passed = *wkv7_chunked(*inputs, initial_state, cu_seqlens), inputs[0], inputs[2], inputs[3]
     else:
-        y, state, *passed = {"cuda": wkv7_cuda, "cpu": wkv7_native}[backend](*inputs, initial_state, cu_seqlens, pass_on)
+        y, state, *passed = {"cuda": wkv7_cuda, "cpu": wkv7_native}[form](*inputs, initial_state, cu_seqlens, pass_on)
+    y, *passed = (x.to(r.dtype) for x in (y, *passed))
     out = (y, *([state] if output_final_state else []), *(passed if pass_on else []))
     return out if len(out) > 1 else y
 
@@ -56,5 +57,6 @@ def wkv7(
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
+    dtype = backend.computed_in(dtype)
     supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype), "torch": lambda: ""}
     return backend.choose("wkv7", backend.requested(), device, supported)
