@@ -20,7 +20,7 @@ SHORT = dict(my_exit_tokens=10 * 4 * 32, epoch_samples=20, epoch_save=1)
 
 
 def command(run, folder, **flags):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}  # which of two paths is faster, each run would find out for itself
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **flags)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stdout
