@@ -202,7 +202,8 @@ template <class X, bool self> struct Row {
 
 __host__ __device__ inline int64_t scratch_bytes(int64_t T, int64_t M) { return (T * M * 20 + T * 14 + 15) / 16 * 16; }
 
-template <class X, bool self> __launch_bounds__(threads) __global__ void backward(const RosaBackward task) {
+// Four blocks on a multiprocessor: left to choose, ptxas takes so few registers that some spill.
+template <class X, bool self> __launch_bounds__(threads, 4) __global__ void backward(const RosaBackward task) {
     const RosaSize& size = task.size;
     const int T = int(size.T), M = int(size.M), G = int(size.C) / M;
     char* const memory = task.scratch + blockIdx.x * scratch_bytes(T, M);

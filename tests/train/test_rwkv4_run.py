@@ -59,7 +59,7 @@ def test_stopped_and_resumed_it_is_the_same_run(trained, run, losses, tmp_path, 
 def test_killed_and_resumed_it_is_the_same_run(trained, tiny, losses, tmp_path):
     """kill -9 once it has saved a state."""
     argv = tiny.argv(tmp_path / "out", **RWKV4, save_steps=3)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "state" / "latest").exists() and process.poll() is None and time.monotonic() < deadline:
