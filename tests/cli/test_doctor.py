@@ -14,9 +14,10 @@ from rwkvlm.ops import wkv4, wkv7
 from rwkvlm.ops.adamw import reference as adamw
 from rwkvlm.ops.cross_entropy import reference as loss
 from rwkvlm.ops.fused import reference as fused
+from rwkvlm.ops.rosa import reference as rosa
 from rwkvlm.ops.rwkv7_step import Rwkv7Step
 
-KERNELS = ["wkv7", "wkv4", "loss", "fused", "adamw", "rwkv7_step", "tokenizer"]
+KERNELS = ["wkv7", "wkv4", "rosa", "loss", "fused", "adamw", "rwkv7_step", "tokenizer"]
 NAMES = ["python", "compiler", "gpu", "nvcc", *KERNELS, "ranks", "disk", "locks"]
 
 
@@ -28,7 +29,7 @@ def test_a_machine_that_is_well(capsys, tmp_path, monkeypatch):
     assert main(["doctor", "--proj_dir", str(tmp_path / "not" / "yet")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in NAMES]
-    assert all(re.search(r"C\+\+, largest deviation from the reference \de-\d\d$", line) for line in lines[4:10]) and "2 processes over gloo add up" in lines[11]
+    assert all(re.search(r"C\+\+, largest deviation from the reference \de-\d\d$", line) for line in lines[4:11]) and "2 processes over gloo add up" in lines[12]
 
 
 def told(capsys) -> dict[str, str]:
@@ -73,6 +74,7 @@ def a_little_more(right):
 WRONG = {
     "wkv7": (wkv7, "wkv7_reference", a_little_more),
     "wkv4": (wkv4, "wkv4_reference", a_little_more),
+    "rosa": (rosa, "values", a_little_more),
     "loss": (loss, "head_cross_entropy", a_little_more),
     "fused": (fused, "relu_square", a_little_more),
     "adamw": (adamw, "gradient_norms", a_little_more),

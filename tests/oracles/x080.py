@@ -1,54 +1,118 @@
-"""ROSA from its definition, one pair of places after the other; and rows of symbols of every kind."""
+"""Models with ROSA straight from the formulas, in float64: every suffix compared, every bit flipped by running the sequence again.
 
-from __future__ import annotations
+Written independently of the package (it imports nothing of it) so that the two can be held against each other.
+"""
 
 import torch
-from torch import Tensor
 
-KINDS = ("random", "sparse", "constant", "periodic", "almost periodic")
+from . import x070
 
 
-def from_definition(q: list[int], k: list[int], v: list[int]) -> list[int]:
-    """What is put out at each place, -1 on a miss."""
-    out = []
+def recalled(q, k, v):
+    """Three lists of symbols. Element i: v[j + 1] for the j < i where q up to i matches k up to j longest, the latest such j; -1 where none does."""
+    found = []
     for i in range(len(q)):
-        best = (0, -1)
+        longest, where = 0, None
         for j in range(i):
-            w = 0
-            while w <= j and q[i - w] == k[j - w]:
-                w += 1
-            best = max(best, (w, j))
-        out.append(v[best[1] + 1] if best[0] else -1)
+            length = 0
+            while length <= j and q[i - length] == k[j - length]:
+                length += 1
+            if length and length >= longest:
+                longest, where = length, j
+        found.append(-1 if where is None else v[where + 1])
+    return found
+
+
+def symbols(bits_on, M):
+    """bits_on: [T][C] of 0 and 1. Returns for each group of M channels its symbols, the first channel the lowest bit."""
+    return [[sum(row[g + m] << m for m in range(M)) for row in bits_on] for g in range(0, len(bits_on[0]), M)]
+
+
+def layer(q, k, v, low, high, M, miss_is_low):
+    """q, k, v: [T][C] of 0 and 1; low, high: C numbers. Returns [T][C] of numbers."""
+    columns = [recalled(*rows) for rows in zip(symbols(q, M), symbols(k, M), symbols(v, M))]
+    out = []
+    for t in range(len(q)):
+        row = []
+        for c in range(len(q[0])):
+            y = columns[c // M][t]
+            if y < 0:
+                row.append(low[c] if miss_is_low else 0.0)
+            else:
+                row.append(high[c] if y >> c % M & 1 else low[c])
+        out.append(row)
     return out
 
 
-def numbers(kind: str, *shape: int, rng: torch.Generator) -> Tensor:
-    """[B, T, C] whose signs are of this kind along T; among them zeros of both signs, which are no ones."""
-    x = torch.randn(shape, generator=rng)
-    chance = torch.rand(shape, generator=rng)
-    if kind == "sparse":
-        x = torch.where(chance < 0.1, 1.0, -1.0) * x.abs()
-    elif kind == "constant":
-        x = x.abs()
-    elif "periodic" in kind:
-        period = 1 + int(torch.randint(5, (), generator=rng))
-        x = x[:, :period].repeat(1, shape[1] // period + 1, 1)[:, : shape[1]].clone()
-        x = torch.where(chance < 0.04, -x, x) if kind.startswith("almost") else x
-    x[:, :: max(2, shape[1] // 3), 0] = 0.0
-    x[:, 1 :: max(2, shape[1] // 3), -1] = -0.0
-    return x
+class Recall(torch.autograd.Function):
+    """One sequence, q, k, v [T, C], emb [C] -> [T, C]; the gradient of a bit is what the output's weighted sum would gain by it, over twice its distance."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, emb, M, tau):
+        ctx.save_for_backward(q, k, v, emb)
+        ctx.M, ctx.tau = M, tau
+        bits_on = [(x > 0).long().tolist() for x in (q, k, v)]
+        return torch.tensor(layer(*bits_on, (-emb).tolist(), emb.tolist(), M, M == 1), dtype=q.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, emb = ctx.saved_tensors
+        bits_on = [(x > 0).long().tolist() for x in (q, k, v)]
+
+        def phi():
+            out = torch.tensor(layer(*bits_on, (-emb).tolist(), emb.tolist(), ctx.M, ctx.M == 1), dtype=q.dtype)
+            return (out * grad).sum().item()
+
+        grads = []
+        for n, x in enumerate((q, k, v)):
+            found = torch.zeros_like(x)
+            for t in range(x.shape[0]):
+                for c in range(x.shape[1]):
+                    was, sums = bits_on[n][t][c], []
+                    for bit in (0, 1):
+                        bits_on[n][t][c] = bit
+                        sums.append(phi())
+                    bits_on[n][t][c] = was
+                    found[t, c] = (sums[1] - sums[0]) / (2 * max(abs(x[t, c].item()), ctx.tau))
+            grads.append(found)
+        sign = torch.tensor(layer(*bits_on, [-1.0] * len(emb), [1.0] * len(emb), ctx.M, ctx.M == 1), dtype=q.dtype)
+        return *grads, (grad * sign).sum(0), None, None
 
 
-def results(function, inputs: list[Tensor], low: Tensor, high: Tensor, **options) -> list[Tensor]:
-    """The output, and the gradients of all arguments, under slopes that differ everywhere."""
-    leaves = [t.detach().clone().requires_grad_() for t in (*inputs, low, high)]
-    out = function(*leaves, **options)
-    slopes = torch.sin(torch.arange(out.numel(), device=out.device) * 1.7).view(out.shape).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, slopes)]
+def shifted(x):
+    return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
 
 
-def close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    assert torch.equal(got[0], want[0].to(got[0].dtype)), "the output is copied, not computed"
-    for a, b in zip(got[1:], want[1:], strict=True):
-        scale = b.double().abs().nan_to_num(0).max().item() if b.numel() else 0
-        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+def rosa_mix(p, x, M, tau):
+    """x: [T, C]."""
+    xx = shifted(x) - x
+    q, k, v = ((x + xx * p[f"x_{c}"].flatten()) @ p[f"{c}.weight"].T + p[f"{c}.bias"] for c in "qkv")
+    return Recall.apply(q, k, v, p["rosa_qkv.emb"].flatten(), M, tau) @ p["o.weight"].T + p["o.bias"]
+
+
+def logits(params, idx, head_size, M, tau):
+    """idx: [B, T]. Returns [B, T, V]; time mixing and DeepEmbed where the parameters are there."""
+    n_layer = 1 + max(int(n.split(".")[1]) for n in params if n.startswith("blocks."))
+    batch = []
+    for tokens in idx:
+        x, v_first = params["emb.weight"][tokens], [None] * len(tokens)
+        for i in range(n_layer):
+            block, att, rosa, ffn = (x070.sub(params, f"blocks.{i}.{part}") for part in ("", "att.", "rosa.", "ffn."))
+            norm = lambda name, x: x070.layer_norm(x, block[f"{name}.weight"], block[f"{name}.bias"])  # noqa: E731, B023
+            if i == 0:
+                x = norm("ln0", x)
+            branch = rosa_mix(rosa, norm("ln3", x), M, tau)
+            if att:
+                a = norm("ln1", x)
+                S = [a.new_zeros(head_size, head_size) for _ in range(a.shape[1] // head_size)]
+                rows = []
+                for t in range(len(tokens)):
+                    y, S, v_first[t] = x070.time_mix(att, a[t], a[t - 1] if t else torch.zeros_like(a[0]), S, v_first[t] if i else None, head_size)
+                    rows.append(y)
+                branch = branch + torch.stack(rows)
+            x = x + branch
+            f = norm("ln2", x)
+            y = torch.stack([x070.channel_mix(ffn, now, before) for now, before in zip(f, shifted(f))])
+            x = x + (y * ffn["enn.weight"][tokens] if "enn.weight" in ffn else y)
+        batch.append(x070.layer_norm(x, params["ln_out.weight"], params["ln_out.bias"]) @ params["head.weight"].T)
+    return torch.stack(batch)

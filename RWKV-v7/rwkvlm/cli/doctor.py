@@ -106,6 +106,21 @@ def kernel_wkv4() -> str:
     return _compared("wkv4", backend_for(device, torch.float32, 32), device, _answers(wkv4, inputs, device), wanted)
 
 
+def kernel_rosa() -> str:
+    import torch
+
+    from ..ops import backend
+    from ..ops.rosa import backend_for, rosa
+
+    def answers(device: torch.device) -> list:
+        return _answers(lambda *x: rosa(*x, bits=2, tau=0.1), [_random(2, 40, 8, seed=n) for n in range(3)] + [_random(8, seed=3), _random(8, seed=4)], device)
+
+    device = _device()
+    with backend.asked_for("torch"):
+        wanted = answers(torch.device("cpu"))
+    return _compared("rosa", backend_for(device, torch.float32), device, answers(device), wanted)
+
+
 def kernel_loss() -> str:
     import torch
 
@@ -192,8 +207,8 @@ def kernel_tokenizer() -> str:
 
 # every folder of cuda/ with sources of its own, by its name
 KERNELS = {
-    "wkv7": kernel_wkv7, "wkv4": kernel_wkv4, "loss": kernel_loss, "fused": kernel_fused, "adamw": kernel_adamw, "rwkv7_step": kernel_rwkv7_step,
-    "tokenizer": kernel_tokenizer,
+    "wkv7": kernel_wkv7, "wkv4": kernel_wkv4, "rosa": kernel_rosa, "loss": kernel_loss, "fused": kernel_fused, "adamw": kernel_adamw,
+    "rwkv7_step": kernel_rwkv7_step, "tokenizer": kernel_tokenizer,
 }  # fmt: skip
 
 
