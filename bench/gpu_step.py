@@ -137,7 +137,7 @@ def gemm_flops(options: argparse.Namespace) -> float:
     return 2 * n**3 / timed({"product": lambda i: x @ y}, 1, rounds)["product"]["ms_fastest"] * 1e3
 
 
-def by_kernel(training: Training, device: str, most: int = 25) -> dict:
+def by_kernel(training: Training, device: str, most: int = 50) -> dict:
     """What the time of one step goes to, the longest first, and the sum: where the step takes longer than its kernels, Python is what it waits for."""
     activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profile:
