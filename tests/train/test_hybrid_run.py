@@ -216,9 +216,9 @@ def test_compiled_it_is_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
-def test_two_processes_give_the_curve_of_one(run, hybrid, losses, tmp_path, strategy):
-    in_a_process(run, tmp_path / "two", **HYBRID, **SHORT, devices=2, micro_bsz=2, strategy=strategy, grad_cp=1)
+def test_two_processes_give_the_curve_of_one(run, hybrid, losses, tmp_path):
+    """Under ZeRO-3, where a parameter is there only while its owner runs."""
+    in_a_process(run, tmp_path / "two", **HYBRID, **SHORT, devices=2, micro_bsz=2, strategy="deepspeed_stage_3", grad_cp=1)
     assert losses(tmp_path / "two") == pytest.approx(losses(hybrid), rel=1e-5)
     one, two = (load_weights(folder / "rwkv-final.pth") for folder in (hybrid, tmp_path / "two"))
     assert one.keys() == two.keys() and read_config(one) == read_config(two)

@@ -1,4 +1,4 @@
-"""RWKV-4 through the same trainer: a run, its files, killed and resumed, strategies, text, a dry run, what does not go with it."""
+"""RWKV-4 through the same trainer: a run, its files, killed and resumed, two processes, text, what does not go with it."""
 
 import os
 import signal
@@ -145,17 +145,10 @@ def test_compiled_it_is_two_graphs_with_the_curve_of_eager_blocks(trained, run, 
 
 
 @pytest.mark.slow
-def test_every_strategy_trains_alike_in_two_processes(trained, forked, losses, tmp_path):
-    strategies = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+def test_two_processes_train_alike_under_ddp_and_zero_3(trained, forked, losses, tmp_path):
+    strategies = ("ddp", "deepspeed_stage_3")
     two = RWKV4 | dict(devices=2, micro_bsz=2, max_steps=4)
     for result in forked(*((two | dict(proj_dir=tmp_path / s, strategy=s), {}) for s in strategies)):
         assert set(result["codes"]) == {0}, result["said"]
     for strategy in strategies:
         assert losses(tmp_path / strategy) == pytest.approx(losses(trained / "fp32")[:4], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_a_dry_run_tells_its_memory(run, tmp_path, capfd):
-    assert main(["train", *run.argv(tmp_path / "out", **RWKV4), "--dry_run"]) == 0
-    out = capfd.readouterr().out
-    assert "fits" in out and "kt/s in a probe" in out and not (tmp_path / "out").exists()
