@@ -93,3 +93,8 @@ def _why_not(name: str, device: torch.device, supported: Mapping[str, Callable[[
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """float32 for float16, whose range the recurrences and unscaled gradients of a loss leave; every other dtype itself."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As they are computed; among others, float16 stays what it is, for the contract to refuse."""
+    return tuple(x.to(computed_in(x.dtype)) for x in tensors) if all(x.dtype == tensors[0].dtype for x in tensors) else tensors

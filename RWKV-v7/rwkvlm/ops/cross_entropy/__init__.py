@@ -31,7 +31,7 @@ def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     forms but the C++ one). Where no gradient is asked for, only the loss is computed.
     Raises ValueError for shapes, dtypes, devices or targets that do not fit.
     """
-    x, weight = (t.to(backend.computed_in(t.dtype)) for t in (x, weight))  # of fp16 only rounded when a scaled gradient has come
+    x, weight = backend.widened(x, weight)  # of fp16 only rounded when a scaled gradient has come
     _check(x, weight, targets, chunk)
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     form = _form(x.device, x.dtype, x.shape[-1])

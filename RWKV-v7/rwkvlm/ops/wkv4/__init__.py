@@ -33,7 +33,7 @@ def wkv4(
     Gradients reach all four inputs and initial_state. ValueError for anything else; UserError for a kernel that cannot run.
     """
     dtype = k.dtype
-    w, u, k, v = (x.to(backend.computed_in(x.dtype)) for x in (w, u, k, v))
+    w, u, k, v = backend.widened(w, u, k, v)
     check_arguments(w, u, k, v, initial_state)
     form = wkv4_chunked if backend_for(k.device, k.dtype, k.shape[2]) == "torch" else wkv4_native
     y, state = form(-torch.exp(w.to(state_dtype(k.dtype))), u.to(state_dtype(k.dtype)), k, v, initial_state)

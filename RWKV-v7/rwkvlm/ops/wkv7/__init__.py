@@ -42,7 +42,7 @@ def wkv7(
     reads them besides, so that the gradients of both are added up as they are stored, without passes over memory of their own.
     Gradients reach all six inputs and initial_state. ValueError for anything else; UserError for a kernel that cannot run.
     """
-    inputs = tuple(x.to(backend.computed_in(x.dtype)) for x in (r, w, k, v, a, b))
+    inputs = backend.widened(r, w, k, v, a, b)
     check_arguments(inputs, initial_state, cu_seqlens)
     form = backend_for(r.device, r.dtype)
     if form == "torch":
