@@ -13,6 +13,7 @@ import pytest
 
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.train.freeze import frozen_names
+from rwkvlm.train.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = dict(devices=2, micro_bsz=2)
@@ -160,3 +161,18 @@ def test_all_processes_give_up_together(run, tmp_path, strategy):
     told = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and re.search(r"error: [34] steps in a row were skipped .* last one step [67]: \d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens", told[0]), err
     assert "gradients of 69 parameters, in emb, ln, att, ffn, head, are not" in told[0] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete", "did not answer for 15 s (--dist_timeout)"),
+        ("Application timeout caused pair closure", "did not answer for 15 s (--dist_timeout)"),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234", "cannot be reached: RuntimeError: [gloo/"),
+    ],
+)
+def test_what_gloo_says_of_a_silent_process_blames_that_process(line, said):
+    watch = Watch(15.0, rank=0, local_rank=0, processes=lambda: (), started=False, cure="")
+    watch.world_size = 2
+    watch.report(RuntimeError(line))
+    assert watch._verdict().startswith(f"rank 1 {said}")

@@ -34,6 +34,7 @@ LAST_WORDS = 10.0  # for the training thread to end by an error of its own
 CONNECT = 300.0
 KILLED, DIED, FAILED, SILENT = range(4)  # what says more comes first
 EXIT_CODE = 1
+COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")  # the last: gloo, of a second operation that waited
 
 
 @dataclass
@@ -256,7 +257,8 @@ class Watch:
         if not absent:
             return f"the processes lost each other: {line}"
         self._causes += [(SILENT, len(self._causes), rank, "") for rank in absent]
-        what = f"did not answer for {self.timeout_s:g} s (--dist_timeout)" if "imed out" in line else f"cannot be reached: {line}"
+        late = any(word in line.lower() for word in ("timed out", "timeout"))
+        what = f"did not answer for {self.timeout_s:g} s (--dist_timeout)" if late else f"cannot be reached: {line}"
         return f"{' and '.join(map(self._name, absent))} {what}"
 
     def _speaks(self) -> bool:
@@ -295,4 +297,4 @@ def _first_line(guest: socket.socket) -> bytes:
 
 def is_communication(error: BaseException) -> bool:
     """Whether another process may be the cause of this error."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in COMMUNICATION))
