@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -65,6 +66,9 @@ def memory_available(plan: Plan) -> int:
 def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:
     """By micro_bsz (powers of two, and the one asked for) and grad_cp."""
     make_strategy(plan.config)  # imports what a training process imports, and refuses what it would refuse
+    if plan.launch.strategy.startswith("deepspeed"):
+        with suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # its engine looks for this one, and torch's compiler comes with it
     program = _resident()
     activations = measure_activations(plan.start.model, plan.config, plan.device)
     copies = adamw.backend_for(plan.device) == "torch"
