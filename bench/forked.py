@@ -146,4 +146,4 @@ class World:
             if time.monotonic() > deadline:
                 self.kill(self.living())
                 raise TimeoutError(self.said()[-3000:])
-            time.sleep(0.001)
+            time.sleep(0.01)  # what is asked reads files: more often it would take a core from the processes
