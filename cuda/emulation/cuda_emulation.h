@@ -252,7 +252,7 @@ inline void collective(const char* site, Operands& mine, Compute compute) {
     int lane = m.current % 32, first = m.current - lane;
     Warp& w = m.warps[m.current / 32];
     if (first + 32 > m.count) fail(std::string(site) + " in a warp of fewer than 32 threads");
-    if (w.arrived && std::strcmp(w.site, site) != 0) fail(std::string("warp collectives diverge: ") + site + " and " + w.site);
+    if (w.arrived && w.site != site && std::strcmp(w.site, site) != 0) fail(std::string("warp collectives diverge: ") + site + " and " + w.site);
     w.site = site;
     w.operands[lane] = &mine;
     w.arrived |= 1u << lane;
