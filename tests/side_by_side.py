@@ -120,7 +120,7 @@ class First(Side):
     def __init__(self, config: pytest.Config) -> None:
         self.place = tempfile.TemporaryDirectory(prefix="side-by-side-")
         super().__init__(config, Path(self.place.name))
-        self.reported: set[str] = set()
+        self.ended: set[str] = set()  # tests whose last report has come
         (self.folder / "told").touch()
         self.listening = open(self.folder / "told")
 
@@ -138,7 +138,8 @@ class First(Side):
         self.place.cleanup()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.reported.add(report.nodeid)
+        if report.when == "teardown":
+            self.ended.add(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
@@ -151,7 +152,7 @@ class First(Side):
                 raise session.Failed(session.shouldfail)
             time.sleep(0.2)
         self.listen()
-        missing = [item for item in session.items if item.nodeid not in self.reported]
+        missing = [item for item in session.items if item.nodeid not in self.ended]
         if missing or self.second.returncode not in (0, 1):
             why = f"the second pytest ended with exit code {self.second.returncode}, not having told of this test:\n{(self.folder / 'said').read_text()[-10000:]}"
             for item in missing or session.items[-1:]:

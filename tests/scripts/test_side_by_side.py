@@ -39,7 +39,7 @@ def test_alone():
     time.sleep(0.2)
     note("alone ends")
 def test_fails():
-    print("heard of the second")
+    print("heard", "of the second")
     assert not "in the second"
 @pytest.mark.skip(reason="as told")
 def test_skipped(): pass
