@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from rwkvlm.ops import backend
-from side_by_side import pytest_addoption, pytest_configure  # noqa: F401  (pytest finds them here)
 
 # A job in the background inherits one ignored, nohup's the other, and so would all runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
