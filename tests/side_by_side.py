@@ -4,16 +4,17 @@ Most tests keep one core busy. What the other finds is told here, so that one su
 which neither has told is a failure. Tests marked `alone` measure time or memory: the other pytest waits between two tests meanwhile.
 """
 
+import contextlib
 import fcntl
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ class Side:
         if item.session.shouldstop:
             raise item.session.Interrupted(item.session.shouldstop)
 
-    @contextmanager
+    @contextlib.contextmanager
     def floor(self, alone: bool) -> Iterator[None]:
         """Shared with the other side's tests or not. Unlocked explicitly: processes that tests fork have the same open files."""
         with open(self.folder / "turn", "w") as turn, open(self.folder / "floor", "w") as floor:
@@ -131,8 +132,11 @@ class First(Side):
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        self.second.terminate()
-        self.second.wait()
+        if self.second.poll() is None:  # an error has ended this one: the other clears away what its test has begun
+            self.second.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.second.wait(60)
+            self.second.kill()
 
     def pytest_unconfigure(self) -> None:
         self.place.cleanup()
