@@ -1,11 +1,24 @@
 #!/bin/sh
-# Runs the fast tests; ./test.sh --all the slow ones too. Further arguments go to pytest: ./test.sh tests/ops -k wkv7
+# Runs the fast tests, two at a time; ./test.sh --all the slow ones too. Arguments go to pytest, one test at a time: ./test.sh tests/ops -k wkv7
 cd "$(dirname "$0")" || exit 1
 WITH_TESTS=1
 . RWKV-v7/env.sh
 
+run() { "$PYTHON" -m pytest -p no:cacheprovider --durations=15 "$@"; }
+
+among="not slow and "
 if [ "${1:-}" = --all ]; then
     shift
-    exec "$PYTHON" -m pytest -p no:cacheprovider --durations=15 "$@"
+    among=
 fi
-exec "$PYTHON" -m pytest -p no:cacheprovider --durations=15 -m "not slow" "$@"
+if [ $# -gt 0 ]; then
+    run -m "${among% and }" "$@"
+    exit
+fi
+# Most tests keep one core busy. Those that measure time or memory come afterwards, with nothing beside them.
+run -n 2 --dist worksteal -m "${among}not alone"
+shared=$?
+run -m "${among}alone"
+alone=$?
+[ $alone -ne 5 ] || alone=0 # there are none among the fast ones
+exit $((shared ? shared : alone))

@@ -25,6 +25,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_JOB_ID"):
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v7"))
 
 import deepspeed  # noqa: E402, F401  (imported here for all that will be forked)
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (with torch's compiler: two seconds at the first optimizer otherwise)
 import numpy as np  # noqa: E402
 
 import rwkvlm.train.run  # noqa: E402, F401
@@ -146,4 +147,4 @@ class World:
             if time.monotonic() > deadline:
                 self.kill(self.living())
                 raise TimeoutError(self.said()[-3000:])
-            time.sleep(0.001)
+            time.sleep(0.01)  # what is asked reads files: more often it would take a core from the processes

@@ -11,7 +11,7 @@ from oracles.emulated_wkv7 import CUDA, Kernels, compile_kernels
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O1"))
+    return Kernels(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O2"))
 
 
 @pytest.fixture(scope="session")

@@ -15,41 +15,29 @@ AROUND = sorted(set(CUDA.glob("*/*.cu")) - set(SOURCES))
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Bytes of spills that a thread may have. In the sequential backward a row of N = 128 fills the registers; it is not a hot kernel.
 ALLOWED = {"sequential_backward": 256}
+# -O1 -g would compile for 111 s of the second test, of which this leaves 14, and the run would take no less.
+SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvcc_compiles_without_spills(architecture: str, source: Path, tmp_path: Path) -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
-    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", "-std=c++17", target, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
-    build = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert build.returncode == 0, build.stderr
-    assert "warning" not in build.stderr, build.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", build.stderr, re.S)
-    assert kernels or source.parent.name == "common"
-    for name, stack, stores, registers in kernels:
-        allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=0)
-        # A stack without spills is an array that ptxas could not keep in registers: as slow.
-        assert max(int(stores), int(stack)) <= allowed, f"sm_{architecture} {name}: {stores} bytes spilled, stack {stack}, {registers} registers"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", AROUND, ids=lambda path: path.stem)
-def test_nvcc_compiles_what_is_around_wkv7_without_spills(source: Path, tmp_path: Path) -> None:
-    """Small kernels, for all architectures in one call."""
+@pytest.mark.parametrize("source", [*SOURCES, *AROUND], ids=lambda path: path.stem)
+def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
+    """For all architectures in one call: what is for the host is compiled once. One after another (no -t), or what ptxas tells would be mixed."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    command = ["nvcc", "-std=c++17", "-t", "0", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
+    command = ["nvcc", "-std=c++17", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
     build = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert build.returncode == 0 and "warning" not in build.stderr, build.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", build.stderr)
-    for architecture in ARCHITECTURES:
-        assert f"for 'sm_{architecture}'" in build.stderr
-    assert len(frames) == build.stderr.count("Compiling entry function") and set(frames) == {("0", "0", "0")}, build.stderr
+    assert build.returncode == 0, build.stderr
+    assert "warning" not in build.stderr, build.stderr
+    told = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    kernels = re.findall(told, build.stderr, re.S)
+    assert len(kernels) == build.stderr.count("Compiling entry function")
+    assert {kernel[1] for kernel in kernels} == {f"sm_{a}" for a in ARCHITECTURES} or source.parent.name == "common"
+    for name, architecture, stack, stores, loads, registers in kernels:
+        allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=0)
+        # A stack without spills is an array that ptxas could not keep in registers: as slow.
+        assert max(int(stores), int(stack)) <= allowed and (allowed or loads == "0"), (architecture, name, stack, stores, loads, registers)
 
 
 @pytest.mark.slow
@@ -64,7 +52,7 @@ def test_cards_without_bf16_tensor_cores_compile(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    path = compile_kernels(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    path = compile_kernels(tmp_path, *SANITIZED)
     program = f"""
 from pathlib import Path
 from oracles.emulated_ttt import make_ttt_case, run
@@ -90,7 +78,7 @@ print("clean")
 @pytest.mark.slow
 def test_sanitizers_find_nothing_in_what_is_around_wkv7(tmp_path: Path) -> None:
     """Buffers of exactly the right size; what the kernels compute, test_adamw.py, test_fused.py, test_loss.py and test_rosa.py check."""
-    path = compile_kernels(tmp_path, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", sources=[*AROUND, CUDA / "common" / "library.cu"])
+    path = compile_kernels(tmp_path, *SANITIZED, sources=[*AROUND, CUDA / "common" / "library.cu"])
     program = f"""
 import ctypes, torch
 from oracles import wkv4_cases

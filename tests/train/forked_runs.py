@@ -18,7 +18,8 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
 
 from forked import World  # noqa: E402  (first: it settles the environment)
 
-import faulty_train  # noqa: E402
+import torch  # noqa: E402
+
 from oracles.tape import Tape  # noqa: E402
 from rwkvlm.train import graphs, plan  # noqa: E402
 from rwkvlm.train.module import TrainModule  # noqa: E402
@@ -43,13 +44,24 @@ def tape_in_place_of_graphs(blocks: int, told: Path) -> None:
     TrainModule.on_train_end = lambda module: (told.write_text(str(len(tape.ran))), ended(module))[1]
 
 
+def nan_in_the_loss_of(samples: list[int]) -> None:
+    """In this process: of every batch that one of these samples is in."""
+    loss_of = TrainModule.loss
+
+    def loss(self: TrainModule, batch: tuple, grad_cp: bool = False) -> tuple:
+        hit = any((batch[0] == self.plan.samples[ii][0]).all(-1).any() for ii in samples)
+        cross_entropy, terms = loss_of(self, batch, grad_cp)
+        return cross_entropy * (torch.nan if hit and self.training else 1.0), terms
+
+    TrainModule.loss = loss
+
+
 def train(flags: dict, log: Path, nan_in: list[int], terminate: int | None, tape: int) -> dict:
     def before(rank: int) -> None:
         if tape:
             tape_in_place_of_graphs(tape, Path(flags["proj_dir"]) / "taped")
         if nan_in:
-            faulty_train.BAD = nan_in
-            TrainModule.loss = faulty_train.loss
+            nan_in_the_loss_of(nan_in)
         if rank == terminate:
             loader = PlannedModule.train_dataloader
             PlannedModule.train_dataloader = lambda module: (os.kill(os.getpid(), signal.SIGTERM), loader(module))[1]

@@ -208,6 +208,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
     """The largest resident size of the first process of a real run, which saves its state while it goes on."""
@@ -220,6 +221,7 @@ def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_time_is_predicted_within_25_percent(run, records, tmp_path):
     """Of a run of 60 steps between two probes. An attempt counts where the probes agree: elsewhere the machine itself has become faster or slower."""
     errors, unsteady = [], []

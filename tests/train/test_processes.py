@@ -77,18 +77,25 @@ def test_zero_gives_the_curve_of_one_process(run, whole, losses, tmp_path, strat
     assert sum(line.startswith("{") for line in (tmp_path / "out" / "train_log.txt").read_text().splitlines()) == 2  # settings, DeepSpeed's
 
 
+def well(results: list[dict]) -> None:
+    assert all(result["codes"] == [0, 0] and "Traceback" not in result["said"] for result in results), results
+
+
+def interrupted(folder: Path, **flags) -> list[tuple[dict, dict]]:
+    """Jobs of `forked`: a whole run in folder/a, and in folder/b one that stops in a mini-epoch and goes on."""
+    return [(flags | dict(proj_dir=folder / name, max_steps=stop), {}) for name, stop in (("a", None), ("b", 13), ("b", None))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_interrupted_and_resumed_at_the_same_size_is_exact(run, whole, losses, tmp_path, strategy):
-    flags = TWO | dict(strategy=strategy, accumulate_grad_batches=2, micro_bsz=1)
-    for name, stops in (("a", [None]), ("b", [13, None])):
-        for stop in stops:
-            code, out, err = finish(start(run.argv(tmp_path / name, **flags, max_steps=stop)))
-            assert code == 0, err
-    check_same_run(whole, tmp_path / "a", losses)  # 2 processes x 1 sample x 2 micro batches
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    a, b = ((tmp_path / name / "rwkv-final.pth").read_bytes() for name in "ab")
-    assert a == b
+def test_interrupted_and_resumed_at_the_same_size_is_exact(forked, whole, losses, tmp_path):
+    flags = TWO | dict(accumulate_grad_batches=2, micro_bsz=1)
+    well(forked(*(job for strategy in STRATEGIES for job in interrupted(tmp_path / strategy, **flags, strategy=strategy))))
+    for strategy in STRATEGIES:
+        out = tmp_path / strategy
+        check_same_run(whole, out / "a", losses)  # 2 processes x 1 sample x 2 micro batches
+        assert losses(out / "a") == losses(out / "b"), strategy
+        a, b = ((out / name / "rwkv-final.pth").read_bytes() for name in "ab")
+        assert a == b, strategy
 
 
 @pytest.mark.slow
@@ -129,38 +136,31 @@ def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
-def test_frozen_parts_under_every_strategy(run, tmp_path, losses, strategy):
+def test_frozen_parts_under_every_strategy(forked, tmp_path, losses):
     """The embedding, whose gradient would come last, and the head, which the loss reads by itself; stopped in a mini-epoch and gone on."""
-    patterns = "emb,head,blocks.0.ffn"
-    for name, stops in (("a", [None]), ("b", [13, None])):
-        for stop in stops:
-            code, out, err = finish(start(run.argv(tmp_path / name, **TWO, strategy=strategy, precision="bf16", freeze=patterns, max_steps=stop)))
-            assert code == 0, err
-    before, a, b = (load_weights(path) for path in (tmp_path / "a" / "rwkv-init.pth", tmp_path / "a" / "rwkv-final.pth", tmp_path / "b" / "rwkv-final.pth"))
-    frozen = frozen_names(patterns, list(a))
-    trained = set(a) - {f"blocks.0.att.v{n}" for n in range(3)} - frozen
-    assert {name for name in a if not a[name].equal(before[name])} >= {name for name in trained if "weight" in name and "ln" not in name}
-    assert all(a[name].equal(before[name]) for name in frozen)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") and all(a[name].equal(b[name]) for name in a)
-
-
-def start_faulty(argv: list[str], *samples: int) -> subprocess.Popen:
-    script = str(Path(__file__).with_name("faulty_train.py"))
-    command = [sys.executable, script, ",".join(map(str, samples)), *argv]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    patterns, strategies = "emb,head,blocks.0.ffn", ("deepspeed_stage_1", *STRATEGIES)
+    well(forked(*(job for strategy in strategies for job in interrupted(tmp_path / strategy, **TWO, strategy=strategy, precision="bf16", freeze=patterns))))
+    for strategy in strategies:
+        out = tmp_path / strategy
+        before, a, b = (load_weights(path) for path in (out / "a" / "rwkv-init.pth", out / "a" / "rwkv-final.pth", out / "b" / "rwkv-final.pth"))
+        frozen = frozen_names(patterns, list(a))
+        trained = set(a) - {f"blocks.0.att.v{n}" for n in range(3)} - frozen
+        assert {name for name in a if not a[name].equal(before[name])} >= {name for name in trained if "weight" in name and "ln" not in name}, strategy
+        assert all(a[name].equal(before[name]) for name in frozen), strategy
+        assert losses(out / "a") == losses(out / "b") and all(a[name].equal(b[name]) for name in a), strategy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
-def test_all_processes_give_up_together(run, tmp_path, strategy):
+def test_all_processes_give_up_together(forked, tmp_path):
     """One bad sample in every step from 4 on, in one process or the other; the sentence names it."""
-    flags = TWO | dict(strategy=strategy, precision="bf16", save_steps=2, max_skips=3, accumulate_grad_batches=2, micro_bsz=1)
-    code, out, err = finish(start_faulty(run.argv(tmp_path / "out", **flags), *range(14, 100, 3)))
-    assert code == 2, err
-    told = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and re.search(r"error: [34] steps in a row were skipped .* last one step [67]: \d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens", told[0]), err
-    assert "gradients of 69 parameters, in emb, ln, att, ffn, head, are not" in told[0] and "Traceback" not in err
+    flags = TWO | dict(precision="bf16", save_steps=2, max_skips=3, accumulate_grad_batches=2, micro_bsz=1)
+    bad = dict(nan_in=[*range(14, 100, 3)])
+    for result in forked(*((flags | dict(strategy=strategy, proj_dir=tmp_path / strategy), bad) for strategy in STRATEGIES)):
+        said = result["said"]
+        assert result["codes"] == [2, 2], said
+        told = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1 and re.search(r"error: [34] steps in a row were skipped .* last one step [67]: \d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens", told[0]), said
+        assert "gradients of 69 parameters, in emb, ln, att, ffn, head, are not" in told[0] and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
