@@ -31,9 +31,25 @@ template <class Number> __device__ __forceinline__ Number best_so_far(Number m) 
     return m;
 }
 
+// What the block has put there so far, while others of its threads raise it: an ordinary load would be a race.
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned now(const unsigned* at) {
+    unsigned x;
+    asm volatile("ld.relaxed.cta.global.u32 %0, [%1];" : "=r"(x) : "l"(at));
+    return x;
+}
+__device__ __forceinline__ Match now(const Match* at) {
+    Match x;
+    asm volatile("ld.relaxed.cta.global.u64 %0, [%1];" : "=l"(x) : "l"(at));
+    return x;
+}
+#else
+template <class Number> Number now(const Number* at) { return *at; }
+#endif
+
 // atomicMax, which is seldom needed: most come too late.
 template <class Number> __device__ __forceinline__ void raise(Number* at, Number to) {
-    if (*at < to) atomicMax(at, to);
+    if (now(at) < to) atomicMax(at, to);
 }
 
 // To within two units of the last digit. The exact one calls a function, around which registers spill.
