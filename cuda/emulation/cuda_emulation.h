@@ -343,6 +343,9 @@ inline T shuffle(const char* site, T value, Source source) {  // source(lane): w
     return mine.out;
 }
 template <class T> inline T shuffle_xor(T value, int mask) { return shuffle("__shfl_xor_sync", value, [=](int lane) { return lane ^ mask; }); }
+template <class T> inline T shuffle_up(T value, int distance) {
+    return shuffle("__shfl_up_sync", value, [=](int lane) { return lane < distance ? lane : lane - distance; });
+}
 template <class T> inline T shuffle_from(T value, int source) { return shuffle("__shfl_sync", value, [=](int) { return source; }); }
 
 }  // namespace emulation
@@ -364,10 +367,13 @@ template <class T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle_xor(value, mask); }
 template <class T>
 inline T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle_from(value, source); }
+template <class T>
+inline T __shfl_up_sync(unsigned, T value, int distance) { return emulation::shuffle_up(value, distance); }
 
 // Threads take turns only at barriers and collectives.
-inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
-    const unsigned long long before = *at;
+template <class T>
+inline T atomicMax(T* at, T value) {
+    const T before = *at;
     if (value > before) *at = value;
     return before;
 }

@@ -36,15 +36,22 @@ void scan(const Row<Symbol>& row, Memory& memory) {
   }
 }
 
-template <class Lag>
+template <int BITS, class Lag>
 void flips_of(const Flips& task, Memory& memory) {
   if (task.k)
-    Turns<false, Lag>(task, memory).run();
+    Turns<false, BITS, Lag>(task, memory).run();
   else
-    Turns<true, Lag>(task, memory).run();
+    Turns<true, BITS, Lag>(task, memory).run();
 }
 
-void flips(const Flips& task, Memory& memory) { task.T < 1 << 16 ? flips_of<uint16_t>(task, memory) : flips_of<uint32_t>(task, memory); }
+void flips(const Flips& task, Memory& memory) {
+  if (task.T >= 1 << 16)
+    flips_of<0, uint32_t>(task, memory);
+  else if (task.M == 1)
+    flips_of<1, uint16_t>(task, memory);
+  else
+    flips_of<0, uint16_t>(task, memory);
+}
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+#include <type_traits>
 #include <vector>
 
 namespace rosa {

@@ -1,6 +1,7 @@
-// ROSA on a GPU: a block for each row of symbols. Run lengths of all lags at once; for the gradients the second and third mismatch too, and a warp for
-// each turn of a bit inside the match that won (flips.h says what a turn does): for short matches, as data that are not constant have,
-// few passes over the lags. Lengths, sources and maxima are integers, and each sum has one thread: no order of threads shows.
+// ROSA on a GPU: a block for each row of symbols. Run lengths of all lags at once; for the gradients the second and third mismatch too, and for each
+// output all turns of a bit together (flips.h says what a turn does): each lag writes down where its match begins and from where on it is cut, then
+// maxima over the places give what wins after each turn. O(T^2) steps a row, whatever the symbols. Lengths, sources and maxima are integers, and
+// each sum has one thread at a time, between barriers: no order of threads shows.
 #include "../common/device.cuh"
 #include "api.cuh"
 
@@ -15,12 +16,40 @@ using Match = unsigned long long;  // length, then where the output comes from, 
 __device__ __forceinline__ Match match(int length, int64_t j) { return Match(unsigned(length)) << 32 | Match(j + 1); }
 __device__ __forceinline__ int length_of(Match m) { return int(m >> 32); }
 __device__ __forceinline__ int64_t source_of(Match m) { return int64_t(m & 0xffffffffull); }
-__device__ __forceinline__ Match better(Match a, Match b) { return a > b ? a : b; }
+template <class Number> __device__ __forceinline__ Number better(Number a, Number b) { return a > b ? a : b; }
 
-__device__ __forceinline__ Match best_of_warp(Match m) {
+template <class Number> __device__ __forceinline__ Number best_of_warp(Number m) {
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) m = better(m, __shfl_xor_sync(~0u, m, mask));
     return m;
+}
+
+// The best of this lane and those before it.
+template <class Number> __device__ __forceinline__ Number best_so_far(Number m) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) m = better(m, __shfl_up_sync(~0u, m, distance));  // who has none so far back gets its own
+    return m;
+}
+
+// What the block has put there so far, while others of its threads raise it: an ordinary load would be a race.
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned now(const unsigned* at) {
+    unsigned x;
+    asm volatile("ld.relaxed.cta.global.u32 %0, [%1];" : "=r"(x) : "l"(at));
+    return x;
+}
+__device__ __forceinline__ Match now(const Match* at) {
+    Match x;
+    asm volatile("ld.relaxed.cta.global.u64 %0, [%1];" : "=l"(x) : "l"(at));
+    return x;
+}
+#else
+template <class Number> Number now(const Number* at) { return *at; }
+#endif
+
+// atomicMax, which is seldom needed: most come too late.
+template <class Number> __device__ __forceinline__ void raise(Number* at, Number to) {
+    if (now(at) < to) atomicMax(at, to);
 }
 
 // To within two units of the last digit. The exact one calls a function, around which registers spill.
@@ -91,13 +120,16 @@ __launch_bounds__(threads) __global__ void token_rows(int64_t T, int64_t L, cons
 template <class X, bool self> struct Row {
     const RosaBackward& task;
     const int M;
-    Match* longer;  // [T, M], the best match that a turn outside the winner makes better than it
+    Match *longer, *longer_q;  // [T, M], the best match that a turn lengthens, of those that can win; the same where q turns alone
+    Match* later;  // [T], the best match that begins behind t
     float* sums[3];  // [T, M] of dq, dk, dv
     int *L1, *L2, *L3;  // by lag, lag 1 first
+    unsigned* starts;  // [T + 1], the source of the last match whose first mismatch is at s, by s + 1
+    unsigned* by_cut;  // [T], the source of the last match by the first t from which on a turn of q cuts it; self: and which ends before t
     uint8_t *D1, *D2;
     const uint8_t *q, *k, *v;
     const X *dout, *low, *high;
-    int64_t i, j_won, s_won, q_won;
+    int i, j_won, s_won, q_won;
     Match won;
     float before;
 
@@ -110,116 +142,153 @@ template <class X, bool self> struct Row {
     __device__ __forceinline__ float worth(Match m, int turned) const {
         return length_of(m) ? worth_of(v[source_of(m)] ^ turned) : task.miss_low ? worth_of(0) : 0.f;
     }
-    __device__ __forceinline__ bool inside(int64_t t) const { return (t > s_won && t <= j_won) || (self && t > q_won); }
-    __device__ __forceinline__ void add(int which, int64_t t, int b, Match wins) const {
-        sums[which][t * M + b] += worth(wins, self && source_of(wins) == t ? 1 << b : 0) - before;
-    }
-    __device__ __forceinline__ void lengthen(int64_t t, int b, Match to) const {
-        if (to > won && !inside(t)) atomicMax(longer + t * M + b, to);
+    // Whether a turn at t, in k or (self) on both sides, changes the match that won.
+    __device__ __forceinline__ bool inside(int t) const { return (t > s_won && t <= j_won) || (self && t > q_won); }
+    __device__ __forceinline__ void lengthen(int t, int b, Match to) const {
+        if (to > won || inside(t)) raise(longer + t * M + b, to);
     }
 
     // One symbol on; the match that wins there.
     __device__ __forceinline__ void find_match() {
         Match best = 0;
-        for (int64_t c = threadIdx.x; c < i; c += threads) {
-            const uint8_t differ = k[i - 1 - c] ^ q[i];
-            const int first = L1[c], second = L2[c];
+        for (int c = threadIdx.x; c < i; c += threads) {
+            const int j = i - 1 - c, first = L1[c], second = L2[c];
+            const uint8_t differ = k[j] ^ q[i];
             if (self) {
                 L3[c] = (differ ? second : L3[c]) + 1;
                 if (differ) D2[c] = D1[c];
             }
             L2[c] = (differ ? first : second) + 1;
             L1[c] = differ ? 0 : first + 1;
-            if (differ) D1[c] = differ;
-            else best = better(best, match(first + 1, i - 1 - c));
+            if (differ) {
+                D1[c] = differ;
+                continue;
+            }
+            best = better(best, match(first + 1, j));
+            raise(starts + j - first, unsigned(j + 1));
+            raise(by_cut + (self && j + 1 > i - first - 1 ? j + 1 : i - first - 1), unsigned(j + 1));
         }
-        won = best_of_block(best, int(i));
+        won = best_of_block(best, i);
         j_won = won ? source_of(won) - 1 : i - 1;
         s_won = j_won - length_of(won), q_won = i - length_of(won);
         before = worth(won, 0);
     }
 
     __device__ __forceinline__ void find_longer() const {
-        for (int64_t c = threadIdx.x; c < i; c += threads) {
+        for (int c = threadIdx.x; c < i; c += threads) {
             const unsigned differ = D1[c];
             if (differ == 0 || (differ & (differ - 1))) continue;
             int b = 0;
             while (differ >> b != 1) ++b;
-            const int64_t j = i - 1 - c, s = j - L1[c];
-            const int second = L2[c], other = int(i - s);
+            const int j = i - 1 - c, s = j - L1[c], back = i - L1[c], second = L2[c], other = i - s;
             int to = second;
             if (self) to = second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second;
             lengthen(s, b, match(to, j));
-            if (self && i - L1[c] > j) lengthen(i - L1[c], b, match(second, j));
+            if (self && back > j) lengthen(back, b, match(second, j));
+            if (!self) raise(longer_q + back * M + b, match(second, j));
         }
     }
 
-    // The match that wins where bit b of symbol t is turned in q, or in k, or (self) in both; a warp's lanes share the lags.
-    __device__ __forceinline__ Match after_turn(int64_t t, int b, bool in_q) const {
-        const int m = int(i - t);
-        Match best = 0;
-        for (int64_t c = threadIdx.x % 32; c < i; c += 32) {
-            const bool near = c < m;  // j >= t
-            int length = L1[c];
-            if (in_q || near || self) {
-                const int place = (self || !in_q) && near ? int(m - 1 - c) : m;
-                if (length > place)
-                    length = place;
-                else if (length == place && D1[c] == 1u << b) {
-                    length = L2[c];
-                    if (self && near && length >= m) length = length > m ? m : D2[c] == 1u << b ? L3[c] : length;
-                }
+    // The match at j = t - 1; the last one that begins behind t.
+    __device__ __forceinline__ Match ending(int t) const { return t && L1[i - t] ? match(L1[i - t], t - 1) : 0; }
+    __device__ __forceinline__ Match beginning(int t) const { return starts[t + 1] ? match(int(starts[t + 1]) - 1 - t, starts[t + 1] - 1) : 0; }
+    __device__ __forceinline__ unsigned last_of(int t) const { return t ? starts[t + 1] : better(starts[0], starts[1]); }
+
+    // All turns at once: every warp has some places t, of which it knows the maxima of all that come before and behind.
+    __device__ __forceinline__ void turn() const {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = i / 32 + 1, each = (tiles + warps - 1) / warps;
+        const int begin = min(warp * each, tiles) * 32, end = min((warp + 1) * each, tiles) * 32;
+        Match untouched = 0, behind = 0;  // the best with j < t; the best that begins at a place not yet seen
+        unsigned cut = 0, started = 0;  // the sources of the last that a turn of q at t cuts; of the last that begins at t or before
+        if (won) {
+            for (int t = begin + lane; t < end && t <= i; t += 32) {
+                untouched = better(untouched, ending(t)), behind = better(behind, beginning(t));
+                cut = better(cut, by_cut[t]), started = better(started, last_of(t));
             }
-            if (length) best = better(best, match(length, i - 1 - c));
-        }
-        return best_of_warp(best);
-    }
-
-    __device__ __forceinline__ void turn(int64_t begin, int64_t end, bool in_q, int which) const {  // t in (begin, end]
-        for (int u = threadIdx.x / 32; u < int(end - begin) * M; u += warps) {
-            const int64_t t = begin + 1 + u / M;
-            const int b = u % M;
-            const Match wins = after_turn(t, b, in_q);
-            if (threadIdx.x % 32 == 0) add(which, t, b, wins);
-        }
-    }
-
-    __device__ __forceinline__ void turn_outside() const {
-        for (int place = threadIdx.x; place < int(i + 1) * M; place += threads) {
-            const int64_t t = place / M;
-            const int b = place % M;
-            const Match wins = longer[place];
-            if (wins) {
-                add(self ? 0 : 1, t, b, wins);
-                longer[place] = 0;
-            } else if (self && won && t == source_of(won) && !inside(t)) {
-                add(0, t, b, won);
+            Match* const maxima = reinterpret_cast<Match*>(shared_memory()) + 2 * warps;
+            unsigned* const sources = reinterpret_cast<unsigned*>(maxima + 2 * warps);
+            untouched = best_of_warp(untouched), behind = best_of_warp(behind), cut = best_of_warp(cut), started = best_of_warp(started);
+            if (lane == 0) maxima[warp] = untouched, maxima[warps + warp] = behind, sources[warp] = cut, sources[warps + warp] = started;
+            __syncthreads();
+            untouched = behind = 0, cut = started = 0;
+            for (int w = 0; w < warp; ++w)
+                untouched = better(untouched, maxima[w]), cut = better(cut, sources[w]), started = better(started, sources[warps + w]);
+            for (int w = warp + 1; w < warps; ++w) behind = better(behind, maxima[warps + w]);
+            for (int base = end - 32; base >= begin; base -= 32) {
+                const int t = base + 31 - lane;
+                const Match m = better(behind, best_so_far(t + 1 < end && t < i ? beginning(t + 1) : 0));
+                if (t <= i) later[t] = m;
+                behind = __shfl_sync(~0u, m, 31);
             }
-            if (!self && won && t == source_of(won)) sums[2][place] += worth(won, 1 << b) - before;
+            __syncwarp();
+        } else {
+            __syncthreads();
         }
+        for (int base = begin; base < end; base += 32) {
+            const int t = base + lane;
+            if (won) {
+                untouched = better(untouched, best_so_far(t <= i ? ending(t) : 0));
+                cut = better(cut, best_so_far(t <= i ? by_cut[t] : 0));
+                started = better(started, best_so_far(t <= i ? last_of(t) : 0));
+            }
+            if (t <= i) turn_at(t, untouched, cut, started);
+            if (won) untouched = __shfl_sync(~0u, untouched, 31), cut = __shfl_sync(~0u, cut, 31), started = __shfl_sync(~0u, started, 31);
+        }
+    }
+
+    // The turns of all bits at t, and what was written down at t cleared.
+    __device__ __forceinline__ void turn_at(int t, Match untouched, unsigned cut, unsigned started) const {
+        const int m = i - t;
+        const Match shortened = m ? Match(unsigned(m)) << 32 | cut : 0;
+        const bool copied = won && t == source_of(won);
+        Match r = won;
+        if (inside(t)) {
+            r = self && length_of(untouched) >= m ? shortened : untouched;
+            r = better(r, later[t]);
+            if (int(started) > t) r = better(r, match(int(started) - 1 - t, started - 1));
+        }
+        for (int place = t * M; place < (t + 1) * M; ++place) {
+            const int bit = 1 << (place - t * M);
+            const Match wins = better(r, longer[place]);
+            if (wins != won || (self && copied)) sums[self ? 0 : 1][place] += worth(wins, self && source_of(wins) == t ? bit : 0) - before;
+            longer[place] = 0;
+            if (self) continue;
+            if (t >= q_won) {
+                sums[0][place] += worth(better(shortened, longer_q[place]), 0) - before;
+                longer_q[place] = 0;
+            }
+            if (copied) sums[2][place] += worth(won, bit) - before;
+        }
+        if (!won) return;
+        starts[t + 1] = by_cut[t] = 0;
+        if (t == 0) starts[0] = 0;
     }
 };
 
-__host__ __device__ inline int64_t scratch_bytes(int64_t T, int64_t M) { return (T * M * 20 + T * 14 + 15) / 16 * 16; }
+// For each place and bit two matches and three sums, for each place a match, five numbers and two bytes, and one number more.
+__host__ __device__ inline int64_t scratch_bytes(int64_t T, int64_t M) { return (T * M * 28 + T * 30 + 4 + 15) / 16 * 16; }
 
 // Four blocks on a multiprocessor: left to choose, ptxas takes so few registers that some spill.
 template <class X, bool self> __launch_bounds__(threads, 4) __global__ void backward(const RosaBackward task) {
     const RosaSize& size = task.size;
     const int T = int(size.T), M = int(size.M), G = int(size.C) / M;
     char* const memory = task.scratch + blockIdx.x * scratch_bytes(T, M);
-    Match* const longer = reinterpret_cast<Match*>(memory);
-    float* const numbers = reinterpret_cast<float*>(longer + T * M);
+    Match* const matches = reinterpret_cast<Match*>(memory);
+    float* const numbers = reinterpret_cast<float*>(matches + 2 * T * M + T);
     int* const lags = reinterpret_cast<int*>(numbers + 3 * T * M);
-    uint8_t* const bits = reinterpret_cast<uint8_t*>(lags + 3 * T);
+    unsigned* const starts = reinterpret_cast<unsigned*>(lags + 3 * T);
+    uint8_t* const bits = reinterpret_cast<uint8_t*>(starts + 2 * T + 1);
     for (int row = blockIdx.x; row < int(size.B) * G; row += int(task.blocks)) {
         const int64_t first = int64_t(row / G) * T * size.C + row % G * M;  // of its channels
         const int64_t its = int64_t(row) * T;
         const uint8_t* const q = task.q + its;
-        Row<X, self> r{task, M, longer, {numbers, numbers + T * M, numbers + 2 * T * M}, lags, lags + T, lags + 2 * T, bits, bits + T,
+        Row<X, self> r{task, M, matches, matches + T * M, matches + 2 * T * M, {numbers, numbers + T * M, numbers + 2 * T * M},
+                       lags, lags + T, lags + 2 * T, starts, starts + T + 1, bits, bits + T,
                        q, self ? q : task.k + its, self ? q : task.v + its, static_cast<const X*>(task.dout) + first,
                        static_cast<const X*>(task.low) + row % G * M, static_cast<const X*>(task.high) + row % G * M, 0, 0, 0, 0, 0, 0.f};
-        for (int p = threadIdx.x; p < T * M; p += threads) longer[p] = 0, numbers[p] = numbers[T * M + p] = numbers[2 * T * M + p] = 0.f;
+        for (int p = threadIdx.x; p < T * M; p += threads) matches[p] = matches[T * M + p] = 0, numbers[p] = numbers[T * M + p] = numbers[2 * T * M + p] = 0.f;
         for (int c = threadIdx.x; c < T; c += threads) lags[c] = lags[T + c] = lags[2 * T + c] = 0, bits[c] = bits[T + c] = 0;
+        for (int t = threadIdx.x; t < 2 * T + 1; t += threads) starts[t] = 0;
         __syncthreads();
         double sum_low = 0., sum_high = 0.;  // of bit threadIdx.x
         for (r.i = 0; r.i < T; ++r.i) {
@@ -230,15 +299,7 @@ template <class X, bool self> __launch_bounds__(threads, 4) __global__ void back
             }
             if (!task.gradients[0]) continue;
             r.find_longer();
-            __syncthreads();
-            if (self) {
-                r.turn(r.s_won, r.j_won, true, 0);
-                r.turn(r.q_won > r.j_won ? r.q_won : r.j_won, r.won ? r.i : r.j_won, true, 0);
-            } else {
-                r.turn(r.q_won - 1, r.i, true, 0);
-                r.turn(r.s_won, r.j_won, false, 1);
-            }
-            r.turn_outside();
+            r.turn();
             __syncthreads();
         }
         if (int(threadIdx.x) < M) {
@@ -256,7 +317,7 @@ template <class X, bool self> __launch_bounds__(threads, 4) __global__ void back
     }
 }
 
-constexpr size_t shared_bytes = 2 * warps * sizeof(Match);
+constexpr size_t shared_bytes = warps * (4 * sizeof(Match) + 2 * sizeof(unsigned));
 
 }  // namespace
 }  // namespace rosa

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 
-from oracles.rosa import KINDS, close, from_definition, numbers, results
+from oracles.emulated_wkv7 import CUDA, compile_kernels
+from oracles.rosa import KINDS, close, from_definition, numbers, results, structured
 from rwkvlm import native as build
 from rwkvlm.ops import backend
 from rwkvlm.ops.rosa import backend_for, cuda, native, rosa, rosa_self, rosa_tokens
@@ -36,6 +40,26 @@ def device(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def counted_steps(tmp_path_factory):
+    """How many blocks of code a use of the emulated kernels enters: exact, and the same on every machine."""
+    folder: Path = tmp_path_factory.mktemp("steps")
+    (folder / "steps.cu").write_text("""extern "C" {
+long long steps = 0;
+__attribute__((no_sanitize_coverage)) void __sanitizer_cov_trace_pc() { ++steps; }
+}""")
+    sources = [CUDA / "rosa" / "rosa.cu", folder / "steps.cu"]
+    library = ctypes.CDLL(str(compile_kernels(folder, "-O1", "-fsanitize-coverage=trace-pc", sources=sources)))
+    kernels, steps = cuda.Kernels(cuda.prototypes(library)), ctypes.c_longlong.in_dll(library, "steps")
+
+    def count(use) -> int:
+        steps.value = 0
+        use(kernels)
+        return steps.value
+
+    return count
+
+
 def case(kind, B, T, C, dtype=FP32, seed=0):
     rng = torch.Generator().manual_seed(seed)
     inputs = [numbers(kind, B, T, C, rng=rng).to(dtype) for _ in range(3)]
@@ -53,6 +77,56 @@ def test_against_turning_every_bit(device, bits, T, kind, dtype):
             want = results(function, arguments, low, high, **options)
         got = results(function, [x.to(device) for x in arguments], low.to(device), high.to(device), **options)
         close([x.cpu() for x in got], want, 2e-5 if dtype == FP32 else 0.01)
+
+
+LENGTHS = [1, 2, 15, 16, 17, 64, pytest.param(100, marks=pytest.mark.slow), pytest.param(130, marks=pytest.mark.slow), pytest.param(257, marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def in_cpp(request):
+    """The C++ kernels' gradients; asked for before `device` puts others in their place."""
+    if native.why_not(FP32):
+        pytest.skip("no C++ kernels")
+
+    def gradients(T, bits):
+        """Arguments and results. Weights and slopes are small integers, and all sums are exact: a single turn whose match is another one shows."""
+        rng = torch.Generator().manual_seed(T)
+        whole = lambda *shape: torch.randint(-8, 9, shape, generator=rng).float()  # noqa: E731
+        x = structured(T)
+        for inputs in ([x.repeat(1, 2), torch.cat([x, x.roll(bits, 1)], 1), whole(T, 24).sign()], [x]):
+            C = inputs[0].shape[1]
+            tensors = [whole(1, T, C), *(t.unsqueeze(0) for t in inputs), *[None] * (3 - len(inputs)), whole(C), whole(C)]
+            arguments = (*tensors, bits, T % 2 == 0, 1.0, True)
+            yield arguments, torch.ops.rwkvlm.rosa_backward(*arguments)
+
+    return list(gradients(*(request.node.callspec.params[name] for name in ("T", "bits"))))
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_the_same_bits_as_every_other_form_on_rows_with_a_structure(in_cpp, device, T, bits):
+    for arguments, want in in_cpp:
+        got = torch.ops.rwkvlm.rosa_backward(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments))
+        assert len(got) == len(want) and all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
+        if T <= 64:
+            assert all(torch.equal(a, b) for a, b in zip(torch.ops.rwkvlm.rosa_plain_backward(*arguments), want))
+
+
+@pytest.mark.parametrize("form", ["self", "rosa"])
+def test_steps_grow_with_the_square_of_the_length_whatever_the_symbols(counted_steps, form):
+    """Blocks of code of the compiled kernel that are entered. One that made a pass over the lags for each turn inside the match that won took 14
+    times as many on 512 equal bits as on random ones, and 25 times with q, k and v."""
+    found = {}
+    for T in (128, 512):
+        x, slopes, ends = structured(T), torch.ones(1, T, 1), torch.tensor([[-1.0], [1.0]])
+        for channel in range(x.shape[1]) if T == 128 else (0, 1, 3, 9, 10, 11):
+            row = x[None, :, channel, None]
+            others = (None, None) if form == "self" else (row, row)
+            found[T, channel] = counted_steps(lambda k: k.rosa_backward(slopes, row, *others, *ends, 1, False, 1.0, True))
+    for T in (128, 512):
+        of_length = [steps for (length, _), steps in found.items() if length == T]
+        assert max(of_length) < 1.1 * min(of_length)
+    assert found[128, 0] < found[512, 0] < 16 * found[128, 0]
 
 
 @pytest.mark.parametrize("function", [rosa, rosa_self], ids=["rosa", "self"])

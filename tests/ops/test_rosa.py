@@ -274,6 +274,7 @@ def test_what_it_does_not_take_is_an_error(rng):
     wrong = {
         r"expected q \[B, T, C\]": lambda: rosa(q[0], q, q, low, high),
         r"expected x \[B, T, C\]": lambda: rosa_self(q.long(), low, high),
+        "expected k and v, or neither": lambda: rosa(q, q, None, low, high),
         "expected k like q": lambda: rosa(q, q[:, :4], q, low, high),
         r"expected v like q.*got \[2, 5, 4\] of torch.float64": lambda: rosa(q, q, q.double(), low, high),
         "expected bits from 1 to 8 that divide the 4 channels, got 3": lambda: rosa(q, q, q, low, high, bits=3),

@@ -39,6 +39,17 @@ def numbers(kind: str, *shape: int, rng: torch.Generator) -> Tensor:
     return x
 
 
+def structured(T: int) -> Tensor:
+    """[T, 12], a row of +-1 a channel: random, all 1, all -1, with the periods 2 to 8, a Fibonacci and a Thue-Morse word."""
+    t, fibonacci = torch.arange(T), ["0", "01"]
+    while len(fibonacci[-1]) < T:
+        fibonacci.append(fibonacci[-1] + fibonacci[-2])
+    rows = [torch.rand(T, generator=torch.Generator().manual_seed(T)) < 0.5, t >= 0]
+    rows += [t % period < period // 2 for period in range(1, 9)]
+    rows += [torch.tensor([symbol == "1" for symbol in fibonacci[-1][:T]]), torch.tensor([n.bit_count() % 2 == 1 for n in range(T)])]
+    return torch.stack(rows, 1) * 2.0 - 1
+
+
 def results(function, inputs: list[Tensor], low: Tensor, high: Tensor, **options) -> list[Tensor]:
     """The output, and the gradients of all arguments, under slopes that differ everywhere."""
     leaves = [t.detach().clone().requires_grad_() for t in (*inputs, low, high)]

@@ -32,8 +32,8 @@ def rosa_tokens(x: Tensor, state: RosaState | None = None, return_state: bool = 
 
 def rosa(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     low: Tensor,
     high: Tensor,
     bits: int = 1,
@@ -46,6 +46,7 @@ def rosa(
     """ROSA over symbols of 1 to 8 bits; a bit is x > 0.
 
     q, k, v: [B, T, C], T >= 1, one dtype; channels g bits .. g bits + bits - 1 form a symbol, least significant bit first, each group a sequence of its own.
+        k and v None: they are q, and turning a bit turns it in all three.
     low, high: [C], the output where the output symbol's bit is 0, and where it is 1. miss: "zero", then the output is 0, or "low", it is `low`.
     grad: what q, k and v receive.
         "flip"  d x_t = (phi(bit 1) - phi(bit 0)) / (2 max(|x_t|, tau)), phi = sum(d out * out): exact, by turning each single bit
@@ -55,25 +56,6 @@ def rosa(
         input that wants a gradient is an error then. It grows with the text, by 6 bytes for each symbol (q = k = v: 5).
     Returns out [B, T, C] in the dtype of q, with return_state also the state. ValueError for anything else.
     """
-    return _rosa(q, k, v, low, high, bits, miss, tau, grad, state, return_state)
-
-
-def rosa_self(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-    bits: int = 1,
-    miss: str = "zero",
-    tau: float = 1e-3,
-    grad: str = "flip",
-    state: RosaState | None = None,
-    return_state: bool = False,
-) -> Tensor | tuple[Tensor, RosaState]:
-    """`rosa` with q = k = v = x: turning a bit of x turns it in all three."""
-    return _rosa(x, None, None, low, high, bits, miss, tau, grad, state, return_state)
-
-
-def _rosa(q, k, v, low, high, bits, miss, tau, grad, state, return_state):
     check(q, k, v, low, high, bits, miss, tau, grad, state, return_state)
     wide = backend.computed_in(q.dtype)
     inputs = [x if x is None else x.to(wide).contiguous() for x in (q, k, v, low, high)]
@@ -81,6 +63,11 @@ def _rosa(q, k, v, low, high, bits, miss, tau, grad, state, return_state):
     out, k_after, v_after, runs = _operator("", q)(*inputs, bits, miss == "low", tau, grad == "soft", *old, return_state)
     out = out.to(q.dtype)
     return (out, RosaState(k_after, k_after if k is None else v_after, runs)) if return_state else out
+
+
+def rosa_self(x: Tensor, low: Tensor, high: Tensor, *more, **options) -> Tensor | tuple[Tensor, RosaState]:
+    """`rosa` with q = k = v = x; what follows `high` is as there."""
+    return rosa(x, None, None, low, high, *more, **options)
 
 
 def _operator(part: str, x: Tensor):

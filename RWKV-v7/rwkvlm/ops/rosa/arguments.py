@@ -23,6 +23,8 @@ def check(q, k, v, low, high, bits, miss, tau, grad, state, return_state) -> Non
     x = "x" if k is None else "q"
     if q.dim() != 3 or not q.is_floating_point() or q.shape[1] < 1 or q.shape[2] < 1:
         raise ValueError(f"rosa: expected {x} [B, T, C] of floating-point numbers, T >= 1, C >= 1, got {_said(q)}")
+    if (k is None) != (v is None):
+        raise ValueError("rosa: expected k and v, or neither (both None: they are q)")
     for name, t in () if k is None else (("k", k), ("v", v)):
         if t.shape != q.shape or t.dtype != q.dtype or t.device != q.device:
             raise ValueError(f"rosa: expected {name} like q, {_said(q)}, got {_said(t)}")

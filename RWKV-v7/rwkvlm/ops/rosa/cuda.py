@@ -11,7 +11,7 @@ from ..launch import address, launch, ready, why_not_built
 from . import native
 
 SIZE, INT, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-ROWS_AT_ONCE = 4096  # of a backward: each has memory of its own, 34 bytes for a symbol of one bit
+ROWS_AT_ONCE = 2048  # of a backward: each has memory of its own, 58 bytes for a symbol of one bit
 
 
 class Size(ctypes.Structure):
