@@ -223,42 +223,4 @@ template <int threads = 0, class T> __device__ __forceinline__ void copy_tokens(
     });
 }
 
-__device__ __forceinline__ uint32_t add(uint32_t x, uint32_t y) {
-    const float2 a = unpack(x), b = unpack(y);
-    return pack(a.x + b.x, a.y + b.y);
-}
-
-// Tokens of a tensor like a tile's, or zeros, in the registers of the thread that stores the tile's.
-template <int threads, class T> struct Held {
-    static constexpr int count = (T::bytes / 16 + threads - 1) / threads;
-    uint4 x[count];
-
-    __device__ __forceinline__ Held(const void* tensor, int64_t first, int64_t stride, int tokens) {
-        int next = 0;
-        for_threads<T::bytes / 16, threads>([&](unsigned i) {
-            const int row = i / T::pieces, column = i % T::pieces * 8;
-            const bool inside = tensor && row < tokens;
-            x[next++] = inside ? *reinterpret_cast<const uint4*>(static_cast<const bf16*>(tensor) + first + row * stride + column) : make_uint4(0, 0, 0, 0);
-        });
-    }
-};
-
-// The reverse of copy_tokens: a tile's tokens into global memory, by all threads.
-template <int threads, class T> __device__ __forceinline__ void store_tokens(const T& tile, bf16* first, int64_t stride, int tokens) {
-    for_threads<T::bytes / 16, threads>([&](unsigned i) {
-        const int row = i / T::pieces, column = i % T::pieces * 8;
-        if (row < tokens) *reinterpret_cast<uint4*>(first + row * stride + column) = shared<uint4>(tile.at(row, column));
-    });
-}
-
-// The same with other tokens added, each sum rounded once more.
-template <int threads, class T> __device__ __forceinline__ void store_tokens(const T& tile, bf16* first, int64_t stride, int tokens, const Held<threads, T>& more) {
-    int next = 0;
-    for_threads<T::bytes / 16, threads>([&](unsigned i) {
-        const int row = i / T::pieces, column = i % T::pieces * 8;
-        const uint4 x = shared<uint4>(tile.at(row, column)), y = more.x[next++];
-        if (row < tokens) *reinterpret_cast<uint4*>(first + row * stride + column) = make_uint4(add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w));
-    });
-}
-
 }  // namespace wkv7
