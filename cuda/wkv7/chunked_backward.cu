@@ -319,8 +319,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
 #pragma unroll
     for (int t = 0; t < rows; ++t) {
         const float2 w_t = w.get(channels.row() + t, channels.column());
-        write(out.dw, t, (earned[t + 1].x + after.x) * decay_scale * sigmoid_fast(w_t.x) * sigmoid_fast(-w_t.x),
-              (earned[t + 1].y + after.y) * decay_scale * sigmoid_fast(w_t.y) * sigmoid_fast(-w_t.y));
+        write(out.dw, t, (earned[t + 1].x + after.x) * log_decay_slope_fast(w_t.x), (earned[t + 1].y + after.y) * log_decay_slope_fast(w_t.y));
     }
 }
 

@@ -31,6 +31,12 @@ __device__ __forceinline__ float sigmoid_fast(float x) {
 #endif
 }
 
+// log_decay_slope of device.cuh. With |w| both sigmoids come from one power, and none of them is the rest of a 1.
+__device__ __forceinline__ float log_decay_slope_fast(float w) {
+    const float x = fabsf(w), s = sigmoid_fast(x);
+    return decay_scale * exp2_fast(-1.4426950408889634f * x) * s * s;
+}
+
 // d [16, 8] += a [16, 16] b [16, 8], bf16 in, fp32 sums. With g = lane / 4 and c = lane % 4 * 2 a lane holds
 //     d: (g, c) (g, c + 1) (g + 8, c) (g + 8, c + 1)                                   [row, column]
 //     a: (g, c..) (g + 8, c..) (g, c + 8..) (g + 8, c + 8..)                           pairs along k
