@@ -222,15 +222,13 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt | dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt.
         // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike.
         load_left<false>(rows, choose(U, V), row0, all);
-        const int sums_row0 = forget(row0);
-#pragma unroll
-        for (int n = 0; n < width / 16; ++n) {
-            Sums<16> d;
+        {
+            Sums<width> d;
             clear(d);
-            multiply_rows(d, rows, G, column0 + n * 16);
-            column_sums(d, choose(Bt, Kt), sums_row0, column0 + n * 16, sums + group * N * 4, value0 > 0);
+            multiply_rows(d, rows, G, column0);
+            column_sums(d, choose(Bt, Kt), forget(row0), column0, sums + group * N * 4, value0 > 0);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) d_write[2 * n + i / 4][i % 4] += d[i / 4][i % 4];
+            for (int i = 0; i < width / 2; ++i) d_write[i / 4][i % 4] += d[i / 4][i % 4];
         }
         __syncwarp();
         const Columns<C, N, C / 8> channels{group, part};
