@@ -197,8 +197,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt | dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt.
         load_left<false>(rows, choose(Z, Y), row0, all);
         multiply_rows(d_read, rows, S, column0);
-        multiply_triangle<true>(d_read, rows, U, for_a, Bt, block, column0);
-        multiply_triangle<true>(d_read, rows, V, for_a, Kt, block, column0);
+        multiply_triangles<true>(d_read, rows, U, for_a, Bt, V, for_a, Kt, block, column0);
 
         // dV = Kt G^T + Qk^T Y + M^T Z, the channels divided among all warps of these 16 rows.
         constexpr int halves = N >= 32 ? 2 : 1, share = values / halves / parts;
@@ -207,14 +206,13 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             Sums<share> dv;
             const Rows<Token> keys(Kt, row0);
             const auto at = [&](int row, int column) { return place.first + int64_t(row) * place.stride + value0 + mine + column; };
-            for_pairs(dv, row0, [&](int row, int column, float& x, float& y) {
+            for_pairs(dv, forget(row0), [&](int row, int column, float& x, float& y) {
                 const float2 more = out.more_dv && row < place.tokens ? unpack(*reinterpret_cast<const uint32_t*>(out.more_dv + at(row, column))) : make_float2(0.f, 0.f);
                 x = more.x, y = more.y;
             });
             multiply_transpose(dv, keys, G, mine);
-            multiply_triangle<false>(dv, keys, Rt, 0, Y, block, mine);
-            multiply_triangle<false>(dv, keys, At, 1, Z, block, mine);
-            for_pairs(dv, row0, [&](int row, int column, float x, float y) {
+            multiply_triangles<false>(dv, keys, Rt, 0, Y, At, 1, Z, block, mine);
+            for_pairs(dv, forget(row0), [&](int row, int column, float x, float y) {
                 if (row < place.tokens) *reinterpret_cast<uint32_t*>(out.dv + at(row, column)) = pack(x, y);
             });
         }
@@ -239,8 +237,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
                 sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
             }
         }
-        multiply_triangle<false>(d_write, rows, Z, 1, At, block, column0);
-        multiply_triangle<false>(d_write, rows, Y, 0, Rt, block, column0);
+        multiply_triangles<false>(d_write, rows, Z, 1, At, Y, 0, Rt, block, column0);
         if (value0 < N - values) {
             __syncthreads();
             fetch(value0 + values);

@@ -148,13 +148,16 @@ __device__ __forceinline__ void multiply_transpose(float (&d)[J][4], const Rows<
     }
 }
 
-// Keeps the elements of a 16 x 16 block with row >= column + distance (lower) or column >= row + distance (upper), where the block's corner is
-// (row0, column0). By selection and not by multiplication: what is dropped can be huge.
-template <bool lower> __device__ __forceinline__ void keep_triangle(float (&d)[2][4], int row0, int column0, int distance) {
-    for_pairs(d, row0 - column0, [&](int row, int column, float& x, float& y) {
-        x = (lower ? row - column : column - row) >= distance ? x : 0.f;
-        y = (lower ? row - column - 1 : column + 1 - row) >= distance ? y : 0.f;
-    });
+// Keeps the elements of a 16 x 16 block on the diagonal with row >= column + distance (lower) or column >= row + distance (upper). By selection and
+// not by multiplication: what is dropped can be huge.
+template <bool lower> __device__ __forceinline__ void keep_triangle(float (&d)[2][4], int distance, int lane) {
+    const int corner = lane / 4 - lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int below = corner + i / 2 % 2 * 8 - i / 4 * 8 - i % 2;  // row - column
+        float& x = d[i / 4][i % 4];
+        x = (lower ? below : -below) >= distance ? x : 0.f;
+    }
 }
 
 // One 16 x 16 block of a B^T, rows `row` and columns `column` (in blocks) of a triangular C x C matrix; a holds the 16 rows.
@@ -162,7 +165,7 @@ template <bool lower, class A, class T>
 __device__ __forceinline__ void triangle_block(float (&d)[2][4], const A& a, const T& B, int row, int column, int distance, int lane = lane_index()) {
     clear(d);
     multiply_transpose(d, a, B, column * 16, lane);
-    if (row == column) keep_triangle<lower>(d, 0, 0, distance);  // the other blocks that are visited lie inside
+    if (row == column) keep_triangle<lower>(d, distance, lane);  // the other blocks that are visited lie inside
 }
 
 // d += triangle(a B^T) D for 16 rows, block after block: the triangular matrix passes from sums to factors within the registers.
@@ -177,6 +180,29 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, 
         triangle_block<lower>(t, a, B, row, i, distance, lane);
         as_left(left, t);
         multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+    }
+}
+
+// d += triangle(a B0^T) D0 + triangle(a B1^T) D1: the two products that a block of one of them waits for are made beside those of the other.
+template <bool lower, int J, class A, class T, class U>
+__device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a, const T& B0, int distance0, const U& D0, const T& B1, int distance1, const U& D1,
+                                                   int row, int column0 = 0) {
+    constexpr int n = T::rows / 16;
+    const int lane = forgotten_lane();
+#pragma unroll 1
+    for (int i = lower ? 0 : row; i < (lower ? row + 1 : n); ++i) {
+        float t[2][2][4];
+        uint32_t left[2][1][4];
+        clear(t[0]), clear(t[1]);
+        multiply_transpose(t[0], a, B0, i * 16, lane);
+        multiply_transpose(t[1], a, B1, i * 16, lane);
+        if (i == row) {
+            const int here = forgotten_lane();
+            keep_triangle<lower>(t[0], distance0, here), keep_triangle<lower>(t[1], distance1, here);
+        }
+        as_left(left[0], t[0]), as_left(left[1], t[1]);
+        multiply<false>(d, left[0], D0, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+        multiply<false>(d, left[1], D1, {0, 1}, {0, J / 2}, column0, i * 16, lane);
     }
 }
 
