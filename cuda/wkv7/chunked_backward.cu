@@ -102,17 +102,24 @@ template <int C, int N> struct GradientsShared {
 
 // Sums over this warp's 16 rows of tile o d go to, or are added to, sums [columns of the tile]; d has its columns from column0 on.
 template <int J, class T> __device__ __forceinline__ void column_sums(const float (&d)[J][4], const T& tile, int row0, int column0, int sums, bool add) {
-    const int row = row0 + lane_index() / 4;
+    const int lane = lane_index(), row = row0 + lane / 4, column = column0 + lane % 4 * 2;
+    const bool right = lane & 16, odd = lane & 8;
 #pragma unroll
-    for (int j = 0; j < J; ++j) {
-        const int column = column0 + j * 8 + lane_index() % 4 * 2;
-        const float2 upper = tile.get(row, column), lower = tile.get(row + 8, column);
-        float x = upper.x * d[j][0] + lower.x * d[j][2], y = upper.y * d[j][1] + lower.y * d[j][3];
+    for (int n = 0; n < J; n += 2) {
+        float2 x[2];
 #pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask), y += __shfl_xor_sync(~0u, y, mask);
-        if (lane_index() < 4) {
-            float2& sum = shared<float2>(sums + column * 4);
-            sum = add ? make_float2(sum.x + x, sum.y + y) : make_float2(x, y);
+        for (int j = 0; j < 2; ++j) {
+            const float2 upper = tile.get(row, column + (n + j) * 8), lower = tile.get(row + 8, column + (n + j) * 8);
+            x[j] = make_float2(upper.x * d[n + j][0] + lower.x * d[n + j][2], upper.y * d[n + j][1] + lower.y * d[n + j][3]);
+        }
+        // Of four columns a lane keeps two, of these one.
+        const float2 mine = right ? x[1] : x[0], other = right ? x[0] : x[1];
+        const float even = mine.x + __shfl_xor_sync(~0u, other.x, 16), uneven = mine.y + __shfl_xor_sync(~0u, other.y, 16);
+        float sum = (odd ? uneven : even) + __shfl_xor_sync(~0u, odd ? even : uneven, 8);
+        sum += __shfl_xor_sync(~0u, sum, 4);
+        if (!(lane & 4)) {
+            float& to = shared<float>(sums + (column + (n + right) * 8 + odd) * 4);
+            to = add ? to + sum : sum;
         }
     }
 }
