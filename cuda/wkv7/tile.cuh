@@ -92,10 +92,10 @@ template <int K> __device__ __forceinline__ void as_left(uint32_t (&a)[K][4], co
     for (int k = 0; k < K; ++k) as_left(a[k], d[2 * k], d[2 * k + 1]);
 }
 
-// d += a B over inner blocks `inner` and column blocks `outer`, where B is the tile, or (transposed) its transpose. Column 0 of d is column
-// `column0` of B, a multiple of the columns of d; column 0 of a is row `inner0` of B, a multiple of those of a.
-template <bool transposed, int J, int K, class T>
-__device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
+// d += a B over inner blocks `inner` and column blocks `outer`, where B is the tile, or (transposed) its transpose, for M left factors that share what is
+// fetched of it. Column 0 of d is column `column0` of B, a multiple of the columns of d; column 0 of a is row `inner0` of B, a multiple of those of a.
+template <bool transposed, int M, int J, int K, class T>
+__device__ __forceinline__ void multiply(float (&d)[M][J][4], const uint32_t (&a)[M][K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
                                          int inner0 = 0, int lane = lane_index()) {
     const int first = transposed ? T::beside(tile.at(column0 + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8), inner0 / 16)
                                  : T::beside(tile.at(inner0 + lane % 16, lane / 16 * 8), column0 / 16);
@@ -108,10 +108,18 @@ __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K
                     uint32_t b[4];
                     ldmatrix<!transposed>(b, transposed ? T::below(T::beside(first, k), n) : T::below(T::beside(first, n), k));
                     const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-                    mma(d[2 * n], a[k], b0);
-                    mma(d[2 * n + 1], a[k], b1);
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        mma(d[m][2 * n], a[m][k], b0);
+                        mma(d[m][2 * n + 1], a[m][k], b1);
+                    }
                 }
         }
+}
+template <bool transposed, int J, int K, class T>
+__device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
+                                         int inner0 = 0, int lane = lane_index()) {
+    multiply<transposed>(reinterpret_cast<float (&)[1][J][4]>(d), reinterpret_cast<const uint32_t (&)[1][K][4]>(a), tile, inner, outer, column0, inner0, lane);
 }
 
 template <int K, int J, class T> __device__ __forceinline__ void multiply_rows(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int column0 = 0) {
@@ -203,6 +211,30 @@ __device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a,
         as_left(left[0], t[0]), as_left(left[1], t[1]);
         multiply<false>(d, left[0], D0, {0, 1}, {0, J / 2}, column0, i * 16, lane);
         multiply<false>(d, left[1], D1, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+    }
+}
+
+// d[0] += triangle(a0 B^T) D, d[1] += triangle(a1 B^T) D, lower triangles both.
+template <int J, class A0, class A1, class T, class U>
+__device__ __forceinline__ void multiply_lower_triangles(float (&d)[2][J][4], const A0& a0, int distance0, const A1& a1, int distance1, const T& B, const U& D,
+                                                         int row, int column0) {
+    const int lane = forgotten_lane();
+#pragma unroll 1
+    for (int i = 0; i <= row; ++i) {
+        float t[2][2][4];
+        uint32_t left[2][1][4];
+        clear(t[0]), clear(t[1]);
+#pragma unroll
+        for (int k = 0; k < T::columns / 16; ++k) {
+            a0.fragment(left[0], k, lane), a1.fragment(left[1], k, lane);
+            multiply<true>(t, left, B, {0, 1}, {0, 1}, i * 16, k * 16, lane);
+        }
+        if (i == row) {
+            const int here = forgotten_lane();
+            keep_triangle<true>(t[0], distance0, here), keep_triangle<true>(t[1], distance1, here);
+        }
+        as_left(left[0], t[0]), as_left(left[1], t[1]);
+        multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
     }
 }
 
