@@ -206,20 +206,21 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         multiply_rows(d_read, rows, S, column0);
         multiply_triangles<true>(d_read, rows, U, for_a, Bt, V, for_a, Kt, block, column0);
 
-        // dV = Kt G^T + Qk^T Y + M^T Z, the channels divided among all warps of these 16 rows.
+        // dV = Kt G^T + Qk^T Y + M^T Z, half of the channels by a's warps, the other half by r's. The latter take the rows from the other end: each warp then has
+        // as many products in all.
         constexpr int halves = N >= 32 ? 2 : 1, share = values / halves / parts;
         if (halves == 2 || for_a) {
-            const int mine = (part * halves + (for_a ? 0 : halves - 1)) * share;
+            const int mine = (part * halves + (for_a ? 0 : halves - 1)) * share, rows16 = for_a ? block : C / 16 - 1 - block;
             Sums<share> dv;
-            const Rows<Token> keys(Kt, row0);
+            const Rows<Token> keys(Kt, rows16 * 16);
             const auto at = [&](int row, int column) { return place.first + int64_t(row) * place.stride + value0 + mine + column; };
-            for_pairs(dv, forget(row0), [&](int row, int column, float& x, float& y) {
+            for_pairs(dv, forget(rows16 * 16), [&](int row, int column, float& x, float& y) {
                 const float2 more = out.more_dv && row < place.tokens ? unpack(*reinterpret_cast<const uint32_t*>(out.more_dv + at(row, column))) : make_float2(0.f, 0.f);
                 x = more.x, y = more.y;
             });
             multiply_transpose(dv, keys, G, mine);
-            multiply_triangles<false>(dv, keys, Rt, 0, Y, At, 1, Z, block, mine);
-            for_pairs(dv, forget(row0), [&](int row, int column, float x, float y) {
+            multiply_triangles<false>(dv, keys, Rt, 0, Y, At, 1, Z, rows16, mine);
+            for_pairs(dv, forget(rows16 * 16), [&](int row, int column, float x, float y) {
                 if (row < place.tokens) *reinterpret_cast<uint32_t*>(out.dv + at(row, column)) = pack(x, y);
             });
         }
