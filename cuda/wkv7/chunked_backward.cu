@@ -254,8 +254,9 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     copy_wait<0>();
     __syncthreads();
 
-    // The tiles behind X are dead. Their place takes the sums to where a thread has eight tokens of two channels: the decays, and what they earn, are sums along a
-    // channel, held in registers. There is room for three planes; that of dKt comes when one is free.
+    // The tiles behind X are dead. Through their place the sums go to where a thread has eight tokens of two channels: the decays and what they earn are sums
+    // along a channel, and stay in registers there. There is room for three planes; dKt comes when one is free. No condition between the tokens becomes a branch,
+    // behind which each would wait for the one before.
     const Columns<C, N, C / 8> channels{group, part};
     const Plane<C, N> first{V.base}, second{first.end()}, third{second.end()};
     const auto lay = [&](auto& d, const Plane<C, N>& plane) {
@@ -271,7 +272,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     const int64_t at = place.first + int64_t(channels.row()) * place.stride + channels.column();
     uint32_t more_r[rows] = {}, more_k[rows] = {};
     if (out.more_dr) channels.load(more_r, out.more_dr, here);
-    float2 g[rows], before, after, sum = make_float2(0.f, 0.f);  // log2 decay up to and with the token
+    float2 g[rows], before, after, sum = make_float2(0.f, 0.f);  // g: log2 decay up to and with the token, then 2^-g
 #pragma unroll
     for (int t = 0; t < rows; ++t) {
         const uint32_t raw = t < inside && channels.active() ? shared<uint32_t>(w.at(channels.row() + t, channels.column())) : channels.no_decay;
@@ -298,7 +299,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             scale = make_float2(exp2_fast(g[t].x), exp2_fast(g[t].y));
             g[t] = make_float2(exp2_fast(-g[t].x), exp2_fast(-g[t].y));
             const float2 r = finish(second, Rt, t, scale, out.dr, more_r[t]), b = finish(third, Bt, t, g[t], out.db, 0u);
-            earned[t + 1] = make_float2(r.x - b.x, r.y - b.y);
+            earned[t + 1] = make_float2(r.x - b.x, r.y - b.y);  // [0]: what the token before this warp's first earns
         }
     if (out.more_dk) channels.load(more_k, out.more_dk, here);
     __syncthreads();

@@ -191,7 +191,8 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, 
     }
 }
 
-// d += triangle(a B0^T) D0 + triangle(a B1^T) D1: the two products that a block of one of them waits for are made beside those of the other.
+// d += triangle(a B0^T) D0 + triangle(a B1^T) D1, a block of each at a time: an mma waits long for the sums of the one before it, and so four chains of
+// them run side by side instead of two.
 template <bool lower, int J, class A, class T, class U>
 __device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a, const T& B0, int distance0, const U& D0, const T& B1, int distance1, const U& D1,
                                                    int row, int column0 = 0) {
@@ -205,7 +206,7 @@ __device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a,
         multiply_transpose(t[0], a, B0, i * 16, lane);
         multiply_transpose(t[1], a, B1, i * 16, lane);
         if (i == row) {
-            const int here = forgotten_lane();
+            const int here = forgotten_lane();  // or else the masks are kept in registers from before the loop
             keep_triangle<lower>(t[0], distance0, here), keep_triangle<lower>(t[1], distance1, here);
         }
         as_left(left[0], t[0]), as_left(left[1], t[1]);
@@ -214,7 +215,7 @@ __device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a,
     }
 }
 
-// d[0] += triangle(a0 B^T) D, d[1] += triangle(a1 B^T) D, lower triangles both.
+// d[0] += triangle(a0 B^T) D, d[1] += triangle(a1 B^T) D, lower triangles both, likewise; what is fetched of B and D serves both.
 template <int J, class A0, class A1, class T, class U>
 __device__ __forceinline__ void multiply_lower_triangles(float (&d)[2][J][4], const A0& a0, int distance0, const A1& a1, int distance1, const T& B, const U& D,
                                                          int row, int column0) {
