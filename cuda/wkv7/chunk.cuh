@@ -80,12 +80,15 @@ template <int C, int N, int warps> struct Columns {
     __device__ int column() const { return part * part_width(N) + lane * 2; }
     __device__ int row() const { return warp * rows; }
 
-    // Two channels of a warp's tokens as they lie in memory, zeros behind the last token.
-    __device__ void load(uint32_t (&to)[rows], const bf16* x, const Place& place) const {
+    // Two channels of a warp's tokens as they lie in memory, `padding` behind the last token.
+    __device__ void load(uint32_t (&to)[rows], const bf16* x, const Place& place, uint32_t padding = 0u) const {
         const uint32_t* const from = reinterpret_cast<const uint32_t*>(x + place.first + int64_t(row()) * place.stride + column());
 #pragma unroll
-        for (int t = 0; t < rows; ++t) to[t] = active() && row() + t < place.tokens ? from[int64_t(t) * (place.stride / 2)] : 0u;
+        for (int t = 0; t < rows; ++t) to[t] = active() && row() + t < place.tokens ? from[int64_t(t) * (place.stride / 2)] : padding;
     }
+
+    // Two channels of w whose token does not decay: -infinity. A condition would become a branch, and the sums would wait at each for the sigmoids before it.
+    static constexpr uint32_t no_decay = 0xff80ff80u;
 
     __device__ static float2 add_log_decay(float2 sum, float2 w) {  // to a sum of log2 of decays
         constexpr float scale = decay_scale * 1.4426950408889634f;
@@ -114,11 +117,10 @@ template <int C, int N, int warps> struct Columns {
                                   int decay) const {
         uint32_t r[rows], w[rows], k[rows], a[rows], b[rows];
         float2 g[rows], before, after, total = make_float2(0.f, 0.f);
-        load(w, in.w, place), load(r, in.r, place), load(k, in.k, place), load(a, in.a, place), load(b, in.b, place);
+        load(w, in.w, place, no_decay), load(r, in.r, place), load(k, in.k, place), load(a, in.a, place), load(b, in.b, place);
 #pragma unroll
         for (int t = 0; t < rows; ++t) {
-            if (row() + t < place.tokens) total = add_log_decay(total, unpack(w[t]));  // padding does not decay
-            g[t] = total;
+            total = g[t] = add_log_decay(total, unpack(w[t]));
         }
         across_warps(total, totals, before, after);
         if (!active()) return;

@@ -84,9 +84,10 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
 }
 
 // fp32 [C][N] in shared memory; the padding keeps the rows of a fragment in different banks.
-template <int N> struct Plane {
-    static constexpr int stride = N + 8;
+template <int C, int N> struct Plane {
+    static constexpr int stride = N + 8, bytes = C * stride * 4;
     int base;  // byte offset
+    __device__ __forceinline__ int end() const { return base + bytes; }
     __device__ __forceinline__ float2& at(int row, int column) const { return shared<float2>(base + (row * stride + column) * 4); }
 };
 
@@ -94,24 +95,31 @@ template <int C, int N> struct GradientsShared {
     static constexpr int w = (C > N ? C : N) * C * 2;                 // X, whose place w takes
     static constexpr int factors = 4 * C * N * 2 + w;                 // At, Rt, Bt, Kt, X
     static constexpr int rest = (4 * C + 2 * N) * part_width(N) * 2;  // V, Y, U, Z, S, G: as many value rows as are treated at a time
-    static constexpr int planes = 3 * C * Plane<N>::stride * 4;       // take the place of the rest
+    static constexpr int planes = 3 * Plane<C, N>::bytes;              // take the place of the rest
     static constexpr int sums = 2 * (C / 8) * N * 4;
     static constexpr size_t size = factors + (rest > planes ? rest : planes) + sums + N * 4;
 };
 
 // Sums over this warp's 16 rows of tile o d go to, or are added to, sums [columns of the tile]; d has its columns from column0 on.
 template <int J, class T> __device__ __forceinline__ void column_sums(const float (&d)[J][4], const T& tile, int row0, int column0, int sums, bool add) {
-    const int row = row0 + lane_index() / 4;
+    const int lane = lane_index(), row = row0 + lane / 4, column = column0 + lane % 4 * 2;
+    const bool right = lane & 16, odd = lane & 8;
 #pragma unroll
-    for (int j = 0; j < J; ++j) {
-        const int column = column0 + j * 8 + lane_index() % 4 * 2;
-        const float2 upper = tile.get(row, column), lower = tile.get(row + 8, column);
-        float x = upper.x * d[j][0] + lower.x * d[j][2], y = upper.y * d[j][1] + lower.y * d[j][3];
+    for (int n = 0; n < J; n += 2) {
+        float2 x[2];
 #pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask), y += __shfl_xor_sync(~0u, y, mask);
-        if (lane_index() < 4) {
-            float2& sum = shared<float2>(sums + column * 4);
-            sum = add ? make_float2(sum.x + x, sum.y + y) : make_float2(x, y);
+        for (int j = 0; j < 2; ++j) {
+            const float2 upper = tile.get(row, column + (n + j) * 8), lower = tile.get(row + 8, column + (n + j) * 8);
+            x[j] = make_float2(upper.x * d[n + j][0] + lower.x * d[n + j][2], upper.y * d[n + j][1] + lower.y * d[n + j][3]);
+        }
+        // Of four columns a lane keeps two, of these one.
+        const float2 mine = right ? x[1] : x[0], other = right ? x[0] : x[1];
+        const float even = mine.x + __shfl_xor_sync(~0u, other.x, 16), uneven = mine.y + __shfl_xor_sync(~0u, other.y, 16);
+        float sum = (odd ? uneven : even) + __shfl_xor_sync(~0u, odd ? even : uneven, 8);
+        sum += __shfl_xor_sync(~0u, sum, 4);
+        if (!(lane & 4)) {
+            float& to = shared<float>(sums + (column + (n + right) * 8 + odd) * 4);
+            to = add ? to + sum : sum;
         }
     }
 }
@@ -196,24 +204,23 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt | dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt.
         load_left<false>(rows, choose(Z, Y), row0, all);
         multiply_rows(d_read, rows, S, column0);
-        multiply_triangle<true>(d_read, rows, U, for_a, Bt, block, column0);
-        multiply_triangle<true>(d_read, rows, V, for_a, Kt, block, column0);
+        multiply_triangles<true>(d_read, rows, U, for_a, Bt, V, for_a, Kt, block, column0);
 
-        // dV = Kt G^T + Qk^T Y + M^T Z, the channels divided among all warps of these 16 rows.
+        // dV = Kt G^T + Qk^T Y + M^T Z, half of the channels by a's warps, the other half by r's. The latter take the rows from the other end: each warp then has
+        // as many products in all.
         constexpr int halves = N >= 32 ? 2 : 1, share = values / halves / parts;
         if (halves == 2 || for_a) {
-            const int mine = (part * halves + (for_a ? 0 : halves - 1)) * share;
+            const int mine = (part * halves + (for_a ? 0 : halves - 1)) * share, rows16 = for_a ? block : C / 16 - 1 - block;
             Sums<share> dv;
-            const Rows<Token> keys(Kt, row0);
+            const Rows<Token> keys(Kt, rows16 * 16);
             const auto at = [&](int row, int column) { return place.first + int64_t(row) * place.stride + value0 + mine + column; };
-            for_pairs(dv, row0, [&](int row, int column, float& x, float& y) {
+            for_pairs(dv, forget(rows16 * 16), [&](int row, int column, float& x, float& y) {
                 const float2 more = out.more_dv && row < place.tokens ? unpack(*reinterpret_cast<const uint32_t*>(out.more_dv + at(row, column))) : make_float2(0.f, 0.f);
                 x = more.x, y = more.y;
             });
             multiply_transpose(dv, keys, G, mine);
-            multiply_triangle<false>(dv, keys, Rt, 0, Y, block, mine);
-            multiply_triangle<false>(dv, keys, At, 1, Z, block, mine);
-            for_pairs(dv, row0, [&](int row, int column, float x, float y) {
+            multiply_triangles<false>(dv, keys, Rt, 0, Y, At, 1, Z, rows16, mine);
+            for_pairs(dv, forget(rows16 * 16), [&](int row, int column, float x, float y) {
                 if (row < place.tokens) *reinterpret_cast<uint32_t*>(out.dv + at(row, column)) = pack(x, y);
             });
         }
@@ -221,15 +228,13 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt | dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt.
         // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike.
         load_left<false>(rows, choose(U, V), row0, all);
-        const int sums_row0 = forget(row0);
-#pragma unroll
-        for (int n = 0; n < width / 16; ++n) {
-            Sums<16> d;
+        {
+            Sums<width> d;
             clear(d);
-            multiply_rows(d, rows, G, column0 + n * 16);
-            column_sums(d, choose(Bt, Kt), sums_row0, column0 + n * 16, sums + group * N * 4, value0 > 0);
+            multiply_rows(d, rows, G, column0);
+            column_sums(d, choose(Bt, Kt), forget(row0), column0, sums + group * N * 4, value0 > 0);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) d_write[2 * n + i / 4][i % 4] += d[i / 4][i % 4];
+            for (int i = 0; i < width / 2; ++i) d_write[i / 4][i % 4] += d[i / 4][i % 4];
         }
         __syncwarp();
         const Columns<C, N, C / 8> channels{group, part};
@@ -240,8 +245,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
                 sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
             }
         }
-        multiply_triangle<false>(d_write, rows, Z, 1, At, block, column0);
-        multiply_triangle<false>(d_write, rows, Y, 0, Rt, block, column0);
+        multiply_triangles<false>(d_write, rows, Z, 1, At, Y, 0, Rt, block, column0);
         if (value0 < N - values) {
             __syncthreads();
             fetch(value0 + values);
@@ -250,73 +254,76 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     copy_wait<0>();
     __syncthreads();
 
+    // The tiles behind X are dead. Through their place the sums go to where a thread has eight tokens of two channels: the decays and what they earn are sums
+    // along a channel, and stay in registers there. There is room for three planes; dKt comes when one is free. No condition between the tokens becomes a branch,
+    // behind which each would wait for the one before.
     const Columns<C, N, C / 8> channels{group, part};
-    // From here the tiles behind X are dead. g: log2 decay up to and with the token. d log(decay) gathers what each use of a decay earns.
-    const Plane<N> g{V.base}, earned{g.base + C * g.stride * 4}, earned_a{earned.base + C * g.stride * 4};
-    const Plane<N> mine{for_a ? earned_a.base : earned.base};
-    {
-        float2 sum = make_float2(0.f, 0.f), before, after;
-        const int t0 = channels.row(), column = channels.column();
-        if (channels.active())
-#pragma unroll 2
-            for (int t = t0; t < t0 + channels.rows; ++t) {
-                if (t < place.tokens) sum = channels.add_log_decay(sum, w.get(t, column));
-                g.at(t, column) = sum;
-            }
-        channels.across_warps(sum, totals, before, after);
-        if (channels.active())
-#pragma unroll 2
-            for (int t = t0; t < t0 + channels.rows; ++t) g.at(t, column) = make_float2(before.x + g.at(t, column).x, before.y + g.at(t, column).y);
+    const Plane<C, N> first{V.base}, second{first.end()}, third{second.end()};
+    const auto lay = [&](auto& d, const Plane<C, N>& plane) {
+        for_pairs(d, forget(row0), [&](int row, int column, float x, float y) { plane.at(row, column0 + column) = make_float2(x, y); });
+    };
+    lay(d_read, choose(first, second));
+    if (for_a) lay(d_write, third);
+
+    constexpr int rows = channels.rows;
+    Place here = place;
+    here.tokens = forget(place.tokens);
+    const int inside = here.tokens - channels.row();
+    const int64_t at = place.first + int64_t(channels.row()) * place.stride + channels.column();
+    uint32_t more_r[rows] = {}, more_k[rows] = {};
+    if (out.more_dr) channels.load(more_r, out.more_dr, here);
+    float2 g[rows], before, after, sum = make_float2(0.f, 0.f);  // g: log2 decay up to and with the token, then 2^-g
+#pragma unroll
+    for (int t = 0; t < rows; ++t) {
+        const uint32_t raw = t < inside && channels.active() ? shared<uint32_t>(w.at(channels.row() + t, channels.column())) : channels.no_decay;
+        sum = g[t] = channels.add_log_decay(sum, unpack(raw));
     }
-    __syncthreads();
-    const Token read = choose(At, Rt), written = choose(Bt, Kt);  // each element gives way to its gradient
-    for_pairs(d_read, forget(row0), [&](int row, int column, float x, float y) {
-        column += column0;
-        const int used = row - for_a;  // a_t meets the decays before its token, r_t that of its token as well
-        const float2 s = used < 0 ? make_float2(0.f, 0.f) : g.at(used, column), tile = read.get(row, column);
-        // What a_0 earns is in the share of the chunk before; the last token's place is free for a zero.
-        mine.at(used < 0 ? C - 1 : used, column) = used < 0 ? make_float2(0.f, 0.f) : make_float2(tile.x * x, tile.y * y);
-        read.put(row, column, x * exp2_fast(s.x), y * exp2_fast(s.y));
-    });
-    __syncthreads();
-    for_pairs(d_write, forget(row0), [&](int row, int column, float x, float y) {
-        column += column0;
-        const float2 s = g.at(row, column), tile = written.get(row, column);
-        float2& sum = mine.at(row, column);
-        sum = make_float2(sum.x - tile.x * x, sum.y - tile.y * y);
-        written.put(row, column, x * exp2_fast(-s.x), y * exp2_fast(-s.y));
-    });
-    const Held<threads, Token> more_dr(out.more_dr, place.first, place.stride, place.tokens), more_dk(out.more_dk, place.first, place.stride, place.tokens);
-    __syncthreads();
-    store_tokens<threads>(At, out.da + place.first, place.stride, place.tokens);
-    store_tokens<threads>(Bt, out.db + place.first, place.stride, place.tokens);
-    store_tokens<threads>(Rt, out.dr + place.first, place.stride, place.tokens, more_dr);
-    store_tokens<threads>(Kt, out.dk + place.first, place.stride, place.tokens, more_dk);
-    {
-        float2 later[channels.rows], before, after, sum = make_float2(0.f, 0.f);
+    channels.across_warps(sum, totals, before, after);  // its barrier is also that of the planes
+
+    const auto write = [&](bf16* to, int t, float x, float y) {
+        store_if(t < inside, reinterpret_cast<uint32_t*>(to + at) + int64_t(t) * (place.stride / 2), pack(x, y));
+    };
+    // Writes the gradient of one token of a tile; returns what the decay in it earns.
+    const auto finish = [&](const Plane<C, N>& plane, const Token& tile, int t, float2 scale, bf16* to, uint32_t more) {
+        const float2 d = plane.at(channels.row() + t, channels.column()), x = tile.get(channels.row() + t, channels.column()), others = unpack(more);
+        write(to, t, d.x * scale.x + others.x, d.y * scale.y + others.y);
+        return make_float2(d.x * x.x, d.y * x.y);
+    };
+    float2 earned[rows + 1] = {}, scale = make_float2(exp2_fast(before.x), exp2_fast(before.y));
+    if (channels.active())
 #pragma unroll
-        for (int t = channels.rows - 1; t >= 0; --t) {
-            if (channels.active()) {
-                const float2 x = earned.at(channels.row() + t, channels.column()), y = earned_a.at(channels.row() + t, channels.column());
-                sum = make_float2(sum.x + x.x + y.x, sum.y + x.y + y.y);
-            }
-            later[t] = sum;
+        for (int t = 0; t < rows; ++t) {
+            const float2 a = finish(first, At, t, scale, out.da, 0u);  // a_t meets the decays before its token, r_t that of its token as well
+            earned[t] = make_float2(earned[t].x + a.x, earned[t].y + a.y);
+            g[t] = make_float2(before.x + g[t].x, before.y + g[t].y);
+            scale = make_float2(exp2_fast(g[t].x), exp2_fast(g[t].y));
+            g[t] = make_float2(exp2_fast(-g[t].x), exp2_fast(-g[t].y));
+            const float2 r = finish(second, Rt, t, scale, out.dr, more_r[t]), b = finish(third, Bt, t, g[t], out.db, 0u);
+            earned[t + 1] = make_float2(r.x - b.x, r.y - b.y);  // [0]: what the token before this warp's first earns
         }
-        channels.across_warps(later[0], totals, before, after);
-        if (!channels.active()) return;
+    if (out.more_dk) channels.load(more_k, out.more_dk, here);
+    __syncthreads();
+    if (!for_a) lay(d_write, first);
+    __syncthreads();
+    sum = make_float2(0.f, 0.f);
+    if (channels.active())
 #pragma unroll
-        for (int i = 0; i < C / 8; ++i) {
-            const float2 x = shared<float2>(sums + (i * N + channels.column()) * 4);
-            after = make_float2(after.x + x.x, after.y + x.y);
+        for (int t = rows - 1; t >= 0; --t) {
+            const float2 k = finish(first, Kt, t, g[t], out.dk, more_k[t]);
+            sum = make_float2(sum.x + earned[t + 1].x - k.x, sum.y + earned[t + 1].y - k.y);
+            earned[t + 1] = sum;
         }
+    channels.across_warps(make_float2(sum.x + earned[0].x, sum.y + earned[0].y), totals, before, after);
+    if (!channels.active()) return;
 #pragma unroll
-        for (int t = 0; t < channels.rows; ++t) {
-            if (channels.row() + t >= place.tokens) break;
-            const float2 raw = w.get(channels.row() + t, channels.column());
-            const float x = (later[t].x + after.x) * decay_scale * sigmoid_fast(raw.x) * sigmoid_fast(-raw.x);
-            const float y = (later[t].y + after.y) * decay_scale * sigmoid_fast(raw.y) * sigmoid_fast(-raw.y);
-            *reinterpret_cast<uint32_t*>(out.dw + place.first + int64_t(channels.row() + t) * place.stride + channels.column()) = pack(x, y);
-        }
+    for (int i = 0; i < C / 8; ++i) {
+        const float2 x = shared<float2>(sums + (i * N + channels.column()) * 4);
+        after = make_float2(after.x + x.x, after.y + x.y);
+    }
+#pragma unroll
+    for (int t = 0; t < rows; ++t) {
+        const float2 w_t = w.get(channels.row() + t, channels.column());
+        write(out.dw, t, (earned[t + 1].x + after.x) * log_decay_slope_fast(w_t.x), (earned[t + 1].y + after.y) * log_decay_slope_fast(w_t.y));
     }
 }
 

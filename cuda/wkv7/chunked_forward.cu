@@ -91,13 +91,14 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     copy_wait<0>();
     __syncthreads();
 
-    // Half of the warps follow a: L, its inverse X, W = X At. The other half: M V, then r's: Qb, Qk, E and O. Each has 16 rows. Then F and H.
+    // Half of the warps follow a: L, its inverse X, W = X At. The other half: M V and Qk V, then P, Qb, E and O. Each has 16 rows. Then F and H.
     const bool for_a = group < n_blocks;
     const Blocks all{0, N / 16}, lower{0, block + 1};
-    Rows<Token> rows(At, block * 16);
-    Sums<width> O;
+    float both[2][width / 8][4];  // M V; Qk V, which becomes O
+    Sums<width>& O = both[1];
     if (for_a && part == 0) {
         const int mine = blocks + block * 256 * 4;
+        const Rows<Token> rows(At, block * 16);
 #pragma unroll
         for (int i = 0; i < n_blocks; ++i) {
             float t[2][4];
@@ -119,18 +120,12 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
             for (int i = 0; i < 16; ++i) shared<bf16>(X.at(block * 16 + i, block * 16 + column)) = from_float<bf16>(x[i]);
     }
     if (!for_a) {
-        clear(O);
-        multiply_triangle<true>(O, rows, Kt, 1, V, block, column0);
-        store(O, P, block * 16, column0);  // M V, until P replaces it
-        rows = Rows<Token>(Rt, block * 16);
+        clear(both[0]), clear(both[1]);  // Rt is fetched with each use: registers are short
+        multiply_lower_triangles(both, Rows<Token>(At, block * 16), 1, Rows<Token, false>(Rt, block * 16), 0, Kt, V, block, column0);
+        store(both[0], P, block * 16, column0);  // until P replaces it
     }
     __syncthreads();
-    if (for_a) {
-        if (block < n_blocks / 2 && part == 0) merge_inverses<1>(X, L, block);
-    } else {
-        clear(O);
-        multiply_triangle<true>(O, rows, Kt, 0, V, block, column0);
-    }
+    if (for_a && block < n_blocks / 2 && part == 0) merge_inverses<1>(X, L, block);
     __syncthreads();
     if constexpr (n_blocks == 4) {
         if (for_a && part == 0) merge_inverses<2>(X, L, block);
@@ -153,6 +148,7 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
 
     if (!for_a) {
         const int lane = forgotten_lane();
+        const Rows<Token> rows(Rt, block * 16);
         Left<C> Qb;
 #pragma unroll
         for (int i = 0; i < n_blocks; ++i)

@@ -31,6 +31,12 @@ __device__ __forceinline__ float sigmoid_fast(float x) {
 #endif
 }
 
+// log_decay_slope of device.cuh. With |w| both sigmoids come from one power, and none of them is the rest of a 1.
+__device__ __forceinline__ float log_decay_slope_fast(float w) {
+    const float x = fabsf(w), s = sigmoid_fast(x);
+    return decay_scale * exp2_fast(-1.4426950408889634f * x) * s * s;
+}
+
 // d [16, 8] += a [16, 16] b [16, 8], bf16 in, fp32 sums. With g = lane / 4 and c = lane % 4 * 2 a lane holds
 //     d: (g, c) (g, c + 1) (g + 8, c) (g + 8, c + 1)                                   [row, column]
 //     a: (g, c..) (g + 8, c..) (g, c + 8..) (g + 8, c + 8..)                           pairs along k
@@ -65,6 +71,15 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x
                      : "memory");
 #else
     emulation::ldmatrix_x4(x, shared_memory() + row, transposed);
+#endif
+}
+
+// A store with a condition, but without a branch: behind one the compiler would put all that leads to x, and a loop would do one step after the other.
+__device__ __forceinline__ void store_if(bool condition, uint32_t* to, uint32_t x) {
+#ifdef __CUDACC__
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2; }" ::"r"(int(condition)), "l"(to), "r"(x) : "memory");
+#else
+    if (condition) *to = x;
 #endif
 }
 

@@ -92,10 +92,10 @@ template <int K> __device__ __forceinline__ void as_left(uint32_t (&a)[K][4], co
     for (int k = 0; k < K; ++k) as_left(a[k], d[2 * k], d[2 * k + 1]);
 }
 
-// d += a B over inner blocks `inner` and column blocks `outer`, where B is the tile, or (transposed) its transpose. Column 0 of d is column
-// `column0` of B, a multiple of the columns of d; column 0 of a is row `inner0` of B, a multiple of those of a.
-template <bool transposed, int J, int K, class T>
-__device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
+// d += a B over inner blocks `inner` and column blocks `outer`, where B is the tile, or (transposed) its transpose, for M left factors that share what is
+// fetched of it. Column 0 of d is column `column0` of B, a multiple of the columns of d; column 0 of a is row `inner0` of B, a multiple of those of a.
+template <bool transposed, int M, int J, int K, class T>
+__device__ __forceinline__ void multiply(float (&d)[M][J][4], const uint32_t (&a)[M][K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
                                          int inner0 = 0, int lane = lane_index()) {
     const int first = transposed ? T::beside(tile.at(column0 + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8), inner0 / 16)
                                  : T::beside(tile.at(inner0 + lane % 16, lane / 16 * 8), column0 / 16);
@@ -108,10 +108,18 @@ __device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K
                     uint32_t b[4];
                     ldmatrix<!transposed>(b, transposed ? T::below(T::beside(first, k), n) : T::below(T::beside(first, n), k));
                     const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-                    mma(d[2 * n], a[k], b0);
-                    mma(d[2 * n + 1], a[k], b1);
+#pragma unroll
+                    for (int m = 0; m < M; ++m) {
+                        mma(d[m][2 * n], a[m][k], b0);
+                        mma(d[m][2 * n + 1], a[m][k], b1);
+                    }
                 }
         }
+}
+template <bool transposed, int J, int K, class T>
+__device__ __forceinline__ void multiply(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
+                                         int inner0 = 0, int lane = lane_index()) {
+    multiply<transposed>(reinterpret_cast<float (&)[1][J][4]>(d), reinterpret_cast<const uint32_t (&)[1][K][4]>(a), tile, inner, outer, column0, inner0, lane);
 }
 
 template <int K, int J, class T> __device__ __forceinline__ void multiply_rows(float (&d)[J][4], const uint32_t (&a)[K][4], const T& tile, int column0 = 0) {
@@ -148,13 +156,16 @@ __device__ __forceinline__ void multiply_transpose(float (&d)[J][4], const Rows<
     }
 }
 
-// Keeps the elements of a 16 x 16 block with row >= column + distance (lower) or column >= row + distance (upper), where the block's corner is
-// (row0, column0). By selection and not by multiplication: what is dropped can be huge.
-template <bool lower> __device__ __forceinline__ void keep_triangle(float (&d)[2][4], int row0, int column0, int distance) {
-    for_pairs(d, row0 - column0, [&](int row, int column, float& x, float& y) {
-        x = (lower ? row - column : column - row) >= distance ? x : 0.f;
-        y = (lower ? row - column - 1 : column + 1 - row) >= distance ? y : 0.f;
-    });
+// Keeps the elements of a 16 x 16 block on the diagonal with row >= column + distance (lower) or column >= row + distance (upper). By selection and
+// not by multiplication: what is dropped can be huge.
+template <bool lower> __device__ __forceinline__ void keep_triangle(float (&d)[2][4], int distance, int lane) {
+    const int corner = lane / 4 - lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int below = corner + i / 2 % 2 * 8 - i / 4 * 8 - i % 2;  // row - column
+        float& x = d[i / 4][i % 4];
+        x = (lower ? below : -below) >= distance ? x : 0.f;
+    }
 }
 
 // One 16 x 16 block of a B^T, rows `row` and columns `column` (in blocks) of a triangular C x C matrix; a holds the 16 rows.
@@ -162,7 +173,7 @@ template <bool lower, class A, class T>
 __device__ __forceinline__ void triangle_block(float (&d)[2][4], const A& a, const T& B, int row, int column, int distance, int lane = lane_index()) {
     clear(d);
     multiply_transpose(d, a, B, column * 16, lane);
-    if (row == column) keep_triangle<lower>(d, 0, 0, distance);  // the other blocks that are visited lie inside
+    if (row == column) keep_triangle<lower>(d, distance, lane);  // the other blocks that are visited lie inside
 }
 
 // d += triangle(a B^T) D for 16 rows, block after block: the triangular matrix passes from sums to factors within the registers.
@@ -176,6 +187,54 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, 
         uint32_t left[1][4];
         triangle_block<lower>(t, a, B, row, i, distance, lane);
         as_left(left, t);
+        multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+    }
+}
+
+// d += triangle(a B0^T) D0 + triangle(a B1^T) D1, a block of each at a time: an mma waits long for the sums of the one before it, and so four chains of
+// them run side by side instead of two.
+template <bool lower, int J, class A, class T, class U>
+__device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a, const T& B0, int distance0, const U& D0, const T& B1, int distance1, const U& D1,
+                                                   int row, int column0 = 0) {
+    constexpr int n = T::rows / 16;
+    const int lane = forgotten_lane();
+#pragma unroll 1
+    for (int i = lower ? 0 : row; i < (lower ? row + 1 : n); ++i) {
+        float t[2][2][4];
+        uint32_t left[2][1][4];
+        clear(t[0]), clear(t[1]);
+        multiply_transpose(t[0], a, B0, i * 16, lane);
+        multiply_transpose(t[1], a, B1, i * 16, lane);
+        if (i == row) {
+            const int here = forgotten_lane();  // or else the masks are kept in registers from before the loop
+            keep_triangle<lower>(t[0], distance0, here), keep_triangle<lower>(t[1], distance1, here);
+        }
+        as_left(left[0], t[0]), as_left(left[1], t[1]);
+        multiply<false>(d, left[0], D0, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+        multiply<false>(d, left[1], D1, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+    }
+}
+
+// d[0] += triangle(a0 B^T) D, d[1] += triangle(a1 B^T) D, lower triangles both, likewise; what is fetched of B and D serves both.
+template <int J, class A0, class A1, class T, class U>
+__device__ __forceinline__ void multiply_lower_triangles(float (&d)[2][J][4], const A0& a0, int distance0, const A1& a1, int distance1, const T& B, const U& D,
+                                                         int row, int column0) {
+    const int lane = forgotten_lane();
+#pragma unroll 1
+    for (int i = 0; i <= row; ++i) {
+        float t[2][2][4];
+        uint32_t left[2][1][4];
+        clear(t[0]), clear(t[1]);
+#pragma unroll
+        for (int k = 0; k < T::columns / 16; ++k) {
+            a0.fragment(left[0], k, lane), a1.fragment(left[1], k, lane);
+            multiply<true>(t, left, B, {0, 1}, {0, 1}, i * 16, k * 16, lane);
+        }
+        if (i == row) {
+            const int here = forgotten_lane();
+            keep_triangle<true>(t[0], distance0, here), keep_triangle<true>(t[1], distance1, here);
+        }
+        as_left(left[0], t[0]), as_left(left[1], t[1]);
         multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
     }
 }
@@ -220,44 +279,6 @@ template <int threads = 0, class T> __device__ __forceinline__ void copy_tokens(
         const int row = i / T::pieces, column = i % T::pieces * 8;
         const bool inside = row < tokens;
         copy_async(tile.at(row, column), first + (inside ? row : 0) * stride + column, inside);
-    });
-}
-
-__device__ __forceinline__ uint32_t add(uint32_t x, uint32_t y) {
-    const float2 a = unpack(x), b = unpack(y);
-    return pack(a.x + b.x, a.y + b.y);
-}
-
-// Tokens of a tensor like a tile's, or zeros, in the registers of the thread that stores the tile's.
-template <int threads, class T> struct Held {
-    static constexpr int count = (T::bytes / 16 + threads - 1) / threads;
-    uint4 x[count];
-
-    __device__ __forceinline__ Held(const void* tensor, int64_t first, int64_t stride, int tokens) {
-        int next = 0;
-        for_threads<T::bytes / 16, threads>([&](unsigned i) {
-            const int row = i / T::pieces, column = i % T::pieces * 8;
-            const bool inside = tensor && row < tokens;
-            x[next++] = inside ? *reinterpret_cast<const uint4*>(static_cast<const bf16*>(tensor) + first + row * stride + column) : make_uint4(0, 0, 0, 0);
-        });
-    }
-};
-
-// The reverse of copy_tokens: a tile's tokens into global memory, by all threads.
-template <int threads, class T> __device__ __forceinline__ void store_tokens(const T& tile, bf16* first, int64_t stride, int tokens) {
-    for_threads<T::bytes / 16, threads>([&](unsigned i) {
-        const int row = i / T::pieces, column = i % T::pieces * 8;
-        if (row < tokens) *reinterpret_cast<uint4*>(first + row * stride + column) = shared<uint4>(tile.at(row, column));
-    });
-}
-
-// The same with other tokens added, each sum rounded once more.
-template <int threads, class T> __device__ __forceinline__ void store_tokens(const T& tile, bf16* first, int64_t stride, int tokens, const Held<threads, T>& more) {
-    int next = 0;
-    for_threads<T::bytes / 16, threads>([&](unsigned i) {
-        const int row = i / T::pieces, column = i % T::pieces * 8;
-        const uint4 x = shared<uint4>(tile.at(row, column)), y = more.x[next++];
-        if (row < tokens) *reinterpret_cast<uint4*>(first + row * stride + column) = make_uint4(add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w));
     });
 }
 
