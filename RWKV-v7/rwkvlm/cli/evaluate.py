@@ -95,7 +95,7 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
     size = "" if found["bytes"] is None else f", {found['bytes']:,} bytes"
     lines = [
         "",
-        f"{found['data']}: {found['documents']:,} documents, {found['tokens']:,} tokens{size}; {how}",
+        f"{found['data']}: {found['documents']:,} document{'s' * (found['documents'] != 1)}, {found['tokens']:,} tokens{size}; {how}",
         f"{'loss':16} {found['loss']:12.6f}  nats a token",
         f"{'perplexity':16} {found['perplexity']:12.4f}",
         f"{'bits a byte':16} {found['bits_per_byte']:12.6f}" if found["bits_per_byte"] else f"{'bits a byte':16} {'unknown':>12}  --tokenizer is not this model's",
