@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({**about, "limit": args.limit, "batch": args.batch, "results": results}, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {error.strerror}; choose another name") from None
+            raise UserError(f"--out {args.out} cannot be written: {error.strerror}; free some space or choose another place") from None
     return 0
 
 
