@@ -17,7 +17,7 @@ cd "$(dirname "$0")" || exit 1
 #
 #    name        CPU   GPU
 knob DATA        demo  minipile
-knob MODEL_TYPE  x070  x070 # x070 => rwkv-7.0; x080 => rwkv-8 (ROSA); x040 => rwkv-4.0
+knob MODEL_TYPE  x070  x070 # x070 => rwkv-7; phantom => rwkv-7 TTT Phantom; hybrid => rwkv-7 with attention; x080 => rwkv-8 (ROSA); rosa => ROSA alone; x040 => rwkv-4
 knob N_LAYER     6     12
 knob N_EMBD      256   768
 knob HEAD_SIZE   64    64

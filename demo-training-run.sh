@@ -41,7 +41,6 @@ knob PROMPT        "def "  "The " # beginning of the sample text at the end; "" 
 #
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1       # without it torchrun's restarts of a failed node fail
 if [ "$ACCELERATOR" = cpu ]; then # measured: records/2026-11-21-cpu-demo
-    export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"       # waiting threads soon sleep: nearly as fast as spinning on a free machine, and other work gets the cores
     export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"       # memory is kept for the next step, not given back and cleared again
     export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 fi

@@ -39,8 +39,8 @@ knob KEYS          32 32 # with more of them a small model begins to recall much
 knob VALUES        8 8
 knob SEQUENCES     256 256 # of each number of pairs that the accuracy is measured on
 #
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"       # as in demo-training-run.sh
-export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"       # as commands of rwkvlm set it, and for bench/*.py
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"       # as in demo-training-run.sh
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 
 run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL RATES DATA: plans, trains what is not finished, reports

@@ -81,6 +81,9 @@ def main() -> int:
     parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl files")
     parser.add_argument("--out", type=Path, default=Path("loss.svg"))
     args = parser.parse_args()
+    for path in args.metrics:
+        if not path.is_file():
+            sys.exit(f"error: {path} is not there; name metrics.jsonl files, and the picture with --out")
     runs = [(path.parent.name, *read(path)) for path in args.metrics]
     if not all(steps for _, steps, _ in runs):
         sys.exit("error: a file has no losses yet")

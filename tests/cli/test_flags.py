@@ -112,6 +112,11 @@ def test_every_command_names_a_mistake_in_one_line(command, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
 
 
+def test_a_misspelt_flag_of_any_command_gets_the_nearest(capsys):
+    assert main(["generate", "--model", "m.pth", "--promt", "def "]) == 2
+    assert capsys.readouterr().err == "error: unknown flag --promt; did you mean --prompt?\n"
+
+
 def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

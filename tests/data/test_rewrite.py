@@ -119,7 +119,7 @@ def test_a_disk_that_is_too_small_is_seen_before(tmp_path, monkeypatch):
     prefix = write(tmp_path / "a", documents(7))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     for make in (lambda: merge([(prefix, 1.0)], f"{tmp_path}/new/c"), lambda: split(prefix, f"{tmp_path}/c", 0.1)):
-        with pytest.raises(UserError, match="needs 0.0 GB and .* free some space"):
+        with pytest.raises(UserError, match="needs 0.0 MB and .* has 0.0 free; free some space"):
             make()
 
 

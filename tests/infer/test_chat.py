@@ -1,6 +1,7 @@
 """Conversations: which tokens a state has read, told by a model whose answers are written down, and by bits that agree with a fresh reading."""
 
 import contextlib
+import io
 import os
 import pty
 import select
@@ -207,6 +208,13 @@ def test_undo_and_retry_give_the_bits_of_a_fresh_state(checkpoint):
     _, state = engine.read(ids, engine.read([0, *WORLD.encode("System: Be brief.\n\n")])[1])
     list(chat.answer("one", stopped=lambda: True))
     assert same_bits(chat.state, engine.read(BLANK, state)[1]), "nothing but these tokens has been read"
+
+
+def test_what_is_built_is_built_before_the_first_answer(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("rwkvlm.ops.rwkv7_step.why_not", lambda: print("building") or "not here")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert command.main(["--model", str(checkpoint), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "building\n"
 
 
 def chat_process(checkpoint, *flags, **how):

@@ -98,6 +98,13 @@ def test_command_line(checkpoint, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_what_is_built_is_built_before_the_text(checkpoint, capsys, monkeypatch):
+    """A first build tells of itself on the terminal: not between two tokens."""
+    monkeypatch.setattr(engine_module.rwkv7_step, "why_not", lambda: print("building") or "not here")
+    assert command.main(["--model", str(checkpoint), "--prompt", "def ", "--length", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("building\ndef ")
+
+
 def test_a_text_that_ends_early_is_told(checkpoint, capsys, monkeypatch):
     """Otherwise an empty sample looks like a fault."""
     argv = ["--model", str(checkpoint), "--prompt", "def ", "--length", "3", "--device", "cpu"]

@@ -39,3 +39,8 @@ def test_a_run_without_steps(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"run": "x", "step": 0}\n')
     done = plot(tmp_path / "metrics.jsonl", "--out", tmp_path / "loss.svg")
     assert done.returncode == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    done = plot(tmp_path / "metrics.jsonl", "--out", tmp_path / "loss.svg")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

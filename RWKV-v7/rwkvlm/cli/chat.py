@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     penalties = Penalties(args.presence_penalty, args.frequency_penalty, args.penalty_decay)
     engine = load_engine(args.model, args.tokenizer, args.device)
     chat = Chat(engine, args.system, args.temperature, args.top_p, args.top_k, penalties, args.seed, args.length, args.paragraphs)
+    engine.prepare()
     _talk(chat, terminal=sys.stdin.isatty() and sys.stdout.isatty())
     return 0
 

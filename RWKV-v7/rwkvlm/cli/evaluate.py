@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({**about, "limit": args.limit, "batch": args.batch, "results": results}, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {error.strerror}; choose another name") from None
+            raise UserError(f"--out {args.out} cannot be written: {error.strerror}; free some space or choose another place") from None
     return 0
 
 
@@ -95,7 +95,7 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
     size = "" if found["bytes"] is None else f", {found['bytes']:,} bytes"
     lines = [
         "",
-        f"{found['data']}: {found['documents']:,} documents, {found['tokens']:,} tokens{size}; {how}",
+        f"{found['data']}: {found['documents']:,} document{'s' * (found['documents'] != 1)}, {found['tokens']:,} tokens{size}; {how}",
         f"{'loss':16} {found['loss']:12.6f}  nats a token",
         f"{'perplexity':16} {found['perplexity']:12.4f}",
         f"{'bits a byte':16} {found['bits_per_byte']:12.6f}" if found["bits_per_byte"] else f"{'bits a byte':16} {'unknown':>12}  --tokenizer is not this model's",

@@ -19,6 +19,12 @@ class Parser(argparse.ArgumentParser):
 
     cure = "--help lists all flags"
 
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(_unknown(unknown[0], [name.removeprefix("--") for name in self._option_string_actions]))
+        return values
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.cure}")
 
@@ -36,10 +42,7 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
         kind = types[f.name]
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --dry_run alone means True
         parser.add_argument(f"--{f.name}", **bare, type=_converter(kind), default=f.default, metavar=kind.__name__.upper(), help=_help(f).replace("%", "%%"))
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(_unknown(unknown[0], [f.name for f in fields(settings)]))
-    return settings(**vars(values))
+    return settings(**vars(parser.parse_args(argv)))
 
 
 def _help(f: Field) -> str:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ..infer import load_engine
 from .flags import Parser
 
 
@@ -22,9 +21,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json')
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
+    from ..infer import load_engine  # torch takes seconds to import: wrong flags are answered before
 
     engine = load_engine(args.model, args.tokenizer, args.device)
     tokens = engine.tokens(args.prompt, args.length, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
+    engine.prepare()
     made = 0
 
     def counted() -> Iterator[int]:

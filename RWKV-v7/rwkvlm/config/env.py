@@ -39,6 +39,14 @@ def cuda_home() -> str:
     return os.environ.get("CUDA_HOME", "")
 
 
+def let_waiting_threads_sleep() -> None:
+    """GOMP_SPINCOUNT, unless it is set: OpenMP's threads that wait for each other soon sleep. To be called before torch is imported.
+
+    By default they spin for long, and beside other work on the cores each wait costs a time slice (records/2026-11-21-cpu-demo).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def torch_extensions_dir() -> Path | None:
     """TORCH_EXTENSIONS_DIR: where torch.utils.cpp_extension, and so DeepSpeed, builds; None: torch's default."""
     place = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -47,7 +47,7 @@ def check_room(out: str | Path, n_bytes: int) -> None:
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < n_bytes:
-        raise UserError(f"{out} needs {n_bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} free; free some space or choose another place")
+        raise UserError(f"{out} needs {n_bytes / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} free; free some space or choose another place")
 
 
 class Index:

@@ -37,6 +37,10 @@ class Engine:
             x, state = self.model.features(piece, state, return_state=True)
         return self.model.head(x[:, -1]), state
 
+    def prepare(self) -> None:
+        """Builds and loads now what single tokens need, which else happens, and is told, in the middle of a text."""
+        _ = self._step
+
     @functools.cached_property
     @torch.inference_mode(False)
     def _step(self) -> rwkv7_step.Rwkv7Step | None:
