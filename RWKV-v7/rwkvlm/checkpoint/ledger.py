@@ -12,6 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -70,10 +71,15 @@ def write_atomically(file: Path, text: str) -> None:
 def prepare_file(file: Path, text: str) -> Callable[[], None]:
     """The file under a temporary name, safe on the disk; what is returned moves it into place."""
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with open(temporary, "w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
     def move() -> None:
         os.replace(temporary, file)

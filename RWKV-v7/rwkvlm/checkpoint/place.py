@@ -1,11 +1,13 @@
-"""Whether a file can be written where it is wanted, asked before the work that it shall hold."""
+"""Files of results: whether they can be written where they are wanted, asked before the work that they shall hold, and then written whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from ..config import UserError
+from .ledger import write_atomically
 
 
 def nearest(folder: Path) -> Path:
@@ -30,3 +32,16 @@ def check_file(path: Path, flag: str) -> None:
         try_folder(path.parent)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}; choose another place") from None
+
+
+def write_json(path: Path, content: object, flag: str, cure: str) -> None:
+    """In the place of an older file when it is whole. UserError, naming the flag that asks for it, when it cannot be written."""
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            path.write_text(text)  # /dev/stdout, a pipe
+        else:
+            write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; {cure}") from None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ..checkpoint.place import check_file
+from ..checkpoint.place import check_file, write_json
 from ..compress import compress_file, report_lines
-from ..config import UserError
 from .flags import Parser
 
 
@@ -30,9 +28,5 @@ def main(argv: list[str]) -> int:
     report = compress_file(args.model, args.out, args.svd_rank_ratio, args.sparsity_ratio, args.data, args.ctx_len, args.samples)
     print("\n".join(report_lines(report)))
     if args.report is not None:
-        try:
-            args.report.parent.mkdir(parents=True, exist_ok=True)
-            args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--report {args.report} cannot be written: {error.strerror}; the model is in {args.out}, choose another name") from None
+        write_json(args.report, report, "--report", f"the model is in {args.out}, choose another name")
     return 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.place import check_file
+from ..checkpoint.place import check_file, write_json
 from ..config import UserError
 from ..eval import lambada, run_tasks, text_loss
 from ..eval.harness import check_library
@@ -68,11 +67,8 @@ def main(argv: list[str]) -> int:
             results[name] = measure()
             print("\n".join(LINES[name](results[name])) + f"\n{'':16} [{time.perf_counter() - begun:.1f} s]", flush=True)
     if args.out is not None:
-        try:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({**about, "limit": args.limit, "batch": args.batch, "results": results}, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {error.strerror}; free some space or choose another place") from None
+        found = {**about, "limit": args.limit, "batch": args.batch, "results": results}
+        write_json(args.out, found, "--out", "free some space or choose another place")
     return 0
 
 

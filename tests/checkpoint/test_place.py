@@ -1,0 +1,38 @@
+"""Files of results: an older one is lost only to a whole new one."""
+
+import json
+import os
+
+import pytest
+
+from rwkvlm.checkpoint.place import write_json
+from rwkvlm.config import UserError
+
+
+def test_written_with_its_folder_and_over_an_older_one(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    for content in ({"loss": 1.5}, {"loss": 1.25}):
+        write_json(path, content, "--out", "")
+        assert json.loads(path.read_text()) == content
+    assert os.listdir(path.parent) == ["results.json"]
+
+
+def test_an_older_file_outlives_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, {"loss": 1.5}, "--out", "")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"--out .*results.json cannot be written: No space left on device; free some space"):
+        write_json(path, {"loss": 1.25}, "--out", "free some space")
+    assert json.loads(path.read_text()) == {"loss": 1.5} and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", [1], "--out", "")
+    assert json.loads(os.read(reading, 100)) == [1]
+    os.close(reading)
