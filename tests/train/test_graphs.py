@@ -20,6 +20,7 @@ MODELS = {
     "x070": ModelConfig(n_layer=3, **SIZES),
     "one block": ModelConfig(n_layer=1, **SIZES),
     "x040": ModelConfig(model_type="x040", n_layer=3, n_embd=64, vocab_size=97),
+    "hybrid": model_config("hybrid", n_layer=3, attention_layers="1", attention_kv_heads=1, attention_window=16, **SIZES),
     "phantom": model_config("phantom", n_layer=2, core_ratio=0.5, ttt_chunk=16, **SIZES),
     "memory": model_config("phantom", n_layer=2, ttt_kind="memory", ttt_chunk=16, max_depth_iter=2, **SIZES),
 }
