@@ -224,7 +224,7 @@ def test_official_files_are_read_when_it_is_said_how_many_bits_they_have(variant
     [
         (dict(rosa_bits=torch.tensor([3.0])), "rosa_bits cannot be read"),
         (dict(rosa_bits=torch.ones(2)), "rosa_bits cannot be read"),
-        ({"blocks.0.ffn.key.weight": None}, "not a ROSA model: blocks.0.ffn.key.weight is missing; give an rosa .pth file"),
+        ({"blocks.0.ffn.key.weight": None}, "not a ROSA model: blocks.0.ffn.key.weight is missing; give a .pth file of type rosa"),
         ({"emb.weight": torch.ones(3)}, "emb.weight has shape"),
     ],
     ids=str,
