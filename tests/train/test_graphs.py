@@ -174,6 +174,27 @@ def test_states_are_asked_of_the_blocks_themselves():
     assert torch.equal(eager, graphed) and not torch.equal(graphed, pair.models[1].features(idx))
 
 
+def test_an_output_that_nobody_uses_has_no_slope():
+    """What the pass before has left in its place is not read again."""
+    pair, x = Pair(MODELS["x070"]), torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
+    pair.both(lambda model: pair.loss(0, model).backward())
+    pair.both(lambda model: model.zero_grad())
+    pair.both(lambda model: model.blocks[0](x, None)[0].square().sum().backward())
+    assert pair.same_gradients()
+
+
+def test_hooks_of_parameters_do_not_run_while_blocks_are_recorded():
+    """Those of DDP and DeepSpeed would send what is no gradient."""
+    model, called = build(MODELS["one block"]), []
+    init_weights(model, 1)
+    for name, p in model.named_parameters():
+        p.register_hook(lambda grad, name=name: called.append(name))
+    graph_blocks(model, 2, 40, recorder=Tape(1))
+    assert not called
+    model.features(torch.zeros(2, 40, dtype=torch.int64)).sum().backward()
+    assert sorted(called) == sorted(name for name, _ in model.named_parameters() if name != "head.weight")
+
+
 def test_a_block_that_cannot_be_recorded_is_one_line():
     class Refusing(Tape):
         def record(self, work):
