@@ -224,9 +224,19 @@ def test_answers_to_the_library(known):
     found = answers.loglikelihood([asked("abc ", "ab"), asked("", "a"), asked("a", "bc")])
     assert found[0] == (pytest.approx(math.log(0.8 * 0.05 * 0.8)), False), "the space belongs to the continuation"
     assert found[1:] == [(pytest.approx(math.log(0.8)), True), (pytest.approx(2 * math.log(0.8)), True)]
-    assert answers.loglikelihood_rolling([asked("abc"), asked("aa"), asked("")]) == pytest.approx([3 * math.log(0.8), math.log(0.8) + math.log(0.05), 0.0])
+    rolling = answers.loglikelihood_rolling([asked("aa"), asked("abc"), asked(""), asked("a")])
+    assert rolling == pytest.approx([math.log(0.8) + math.log(0.05), 3 * math.log(0.8), 0.0, math.log(0.8)])
     greedy = {"do_sample": False}
     assert answers.generate_until([asked("a", {**greedy}), asked("a", {**greedy, "until": ["c "]}), asked("a", {**greedy, "until": "x", "max_gen_toks": 1})]) == ["bc ", "b", "b"]
+
+
+def test_what_is_generated_is_what_the_whole_text_makes_likeliest(engine):
+    ids, chosen, stream = [0, *WORLD.encode("The cat")], [], WORLD.stream()
+    with torch.no_grad():
+        for _ in range(5):
+            chosen.append(int(engine.model(torch.tensor([ids + chosen]))[0, -1].argmax()))
+    assert 0 not in chosen
+    assert Answers(engine, 1).generate_until([asked("The cat", {"max_gen_toks": 5})]) == ["".join(map(stream.push, chosen)) + stream.finish()]
 
 
 def test_the_library_gets_a_model_and_its_figures_come_back(known, monkeypatch):
