@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rwkvlm import native as build
 from rwkvlm.cli import doctor
 from rwkvlm.config import UserError
 from rwkvlm.ops import adamw, backend
@@ -15,31 +14,16 @@ from rwkvlm.train.optimizer import MasterAdamW
 FP32, BF16 = torch.float32, torch.bfloat16
 RATES = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-18, weight_decay=0.1)
 SIZES = [1, 3, 767, 2048, 2049, 8191, 8192, 100003]  # a tile is 2048 numbers for the step, 8192 for the norms
+OPERATORS = "adamw", cuda, native, ()  # for the device of conftest.py
 GUARD = 64  # bytes on both sides of each tensor that nobody may touch
 buffers: list[torch.Tensor] = []
 
 
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request, monkeypatch):
-    """Where the operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN; guards are looked at."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+@pytest.fixture
+def device(device):
+    """As that of conftest.py; guards are looked at."""
     buffers.clear()
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        monkeypatch.setattr(backend, "_requested", "cuda")
-        assert cuda.why_not() == ""  # registers the operators
-        yield torch.device("cuda", 0)
-    else:
-        if not build.available("adamw")[0]:
-            pytest.skip(build.available("adamw")[1])
-        monkeypatch.setattr(backend, "_requested", "cpu")
-        kernels = request.getfixturevalue("block_kernels")
-        kernels.emulation_reverse(0)
-        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-            cuda.register(registration, kernels, "CPU")
-            yield torch.device("cpu")
-    torch.use_deterministic_algorithms(False)
+    yield device
     assert all((b[:GUARD] == 0xFF).all() and (b[-GUARD:] == 0xFF).all() for b in buffers), "a kernel wrote beside a tensor"
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from oracles.elementwise import Case, close, squarable
-from rwkvlm import native as build
 from rwkvlm.cli import doctor
-from rwkvlm.ops import backend, fused
+from rwkvlm.ops import fused
 from rwkvlm.ops.fused import cuda, native, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
+OPERATORS = "fused", cuda, native, ((FP32,), 16)  # for the device of conftest.py
 # Relative rms of each output and gradient. bf16: each is computed in fp32 and rounded once, by 2^-8 of its size at most; the dx of a wide norm_mix twice.
 TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 CASES = {
@@ -46,27 +46,12 @@ CASES = {
 ALL = [pytest.param(name, sizes, id=f"{name}-{sizes}") for name, several in CASES.items() for sizes in several]
 
 
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request, monkeypatch):
-    """Where the operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        monkeypatch.setattr(backend, "_requested", "cuda")
-        yield torch.device("cuda", 0)
-    else:
-        if not build.available("fused")[0]:
-            pytest.skip(build.available("fused")[1])
-        monkeypatch.setattr(backend, "_requested", "cpu")
-        assert native.why_not((FP32,), 16) == ""  # defines the operators
-        kernels = request.getfixturevalue("block_kernels")
-        kernels.emulation_reverse(0)
-        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-            cuda.register(registration, kernels, "CPU")
-            monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
-            yield torch.device("cpu")
-    torch.use_deterministic_algorithms(False)
+@pytest.fixture
+def device(device, monkeypatch):
+    """As that of conftest.py; emulated, small inputs too run in one operator."""
+    if device.type == "cpu":
+        monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
+    return device
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from oracles.wkv4_cases import Case, errors
-from rwkvlm import native as build
 from rwkvlm.cli import doctor
-from rwkvlm.ops import backend
 from rwkvlm.ops.wkv4 import cuda, native, wkv4_native
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -27,29 +25,7 @@ SHAPES = [
     dict(kind="empty"),
 ]
 TOLERANCE = {"large": 5e-5, "slow": 2e-5}  # as in tests/ops/test_wkv4.py
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request, monkeypatch):
-    """Where the operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        monkeypatch.setattr(backend, "_requested", "cuda")
-        assert cuda.why_not(FP32, 16) == ""
-        yield torch.device("cuda", 0)
-    else:
-        if not build.available("wkv4")[0]:
-            pytest.skip(build.available("wkv4")[1])
-        monkeypatch.setattr(backend, "_requested", "cpu")
-        assert native.why_not(FP32, 16) == ""  # defines the operators
-        kernels = request.getfixturevalue("block_kernels")
-        kernels.emulation_reverse(0)
-        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-            cuda.register(registration, kernels, "CPU")
-            yield torch.device("cpu")
-    torch.use_deterministic_algorithms(False)
+OPERATORS = "wkv4", cuda, native, (FP32, 16)  # for the device of conftest.py
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])

@@ -105,6 +105,17 @@ def test_tokens_of_a_pair_are_measured_as_their_text(engine, jsonl, tmp_path):
         engine.tokenizer.vocab_size = VOCAB
 
 
+def test_an_empty_document_changes_nothing(engine, tmp_path):
+    found = {}
+    for name, before in (("without", []), ("with", [np.empty(0, np.uint16)])):
+        with BinIdxWriter(tmp_path / name, np.uint16) as writer:
+            for tokens in (*before, np.array([*WORLD.encode(TEXTS[0]), 0], np.uint16)):
+                writer.add(tokens)
+        found[name] = {ctx_len: text_loss(engine, str(tmp_path / name), ctx_len) for ctx_len in (0, 7)}
+    for ctx_len, want in found["without"].items():
+        assert found["with"][ctx_len] == {**want, "data": str(tmp_path / "with"), "documents": 2}
+
+
 def test_a_txt_is_one_document_in_parts(engine, tmp_path, monkeypatch):
     path = tmp_path / "long.txt"
     path.write_text(TEXTS[3] * 3)
@@ -168,7 +179,7 @@ def test_lambada_of_known_answers(known, jsonl):
     assert lambada(known, path, limit=1)["accuracy"] == 1.0
 
 
-def test_continuations_against_the_loop(engine):
+def test_continuations_against_the_loop(engine, monkeypatch):
     """Contexts of many lengths, some shared, continuations of several lengths, in any batch."""
     generator = np.random.default_rng(0)
     contexts = [[0, *generator.integers(1, VOCAB, n)] for n in (0, 5, 15, 16, 20, 40)]
@@ -180,10 +191,22 @@ def test_continuations_against_the_loop(engine):
         nats, likeliest = by_loop(engine, context + continuation)
         want.append((-sum(nats[len(context) - 1 :]), all(likeliest[len(context) - 1 :])))
     assert want[-1][1] and not want[0][1]
-    for batch in (1, 3, 64):
+    for batch, at_once in ((1, 8192), (3, 8192), (64, 8192), (3, 12)):
+        monkeypatch.setattr(score, "READ_AT_ONCE", at_once)  # contexts and what follows them are read in pieces, with their state
         found = score.continuations(engine, pairs, batch)
         assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in want]
         assert [value for value, _ in found] == pytest.approx([value for value, _ in want], rel=1e-9)
+
+
+def test_rounded_logits_are_summed_in_full():
+    """In bf16 the logits themselves are rounded, by up to 2^-9 of them, and nothing after them: their sum of exponentials would lose as much again."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 16, generator=g).bfloat16() for n in (20, 300))
+    targets = torch.randint(300, (20,), generator=g)
+    logits = (x @ weight.t()).double()
+    nats, likeliest = score.token_scores(x, weight, targets)
+    assert nats.dtype == torch.float64 and torch.allclose(nats, torch.nn.functional.cross_entropy(logits, targets, reduction="none"), rtol=0, atol=1e-5)
+    assert likeliest.tolist() == [row.argmax().item() == target for row, target in zip(logits, targets.tolist())]
 
 
 def test_a_shared_context_is_read_once(known):
@@ -201,9 +224,19 @@ def test_answers_to_the_library(known):
     found = answers.loglikelihood([asked("abc ", "ab"), asked("", "a"), asked("a", "bc")])
     assert found[0] == (pytest.approx(math.log(0.8 * 0.05 * 0.8)), False), "the space belongs to the continuation"
     assert found[1:] == [(pytest.approx(math.log(0.8)), True), (pytest.approx(2 * math.log(0.8)), True)]
-    assert answers.loglikelihood_rolling([asked("abc"), asked("aa"), asked("")]) == pytest.approx([3 * math.log(0.8), math.log(0.8) + math.log(0.05), 0.0])
+    rolling = answers.loglikelihood_rolling([asked("aa"), asked("abc"), asked(""), asked("a")])
+    assert rolling == pytest.approx([math.log(0.8) + math.log(0.05), 3 * math.log(0.8), 0.0, math.log(0.8)])
     greedy = {"do_sample": False}
     assert answers.generate_until([asked("a", {**greedy}), asked("a", {**greedy, "until": ["c "]}), asked("a", {**greedy, "until": "x", "max_gen_toks": 1})]) == ["bc ", "b", "b"]
+
+
+def test_what_is_generated_is_what_the_whole_text_makes_likeliest(engine):
+    ids, chosen, stream = [0, *WORLD.encode("The cat")], [], WORLD.stream()
+    with torch.no_grad():
+        for _ in range(5):
+            chosen.append(int(engine.model(torch.tensor([ids + chosen]))[0, -1].argmax()))
+    assert 0 not in chosen
+    assert Answers(engine, 1).generate_until([asked("The cat", {"max_gen_toks": 5})]) == ["".join(map(stream.push, chosen)) + stream.finish()]
 
 
 def test_the_library_gets_a_model_and_its_figures_come_back(known, monkeypatch):

@@ -135,7 +135,7 @@ def test_few_states_are_kept(scripted, monkeypatch):
             longest = max(longest, len(self))
 
     monkeypatch.setattr("rwkvlm.infer.chat.deque", Trail)
-    text = " long\nUser\n" * 40
+    text = " long ü\nUser 汉\n" * 40  # characters of two and of three tokens, of which all but the last give out nothing
     chat = scripted(spelled(text + "\n"), length=10**6)
     assert "".join(chat.answer("hi")) == text[1:-1]
     assert longest <= 9

@@ -7,6 +7,7 @@ from oracles import x080 as oracle
 from rwkvlm.config import RosaConfig
 from rwkvlm.layers.norm_mix import NormMix
 from rwkvlm.layers.rosa import RosaEmbedding, RosaMix, RosaQKV, RosaSelf
+from rwkvlm.ops.rosa import rosa, rosa_self
 
 B, T, C = 2, 12, 8
 
@@ -74,6 +75,25 @@ def test_every_gradient_is_what_flipping_the_bit_does_to_the_whole_sequence(kind
                 p[..., c] += 1.0
                 assert (p.grad[0, 0, c] - ((run(inputs) * weight).sum() - base)).abs() < 1e-9
                 p.copy_(was)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("kind", ["qkv", "self"])
+def test_how_bits_are_trained_is_as_asked(kind, bits):
+    inputs = [numbers(B, T, C, seed=n).requires_grad_() for n in range(3 if kind == "qkv" else 1)]
+    weight, found = numbers(B, T, C, seed=9), {}
+    for grad in ("flip", "soft"):
+        layer = (RosaQKV(C, bits, 0.1, grad) if kind == "qkv" else RosaSelf(C, bits, 0.1, grad)).double()
+        ends = [torch.full((C,), -0.5).double(), torch.full((C,), 0.5).double()]
+        with torch.no_grad():
+            for p, end in zip(layer.parameters(), ends[-len(list(layer.parameters())) :]):
+                p.copy_(end)
+        out = layer(*inputs)[0] if kind == "qkv" else layer(*inputs)
+        operator, miss = (rosa, "low" if bits == 1 else "zero") if kind == "qkv" else (rosa_self, "zero" if bits == 1 else "low")
+        want = operator(*inputs, *ends, bits, miss, 0.1, grad)
+        found[grad], expected = (torch.autograd.grad(y, inputs, weight) for y in (out, want))
+        assert all(map(torch.equal, found[grad], expected))
+    assert not any(map(torch.allclose, found["flip"], found["soft"]))
 
 
 def test_the_block_is_the_official_one_with_its_names():

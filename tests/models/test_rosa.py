@@ -9,7 +9,9 @@ from oracles import x070
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.config import ModelConfig, RosaConfig, UserError, model_config
-from rwkvlm.models import adapted, build, count_parameters, init_weights, param_groups, read_config
+from rwkvlm.models import adapted, build, count_parameters, init_weights, kernel_of, param_groups, read_config
+from rwkvlm.ops import rosa as rosa_op
+from rwkvlm.ops import wkv7
 from rwkvlm.ops.cross_entropy import head_cross_entropy
 
 SIZES = dict(n_layer=2, n_embd=16, vocab_size=23, head_size=16)
@@ -222,7 +224,7 @@ def test_official_files_are_read_when_it_is_said_how_many_bits_they_have(variant
     [
         (dict(rosa_bits=torch.tensor([3.0])), "rosa_bits cannot be read"),
         (dict(rosa_bits=torch.ones(2)), "rosa_bits cannot be read"),
-        ({"blocks.0.ffn.key.weight": None}, "not a ROSA model: blocks.0.ffn.key.weight is missing; give an rosa .pth file"),
+        ({"blocks.0.ffn.key.weight": None}, "not a ROSA model: blocks.0.ffn.key.weight is missing; give a .pth file of type rosa"),
         ({"emb.weight": torch.ones(3)}, "emb.weight has shape"),
     ],
     ids=str,
@@ -244,6 +246,17 @@ def test_counts_by_hand():
     assert count_parameters(build(model_config("x080", n_layer=L, n_embd=C, vocab_size=V, head_size=16))) == count_parameters(
         build(ModelConfig(n_layer=L, n_embd=C, vocab_size=V, head_size=16))
     ) + L * (rosa + 2 * C)
+
+
+def test_the_kernels_of_all_its_operators_are_made_ready_at_the_start(monkeypatch):
+    """And not in the middle of a run, where one that is missing would end it."""
+    asked = []
+    for module in (rosa_op, wkv7):
+        monkeypatch.setattr(module, "backend_for", lambda *_, name=module.__name__: asked.append(name) or name)
+    for model_type, operators in dict(x080=["rwkvlm.ops.wkv7", "rwkvlm.ops.rosa"], rosa=["rwkvlm.ops.rosa"]).items():
+        assert kernel_of(model_config(model_type, **SIZES), torch.device("cpu"), torch.float32) == operators[0]
+        assert asked == operators
+        asked.clear()
 
 
 def test_sizes_without_meaning_do_not_make_models_different():

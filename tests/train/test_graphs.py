@@ -20,6 +20,7 @@ MODELS = {
     "x070": ModelConfig(n_layer=3, **SIZES),
     "one block": ModelConfig(n_layer=1, **SIZES),
     "x040": ModelConfig(model_type="x040", n_layer=3, n_embd=64, vocab_size=97),
+    "hybrid": model_config("hybrid", n_layer=4, attention_layers="1,3", attention_kv_heads=1, attention_window=16, **SIZES),
     "phantom": model_config("phantom", n_layer=2, core_ratio=0.5, ttt_chunk=16, **SIZES),
     "memory": model_config("phantom", n_layer=2, ttt_kind="memory", ttt_chunk=16, max_depth_iter=2, **SIZES),
 }
@@ -163,11 +164,46 @@ def test_the_tape_would_find_memory_that_is_used_too_late(monkeypatch):
     assert torch.equal(weight.grad, 2 * pair.models[0].blocks[0].ffn.key.weight.grad)
 
 
-def test_a_block_that_cannot_be_recorded_is_one_line(monkeypatch):
+def test_states_are_asked_of_the_blocks_themselves():
+    """Also in training, where gradients are made: the graphs neither read a state nor give one."""
+    pair = Pair(MODELS["x070"])
+    idx = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+    (eager, state), (graphed, same) = pair.both(lambda model: model.features(idx, return_state=True))
+    assert torch.equal(eager, graphed) and all(torch.equal(a, b) for one, other in zip(state, same, strict=True) for a, b in zip(one, other, strict=True))
+    eager, graphed = pair.both(lambda model: model.features(idx, state))
+    assert torch.equal(eager, graphed) and not torch.equal(graphed, pair.models[1].features(idx))
+
+
+def test_an_output_that_nobody_uses_has_no_slope():
+    """What the pass before has left in its place is not read again."""
+    pair, x = Pair(MODELS["x070"]), torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
+    pair.both(lambda model: pair.loss(0, model).backward())
+    pair.both(lambda model: model.zero_grad())
+    pair.both(lambda model: model.blocks[0](x, None)[0].square().sum().backward())
+    assert pair.same_gradients()
+
+
+def test_hooks_of_parameters_do_not_run_while_blocks_are_recorded():
+    """Those of DDP and DeepSpeed would send what is no gradient."""
+    model, called = build(MODELS["one block"]), []
+    init_weights(model, 1)
+    for name, p in model.named_parameters():
+        p.register_hook(lambda grad, name=name: called.append(name))
+    graph_blocks(model, 2, 40, recorder=Tape(1))
+    assert not called
+    model.features(torch.zeros(2, 40, dtype=torch.int64)).sum().backward()
+    assert sorted(called) == sorted(name for name, _ in model.named_parameters() if name != "head.weight")
+
+
+def test_a_block_that_cannot_be_recorded_is_one_line():
     class Refusing(Tape):
         def record(self, work):
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+            raise error
 
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):  # of which run.py says what fits
+        graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
+    error = RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
     with pytest.raises(UserError, match=r"a block cannot be recorded here: CUDA error: operation not permitted when stream is capturing; leave --cuda_graphs out$"):
         graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
 

@@ -168,6 +168,7 @@ BAD = {
     "width": (dict(my_testing="rosa", n_embd=40, head_size=None), "--n_embd 40 is not a multiple of 16"),
     "documents": (dict(doc_reset=1), "--doc_reset 1 is not made for --my_testing x080; use x070, or leave --doc_reset out"),
     "compile": (dict(compile=1), "--compile 1 is not made for ROSA, and --my_testing x080 has it; leave --compile out"),
+    "graphs": (dict(cuda_graphs=1, my_testing="rosa", head_size=None), "--cuda_graphs 1 is not made for ROSA, whose blocks hand the tokens on too, and --my_testing rosa has it; leave"),
 }
 
 

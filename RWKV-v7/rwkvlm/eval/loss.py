@@ -88,10 +88,12 @@ def _windows(read: Iterator[Document], ctx_len: int, count: _Count, engine: Engi
     left: np.ndarray | None = None
     for document in read:
         count.document(document)
-        if left is None and len(document.tokens) and count.n_bytes is not None:
+        if not len(document.tokens):
+            continue
+        if left is None and count.n_bytes is not None:
             count.n_bytes -= bytes_of(engine, document.tokens[:1])  # the very first token is not predicted
-        left = document.tokens if left is None or not len(left) else np.concatenate([left, document.tokens])
-        whole = max(0, len(left) - 1) // ctx_len
+        left = document.tokens if left is None else np.concatenate([left, document.tokens])
+        whole = (len(left) - 1) // ctx_len
         for k in range(whole):
             yield left[k * ctx_len : (k + 1) * ctx_len + 1]
         left = left[whole * ctx_len :]

@@ -93,16 +93,19 @@ class Chat:
                 break
             logits, state = self.engine.read([token], state)
             trail.append((len(text), state))
-            while len(trail) > 1 and trail[0][0] < trail[1][0] <= stop.given:
-                trail.popleft()
-        self.state = self._closed(trail, text[: stop.given])
+            _shorten(trail, stop.given)
+        _shorten(trail, stop.given)
+        read, state = trail[0]
+        self.state = self.engine.read(self.engine.encode(text[read : stop.given] + END_OF_TURN), state)[1]
         self._before.append((message, before))
 
-    def _closed(self, trail: deque, answer: str) -> list:
-        """The state after the answer and a blank line."""
-        read = max(count for count, _ in trail if count <= len(answer))
-        state = next(state for count, state in trail if count == read)  # the first: later ones have read a part of the next character
-        return self.engine.read(self.engine.encode(answer[read:] + END_OF_TURN), state)[1]
+
+def _shorten(trail: deque, given: int) -> None:
+    """Leaves out what was read before the last character that is part of the answer for certain: the first state with so many characters becomes
+    the first of the trail, and those that have read a part of the next character stay behind it."""
+    read = max(count for count, _ in trail if count <= given)
+    while trail[0][0] < read:
+        trail.popleft()
 
 
 def one_paragraph(text: str) -> str:

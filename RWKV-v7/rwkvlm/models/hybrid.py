@@ -67,8 +67,8 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> HybridConfig:
     )
 
 
-def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
-    """The weights that this model has of an RWKV-7: without the time mixing of blocks that have attention here and not there."""
+def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
+    """The weights that this model has of an RWKV-7 or a hybrid: without the time mixing of blocks that have attention here and not there."""
     gone = tuple(f"blocks.{layer}.att." for layer in set(model.config.attention) - set(attention_layers(tensors)))
     window = {name: tensor for name, tensor in model.named_buffers() if name == WINDOW}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)} | window

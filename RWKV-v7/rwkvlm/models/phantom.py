@@ -96,6 +96,11 @@ def _linear(config: PhantomConfig, name: str, inputs: int, outputs: int) -> nn.M
     return GhostLinear(inputs, outputs, rows, config.ghost_activation, config.ghost_permuted, parts)
 
 
+def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
+    """A Phantom's weights as they are, an RWKV-7's factorised (from_rwkv7)."""
+    return tensors if CARRIED in tensors or model.config.is_plain else from_rwkv7(tensors, model)
+
+
 @torch.no_grad()
 def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of an RWKV-7 in the form of this model, whose own parts that RWKV-7 has not keep the values that they have in it."""

@@ -1,4 +1,7 @@
-"""Which recipe and which table belong to a model type (`--my_testing`)."""
+"""Which recipe and which table belong to a model type (`--my_testing`).
+
+A recipe is a module with build, config_of and TABLE; where a file's weights need a change, with `adapted`; where there is something to say, with `costs`.
+"""
 
 from __future__ import annotations
 
@@ -41,30 +44,32 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
-    """A file's weights in the form that the model has them: for a Phantom, those of an RWKV-7 are factorised, and what is new there is as it is
-    in the model; for a hybrid, those of an RWKV-7 without the time mixing of its attention blocks; for ROSA, those of an official file."""
-    if model.config.model_type == "hybrid":
-        return hybrid.from_rwkv7(tensors, model)
-    if rosa.CARRIED in model.state_dict():
-        return rosa.adapted(tensors, model)
-    if model.config.model_type != "phantom" or phantom.CARRIED in tensors or phantom.CARRIED not in model.state_dict():
-        return tensors
-    return phantom.from_rwkv7(tensors, model)
+    """A file's weights in the form that the model has them, as its recipe says: an RWKV-7 becomes a Phantom or a hybrid, an official file a ROSA."""
+    recipe = RECIPES[model.config.model_type]
+    return recipe.adapted(tensors, model) if hasattr(recipe, "adapted") else tensors
+
+
+def operators(config: ModelConfig) -> list[str]:
+    """Those that a model needs; the first carries its state."""
+    return {"x040": ["wkv4"], "rosa": ["rosa"], "x080": ["wkv7", "rosa"]}.get(config.model_type, ["wkv7"])
 
 
 def recurrence(config: ModelConfig) -> str:
     """The operator that carries the state of a model."""
-    return {"x040": "wkv4", "rosa": "rosa"}.get(config.model_type, "wkv7")
+    return operators(config)[0]
 
 
 def kernel_of(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
-    return {"wkv4": wkv4, "wkv7": wkv7, "rosa": rosa_op}[recurrence(config)].backend_for(device, dtype)
+    """Who computes the recurrence here: "cuda", "cpu" or "torch"; builds what is missing, for all of the model's operators. UserError for a kernel
+    asked for that cannot run."""
+    known = {"wkv4": wkv4, "wkv7": wkv7, "rosa": rosa_op}
+    return [known[name].backend_for(device, dtype) for name in operators(config)][0]
 
 
 def costs(config: ModelConfig) -> list[str]:
     """Lines of a table of parameters and FLOPs, for models whose matrices are not all dense; what the attention of a hybrid remembers."""
-    return RECIPES[config.model_type].costs(config) if config.model_type in ("phantom", "hybrid") else []
+    recipe = RECIPES[config.model_type]
+    return recipe.costs(config) if hasattr(recipe, "costs") else []
 
 
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:

@@ -25,7 +25,7 @@ class Sizes:
     def shape(self, name: str, dims: int) -> torch.Size:
         """Of a tensor that must be there, with so many dimensions."""
         if name not in self.tensors:
-            raise UserError(f"the checkpoint is not {self.kind} model: {name} is missing; give an {self.give} .pth file")
+            raise UserError(f"the checkpoint is not {self.kind} model: {name} is missing; give a .pth file of type {self.give}")
         if self.tensors[name].dim() != dims:
-            raise UserError(f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, which has not {dims} dimensions; give an {self.give} .pth file")
+            raise UserError(f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, which has not {dims} dimensions; give a .pth file of type {self.give}")
         return self.tensors[name].shape

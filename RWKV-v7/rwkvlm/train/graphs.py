@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError
+from ..config import ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError
 from ..models import LanguageModel
 from .strategy import Launch
 
@@ -191,6 +191,8 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
         raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")
     if run.strategy.startswith("deepspeed_stage_3"):
         raise UserError(f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out")
+    if isinstance(model, RosaConfig):
+        raise UserError(f"--cuda_graphs 1 is not made for ROSA, whose blocks hand the tokens on too, and --my_testing {model.model_type} has it; leave --cuda_graphs out")
     if isinstance(model, PhantomConfig) and model.dropout:
         raise UserError(f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out")
     if isinstance(model, PhantomConfig) and model.steps_on_state and model.ttt_meta:
