@@ -10,34 +10,11 @@ import torch
 
 from oracles.emulated_wkv7 import CUDA, compile_kernels
 from oracles.rosa import KINDS, close, from_definition, numbers, results, structured
-from rwkvlm import native as build
 from rwkvlm.ops import backend
-from rwkvlm.ops.rosa import backend_for, cuda, native, rosa, rosa_self, rosa_tokens
+from rwkvlm.ops.rosa import cuda, native, rosa, rosa_self, rosa_tokens
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request, monkeypatch):
-    """Where the operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        monkeypatch.setattr(backend, "_requested", "cuda")
-        assert backend_for(torch.device("cuda", 0), FP32) == "cuda"
-        yield torch.device("cuda", 0)
-    else:
-        if not build.available("rosa")[0]:
-            pytest.skip(build.available("rosa")[1])
-        monkeypatch.setattr(backend, "_requested", "cpu")
-        assert native.why_not(FP32) == ""  # defines the operators
-        kernels = request.getfixturevalue("block_kernels")
-        kernels.emulation_reverse(0)
-        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-            cuda.register(registration, kernels, "CPU")
-            yield torch.device("cpu")
-    torch.use_deterministic_algorithms(False)
+OPERATORS = "rosa", cuda, native, (FP32,)  # for the device of conftest.py
 
 
 @pytest.fixture(scope="module")
