@@ -139,7 +139,7 @@ def test_what_is_passed_on_has_its_gradients_added_up(device, options, again):
     plain = run(False)
     for got in (run(True), run(True, lambda *x, **y: checkpoint(wkv7, *x, **y, use_reentrant=False))):
         for name, ours, theirs in zip(("y", *NAMES), got, plain):
-            if name == "v" and again and ours.dtype == BF16:
+            if name in again and ours.dtype == BF16:  # rounded once instead of twice
                 assert (ours.float() - theirs.float()).norm() < 4e-3 * theirs.float().norm()
             else:
                 assert torch.equal(ours, theirs), name

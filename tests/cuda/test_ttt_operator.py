@@ -136,7 +136,7 @@ def test_what_is_passed_on_has_its_gradients_added_up(device):
         loss = (y * given.case.dy.to(device)).float().sum() + state.sum() + (r.float() ** 2 + 2 * k.float() ** 2 - v.float() ** 2).sum()
         results.append(torch.autograd.grad(loss, leaves))
     for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
-        assert torch.equal(ours, theirs) or i == 3 and (ours - theirs).float().norm() < 4e-3 * theirs.float().norm(), i
+        assert torch.equal(ours, theirs) or i in (0, 2, 3) and (ours - theirs).float().norm() < 4e-3 * theirs.float().norm(), i  # r, k, v: rounded once
 
 
 def test_a_phantom_compiles_into_one_graph(device, monkeypatch):
