@@ -34,7 +34,7 @@ LAST_WORDS = 10.0  # for the training thread to end by an error of its own
 CONNECT = 300.0
 KILLED, DIED, FAILED, SILENT = range(4)  # what says more comes first
 EXIT_CODE = 1
-COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")  # the last: gloo, of a second operation that waited
+COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")  # the last two: gloo, which may leave out its name
 
 
 @dataclass
