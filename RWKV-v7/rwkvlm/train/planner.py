@@ -6,14 +6,12 @@ import importlib
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from ..config import TrainConfig, UserError, env
 from ..config.kinds import owner
 from ..ops import adamw
 from .banner import describe
+from .guarded import guarded
 from .logs.progress import clock
 from .memory import FULL, Memory, estimate, gigabytes, measure_activations
 from .plan import Plan
@@ -128,31 +127,10 @@ def expected_seconds(plan: Plan, tokens_per_s: float) -> float:
 
 def probe(plan: Plan) -> float:
     """Tokens a second, of all devices: the run itself for a few steps, in a folder of its own that is deleted."""
-    with _cleaning_up(), tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest(plan.proj_dir)) as folder:
-        argv = probe_flags(plan, folder)
-        with open(Path(folder) / "said", "w") as said:
-            process = subprocess.Popen([sys.executable, "-m", "rwkvlm", "train", *argv], stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
-            try:
-                return _watch(process, Path(folder))
-            finally:
-                with suppress(ProcessLookupError):  # it has ended by itself
-                    os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would save its state first
-                process.wait()
-
-
-@contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process as Ctrl-C does, by an exception: the probe would go on without us, in a folder that nobody deletes."""
-
-    def end(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest(plan.proj_dir)) as folder:
+        command = [sys.executable, "-m", "rwkvlm", "train", *probe_flags(plan, folder)]
+        with open(Path(folder) / "said", "w") as said, guarded(command, folder, stdout=subprocess.DEVNULL, stderr=said) as process:
+            return _watch(process, Path(folder))
 
 
 def probe_flags(plan: Plan, folder: str) -> list[str]:
