@@ -124,7 +124,7 @@ def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys):
     out = capsys.readouterr().out
     told = {line.split()[0]: line for line in out.splitlines()}
     assert {"model", "data", "schedule", "epoch", "memory", "advice", "time"} <= set(told)
-    assert "1,280 tokens in a mini-epoch, 10 steps" in told["epoch"] and "fits" in told["memory"] and "GiB (program" in told["memory"]
+    assert "1,280 tokens in a mini-epoch, 10 steps" in told["epoch"] and "fits" in told["memory"] and "iB (program" in told["memory"]
     assert "for 30 steps" in told["time"] and " kt/s in a probe" in told["time"]
     assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
 
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, ca
 
 
 def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(planner, "probe_flags", lambda plan, folder: ["--head_size", "7"])
+    monkeypatch.setattr(planner, "probe_flags", lambda plan, folder: [*probe_flags(plan, folder), "--head_size", "7"])
     assert run(tmp_path / "out", dry_run=True) == 0
     assert "time      the probe failed: --head_size 7 is not supported" in capsys.readouterr().out
 

@@ -20,17 +20,18 @@ import torch
 from ..checkpoint.place import nearest
 from ..config import TrainConfig, UserError, env
 from ..config.kinds import owner
+from ..config.volume import volume
 from ..ops import adamw
 from .banner import describe
 from .guarded import guarded
 from .logs.progress import clock
-from .memory import FULL, Memory, estimate, gigabytes, measure_activations
+from .memory import FULL, Memory, estimate, measure_activations
 from .plan import Plan
+from .start import SIZES
 from .strategy import make_strategy
 
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
-SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
 OWN = [f.name for f in fields(TrainConfig) if owner(f.metadata["help"])]  # flags of some model types only
 
 
@@ -42,7 +43,7 @@ def dry_run(plan: Plan) -> int:
     fits = memory[plan.config.micro_bsz, plan.config.grad_cp].total <= FULL * available
     lines = describe(plan) | {
         "epoch": f"{plan.config.epoch_samples * plan.config.ctx_len:,} tokens in a mini-epoch, {math.ceil(plan.config.epoch_samples / plan.batch):,} steps",
-        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {gigabytes(available)} for each process: {'fits' if fits else 'does not fit'}",
+        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each process: {'fits' if fits else 'does not fit'}",
         "advice": _advice(plan, memory, available),
     }
     for name, text in lines.items():
