@@ -115,6 +115,10 @@ def test_every_command_names_a_mistake_in_one_line(command, capsys):
 def test_a_misspelt_flag_of_any_command_gets_the_nearest(capsys):
     assert main(["generate", "--model", "m.pth", "--promt", "def "]) == 2
     assert capsys.readouterr().err == "error: unknown flag --promt; did you mean --prompt?\n"
+    assert main(["generate", "--modle", "m.pth"]) == 2
+    assert capsys.readouterr().err == "error: unknown flag --modle; did you mean --model?\n"
+    assert main(["data", "merge", "a", "--ou=b"]) == 2
+    assert capsys.readouterr().err == "error: unknown flag --ou; did you mean --out?\n"
 
 
 def test_help_lists_every_flag(capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -18,15 +18,35 @@ class Parser(argparse.ArgumentParser):
     """One whose mistakes are UserErrors of one line; every command has it."""
 
     cure = "--help lists all flags"
+    given: Sequence[str] = ()
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, **how)  # a mistyped flag must not become another one
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = args or ()
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise UserError(_unknown(unknown[0], [name.removeprefix("--") for name in self._option_string_actions]))
+            raise self._unknown(unknown[0])
         return values
 
     def error(self, message: str) -> NoReturn:
+        """A misspelt flag first: another one may only be missing for it."""
+        for word in self.given:
+            if word[:2] == "--" != word and word.partition("=")[0] not in self._option_string_actions:
+                raise self._unknown(word)
         raise UserError(f"{message}; {self.cure}")
+
+    def _unknown(self, argument: str) -> UserError:
+        if not argument.startswith("--"):
+            return UserError(f"unexpected argument {argument!r}; flags are given as --name value")
+        flag, names = argument.partition("=")[0], [name.removeprefix("--") for name in self._option_string_actions]
+        typed = flag.removeprefix("--")
+        close = [name for name in names if name.startswith(f"{typed}_")] or difflib.get_close_matches(typed, names, 1, cutoff=0.5)  # --lr: lr_init, not ttt_lr
+        return UserError(f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "--help lists all flags"))
 
 
 def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Settings:
@@ -37,7 +57,7 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
     """
     types = get_type_hints(settings)
     about = (settings.__doc__ or "").partition("\n")[0]
-    parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, allow_abbrev=False, formatter_class=_Help)
+    parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, formatter_class=_Help)
     for f in fields(settings):
         kind = types[f.name]
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --dry_run alone means True
@@ -66,12 +86,3 @@ def _converter(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text!r} is not {KIND[kind]}") from None
 
     return convert
-
-
-def _unknown(argument: str, names: list[str]) -> str:
-    if not argument.startswith("--"):
-        return f"unexpected argument {argument!r}; flags are given as --name value"
-    flag = argument.partition("=")[0]
-    typed = flag.removeprefix("--")
-    close = [name for name in names if name.startswith(f"{typed}_")] or difflib.get_close_matches(typed, names, 1, cutoff=0.5)  # --lr: lr_init, not ttt_lr
-    return f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "--help lists all flags")
