@@ -21,7 +21,7 @@ from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
 from ..models import count_parameters
-from .compiled import compile_blocks
+from .compiled import GRAPHED, compile_blocks
 from .conductor import Conductor
 from .graphs import graph_blocks
 from .matmul import settle_fp32_products
@@ -176,12 +176,12 @@ class PlannedModule(TrainModule):
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
         if plan.config.compile:
-            compile_blocks(self.model, lengths_vary=bool(plan.config.doc_reset))
+            compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
 
     def on_train_start(self) -> None:
         """After the Conductor's, which loads the training state: the model lies where it stays."""
         config = self.plan.config
-        if config.cuda_graphs and not self.plan.finished:
+        if config.cuda_graphs and not config.compile and not self.plan.finished:
             graph_blocks(self.model, config.micro_bsz, config.ctx_len, bool(config.grad_cp))
 
     def train_dataloader(self) -> Ahead:
