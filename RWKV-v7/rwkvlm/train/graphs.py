@@ -185,7 +185,7 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
     """UserError where --cuda_graphs 1 would not work. kernel: who computes the model's recurrence."""
     if not config.cuda_graphs:
         return
-    if config.compile and config.grad_cp:
+    if config.compile and config.grad_cp == 1:
         raise UserError("--cuda_graphs 1 with --compile 1 is not made for --grad_cp 1; use --grad_cp 0, or leave --compile out")
     if config.compile and config.accumulate_grad_batches > 1:
         # torch.compile's graphs write gradients where autograd keeps those of the micro batch before: https://github.com/pytorch/pytorch/issues/181723
