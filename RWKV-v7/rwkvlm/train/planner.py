@@ -32,7 +32,7 @@ from .strategy import make_strategy
 
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
-ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 1 and 2 % below the estimate (records/2026-11-26-gpu)
+ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
 SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
 OWN = [f.name for f in fields(TrainConfig) if owner(f.metadata["help"])]  # flags of some model types only
 
