@@ -54,7 +54,7 @@ def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
     assert list(lines) == NAMES
     assert lines["compiler"].startswith("CURE  compiler") and "apt-get install g++, or set CXX" in lines["compiler"]
     assert "2 processes over gloo fail: no route to host; a firewall" in lines["ranks"]
-    assert "free some space" in lines["disk"] and "GiB free in" in lines["disk"]
+    assert "free some space" in lines["disk"] and "iB free in" in lines["disk"]
     assert lines["locks"].endswith(f"rm {stale}") and str(fresh) not in lines["locks"]
     assert lines["wkv7"].endswith("division by zero") and lines["loss"].startswith("ok ")
 

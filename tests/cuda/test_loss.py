@@ -14,25 +14,12 @@ LOSS, GRADIENT = 1e-6, {FP32: 2e-6, BF16: 4e-3}
 # Of the whole head: in bf16 the logits are rounded too.
 HEAD_LOSS, HEAD_GRADIENT = {FP32: 1e-6, BF16: 2e-3}, {FP32: 2e-6, BF16: 1e-2}
 SIZES = [(5, 1), (3, 7), (4, 8), (2, 4096), (3, 1000), (3, 5001), (2, 9221)]
+OPERATORS = "loss", cuda, None, (FP32,)  # for the device of conftest.py
 
 
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request, monkeypatch):
-    """Where the operator runs: CPU tensors over the kernel in emulation, or the GPU. All new memory is filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+@pytest.fixture(autouse=True)
+def head_on_the_kernel(monkeypatch):
     monkeypatch.setattr(package, "_form", lambda device, dtype, n_embd: cuda)
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        assert cuda.why_not(FP32) == ""
-        yield torch.device("cuda", 0)
-    else:
-        kernels = request.getfixturevalue("block_kernels")
-        kernels.emulation_reverse(0)
-        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-            cuda.register(registration, kernels, "CPU")
-            yield torch.device("cpu")
-    torch.use_deterministic_algorithms(False)
 
 
 def make(rows, V, dtype, device, scale=3.0):

@@ -135,7 +135,7 @@ def test_packed_documents_and_states(device, monkeypatch):
     model, idx = make_model(device, torch.float32)
     bounds = torch.tensor([0, 1, 3, 20, 36, 71], dtype=torch.int32, device=device)
     leaves, slopes = [p for p in model.parameters() if p is not model.head.weight], slopes_like(model, idx)
-    packed = Packed(bounds, torch.tensor([i for i in range(71) if i + 1 not in bounds.tolist()], device=device))
+    packed = Packed(bounds, torch.tensor([i for i in range(71) if i + 1 not in bounds.tolist()], device=device), bounds.cpu().numpy())
 
     def results():
         x = model.features(idx[:1], packed=packed)[0, packed.tokens]

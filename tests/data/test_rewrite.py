@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rwkvlm.config import UserError
+from rwkvlm.config.volume import volume
 from rwkvlm.data import rewrite as module
 from rwkvlm.data import survey
 from rwkvlm.data.binidx import BinIdx, BinIdxWriter
@@ -119,8 +120,13 @@ def test_a_disk_that_is_too_small_is_seen_before(tmp_path, monkeypatch):
     prefix = write(tmp_path / "a", documents(7))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     for make in (lambda: merge([(prefix, 1.0)], f"{tmp_path}/new/c"), lambda: split(prefix, f"{tmp_path}/c", 0.1)):
-        with pytest.raises(UserError, match="needs 0.0 MB and .* has 0.0 free; free some space"):
+        with pytest.raises(UserError, match=r"needs \d+\.\d\d KiB and .* has 100 B free; free some space"):
             make()
+
+
+def test_bytes_are_told_in_the_unit_that_suits_them():
+    told = {0: "0 B", 1023: "1,023 B", 1024: "1.00 KiB", 1.5e6: "1.43 MiB", 680e9: "633.30 GiB", 2**40: "1.00 TiB", 5e15: "4,547.47 TiB"}
+    assert {n: volume(n) for n in told} == told
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):

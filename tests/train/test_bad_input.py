@@ -145,7 +145,9 @@ def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
     make, said = CASES[case]
     said = said.replace("{folder}", str(tmp_path)).replace("{data}", data)
     flags = dict(proj_dir=tmp_path / "out") | make(data, tmp_path)
+    there = sorted(tmp_path.rglob("*"))
     assert run(flags.pop("proj_dir"), **flags) == 2
+    assert sorted(tmp_path.rglob("*")) == there, "a refused run leaves nothing"
     out, err = capfd.readouterr()
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and err.splitlines()[-1] == lines[0] and said in lines[0], err

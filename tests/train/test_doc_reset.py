@@ -67,7 +67,7 @@ def test_a_packed_row_is_the_documents_by_themselves(corpus, kernel, grad_cp):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     backend.set_kernel(kernel)
     idx, targets, bounds, tokens = ResetSamples(HeldOutSamples(corpus, 50))[np.array([1, 3, 2])]
-    packed = Packed(bounds, tokens)
+    packed = Packed(bounds, tokens, bounds.numpy())
     x = model.features(idx, grad_cp=grad_cp, packed=packed)[0, tokens]
     loss = head_cross_entropy(x, model.head.weight, targets)
     alone = torch.cat([model.features(idx[:, start : stop - 1])[0] for start, stop in zip(bounds, bounds[1:])])

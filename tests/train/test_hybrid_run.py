@@ -98,7 +98,7 @@ def test_a_packed_row_is_the_documents_by_themselves(window):
     bounds = torch.tensor([0, 2, 9, 30, 34], dtype=torch.int32)
     idx, padding = torch.randint(1, 256, (1, 34), generator=torch.Generator().manual_seed(0)), bounds[1:].long() - 1
     tokens = torch.tensor([t for t in range(34) if t not in padding])
-    x = model.features(idx, packed=Packed(bounds, tokens))[0, tokens]
+    x = model.features(idx, packed=Packed(bounds, tokens, bounds.numpy()))[0, tokens]
     alone = torch.cat([model.features(idx[:, start : stop - 1])[0] for start, stop in pairwise(bounds)])
     torch.testing.assert_close(x, alone, rtol=1e-4, atol=1e-5)
     for got, wanted in zip(*(torch.autograd.grad(y.square().sum(), [p for name, p in model.named_parameters() if name != "head.weight"]) for y in (x, alone))):

@@ -6,14 +6,15 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from ..infer import load_engine
-from ..infer.chat import UNDO, Chat
-from ..infer.sampling import Penalties
 from .flags import Parser
 
-HELP = f"""/retry    another answer to the last message
-/undo     take the last turn back (up to {UNDO} of them)
+if TYPE_CHECKING:
+    from ..infer.chat import Chat
+
+HELP = """/retry    another answer to the last message
+/undo     take the last turn back (up to {undo} of them)
 /reset    begin anew
 /quit     end, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -38,16 +39,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json')
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
+    from ..infer import load_engine  # torch takes seconds to import: wrong flags are answered before
+    from ..infer.chat import UNDO, Chat
+    from ..infer.sampling import Penalties
 
     penalties = Penalties(args.presence_penalty, args.frequency_penalty, args.penalty_decay)
     engine = load_engine(args.model, args.tokenizer, args.device)
     chat = Chat(engine, args.system, args.temperature, args.top_p, args.top_k, penalties, args.seed, args.length, args.paragraphs)
     engine.prepare()
-    _talk(chat, terminal=sys.stdin.isatty() and sys.stdout.isatty())
+    _talk(chat, HELP.format(undo=UNDO), terminal=sys.stdin.isatty() and sys.stdout.isatty())
     return 0
 
 
-def _talk(chat: Chat, terminal: bool) -> None:
+def _talk(chat: Chat, help_text: str, terminal: bool) -> None:
     if terminal:
         print("/help lists the commands; Ctrl-D ends.")
     for line in _lines(terminal):
@@ -55,7 +59,7 @@ def _talk(chat: Chat, terminal: bool) -> None:
         if message in ("/quit", "/exit"):
             return
         if message == "/help":
-            _say(HELP)
+            _say(help_text)
         elif message == "/reset":
             chat.reset()
             _say("[begun anew]")

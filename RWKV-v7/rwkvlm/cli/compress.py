@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.place import check_file, write_json
-from ..compress import compress_file, report_lines
 from .flags import Parser
 
 
@@ -22,6 +20,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=32, help="how many of these are read")
     parser.add_argument("--report", type=Path, default=None, help="write the figures here as JSON too")
     args = parser.parse_args(argv)
+    from ..checkpoint.place import check_file, write_json  # torch takes seconds to import: wrong flags are answered before
+    from ..compress import compress_file, report_lines
 
     if args.report is not None:
         check_file(args.report, "--report")

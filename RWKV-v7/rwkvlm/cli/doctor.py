@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import UserError, env
+from ..config.volume import volume
 from .flags import Parser
 from .machine import check_torch_sees_gpus, listed_gpus
 
@@ -286,7 +287,7 @@ def disk(folder: Path) -> str:
             speed = PROBE / (time.monotonic() - begin)
     except OSError as error:
         raise Sick(f"{place} cannot be written: {error.strerror}; choose another --proj_dir, or change its permissions") from None
-    told = f"{free / 2**30:.0f} GiB free in {place}, {speed / 1e6:.0f} MB/s"
+    told = f"{volume(free)} free in {place}, {volume(speed)}/s"
     if free < SPACE:
         raise Sick(f"{told}; a training state takes 12 bytes for each parameter, and --keep_last of them are kept: free some space")
     if speed < SLOW:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..checkpoint.place import check_file, write_json
 from ..config import UserError
-from ..eval import lambada, run_tasks, text_loss
-from ..eval.harness import check_library
-from ..infer import Engine, load_engine
-from ..models import count_parameters
 from .flags import Parser
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    from ..infer import Engine
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--text_key", default="text", help="key of the text in a line of JSON, or column of a table [text]")
     parser.add_argument("--limit", type=int, default=0, help="only so many documents, passages, or questions of each task; 0: all [0]")
     parser.add_argument("--batch", type=int, default=8, help="texts read side by side: changes speed and memory, and figures by no more than rounding [8]")
-    parser.add_argument("--dtype", default="auto", choices=[*DTYPES], help="auto: bf16 on a GPU, fp32 on the CPU [auto]")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on the CPU [auto]")
     parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json [world]')
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     parser.add_argument("--out", type=Path, default=None, help="write model, data and figures here as JSON too")
@@ -46,14 +40,22 @@ def main(argv: list[str]) -> int:
     tasks = [name for name in args.tasks.split(",") if name]
     if not (args.data or args.lambada or tasks):
         raise UserError("there is nothing to measure; give --data, --lambada or --tasks")
-    if args.out is not None:
-        check_file(args.out, "--out")
     for name, least in (("ctx_len", 0), ("limit", 0), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+    import torch  # takes seconds: wrong flags are answered before
+
+    from ..checkpoint.place import check_file, write_json
+    from ..eval import lambada, run_tasks, text_loss
+    from ..eval.harness import check_library
+    from ..infer import load_engine
+
+    if args.out is not None:
+        check_file(args.out, "--out")
     if tasks:
         check_library()
-    engine = load_engine(args.model, args.tokenizer, args.device, DTYPES[args.dtype])
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    engine = load_engine(args.model, args.tokenizer, args.device, dtype)
     about = _about(engine, args.model, args.tokenizer)
     print(f"{about['model']}: {about['model_type']} L{about['n_layer']} D{about['n_embd']}, {about['parameters'] / 1e6:.6f} M parameters, {about['dtype']} on {about['device']}")
     results: dict[str, Any] = {}
@@ -73,6 +75,10 @@ def main(argv: list[str]) -> int:
 
 
 def _about(engine: Engine, path: str, tokenizer: str) -> dict[str, Any]:
+    import torch
+
+    from ..models import count_parameters
+
     weight, config = engine.model.emb.weight, engine.model.config
     sizes = {name: getattr(config, name) for name in ("model_type", "n_layer", "n_embd", "vocab_size", "head_size")}
     return {

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import MINI_EPOCH, UserError
+from ..config.volume import volume
 from ..data.binidx import BinIdx
 from ..data.documents import PACKED, STDIN, expand, kind
 from ..data.pack import Packed, Stage, pack, write_report
@@ -57,7 +58,7 @@ def _progress(started: float) -> Callable[[Stage], None]:
         if stage.name == "reading":
             seconds = now - started
             left = f", {datetime.timedelta(seconds=int(seconds / stage.part - seconds))} left" if 0 < stage.part and not stage.resumed else ""
-            line += f"  {stage.text_bytes / 1e6:.1f} MB, {stage.text_bytes / 1e6 / seconds:.1f} MB/s{left}"
+            line += f"  {volume(stage.text_bytes)}, {volume(stage.text_bytes / seconds)}/s{left}"
         if terminal:
             bar = "#" * round(stage.part * BAR)
             line = f"\r\033[K[{bar:.<{BAR}}] {line}"
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> int:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     seconds = time.monotonic() - started
-    print(f"{made.text_bytes} bytes of text in {seconds:.1f} s ({made.text_bytes / 1e6 / seconds:.1f} MB/s)")
+    print(f"{made.text_bytes} bytes of text in {seconds:.1f} s ({volume(made.text_bytes / seconds)}/s)")
     _summary(made, prefix, tokenizer, args.ctx_len)
     if args.report:
         write_report(Path(args.report), made)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
+from ..config.volume import volume
 from .tokens import Tokens
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -47,7 +48,7 @@ def check_room(out: str | Path, n_bytes: int) -> None:
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < n_bytes:
-        raise UserError(f"{out} needs {n_bytes / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} free; free some space or choose another place")
+        raise UserError(f"{out} needs {volume(n_bytes)} and {folder} has {volume(free)} free; free some space or choose another place")
 
 
 class Index:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import UserError, env
+from ..config.volume import volume
 from .binidx import BinIdx, Index, bin_path, idx_path
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -191,7 +192,7 @@ def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, total: 
             if (now := time.monotonic()) - last > SAY_EVERY:
                 last = now
                 rate = (have - first) / (now - started)
-                left = f" of {total / 1e6:.0f} MB, {(total - have) / rate:.0f} s left" if total else " MB"
-                say(f"{url}: {have / 1e6:.0f}{left} ({rate / 1e6:.1f} MB/s)")
+                left = f" of {volume(total)}, {(total - have) / rate:.0f} s left" if total else ""
+                say(f"{url}: {volume(have)}{left} ({volume(rate)}/s)")
     if total is not None and have < total:
         raise _Interrupted(f"the connection ended at byte {have} of {total}")

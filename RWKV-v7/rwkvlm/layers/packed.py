@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -13,7 +14,9 @@ class Packed(NamedTuple):
     bounds: [documents + 1] int32, from 0 to T, the padding belonging to the document before it (cu_seqlens of ops/wkv7,
         bounds of ops/fused)
     tokens: [T - documents] int64, the places of all that is not padding
+    on_host: bounds once more, in the host's memory, for what runs document by document: nobody waits for a device to read them
     """
 
     bounds: torch.Tensor
     tokens: torch.Tensor
+    on_host: np.ndarray

@@ -10,6 +10,7 @@ from ..ops.fused import time_mix_inputs, time_mix_output
 from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
 from .norm_mix import NormMix
+from .packed import Packed
 
 
 class HeadNorm(nn.GroupNorm):
@@ -68,16 +69,17 @@ class TimeMix(nn.Module):
         last: torch.Tensor | None = None,
         wkv: torch.Tensor | None = None,
         return_state: bool = False,
-        bounds: torch.Tensor | None = None,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x: [B, T, C], the residual stream, which norm leads in; v_first: [B, T, C], block 0's value (None in block 0);
-        last: [B, C] and wkv: [B, H, N, N] fp32, the state, or None at the beginning; bounds: of packed documents (layers/packed.py).
+        last: [B, C] and wkv: [B, H, N, N] fp32, the state, or None at the beginning; packed: documents in one row.
 
         Returns x, the output [B, T, C] for it, v_first, and the new state: the last normalised token, and wkv (None unless return_state).
         """
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
+        bounds = packed.bounds if packed is not None else None
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
         x, last, (xr, xw, xk, xv, xa, xg) = norm(x, None, last, mixes, bounds)
 
@@ -92,9 +94,9 @@ class TimeMix(nn.Module):
         # What an operator reads and others read after it, it passes on: its backward pass then adds its share to theirs.
         *inputs, v_first = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
         r, w, k, a, b, v = (t.view(heads) for t in (r, *inputs))
-        packed = {} if bounds is None else {"cu_seqlens": bounds}
+        documents = {} if bounds is None else {"cu_seqlens": bounds}
         recurrence = wkv7 if self.ttt is None else self.ttt
-        y, *new_wkv, r, k, v = recurrence(r, w, k, v, a, b, initial_state=wkv, output_final_state=return_state, pass_on=True, **packed)
+        y, *new_wkv, r, k, v = recurrence(r, w, k, v, a, b, initial_state=wkv, output_final_state=return_state, pass_on=True, **documents)
         y, r, k, v = (t.reshape(B, T, C) for t in (y, r, k, v))
 
         return x, self.output(self.ln_x(y, r, k, v, g, self.r_k)), v if self.first else v_first, last, new_wkv[0] if return_state else None

@@ -21,6 +21,7 @@ import torch
 
 from .. import models
 from ..config import HybridConfig, ModelConfig, TrainConfig
+from ..config.volume import volume
 from .health import SNAPSHOTS
 from .strategy import DTYPES, Launch
 
@@ -49,12 +50,8 @@ class Memory:
         return sum(getattr(self, f.name) for f in fields(self))
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{f.name} {gigabytes(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name))
-        return f"{gigabytes(self.total)} ({parts})"
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
+        parts = ", ".join(f"{f.name} {volume(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name))
+        return f"{volume(self.total)} ({parts})"
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ class TrainModule(pl.LightningModule):
             x, terms = self.model.features(idx), {}
         return self.head_loss(x, targets), terms
 
+    def transfer_batch_to_device(self, batch: tuple[torch.Tensor, ...], device: torch.device, dataloader_idx: int = 0) -> tuple:
+        """With --doc_reset the bounds of documents stay in the host's memory too (layers/packed.py)."""
+        _, _, *places = batch
+        return *super().transfer_batch_to_device(batch, device, dataloader_idx), *(bounds.numpy() for bounds in places[:1])
+
     def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
         cross_entropy, terms = self.loss(batch, bool(self.config.grad_cp))
         micro = self.config.accumulate_grad_batches

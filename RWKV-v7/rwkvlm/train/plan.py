@@ -180,11 +180,9 @@ def check_data(config: TrainConfig) -> tuple[TrainConfig, Mixture]:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """proj_dir can be written to, and exists afterwards; with dry_run it need not, and the folder where it would be made can be written to."""
+    """proj_dir, or the folder where it would be made, can be written to. It is made with the first file in it: a refused run leaves nothing."""
     folder = Path(config.proj_dir)
     try:
-        if not config.dry_run:
-            folder.mkdir(parents=True, exist_ok=True)
         try_folder(folder)
     except OSError as error:
         raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None

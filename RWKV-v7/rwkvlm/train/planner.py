@@ -6,14 +6,13 @@ import importlib
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,17 +22,19 @@ from ..checkpoint import ranks
 from ..checkpoint.place import nearest
 from ..config import TrainConfig, UserError, env
 from ..config.kinds import owner
+from ..config.volume import volume
 from ..ops import adamw
 from .banner import describe
+from .guarded import guarded
 from .logs.progress import clock
-from .memory import FULL, Memory, estimate, gigabytes, measure_activations
+from .memory import FULL, Memory, estimate, measure_activations
 from .plan import Plan
+from .start import SIZES
 from .strategy import make_strategy
 
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
-SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
 OWN = [f.name for f in fields(TrainConfig) if owner(f.metadata["help"])]  # flags of some model types only
 
 
@@ -47,7 +48,7 @@ def dry_run(plan: Plan) -> int:
     fits = memory[plan.config.micro_bsz, plan.config.grad_cp].total <= FULL * available
     lines = describe(plan) | {
         "epoch": f"{plan.config.epoch_samples * plan.config.ctx_len:,} tokens in a mini-epoch, {math.ceil(plan.config.epoch_samples / plan.batch):,} steps",
-        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {gigabytes(available)} for each process: {'fits' if fits else 'does not fit'}",
+        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each process: {'fits' if fits else 'does not fit'}",
         "advice": _advice(plan, memory, available),
     }
     for name, text in lines.items():
@@ -150,31 +151,10 @@ def expected_seconds(plan: Plan, tokens_per_s: float) -> float:
 
 def probe(plan: Plan) -> float:
     """Tokens a second, of all devices: the run itself for a few steps, in a folder of its own that is deleted."""
-    with _cleaning_up(), tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest(plan.proj_dir)) as folder:
-        argv = probe_flags(plan, folder)
-        with open(Path(folder) / "said", "w") as said:
-            process = subprocess.Popen([sys.executable, "-m", "rwkvlm", "train", *argv], stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
-            try:
-                return _watch(process, Path(folder))
-            finally:
-                with suppress(ProcessLookupError):  # it has ended by itself
-                    os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would save its state first
-                process.wait()
-
-
-@contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process as Ctrl-C does, by an exception: the probe would go on without us, in a folder that nobody deletes."""
-
-    def end(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest(plan.proj_dir)) as folder:
+        command = [sys.executable, "-m", "rwkvlm", "train", *probe_flags(plan, folder)]
+        with open(Path(folder) / "said", "w") as said, guarded(command, folder, stdout=subprocess.DEVNULL, stderr=said) as process:
+            return _watch(process, Path(folder))
 
 
 def probe_flags(plan: Plan, folder: str) -> list[str]:

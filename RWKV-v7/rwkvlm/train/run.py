@@ -50,7 +50,6 @@ def run(config: TrainConfig) -> int:
     quiet()
     if config.dry_run:
         return dry_run(plan)
-    save_tokenizer(plan.config, plan.data)
     strategy = make_strategy(plan.config)
     settle_fp32_products(plan)
     return train(plan, strategy)
@@ -89,6 +88,7 @@ def write_init(config: TrainConfig) -> int:
 def save_tokenizer(config: TrainConfig, data: Mixture) -> None:
     """For data that define their vocabulary; check_data has refused them where another one is there."""
     if env.first_process() and (text := data.parts[0].data.tokenizer_json()):
+        Path(config.proj_dir).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(config.proj_dir) / TOKENIZER, text)
 
 
@@ -170,11 +170,12 @@ class PlannedModule(TrainModule):
 
     def setup(self, stage: str) -> None:
         plan, start = self.plan, self.plan.start
-        if start.state is None:
-            set_aside(plan.proj_dir)
         if start.fresh:
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
+        save_tokenizer(plan.config, plan.data)
+        if start.state is None:
+            set_aside(plan.proj_dir)
         if plan.config.compile:
             compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
 
