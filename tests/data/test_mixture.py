@@ -160,3 +160,11 @@ def test_a_name_with_signs_in_it_is_a_name(tmp_path):
         out.add(np.arange(100))
     assert prefixes(f"{tmp_path}/a,b:0.5") == {f"{tmp_path}/a,b:0.5": None}
     assert prefixes("a:1/3,b:c:2") == {"a": Fraction(1, 3), "b:c": Fraction(2)}
+
+
+def test_a_list_may_be_longer_than_a_name(tmp_path):
+    """A name has 255 bytes at most, a path 4096."""
+    for names, longest in (([f"shard_{k:03}" for k in range(60)], 255), ([f"{tmp_path}/shard_{k:03}" for k in range(400)], 4096)):
+        assert len(given := ",".join(names)) > longest and list(prefixes(given)) == names
+    with pytest.raises(UserError, match="xx.idx does not exist; give the path without .bin/.idx"):
+        open_mixture("x" * 300, CTX)
