@@ -81,6 +81,28 @@ def test_weights_are_shares_of_the_samples(files):
     assert [row[0] - 10000 for row in from_a] == [CTX * chunk_of(ii, prime) for ii in range(1, 71)]  # its own order, from its first sample
 
 
+def test_files_of_different_dtypes_keep_their_tokens(tmp_path):
+    for name, dtype, first in (("a", np.uint16, 0), ("b", np.int32, 70000)):
+        with BinIdxWriter(tmp_path / name, dtype) as out:
+            out.add((np.arange(1000) + first).astype(dtype))
+    x, y = open_mixture(f"{tmp_path}/a:1,{tmp_path}/b:1", CTX).samples(1 << 17)[np.arange(1, 21)]
+    assert sorted((x // 70000).unique().tolist()) == [0, 1] and (y == x + 1).all()
+
+
+def test_its_identity_is_what_is_read_of_each_file(files):
+    mixture = open_mixture(f"{files}/a,{files}/c", CTX)
+    found = mixture.identity()
+    assert [one["file"] for one in found] == [f"{files}/a", f"{files}/c"] and [one["documents"] for one in found] == [1, 1]
+    tokens = BinIdx(files / "c").tokens.copy()
+    last = mixture.parts[1].prime * CTX  # the last target
+    for at, same in ((last + 1, True), (last, False), (0, False)):
+        changed = tokens.copy()
+        changed[at] += 1
+        with BinIdxWriter(files / "c", np.int32) as out:
+            out.add(changed)
+        assert [one == other for one, other in zip(open_mixture(f"{files}/a,{files}/c", CTX).identity(), found)] == [True, same]
+
+
 def test_without_weights_one_pass_reads_every_chunk_once(files):
     mixture = open_mixture(f"{files}/a,{files}/b,{files}/c", CTX)
     samples = mixture.samples(1 << 16)

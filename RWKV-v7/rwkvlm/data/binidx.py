@@ -17,6 +17,7 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -285,8 +286,9 @@ class BinIdxWriter:
                 for partial, path in zip(self._partial, (self.bin_path, self.idx_path)):
                     os.replace(partial, path)
         finally:
-            self._bin.close()
-            self._idx.close()
+            for file in (self._bin, self._idx):
+                with suppress(OSError):  # a full disk takes the last block no better now, and what was not sealed is to go
+                    file.close()
             for path in self._partial:
                 path.unlink(missing_ok=True)
 
