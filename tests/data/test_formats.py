@@ -110,6 +110,8 @@ def test_what_is_no_row_of_tokens(tmp_path):
 def test_missing_and_empty_files(tmp_path, form):
     with pytest.raises(UserError, match="none cannot be read: No such file"):
         form(tmp_path / "none")
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Is a directory; "):
+        form(tmp_path)
     (tmp_path / "a").touch()
     with pytest.raises(UserError, match="a is empty"):
         form(tmp_path / "a")

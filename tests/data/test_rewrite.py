@@ -107,6 +107,7 @@ def test_few_of_many_documents(tmp_path, monkeypatch):
         (lambda p, t: split(p, f"{t}/c", 400), "--val 400 of 400 documents cannot be held out"),
         (lambda p, t: split(p, f"{t}/c", 0), "--val 0 of 400 documents"),
         (lambda p, t: split(p, f"{t}/c", -0.5), "--val 0 of 400 documents"),
+        *((lambda p, t, val=val: split(p, f"{t}/c", val), f"--val {val:g} must be a share of the documents") for val in (float("nan"), float("inf"), 1.5)),
         (lambda p, t: split(p, f"{t}/c", 1e-9), "--val 1e-09 holds nothing out of the 400 documents"),
         (lambda p, t: split(p, f"{t}/c", 0.9999999), "leaves nothing to train on"),
     ],

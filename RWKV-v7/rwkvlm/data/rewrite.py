@@ -6,6 +6,7 @@ does not change when others are appended.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     val: below 1 the share of the documents that is held out, about; from 1 on their number, exactly. UserError if one part were empty.
     """
     data = BinIdx(prefix)
+    if not math.isfinite(val) or (abs(val) >= 1 and val != int(val)):
+        raise UserError(f"--val {val:g} must be a share of the documents, between 0 and 1, or a whole number of them")
     _not_itself(data, out)
     _not_itself(data, f"{out}.val")
     limit = int(val * ALL) if 0 < val < 1 else _limit(data.n_docs, int(val), seed)
