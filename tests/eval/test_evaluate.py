@@ -335,10 +335,11 @@ def test_without_the_library_one_line_says_how_to_get_it(checkpoint, monkeypatch
 
 
 def test_a_model_that_gives_no_numbers_and_tokens_outside_the_vocabulary(known, jsonl, tmp_path):
-    with BinIdxWriter(tmp_path / "pair") as writer:
-        writer.add([1, 5, 0])
-    with pytest.raises(UserError, match="has token 5, but the model's vocabulary has 5"):
-        text_loss(known, str(tmp_path / "pair"))
+    for outside in (5, -1):
+        with BinIdxWriter(tmp_path / "pair", np.int32) as writer:
+            writer.add([1, outside, 4, 0])
+        with pytest.raises(UserError, match=f"has token {outside}, but the model's vocabulary has 5"):
+            text_loss(known, str(tmp_path / "pair"))
     known.model.head.weight.data[2, 1] = math.nan
     with pytest.raises(UserError, match="not finite"):
         lambada(known, jsonl(["a b"]))
