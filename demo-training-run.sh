@@ -17,15 +17,15 @@
 #
 [ "$DATA" != demo ] || : "${EPOCH_SAMPLES:=500}" # it has no 40320 samples
 #    name          CPU     GPU
-knob M_BSZ         8       16 # samples per step and device; 16 takes ~7G VRAM => reduce this to save VRAM, increase this for faster speed
+knob M_BSZ         8       16 # samples per step and device; 16 takes ~9G VRAM (with GRAD_CP=1 ~5G) => reduce this to save VRAM, increase this for faster speed
 knob LR_INIT       2e-3    6e-4
 knob LR_FINAL      2e-4    6e-5
 knob W_DECAY       0.001   0.001
 knob BETA_2        0.99    0.99
 knob ADAM_EPS      1e-18   1e-18
-knob GRAD_CP       0       1 # 1 => slower, save VRAM; 0 => faster, more VRAM
+knob GRAD_CP       0       -1 # 1 => slower, save VRAM; 0 => faster, more VRAM; -1 => 0 where the VRAM is enough
 knob COMPILE       0       0 # 1 => the blocks through torch.compile, which takes a while at the start
-knob CUDA_GRAPHS   0       0 # 1 => each block as a CUDA graph: a small model waits less for Python, takes more VRAM; a GPU only, not tried on one yet
+knob CUDA_GRAPHS   0       0 # 1 => each block as a CUDA graph: a small model waits less for Python, takes more VRAM; a GPU only; with COMPILE=1 tried on one
 knob HEAD_CHUNK    0       0 # tokens per chunk of LM head and loss; 0 => chosen by itself; smaller => slower, less VRAM
 knob KERNEL        ""      "@rwkv3" # "" and "@rwkv3" => automatic; cuda, cpu, torch => this one or an error
 knob PRECISION     auto    bf16 # auto => bf16 or fp32, whichever is faster here

@@ -3,7 +3,8 @@
     python bench/gpu_step.py L12-D768x16x512        layers, width x samples x tokens of a sample; bf16, vocabulary 65536, nothing recomputed
     python bench/gpu_step.py L24-D2048x4x4096 --grad_cp 1
     python bench/gpu_step.py L12-D768x16x512 --graphs               the blocks in CUDA graphs, as --cuda_graphs 1 of training has them
-    python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them; other modes of torch.compile
+    python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them; other modes of torch.compile:
+                                                    reduce-overhead is --compile 1 --cuda_graphs 1
     python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state: beside L, its price
 
 Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and gradients of a small model
@@ -31,7 +32,7 @@ from rwkvlm.config import ModelConfig, TrainConfig, model_config
 from rwkvlm.models.phantom import TABLE
 from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
-from rwkvlm.train.compiled import MODES, compile_blocks
+from rwkvlm.train.compiled import GRAPHED, MODES, compile_blocks
 from rwkvlm.train.flops import flops_per_token, peak_flops
 from rwkvlm.train.graphs import graph_blocks
 from rwkvlm.train.module import TrainModule
@@ -52,9 +53,9 @@ class Training:
     """A model with random matrices, made where it trains, and what a step of training does with it."""
 
     def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace) -> None:
-        config = TrainConfig(
-            accelerator="gpu" if options.device == "cuda" else "cpu", devices="1", precision="bf16", weight_decay=0.001, lr_init=1e-4, grad_cp=options.grad_cp
-        )
+        where = dict(accelerator="gpu" if options.device == "cuda" else "cpu", devices="1", precision="bf16")
+        how = dict(grad_cp=options.grad_cp, compile=int(bool(options.compile)), cuda_graphs=int(options.graphs or options.compile == GRAPHED))
+        config = TrainConfig(**where, **how, weight_decay=0.001, lr_init=1e-4)
         strategy = make_strategy(config)
         self.module = TrainModule(config)
         with torch.device(options.device):
@@ -77,7 +78,6 @@ class Training:
         self.made = 0
 
     def loss(self, idx: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs have returned until now may be overwritten
         return self.module.training_step((idx[:, :-1].contiguous(), idx[:, 1:].contiguous()), 0)
 
     def step(self) -> None:

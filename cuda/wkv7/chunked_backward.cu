@@ -28,8 +28,7 @@ template <int C, int N> struct ScanShared {
 template <int C, int N, class Stepping> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
 __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ dy, const float* __restrict__ d_final_state,
                               bf16* __restrict__ scratch, float* __restrict__ d_initial_state, Stepping steps) {
-    using Token = Tile<C, N>;
-    using State = Tile<N, N>;
+    using State = BlockTile<N, N>;
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16;
     const int chunks = ceil_div(q.length(sequence), C);
     const int64_t state_offset = (int64_t(sequence) * q.H + head) * N * N;
@@ -39,7 +38,8 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
             const Place place = place_of<C>(q, N, sequence, chunk * C, head);
             const bf16* record = saved + place.record * SavedChunk<C, N>::size;
             const State F{chunk % scan_stages * ScanShared<C, N>::stage};
-            const Token E{F.end()}, Y{E.end()};
+            const BlockTile<C, N> E{F.end()};
+            const Tile<C, N> Y{E.end()};
             copy_blocks(F, record + SavedChunk<C, N>::F);
             copy_blocks(E, record + SavedChunk<C, N>::E);
             copy_tokens(Y, dy + place.first, place.stride, place.tokens);
@@ -63,7 +63,8 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
         copy_wait<scan_stages - 1>();
         __syncthreads();
         const State F{chunk % scan_stages * ScanShared<C, N>::stage};
-        const Token E{F.end()}, Y{E.end()};
+        const BlockTile<C, N> E{F.end()};
+        const Tile<C, N> Y{E.end()};
 
         scale_columns(G, Y.end());
         store_blocks(G, scratch + place_of<C>(q, N, sequence, chunk * C, head).record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G, slab);
@@ -131,13 +132,13 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     constexpr int threads = C * 4 * column_parts(N), width = part_width(N), values = width, parts = column_parts(N);  // a warp's columns, the value rows of a pass
     using Token = Tile<C, N>;
     using Value = Tile<C, values>;
-    using State = Tile<values, N>;
+    using State = BlockTile<values, N>;
     const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
     if (place.tokens < 1) return;
     const bf16* const saved = saved_ + place.record * SavedChunk<C, N>::size;
 
     const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()}, w{Kt.end()};
-    const Tile<C, C> X{w.base};
+    const BlockTile<C, C> X{w.base};
     const Value V{GradientsShared<C, N>::factors}, Y{V.end()}, U{Y.end()}, Z{U.end()};
     const State S{Z.end()}, G{S.end()};
     constexpr int sums_size = C / 8 * N * 4, sums = GradientsShared<C, N>::size - 2 * sums_size - N * 4, totals = sums + sums_size, decay = totals + sums_size;
@@ -237,12 +238,20 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             for (int i = 0; i < width / 2; ++i) d_write[i / 4][i % 4] += d[i / 4][i % 4];
         }
         __syncwarp();
-        const Columns<C, N, C / 8> channels{group, part};
-        if (channels.active()) {  // and so does that of S decaying through the whole chunk
-            float2& sum = shared<float2>(sums + (group * N + channels.column()) * 4);
-            for (int i = group; i < values; i += C / 8) {
-                const float2 s = S.get(i, channels.column()), g = G.get(i, channels.column());
+        for (int column = column0 + group * 8; column < column0 + width; column += C) {  // and so does that of S decaying through the whole chunk
+            const int lane = forgotten_lane(), mine = column + lane % 4 * 2;
+            float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+            for (int i = 0; i < values; i += 8) {
+                const float2 s = S.get(i + lane / 4, mine), g = G.get(i + lane / 4, mine);
                 sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
+            }
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2)
+                sum = make_float2(sum.x + __shfl_xor_sync(~0u, sum.x, mask), sum.y + __shfl_xor_sync(~0u, sum.y, mask));
+            if (lane < 4) {
+                float2& to = shared<float2>(sums + (group * N + mine) * 4);
+                to = make_float2(to.x + sum.x, to.y + sum.y);
             }
         }
         multiply_triangles<false>(d_write, rows, Z, 1, At, Y, 0, Rt, block, column0);

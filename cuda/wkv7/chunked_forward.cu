@@ -203,8 +203,8 @@ template <int C, int N, class Stepping> __launch_bounds__(N * 2, blocks_per_sm(S
 __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch, bf16* __restrict__ y,
                            float* __restrict__ final_state, Stepping steps) {
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16, lane = lane_index();
-    using Token = Tile<C, N>;
-    using State = Tile<N, N>;
+    using Token = BlockTile<C, N>;
+    using State = BlockTile<N, N>;
     const int length = q.length(sequence), chunks = ceil_div(length, C);
     const int64_t state_offset = (int64_t(sequence) * q.H + head) * N * N;
 

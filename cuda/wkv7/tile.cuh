@@ -45,6 +45,24 @@ template <int rows_, int columns_> struct Tile {
     __device__ __forceinline__ float2 get(int row, int column) const { return unpack(shared<uint32_t>(at(row, column))); }
 };
 
+// A bf16 matrix in shared memory in the 8 x 8 blocks of global memory (block_offset), one behind the other. A matrix that ldmatrix reads and a fragment of
+// sums are 128 bytes in a row; rows are not, eight lanes of one meet in a bank. For what comes by copy_blocks: the copies of a warp are the same 512 bytes on both
+// sides. To the rows of a Tile each 16 bytes went alone, half a sector from the L2 cache and a wavefront each.
+template <int rows_, int columns_> struct BlockTile {
+    static constexpr int rows = rows_, columns = columns_, pieces = columns / 8, bytes = rows * columns * 2;
+    int base;
+
+    __device__ __forceinline__ int end() const { return base + bytes; }
+    __device__ __forceinline__ int at(int row, int column) const {
+        const unsigned r = row, c = column;
+        return base + (r / 8 * pieces + c / 8) * 128 + r % 8 * 16 + c % 8 * 2;
+    }
+    static __device__ __forceinline__ int beside(int offset, int blocks) { return offset + blocks * 256; }
+    static __device__ __forceinline__ int below(int offset, int blocks) { return offset + blocks * 16 * columns * 2; }
+    __device__ __forceinline__ void put(int row, int column, float x, float y) const { shared<uint32_t>(at(row, column)) = pack(x, y); }  // column even
+    __device__ __forceinline__ float2 get(int row, int column) const { return unpack(shared<uint32_t>(at(row, column))); }
+};
+
 // 16 rows of fp32 sums over `columns` columns, the d tiles of mma side by side.
 template <int columns> using Sums = float[columns / 8][4];
 // 16 rows of a left factor with `inner` columns, the a tiles of mma side by side.
@@ -266,11 +284,8 @@ template <int count, int threads, class F> __device__ __forceinline__ void for_t
 }
 
 // A matrix of blocks into a tile, by all threads of the block, asynchronously.
-template <int threads = 0, class T> __device__ __forceinline__ void copy_blocks(const T& tile, const bf16* matrix) {
-    for_threads<T::bytes / 16, threads>([&](unsigned i) {
-        const unsigned block = i / 8;
-        copy_async(tile.at(block / T::pieces * 8 + i % 8, block % T::pieces * 8), matrix + i * 8, true);
-    });
+template <int threads = 0, int rows, int columns> __device__ __forceinline__ void copy_blocks(const BlockTile<rows, columns>& tile, const bf16* matrix) {
+    for_threads<rows * columns / 8, threads>([&](unsigned i) { copy_async(tile.base + i * 16, matrix + i * 8, true); });
 }
 
 // Tokens (rows of one head, `stride` elements apart) into a tile, zeros behind the last; by all threads, asynchronously.

@@ -111,6 +111,13 @@ def test_weights_changed_by_hand_make_a_state_stale(tmp_path, change, reason):
     assert reason in ledger.why_stale(tmp_path, recorded)
 
 
+@pytest.mark.parametrize("name, stale", [("rwkv-init.pth", True), ("rwkv-0.pth", True), ("rwkv-final.pth", False)])
+def test_weights_put_there_where_none_were(tmp_path, name, stale):
+    recorded = ledger.newest_entry(tmp_path)
+    save_weights(tmp_path / name, weights(0))
+    assert recorded is None and ledger.why_stale(tmp_path, recorded) == (f"{name} is newer and was not written by this run" if stale else "")
+
+
 def test_deleting_old_weights_or_touching_them_is_allowed(tmp_path):
     for n in range(3):
         ledger.publish_weights(tmp_path, f"rwkv-{n}.pth", weights(n))

@@ -58,7 +58,7 @@ def test_config_of_one_layer_without_the_unused_tensors():
     assert load_into(build(config), tensors) == [f"blocks.0.att.{v}" for v in ("v0", "v1", "v2")]
 
 
-@pytest.mark.parametrize("prefix", ["_forward_module.", "module.", "_forward_module.module."])
+@pytest.mark.parametrize("prefix", ["_forward_module.", "module.", "_forward_module.module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_dropped(tmp_path, prefix):
     torch.save({prefix + name: tensor for name, tensor in full_weights(build()).items()}, tmp_path / "a.pth")
     assert list(load_weights(tmp_path / "a.pth")) == list(build().state_dict())

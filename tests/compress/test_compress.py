@@ -99,6 +99,8 @@ def test_reported_errors_are_those_of_the_written_matrices():
             squares.append(((after - before).norm() / before.norm()).item() ** 2)
         assert error == pytest.approx(np.mean(squares) ** 0.5, rel=1e-4) and 0.05 < error < 1
     assert len(errors) == 6
+    again, errors = factorise_matrices(smaller, read_config(smaller), 0.75)
+    assert errors == {} and again.keys() == smaller.keys(), "two factors of a larger rank would save nothing"
 
 
 def test_error_of_removal_is_bounded_by_the_removed_units():
@@ -217,6 +219,21 @@ def test_activity_is_what_the_units_put_out(text):
     assert torch.allclose(found[1], hidden.square().mean(0).sqrt(), rtol=1e-4)
     weights = model.state_dict()
     assert torch.allclose(importance(weights, 1, found[1]), found[1] * weights["blocks.1.ffn.value.weight"].norm(dim=0))
+
+
+def test_a_text_is_read_all_over(text):
+    assert Text(text, 64, 3, 256).numbers.tolist() == [1, 21, 41] and Text(text, 64, 100, 256).numbers.tolist() == [*range(1, 63)]
+
+
+def test_what_units_put_out_on_the_training_text_decides(text, file):
+    path = file("rwkv7")
+    compress_file(path, path.with_name("out.pth"), sparsity_ratio=0.3, data=text, ctx_len=64, samples=3)
+    model, weights, written = measure.load(path), load_weights(path), load_weights(path.with_name("out.pth"))
+    same = []
+    for of in (text, f"{text}.val", ""):
+        want = remove_units(weights, model.config, 0.3, activity(model, Text(of, 64, 3, 256)) if of else None)
+        same.append(all(torch.equal(written[name], want[name]) for name in want))
+    assert same == [True, False, False]
 
 
 @pytest.mark.parametrize("kind", ["rwkv7", "phantom of an rwkv7"])

@@ -48,9 +48,20 @@ def test_another_text_with_the_same_characters(tmp_path, text):
     (tmp_path / "b.txt").write_text("bad→")
     (tmp_path / "c.txt").write_text("abz")
     data = TextTokens(tmp_path / "a.txt")
+    (tmp_path / "d.txt").write_text("gfe" * 20)
+    mixture = open_mixture(f"{tmp_path}/a.txt,{tmp_path}/d.txt", 16, form=TextTokens)
+    assert mixture.parts[1].data.tokens[:3].tolist() == [data.tokens[text.index(c)] for c in "gfe"], "one vocabulary for all files of a mixture"
     assert data.like(tmp_path / "b.txt").tokens.tolist() == TextTokens(tmp_path / "a.txt").tokens[[text.index(c) for c in "bad→"]].tolist()
     with pytest.raises(UserError, match=r"c.txt has the character 'z' \(U\+007A\), which the first text lacks"):
         data.like(tmp_path / "c.txt")
+
+
+@pytest.mark.parametrize("count", [65535, 65536])
+def test_as_many_characters_as_16_bits_hold_and_one_more(tmp_path, count):
+    points = [*range(0xD800), *range(0xE000, 0xE000 + count - 0xD800)]
+    (tmp_path / "a.txt").write_text("".join(map(chr, points)), encoding="utf-8", newline="")
+    data = TextTokens(tmp_path / "a.txt")
+    assert data.tokens.dtype == (np.uint16 if count == 65535 else np.int32) and np.array_equal(data.tokens, np.arange(1, count + 1))
 
 
 def test_invalid_utf8_is_located(tmp_path, monkeypatch):
@@ -99,6 +110,8 @@ def test_what_is_no_row_of_tokens(tmp_path):
 def test_missing_and_empty_files(tmp_path, form):
     with pytest.raises(UserError, match="none cannot be read: No such file"):
         form(tmp_path / "none")
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Is a directory; "):
+        form(tmp_path)
     (tmp_path / "a").touch()
     with pytest.raises(UserError, match="a is empty"):
         form(tmp_path / "a")

@@ -81,6 +81,28 @@ def test_weights_are_shares_of_the_samples(files):
     assert [row[0] - 10000 for row in from_a] == [CTX * chunk_of(ii, prime) for ii in range(1, 71)]  # its own order, from its first sample
 
 
+def test_files_of_different_dtypes_keep_their_tokens(tmp_path):
+    for name, dtype, first in (("a", np.uint16, 0), ("b", np.int32, 70000)):
+        with BinIdxWriter(tmp_path / name, dtype) as out:
+            out.add((np.arange(1000) + first).astype(dtype))
+    x, y = open_mixture(f"{tmp_path}/a:1,{tmp_path}/b:1", CTX).samples(1 << 17)[np.arange(1, 21)]
+    assert sorted((x // 70000).unique().tolist()) == [0, 1] and (y == x + 1).all()
+
+
+def test_its_identity_is_what_is_read_of_each_file(files):
+    mixture = open_mixture(f"{files}/a,{files}/c", CTX)
+    found = mixture.identity()
+    assert [one["file"] for one in found] == [f"{files}/a", f"{files}/c"] and [one["documents"] for one in found] == [1, 1]
+    tokens = BinIdx(files / "c").tokens.copy()
+    last = mixture.parts[1].prime * CTX  # the last target
+    for at, same in ((last + 1, True), (last, False), (0, False)):
+        changed = tokens.copy()
+        changed[at] += 1
+        with BinIdxWriter(files / "c", np.int32) as out:
+            out.add(changed)
+        assert [one == other for one, other in zip(open_mixture(f"{files}/a,{files}/c", CTX).identity(), found)] == [True, same]
+
+
 def test_without_weights_one_pass_reads_every_chunk_once(files):
     mixture = open_mixture(f"{files}/a,{files}/b,{files}/c", CTX)
     samples = mixture.samples(1 << 16)
@@ -160,3 +182,11 @@ def test_a_name_with_signs_in_it_is_a_name(tmp_path):
         out.add(np.arange(100))
     assert prefixes(f"{tmp_path}/a,b:0.5") == {f"{tmp_path}/a,b:0.5": None}
     assert prefixes("a:1/3,b:c:2") == {"a": Fraction(1, 3), "b:c": Fraction(2)}
+
+
+def test_a_list_may_be_longer_than_a_name(tmp_path):
+    """A name has 255 bytes at most, a path 4096."""
+    for names, longest in (([f"shard_{k:03}" for k in range(60)], 255), ([f"{tmp_path}/shard_{k:03}" for k in range(400)], 4096)):
+        assert len(given := ",".join(names)) > longest and list(prefixes(given)) == names
+    with pytest.raises(UserError, match="xx.idx does not exist; give the path without .bin/.idx"):
+        open_mixture("x" * 300, CTX)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import tracemalloc
 
@@ -45,6 +46,9 @@ def test_whole_pairs_one_after_the_other(tmp_path):
     wide = [np.array([70000, 5, 0], np.int64)]
     made = merge([(write(tmp_path / "w", wide), 1.0), (str(tmp_path / "a"), 1.0)], str(tmp_path / "d"))
     assert made.dtype == np.int32 and listed(made) == [d.tolist() for d in wide + a]
+    signed = [np.array([-1, 5, 0], np.int32)]
+    made = merge([(write(tmp_path / "s", signed), 1.0)], str(tmp_path / "e"))
+    assert made.dtype == np.int32 and listed(made) == [d.tolist() for d in signed]
 
 
 def test_parts_of_pairs_are_drawn_by_the_seed(tmp_path):
@@ -100,9 +104,11 @@ def test_few_of_many_documents(tmp_path, monkeypatch):
         (lambda p, t: merge([(write(f"{t}/neg", [np.array([-5, 1 << 40], np.int64)]), 1.0)], f"{t}/c"), "do not fit into int32: -5 to 1099511627776"),
         (lambda p, t: merge([(p, 1.0)], f"{t}/a.bin/c"), "cannot write"),
         (lambda p, t: split(p, p, 0.1), "is one of the inputs"),
+        (lambda p, t: split(write(f"{t}/neg.val", documents(6)), f"{t}/neg", 0.1), "neg.val is one of the inputs"),
         (lambda p, t: split(p, f"{t}/c", 400), "--val 400 of 400 documents cannot be held out"),
         (lambda p, t: split(p, f"{t}/c", 0), "--val 0 of 400 documents"),
         (lambda p, t: split(p, f"{t}/c", -0.5), "--val 0 of 400 documents"),
+        *((lambda p, t, val=val: split(p, f"{t}/c", val), f"--val {val:g} must be a share of the documents") for val in (float("nan"), float("inf"), 1.5)),
         (lambda p, t: split(p, f"{t}/c", 1e-9), "--val 1e-09 holds nothing out of the 400 documents"),
         (lambda p, t: split(p, f"{t}/c", 0.9999999), "leaves nothing to train on"),
     ],
@@ -127,6 +133,22 @@ def test_a_disk_that_is_too_small_is_seen_before(tmp_path, monkeypatch):
 def test_bytes_are_told_in_the_unit_that_suits_them():
     told = {0: "0 B", 1023: "1,023 B", 1024: "1.00 KiB", 1.5e6: "1.43 MiB", 680e9: "633.30 GiB", 2**40: "1.00 TiB", 5e15: "4,547.47 TiB"}
     assert {n: volume(n) for n in told} == told
+
+
+@pytest.mark.parametrize("limit", [2000, 12000])
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_leaves_nothing(tmp_path, limit):
+    """The last tokens and the index are written when the pair is complete; of the two parts of a split the smaller one has room, and is not left alone."""
+    prefix = write(tmp_path / "a", documents(8))
+    assert (tmp_path / "a.bin").stat().st_size > 14000
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))  # any larger file fails as on a full disk
+    try:
+        for make in (lambda: merge([(prefix, 1.0)], f"{tmp_path}/c"), lambda: split(prefix, f"{tmp_path}/c", 0.1)):
+            with pytest.raises(UserError, match=rf"cannot write {tmp_path}/c.bin: File too large; free some space") as caught:
+                make()
+            assert "\n" not in str(caught.value) and sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):

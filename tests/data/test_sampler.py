@@ -73,6 +73,12 @@ def test_every_small_size_has_a_prime_inside_the_file():
         assert p == official or (p > official and official <= 0.9 * slots) or slots < 3
 
 
+def test_more_chunks_than_the_products_can_hold_are_refused():
+    with pytest.raises(UserError, match=f"{1 << 43} tokens at --ctx_len 4 are more than {1 << 40} chunks; use a larger ctx_len"):
+        magic_prime(1 << 43, 4)
+    assert magic_prime(1 << 43, 16) < 1 << 40
+
+
 def test_given_primes():
     assert check_magic_prime(2926181, MINIPILE, 512) == 2926181
     smaller = next(n for n in range(2926180, 0, -1) if n % 3 == 2 and is_prime(n))

@@ -83,6 +83,7 @@ def test_the_same_for_any_batch_and_window_of_a_short_text(engine, jsonl, monkey
     want = text_loss(engine, path, batch=1)
     for batch, at_once in ((2, 8192), (8, 8192), (3, 12), (1, 5)):
         monkeypatch.setattr(score, "READ_AT_ONCE", at_once)  # long documents are read in pieces, with their state
+        monkeypatch.setattr("rwkvlm.eval.loss.AHEAD", 64 if batch == 8 else 1)  # rows that are put in order together
         found = text_loss(engine, path, batch=batch)
         assert found["loss"] == pytest.approx(want["loss"], rel=1e-12) and found["tokens"] == want["tokens"]
     one = jsonl(TEXTS[:1])
@@ -91,7 +92,8 @@ def test_the_same_for_any_batch_and_window_of_a_short_text(engine, jsonl, monkey
     assert text_loss(engine, jsonl(), limit=2)["documents"] == 2
 
 
-def test_tokens_of_a_pair_are_measured_as_their_text(engine, jsonl, tmp_path):
+def test_tokens_of_a_pair_are_measured_as_their_text(engine, jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkvlm.eval.text.PART", 4)  # tokens whose bytes are counted together
     with BinIdxWriter(tmp_path / "pair") as writer:
         for text in TEXTS:
             writer.add([*WORLD.encode(text), 0])
@@ -103,6 +105,15 @@ def test_tokens_of_a_pair_are_measured_as_their_text(engine, jsonl, tmp_path):
         assert text_loss(engine, str(tmp_path / "pair"))["bits_per_byte"] is None, "nobody knows the bytes of another tokenizer's tokens"
     finally:
         engine.tokenizer.vocab_size = VOCAB
+
+
+def test_a_document_of_tokens_need_not_end_with_0(engine, tmp_path):
+    tokens = WORLD.encode(TEXTS[0])
+    for name, end in (("with", [0]), ("without", [])):
+        with BinIdxWriter(tmp_path / name) as writer:
+            writer.add([*tokens, *end])
+    found = [text_loss(engine, str(tmp_path / name)) for name in ("with", "without")]
+    assert found[1] == {**found[0], "data": str(tmp_path / "without")} and found[1]["tokens"] == len(tokens)
 
 
 def test_an_empty_document_changes_nothing(engine, tmp_path):
@@ -228,6 +239,10 @@ def test_answers_to_the_library(known):
     assert rolling == pytest.approx([math.log(0.8) + math.log(0.05), 3 * math.log(0.8), 0.0, math.log(0.8)])
     greedy = {"do_sample": False}
     assert answers.generate_until([asked("a", {**greedy}), asked("a", {**greedy, "until": ["c "]}), asked("a", {**greedy, "until": "x", "max_gen_toks": 1})]) == ["bc ", "b", "b"]
+    assert answers.generate_until([asked("a", {**greedy, "until": ["c  "]})]) == ["bc "], "half a stop is no stop"
+    for only_one in ({**greedy, "temperature": 50.0}, {"temperature": 50.0, "top_k": 1}, {"temperature": 50.0, "top_p": 0.5}):
+        assert answers.generate_until([asked("a", only_one)]) == ["bc "], only_one
+    assert answers.generate_until([asked("a", {"temperature": 50.0})]) != ["bc "]
 
 
 def test_what_is_generated_is_what_the_whole_text_makes_likeliest(engine):
@@ -248,16 +263,17 @@ def test_the_library_gets_a_model_and_its_figures_come_back(known, monkeypatch):
             self._rank = 0
 
     def simple_evaluate(model, tasks, **how):
-        assert isinstance(model, LM) and model._rank == 0 and tasks == ["mine"] and how["limit"] == 3
+        assert isinstance(model, LM) and model._rank == 0 and tasks == ["mine"] and (how["limit"], how["num_fewshot"]) == (3, 2)
+        assert how["task_manager"].folder == "mine/tasks"
         (value, greedy), = model.loglikelihood([asked("a", "b")])
         return {"results": {"mine": {"acc,none": float(greedy), "value,none": value, "alias": "mine", "acc_stderr,none": "N/A"}}}
 
     modules = {"lm_eval": ModuleType("lm_eval"), "lm_eval.api": ModuleType("lm_eval.api"), "lm_eval.api.model": ModuleType("m"), "lm_eval.tasks": ModuleType("t")}
     modules["lm_eval"].simple_evaluate, modules["lm_eval.api.model"].LM = simple_evaluate, LM
-    modules["lm_eval.tasks"].TaskManager = lambda include_path: SimpleNamespace(match_tasks=lambda names: [name for name in names if name == "mine"])
+    modules["lm_eval.tasks"].TaskManager = lambda include_path: SimpleNamespace(folder=include_path, match_tasks=lambda names: [name for name in names if name == "mine"])
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    assert run_tasks(known, ["mine"], limit=3) == {"mine": {"acc,none": 1.0, "value,none": pytest.approx(math.log(0.8))}}
+    assert run_tasks(known, ["mine"], limit=3, tasks_path="mine/tasks", few_shots=2) == {"mine": {"acc,none": 1.0, "value,none": pytest.approx(math.log(0.8))}}
     with pytest.raises(UserError, match="--tasks other is not known to lm_eval"):
         run_tasks(known, ["other"])
 
@@ -291,6 +307,7 @@ def test_command_line(checkpoint, jsonl, tmp_path, capsys):
         (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--data", "x", "--batch", "0"], "--batch 0 must be at least 1"),
         (["--data", "x", "--ctx_len", "-1"], "--ctx_len -1 must be at least 0"),
+        (["--data", "x", "--limit", "-1"], "--limit -1 must be at least 0"),
         (["--data", "x", "--dtype", "fp8"], "fp8"),
         (["--data", "x", "--out", "."], "--out . is a folder"),
         (["--lambada", "BAD"], "line 2: the text has no last word behind a space"),
@@ -305,6 +322,12 @@ def test_bad_input_names_what_is_wrong(checkpoint, jsonl, argv, word):
         command.main(["--model", str(checkpoint), "--device", "cpu", *argv])
 
 
+@pytest.mark.parametrize("task, bad", [(text_loss, dict(ctx_len=-1)), *((task, bad) for task in (text_loss, lambada) for bad in (dict(batch=0), dict(limit=-1)))])
+def test_bad_numbers_are_named_without_the_command_line_too(known, jsonl, task, bad):
+    with pytest.raises(UserError, match="--{} {} must be at least ".format(*next(iter(bad.items())))):
+        task(known, jsonl(["a b"]), **bad)
+
+
 def test_without_the_library_one_line_says_how_to_get_it(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="needs the package lm_eval.*run: pip install lm-eval"):
@@ -312,10 +335,11 @@ def test_without_the_library_one_line_says_how_to_get_it(checkpoint, monkeypatch
 
 
 def test_a_model_that_gives_no_numbers_and_tokens_outside_the_vocabulary(known, jsonl, tmp_path):
-    with BinIdxWriter(tmp_path / "pair") as writer:
-        writer.add([1, 7, 0])
-    with pytest.raises(UserError, match="has token 7, but the model's vocabulary has 5"):
-        text_loss(known, str(tmp_path / "pair"))
+    for outside in (5, -1):
+        with BinIdxWriter(tmp_path / "pair", np.int32) as writer:
+            writer.add([1, outside, 4, 0])
+        with pytest.raises(UserError, match=f"has token {outside}, but the model's vocabulary has 5"):
+            text_loss(known, str(tmp_path / "pair"))
     known.model.head.weight.data[2, 1] = math.nan
     with pytest.raises(UserError, match="not finite"):
         lambada(known, jsonl(["a b"]))

@@ -155,7 +155,7 @@ def test_stop_text_against_the_definition():
 
 
 def test_penalties_against_the_definition():
-    chosen, (presence, frequency, decay) = [3, 1, 3, 3], (0.5, 0.25, 0.9)
+    chosen, (presence, frequency, decay) = [3, 1, 3, 3, 0, 0], (0.5, 0.25, 0.3)
     penalties, logits, times = Penalties(presence, frequency, decay), torch.randn(1, 5, generator=torch.Generator().manual_seed(0)), {}
     for token in chosen:
         want = logits[0].tolist()
@@ -165,7 +165,7 @@ def test_penalties_against_the_definition():
         penalties.count(token, logits)
         times = {n: count * decay for n, count in times.items()}
         times[token] = times.get(token, 0) + 1
-    assert penalties.penalise(logits)[0, 3] < logits[0, 3] - 1
+    assert 0.5 < logits[0, 1] - penalties.penalise(logits)[0, 1] < 0.51, "its times have faded, not that it has come"
     penalties.reset()
     assert torch.equal(penalties.penalise(logits), logits)
 
@@ -181,6 +181,25 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("chat") / "rwkv-final.pth"
     save_weights(path, model.state_dict())
     return path
+
+
+def test_a_chat_penalises_each_answer_by_itself(checkpoint):
+    """What has come in one answer has not come in the next: asked anew, it answers the same."""
+    engine, chosen = load_engine(checkpoint, device="cpu"), []
+
+    def answered(**penalties):
+        chat = Chat(engine, temperature=0, length=30, penalties=Penalties(**penalties))
+        count, chosen[:] = chat.penalties.count, []
+        chat.penalties.count = lambda token, logits: (chosen.append(token), count(token, logits))
+        for _ in range(2):
+            list(chat.answer("one"))
+            chat.undo()
+        return chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+
+    plain, again = answered(frequency=-3.0)
+    assert plain == again and len(set(plain)) < len(plain), "a reward for what has come, so that there is something to be told apart"
+    once, again = answered(presence=100.0)
+    assert once == again and len(set(once)) == len(once) == 30
 
 
 def same_bits(a, b):

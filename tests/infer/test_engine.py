@@ -82,11 +82,14 @@ def test_empty_prompt_starts_a_document(engine):
 
 
 def test_vocabulary_too_small_for_the_prompt(tmp_path):
-    model = build(ModelConfig(n_layer=1, n_embd=32, vocab_size=50, head_size=32))
+    model = build(ModelConfig(n_layer=1, n_embd=32, vocab_size=98, head_size=32))
     init_weights(model, 0)
     save_weights(tmp_path / "m.pth", model.state_dict())
-    with pytest.raises(UserError, match="vocabulary has 50"):
-        load_engine(tmp_path / "m.pth", device="cpu").tokens("hello world", 3)
+    engine = load_engine(tmp_path / "m.pth", device="cpu")
+    for text, largest in (("b", 99), ("`a", 98)):  # the token of a byte is its number + 1
+        with pytest.raises(UserError, match=f"the text has token {largest}, but the model's vocabulary has 98"):
+            engine.tokens(text, 3)
+    assert engine.encode("`") == [97]
 
 
 def test_command_line(checkpoint, capsys):

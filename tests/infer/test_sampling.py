@@ -28,6 +28,7 @@ def test_top_k():
     want = LOGITS[0].clone()
     want[2:] = -torch.inf
     assert torch.allclose(frequencies(top_k=2), want.softmax(-1), atol=0.015)
+    assert torch.equal(frequencies(top_k=9), frequencies()), "more than there are is all"
 
 
 @pytest.mark.parametrize("top_p,kept", [(0.5, 1), (0.7, 2), (0.9, 3), (1.0, 5)])

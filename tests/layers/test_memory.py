@@ -58,6 +58,38 @@ def test_derivatives_through_the_step():
     assert all(g.abs().max() > 0 for g in early), "later tokens train what was written"
 
 
+def slowly(memory, x):
+    """What the memory adds to the residual stream x [T, C], token by token and head by head, from the formulas; and its fast weights at the end."""
+    weights = {name: p.detach() for name, p in memory.named_parameters()}
+    x = F.layer_norm(x, (C,), weights["ln.weight"], weights["ln.bias"])
+    before = torch.cat([torch.zeros(1, C, dtype=x.dtype), x[:-1]])
+    q, k, v = (torch.einsum("oi,ti->to", weights[f"{name}.weight"], x + (before - x) * weights[f"x_{name[0]}"][0]).unflatten(1, (-1, N)) for name in ("query", "key", "value"))
+    rate = torch.log1p(torch.exp(torch.einsum("oi,ti->to", weights["rate.weight"], x) + weights["rate.bias"]))
+    fast, read = weights["fast"].clone(), torch.empty_like(v)
+    for start in range(0, len(x), memory.segment):
+        moved = torch.zeros_like(fast)
+        for t in range(start, min(start + memory.segment, len(x))):
+            for h in range(memory.heads):
+                unit = [(y * torch.sigmoid(y)) / (y * torch.sigmoid(y)).norm() for y in (q[t, h], k[t, h])]
+                W1, W3, W2 = (matrix.clone().requires_grad_() for matrix in fast[h])
+                found = [((W1 @ y) * torch.sigmoid(W1 @ y) * (W3 @ y)) @ W2 for y in unit]
+                read[t, h] = found[0].detach()
+                moved[h] += torch.stack(torch.autograd.grad(rate[t, h] * (found[1] @ v[t, h]), (W1, W3, W2)))
+        if t - start + 1 == memory.segment:
+            fast = F.normalize(fast + moved, dim=-1) * weights["fast"].norm(dim=-1, keepdim=True)
+    out = F.group_norm(read.flatten(1), memory.heads, weights["ln_x.weight"], weights["ln_x.bias"], eps=1e-5)
+    return out @ weights["output.weight"].T, fast
+
+
+def test_against_the_formulas():
+    memory = make()
+    x = random(1, 37, C)
+    with torch.no_grad():
+        y, end = memory(x, None, True)
+    want, fast = slowly(memory, x[0])
+    assert torch.allclose(y[0], want, rtol=1e-9, atol=1e-11) and torch.allclose(end.fast[0], fast, rtol=1e-9) and end.seen.tolist() == [5]
+
+
 def test_begins_as_nothing():
     memory = make(noise=0)
     assert not memory(random(B, 40, C))[0].any()

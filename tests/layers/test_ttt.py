@@ -139,12 +139,12 @@ def test_all_segments_at_once(monkeypatch, rows, length, settings):
     if backend_for(torch.device("cpu"), torch.float32) == "torch":
         pytest.skip("the kernel does not run here")
     ttt = make(**settings).float()
-    leaves = [x[:rows].float().contiguous().requires_grad_() for x in inputs(length)]
+    leaves = [x[:rows].float().contiguous().requires_grad_() for x in (*inputs(length), problem(ttt)[0])]
     called, apply = [], Segments.apply
     monkeypatch.setattr(Segments, "apply", lambda *args: called.append(1) or apply(*args))
 
     def run():
-        y = ttt(*leaves)
+        y = ttt(*leaves[:-1], ttt.init_state(leaves[-1]))
         return y.detach(), torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), [*leaves, *ttt.parameters()])
 
     y, grads = run()

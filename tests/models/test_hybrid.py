@@ -197,6 +197,8 @@ def test_an_rwkv7_becomes_one():
     assert kept and all(name.startswith("blocks.2.att.") for name in kept)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, first[name] if name in kept else plain.state_dict()[name]), name
+    other = build(model.config)
+    assert load_into(other, adapted(model.state_dict(), other)) == [] and all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values())), "a hybrid keeps its attention"
     with torch.no_grad():
         plain.blocks[2].att.output.weight.zero_()
         assert torch.equal(model(tokens(2, 9)), plain(tokens(2, 9)))

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.config import ModelConfig, PhantomConfig, UserError, model_config
 from rwkvlm.config.phantom import CARRIED, MATRICES, decode, encode
+from rwkvlm.infer import Engine
 from rwkvlm.models import adapted, build, count_parameters, init_weights, param_groups, read_config
 from rwkvlm.models.phantom import costs
 
@@ -225,6 +226,7 @@ def test_a_file_says_all_that_the_model_is(tmp_path, variant):
     again = build(read_config(tensors)).eval()
     load_into(again, tensors)
     assert again.config == config.with_(ttt_loss_weight=0.1, dropout=0.0), "what only training needs is not in the file"
+    assert {module.eps for module in again.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-4}
     with torch.no_grad():
         assert torch.equal(again(tokens(1, 70)), _rounded(model)(tokens(1, 70)))
 
@@ -284,6 +286,14 @@ def test_rwkv7_becomes_a_phantom_with_the_least_error():
     for name, tensor in new.state_dict().items():
         if ".ttt." in name or name == CARRIED:
             assert torch.equal(phantom.state_dict()[name], tensor), name
+
+
+def test_what_a_phantom_has_besides_begins_as_in_a_new_one():
+    plain, model = alive(ModelConfig(**SIZES)), build(PhantomConfig(**SIZES, ttt_kind="memory"))
+    init_weights(model, 5)
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert load_into(model, adapted(plain.state_dict(), model)) == [], "nothing is missing"
+    assert all(torch.equal(tensor, first[name]) for name, tensor in model.state_dict().items() if ".mem." in name or name == CARRIED)
 
 
 def test_core_rows_follow_the_ratios_and_never_cost_more():
@@ -355,6 +365,29 @@ def test_the_memory_begins_with_the_step_size_that_is_given():
         assert torch.allclose(F.softplus(model.blocks[1].mem.rate.bias), torch.tensor(lr))
 
 
+def test_a_memory_begins_as_time_mixing_does():
+    model = build(PhantomConfig(**SIZES, ttt_kind="memory", memory_dim=32))
+    init_weights(model, 0)
+    memory, share = model.blocks[1].mem, torch.arange(64) / 64
+    for name in "qkv":
+        torch.testing.assert_close(memory.get_parameter(f"x_{name}").flatten(), 1 - share ** (0.7 * 0.5), rtol=1e-5, atol=1e-6)
+    for matrix in (memory.query.weight, memory.key.weight, memory.value.weight):
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(32), rtol=0, atol=1e-5)
+
+
+def test_the_meta_term_is_the_mean_error_of_a_segment():
+    """Over sequences, blocks and passes, and over the two segments that come after a step, of which the last is not complete."""
+    model = alive(PhantomConfig(**SIZES, ttt_chunk=16, ttt_meta=True, ttt_loss_weight=0.3, max_depth_iter=2)).train()
+    with torch.no_grad():
+        x, terms = model.for_training(tokens(3, 40))
+        same, state = model.features(tokens(3, 40), return_state=True)
+    errors = torch.stack([one.block.wkv.error for block in state for one in block])
+    assert torch.equal(x, same) and errors.shape == (4, 3) and errors.min() > 0
+    assert list(terms) == ["meta_loss"] and terms["meta_loss"][0] == 0.3
+    assert terms["meta_loss"][1].item() == pytest.approx(errors.sum().item() / (4 * 3 * 2), rel=1e-5)
+    assert model.eval().for_training(tokens(3, 40))[1] == {}
+
+
 def test_groups():
     for kind in ("state", "memory"):
         groups = param_groups(build(PhantomConfig(**SIZES, ttt_kind=kind, ttt_chunk=16)), 0.1)
@@ -373,6 +406,8 @@ def test_dropout_only_in_training():
         assert torch.equal(model(idx), model(idx))
         model.train()
         assert not torch.equal(model(idx), model(idx))
+        engine = Engine(model, None)
+        assert torch.equal(engine.read(idx[0].tolist())[0], engine.read(idx[0].tolist())[0]), "nor does an engine drop anything"
 
 
 def test_bf16_stays_near():

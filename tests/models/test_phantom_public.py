@@ -78,6 +78,12 @@ def test_call_and_state(model, tmp_path):
     save_weights(tmp_path / "weights.pth", model.state_dict())
     with pytest.raises(UserError, match="is no state"):
         load_state(tmp_path / "weights.pth", model)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
+    (tmp_path / "text.pt").write_text("text")
+    torch.save([torch.tensor(1.0)], tmp_path / "number.pt")
+    for name, said in (("cut.pt", "is truncated or no state"), ("text.pt", "is truncated or no state"), ("none.pt", "is no file"), ("number.pt", "of another model")):
+        with pytest.raises(UserError, match=said):
+            load_state(tmp_path / name, model)
 
 
 def test_generate_reads_the_whole_prompt(model):

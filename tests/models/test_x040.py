@@ -71,6 +71,16 @@ def test_forward_loss_and_every_gradient(config, dtype, tolerance):
         assert relative(got[name].grad, grad) < 10 * tolerance, name
 
 
+def test_the_state_before_the_first_token_is_empty_for_any_key():
+    """Also where e^k is 0 beside 1: what is empty has no weight at all."""
+    model = alive(SHAPES[0]).eval()
+    idx = tokens(SHAPES[0], 2, 9)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.key.weight.mul_(300)
+        assert torch.equal(model(idx, model.init_state(2), return_state=True)[0], model(idx)) and model(idx).isfinite().all()
+
+
 def test_first_step_with_its_groups_equals_the_formulas():
     settings = TrainConfig(lr_init=1e-2, weight_decay=0.1, precision="fp32", my_testing="x040")
     model = alive(SHAPES[0], seed=1)

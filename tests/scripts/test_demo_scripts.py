@@ -125,7 +125,7 @@ def test_official_minipile_recipe_on_a_gpu(demo):
     official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run.sh
         "--n_layer": "12", "--n_embd": "768", "--ctx_len": "512", "--vocab_size": "65536", "--my_testing": "x070", "--proj_dir": "out/L12-D768-x070",
         "--micro_bsz": "16", "--lr_init": "6e-4", "--lr_final": "6e-5", "--warmup_steps": "10", "--beta1": "0.9", "--beta2": "0.99", "--adam_eps": "1e-18",
-        "--weight_decay": "0.001", "--epoch_save": "10", "--head_size": "64", "--head_chunk": "0", "--kernel": "@rwkv3", "--grad_cp": "1",
+        "--weight_decay": "0.001", "--epoch_save": "10", "--head_size": "64", "--head_chunk": "0", "--kernel": "@rwkv3", "--grad_cp": "-1",
         "--accelerator": "gpu", "--devices": "1", "--num_nodes": "1", "--precision": "bf16", "--strategy": "deepspeed_stage_2", "--train_stage": "3",
         "--my_exit_tokens": "1498226207", "--data_file": "data/minipile", "--data_type": "binidx", "--load_model": "0", "--epoch_samples": "40320",
     }  # fmt: skip

@@ -12,7 +12,7 @@ from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from rwkvlm.models import build, init_weights
 from rwkvlm.native import available
 from rwkvlm.ops.cross_entropy import head_cross_entropy
-from rwkvlm.train import compiled
+from rwkvlm.train import compiled, plan
 from rwkvlm.train.compiled import check_compile, compile_blocks
 from rwkvlm.train.strategy import Launch
 
@@ -71,6 +71,22 @@ def test_the_curve_and_the_number_of_graphs(run, whole, losses, tmp_path):
     assert run(tmp_path / "out", **COMPILED) == 0  # goes on, with blocks compiled anew
     assert run(tmp_path / "whole", **COMPILED, grad_cp=1) == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_with_cuda_graphs_each_pass_is_announced(run, losses, tmp_path, monkeypatch):
+    """--cuda_graphs 1 beside it: the compiler is asked for graphs, of which it makes none on a CPU, and may use their memory again with each batch."""
+    asked, passes = [], []
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: asked.append(how["options"]) or compile_block(block, **how))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: passes.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(plan, "check_graphs", lambda *_: None)
+    for name, graphs in (("graphs", 1), ("none", 0)):
+        assert run(tmp_path / name, n_layer=2, max_steps=6, cuda_graphs=graphs, **COMPILED) == 0
+    assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
+    assert [how["triton.cudagraphs"] for how in asked] == [True, True, False, False]
+    assert passes.count(True) == 6 and passes.count(False) > 0
 
 
 @needs_compiler

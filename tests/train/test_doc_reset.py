@@ -54,6 +54,9 @@ def test_documents_of_every_file_of_a_mixture(corpus):
     mixed = MixedSamples([one, HeldOutSamples(corpus, 16)], OneByOne([len(one)] * 2))
     numbers = np.array([2, 3, len(one) + 2, len(one) + 3])
     assert (mixed.starts(numbers)[:2] == mixed.starts(numbers)[2:]).all() and (mixed.starts(numbers)[:2] == one.starts(numbers[:2])).all()
+    other = HeldOutSamples(corpus, 24)
+    with_other = MixedSamples([TrainingSamples(corpus, 24, 5), other], OneByOne([1, len(other)]))
+    assert (with_other.starts(np.array([2, 3, 4])) == other.starts(np.array([1, 2, 3]))).all()
 
 
 @pytest.mark.parametrize("kernel", ["torch", "auto"])

@@ -16,6 +16,7 @@ from rwkvlm.data.sampler import magic_prime
 from rwkvlm.train import health as watching
 from rwkvlm.train.health import Health
 from rwkvlm.train.module import TrainModule
+from rwkvlm.train.optimizer import MasterAdamW
 from rwkvlm.train.position import Position
 
 loss_of = TrainModule.loss
@@ -214,3 +215,41 @@ def test_a_level_that_stays_higher_is_a_hopeless_run():
     rng = np.random.default_rng(0)
     curve = [3 + 0.05 * x for x in rng.standard_normal(60)] + [9.0] * 4
     assert [health.hopeless for _, _, _, health in watched(curve, max_skips=4)][-4:] == [False, False, False, True]
+
+
+def test_in_a_row_means_without_a_good_step_between():
+    assert [health.in_a_row for _, _, _, health in watched([3.0, np.nan, np.nan, 3.0, np.nan, 3.0])] == [0, 1, 2, 0, 1, 0]
+
+
+def test_what_hardly_varies_may_deviate_by_a_hundredth_of_its_mean():
+    """The standard deviation of a constant is 0, and 3.1 no spike after many times 3.0."""
+    found = [said for _, said, _, _ in watched([3.0] * 60 + [3.1, 3.5])]
+    assert not any(found[:-1]) and "undone_to" in found[-1]
+
+
+def test_a_loss_scale_that_is_looked_for_is_not_illness():
+    """fp16: a gradient that overflows while the loss is finite is how DeepSpeed finds its scale; a loss that is not finite is ill there too."""
+    (_, _, _, health), = watched([3.0], precision="fp16")
+    assert health.judge(2, 8, 3.0, np.inf, None) == {"skipped": True} and (health.in_a_row, health.position.skipped) == (0, 0)
+    assert health.judge(3, 12, np.nan, np.inf, None) == {"skipped": True} and (health.in_a_row, health.position.skipped) == (1, 1)
+
+
+def test_a_snapshot_brings_back_masters_and_the_weights_that_are_made_of_them():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3, bias=False).bfloat16()
+    optimizer = MasterAdamW(model.parameters(), lr=0.1)
+
+    def train(steps):
+        for _ in range(steps):
+            model(torch.ones(2, 4, dtype=torch.bfloat16)).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [model.weight.detach().clone(), *(torch.as_tensor(value).clone() for value in optimizer.state[model.weight].values())]
+
+    before = train(3)
+    snapshot = watching.Snapshot(Position(step=3), model, optimizer)
+    after = train(2)
+    snapshot.restore(model, optimizer)
+    found = train(0)
+    assert len(found) == 5 and all(torch.equal(a, b) for a, b in zip(found, before)) and not any(torch.equal(a, b) for a, b in zip(after, before))
+    assert all(torch.equal(a, b) for a, b in zip(train(2), after))

@@ -16,7 +16,7 @@ from rwkvlm.models import build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train.memory import Activations, estimate, measure_activations
 from rwkvlm.train.plan import make_plan
-from rwkvlm.train.planner import expected_seconds, probe, probe_flags
+from rwkvlm.train.planner import decide_grad_cp, expected_seconds, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
 from rwkvlm.train.start import model_sizes
 from rwkvlm.train.strategy import Launch
@@ -169,6 +169,31 @@ def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, ca
     assert "advice    --micro_bsz 16 --grad_cp 0 fits; with --accumulate_grad_batches 4 the batch is about the same" in out
     assert run(tmp_path / "out", dry_run=True, **LARGER | dict(micro_bsz=4, vocab_size=10**6)) == 1
     assert "no micro_bsz fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room, decided", [(2**40, 0), (2**20, 1)])
+def test_recomputing_is_decided_by_the_memory(run, losses, tmp_path, capsys, monkeypatch, room, decided):
+    """And changes nothing else: no random number is drawn on the way."""
+    monkeypatch.setattr(planner, "memory_available", lambda plan: room)
+    flags = dict(max_steps=2, my_testing="phantom", ttt_enabled=0, dropout=0.1)
+    for name, grad_cp in (("asked", decided), ("decided", -1)):
+        torch.manual_seed(1)
+        assert run(tmp_path / name, **flags, grad_cp=grad_cp) == 0
+        assert (", grad_cp, " in capsys.readouterr().out) == bool(decided)
+    assert losses(tmp_path / "asked") == losses(tmp_path / "decided")
+
+
+def test_processes_recompute_together(run, tmp_path, monkeypatch):
+    """Under ZeRO-3 a block's parameters are fetched again for it; and compiled graphs never do."""
+    monkeypatch.setattr(planner, "memory_available", lambda plan: 2**40)
+    monkeypatch.setattr(planner.ranks, "gather", lambda value: [value, False])
+    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", grad_cp=-1), "train.py"))
+    assert decide_grad_cp(plan).config.grad_cp == 1
+    monkeypatch.setattr(planner.ranks, "gather", lambda value: [value])
+    assert decide_grad_cp(plan).config.grad_cp == 0
+    monkeypatch.setattr(planner, "memory_available", lambda plan: 1)
+    assert decide_grad_cp(plan).config.grad_cp == 1
+    assert decide_grad_cp(replace(plan, config=replace(plan.config, compile=1, cuda_graphs=1))).config.grad_cp == 0
 
 
 def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):

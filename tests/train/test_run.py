@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rwkvlm.checkpoint.pth import load_weights
+from rwkvlm.config.locks import try_lock
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.run import PlannedModule
@@ -82,6 +83,27 @@ def test_only_the_final_weights_missing_are_written_from_the_state(whole, run, t
     (copy / "rwkv-final.pth").unlink()
     assert run(copy) == 0
     assert same_weights(copy / "rwkv-final.pth", whole / "rwkv-final.pth")
+
+
+def test_two_runs_never_write_to_one_folder(run, losses, tmp_path, monkeypatch, capsys):
+    """A run has its folder to itself while it trains, and lets go of it: another one is refused before it writes."""
+    out, step, free = tmp_path / "out", Metrics.step, []
+
+    def watched(self, record):
+        step(self, record)
+        with open(out / "train_log.txt", "a") as file:
+            free.append(try_lock(file))
+
+    monkeypatch.setattr(Metrics, "step", watched)
+    assert run(out, max_steps=2) == 0 and free == [False, False]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with open(out / "train_log.txt", "a") as other:
+        assert try_lock(other), "the run before has ended"
+        assert run(out, max_steps=1) == 2
+    assert f"error: another run is writing to {out}; wait for its end or stop it, or choose another --proj_dir\n" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(out, max_steps=1) == 0 and len(losses(out)) == 3
 
 
 @pytest.mark.parametrize("stops", [[10], [1, 17]], ids=str)

@@ -205,6 +205,7 @@ def test_precision_is_never_autocast():
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     refusals = [(dict(accelerator="gpu"), "--accelerator gpu"), (dict(precision="fp16"), "--precision fp16"),
+                (dict(devices="1000000"), "--devices 1000000: without a GPU these are processes"),
                 (dict(precision="fp16", strategy="deepspeed_stage_2"), "--precision fp16")]
     for flags, what in refusals:
         with pytest.raises(UserError, match=what) as caught:

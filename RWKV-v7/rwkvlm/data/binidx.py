@@ -17,6 +17,7 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -143,9 +144,9 @@ class Index:
 
 def _cure(given: Path) -> str:
     """What to give instead of a path that is no prefix of a pair."""
-    if given.suffix in (".bin", ".idx") and idx_path(given.with_suffix("")).is_file():
+    if given.suffix in (".bin", ".idx") and os.path.isfile(idx_path(given.with_suffix(""))):
         return f"give {given.with_suffix('')}, without {given.suffix}"
-    if given.is_file():
+    if os.path.isfile(given):
         prefix = given.with_name(given.name.partition(".")[0])
         return f"{given} is a text or something else, not a pair of tokens: python make_data.py {given} 1 512 --out {prefix} makes one of a text, then give {prefix}"
     return "give the path without .bin/.idx of a pair made by make_data.py"
@@ -164,7 +165,7 @@ class BinIdx(Tokens):
         self.idx_path = idx_path(prefix)
         self.bin_path = self.file = bin_path(prefix)
         for path in (self.idx_path, self.bin_path):
-            if not path.is_file():
+            if not os.path.isfile(path):  # nor is a name that is too long for one
                 raise UserError(f"data file {path} does not exist; {_cure(Path(prefix))}")
         try:
             self.index = Index(self.idx_path, check)
@@ -286,8 +287,9 @@ class BinIdxWriter:
                 for partial, path in zip(self._partial, (self.bin_path, self.idx_path)):
                     os.replace(partial, path)
         finally:
-            self._bin.close()
-            self._idx.close()
+            for file in (self._bin, self._idx):
+                with suppress(OSError):  # a full disk takes the last block no better now, and what was not sealed is to go
+                    file.close()
             for path in self._partial:
                 path.unlink(missing_ok=True)
 

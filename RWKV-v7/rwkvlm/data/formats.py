@@ -115,6 +115,7 @@ FORMATS: dict[str, type[Tokens]] = {"binidx": BinIdx, "numpy": NumpyTokens, "utf
 def _existing(path: str | Path) -> Path:
     try:
         if Path(path).stat().st_size:
+            open(path, "rb").close()  # a folder, or a file of someone else's
             return Path(path)
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}; --data_type utf-8, bytes and numpy take the whole name of a file") from None

@@ -9,10 +9,10 @@ pass; the others are divided among the remaining files likewise. So every batch 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +28,7 @@ LEAST = Fraction(1, 10**6)
 
 def prefixes(data_file: str) -> dict[str, Fraction | None]:
     """The files that --data_file names, in order, each with its weight if one is given. UserError for what cannot be meant."""
-    if idx_path(data_file).exists() or Path(data_file).exists():
+    if os.path.exists(idx_path(data_file)) or os.path.exists(data_file):  # which Path.exists would not say of a list longer than a name may be
         return {data_file: None}  # whatever its name looks like
     found: dict[str, Fraction | None] = {}
     for piece in data_file.split(","):

@@ -6,8 +6,9 @@ does not change when others are appended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
     dtype = np.uint16 if all(_fits_16_bits(one) for one, _ in data) else np.int32
     expected = sum(int(one.n_tokens * copies) for one, copies in data)
     check_room(out, expected * np.dtype(dtype).itemsize)
-    with BinIdxWriter(out, dtype) as writer:
+    with _disk(out), BinIdxWriter(out, dtype) as writer:
         for k, (one, copies) in enumerate(data):
             for copy in range(int(np.ceil(copies))):
                 share = min(1.0, copies - copy)
@@ -52,11 +53,13 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     val: below 1 the share of the documents that is held out, about; from 1 on their number, exactly. UserError if one part were empty.
     """
     data = BinIdx(prefix)
+    if not math.isfinite(val) or (abs(val) >= 1 and val != int(val)):
+        raise UserError(f"--val {val:g} must be a share of the documents, between 0 and 1, or a whole number of them")
     _not_itself(data, out)
     _not_itself(data, f"{out}.val")
     limit = int(val * ALL) if 0 < val < 1 else _limit(data.n_docs, int(val), seed)
     check_room(out, data.tokens.nbytes)
-    with ExitStack() as stack:
+    with _disk(out), ExitStack() as stack:
         writers = [stack.enter_context(BinIdxWriter(name, data.dtype)) for name in (out, f"{out}.val")]
         for first, ends in runs(data):
             held_out = _drawn(seed, 0, first, len(ends) - 1) < limit
@@ -71,20 +74,26 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     return BinIdx(out), BinIdx(f"{out}.val")
 
 
+@contextmanager
+def _disk(out: str) -> Iterator[None]:
+    """A disk that takes no more is told in one line, also where it is the last block that it does not take."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {out}.bin: {error.strerror or error}; free some space or choose another place") from None
+
+
 def _write(writer: BinIdxWriter, data: BinIdx, ends: np.ndarray, chosen: np.ndarray | None) -> None:
     """The documents between `ends`: all, or the chosen ones."""
     sizes = np.diff(ends)
-    try:
-        if len(sizes) == 1 and sizes[0] > TOKENS:
-            if chosen is None or chosen[0]:
-                writer.add_long(_narrow(data, writer, data.tokens[at : min(at + TOKENS, ends[1])]) for at in range(ends[0], ends[1], TOKENS))
-            return
-        tokens = data.tokens[ends[0] : ends[-1]]
-        if chosen is not None:
-            tokens, sizes = tokens[np.repeat(chosen, sizes)], sizes[chosen]
-        writer.add_many(_narrow(data, writer, tokens), sizes)
-    except OSError as error:
-        raise UserError(f"cannot write {writer.bin_path}: {error.strerror or error}; free some space or choose another place") from None
+    if len(sizes) == 1 and sizes[0] > TOKENS:
+        if chosen is None or chosen[0]:
+            writer.add_long(_narrow(data, writer, data.tokens[at : min(at + TOKENS, ends[1])]) for at in range(ends[0], ends[1], TOKENS))
+        return
+    tokens = data.tokens[ends[0] : ends[-1]]
+    if chosen is not None:
+        tokens, sizes = tokens[np.repeat(chosen, sizes)], sizes[chosen]
+    writer.add_many(_narrow(data, writer, tokens), sizes)
 
 
 def _narrow(data: BinIdx, writer: BinIdxWriter, tokens: np.ndarray) -> np.ndarray:

@@ -33,8 +33,8 @@ def documents(engine: Engine, source: str, text_key: str = "text") -> Iterator[D
     found = _of_text(engine, source, text_key) if is_text(source) else _of_tokens(engine, source)
     vocab_size = engine.model.config.vocab_size
     for document in found:
-        if len(document.tokens) and not 0 <= int(document.tokens.min()) <= int(document.tokens.max()) < vocab_size:
-            raise UserError(f"{source} has token {document.tokens.max()}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with")
+        if len(bad := document.tokens[(document.tokens < 0) | (document.tokens >= vocab_size)]):
+            raise UserError(f"{source} has token {bad[0]}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with")
         yield document
 
 

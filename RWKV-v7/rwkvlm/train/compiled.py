@@ -14,7 +14,8 @@ from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, Train
 from ..models import LanguageModel, recurrence
 from .strategy import Launch
 
-MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile
+GRAPHED = "reduce-overhead"  # compiled, and in CUDA graphs
+MODES = ("default", GRAPHED, "max-autotune-no-cudagraphs")  # of torch.compile
 GRAPHS = 64  # at most: of the first block and of the others, in training and validation; of blocks that --freeze makes different
 
 
@@ -27,7 +28,7 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, mode: str =
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.optimize_ddp = False  # would cut the blocks at DDP's buckets; gradients are handed over block by block as it is
     # deterministic: no kernel is chosen by timing it, where that would change the bits
-    how = {"options": {"deterministic": True}} if mode == "default" else {"mode": mode}
+    how = {"mode": mode} if mode.startswith("max-autotune") else {"options": {"deterministic": True, "triton.cudagraphs": mode == GRAPHED}}
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=lengths_vary, **how)
 

@@ -185,8 +185,11 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
     """UserError where --cuda_graphs 1 would not work. kernel: who computes the model's recurrence."""
     if not config.cuda_graphs:
         return
-    if config.compile:
-        raise UserError("--cuda_graphs 1 records the blocks as they are, not what --compile 1 makes of them; leave one of the two out")
+    if config.compile and config.grad_cp == 1:
+        raise UserError("--cuda_graphs 1 with --compile 1 is not made for --grad_cp 1; use --grad_cp 0, or leave --compile out")
+    if config.compile and config.accumulate_grad_batches > 1:
+        # torch.compile's graphs write gradients where autograd keeps those of the micro batch before: https://github.com/pytorch/pytorch/issues/181723
+        raise UserError(f"--cuda_graphs 1 with --compile 1 would lose gradients of --accumulate_grad_batches {config.accumulate_grad_batches}; use --accumulate_grad_batches 1, or leave --compile out")
     if config.doc_reset:
         raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")
     if run.strategy.startswith("deepspeed_stage_3"):

@@ -53,6 +53,8 @@ class TrainModule(pl.LightningModule):
 
     def loss(self, batch: tuple[torch.Tensor, ...], grad_cp: bool = False) -> tuple[torch.Tensor, Terms]:
         """Mean cross entropy of a batch (data/dataset.py, with --doc_reset data/reset.py), and what else the model has its training lower."""
+        if self.config.compile and self.config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs have returned until now may be overwritten
         idx, targets, *places = batch
         if places:
             packed = Packed(*places)

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import IO
 
 import pytorch_lightning as pl
 import torch
@@ -14,14 +15,15 @@ from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.strategies.launchers import subprocess_script
 
 from ..checkpoint.ledger import publish_weights, write_atomically
-from ..checkpoint.ranks import describe, rank, say
+from ..checkpoint.ranks import describe, rank, say, together
 from ..checkpoint.state import set_aside
-from ..config import TrainConfig, env
+from ..config import TrainConfig, UserError, env
+from ..config.locks import try_lock
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
 from ..models import count_parameters
-from .compiled import compile_blocks
+from .compiled import GRAPHED, compile_blocks
 from .conductor import Conductor
 from .graphs import graph_blocks
 from .matmul import settle_fp32_products
@@ -121,8 +123,9 @@ def train(plan: Plan, strategy: Strategy) -> int:
     watch = watch_over(trainer, config)
     conductor = Conductor(plan, watch)
     trainer.callbacks.append(conductor)
+    module = PlannedModule(plan)
     try:
-        trainer.fit(PlannedModule(plan))
+        trainer.fit(module)
     except SystemExit as stop:  # what Lightning makes of a Ctrl-C before the first step; later ones are the Conductor's
         raise KeyboardInterrupt from stop
     except Exception as error:
@@ -134,6 +137,7 @@ def train(plan: Plan, strategy: Strategy) -> int:
         return 1
     finally:
         conductor.signals.restore()
+        module.release()
     if watch is None:
         return conductor.exit_code
     watch.close()
@@ -167,22 +171,37 @@ class PlannedModule(TrainModule):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan.config)
         self.plan = plan
+        self.held: IO | None = None
 
     def setup(self, stage: str) -> None:
         plan, start = self.plan, self.plan.start
         if start.fresh:
+            together(self.hold)
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
+        together(self.hold)
         save_tokenizer(plan.config, plan.data)
         if start.state is None:
             set_aside(plan.proj_dir)
         if plan.config.compile:
-            compile_blocks(self.model, lengths_vary=bool(plan.config.doc_reset))
+            compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
+
+    def hold(self) -> None:
+        """From here to release() proj_dir is this run's alone: two that write to it at once would take each other's files for their own."""
+        if rank() == 0 and self.held is None:
+            self.plan.proj_dir.mkdir(parents=True, exist_ok=True)
+            self.held = open(self.plan.proj_dir / "train_log.txt", "a")  # is appended to only, never replaced
+            if not try_lock(self.held):
+                raise UserError(f"another run is writing to {self.plan.proj_dir}; wait for its end or stop it, or choose another --proj_dir")
+
+    def release(self) -> None:
+        if self.held is not None:
+            self.held.close()
 
     def on_train_start(self) -> None:
         """After the Conductor's, which loads the training state: the model lies where it stays."""
         config = self.plan.config
-        if config.cuda_graphs and not self.plan.finished:
+        if config.cuda_graphs and not config.compile and not self.plan.finished:
             graph_blocks(self.model, config.micro_bsz, config.ctx_len, bool(config.grad_cp))
 
     def train_dataloader(self) -> Ahead:

@@ -241,7 +241,7 @@ def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if isinstance(model, PhantomConfig) and model.ttt_enabled and config.ctx_len <= model.ttt_chunk:
         raise UserError(
             f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: no token would come after a step, and nothing would train it; "
-            "use a longer --ctx_len, or --ttt_enabled 0"
+            f"use a longer --ctx_len, {'a smaller --ttt_chunk (16, 32, ...), ' if config.ctx_len > 16 else ''}or --ttt_enabled 0"
         )
     return model
 

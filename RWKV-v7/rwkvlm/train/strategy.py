@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import io
 import logging
+import os
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,7 @@ from ..checkpoint import ranks
 from ..config import TrainConfig, UserError, env
 
 START_TIMEOUT = 1800.0  # seconds: processes may take long to come, to build kernels and to read their files; --dist_timeout counts from the first step
+CPU_PROCESS = 1 << 28  # bytes, at least: libraries alone
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -60,6 +62,8 @@ def launch(config: TrainConfig) -> Launch:
     devices = int(config.devices) if config.devices != "auto" else launched or (gpus if accelerator == "gpu" else 1)
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
+    if accelerator == "cpu" and devices > (most := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_PROCESS):
+        raise UserError(f"--devices {devices}: without a GPU these are processes, and this machine's memory has no room for more than {most}; use --devices 1, 2, ...")
     if launched and launched != devices:
         raise UserError(f"--devices {devices}, but the launcher started {launched} processes on this node; make them equal or leave --devices out")
     if env.launched_by_variables() and (nodes := env.launched_nodes()) and nodes != config.num_nodes:
