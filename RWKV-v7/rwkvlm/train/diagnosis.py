@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..checkpoint import ranks
-from .module import TrainModule
+from .module import TrainModule, on_device
 from .norms import part_of
 from .plan import Plan
 
@@ -44,7 +44,7 @@ def _bad_samples(plan: Plan, trainer: pl.Trainer, module: TrainModule, samples: 
     named = [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
     found = []
     for ii in range(samples - plan.batch + 1 + trainer.global_rank, samples + 1, trainer.world_size):
-        batch = module.transfer_batch_to_device(plan.samples[np.array([ii])], trainer.strategy.root_device)
+        batch = on_device(plan.samples[np.array([ii])], trainer.strategy.root_device)
         loss, _ = module.loss(batch, bool(plan.config.grad_cp))
         grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         names = [name for (name, _), grad in zip(named, grads) if grad is not None and not torch.isfinite(grad).all()]

@@ -16,6 +16,11 @@ from .norms import GradientNorms, ShardedNorms
 from .optimizer import make_optimizer
 
 
+def on_device(batch: tuple[torch.Tensor, ...], device: torch.device) -> tuple:
+    """A batch of data/dataset.py. With --doc_reset (data/reset.py) the bounds of documents stay in the host's memory too, the last of what layers/packed.py has."""
+    return *(tensor.to(device, non_blocking=True) for tensor in batch), *(bounds.numpy() for bounds in batch[2:3])
+
+
 class HeadLoss(nn.Module):
     """The head's weight, shared with the model, inside the module that turns features into the loss.
 
@@ -66,9 +71,7 @@ class TrainModule(pl.LightningModule):
         return self.head_loss(x, targets), terms
 
     def transfer_batch_to_device(self, batch: tuple[torch.Tensor, ...], device: torch.device, dataloader_idx: int = 0) -> tuple:
-        """With --doc_reset the bounds of documents stay in the host's memory too (layers/packed.py)."""
-        _, _, *places = batch
-        return *super().transfer_batch_to_device(batch, device, dataloader_idx), *(bounds.numpy() for bounds in places[:1])
+        return on_device(batch, device)
 
     def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
         cross_entropy, terms = self.loss(batch, bool(self.config.grad_cp))

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
+from .module import on_device
 from .plan import Plan
 
 
@@ -40,7 +41,7 @@ class Validation:
         for first in range(0, self.n_batches, world):  # every process makes as many passes: under ZeRO-3 each pass is collective
             number = first + rank
             ii = 1 + (min(number, self.n_batches - 1) * self.batch + np.arange(self.batch)) * self.stride
-            batch = self.trainer.lightning_module.transfer_batch_to_device(self.plan.held_out[ii], device)
+            batch = on_device(self.plan.held_out[ii], device)
             part = self.trainer.strategy.validation_step(batch, 0)
             if number < self.n_batches:
                 total += part
