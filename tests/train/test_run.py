@@ -181,7 +181,7 @@ def test_ctrl_c_before_the_first_step_just_ends(run, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     assert run(tmp_path / "out") == 130
     signal.signal(signal.SIGINT, before)  # Lightning has it ignored
-    assert files(tmp_path / "out") == ["rwkv-init.pth", "state"]
+    assert files(tmp_path / "out") == ["rwkv-init.pth", "state", "train_log.txt"]
 
 
 def test_sigusr1_saves_and_goes_on(run, whole, losses, tmp_path, monkeypatch):
