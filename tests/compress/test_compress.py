@@ -292,11 +292,12 @@ def test_what_cannot_work_is_said_before_the_work(file, capsys, monkeypatch):
         (["--out", out, "--report", path / "report.json"], "/report.json cannot be written: Not a directory; choose another place"),
         (["--out", out, "--svd_rank_ratio", 2], "--svd_rank_ratio 2.0 must lie in (0, 1]"),
         (["--out", out, "--sparsity_ratio", 1], "--sparsity_ratio 1.0 must lie in [0, 1)"),
+        (["--out", out, "--sparsity_ratio", 0], "nothing to compress: give --svd_rank_ratio"),
     ):
-        assert main(["compress", "--model", str(path), *map(str, flags)]) == 2
+        assert main(["compress", "--model", str(path), "--sparsity_ratio", "0.5", *map(str, flags)]) == 2
         assert said in capsys.readouterr().err and sorted(folder.rglob("*")) == before
     monkeypatch.undo()
-    assert main(["compress", "--model", str(path), "--out", str(folder / "new" / "folder" / "out.pth")]) == 0, "a folder that does not exist is made"
+    assert main(["compress", "--model", str(path), "--svd_rank_ratio", "0.5", "--out", str(folder / "new" / "folder" / "out.pth")]) == 0, "a folder that does not exist is made"
 
 
 def test_bad_files_are_user_errors(file, capsys):

@@ -60,6 +60,12 @@ def test_the_official_call(here, capsys):
     assert "document 0" in out and "document 899" in out and "1 mini-epochs" in out and "--vocab_size 65536" in out
 
 
+def test_the_only_document_is_shown_once(here, capsys):
+    jsonl("one.jsonl", ["a text of some words"])
+    assert main(["one.jsonl", "1", "1"]) == 0
+    assert capsys.readouterr().out.count("a text of some words") == 1
+
+
 def test_the_shim_runs_as_a_program(here):
     jsonl("demo.jsonl", ["a\xff", "中"])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONIOENCODING": "ascii"}

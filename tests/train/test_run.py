@@ -100,8 +100,15 @@ def test_two_runs_never_write_to_one_folder(run, losses, tmp_path, monkeypatch, 
     capsys.readouterr()
     with open(out / "train_log.txt", "a") as other:
         assert try_lock(other), "the run before has ended"
-        assert run(out, max_steps=1) == 2
-    assert f"error: another run is writing to {out}; wait for its end or stop it, or choose another --proj_dir\n" in capsys.readouterr().err
+        for stage in (1, 3):
+            assert run(out, train_stage=stage) == 2
+        assert run(out, dry_run="True") == 0
+        with monkeypatch.context() as late:  # begun at the same moment, before the other one held anything
+            late.setattr("rwkvlm.train.run.HELD", "none")
+            late.setattr(PlannedModule, "attach", lambda self, model: late.setattr("rwkvlm.train.run.HELD", "train_log.txt"))
+            assert run(out) == 2
+    said = f"error: another run is writing to {out}; wait for its end or stop it, or choose another --proj_dir"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")] == [said] * 3
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(out, max_steps=1) == 0 and len(losses(out)) == 3
 
@@ -181,7 +188,7 @@ def test_ctrl_c_before_the_first_step_just_ends(run, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     assert run(tmp_path / "out") == 130
     signal.signal(signal.SIGINT, before)  # Lightning has it ignored
-    assert files(tmp_path / "out") == ["rwkv-init.pth", "state"]
+    assert files(tmp_path / "out") == ["rwkv-init.pth", "state", "train_log.txt"]
 
 
 def test_sigusr1_saves_and_goes_on(run, whole, losses, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import UserError
 from .flags import Parser
 
 
@@ -20,6 +21,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=32, help="how many of these are read")
     parser.add_argument("--report", type=Path, default=None, help="write the figures here as JSON too")
     args = parser.parse_args(argv)
+    if args.svd_rank_ratio == 1 and args.sparsity_ratio == 0:
+        raise UserError("nothing to compress: give --svd_rank_ratio, for example 0.5, --sparsity_ratio, for example 0.3, or both")
     from ..checkpoint.place import check_file, write_json  # torch takes seconds to import: wrong flags are answered before
     from ..compress import compress_file, report_lines
 

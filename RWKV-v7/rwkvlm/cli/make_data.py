@@ -84,7 +84,8 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
             print(f"  {line}")
     data = BinIdx(prefix)
     _show(data, tokenizer, 0)
-    _show(data, tokenizer, -1)
+    if data.n_docs > 1:
+        _show(data, tokenizer, -1)
     print("---")
     print(f"{prefix}.bin/idx: {made.tokens} tokens, {made.documents} documents, {made.dtype}")
     if made.val_documents:

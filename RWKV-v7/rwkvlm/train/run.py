@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -34,10 +35,15 @@ from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_si
 from .strategy import lightning_precision, make_strategy, param_dtype
 from .watch import Watch
 
+HELD = "train_log.txt"  # is appended to only, never replaced
+
 
 def run(config: TrainConfig) -> int:
     """Returns the exit code: 0 at the last token or after max_steps, 128 + signal when stopped by one, 1 when memory has run out. Raises UserError."""
     tell(config.flags_without_effect())
+    if env.first_process() and not config.dry_run and (Path(config.proj_dir) / HELD).exists():
+        with suppress(OSError):  # what cannot be written is refused in its turn
+            hold(Path(config.proj_dir)).close()
     if config.train_stage == 1:
         return write_init(config)
     plan = make_plan(config)
@@ -55,6 +61,16 @@ def run(config: TrainConfig) -> int:
     strategy = make_strategy(plan.config)
     settle_fp32_products(plan)
     return train(plan, strategy)
+
+
+def hold(proj_dir: Path) -> IO:
+    """Until this file is closed no other run writes to proj_dir. Two at once would take each other's files for their own."""
+    proj_dir.mkdir(parents=True, exist_ok=True)
+    file = open(proj_dir / HELD, "a")
+    if not try_lock(file):
+        file.close()
+        raise UserError(f"another run is writing to {proj_dir}; wait for its end or stop it, or choose another --proj_dir")
+    return file
 
 
 def tell(lines: list[str]) -> None:
@@ -187,12 +203,8 @@ class PlannedModule(TrainModule):
             compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
 
     def hold(self) -> None:
-        """From here to release() proj_dir is this run's alone: two that write to it at once would take each other's files for their own."""
         if rank() == 0 and self.held is None:
-            self.plan.proj_dir.mkdir(parents=True, exist_ok=True)
-            self.held = open(self.plan.proj_dir / "train_log.txt", "a")  # is appended to only, never replaced
-            if not try_lock(self.held):
-                raise UserError(f"another run is writing to {self.plan.proj_dir}; wait for its end or stop it, or choose another --proj_dir")
+            self.held = hold(self.plan.proj_dir)
 
     def release(self) -> None:
         if self.held is not None:
