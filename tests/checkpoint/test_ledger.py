@@ -17,8 +17,9 @@ def test_identity_follows_content_only(tmp_path):
     save_weights(tmp_path / "b.pth", weights(0))
     save_weights(tmp_path / "c.pth", weights(1))
     shutil.copy(tmp_path / "a.pth", tmp_path / "d.pth")
-    a, b, c, d = (ledger.identity(tmp_path / f"{name}.pth") for name in "abcd")
-    assert a == b == d != c and a
+    torch.save({"x": weights(0)["x"].bfloat16()}, tmp_path / "e.pth")  # whose zip has a folder e
+    a, b, c, d, e = (ledger.identity(tmp_path / f"{name}.pth") for name in "abcde")
+    assert a == b == d == e != c and a
     (tmp_path / "c.pth").write_bytes(b"cut")
     assert ledger.identity(tmp_path / "c.pth") == "" == ledger.identity(tmp_path / "none.pth")
 

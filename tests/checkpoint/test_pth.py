@@ -181,3 +181,4 @@ def test_newest_weights_scans_as_officially(tmp_path):
     for n in (0, 9, 10):
         (tmp_path / f"rwkv-{n}.pth").touch()
     assert newest_weights(tmp_path) == (tmp_path / "rwkv-10.pth", 10)
+    assert newest_weights(tmp_path, [tmp_path / "rwkv-10.pth"]) == (tmp_path / "rwkv-9.pth", 9)

@@ -289,7 +289,7 @@ def test_rwkv7_becomes_a_phantom_with_the_least_error():
 
 
 def test_what_a_phantom_has_besides_begins_as_in_a_new_one():
-    plain, model = alive(ModelConfig(**SIZES)), build(PhantomConfig(**SIZES, ttt_kind="memory"))
+    plain, model = alive(ModelConfig(**SIZES)), build(PhantomConfig(**SIZES, ttt_kind="memory", ghost_permuted=True))
     init_weights(model, 5)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert load_into(model, adapted(plain.state_dict(), model)) == [], "nothing is missing"

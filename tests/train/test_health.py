@@ -237,7 +237,7 @@ def test_a_loss_scale_that_is_looked_for_is_not_illness():
 def test_a_snapshot_brings_back_masters_and_the_weights_that_are_made_of_them():
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3, bias=False).bfloat16()
-    optimizer = MasterAdamW(model.parameters(), lr=0.1)
+    optimizer = MasterAdamW(model.parameters(), lr=0.1, betas=(0.9, 0.99), eps=1e-18)
 
     def train(steps):
         for _ in range(steps):
