@@ -121,7 +121,11 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     }
     if (!for_a) {
         clear(both[0]), clear(both[1]);  // Rt is fetched with each use: registers are short
-        multiply_lower_triangles(both, Rows<Token>(At, block * 16), 1, Rows<Token, false>(Rt, block * 16), 0, Kt, V, block, column0);
+        const Rows<Token> a(At, block * 16);
+        const Rows<Token, false> r(Rt, block * 16);
+        const int lane = forgotten_lane();
+#pragma unroll 1
+        for (int i = 0; i <= block; ++i) multiply_block_of_both(both, a, 1, r, 0, true, Kt, V, block, i, column0, lane);
         store(both[0], P, block * 16, column0);  // until P replaces it
     }
     __syncthreads();

@@ -213,8 +213,8 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, 
 
 // d += triangle(a B0^T) D0 + triangle(a B1^T) D1, a block of each at a time: an mma waits long for the sums of the one before it, and so four chains of
 // them run side by side instead of two.
-template <bool lower, int J, class A, class T, class U>
-__device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a, const T& B0, int distance0, const U& D0, const T& B1, int distance1, const U& D1,
+template <bool lower, int J, class A, class T, class U0, class U1>
+__device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a, const T& B0, int distance0, const U0& D0, const T& B1, int distance1, const U1& D1,
                                                    int row, int column0 = 0) {
     constexpr int n = T::rows / 16;
     const int lane = forgotten_lane();
@@ -235,28 +235,27 @@ __device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a,
     }
 }
 
-// d[0] += triangle(a0 B^T) D, d[1] += triangle(a1 B^T) D, lower triangles both, likewise; what is fetched of B and D serves both.
+// Block i of d[0] += triangle(a0 B^T) D and d[1] += triangle(a1 B^T) D, likewise; what is fetched of B and D serves both.
 template <int J, class A0, class A1, class T, class U>
-__device__ __forceinline__ void multiply_lower_triangles(float (&d)[2][J][4], const A0& a0, int distance0, const A1& a1, int distance1, const T& B, const U& D,
-                                                         int row, int column0) {
-    const int lane = forgotten_lane();
-#pragma unroll 1
-    for (int i = 0; i <= row; ++i) {
-        float t[2][2][4];
-        uint32_t left[2][1][4];
-        clear(t[0]), clear(t[1]);
+__device__ __forceinline__ void multiply_block_of_both(float (&d)[2][J][4], const A0& a0, int distance0, const A1& a1, int distance1, bool lower, const T& B, const U& D,
+                                                       int row, int i, int column0, int lane) {
+    float t[2][2][4];
+    uint32_t left[2][1][4];
+    clear(t[0]), clear(t[1]);
 #pragma unroll
-        for (int k = 0; k < T::columns / 16; ++k) {
-            a0.fragment(left[0], k, lane), a1.fragment(left[1], k, lane);
-            multiply<true>(t, left, B, {0, 1}, {0, 1}, i * 16, k * 16, lane);
-        }
-        if (i == row) {
-            const int here = forgotten_lane();
-            keep_triangle<true>(t[0], distance0, here), keep_triangle<true>(t[1], distance1, here);
-        }
-        as_left(left[0], t[0]), as_left(left[1], t[1]);
-        multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+    for (int k = 0; k < T::columns / 16; ++k) {
+        a0.fragment(left[0], k, lane), a1.fragment(left[1], k, lane);
+        multiply<true>(t, left, B, {0, 1}, {0, 1}, i * 16, k * 16, lane);
     }
+    if (i == row) {
+        const int here = forgotten_lane();
+        if (lower)
+            keep_triangle<true>(t[0], distance0, here), keep_triangle<true>(t[1], distance1, here);
+        else
+            keep_triangle<false>(t[0], distance0, here), keep_triangle<false>(t[1], distance1, here);
+    }
+    as_left(left[0], t[0]), as_left(left[1], t[1]);
+    multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
 }
 
 // In global memory a bf16 matrix lies in blocks of 8 x 8, 128 bytes each, so that a warp writes and reads a d tile in whole lines.
