@@ -97,7 +97,7 @@ template <int C, int N> struct GradientsShared {
     static constexpr int factors = 4 * C * N * 2 + w;                 // At, Rt, Bt, Kt, X
     static constexpr int rest = (4 * C + 2 * N) * part_width(N) * 2;  // V, Y, U, Z, S, G: as many value rows as are treated at a time
     static constexpr int planes = 3 * Plane<C, N>::bytes;              // take the place of the rest
-    static constexpr int sums = 2 * (C / 8) * N * 4;
+    static constexpr int sums = (C / 16 + 1 + C / 8) * N * 4;
     static constexpr size_t size = factors + (rest > planes ? rest : planes) + sums + N * 4;
 };
 
@@ -132,6 +132,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     constexpr int threads = C * 4 * column_parts(N), width = part_width(N), values = width, parts = column_parts(N);  // a warp's columns, the value rows of a pass
     using Token = Tile<C, N>;
     using Value = Tile<C, values>;
+    using Unknown = BlockTile<C, values>;  // written and read in blocks only
     using State = BlockTile<values, N>;
     const Place place = place_in_slot<C>(q, N, blockIdx.x, blockIdx.y);
     if (place.tokens < 1) return;
@@ -139,9 +140,10 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
 
     const Token At{0}, Rt{At.end()}, Bt{Rt.end()}, Kt{Bt.end()}, w{Kt.end()};
     const BlockTile<C, C> X{w.base};
-    const Value V{GradientsShared<C, N>::factors}, Y{V.end()}, U{Y.end()}, Z{U.end()};
+    const Value V{GradientsShared<C, N>::factors}, Y{V.end()};
+    const Unknown U{Y.end()}, Z{U.end()};
     const State S{Z.end()}, G{S.end()};
-    constexpr int sums_size = C / 8 * N * 4, sums = GradientsShared<C, N>::size - 2 * sums_size - N * 4, totals = sums + sums_size, decay = totals + sums_size;
+    constexpr int n_blocks = C / 16, decay = GradientsShared<C, N>::size - N * 4, totals = decay - C / 8 * N * 4, sums = totals - (n_blocks + 1) * N * 4;
 
     // A pass takes `values` value rows of all that has them; the gradients of r, a, k and b are sums over the passes.
     const auto fetch = [&](int value0) {
@@ -153,48 +155,47 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     };
     copy_blocks<threads>(X, saved + SavedChunk<C, N>::X);
     fetch(0);
-    const int warp = uniform(warp_index()), group = warp % (C / 8), part = parts == 1 ? 0 : warp / (C / 8), block = group % (C / 16), row0 = block * 16;
+    const int warp = uniform(warp_index()), group = warp % (C / 8), part = parts == 1 ? 0 : warp / (C / 8), block = group % n_blocks, row0 = block * 16;
     Columns<C, N, C / 8>{group, part}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
 
     // Half of the warps follow a (and what it shares with b), the other half r (and k). Each has 16 rows, and a part of the columns.
-    const bool for_a = group < C / 16;
-    const auto choose = [for_a](const auto& a, const auto& r) { auto x = a; return x.base = for_a ? a.base : r.base, x; };
+    const bool for_a = group < n_blocks;
+    const auto choose = [for_a](const auto& a, const auto& r) { auto x = a; return x.base = forget(for_a) ? a.base : r.base, x; };
     constexpr Blocks all{0, N / 16};
-    const Blocks lower{0, block + 1}, upper{block, C / 16};
+    const Blocks lower{0, block + 1}, upper{block, n_blocks};
     const int column0 = part * width;
-    Sums<width> d_read, d_write;
-    clear(d_read), clear(d_write);
+    float d[2][width / 8][4];  // dAt and dRt, or dBt and dKt
+    clear(d[0]), clear(d[1]);
 #pragma unroll 1
     for (int value0 = 0; value0 < N; value0 += values) {
         copy_wait<0>();
         __syncthreads();
-        Left<values> rows;
         {
             // U's right side At S^T + M V | dU = Qb^T Y + Bt G^T.
-            Sums<values / parts> d;
+            Sums<values / parts> u;
             const int mine = part * (values / parts);
             const Rows<Token> keys(choose(At, Bt), row0);
-            clear(d);
-            multiply_transpose(d, keys, State{for_a ? S.base : G.base}, mine);
+            clear(u);
+            multiply_transpose(u, keys, State{for_a ? S.base : G.base}, mine);
             if (for_a)
-                multiply_triangle<true>(d, keys, Kt, 1, V, block, mine);
+                multiply_triangle<true>(u, keys, Kt, 1, V, block, mine);
             else
-                multiply_triangle<false>(d, keys, Rt, 0, Y, block, mine);
-            store(d, choose(U, Z), row0, mine);
+                multiply_triangle<false>(u, keys, Rt, 0, Y, block, mine);
+            store(u, choose(U, Z), row0, mine);
             __syncthreads();
 
             // U = X (...) | Z = X^T dU.
             Left<C> x;
-            clear(d);
+            clear(u);
             if (for_a) {
                 load_left<false>(x, X, row0, lower);
-                multiply<false>(d, x, U, lower, all, mine);
+                multiply<false>(u, x, U, lower, all, mine);
             } else {
                 load_left<true>(x, X, row0, upper);
-                multiply<false>(d, x, Z, upper, all, mine);
+                multiply<false>(u, x, Z, upper, all, mine);
             }
             __syncthreads();
-            store(d, choose(U, Z), row0, mine);
+            store(u, choose(U, Z), row0, mine);
         }
         if (value0 == N - values) {  // needed again at the end: fetched once X has served
             copy_tokens<threads>(w, in.w + place.first, place.stride, place.tokens);
@@ -202,16 +203,11 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         }
         __syncthreads();
 
-        // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt | dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt.
-        load_left<false>(rows, choose(Z, Y), row0, all);
-        multiply_rows(d_read, rows, S, column0);
-        multiply_triangles<true>(d_read, rows, U, for_a, Bt, V, for_a, Kt, block, column0);
-
-        // dV = Kt G^T + Qk^T Y + M^T Z, half of the channels by a's warps, the other half by r's. The latter take the rows from the other end: each warp then has
-        // as many products in all.
-        constexpr int halves = N >= 32 ? 2 : 1, share = values / halves / parts;
-        if (halves == 2 || for_a) {
-            const int mine = (part * halves + (for_a ? 0 : halves - 1)) * share, rows16 = for_a ? block : C / 16 - 1 - block;
+        // dV = Kt G^T + Qk^T Y + M^T Z, by the warps that have the fewest products below.
+        const int rank = for_a ? block : n_blocks - 1 - block;
+        if (rank < n_blocks / 2) {
+            constexpr int share = values / parts;
+            const int mine = part * share, rows16 = 2 * rank + !for_a;
             Sums<share> dv;
             const Rows<Token> keys(Kt, rows16 * 16);
             const auto at = [&](int row, int column) { return place.first + int64_t(row) * place.stride + value0 + mine + column; };
@@ -226,35 +222,55 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             });
         }
 
-        // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt | dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt.
-        // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike.
-        load_left<false>(rows, choose(U, V), row0, all);
+        // Half of the warps have what reads the state, the other half what writes it: both of their gradients meet the same right factors, fetched once.
+        // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt, dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt
+        // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt,      dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt
+        const int lane = forgotten_lane();
+        const Rows<Unknown> rows0(choose(Z, U), row0);
+        const Rows<Value, false> rows1(choose(Y, V), row0);  // fetched with each use: registers are short
         {
-            Sums<width> d;
-            clear(d);
-            multiply_rows(d, rows, G, column0);
-            column_sums(d, choose(Bt, Kt), forget(row0), column0, sums + group * N * 4, value0 > 0);
+            float fresh[2][width / 8][4];
+            clear(fresh[0]), clear(fresh[1]);
 #pragma unroll
-            for (int i = 0; i < width / 2; ++i) d_write[i / 4][i % 4] += d[i / 4][i % 4];
-        }
-        __syncwarp();
-        for (int column = column0 + group * 8; column < column0 + width; column += C) {  // and so does that of S decaying through the whole chunk
-            const int lane = forgotten_lane(), mine = column + lane % 4 * 2;
-            float2 sum = make_float2(0.f, 0.f);
+            for (int k = 0; k < values / 16; ++k) {
+                uint32_t left[2][1][4];
+                rows0.fragment(left[0], k, lane), rows1.fragment(left[1], k, lane);
+                multiply<false>(fresh, left, choose(S, G), {0, 1}, {0, width / 16}, column0, k * 16, lane);
+            }
+            // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike, and so does that of S
+            // decaying through the whole chunk.
+            if (for_a) {
+                for (int column = column0 + block * 8; column < column0 + width; column += n_blocks * 8) {
+                    const int mine = column + lane % 4 * 2;
+                    float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-            for (int i = 0; i < values; i += 8) {
-                const float2 s = S.get(i + lane / 4, mine), g = G.get(i + lane / 4, mine);
-                sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
+                    for (int i = 0; i < values; i += 8) {
+                        const float2 s = S.get(i + lane / 4, mine), g = G.get(i + lane / 4, mine);
+                        sum = make_float2(sum.x + s.x * g.x, sum.y + s.y * g.y);
+                    }
+#pragma unroll
+                    for (int mask = 4; mask < 32; mask *= 2)
+                        sum = make_float2(sum.x + __shfl_xor_sync(~0u, sum.x, mask), sum.y + __shfl_xor_sync(~0u, sum.y, mask));
+                    if (lane < 4) {
+                        float2& to = shared<float2>(sums + (n_blocks * N + mine) * 4);
+                        to = value0 > 0 ? make_float2(to.x + sum.x, to.y + sum.y) : sum;
+                    }
+                }
+            } else {
+                column_sums(fresh[0], Bt, forget(row0), column0, sums + block * N * 4, value0 > 0);
+                column_sums(fresh[1], Kt, forget(row0), column0, sums + block * N * 4, true);
             }
 #pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2)
-                sum = make_float2(sum.x + __shfl_xor_sync(~0u, sum.x, mask), sum.y + __shfl_xor_sync(~0u, sum.y, mask));
-            if (lane < 4) {
-                float2& to = shared<float2>(sums + (group * N + mine) * 4);
-                to = make_float2(to.x + sum.x, to.y + sum.y);
+            for (int i = 0; i < width; ++i) {
+                float& x = d[i / (width / 2)][i / 4 % (width / 8)][i % 4];
+                x = values == N ? fresh[i / (width / 2)][i / 4 % (width / 8)][i % 4] : x + fresh[i / (width / 2)][i / 4 % (width / 8)][i % 4];
             }
         }
-        multiply_triangles<false>(d_write, rows, Z, 1, At, Y, 0, Rt, block, column0);
+#pragma unroll 1
+        for (int i = for_a ? 0 : block; i < (for_a ? block + 1 : n_blocks); ++i) {
+            multiply_block_of_both(d, rows0, 1, rows1, !for_a, for_a, choose(U, Z), choose(Bt, At), block, i, column0, forgotten_lane());
+            multiply_block_of_both(d, rows0, for_a, rows1, 0, for_a, choose(V, Y), choose(Kt, Rt), block, i, column0, forgotten_lane());
+        }
         if (value0 < N - values) {
             __syncthreads();
             fetch(value0 + values);
@@ -271,8 +287,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     const auto lay = [&](auto& d, const Plane<C, N>& plane) {
         for_pairs(d, forget(row0), [&](int row, int column, float x, float y) { plane.at(row, column0 + column) = make_float2(x, y); });
     };
-    lay(d_read, choose(first, second));
-    if (for_a) lay(d_write, third);
+    lay(d[0], choose(first, third));
+    if (for_a) lay(d[1], second);
 
     constexpr int rows = channels.rows;
     Place here = place;
@@ -312,7 +328,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
         }
     if (out.more_dk) channels.load(more_k, out.more_dk, here);
     __syncthreads();
-    if (!for_a) lay(d_write, first);
+    if (!for_a) lay(d[1], first);
     __syncthreads();
     sum = make_float2(0.f, 0.f);
     if (channels.active())
@@ -325,7 +341,7 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     channels.across_warps(make_float2(sum.x + earned[0].x, sum.y + earned[0].y), totals, before, after);
     if (!channels.active()) return;
 #pragma unroll
-    for (int i = 0; i < C / 8; ++i) {
+    for (int i = 0; i <= n_blocks; ++i) {
         const float2 x = shared<float2>(sums + (i * N + channels.column()) * 4);
         after = make_float2(after.x + x.x, after.y + x.y);
     }

@@ -121,7 +121,11 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     }
     if (!for_a) {
         clear(both[0]), clear(both[1]);  // Rt is fetched with each use: registers are short
-        multiply_lower_triangles(both, Rows<Token>(At, block * 16), 1, Rows<Token, false>(Rt, block * 16), 0, Kt, V, block, column0);
+        const Rows<Token> a(At, block * 16);
+        const Rows<Token, false> r(Rt, block * 16);
+        const int lane = forgotten_lane();
+#pragma unroll 1
+        for (int i = 0; i <= block; ++i) multiply_block_of_both(both, a, 1, r, 0, true, Kt, V, block, i, column0, lane);
         store(both[0], P, block * 16, column0);  // until P replaces it
     }
     __syncthreads();
@@ -170,20 +174,18 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
 #pragma unroll 1
     for (int row = group * 16; row < N; row += 2 * C) {  // r's warps have a share where N > C
         constexpr Blocks tokens{0, n_blocks};
-        Left<C> left;
-        clear(d);
-        load_left<true>(left, W, row, tokens);
-        multiply_rows(d, left, Bt, column0);
-        scale_columns(d, decay + column0 * 4);
-        store_blocks<N>(d, saved + SavedChunk<C, N>::F, row, column0);
+        float F_H[2][width / 8][4];  // W^T Bt and P^T Bt: what is fetched of Bt serves both
+        Left<C> left[2];
+        clear(F_H[0]), clear(F_H[1]);
+        load_left<true>(left[0], W, row, tokens), load_left<true>(left[1], P, row, tokens);
+        multiply<false>(F_H, left, Bt, tokens, {0, width / 16}, column0);
+        scale_columns(F_H[0], decay + column0 * 4);
+        store_blocks<N>(F_H[0], saved + SavedChunk<C, N>::F, row, column0);
         __syncwarp();  // or else ptxas fetches ahead until it spills
-        clear(d);
-        load_left<true>(left, V, row, tokens);
-        multiply_rows(d, left, Kt, column0);
-        load_left<true>(left, P, row, tokens);
-        multiply_rows(d, left, Bt, column0);
-        scale_columns(d, decay + column0 * 4);
-        store_blocks<N>(d, scratch + ForwardScratch<C, N>::H, row, column0);
+        load_left<true>(left[0], V, row, tokens);
+        multiply_rows(F_H[1], left[0], Kt, column0);
+        scale_columns(F_H[1], decay + column0 * 4);
+        store_blocks<N>(F_H[1], scratch + ForwardScratch<C, N>::H, row, column0);
     }
     for_threads<Square::bytes / 16, threads>([&](unsigned i) {
         const unsigned piece = i / 8;

@@ -50,7 +50,7 @@ template <int N> struct SegmentShared {
 template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(SegmentShared<N>::size, scan_blocks(N)))
 __global__ void segment_maps(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ scratch, SegmentMatrices out, bool transposed) {
     using State = BlockTile<N, N>;
-    const int segment = blockIdx.x, head = blockIdx.y, slab = warp_index() * 16, lane = lane_index();
+    const int segment = blockIdx.x, head = blockIdx.y, slab = uniform(warp_index()) * 16, lane = lane_index();
     const bool for_P = blockIdx.z == 0;
     const int chunks = ceil_div(q.length(segment), C);
     if (chunks == 0) return;

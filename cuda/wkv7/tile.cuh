@@ -31,13 +31,14 @@ template <int rows_, int columns_> struct Tile {
     int base;  // byte offset in the block's shared memory: address arithmetic stays in 32 bits
 
     __device__ __forceinline__ int end() const { return base + bytes; }
-    __device__ __forceinline__ int at(int row, int column) const {
+    // base is a multiple of a row's bytes, and so stays outside the permutation: what depends on the lane is the same for all tiles, their bases are immediates.
+    static __device__ __forceinline__ int offset(int row, int column) {
         constexpr int rows_per_line = pieces < 8 ? 8 / pieces : 1, mask = (pieces < 8 ? pieces : 8) - 1;  // a line: all 32 banks
         const unsigned r = row, c = column;  // never negative: a signed division by a power of two takes four instructions
-        return (base + r * columns * 2 + (r / rows_per_line & mask) * 16 + c % 8 * 2) ^ c / 8 * 16;
+        return (r * columns * 2 + (r / rows_per_line & mask) * 16 + c % 8 * 2) ^ c / 8 * 16;
     }
-    // The offset `blocks` times 16 columns to the right of one in the first 16: the permutation is an exclusive or, and so is this. For both, base is a
-    // multiple of a row's bytes.
+    __device__ __forceinline__ int at(int row, int column) const { return base + offset(row, column); }
+    // The offset `blocks` times 16 columns to the right of one in the first 16: the permutation is an exclusive or, and so is this.
     static __device__ __forceinline__ int beside(int offset, int blocks) { return offset ^ blocks * 32; }
     // As many times 16 rows below: 16 rows further the permutation is the same.
     static __device__ __forceinline__ int below(int offset, int blocks) { return offset + blocks * 16 * columns * 2; }
@@ -53,10 +54,11 @@ template <int rows_, int columns_> struct BlockTile {
     int base;
 
     __device__ __forceinline__ int end() const { return base + bytes; }
-    __device__ __forceinline__ int at(int row, int column) const {
+    static __device__ __forceinline__ int offset(int row, int column) {
         const unsigned r = row, c = column;
-        return base + (r / 8 * pieces + c / 8) * 128 + r % 8 * 16 + c % 8 * 2;
+        return (r / 8 * pieces + c / 8) * 128 + r % 8 * 16 + c % 8 * 2;
     }
+    __device__ __forceinline__ int at(int row, int column) const { return base + offset(row, column); }
     static __device__ __forceinline__ int beside(int offset, int blocks) { return offset + blocks * 256; }
     static __device__ __forceinline__ int below(int offset, int blocks) { return offset + blocks * 16 * columns * 2; }
     __device__ __forceinline__ void put(int row, int column, float x, float y) const { shared<uint32_t>(at(row, column)) = pack(x, y); }  // column even
@@ -95,10 +97,10 @@ template <int J, class T> __device__ __forceinline__ void store(float (&d)[J][4]
 // Rows row0.. of a tile as a left factor, or (transposed) its columns row0.. as rows.
 template <bool transposed, int K, class T> __device__ __forceinline__ void load_left(uint32_t (&a)[K][4], const T& tile, int row0, Blocks inner) {
     const int lane = forgotten_lane();
-    const int first = transposed ? tile.at(lane % 8 + lane / 16 * 8, row0 + lane / 8 % 2 * 8) : tile.at(row0 + lane % 16, lane / 16 * 8);
+    const int first = transposed ? T::beside(T::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8), row0 / 16) : T::below(T::offset(lane % 16, lane / 16 * 8), row0 / 16);
 #pragma unroll
     for (int k = 0; k < K; ++k)
-        if (inner.begin <= k && k < inner.end) ldmatrix<transposed>(a[k], transposed ? T::below(first, k) : T::beside(first, k));
+        if (inner.begin <= k && k < inner.end) ldmatrix<transposed>(a[k], tile.base + (transposed ? T::below(first, k) : T::beside(first, k)));
 }
 
 // Sums rounded to bf16 as a left factor: they stay in their registers.
@@ -115,8 +117,8 @@ template <int K> __device__ __forceinline__ void as_left(uint32_t (&a)[K][4], co
 template <bool transposed, int M, int J, int K, class T>
 __device__ __forceinline__ void multiply(float (&d)[M][J][4], const uint32_t (&a)[M][K][4], const T& tile, Blocks inner, Blocks outer, int column0 = 0,
                                          int inner0 = 0, int lane = lane_index()) {
-    const int first = transposed ? T::beside(tile.at(column0 + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8), inner0 / 16)
-                                 : T::beside(tile.at(inner0 + lane % 16, lane / 16 * 8), column0 / 16);
+    const int first = transposed ? T::beside(T::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8), inner0 / 16) : T::beside(T::offset(lane % 16, lane / 16 * 8), column0 / 16);
+    const int start = tile.base + T::below(0, (transposed ? column0 : inner0) / 16);
 #pragma unroll
     for (int k = 0; k < K; ++k)
         if (inner.begin <= k && k < inner.end) {
@@ -124,7 +126,7 @@ __device__ __forceinline__ void multiply(float (&d)[M][J][4], const uint32_t (&a
             for (int n = 0; n < J / 2; ++n)
                 if (outer.begin <= n && n < outer.end) {
                     uint32_t b[4];
-                    ldmatrix<!transposed>(b, transposed ? T::below(T::beside(first, k), n) : T::below(T::beside(first, n), k));
+                    ldmatrix<!transposed>(b, start + (transposed ? T::below(T::beside(first, k), n) : T::below(T::beside(first, n), k)));
                     const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
@@ -161,7 +163,7 @@ template <class T> struct Rows<T, false> {
     int row0;
     __device__ __forceinline__ Rows(const T& tile_, int row0_) : tile(tile_), row0(row0_) {}
     __device__ __forceinline__ void fragment(uint32_t (&x)[1][4], int k, int lane) const {
-        ldmatrix<false>(x[0], tile.at(row0 + lane % 16, k * 16 + lane / 16 * 8));
+        ldmatrix<false>(x[0], tile.base + T::below(T::beside(T::offset(lane % 16, lane / 16 * 8), k), row0 / 16));
     }
 };
 template <class R, bool kept, int J, class T>
@@ -211,8 +213,8 @@ __device__ __forceinline__ void multiply_triangle(float (&d)[J][4], const A& a, 
 
 // d += triangle(a B0^T) D0 + triangle(a B1^T) D1, a block of each at a time: an mma waits long for the sums of the one before it, and so four chains of
 // them run side by side instead of two.
-template <bool lower, int J, class A, class T, class U>
-__device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a, const T& B0, int distance0, const U& D0, const T& B1, int distance1, const U& D1,
+template <bool lower, int J, class A, class T, class U0, class U1>
+__device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a, const T& B0, int distance0, const U0& D0, const T& B1, int distance1, const U1& D1,
                                                    int row, int column0 = 0) {
     constexpr int n = T::rows / 16;
     const int lane = forgotten_lane();
@@ -233,28 +235,27 @@ __device__ __forceinline__ void multiply_triangles(float (&d)[J][4], const A& a,
     }
 }
 
-// d[0] += triangle(a0 B^T) D, d[1] += triangle(a1 B^T) D, lower triangles both, likewise; what is fetched of B and D serves both.
+// Block i of d[0] += triangle(a0 B^T) D and d[1] += triangle(a1 B^T) D, likewise; what is fetched of B and D serves both.
 template <int J, class A0, class A1, class T, class U>
-__device__ __forceinline__ void multiply_lower_triangles(float (&d)[2][J][4], const A0& a0, int distance0, const A1& a1, int distance1, const T& B, const U& D,
-                                                         int row, int column0) {
-    const int lane = forgotten_lane();
-#pragma unroll 1
-    for (int i = 0; i <= row; ++i) {
-        float t[2][2][4];
-        uint32_t left[2][1][4];
-        clear(t[0]), clear(t[1]);
+__device__ __forceinline__ void multiply_block_of_both(float (&d)[2][J][4], const A0& a0, int distance0, const A1& a1, int distance1, bool lower, const T& B, const U& D,
+                                                       int row, int i, int column0, int lane) {
+    float t[2][2][4];
+    uint32_t left[2][1][4];
+    clear(t[0]), clear(t[1]);
 #pragma unroll
-        for (int k = 0; k < T::columns / 16; ++k) {
-            a0.fragment(left[0], k, lane), a1.fragment(left[1], k, lane);
-            multiply<true>(t, left, B, {0, 1}, {0, 1}, i * 16, k * 16, lane);
-        }
-        if (i == row) {
-            const int here = forgotten_lane();
-            keep_triangle<true>(t[0], distance0, here), keep_triangle<true>(t[1], distance1, here);
-        }
-        as_left(left[0], t[0]), as_left(left[1], t[1]);
-        multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
+    for (int k = 0; k < T::columns / 16; ++k) {
+        a0.fragment(left[0], k, lane), a1.fragment(left[1], k, lane);
+        multiply<true>(t, left, B, {0, 1}, {0, 1}, i * 16, k * 16, lane);
     }
+    if (i == row) {
+        const int here = forgotten_lane();
+        if (lower)
+            keep_triangle<true>(t[0], distance0, here), keep_triangle<true>(t[1], distance1, here);
+        else
+            keep_triangle<false>(t[0], distance0, here), keep_triangle<false>(t[1], distance1, here);
+    }
+    as_left(left[0], t[0]), as_left(left[1], t[1]);
+    multiply<false>(d, left, D, {0, 1}, {0, J / 2}, column0, i * 16, lane);
 }
 
 // In global memory a bf16 matrix lies in blocks of 8 x 8, 128 bytes each, so that a warp writes and reads a d tile in whole lines.
