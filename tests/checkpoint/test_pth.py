@@ -43,6 +43,16 @@ def test_round_trip_is_the_official_format(file):
     assert models.read_config(tensors) == SIZES
 
 
+def test_what_is_to_be_written_does_not_follow_the_model():
+    """It is written beside the training, which changes a bf16 model in place."""
+    model = build().bfloat16()
+    weights = full_weights(model)
+    before = weights["head.weight"].clone()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert before.any() and torch.equal(weights["head.weight"], before)
+
+
 def test_views_are_written_without_the_memory_behind_them(tmp_path):
     big = torch.zeros(1 << 20, dtype=torch.bfloat16)
     save_weights(tmp_path / "a.pth", {"x": big[:4]})
@@ -161,7 +171,8 @@ def test_load_into_names_the_first_problem_and_changes_nothing():
     wrong = {**tensors, "blocks.1.att.w1": torch.zeros(64, 9)}
     unknown = {**tensors, "blocks.2.ln1.weight": torch.zeros(64)}
     missing = {name: tensor for name, tensor in tensors.items() if name != "blocks.1.ffn.x_k"}
-    for bad, what in ((wrong, r"blocks.1.att.w1 has shape \[64, 9\]"), (unknown, "blocks.2.ln1.weight is unknown"), (missing, "lacks blocks.1.ffn.x_k")):
+    used = {name: tensor for name, tensor in tensors.items() if name != "blocks.1.att.v0"}
+    for bad, what in ((wrong, r"blocks.1.att.w1 has shape \[64, 9\]"), (unknown, "blocks.2.ln1.weight is unknown"), (missing, "lacks blocks.1.ffn.x_k"), (used, "lacks blocks.1.att.v0")):
         with pytest.raises(UserError, match=what) as caught:
             load_into(model, bad)
         one_line(caught)

@@ -329,6 +329,11 @@ def test_ranks_share_what_all_keep_evenly_and_completely(world_size):
     assert all(torch.equal(found[name], whole[name]) for name in sizes)
 
 
+def test_a_cut_counts_from_the_beginning_of_the_tensor():
+    part = Piece("x", 10, 6, {"value": torch.arange(10, 16)}).cut(12, 99)
+    assert (part.start, part.numel, part.values["value"].tolist()) == (12, 4, [12, 13, 14, 15])
+
+
 def test_pieces_are_live_views():
     model, optimizer = build(0)
     piece = next(p for p in pieces(model, optimizer) if p.name == "matrix")

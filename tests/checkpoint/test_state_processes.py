@@ -62,3 +62,21 @@ def test_processes_agree(tmp_path, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     mp.spawn(processes, (2, str(tmp_path)), nprocs=2)
+
+
+def test_a_thread_beside_the_training_speaks_in_its_own_group_alone(monkeypatch):
+    """Or what it exchanges would be taken for what the training does, in an order that nobody knows."""
+    asked = []
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda values, value, group: asked.append(group) or values.__setitem__(slice(None), [value, value]))
+    assert ranks.gather(3, "its own") == [3, 3] and ranks.together(lambda: 4, "its own") == [4, 4] and asked == ["its own"] * 2
+
+
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    monkeypatch.setenv("RANK", "0")
+    ranks.say("a line")

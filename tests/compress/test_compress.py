@@ -221,6 +221,13 @@ def test_activity_is_what_the_units_put_out(text):
     assert torch.allclose(importance(weights, 1, found[1]), found[1] * weights["blocks.1.ffn.value.weight"].norm(dim=0))
 
 
+@pytest.mark.parametrize("kind", ["rwkv7", "phantom", "phantom of an rwkv7"])
+def test_what_a_matrix_amounts_to(kind):
+    model = alive(**KINDS[kind])
+    with torch.no_grad():
+        assert torch.allclose(whole(model.state_dict(), "blocks.1.ffn.key"), model.blocks[1].ffn.key(torch.eye(64)).T, atol=1e-5)
+
+
 def test_a_text_is_read_all_over(text):
     assert Text(text, 64, 3, 256).numbers.tolist() == [1, 21, 41] and Text(text, 64, 100, 256).numbers.tolist() == [*range(1, 63)]
 

@@ -150,6 +150,7 @@ def test_stop_text_against_the_definition():
             out.append(stop.push(text[at : at + size]))
             assert "a\n b\nUs\nUser".startswith("".join(out))
         assert "".join(out) == "a\n b\nUs\nUser" and stop.stopped and stop.given == len("".join(out))
+    assert StopText(("later", "first")).push("x first later") == "x "
     stop = StopText(stops)
     assert stop.push("x\nUser") + stop.finish() == "x\nUser" and not stop.stopped
 

@@ -154,6 +154,18 @@ def test_switched_off_it_is_rwkv7_to_the_bit(tmp_path, kind, dtype):
     assert read_config(load_weights(tmp_path / "m.pth")) == ModelConfig(**SIZES)
 
 
+def test_the_value_of_the_first_pass_is_the_one_that_is_mixed_in():
+    model, idx = alive(PhantomConfig(**SIZES, **OFF, max_depth_iter=2)), tokens(2, 20)
+    first, second = model.blocks
+    with torch.no_grad():
+        x, v, _ = first.mix(first.ln0(model.emb(idx)), None)
+        x, other, _ = first.mix(x, v)
+        assert not torch.equal(v, other)
+        for _ in range(2):
+            x, _, _ = second.mix(x, v)
+        assert torch.equal(model.head(model.ln_out(x)), model(idx))
+
+
 def test_gradients_are_those_of_rwkv7_when_switched_off():
     grads = []
     for config in (ModelConfig(**SIZES), model_config("phantom", **SIZES, **OFF)):

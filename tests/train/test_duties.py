@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkvlm.config import ModelConfig
+from rwkvlm.config import ModelConfig, UserError
 from rwkvlm.train import meter as measuring
 from rwkvlm.train import saver as saving
 from rwkvlm.train import validation as validating
@@ -128,6 +128,20 @@ def test_one_save_is_under_way_at_most(saver):
     threading.Timer(0.2, gate.set).start()
     made.save(["second"], state=False, last=True)
     assert done == ["copied", "first", "copied", "second"]
+
+
+def test_what_is_not_written_ends_the_run_only_where_it_was_the_last(saver, monkeypatch, capsys):
+    made, _, _ = saver
+
+    def full(*_):
+        raise UserError("cannot write rwkv-0.pth: No space left on device")
+
+    monkeypatch.setattr(saving, "publish_weights", full)
+    made.save(["rwkv-0.pth"], state=False, last=False)
+    made.wait()
+    assert capsys.readouterr().err == "cannot write rwkv-0.pth: No space left on device; training goes on, and older files are as they were\n"
+    with pytest.raises(UserError, match="No space left"):
+        made.save(["rwkv-0.pth"], state=False, last=True)
 
 
 def test_minutes_are_counted_from_the_last_time_they_were_over(clock, saver):

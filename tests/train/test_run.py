@@ -228,7 +228,8 @@ def test_from_weights_alone_the_warm_up_comes_again(run, whole, records, tmp_pat
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(whole / "rwkv-0.pth", out)
-    assert run(out, warmup_steps=-1) == 0
+    for stop in (4, None):  # in the middle of it
+        assert run(out, warmup_steps=-1, max_steps=stop) == 0
     steps = records(out)
     assert min(steps) == 11 and steps[11]["tokens"] == 11 * 128 and max(steps) == 30
     assert steps[11]["lr"] == pytest.approx(0.01 * 2e-3) and steps[11]["lr"] < steps[15]["lr"] < steps[20]["lr"] > steps[21]["lr"]
