@@ -1,5 +1,6 @@
 """Launched as users do: a dead process ends the run with its name, torchrun restarts it, and two nodes train as one."""
 
+import contextlib
 import os
 import re
 import signal
@@ -95,6 +96,24 @@ def test_a_process_that_ends_before_it_has_begun_is_named(run, tmp_path):
     process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **TWO, train_stage=0)], log, PYTHONPATH=path)
     assert process.wait(240) == 1
     assert re.search(r"error: rank 1 \(process \d+\) ended with exit code 7; the same command with --train_stage 3 goes on from the last ", log.read_text()), log.read_text()
+
+
+def test_a_process_whose_starter_dies_before_it_has_begun_ends(run, tmp_path):
+    """While it imports its libraries: who has started it is not to be asked of the system then."""
+    pid = tmp_path / "pid"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, pathlib\nif os.environ.get('LOCAL_RANK') == '1' and not os.path.exists({str(pid)!r}):\n"
+        f"    pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n    os.kill(os.getppid(), 9)\n"
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **TWO)], tmp_path / "log", PYTHONPATH=path)
+    assert process.wait(240) == -signal.SIGKILL
+    child = int(pid.read_text())
+    try:
+        assert gone(child), (tmp_path / "log").read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -110,3 +110,13 @@ def decided_fp32_products() -> str:
 def hand_on_fp32_products(setting: str) -> None:
     """Tells the processes that this one will start how to multiply fp32 matrices."""
     os.environ["RWKV_FP32_PRODUCTS"] = setting
+
+
+def starter() -> int:
+    """RWKV_STARTER: the process that has started this one; 0: none has said so. Unlike getppid() also right when that one is dead."""
+    return int(os.environ.get("RWKV_STARTER", 0))
+
+
+def hand_on_starter() -> None:
+    """Tells the processes that this one will start whose they are."""
+    os.environ["RWKV_STARTER"] = str(os.getpid())

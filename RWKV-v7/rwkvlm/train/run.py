@@ -169,6 +169,8 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     if trainer.world_size == 1:
         return None
     started_here = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+    if trainer.local_rank == 0:
+        env.hand_on_starter()
     watch = Watch(
         config.dist_timeout,
         trainer.global_rank,

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..checkpoint import ranks
+from ..config import env
 
 TICK, BEAT = 0.25, 2.0  # seconds between two looks, and between two signs of life
 GRACE = 3.0  # from the first report to the verdict: time for a better one
@@ -58,7 +59,7 @@ class Watch:
     def __init__(self, timeout_s: float, rank: int, local_rank: int, processes: Callable[[], Sequence[subprocess.Popen]], started: bool, cure: str) -> None:
         self.timeout_s, self.rank, self.local_rank, self.processes = timeout_s, rank, local_rank, processes
         self.cure = cure
-        self.parent = os.getppid() if started else 0
+        self.parent = (env.starter() or os.getppid()) if started else 0
         self.world_size = 1  # of the process group, once there is one
         self.names: dict[int, str] = {}
         self._lock = threading.RLock()
