@@ -83,6 +83,15 @@ def test_ledgers_of_older_versions_are_read(tmp_path):
     assert ledger.why_stale(tmp_path, None) == ""
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_damaged_ledger_knows_no_file_and_is_written_anew(tmp_path, text):
+    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(0))
+    (tmp_path / "state" / "weights.json").write_text(text)
+    assert ledger.why_stale(tmp_path, None) == "rwkv-0.pth is newer and was not written by this run"
+    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(1))
+    assert ledger.why_stale(tmp_path, None) == ""
+
+
 def delete_newest(folder):
     (folder / "rwkv-1.pth").unlink()
 

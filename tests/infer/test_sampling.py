@@ -15,8 +15,10 @@ def frequencies(logits=LOGITS, draws=20000, **how):
     return torch.bincount(drawn, minlength=logits.shape[-1]) / draws
 
 
-def test_zero_temperature_takes_the_likeliest():
-    assert sample(LOGITS, temperature=0).tolist() == [0]
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-38, 1e-29, 1e-4])
+def test_zero_temperature_takes_the_likeliest_and_so_do_small_ones(temperature):
+    assert sample(LOGITS, temperature=temperature).tolist() == [0]
+    assert sample(LOGITS + 100, temperature=temperature, top_p=0.9).tolist() == [0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

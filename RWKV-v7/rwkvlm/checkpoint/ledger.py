@@ -59,9 +59,10 @@ def _entries(proj_dir: Path) -> dict[str, list[str]]:
     """By name, the identities under which it may be found."""
     try:
         read = json.loads((proj_dir / "state" / "weights.json").read_text())
-    except (OSError, ValueError):
+        pairs = read.items()
+    except (OSError, ValueError, AttributeError):  # missing, or damaged
         return {}
-    return {name: [known] if isinstance(known, str) else known for name, known in read.items()}  # one alone, as older versions wrote
+    return {name: [known] if isinstance(known, str) else known for name, known in pairs}  # one alone, as older versions wrote
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -26,7 +26,7 @@ def sample(
     reaches top_p, as the official sampler does; top_k keeps the k likeliest; the temperature acts on what is left.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-30:  # less is 0 in fp32, and nothing but the likeliest would be left
         return logits.argmax(-1)
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[:, -1:], -torch.inf)
@@ -35,6 +35,7 @@ def sample(
         p = ordered.softmax(-1)
         outside = p.cumsum(-1) - p >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, where, outside), -torch.inf)
+    logits = logits - logits.amax(-1, keepdim=True)  # what is divided by a small number may overflow downwards only
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
