@@ -111,20 +111,23 @@ def test_what_is_made_again_takes_no_memory_of_the_gpu():
     assert taken[1] < 0.6 * taken[0]
 
 
-def test_a_run_on_a_gpu(tmp_path):
+@pytest.mark.parametrize("compiled", [0, 1], ids=["", "compiled"])
+def test_a_run_on_a_gpu(tmp_path, compiled):
     """Its losses with graphs, without, and with graphs after an interruption."""
     with BinIdxWriter(tmp_path / "data", np.uint16) as writer:
         for document in np.array_split(np.cumsum(np.random.default_rng(1).integers(0, 7, 20000)) % 256, 20):
             writer.add(document.astype(np.uint16))
     flags = dict(
-        data_file=tmp_path / "data", vocab_size=256, n_layer=2, n_embd=64, head_size=32, ctx_len=32, micro_bsz=2, accumulate_grad_batches=2, random_seed=1, epoch_samples=40,
+        data_file=tmp_path / "data", vocab_size=256, n_layer=2, n_embd=64, head_size=32, ctx_len=32, micro_bsz=2, accumulate_grad_batches=2 - compiled, compile=compiled, random_seed=1, epoch_samples=40,
         accelerator="gpu", devices=1, precision="bf16", kernel="cuda", train_stage=3, my_exit_tokens=10**6, lr_init=2e-3, enable_progress_bar=False,
     )  # fmt: skip
     curves = []
     for name, cuda_graphs, stops in (("eager", 0, [16]), ("graphs", 1, [16]), ("parts", 1, [7, 9])):
         for stop in stops:
+            torch._dynamo.reset()
             given = flags | dict(proj_dir=tmp_path / name, cuda_graphs=cuda_graphs, max_steps=stop)
             assert main(["train", *(str(word) for key, value in given.items() for word in (f"--{key}", value))]) == 0
         lines = map(json.loads, Path(tmp_path / name / "metrics.jsonl").read_text().splitlines())
         curves.append({line["step"]: line["loss"] for line in lines if "loss" in line})
-    assert len(curves[0]) == 16 and curves[0] == curves[1] == curves[2]
+    assert len(curves[0]) == 16 and curves[1] == curves[2]
+    assert curves[1] == (pytest.approx(curves[0], rel=1e-3) if compiled else curves[0])
