@@ -17,7 +17,7 @@
 #
 [ "$DATA" != demo ] || : "${EPOCH_SAMPLES:=500}" # it has no 40320 samples
 #    name          CPU     GPU
-knob M_BSZ         8       16 # samples per step and device; 16 takes ~9G VRAM (with GRAD_CP=1 ~5G) => reduce this to save VRAM, increase this for faster speed
+knob M_BSZ         8       16 # samples per step and device; 16 takes ~9G VRAM (GRAD_CP=1: ~5G, estimated) => reduce this to save VRAM, increase this for faster speed
 knob LR_INIT       2e-3    6e-4
 knob LR_FINAL      2e-4    6e-5
 knob W_DECAY       0.001   0.001
