@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkvlm.config import UserError
-from rwkvlm.infer.sampling import check_sampling, sample
+from rwkvlm.infer.sampling import NEAR, check_sampling, sample
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -4.0]])
 
@@ -39,6 +39,19 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
     want = LOGITS[0].clone()
     want[kept:] = -torch.inf
     assert torch.allclose(frequencies(top_p=top_p), want.softmax(-1), atol=0.015)
+
+
+@pytest.mark.parametrize("slope", [0.02, 2e-4], ids=["fewer than are looked at first", "more"])
+def test_top_p_of_a_large_vocabulary(slope):
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
+    logits = torch.empty(1, 2000)
+    logits[0, order] = -slope * torch.arange(2000.0)
+    p = logits[0, order].double().softmax(-1)
+    kept = int((p.cumsum(-1) < 0.6).sum()) + 1
+    assert (kept < NEAR) == (slope == 0.02)
+    found = frequencies(logits, 6000, top_p=0.6)[order]
+    assert not found[kept:].any() and (found[:kept] > 0).float().mean() > 0.98
+    assert torch.allclose(found[:kept].cumsum(-1), p[:kept].cumsum(-1).float() / p[:kept].sum(), atol=0.03)
 
 
 def test_top_p_ignores_the_temperature():

@@ -6,6 +6,8 @@ import torch
 
 from ..config import UserError
 
+NEAR = 1024  # tokens among which top_p looks first: to sort a vocabulary of 65536 takes a CPU longer than a small model's step
+
 
 def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
     """Raises UserError for values outside their range."""
@@ -28,15 +30,28 @@ def sample(
     logits = logits.float()
     if temperature < 1e-30:  # less is 0 in fp32, and nothing but the likeliest would be left
         return logits.argmax(-1)
-    if top_k and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        ordered, where = logits.sort(-1, descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, where, outside), -torch.inf)
+    tokens = None
+    if top_p < 1 or 0 < top_k < logits.shape[-1]:
+        logits, tokens = _likeliest(logits, top_p, top_k)
     logits = logits - logits.amax(-1, keepdim=True)  # what is divided by a small number may overflow downwards only
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    return (chosen if tokens is None else tokens.gather(-1, chosen))[:, 0]
+
+
+def _likeliest(logits: torch.Tensor, top_p: float, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits: [B, V]. Returns those that top_k and top_p leave, the likeliest first, padded with -inf, and their tokens: [B, n] both."""
+    among = logits
+    if 0 < top_k < logits.shape[-1]:
+        ordered, tokens = logits.topk(top_k, -1)
+        among = ordered
+    else:
+        ordered, tokens = logits.topk(min(NEAR, logits.shape[-1]), -1)
+        if (ordered.logsumexp(-1) - logits.logsumexp(-1)).exp().min() < top_p:
+            ordered, tokens = logits.sort(-1, descending=True)
+    if top_p < 1:
+        p = (ordered - among.logsumexp(-1, keepdim=True)).exp()
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+    return ordered, tokens
 
 
 class Penalties:
