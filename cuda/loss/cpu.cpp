@@ -52,16 +52,6 @@ INLINE vf exact_exp(vf x) {
   return scaled(p * (f * f) + (f + 1.f), shifted);
 }
 
-// 2^x to a relative error of 1e-4, for x <= 127; 0 below -126.
-INLINE vf rough_exp2(vf x) {
-  x = at_least(-126.f, x);
-  const vf shifted = x + kMagic;
-  const vf f = x - (shifted - kMagic);
-  vf p = f * 0.05517167f + 0.24261114f;
-  p = p * f + 0.69326099f;
-  return scaled(p * f + 0.99992807f, shifted);
-}
-
 // One row of units of the right operand `turn` makes: a row of fp32, or two of bf16 interleaved.
 INLINE vu unit_row(const float* from, int64_t, bool) { return (vu)load(from); }
 INLINE vu unit_row(const bf16* from, int64_t stride, bool odd_exists) {
@@ -163,20 +153,6 @@ void softmax(const Logits& logits, Totals totals, void* e_) {
   }
 }
 
-void softmax_again(const Logits& logits, void* e_) {
-  const Logits l = logits;
-  auto* e = static_cast<bf16*>(e_);
-  Ahead ahead(l);
-  for (int64_t i = 0; i < l.width; i += W) {
-    const vf m = load(l.m + i) * kLog2e;
-    for (int64_t r = 0; r < l.rows; r++) {
-      if (r % 2 == 0) ahead.fetch();
-      const vu bits = rounded(rough_exp2(load(l.data + r * l.stride + i) * kLog2e - m));
-      *reinterpret_cast<vh_memory*>(e + r * l.width + i) = __builtin_convertvector(bits, vh);
-    }
-  }
-}
-
 void split(const uint32_t* e, int64_t rows, int64_t width, void* to_) {
   auto* to = static_cast<bf16*>(to_);
   for (int64_t r = 0; r < rows; r += 2)
@@ -234,8 +210,7 @@ void narrow_all(const float* from, void* to_, int64_t n) {
 
 template <class T>
 Kernels kernels() {
-  return {transpose_units, turn<T>,       softmax<T>,    softmax_again,  split, collect,
-          scale_rows<T>,   add_scaled<T>, dot<T>,        narrow_all<T>,  W};
+  return {transpose_units, turn<T>,       softmax<T>, split, collect, scale_rows<T>, add_scaled<T>, dot<T>, narrow_all<T>, W};
 }
 
 }  // namespace

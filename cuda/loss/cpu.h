@@ -30,8 +30,6 @@ struct Kernels {
   void (*turn)(const void* from, int64_t rows, int64_t columns, void* to, int64_t to_stride);
   // e = exp(logits - m), added to `totals`, and written as a right operand [rows / pair, width] unless e is null.
   void (*softmax)(const Logits&, Totals totals, void* e);
-  // The same e as a left operand [rows, width], to the precision of bf16.
-  void (*softmax_again)(const Logits&, void* e);
   // The right operand's [rows / 2, width] of bf16 as a left operand [rows, width].
   void (*split)(const uint32_t* e, int64_t rows, int64_t width, void* to);
   // to [columns, parts-summed, scaled]: to[i][c] = scale[i] * sum over parts of from[part][c][i], for the first W tokens i.

@@ -7,8 +7,8 @@
 //     e = exp(logit - m), summed over the vocabulary;  dX += e^T W
 // with m the logit of the token's own target: nothing needs the largest logit in advance, no sum is ever rescaled, and the
 // loss is log(sum e). Should a logit exceed m by more than 60 nats, e might overflow: the chunk is done again with m = its maximum.
-// Pass 2: dW += e (x / sum e). fp32 keeps e of a chunk in memory for it. bf16 takes all chunks of a block of dW together, since its
-// products are so fast that a dW that does not fit the cache would cost more; it keeps e of few tokens, and computes it again of many.
+// Pass 2: dW += e (x / sum e), with the e that pass 1 has kept in memory, of as many chunks as kKept allows: while these pass by, a block
+// of dW stays in the cache. bf16 adds up more chunks than that in fp32, in memory.
 //
 // The entries of the targets (softmax - 1) and of L2Wrap at each arg-max are left out of e and added in fp32: rounded to bf16
 // they would drown. The result does not depend on the number of threads: partial sums belong to fixed parts of the vocabulary.
@@ -41,7 +41,7 @@ constexpr int64_t kRows = 32;       // rows per matrix product: the fastest with
 constexpr int64_t kColumns = 1024;  // columns per matrix product, so that the right operand stays in the cache
 constexpr int64_t kBlock = 256;     // rows of the vocabulary that pass 1 takes at a time: the depth of its products for dX
 constexpr int64_t kParts = 16;      // of the vocabulary, with partial sums of their own
-constexpr int64_t kKept = 64 << 20; // bytes of e that bf16 keeps at most
+constexpr int64_t kKept = 128 << 20;  // bytes of e that are kept, unless a single chunk has more
 constexpr float kOverflow = 60;     // nats
 
 Kernels kernels_for(bool is_bf16) {
@@ -89,13 +89,12 @@ struct Chunk {
   std::vector<float> m, target_logit, scale;                 // [width]; scale = 1 / (sum e * all tokens)
   std::vector<Entry> targets;                                // sorted; tokens counted from `begin`
   Buffer<uint32_t> x, scaled_x;                              // right operands [C / pair, width], [width / pair, C]
-  Buffer<uint32_t> e;                                        // kept from pass 1 for pass 2, as a right operand [V / pair, width]; or empty
+  uint32_t* e;                                               // kept from pass 1 for pass 2, as a right operand [V / pair, width]; or null
 };
 
 template <class T>
 class Head {
   static constexpr int64_t pair = 4 / sizeof(T);
-  static constexpr bool again = pair == 2;
 
   const Problem& p;
   const Kernels simd = kernels_for(pair == 2);
@@ -109,30 +108,29 @@ class Head {
   Buffer<float> sums{parts * width}, tops{parts * width};
   Buffer<int32_t> top_rows{parts * width};
   Buffer<float> dx_sums{dx ? parts * C * width : 0};
-  Buffer<uint32_t> scores{dw && !again ? V * width : 0};  // e of one chunk
-  std::vector<Entry> entries;                             // tokens counted from 0
+  const int64_t units = (V + pair - 1) / pair * width;  // of e of a chunk
+  const int64_t group = std::clamp<int64_t>(kKept / (4 * units), 1, (n + p.chunk - 1) / p.chunk);  // chunks whose e is kept
+  Buffer<uint32_t> kept{dw ? group * units : 0};
+  Buffer<float> dw_sums{dw && pair == 2 && n > group * p.chunk ? V * C : 0};
+  std::vector<Chunk> chunks;   // of one group
+  std::vector<Entry> entries;  // of their tokens
 
  public:
   explicit Head(const Problem& problem) : p(problem) {}
 
   double run() {
     double loss = 0;
-    std::vector<Chunk> chunks;
     for (int64_t begin = 0; begin < n; begin += p.chunk) {
-      chunks.emplace_back();
-      Chunk& chunk = chunks.back();
-      chunk.begin = begin, chunk.count = std::min(p.chunk, n - begin);
-      if (dw && again && (n + p.chunk - 1) / p.chunk * width * V * 2 <= kKept) chunk.e = Buffer<uint32_t>((V + 1) / 2 * width);
+      uint32_t* e = dw ? kept + int64_t(chunks.size()) * units : nullptr;
+      Chunk& chunk = chunks.emplace_back();
+      chunk.begin = begin, chunk.count = std::min(p.chunk, n - begin), chunk.e = e;
       prepare(chunk);
       pass_1(chunk);
       if (!in_range(chunk)) pass_1(chunk);
       loss += finish(chunk);
       if (dx) write_dx(chunk);
-      if (dw && again) {
-        if (begin + p.chunk >= n) pass_2(chunks);
-        continue;
-      }
-      if (dw) pass_2(chunks);
+      if (begin + p.chunk < n && int64_t(chunks.size()) < group) continue;
+      if (dw) pass_2();
       chunks.clear(), entries.clear();
     }
     return loss / n;
@@ -175,7 +173,7 @@ class Head {
   void pass_1(const Chunk& chunk) const {
     in_parallel(parts, [&](const auto& next) {
       Buffer<float> tile(kRows * stride);
-      Buffer<uint32_t> e(kBlock / pair * width), turned(dx ? C * kBlock / pair : 0);
+      Buffer<uint32_t> local(dx && !chunk.e ? kBlock / pair * width : 0), turned(dx ? C * kBlock / pair : 0);
       for (int64_t part; next(part);) {
         const Totals totals{sums + part * width, tops + part * width, top_rows + part * width};
         std::fill_n(totals.sum, width, 0.0f);
@@ -184,16 +182,16 @@ class Head {
         const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
         for (int64_t block = begin; block < end; block++) {
           const int64_t row = block * kBlock, rows = std::min(kBlock, V - row);
-          uint32_t* kept = !dx && !dw ? nullptr : scores ? scores + row * width : chunk.e ? chunk.e + row / pair * width : e;
+          uint32_t* const e = chunk.e ? chunk.e + row / pair * width : local;
           for (int64_t r = 0; r < rows; r += kRows)
-            simd.softmax(logits(chunk, row + r, std::min(kRows, rows - r), tile), totals, kept ? kept + r / pair * width : nullptr);
-          if (!kept) continue;
+            simd.softmax(logits(chunk, row + r, std::min(kRows, rows - r), tile), totals, e ? e + r / pair * width : nullptr);
+          if (!e) continue;
           for_rows(chunk.targets, row, rows, [&](int64_t r, int64_t token, float) {
-            reinterpret_cast<T*>(kept)[(r / pair * width + token) * pair + r % pair] = T{};
+            reinterpret_cast<T*>(e)[(r / pair * width + token) * pair + r % pair] = T{};
           });
           if (!dx) continue;
           simd.turn(weight + row * C, rows, C, turned, kBlock / pair);
-          multiply(C, width, (rows + pair - 1) / pair * pair, reinterpret_cast<const T*>(static_cast<uint32_t*>(turned)), kBlock, kept, width,
+          multiply(C, width, (rows + pair - 1) / pair * pair, reinterpret_cast<const T*>(static_cast<uint32_t*>(turned)), kBlock, e, width,
                    dx_sums + part * C * width, width, block > begin);
         }
       }
@@ -247,39 +245,34 @@ class Head {
     });
   }
 
-  void pass_2(std::vector<Chunk>& chunks) {
+  // Adds what this group gives to dW.
+  void pass_2() {
     for (Chunk& chunk : chunks) {
       chunk.scaled_x = Buffer<uint32_t>(width / pair * C);
       for (int64_t i = 0; i < width; i += pair)
         simd.scale_rows(x + (chunk.begin + i) * C, chunk.count - i, C, chunk.scale.data() + i, chunk.scaled_x + i / pair * C);
     }
     std::sort(entries.begin(), entries.end());
+    const bool last = chunks.back().begin + p.chunk >= n;
     // Rows whose dW stays in the cache while the chunks pass by: few, if all chunks of x stay there as well.
     const int64_t all_x = int64_t(chunks.size()) * width * C * 2 * int64_t(sizeof(T));
     const int64_t block = all_x <= (5 << 18) ? kRows : std::max(kRows, (1 << 17) / C / kRows * kRows);
     in_parallel((V + block - 1) / block, [&](const auto& next) {
-      Buffer<float> tile(again ? kRows * stride : 0), local(again ? block * C : 0);
-      Buffer<T> e(again ? kRows * width : 0);
+      Buffer<float> local(pair == 2 && !dw_sums ? block * C : 0);
+      Buffer<T> left(pair == 2 ? kRows * width : 0);
       for (int64_t i; next(i);) {
         const int64_t row = i * block, rows = std::min(block, V - row);
-        float* sum = local;
-        if constexpr (!again) sum = dw + row * C;
+        float* sum = dw_sums ? dw_sums + row * C : local;
+        if constexpr (pair == 1) sum = dw + row * C;
         for (const Chunk& chunk : chunks)
           for (int64_t r = 0; r < rows; r += kRows) {
             const int64_t here = std::min(kRows, rows - r);
-            const T* left = e;
-            if (chunk.e) {
-              simd.split(chunk.e + (row + r) / pair * width, here, width, e);
-            } else if constexpr (again) {
-              simd.softmax_again(logits(chunk, row + r, here, tile), e);
-              for_rows(chunk.targets, row + r, here, [&](int64_t at, int64_t token, float) { e[at * width + token] = T{}; });
-            } else {
-              left = reinterpret_cast<const T*>(static_cast<uint32_t*>(scores)) + (row + r) * width;
-            }
-            multiply(here, C, width, left, width, chunk.scaled_x, C, sum + r * C, C, chunk.begin > 0);
+            const uint32_t* e = chunk.e + (row + r) / pair * width;
+            if constexpr (pair == 2) simd.split(e, here, width, left);
+            multiply(here, C, width, left ? left : reinterpret_cast<const T*>(e), width, chunk.scaled_x, C, sum + r * C, C, chunk.begin > 0);
           }
         for_rows(entries, row, rows, [&](int64_t r, int64_t token, float value) { simd.add_scaled(sum + r * C, x + token * C, value, C); });
-        if constexpr (again) simd.narrow(sum, dw + row * C, rows * C);
+        if (pair == 2 && last) simd.narrow(sum, dw + row * C, rows * C);
       }
       brgemm_release(pair == 2);
     });

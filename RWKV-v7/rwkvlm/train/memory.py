@@ -26,7 +26,7 @@ from .health import SNAPSHOTS
 from .strategy import DTYPES, Launch
 
 PROBED_TOKENS = 64
-LOGITS = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of a chunk of logits that --head_chunk 0 aims at: ops/cross_entropy/chunked.py
+LOGITS = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes: what cuda/loss/head_ce.cpp keeps; a chunk's logits by ops/cross_entropy/chunked.py
 LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
 FULL = 0.9  # of the memory that is there, at most
 
@@ -123,7 +123,9 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
         kept += sizes.n_layer * C * b * tokens + activations.block * tokens
     else:
         kept += (sizes.n_layer + 0.5) * activations.block * tokens  # the backward pass of a block needs some room of its own
-    logits = 2 * 4 * V * config.head_chunk if config.head_chunk else LOGITS["cpu" if cpu else "cuda"]
+    logits = 2 * 4 * V * config.head_chunk
+    if cpu or not config.head_chunk:
+        logits = max(logits, LOGITS["cpu" if cpu else "cuda"])
     head = (4 + b) * V * C + b * C * tokens + min(logits, 2 * 4 * V * tokens)
     if copies and not stage:
         gradients += max(0, 4 * P - int(kept) - head)  # made when the activations are gone

@@ -36,7 +36,7 @@ def _fake(x, weight, targets, chunk, l2wrap, need_dx, need_dw):
 def auto_chunk(weight: torch.Tensor) -> int:
     """Tokens per chunk, 64 to 512: few enough that a chunk's features and their gradient stay in a second-level cache of 2 MiB.
 
-    In fp32 a [V, chunk] array is kept as well; it takes about 64 MiB at most.
+    The kernel keeps a [V, chunk] array of such chunks; of fp32 it takes about 64 MiB.
     """
     V, C = weight.shape
     chunk = (192 << 10) // C // 32 * 32
