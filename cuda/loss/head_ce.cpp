@@ -222,6 +222,8 @@ class Head {
       }
       const double own = std::log(sum) + chunk.m[i] - chunk.target_logit[i];
       loss += own;
+      if (p.nats) p.nats[chunk.begin + i] = own;
+      if (p.likeliest) p.likeliest[chunk.begin + i] = top_rows[best];
       chunk.scale[i] = float(1 / (sum * n));
       entries.push_back({p.targets[chunk.begin + i], chunk.begin + i, float(std::expm1(-own) / n)});
       entries.push_back({top_rows[best], chunk.begin + i, p.l2wrap / n * tops[best]});

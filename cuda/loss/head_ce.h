@@ -15,9 +15,11 @@ struct Problem {
   const int64_t* targets;  // [n], each in [0, V)
   void* dx;                // [n, C], null: not needed
   void* dw;                // [V, C], null: not needed
+  double* nats;            // [n], each token's loss, null: not needed
+  int64_t* likeliest;      // [n], the token with the largest logit, null: not needed
 };
 
-// The mean loss in nats; writes dx and dw.
+// The mean loss in nats; writes what is needed.
 double head_ce(const Problem& problem);
 
 // Whether this processor has the matrix products that head_ce calls.

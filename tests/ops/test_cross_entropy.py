@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkvlm import native
 from rwkvlm.ops import backend
-from rwkvlm.ops.cross_entropy import head_cross_entropy, native as native_form, reference
+from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy, head_scores, native as native_form, reference
 
 # Against a float64 computation from the same rounded inputs, relative (rms for gradients). In bf16 the C++ form has fp32
 # logits, so that its loss is exact and its gradients carry the rounding of softmax, x and the result (2^-9 at most each);
@@ -189,6 +189,27 @@ def test_checkpointing_and_module():
         x.grad = head.weight.grad = None
         checkpoint(head, x, targets, use_reentrant=reentrant).backward()
         assert torch.equal(x.grad, plain[0]) and torch.equal(head.weight.grad, plain[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n, C, V", [(300, 96, 5001), (1, 16, 7)])
+def test_scores_of_given_tokens(form, dtype, n, C, V):
+    x, weight, targets = (t.detach() for t in make((n,), C, V, dtype))
+    logits = x.double() @ weight.double().t()
+    nats, likeliest = head_scores(x, weight, targets)
+    assert (nats.dtype, likeliest.dtype, nats.shape, likeliest.shape) == (torch.float64, torch.int64, (n,), (n,))
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8 if form == "torch" or native_form.why_not(dtype, C) else 1e-5}[dtype] * logits.abs().max()
+    assert (nats - torch.nn.functional.cross_entropy(logits, targets, reduction="none")).abs().max() <= rounding
+    assert (logits.amax(-1) - logits.gather(-1, likeliest[:, None])[:, 0]).max() <= rounding
+
+
+def test_rounded_logits_are_summed_in_full():
+    """In bf16 the logits of the plain form are rounded, by up to 2^-9 of them, and nothing after them: their sum of exponentials would lose as much again."""
+    x, weight, targets = (t.detach() for t in make((20,), 16, 300, torch.bfloat16))
+    logits = (x @ weight.t()).double()
+    nats, likeliest = chunked.scores(x, weight, targets)
+    assert torch.allclose(nats, torch.nn.functional.cross_entropy(logits, targets, reduction="none"), rtol=0, atol=1e-5)
+    assert torch.equal(likeliest, logits.argmax(-1))
 
 
 MEMORY = """

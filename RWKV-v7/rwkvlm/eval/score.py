@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..infer.engine import Engine, check_finite
-from ..ops.cross_entropy.chunked import auto_chunk
+from ..ops.cross_entropy import head_scores
 
 READ_AT_ONCE = 8192  # tokens of all rows together: bounds the memory of long texts, changes no number beyond rounding
 STEP = 16  # contexts that are as long to so many tokens are read side by side; what is left of them is read with what follows
@@ -49,21 +49,9 @@ def scores(engine: Engine, rows: Sequence[Tokens], first: Sequence[int], state: 
             if not len(row):
                 continue
             targets = torch.from_numpy(table[row, begin + 1 + place]).to(weight.device)
-            nats, likeliest = token_scores(x[torch.from_numpy(row).to(x.device), torch.from_numpy(place).to(x.device)], weight, targets)
-        yield Scores(row, begin + 1 + place, nats.cpu().numpy(), likeliest.cpu().numpy())
-
-
-def token_scores(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [n, C], weight [V, C], targets [n]: -log softmax(x weight^T)[target] in float64, and whether the target is the largest."""
-    nats, likeliest = [], []
-    for x, targets in zip(*(t.split(auto_chunk(len(weight), x.device)) for t in (x, targets))):
-        logits = x @ weight.t()
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        nats.append((logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]).double())
-        likeliest.append(logits.argmax(-1) == targets)
-    result = torch.cat(nats)
-    check_finite(result)
-    return result, torch.cat(likeliest)
+            nats, likeliest = head_scores(x[torch.from_numpy(row).to(x.device), torch.from_numpy(place).to(x.device)], weight, targets)
+            check_finite(nats)
+        yield Scores(row, begin + 1 + place, nats.cpu().numpy(), (likeliest == targets).cpu().numpy())
 
 
 def continuations(engine: Engine, pairs: Sequence[tuple[list[int], list[int]]], batch: int) -> list[tuple[float, bool]]:

@@ -12,7 +12,7 @@ import torch
 from .. import backend
 from . import chunked, cuda, native
 
-__all__ = ["backend_for", "head_cross_entropy"]
+__all__ = ["backend_for", "head_cross_entropy", "head_scores"]
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,6 +38,17 @@ def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _HeadCrossEntropy.apply(x, weight, targets, chunk, l2wrap, form)
     return form.loss_and_grads(x, weight, targets, chunk, l2wrap, False, False)[0]
+
+
+def head_scores(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head says of given tokens: each one's loss in nats, float64, and the likeliest token, int64, [n] both; without gradients.
+
+    x [n, C], weight [V, C], targets [n]: as for `head_cross_entropy`, and as many errors.
+    """
+    x, weight = backend.widened(x, weight)
+    _check(x, weight, targets, 0)
+    form = native if backend_for(x.device, x.dtype, x.shape[-1]) == "cpu" else chunked
+    return form.scores(x, weight, targets)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

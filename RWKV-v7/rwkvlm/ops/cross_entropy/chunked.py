@@ -56,3 +56,14 @@ def loss_and_grads(
             else:
                 dw += torch.mm(g.t(), xs, out=part)
     return loss / n, dx, None if dw is None else dw.to(weight.dtype)
+
+
+def scores(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `x [n, C]`, `weight [V, C]`, `targets [n]`: each token's loss in nats, float64, and the token with the largest logit; [n] both."""
+    nats, likeliest = [], []
+    for x, targets in zip(*(t.split(auto_chunk(len(weight), x.device)) for t in (x, targets))):
+        logits = x @ weight.t()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        nats.append((logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]).double())
+        likeliest.append(logits.argmax(-1))
+    return torch.cat(nats), torch.cat(likeliest)

@@ -52,3 +52,8 @@ def loss_and_grads(
     inputs = (x.contiguous(), weight.contiguous(), targets.contiguous())
     loss, dx, dw = torch.ops.rwkvlm.head_ce(*inputs, min(chunk, LARGEST_CHUNK) or auto_chunk(weight), l2wrap, need_dx, need_dw)
     return loss, dx if need_dx else None, dw if need_dw else None
+
+
+def scores(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `chunked.scores`, where `why_not` has returned ""."""
+    return torch.ops.rwkvlm.head_scores(x.contiguous(), weight.contiguous(), targets.contiguous(), auto_chunk(weight))
