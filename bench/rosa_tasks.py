@@ -169,7 +169,7 @@ def _stack(layers: int) -> Callable[[int], nn.Module]:
 
 
 OFFICIAL = (1e-3, 1e-6)
-QUICK = (2e-2, 2e-4)
+QUICK = (1e-2, 2e-4)
 TASKS = {
     "counting, embedding only": Task(counting, _stack(0), 32, 1000, OFFICIAL, "loss", 0.66),
     "counting, one layer": Task(counting, _stack(1), 32, 1000, OFFICIAL, "loss", 0.47),

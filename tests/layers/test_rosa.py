@@ -114,6 +114,24 @@ def test_the_block_is_the_official_one_with_its_names():
     assert torch.equal(same, x) and torch.allclose(out, want, atol=1e-10)
 
 
+def test_the_stream_gets_a_tenth_of_what_trains_the_bits():
+    """Of the gradients of q, k and v as they are put into the operator; q, k and v themselves get the whole of it."""
+    mix, norm, x, weight = RosaMix(RosaConfig(n_embd=32, head_size=16)).double(), NormMix(32).double(), numbers(2, 12, 32, seed=50), numbers(2, 12, 32, seed=51)
+    with torch.no_grad():
+        for n, p in enumerate([*mix.parameters(), *norm.parameters()]):
+            p.copy_(numbers(*p.shape, seed=n))
+    _, out, _ = mix(x.requires_grad_(), norm)
+    (out * weight).sum().backward()
+    again = x.detach().clone().requires_grad_()
+    _, _, mixed = norm(again, None, None, [mix.x_q, mix.x_k, mix.x_v])
+    parts = [linear(m) for linear, m in zip((mix.q, mix.k, mix.v), mixed)]
+    y, _ = mix.rosa_qkv(*parts)
+    wanted = [again, mix.x_k, norm.weight, mix.k.weight, mix.v.bias, mix.o.weight]
+    whole = torch.autograd.grad((mix.o(y) * weight).sum(), wanted)
+    for p, share, want in zip([x, *wanted[1:]], [0.1] * 3 + [1.0] * 3, whole):
+        assert want.abs().max() > 0 and torch.allclose(p.grad, share * want, rtol=1e-9, atol=1e-12)
+
+
 def test_embedding_of_the_expected_token():
     layer = RosaEmbedding(5, 3).double()
     idx = torch.tensor([[4, 1, 2, 4, 1, 3, 1], [0, 0, 0, 0, 0, 0, 0]])

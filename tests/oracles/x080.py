@@ -84,9 +84,10 @@ def shifted(x):
 
 
 def rosa_mix(p, x, M, tau):
-    """x: [T, C]."""
+    """x: [T, C]. A tenth of the gradient of q, k and v goes on to what they are made of."""
     xx = shifted(x) - x
-    q, k, v = ((x + xx * p[f"x_{c}"].flatten()) @ p[f"{c}.weight"].T + p[f"{c}.bias"] for c in "qkv")
+    mixed = (x + xx * p[f"x_{c}"].flatten() for c in "qkv")
+    q, k, v = ((0.1 * m + 0.9 * m.detach()) @ p[f"{c}.weight"].T + p[f"{c}.bias"] for c, m in zip("qkv", mixed))
     return Recall.apply(q, k, v, p["rosa_qkv.emb"].flatten(), M, tau) @ p["o.weight"].T + p["o.bias"]
 
 

@@ -94,7 +94,7 @@ class TrainConfig:
     attention_window: int = flag(-1, "Hybrid: tokens that a token's attention sees, which bounds the memory of generation; 0: all; else 0")
     # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
     rosa_bits: int = flag(-1, "ROSA: channels that make a symbol together, 1 or 4; else 4")
-    rosa_grad: str = flag("", "ROSA: gradient of a bit: exact, by flipping it, or a soft surrogate; else flip", ("", *GRADS))
+    rosa_grad: str = flag("", "ROSA: gradient of a bit: exact, by flipping it, or a soft surrogate; a tenth of it reaches the residual stream; else flip", ("", *GRADS))
     rosa_tau: float = flag(-1.0, "ROSA: least size of an activation in the gradient of its bit; else 0.1")
     deep_embed: int = flag(-1, "ROSA: 1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed); else 0")
 

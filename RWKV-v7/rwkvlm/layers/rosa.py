@@ -14,6 +14,20 @@ from ..config.rosa import RosaConfig
 from ..ops.rosa import RosaState, rosa, rosa_self, rosa_tokens
 from .norm_mix import NormMix
 
+TO_STREAM = 0.1  # of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
+
+
+class _Damped(torch.autograd.Function):
+    """The input itself, and TO_STREAM of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad * TO_STREAM
+
 
 class RosaMixState(NamedTuple):
     """last: [B, C] last normalised input; seen: the symbols read so far, which grow with the text; None at its beginning."""
@@ -40,7 +54,10 @@ class RosaQKV(nn.Module):
 
 
 class RosaMix(nn.Module):
-    """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: the branch of a block that mixes tokens by exact recall."""
+    """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: the branch of a block that mixes tokens by exact recall.
+
+    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream.
+    """
 
     def __init__(self, config: RosaConfig) -> None:
         super().__init__()
@@ -56,6 +73,7 @@ class RosaMix(nn.Module):
         """x: [B, T, C], the residual stream, which norm leads in. Returns x, the output [B, T, C] for it, and the new state or None."""
         last, seen = state if state is not None else (None, None)
         x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v])
+        xq, xk, xv = map(_Damped.apply, (xq, xk, xv))
         y, seen = self.rosa_qkv(self.q(xq), self.k(xk), self.v(xv), seen, return_state)
         return x, self.o(y), RosaMixState(last, seen) if return_state else None
 

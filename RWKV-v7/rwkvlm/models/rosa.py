@@ -1,6 +1,7 @@
 """RWKV-8 with ROSA (x080): RWKV-7 with exact recall beside its time mixing; and the pure ROSA model (rosa), which has it in its place.
 
-Source: RWKV-LM, RWKV-v8, whose names and starting values these are; where its files have none (embedding, head, channel mixing), RWKV-7's.
+Source: RWKV-LM, RWKV-v8, whose names and starting values these are, but for ROSA's o, which begins smaller; where its files have none (embedding, head,
+channel mixing), RWKV-7's.
 """
 
 from __future__ import annotations
@@ -124,6 +125,12 @@ def _linear(s: Slot) -> torch.Tensor:
     return torch.empty(s.shape).uniform_(-bound, bound, generator=s.generator)
 
 
+def _output(s: Slot) -> torch.Tensor:
+    """Small, for what it reads is noise at first, and as much of it in all blocks together however many they are; not 0, as RWKV-7's, with which recall is
+    learned less surely (records/2026-11-26-rosa-gradient)."""
+    return 0.5 * s.config.n_layer**-0.5 * _linear(s)
+
+
 ROSA = BLOCK + r"rosa\."
 
 TABLE = [
@@ -131,8 +138,10 @@ TABLE = [
     Row(BLOCK + r"ln3\.weight", constant(1.0)),
     Row(BLOCK + r"ln3\.bias", constant(0.0)),
     Row(ROSA + r"x_[qkv]", constant(0.0)),
-    Row(ROSA + r"[qkvo]\.weight", _linear, decay=True),
-    Row(ROSA + r"[qkvo]\.bias", _linear),
+    Row(ROSA + r"[qkv]\.weight", _linear, decay=True),
+    Row(ROSA + r"[qkv]\.bias", _linear),
+    Row(ROSA + r"o\.weight", _output, decay=True),
+    Row(ROSA + r"o\.bias", _output),
     Row(ROSA + r"rosa_qkv\.emb", constant(1.0)),
     Row(FFN + r"enn\.weight", constant(1.0)),
     *rwkv7.TABLE,
