@@ -90,7 +90,7 @@ class Memory(nn.Module):
         y = self.output(self.ln_x(o)).view(B, T, C)
         if not return_state:
             return y, None
-        return y, MemoryState(x[:, -1], fast, torch.zeros_like(fast) if sums is None else sums, seen_after(plan[-1], self.segment))
+        return y, MemoryState(x[:, -1].clone(), fast, torch.zeros_like(fast) if sums is None else sums, seen_after(plan[-1], self.segment))
 
     def _step(self, fast: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         length = self.fast.to(fast.dtype).norm(dim=-1, keepdim=True)
