@@ -219,7 +219,7 @@ def save_state(path: str | Path, state: State) -> None:
 
 
 def load_state(path: str | Path, model: Phantom) -> State:
-    """A state that save_state has written for a model of these sizes, on the model's device. Raises UserError for anything else."""
+    """A state that save_state has written for a model of these sizes, on this model's device and in its dtypes. Raises UserError for anything else."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: torch's reader runs over whatever bytes a file holds as if they were a pickle's
@@ -227,8 +227,7 @@ def load_state(path: str | Path, model: Phantom) -> State:
     if not isinstance(tensors, list) or not all(isinstance(t, torch.Tensor) for t in tensors):
         raise UserError(f"{path} is no state; give a file that save_state has written")
     like = model.init_state(tensors[0].shape[0] if tensors and tensors[0].dim() else 1)
-    shapes = [leaf.shape for leaf in pytree.tree_leaves(like)]
-    if [t.shape for t in tensors] != shapes:
+    leaves = pytree.tree_leaves(like)
+    if [t.shape for t in tensors] != [leaf.shape for leaf in leaves]:
         raise UserError(f"{path} is the state of another model; make it again with this one")
-    moved = [t.to(leaf.device) for t, leaf in zip(tensors, pytree.tree_leaves(like))]
-    return pytree.tree_unflatten(moved, pytree.tree_structure(like))
+    return pytree.tree_unflatten([t.to(leaf) for t, leaf in zip(tensors, leaves)], pytree.tree_structure(like))

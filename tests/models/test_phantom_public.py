@@ -72,6 +72,8 @@ def test_call_and_state(model, tmp_path):
     save_state(tmp_path / "state.pt", state)
     second, _ = model(idx[:, 21:], load_state(tmp_path / "state.pt", model))
     assert torch.allclose(torch.cat([first, second], 1), logits, atol=1e-5 * logits.abs().max().item())
+    rounded = copy.deepcopy(model).bfloat16()
+    assert torch.allclose(rounded(idx[:, 21:], load_state(tmp_path / "state.pt", rounded))[0].float(), second, atol=0.1 * second.abs().max().item())
     other = create_model(RWKV7PhantomConfig(**SMALL | dict(ttt_chunk=32)))
     with pytest.raises(UserError, match="state of another model"):
         load_state(tmp_path / "state.pt", other)
