@@ -7,7 +7,7 @@ does not change when others are appended.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import numpy as np
 
 from ..config import UserError
 from .binidx import BinIdx, BinIdxWriter, check_room
-from .survey import TOKENS, runs
+from .survey import TOKENS, Say, runs
 
-Say = Callable[[int, int], None]
 ALL = 1 << 64
 
 
