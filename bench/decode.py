@@ -19,13 +19,12 @@ import importlib.metadata
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from environment import write_record
+from environment import seconds, write_record
 
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig
@@ -96,12 +95,6 @@ def errors(forms: dict[str, Form], tokens: list[int]) -> tuple[dict[str, float],
         results[name] = torch.cat([after_prompt.float()[None], one_by_one(form, tokens[:CHECKED], state)[0]])
     expected = results["package fp32"]
     return {name: (x - expected).abs().max().item() for name, x in results.items()}, expected.std().item()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def measure(forms: dict[str, Form], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
