@@ -160,8 +160,9 @@ def main() -> int:
         print(f"error: {error}; pip install rwkv", file=sys.stderr)
         return 2
     forms = {"package fp32": package, "ours fp32": our_form(options.model, torch.float32), "ours bf16": our_form(options.model, torch.bfloat16)}
-    choice = fp32_matmul_choice(apply=True)  # the package has allowed itself TF32
-    print(choice.line)
+    setting, line = fp32_matmul_choice()
+    torch.set_float32_matmul_precision(setting)  # the package has allowed itself TF32
+    print(line)
 
     found, deviation = errors(forms, list(range(1, 3 * CHECKED)))
     print(f"largest difference of logits (deviation {deviation:.2f}): " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
@@ -170,7 +171,7 @@ def main() -> int:
         return 1
     rows = report(forms, measure(forms, options))
     if options.json:
-        results = {"fp32_matmul": choice.line, "errors": found, "weights_bytes": {name: form.weights for name, form in forms.items()}, **rows}
+        results = {"fp32_matmul": line, "errors": found, "weights_bytes": {name: form.weights for name, form in forms.items()}, **rows}
         write_record(options.json, threads=options.threads, rwkv=importlib.metadata.version("rwkv"), **results)
     below = [kind for kind, bar in BAR.items() if rows[f"{kind}_median"]["ours fp32"]["of_package"] < bar]
     if options.bar and below:
