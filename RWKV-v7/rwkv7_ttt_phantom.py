@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights
 from rwkvlm.config import PhantomConfig, TrainConfig, UserError
 from rwkvlm.config.phantom import core_ratio_of
+from rwkvlm.infer.engine import PREFILL
 from rwkvlm.infer.sampling import check_sampling, sample
 from rwkvlm.models import adapted, init_weights, read_config
 from rwkvlm.models.lm import State
@@ -30,8 +31,6 @@ from rwkvlm.models.phantom import Phantom
 from rwkvlm.ops import backend
 
 __all__ = ["RWKV7Phantom", "RWKV7PhantomConfig", "UserError", "create_model", "load_pretrained_rwkv7", "load_state", "save_state", "train_model"]
-
-READ = 512  # tokens of a prompt read at once
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class RWKV7Phantom(Phantom):
         was_training, found = self.training, []
         self.eval()
         try:
-            for piece in rows.split(READ, dim=1):
+            for piece in rows.split(PREFILL, dim=1):
                 x, state = self.features(piece, state, return_state=True)
             for left in range(max_new_tokens - 1, -1, -1):
                 found.append(sample(self.head(x[:, -1]), temperature, top_p, top_k, generator))

@@ -113,6 +113,6 @@ def chunks_of(ii: np.ndarray, prime: int) -> np.ndarray:
     return times(times(times(ii, ii), ii), np.int64(_factor(prime)))
 
 
-def mini_epochs(exit_tokens: int, ctx_len: int, epoch_samples: int = MINI_EPOCH) -> int:
-    """How many mini-epochs of `epoch_samples` samples a run of exit_tokens takes, the last one counted whole."""
-    return -(-exit_tokens // (ctx_len * epoch_samples))
+def mini_epochs(exit_tokens: int, ctx_len: int) -> int:
+    """How many official mini-epochs a run of exit_tokens takes, the last one counted whole."""
+    return -(-exit_tokens // (ctx_len * MINI_EPOCH))
