@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.pth import load_into, load_weights
+from ..checkpoint.pth import load_weights, model_of
 from ..config import UserError
 from ..data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
-from ..models import LanguageModel, build, read_config
+from ..models import LanguageModel
 from ..ops import backend, rwkv7_step
 from .sampling import check_sampling, sample
 
@@ -137,7 +137,4 @@ def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto"
         device = "cuda" if gpus else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    tensors = load_weights(path)
-    model = build(read_config(tensors)).to(dtype)
-    load_into(model, tensors)
-    return Engine(model.to(device), load_tokenizer(tokenizer))
+    return Engine(model_of(load_weights(path), device, dtype), load_tokenizer(tokenizer))
