@@ -87,7 +87,7 @@ def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print
 
 
 def check_is(data: BinIdx, remote: Remote) -> None:
-    """UserError when the pair has not the numbers of tokens and documents that the data set has. Its tokens are not looked at."""
+    """UserError when the pair has other numbers of tokens and documents than the data set. Its tokens are not looked at."""
     try:
         _check_count(data.n_tokens, remote)
         if remote.n_docs and data.n_docs != remote.n_docs:

@@ -75,7 +75,7 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
 
 @contextmanager
 def _disk(out: str) -> Iterator[None]:
-    """A disk that takes no more is told in one line, also where it is the last block that it does not take."""
+    """A full disk is an error of one line, also where only the last block finds no room."""
     try:
         yield
     except OSError as error:

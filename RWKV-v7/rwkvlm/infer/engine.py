@@ -37,7 +37,7 @@ class Engine:
         return self.model.head(x[:, -1]), state
 
     def prepare(self) -> None:
-        """Builds and loads now what single tokens need, which else happens, and is told, in the middle of a text."""
+        """Builds and loads what single tokens need: here, and not at the first of them, where its messages would stand in the middle of a text."""
         _ = self._step
 
     @functools.cached_property

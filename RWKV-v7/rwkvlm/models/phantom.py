@@ -103,7 +103,7 @@ def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mappin
 
 @torch.no_grad()
 def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
-    """The weights of an RWKV-7 in the form of this model, whose own parts that RWKV-7 has not keep the values that they have in it."""
+    """The weights of an RWKV-7 in the form of this model; what an RWKV-7 does not have keeps the values that it has in the model."""
     converted = dict(tensors)
     for name, own in model.state_dict().items():
         matrix, core, _ = name.partition(".core.")

@@ -22,7 +22,7 @@ from .rwkv7 import ATT, BLOCK, FFN, as_wide, channels, constant, depth
 from .sizes import Sizes
 from .table import Row, Slot
 
-DECAY = "blocks.0.att.time_decay"  # RWKV-4 to 6 have it, RWKV-7 has not
+DECAY = "blocks.0.att.time_decay"  # RWKV-4 to 6 have it, RWKV-7 does not
 
 
 class Block4(nn.Module):
