@@ -213,8 +213,10 @@ def _compressed(trained: Path, config: RWKV7PhantomConfig) -> Path:
 
 
 def save_state(path: str | Path, state: State) -> None:
-    """Writes a state as a list of tensors."""
-    torch.save(pytree.tree_leaves(state), path)
+    """Writes a state as a list of tensors; what was at `path` before is replaced when all is written."""
+    partial = Path(path).with_name(f".{Path(path).name}.tmp")
+    torch.save(pytree.tree_leaves(state), partial)
+    os.replace(partial, path)
 
 
 def load_state(path: str | Path, model: Phantom) -> State:
