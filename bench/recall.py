@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rwkvlm.checkpoint.pth import load_weights, model_of
+from rwkvlm.checkpoint.pth import load_weights, model_from
 from rwkvlm.config import UserError
 from rwkvlm.models import LanguageModel
 
@@ -131,7 +131,7 @@ def by_pairs(model: LanguageModel, task: Task, count: int) -> dict[str, object]:
 
 def load(path: Path) -> LanguageModel:
     """The model of a file, its weights, which are bfloat16 there, in fp32."""
-    return model_of(load_weights(path), "cpu", torch.float32)
+    return model_from(load_weights(path), "cpu", torch.float32)
 
 
 def weights_of(folder: Path) -> list[Path]:

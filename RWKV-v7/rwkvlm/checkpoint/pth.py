@@ -118,7 +118,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bo
     return missing
 
 
-def model_of(tensors: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
+def model_from(tensors: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
     """The model whose weights these are, to be used as it is; UserError for tensors that do not make one.
 
     It is laid out without memory first: torch's own initial values, float32, would take seconds and twice the memory at large sizes.

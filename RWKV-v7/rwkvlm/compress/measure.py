@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint.pth import load_weights, model_of
+from ..checkpoint.pth import load_weights, model_from
 from ..data.binidx import BinIdx, idx_path
 from ..data.dataset import HeldOutSamples, Pair
 from ..models import LanguageModel
@@ -17,7 +17,7 @@ from ..ops.cross_entropy import head_cross_entropy
 
 def load(path: str | Path) -> LanguageModel:
     """The model of a file, to be measured: on the GPU in bf16 if there is one, else on the CPU in float32."""
-    return model_of(load_weights(path), *(("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)))
+    return model_from(load_weights(path), *(("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)))
 
 
 class Text:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.pth import load_weights, model_of
+from ..checkpoint.pth import load_weights, model_from
 from ..config import UserError
 from ..data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from ..models import LanguageModel
@@ -137,4 +137,4 @@ def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto"
         device = "cuda" if gpus else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return Engine(model_of(load_weights(path), device, dtype), load_tokenizer(tokenizer))
+    return Engine(model_from(load_weights(path), device, dtype), load_tokenizer(tokenizer))
