@@ -13,7 +13,6 @@ from rwkvlm.checkpoint import ranks
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
 from rwkvlm.models import build, init_weights
-from rwkvlm.ops.precision import Fp32Choice
 from rwkvlm.train import matmul
 from rwkvlm.train import plan as planning
 from rwkvlm.train import signals
@@ -196,7 +195,7 @@ def test_two_processes_agree_one_step_later():
 def test_fp32_products_are_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch, capsys, setting):
     monkeypatch.setenv("RWKV_FP32_PRODUCTS", "")
     line = f"fp32 matrix products: {setting} (as measured)"
-    monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: Fp32Choice(setting, {}, {}, line))
+    monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: (setting, line))
     assert run(tmp_path / "out", max_steps=1) == 0
     assert torch.get_float32_matmul_precision() == setting == env.decided_fp32_products() and line in capsys.readouterr().out
     torch.set_float32_matmul_precision("highest")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..config import UserError
+from ..models import LanguageModel, build, read_config
 from . import ranks
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
@@ -115,6 +116,17 @@ def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bo
         if name in tensors:
             tensor.copy_(tensors[name])
     return missing
+
+
+def model_from(tensors: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
+    """The model whose weights these are, to be used as it is; UserError for tensors that do not make one.
+
+    It is laid out without memory first: torch's own initial values, float32, would take seconds and twice the memory at large sizes.
+    """
+    with torch.device("meta"):
+        model = build(read_config(tensors)).to(dtype)
+    load_into(model.to_empty(device=device), tensors)
+    return model.eval()
 
 
 def newest_weights(proj_dir: str | Path, skip: Collection[Path] = ()) -> tuple[Path, int] | None:
