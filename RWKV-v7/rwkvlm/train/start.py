@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import models
+from ..checkpoint.ledger import is_own
 from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
@@ -39,7 +40,7 @@ class Start:
     def __str__(self) -> str:
         if self.state is not None:
             return f"training state {self.state.path}, step {self.position.step}"
-        return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
+        return f"fresh weights, to be saved as {self.path}" if self.fresh else str(self.path)
 
 
 def what_goes_on(config: TrainConfig) -> str:
@@ -109,7 +110,7 @@ def _same_data(config: TrainConfig, info: StateInfo, identity: list[dict]) -> No
         if then["tokens"] != now["tokens"]:
             differs = f"does not hold the tokens that {info.path} was trained with"
         elif config.doc_reset and then["documents"] != now["documents"]:
-            differs = f"divides its tokens into {now['documents']:,} documents, and {info.path} was trained with {then['documents']:,}"
+            differs = f"divides its tokens into {now['documents']:,} document{'s' * (now['documents'] != 1)}, and {info.path} was trained with {then['documents']:,}"
         else:
             continue
         renamed = f" (then {then['file']})" if then["file"] != now["file"] else ""
@@ -148,6 +149,8 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
         held = found[0].name
     elif from_mini_epoch == 0 and (Path(config.proj_dir) / "state" / "latest").exists():
         held = "state/"
+    elif found is not None and found[1] == INIT and not is_own(found[0]) and (config.train_stage == 1 or not config.load_model):
+        held = f"{INIT_NAME}, which no run in this folder has made"
     else:
         return
     raise UserError(
