@@ -142,15 +142,17 @@ def checked(plan: Plan) -> Plan:
     Collective. Raises UserError when processes do not see the same files.
     """
     damaged: list[Path] = []
-    while (state := plan.start.state) is not None and (problem := check(state)):
+    while True:
+        starts = ranks.gather(str(plan.start))  # first: only those that have a state read its checksums, which is collective too
+        if len(set(starts)) > 1:
+            ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)  # another run, begun at the same moment, has put its files there
+            raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
+        state = plan.start.state
+        if state is None or not (problem := check(state)):
+            return plan
         say_damaged(state.path, problem)
         damaged.append(state.path)
         plan = make_plan(plan.config, damaged)
-    starts = ranks.gather(str(plan.start))
-    if len(set(starts)) > 1:
-        ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)  # another run, begun at the same moment, has put its files there
-        raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
-    return plan
 
 
 def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
