@@ -164,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--compile needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile")
     if options.graphs and (options.compile or options.kernel == "torch" or options.device == "cpu"):
         parser.error("--graphs needs a GPU and its kernels, and records blocks that are not compiled")
+    if options.compile == GRAPHED and options.grad_cp:
+        parser.error("--compile reduce-overhead recomputes nothing, and training refuses it with --grad_cp 1; use --grad_cp 0")
     if options.small:
         options.vocabulary, options.steps = 1000, 3
     kind, *numbers = re.fullmatch(r"([LP])(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups()

@@ -162,7 +162,7 @@ def main_with_bare_flag(run, out) -> int:
 
 def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planner, "memory_available", lambda plan: int(1.2 * 2**30))
-    monkeypatch.setattr(planner, "_resident", lambda: 300 << 20)
+    monkeypatch.setattr(planner, "resident", lambda: 300 << 20)
     assert run(tmp_path / "out", dry_run=True, **LARGER | dict(micro_bsz=64)) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "not tried" in out
@@ -219,8 +219,10 @@ import sys
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import TrainConfig
 from rwkvlm.train.run import make_plan
-from rwkvlm.train.planner import predict_memory
-print(predict_memory(make_plan(parse_flags(TrainConfig, sys.argv[1:], ""))).total)
+from rwkvlm.train.planner import _estimator, _load_libraries
+plan = make_plan(parse_flags(TrainConfig, sys.argv[1:], ""))
+_load_libraries(plan)
+print(_estimator(plan)(plan.config.micro_bsz, plan.config.grad_cp).total)
 """
 MEASURE = """
 import os, subprocess, sys

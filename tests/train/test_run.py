@@ -77,12 +77,13 @@ def test_a_finished_run_says_so(whole, run, capsys):
     assert before == {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
 
 
-def test_only_the_final_weights_missing_are_written_from_the_state(whole, run, tmp_path):
+def test_only_the_final_weights_missing_are_written_from_the_state(whole, run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     (copy / "rwkv-final.pth").unlink()
     assert run(copy) == 0
     assert same_weights(copy / "rwkv-final.pth", whole / "rwkv-final.pth")
+    assert capsys.readouterr().err.endswith(f"finished at step 30: the weights are {copy}/rwkv-final.pth, the curves {copy}/report.html\n")
 
 
 def test_two_runs_never_write_to_one_folder(run, losses, tmp_path, monkeypatch, capsys):
@@ -104,8 +105,8 @@ def test_two_runs_never_write_to_one_folder(run, losses, tmp_path, monkeypatch, 
             assert run(out, train_stage=stage) == 2
         assert run(out, dry_run="True") == 0
         with monkeypatch.context() as late:  # begun at the same moment, before the other one held anything
-            late.setattr("rwkvlm.train.run.HELD", "none")
-            late.setattr(PlannedModule, "attach", lambda self, model: late.setattr("rwkvlm.train.run.HELD", "train_log.txt"))
+            late.setattr("rwkvlm.train.plan.HELD", "none")
+            late.setattr(PlannedModule, "attach", lambda self, model: late.setattr("rwkvlm.train.plan.HELD", "train_log.txt"))
             assert run(out) == 2
     said = f"error: another run is writing to {out}; wait for its end or stop it, or choose another --proj_dir"
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")] == [said] * 3

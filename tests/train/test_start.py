@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 
 from rwkvlm.checkpoint import ranks
 from rwkvlm.checkpoint.pth import save_weights
+from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
 from rwkvlm.models import build, init_weights
 from rwkvlm.train import matmul
@@ -61,6 +63,17 @@ def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
         find_start(config(tmp_path, **flags), 101)
     put(tmp_path, "rwkv-0.pth")
     assert find_start(config(tmp_path, **flags), 101).path == tmp_path / "rwkv-0.pth"
+
+
+def test_an_initial_file_from_elsewhere_is_not_overwritten(run, tmp_path, capfd):
+    """Someone has put weights there under the name from which stage 3 begins. Its own, untrained, a folder may have anew."""
+    there = put(tmp_path / "out", "rwkv-init.pth").read_bytes()
+    for stage in (0, 1):
+        assert run(tmp_path / "out", train_stage=stage) == 2
+        assert "it holds rwkv-init.pth, which no run in this folder has made); continue it with --train_stage 3" in capfd.readouterr().err
+    assert (tmp_path / "out" / "rwkv-init.pth").read_bytes() == there
+    for seed in (1, 2):
+        assert run(tmp_path / "own", train_stage=1, random_seed=seed) == 0
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -132,6 +145,20 @@ def test_stage_1_takes_the_sizes_of_the_weights_that_it_copies(run, tmp_path):
     assert run(tmp_path / "out", train_stage=1, load_model=path, **sizes) == 0
     made, given = torch.load(tmp_path / "out" / "rwkv-init.pth"), torch.load(path)
     assert made.keys() == given.keys() and all(torch.equal(made[name], given[name]) for name in given)
+
+
+def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_path, monkeypatch):
+    """Two runs within a second: what one has put into the folder is seen by some processes of the other."""
+    out = tmp_path / "out"
+    plan = planning.make_plan(parse_flags(TrainConfig, run.argv(out), "train.py"))
+    plan = replace(plan, start=replace(plan.start, state=SimpleNamespace(path=out / "state" / "step5")))
+    monkeypatch.setattr(planning, "check", lambda state: pytest.fail("the others, who have no state, would not take part"))
+    monkeypatch.setattr(ranks, "gather", lambda value, group=None: [value, value if isinstance(value, tuple) else "out/rwkv-init.pth"])
+    with pytest.raises(UserError, match="begin at different places .*--proj_dir must be shared"):
+        planning.checked(plan)
+    assert not out.exists()
+    with planning.hold(out), pytest.raises(UserError, match=f"another run is writing to {out}"):
+        planning.checked(plan)
 
 
 def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch import nn
 from ..config import UserError
 from ..models import LanguageModel, build, read_config
 from . import ranks
+from .place import sync_folder
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
@@ -52,15 +53,6 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """bfloat16, on the CPU, owning exactly its own memory (torch.save writes whole storages)."""
     tensor = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
