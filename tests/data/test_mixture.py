@@ -126,7 +126,13 @@ def test_one_by_one_or_together_or_resumed(files):
         part.ask_for = lambda ii, k=k: asked.append((k, ii.tolist()))
     samples.ask_for(np.arange(1, 6))
     assert asked == [(0, [1, 2, 3]), (1, [1, 2])]  # what is read is what was asked for
-    assert samples.where(1) == samples.parts[1].where(1) and str(files / "c.bin") in samples.where(1)
+    assert samples.where(3) == samples.parts[1].where(2) and str(files / "c.bin") in samples.where(3) and samples.where(5) == samples.parts[0].where(3)
+
+
+def test_the_smallest_share_is_a_millionth(files):
+    assert [part.share for part in open_mixture(f"{files}/a:1,{files}/b:999999", CTX).parts] == [Fraction(1, 10**6), Fraction(999999, 10**6)]
+    with pytest.raises(UserError, match="gives a file 1.0e-06 of the samples; below 1e-06 leave it out"):
+        open_mixture(f"{files}/a:1,{files}/b:1000000", CTX)
 
 
 def test_order_names_what_decides_the_order(files):
@@ -141,6 +147,12 @@ def test_a_token_outside_the_vocabulary(files):
     assert [str(seen) for seen in mixture.check_token_range(30000)] == ["token ids 10000 to 10999 (all checked)", "token ids 20000 to 22999 (all checked)"]
     with pytest.raises(UserError, match="b.bin holds token"):
         mixture.samples(20000)[np.arange(1, 50)]
+
+
+def test_the_files_share_the_bytes_that_are_looked_through(files, monkeypatch):
+    monkeypatch.setattr("rwkvlm.data.tokens.BLOCK", 100)
+    seen = open_mixture(f"{files}/a,{files}/b", CTX).check_token_range(30000, limit=2000)
+    assert [one.checked for one in seen] == [500, 500], "1000 tokens of 16 bits in all"
 
 
 def test_held_out_files_one_after_the_other(files):
