@@ -16,7 +16,7 @@ from rwkvlm.models import build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train.memory import Activations, estimate, measure_activations
 from rwkvlm.train.plan import make_plan
-from rwkvlm.train.planner import decide_grad_cp, expected_seconds, probe, probe_flags
+from rwkvlm.train.planner import ROOM, decide_grad_cp, expected_seconds, memory_available, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
 from rwkvlm.train.start import model_sizes
 from rwkvlm.train.strategy import Launch
@@ -193,7 +193,26 @@ def test_processes_recompute_together(run, tmp_path, monkeypatch):
     assert decide_grad_cp(plan).config.grad_cp == 0
     monkeypatch.setattr(planner, "memory_available", lambda plan: 1)
     assert decide_grad_cp(plan).config.grad_cp == 1
-    assert decide_grad_cp(replace(plan, config=replace(plan.config, compile=1, cuda_graphs=1))).config.grad_cp == 0
+    decided = {given: decide_grad_cp(replace(plan, config=replace(plan.config, compile=given[0], cuda_graphs=given[1]))).config.grad_cp for given in ((1, 0), (0, 1), (1, 1))}
+    assert decided == {(1, 0): 1, (0, 1): 1, (1, 1): 0}
+
+
+def test_recomputing_begins_where_the_run_as_it_is_would_leave_no_room(run, tmp_path, monkeypatch):
+    """By the activations that are kept without it, of the batch that is asked for."""
+    monkeypatch.setattr(planner, "_resident", lambda: 1 << 20)
+    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **LARGER, grad_cp=-1, micro_bsz=4), "train.py"))
+    of = planner._estimator(plan)
+    need = of(4, 0).total
+    assert max(of(4, 1).total, of(3, 0).total) < 0.95 * need
+    for room, decided in ((1.01, 0), (0.99, 1)):
+        monkeypatch.setattr(planner, "memory_available", lambda plan: room * need / ROOM)
+        assert decide_grad_cp(plan).config.grad_cp == decided
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(planner.Path, "read_text", lambda path: "MemTotal:  9000 kB\nMemAvailable:    6000 kB\n")
+    found = [memory_available(SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", devices, nodes, "ddp"))) for devices, nodes in ((1, 1), (3, 1), (3, 4))]
+    assert found == [6000 << 10, 2000 << 10, 2000 << 10]
 
 
 def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):
