@@ -15,6 +15,7 @@ from rwkvlm.config import ModelConfig, TrainConfig, model_config
 from rwkvlm.models import build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train.memory import Activations, estimate, measure_activations
+from rwkvlm.train.module import TrainModule
 from rwkvlm.train.plan import make_plan
 from rwkvlm.train.planner import ROOM, decide_grad_cp, expected_seconds, memory_available, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
@@ -174,13 +175,21 @@ def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, ca
 @pytest.mark.parametrize("room, decided", [(2**40, 0), (2**20, 1)])
 def test_recomputing_is_decided_by_the_memory(run, losses, tmp_path, capsys, monkeypatch, room, decided):
     """And changes nothing else: no random number is drawn on the way."""
+    recomputed, loss = set(), TrainModule.loss
     monkeypatch.setattr(planner, "memory_available", lambda plan: room)
+    monkeypatch.setattr(TrainModule, "loss", lambda self, batch, grad_cp=False: recomputed.add(grad_cp) or loss(self, batch, grad_cp))
     flags = dict(max_steps=2, my_testing="phantom", ttt_enabled=0, dropout=0.1)
     for name, grad_cp in (("asked", decided), ("decided", -1)):
         torch.manual_seed(1)
         assert run(tmp_path / name, **flags, grad_cp=grad_cp) == 0
-        assert (", grad_cp, " in capsys.readouterr().out) == bool(decided)
+        assert (", grad_cp, " in capsys.readouterr().out) == (True in recomputed) == bool(decided)
     assert losses(tmp_path / "asked") == losses(tmp_path / "decided")
+
+
+def test_a_dry_run_decides_it_too(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planner, "memory_available", lambda plan: 1 << 20)
+    assert run(tmp_path / "out", dry_run=True, grad_cp=-1) == 1
+    assert ", grad_cp, " in capsys.readouterr().out
 
 
 def test_processes_recompute_together(run, tmp_path, monkeypatch):
