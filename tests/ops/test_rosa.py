@@ -155,10 +155,10 @@ def test_flips_of_longer_rows(kind, bits, rng):
 @needs_native
 @pytest.mark.slow
 def test_flips_where_places_have_more_than_16_bits(rng):
-    """Of the last outputs alone, for speed; and of the same row without its beginning, in which no long match can lie."""
+    """Of the last outputs alone, for speed, whose match lies at such a place; and of the same row without its beginning, in which no long match can lie."""
     start, T = 700, 66_000
     x = torch.randn(1, T, 1, generator=rng)
-    x[:, :start], x[:, start] = -1, 1
+    x[:, :start], x[:, start], x[:, -150:] = -1, 1, x[:, -300:-150].clone()
     found = []
     with backend.asked_for("cpu"):
         for row in (x, x[:, start:].contiguous()):
