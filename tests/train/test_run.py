@@ -14,6 +14,7 @@ import torch
 
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.config.locks import try_lock
+from rwkvlm.data.sampler import order_hash
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.run import PlannedModule
@@ -45,7 +46,8 @@ def test_the_loss_falls(whole, losses, records):
 def test_train_log_is_in_the_official_format(whole, losses):
     lines = (whole / "train_log.txt").read_text().splitlines()
     assert re.fullmatch(r"NEW RUN \d{4}(-\d\d){5}", lines[0])
-    assert eval(lines[1])["n_layer"] == 2
+    settings = eval(lines[1])
+    assert settings["n_layer"] == 2 and (settings["magic_prime"], settings["order_hash"]) == (617, order_hash(617))
     curve = losses(whole)
     for n, line in enumerate(lines[2:]):
         epoch, loss, perplexity, lr, date, time, in_this_run = line.split()

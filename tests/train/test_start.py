@@ -21,6 +21,7 @@ from rwkvlm.train import signals
 from rwkvlm.train.position import Position
 from rwkvlm.train.signals import Agreement, Signals
 from rwkvlm.train.start import build_model, find_start, initial_weights
+from rwkvlm.train.strategy import Launch
 
 
 def config(folder, **flags) -> TrainConfig:
@@ -169,6 +170,22 @@ def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monke
     monkeypatch.setenv("RWKV_PRECISION", "")
     monkeypatch.setattr(planning, "bf16_is_faster", lambda: pytest.fail("the state says it"))
     assert run(tmp_path / "out", precision="auto", max_steps=1) == 0
+
+
+def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
+    """A --proj_dir that is another folder on each node."""
+    plan = SimpleNamespace(start=find_start(config(tmp_path), 617))
+    monkeypatch.setattr(planning.ranks, "gather", lambda value: [value, value])
+    assert planning.checked(plan) is plan
+    monkeypatch.setattr(planning.ranks, "gather", lambda value: [value, "out/rwkv-3.pth"])
+    with pytest.raises(UserError, match=f"different places .fresh weights, saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes"):
+        planning.checked(plan)
+
+
+@pytest.mark.parametrize("able, meant", [(True, "bf16"), (False, "tf32")])
+def test_precision_auto_on_a_gpu_is_bf16_where_it_has_that(monkeypatch, able, meant):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: able or including_emulation)
+    assert planning.decide_precision(TrainConfig(precision="auto"), Launch("gpu", 1, 1, "auto"), SimpleNamespace(state=None)) == meant
 
 
 def test_a_second_request_counts_only_after_a_while(monkeypatch):

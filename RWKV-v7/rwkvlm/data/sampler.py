@@ -8,6 +8,7 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/dataset.py, whose order this reproduces.
 
 from __future__ import annotations
 
+import hashlib
 from math import isqrt
 
 import numpy as np
@@ -111,6 +112,12 @@ def chunks_of(ii: np.ndarray, prime: int) -> np.ndarray:
 
     ii = np.asarray(ii, dtype=np.int64) % prime
     return times(times(times(ii, ii), ii), np.int64(_factor(prime)))
+
+
+def order_hash(prime: int) -> str:
+    """Sixteen hex digits that name the order of the first official mini-epoch's samples, for logs: equal means equal order."""
+    chunks = chunks_of(np.arange(1, MINI_EPOCH + 1), prime)
+    return hashlib.sha256(chunks.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def mini_epochs(exit_tokens: int, ctx_len: int) -> int:

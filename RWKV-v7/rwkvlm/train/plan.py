@@ -21,6 +21,7 @@ from ..data.dataset import Samples
 from ..data.formats import FORMATS
 from ..data.mixture import Mixture, held_out, open_mixture, prefixes
 from ..data.reset import ResetSamples
+from ..data.sampler import order_hash
 from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
@@ -78,7 +79,8 @@ class Plan:
 
     def settings(self) -> dict[str, object]:
         """Flags and what was decided from them, for logs."""
-        decided = {"real_bsz": self.batch, "magic_prime": self.data.order, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
+        order = ", ".join(order_hash(part.prime) for part in self.data.parts)
+        decided = {"real_bsz": self.batch, "magic_prime": self.data.order, "order_hash": order, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
         return self.config.as_dict() | self.start.model.as_dict() | decided
 
     def mini_epoch(self, samples: int) -> int:
