@@ -35,8 +35,8 @@ esac
 knob VOCAB_SIZE  $VOCAB $VOCAB
 
 check_size() { # FILE BYTES
-    [ -r "$1" ] || die "$1 is not there" "put the official file there, or set PILE_PREFIX="
-    [ "$(wc -c <"$1" | tr -d ' ')" = "$2" ] || die "$1 has $(wc -c <"$1" | tr -d ' ') bytes, not $2" "it is incomplete or another file; get it again"
+    [ -r "$1" ] || die "$1 is not there; put the official file there, or set PILE_PREFIX="
+    [ "$(wc -c <"$1" | tr -d ' ')" = "$2" ] || die "$1 has $(wc -c <"$1" | tr -d ' ') bytes, not $2: it is incomplete or another file; get it again"
 }
 
 case $DATA in

@@ -44,7 +44,7 @@ if [ "$ACCELERATOR" = cpu ]; then # measured: records/2026-11-21-cpu-demo
     export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"       # memory is kept for the next step, not given back and cleared again
     export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 fi
-case $N_NODE in '' | *[!0-9]*) die "N_NODE=$N_NODE is not a number of nodes" "1, 2, ...; or unset N_NODE for this machine alone" ;; esac
+case $N_NODE in '' | *[!0-9]*) die "N_NODE=$N_NODE is not a number of nodes; use 1, 2, ..., or unset N_NODE for this machine alone" ;; esac
 if [ "$N_NODE" -gt 1 ] && [ -z "${NODE_RANK:-}${SLURM_NODEID:-}${GROUP_RANK:-}" ]; then
     address=$(hostname -I 2>/dev/null | cut -d ' ' -f 1)
     echo "$N_NODE nodes of $GPU_PER_NODE: start this on each node (same files, same knobs; MASTER_ADDR is the address of node 0):"

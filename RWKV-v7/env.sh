@@ -4,7 +4,7 @@
 #        TORCH_INDEX_URL  package index tried first for torch
 #        ACCELERATOR      cpu: use the CPU although a GPU is there; gpu: insist on the GPU
 #        WITH_TESTS       1: the packages of tests/requirements.txt too
-# Sets   PYTHON PYTHONPATH ACCELERATOR DEVICES, and defines knob() and forward_signals() for the scripts.
+# Sets   PYTHON PYTHONPATH ACCELERATOR, and defines knob() and forward_signals() for the scripts.
 #
 # python3 is used as it is when it meets requirements.txt. Otherwise .venv is made, and a torch within range is taken over from
 # python3, not installed again. A stamp in .venv makes every later start skip all of this.
@@ -15,12 +15,12 @@ LOG=$ROOT/.venv/setup.log
 REQUIREMENTS=requirements.txt
 [ -z "${WITH_TESTS:-}" ] || REQUIREMENTS="requirements.txt tests/requirements.txt"
 
-die() { # one line of error, then lines of cure
+die() { # as the commands of rwkvlm do: one line that says what is wrong and the cure, exit code 2
     printf 'error: %s\n' "$1" >&2
-    shift
-    for line do printf '       %s\n' "$line" >&2; done
-    exit 1
+    exit 2
 }
+
+one_line() { printf %s "$1" | tr '\n' ','; }
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
@@ -34,46 +34,33 @@ stamp() { echo "$(cat pyproject.toml constraints.txt "$@" | cksum) $* $ROOT"; } 
 
 is_set_up() { [ -x .venv/bin/python ] && grep -qxF "$(stamp $REQUIREMENTS)" .venv/stamps 2>/dev/null; }
 
-take_lock() { # one set-up at a time; a lock whose owner is gone is taken over
-    waiting=
-    until mkdir .venv.lock 2>/dev/null; do
-        [ -d .venv.lock ] || die "cannot write in $ROOT, where .venv has to be made" "make it writable, or set PYTHON= to an interpreter that has requirements.txt"
-        owner=$(cat .venv.lock/pid 2>/dev/null)
-        if [ -n "$owner" ] && ! kill -0 "$owner" 2>/dev/null; then
-            rm -rf .venv.lock
-        else
-            [ -n "$waiting" ] || echo "Waiting for another start (process ${owner:-unknown}) that is setting up .venv; its lock is .venv.lock"
-            waiting=1
-            sleep 1
-        fi
-    done
-    echo $$ >.venv.lock/pid
-    trap 'rm -rf .venv.lock' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM HUP
+take_lock() { # one set-up at a time; the lock goes with the process that holds it, however that ends
+    (: >>.venv.lock) 2>/dev/null || die "cannot write in $ROOT, where .venv has to be made; make it writable, or set PYTHON= to an interpreter that has requirements.txt"
+    exec 9>>.venv.lock
+    flock -n 9 || {
+        echo "Waiting for another start that is setting up .venv; its lock is .venv.lock"
+        flock 9
+    }
 }
 
-drop_lock() {
-    rm -rf .venv.lock
-    trap - EXIT INT TERM HUP
-}
+drop_lock() { exec 9>&-; }
 
 find_base() { # sets BASE: python3, or a newer one beside it
     for BASE in python3 python3.13 python3.12 python3.11 python3.10; do
         new_enough "$BASE" && return
     done
     found=$(python3 --version 2>&1) || found="no python3"
-    die "Python 3.10 or newer is needed; found: $found" "install one, or set PYTHON= to an interpreter that has requirements.txt"
+    die "Python 3.10 or newer is needed; found: $found; install one, or set PYTHON= to an interpreter that has requirements.txt"
 }
 
 make_venv() {
-    [ ! -e .venv ] || die ".venv is there, but has no bin/python" "remove the folder .venv and start again"
+    [ ! -e .venv ] || die ".venv is there, but has no bin/python; remove the folder .venv and start again"
     "$BASE" -c 'import ensurepip, venv' 2>/dev/null ||
-        die "$BASE has no venv module" "Debian, Ubuntu: apt install python3-venv; or set PYTHON= to an interpreter that has requirements.txt"
+        die "$BASE has no venv module; apt install python3-venv (Debian, Ubuntu), or set PYTHON= to an interpreter that has requirements.txt"
     echo "Making .venv with $("$BASE" --version 2>&1) (once; details in .venv/setup.log)"
     reason=$("$BASE" -m venv .venv 2>&1) || {
         rm -rf .venv # made by the line above; half a .venv would be mistaken for a whole one
-        die "$BASE -m venv .venv failed: $(printf %s "$reason" | tail -n 1)" "free some disk space, or set PYTHON= to an interpreter that has requirements.txt"
+        die "$BASE -m venv .venv failed: $(printf %s "$reason" | tail -n 1); free some disk space, or set PYTHON= to an interpreter that has requirements.txt"
     }
     # A torch within range is taken over: its folder is put behind .venv's own on the search path, whether it belongs to the
     # system, to the user, to conda or to another venv.
@@ -90,8 +77,7 @@ pip_or_die() { # what is installed, then pip's arguments
     pip_install "$@" || {
         echo "pip's last lines (all of them: .venv/setup.log):" >&2
         grep -v '^WARNING: ' "$LOG" | tail -n 6 >&2
-        die "installing $what failed" "no network? set PIP_INDEX_URL and TORCH_INDEX_URL to a mirror, or PYTHON= to an interpreter that has requirements.txt" \
-            "start again when it is cured: the set-up goes on where it stopped"
+        die "installing $what failed; no network? set PIP_INDEX_URL and TORCH_INDEX_URL to a mirror, or PYTHON= to an interpreter that has requirements.txt. The next start goes on from here"
     }
 }
 
@@ -117,7 +103,7 @@ install_torch() {
 
 set_up() {
     [ -x .venv/bin/python ] || { find_base; make_venv; }
-    .venv/bin/python -c '' 2>/dev/null || die ".venv/bin/python does not start (its base interpreter may be gone)" "remove the folder .venv and start again"
+    .venv/bin/python -c '' 2>/dev/null || die ".venv/bin/python does not start (its base interpreter may be gone); remove the folder .venv and start again"
     lacks_torch .venv/bin/python && install_torch
     # torch stays as it is, whatever version within the range it has
     kept=$(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))')
@@ -129,15 +115,14 @@ set_up() {
     for file in $REQUIREMENTS; do files="$files -r $file"; done
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip_or_die "$REQUIREMENTS (one or two minutes)" --no-build-isolation -c .venv/constraints.txt $files
     pip_or_die "rwkvlm, this repository (editable)" --no-deps --no-build-isolation -e .
-    missing=$(lacking .venv/bin/python) || die "after the installation .venv still lacks: $missing" "see .venv/setup.log"
+    missing=$(lacking .venv/bin/python) || die "after the installation .venv still lacks: $(one_line "$missing"); see .venv/setup.log"
     { stamp requirements.txt && stamp $REQUIREMENTS; } >.venv/stamps
 }
 
 find_python() { # sets PYTHON
     if [ -n "${PYTHON:-}" ]; then
-        new_enough "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 or newer" "set another one, or unset PYTHON: .venv is made then"
-        missing=$(lacking "$PYTHON") || die "PYTHON=$PYTHON lacks: $(printf %s "$missing" | tr '\n' ';')" \
-            "install them: $PYTHON -m pip install $(printf -- '-r %s ' $REQUIREMENTS)-c constraints.txt" "or unset PYTHON: .venv is made then"
+        new_enough "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 or newer; set another one, or unset PYTHON: .venv is made then"
+        missing=$(lacking "$PYTHON") || die "PYTHON=$PYTHON lacks: $(one_line "$missing"); $PYTHON -m pip install $(printf -- '-r %s ' $REQUIREMENTS)-c constraints.txt, or unset PYTHON: .venv is made then"
     elif is_set_up; then
         PYTHON=$ROOT/.venv/bin/python
     elif [ ! -e .venv ] && new_enough python3 && lacking python3 >/dev/null; then

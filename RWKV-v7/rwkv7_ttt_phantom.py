@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights
 from rwkvlm.config import PhantomConfig, TrainConfig, UserError
 from rwkvlm.config.phantom import core_ratio_of
+from rwkvlm.infer.engine import PREFILL
 from rwkvlm.infer.sampling import check_sampling, sample
 from rwkvlm.models import adapted, init_weights, read_config
 from rwkvlm.models.lm import State
@@ -30,8 +31,6 @@ from rwkvlm.models.phantom import Phantom
 from rwkvlm.ops import backend
 
 __all__ = ["RWKV7Phantom", "RWKV7PhantomConfig", "UserError", "create_model", "load_pretrained_rwkv7", "load_state", "save_state", "train_model"]
-
-READ = 512  # tokens of a prompt read at once
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class RWKV7Phantom(Phantom):
         was_training, found = self.training, []
         self.eval()
         try:
-            for piece in rows.split(READ, dim=1):
+            for piece in rows.split(PREFILL, dim=1):
                 x, state = self.features(piece, state, return_state=True)
             for left in range(max_new_tokens - 1, -1, -1):
                 found.append(sample(self.head(x[:, -1]), temperature, top_p, top_k, generator))
@@ -214,12 +213,14 @@ def _compressed(trained: Path, config: RWKV7PhantomConfig) -> Path:
 
 
 def save_state(path: str | Path, state: State) -> None:
-    """Writes a state as a list of tensors."""
-    torch.save(pytree.tree_leaves(state), path)
+    """Writes a state as a list of tensors; what was at `path` before is replaced when all is written."""
+    partial = Path(path).with_name(f".{Path(path).name}.tmp")
+    torch.save(pytree.tree_leaves(state), partial)
+    os.replace(partial, path)
 
 
 def load_state(path: str | Path, model: Phantom) -> State:
-    """A state that save_state has written for a model of these sizes, on the model's device. Raises UserError for anything else."""
+    """A state that save_state has written for a model of these sizes, on this model's device and in its dtypes. Raises UserError for anything else."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: torch's reader runs over whatever bytes a file holds as if they were a pickle's
@@ -227,8 +228,7 @@ def load_state(path: str | Path, model: Phantom) -> State:
     if not isinstance(tensors, list) or not all(isinstance(t, torch.Tensor) for t in tensors):
         raise UserError(f"{path} is no state; give a file that save_state has written")
     like = model.init_state(tensors[0].shape[0] if tensors and tensors[0].dim() else 1)
-    shapes = [leaf.shape for leaf in pytree.tree_leaves(like)]
-    if [t.shape for t in tensors] != shapes:
+    leaves = pytree.tree_leaves(like)
+    if [t.shape for t in tensors] != [leaf.shape for leaf in leaves]:
         raise UserError(f"{path} is the state of another model; make it again with this one")
-    moved = [t.to(leaf.device) for t, leaf in zip(tensors, pytree.tree_leaves(like))]
-    return pytree.tree_unflatten(moved, pytree.tree_structure(like))
+    return pytree.tree_unflatten([t.to(leaf) for t, leaf in zip(tensors, leaves)], pytree.tree_structure(like))

@@ -19,12 +19,12 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from plot_loss import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, read, ticks
+from plot_loss import COLOURS, RIGHT, TOP, WIDTH, Frame, read, ticks
 from tokenizers import Tokenizer, decoders, models as subwords, pre_tokenizers, trainers
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rwkvlm import models
@@ -104,17 +104,9 @@ def flops(config: ModelConfig, ctx_len: int) -> int:
 
 def state_numbers(config: ModelConfig) -> int:
     """Floating-point numbers that a sequence's state holds between two tokens."""
-
-    def tensors(value: object) -> Iterator[torch.Tensor]:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                yield from tensors(part)
-
     model = models.build(config)
     models.init_weights(model, 0)
-    return sum(t.numel() for t in tensors(model.init_state(1)) if t.is_floating_point())
+    return sum(t.numel() for t in tree_leaves(model.init_state(1)) if t.is_floating_point())
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -257,36 +249,15 @@ def picture(curves: dict[str, list[Curve]], label: str, below: str = "million to
     """One colour for each variant, one line for each of its seeds, a dot at each line's end. marks: what is written where on the axis below, from
     its first to its last; otherwise x are tokens from 0 on."""
     everything = [point for seeds in curves.values() for curve in seeds for point in curve]
-    most, low, high = max(x for x, _ in everything) or 1, min(y for _, y in everything), max(y for _, y in everything)
-    marks = marks or {value: f"{value / 1e6:g}" for value in ticks(0, most)}
-    least = min(marks)
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    right = RIGHT + 110  # room for the names
-
-    def x(value: float) -> float:
-        return LEFT + (value - least) / (most - least or 1) * (WIDTH - LEFT - right)
-
-    def y(value: float) -> float:
-        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-    ]
-    for value in ticks(low, high):
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - right}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value, mark in marks.items():
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{mark}</text>')
-    middle = (LEFT + WIDTH - right) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(f"{below} (upwards: {label})")}</text>')
+    marks = marks or {value: f"{value / 1e6:g}" for value in ticks(0, max(x for x, _ in everything) or 1)}
+    frame = Frame(everything, marks, f"{below} (upwards: {label})", RIGHT + 110)  # room for the names
     for i, (name, seeds) in enumerate(curves.items()):
         colour = PALETTE[i % len(PALETTE)]
         for curve in seeds:
-            path = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in curve)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-            parts.append(f'<circle cx="{x(curve[-1][0]):.1f}" cy="{y(curve[-1][1]):.1f}" r="3" fill="{colour}"/>')
-        parts.append(f'<text x="{WIDTH - right + 12}" y="{TOP + 16 * (i + 1)}" fill="{colour}">{html.escape(name)}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+            frame.line(curve, colour, 1.5)
+            frame.dot(*curve[-1], colour)
+        frame.parts.append(f'<text x="{WIDTH - frame.right + 12}" y="{TOP + 16 * (i + 1)}" fill="{colour}">{html.escape(name)}</text>')
+    return frame.svg()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -119,9 +119,7 @@ def measure(folder: Path, ctx_len: int, options: argparse.Namespace) -> dict[str
 
 def measure_cold(folder: Path, ctx_len: int, options: argparse.Namespace) -> dict[str, float]:
     """Every round opens the file anew: pages that are mapped cannot be dropped. Counted from the first batch on: each miss reads 128 KiB
-
-    around it, so that forms which do not say what they need soon have much of the file in memory, and the more, the smaller it is.
-    """
+    around it, so that forms which do not say what they need soon have much of the file in memory, and the more, the smaller it is."""
     rates: dict[str, list[float]] = {}
     for _ in range(options.cold_rounds):
         for name, make in (("one by one", None), ("gathered", gathered), ("ahead", ahead)):

@@ -19,13 +19,12 @@ import importlib.metadata
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from environment import write_record
+from environment import seconds, write_record
 
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig
@@ -98,12 +97,6 @@ def errors(forms: dict[str, Form], tokens: list[int]) -> tuple[dict[str, float],
     return {name: (x - expected).abs().max().item() for name, x in results.items()}, expected.std().item()
 
 
-def seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def measure(forms: dict[str, Form], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Seconds a token of each round: {"decode" | "prefill" | "memory": {form: [...]}}; "memory" is a sum over the bytes of its weights."""
     vocabulary = forms["package fp32"].read([0], None)[0].numel()
@@ -167,8 +160,9 @@ def main() -> int:
         print(f"error: {error}; pip install rwkv", file=sys.stderr)
         return 2
     forms = {"package fp32": package, "ours fp32": our_form(options.model, torch.float32), "ours bf16": our_form(options.model, torch.bfloat16)}
-    choice = fp32_matmul_choice(apply=True)  # the package has allowed itself TF32
-    print(choice.line)
+    setting, line = fp32_matmul_choice()
+    torch.set_float32_matmul_precision(setting)  # the package has allowed itself TF32
+    print(line)
 
     found, deviation = errors(forms, list(range(1, 3 * CHECKED)))
     print(f"largest difference of logits (deviation {deviation:.2f}): " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
@@ -177,7 +171,7 @@ def main() -> int:
         return 1
     rows = report(forms, measure(forms, options))
     if options.json:
-        results = {"fp32_matmul": choice.line, "errors": found, "weights_bytes": {name: form.weights for name, form in forms.items()}, **rows}
+        results = {"fp32_matmul": line, "errors": found, "weights_bytes": {name: form.weights for name, form in forms.items()}, **rows}
         write_record(options.json, threads=options.threads, rwkv=importlib.metadata.version("rwkv"), **results)
     below = [kind for kind, bar in BAR.items() if rows[f"{kind}_median"]["ours fp32"]["of_package"] < bar]
     if options.bar and below:

@@ -1,4 +1,4 @@
-"""The environment of a measurement: that in which demo-training-run.sh trains on a CPU, and what is recorded of it."""
+"""The environment of a measurement: that in which demo-training-run.sh trains on a CPU; a clock; and what is recorded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,17 @@ def as_in_the_demo() -> None:
     missing = {name: value for name, value in variables().items() if name not in os.environ}
     if missing:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | missing)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def memory_mib(key: str) -> float:
+    """Of this process: VmRSS, what it has now, or VmHWM, the most that it had. OSError where this is not Linux."""
+    return int(re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
 
 
 def write_record(path: Path, **results: Any) -> None:

@@ -29,6 +29,7 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 
 from forked import Finished, World, write_tokens  # first: it settles the environment
+from environment import write_record
 from rwkvlm.checkpoint import state
 from rwkvlm.train.module import TrainModule
 
@@ -336,9 +337,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         records = inject(Path(place), chance, args.kills, args.others, args.strategies.split(","), began + args.seconds)
     counts = Counter(record["fault"] for record in records)
-    result = dict(command=" ".join(sys.argv), seconds=round(time.monotonic() - began, 1), survived=counts, faults=records)
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1))
+        write_record(Path(args.out), seconds=round(time.monotonic() - began, 1), survived=counts, faults=records)
     print("\n".join(f"{count:4} {fault}" for fault, count in counts.items()))
     return 0
 

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v7"))
 import deepspeed  # noqa: E402, F401  (imported here for all that will be forked)
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (with torch's compiler: two seconds at the first optimizer otherwise)
 import numpy as np  # noqa: E402
+from environment import write_record  # noqa: E402
 
 import rwkvlm.train.run  # noqa: E402, F401
 from rwkvlm.cli import main  # noqa: E402
 from rwkvlm.data.binidx import BinIdxWriter  # noqa: E402
-
 
 SIZES = dict(n_layer=6, n_embd=256, vocab_size=65536, ctx_len=256, micro_bsz=2, strategy="ddp", precision="bf16", kernel="cpu")  # of a measured run
 
@@ -55,10 +55,9 @@ def measuring(measure: Callable[[argparse.Namespace, Path], dict], description: 
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder or None) as place:
         result = measure(args, Path(place))
-    text = json.dumps(dict(command=" ".join(sys.argv), cpus=os.cpu_count()) | result, indent=1)
     if args.out:
-        Path(args.out).write_text(text)
-    print(text)
+        write_record(Path(args.out), cpus=os.cpu_count(), **result)
+    print(json.dumps(result, indent=1))
     return 0
 
 

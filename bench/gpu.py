@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny shapes, one test file, a short training")
     parser.add_argument("--again", action="store_true", help="also what has been done")
     parser.add_argument("--only", default="", help="items whose names contain this; several, with commas: --only 'on the GPU,tests/ops'")
-    parser.add_argument("--commit", default="", help="what results.json shall say, where the checkout is a copy without .git")
+    parser.add_argument("--commit", default="", help="what results.json says, where the checkout is a copy without .git")
     parser.add_argument("--models", default="", help=f"of the step `step`: layers, width x samples x tokens, comma-separated; default {','.join(MODELS)}")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="a public wkv7 beside which ours is timed; see bench/gpu_peers.py")
     options = parser.parse_args(arguments)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable
 
 import torch
+import train_step
 from gpu_kernels import timed
 from torch.autograd import DeviceType
 
@@ -49,8 +50,8 @@ def model_sizes(kind: str, **sizes: int) -> ModelConfig:
     return model_config("phantom", **sizes, core_ratio=1.0) if kind == "P" else ModelConfig(**sizes)
 
 
-class Training:
-    """A model with random matrices, made where it trains, and what a step of training does with it."""
+class Training(train_step.Training):
+    """A model with random matrices, made where it trains."""
 
     def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace) -> None:
         where = dict(accelerator="gpu" if options.device == "cuda" else "cpu", devices="1", precision="bf16")
@@ -76,16 +77,6 @@ class Training:
         self.norms = GradientNorms(self.model)
         self.batches = [torch.randint(sizes.vocab_size, (batch, ctx + 1), generator=rng, device=options.device) for _ in range(8)]
         self.made = 0
-
-    def loss(self, idx: torch.Tensor) -> torch.Tensor:
-        return self.module.training_step((idx[:, :-1].contiguous(), idx[:, 1:].contiguous()), 0)
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss(self.batches[self.made % len(self.batches)]).backward()
-        self.optimizer.clip(self.norms.measure(), self.module.config.grad_clip)
-        self.optimizer.step()
-        self.made += 1
 
 
 def errors(kind: str, kernel: str, options: argparse.Namespace) -> dict[str, float]:
@@ -173,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--compile needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile")
     if options.graphs and (options.compile or options.kernel == "torch" or options.device == "cpu"):
         parser.error("--graphs needs a GPU and its kernels, and records blocks that are not compiled")
+    if options.compile == GRAPHED and options.grad_cp:
+        parser.error("--compile reduce-overhead recomputes nothing, and training refuses it with --grad_cp 1; use --grad_cp 0")
     if options.small:
         options.vocabulary, options.steps = 1000, 3
     kind, *numbers = re.fullmatch(r"([LP])(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups()
@@ -189,8 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     times = step_ms(training, options.steps, options.device)
     ms, tokens = statistics.median(times), batch * ctx
     flops, peak, gemm = flops_per_token(sizes) * tokens / ms * 1e3, peak_flops(torch.device(options.device)), gemm_flops(options)
-    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "compile": options.compile, "graphs": options.graphs, "warm_up_s": round(sum(warm_up) / 1e3, 1), "errors": found, "steps": len(times)}
-    row |= {"ms": round(ms, 3), "ms_fastest": round(min(times), 3), "tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
+    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "compile": options.compile, "graphs": options.graphs}
+    row |= {"warm_up_s": round(sum(warm_up) / 1e3, 1), "errors": found, "steps": len(times), "ms": round(ms, 3), "ms_fastest": round(min(times), 3)}
+    row |= {"tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
     row |= {"mfu": round(flops / peak, 4) if peak else None, "gemm_tflops": round(gemm / 1e12, 2), "share_of_gemm": round(flops / gemm, 4)}
     row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if options.device == "cuda" else None
     try:

@@ -15,19 +15,14 @@ import argparse
 import ctypes
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Callable
 
-from environment import as_in_the_demo, write_record
+import torch
+from environment import as_in_the_demo, memory_mib, seconds, write_record
 
-if __name__ == "__main__":
-    as_in_the_demo()
-
-import torch  # noqa: E402
-
-from rwkvlm.ops import backend  # noqa: E402
-from rwkvlm.ops.cross_entropy import head_cross_entropy, native, reference  # noqa: E402
+from rwkvlm.ops import backend
+from rwkvlm.ops.cross_entropy import head_cross_entropy, native, reference
 
 TOLERANCE = {"float32": (1e-6, 2e-6), "bfloat16": (2e-3, 1e-2)}  # relative: loss, rms of gradients
 
@@ -62,12 +57,6 @@ def errors(dtype: torch.dtype) -> dict[str, list[float]]:
     return {name: [((a.double() - b).norm() / b.norm()).item() for a, b in zip(step(form, *inputs), exact)] for name, form in FORMS.items()}
 
 
-def timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def products(x: torch.Tensor, weight: torch.Tensor, tokens: int) -> list[Callable[[], object]]:
     """The head's three products for a chunk of tokens: logits, and the gradients of x and weight."""
     x, weight = x.detach()[:tokens], weight.detach()
@@ -81,16 +70,12 @@ def products(x: torch.Tensor, weight: torch.Tensor, tokens: int) -> list[Callabl
 
 def added_memory(work: Callable[[], object]) -> float | None:
     """MiB by which the process grows at its peak; None where Linux does not say."""
-
-    def status(key: str) -> int:
-        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1])
-
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what others have used and the allocator has kept
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = status("VmRSS")
+        before = memory_mib("VmRSS")
         work()
-        return (status("VmHWM") - before) / 1024
+        return memory_mib("VmHWM") - before
     except OSError:
         return None
 
@@ -107,9 +92,9 @@ def measure(tokens: int, features: int, options: argparse.Namespace) -> dict:
         part()
     for _ in range(options.rounds):
         for name, form in FORMS.items():
-            times[name].append(timed(lambda: step(form, *inputs)))
+            times[name].append(seconds(lambda: step(form, *inputs)))
         for part, record in zip(parts, product_times):
-            record.append(timed(part))
+            record.append(seconds(part))
     operations = 2 * tokens * features * options.vocabulary
     rate = 2 * min(tokens, 512) * features * options.vocabulary / min(min(record) for record in product_times)
     row = {"tokens": tokens, "features": features, "vocabulary": options.vocabulary, "dtype": options.dtype, "product_gflops": round(rate / 1e9)}
@@ -157,4 +142,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    as_in_the_demo()
     sys.exit(main())

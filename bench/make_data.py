@@ -1,4 +1,4 @@
-"""make_data.py: text to finished binidx, beside the official tool; the tokenizer alone; peak memory; dataset reads.
+"""make_data.py: text to finished binidx, beside the official tool; the tokenizer alone; peak memory.
 
     python bench/text.py --folder ~/bench-text
     python bench/make_data.py --text ~/bench-text/text.jsonl --official ~/RWKV-LM/RWKV-v5 --out result.json
@@ -13,10 +13,8 @@ equal the plain one's on a sample, and on the official tool's part both tools mu
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -25,14 +23,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
+from environment import ROOT, write_record
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "RWKV-v7"))
-
-from rwkvlm.data.binidx import BinIdx  # noqa: E402
-from rwkvlm.data.documents import parse, read_blocks  # noqa: E402
-from rwkvlm.data.tokenizer import Texts, WorldTokenizer, load_tokenizer, vocabulary_path  # noqa: E402
+from rwkvlm.data.binidx import BinIdx
+from rwkvlm.data.documents import parse, read_blocks
+from rwkvlm.data.tokenizer import Texts, WorldTokenizer, load_tokenizer, vocabulary_path
 
 
 def head(text: Path, size: float, to: Path) -> int:
@@ -108,17 +103,6 @@ def tokenizer_alone(text: Path, rounds: int) -> dict:
     return {"text_bytes": size, "MB_per_s": size / 1e6 / min(seconds), "rounds_s": seconds, "python_trie_MB_per_s": 1 / (time.perf_counter() - begin)}
 
 
-def dataset_reads(prefix: Path, ctx_len: int, batch: int = 16) -> dict:
-    """Tokens/s that slices at random places reach, converted to int64, in this process."""
-    data, rng, n = BinIdx(prefix), np.random.default_rng(0), 0
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < 2:
-        for at in rng.integers(0, data.n_tokens - ctx_len - 1, batch):
-            data.tokens[at : at + ctx_len + 1].astype(np.int64)
-        n += batch * ctx_len
-    return {"ctx_len": ctx_len, "tokens_per_s": n / (time.perf_counter() - begin)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", required=True, type=Path, help="the .jsonl that bench/text.py made")
@@ -131,8 +115,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where the files go (default: beside the text)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    made = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {"date": datetime.date.today().isoformat(), "commit": made, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "workers": args.workers}
+    result = {"cores": os.cpu_count(), "workers": args.workers}
     with tempfile.TemporaryDirectory(dir=args.scratch or args.text.parent) as name:
         folder = Path(name)
         if args.large:
@@ -150,19 +133,19 @@ def main() -> None:
                     official_runs.append(official(args.official, folder / "part.jsonl", folder))
             text_bytes = runs[0]["facts"]["text_bytes"]
             best = min(runs, key=lambda run: run["seconds"])
-            result["whole"] = {"jsonl_bytes": args.text.stat().st_size, "MB_per_s": text_bytes / 1e6 / best["seconds"], "MB_per_s_without_start": text_bytes / 1e6 / min(run["inner_seconds"] for run in runs), "peak_mib": max(run["peak_mib"] for run in runs), "rounds_s": [run["seconds"] for run in runs], "cpu_s": best["cpu_seconds"], "facts": best["facts"]}
+            without_start, peak = min(run["inner_seconds"] for run in runs), max(run["peak_mib"] for run in runs)
+            result["whole"] = {"jsonl_bytes": args.text.stat().st_size, "MB_per_s": text_bytes / 1e6 / best["seconds"], "MB_per_s_without_start": text_bytes / 1e6 / without_start}
+            result["whole"] |= {"peak_mib": peak, "rounds_s": [run["seconds"] for run in runs], "cpu_s": best["cpu_seconds"], "facts": best["facts"]}
             result["tokenizer"] = tokenizer_alone(args.text, args.rounds)
-            result["reads"] = [dataset_reads(folder / "ours", ctx_len) for ctx_len in (512, 4096)]
             if args.official:
                 part_runs = [ours(folder / "part.jsonl", folder, args.workers) for _ in range(2)]
                 assert same_documents(BinIdx(folder / "ours"), BinIdx(folder / "demo")), "the two tools make different documents"
                 speed = part_runs[0]["facts"]["text_bytes"] / 1e6 / min(official_runs)
                 result["official"] = {"jsonl_bytes": part_bytes, "MB_per_s": speed, "rounds_s": official_runs, "ours_is_times": result["whole"]["MB_per_s"] / speed}
     result["bench_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(text + "\n")
+        write_record(args.out, **result)
 
 
 if __name__ == "__main__":

@@ -44,36 +44,55 @@ def ticks(low: float, high: float) -> list[float]:
     return [step * (first + i) for i in range(int(high / step - first + 1e-9) + 1)]
 
 
+class Frame:
+    """The axes of a picture around some points, and what is drawn within them.
+
+    marks: what is written where on the axis below, from its first to its last; below: what it shows; right: the margin there.
+    """
+
+    def __init__(self, points: Points, marks: dict[float, str], below: str, right: int = RIGHT) -> None:
+        low, high = min(value for _, value in points), max(value for _, value in points)
+        self.low, self.high = (low, high) if high > low else (low - 0.5, high + 0.5)
+        self.least, self.most, self.right = min(marks), max(at for at, _ in points), right
+        self.parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        ]
+        for value in ticks(self.low, self.high):
+            y = self.y(value)
+            self.parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - right}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        for at, mark in marks.items():
+            self.parts.append(f'<text x="{self.x(at):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{mark}</text>')
+        self.parts.append(f'<text x="{(LEFT + WIDTH - right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(below)}</text>')
+
+    def x(self, at: float) -> float:
+        return LEFT + (at - self.least) / (self.most - self.least or 1) * (WIDTH - LEFT - self.right)
+
+    def y(self, value: float) -> float:
+        return TOP + (self.high - value) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+
+    def line(self, points: Points, colour: str, width: float, opacity: float = 1) -> None:
+        path = " ".join(f"{self.x(at):.1f},{self.y(value):.1f}" for at, value in points)
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>')
+
+    def dot(self, at: float, value: float, colour: str) -> None:
+        self.parts.append(f'<circle cx="{self.x(at):.1f}" cy="{self.y(value):.1f}" r="4" fill="{colour}" stroke="white"/>')
+
+    def svg(self) -> str:
+        return "\n".join([*self.parts, "</svg>"]) + "\n"
+
+
 def picture(runs: list[tuple[str, Points, Points]]) -> str:
     everything = [point for _, steps, held_out in runs for point in steps + held_out]
-    most = max(tokens for tokens, _ in everything) or 1
-    low, high = min(value for _, value in everything), max(value for _, value in everything)
-
-    def x(tokens: float) -> float:
-        return LEFT + tokens / most * (WIDTH - LEFT - RIGHT)
-
-    def y(loss: float) -> float:
-        return TOP + (high - loss) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM)
-
-    def line(points: Points, colour: str, width: float, opacity: float) -> str:
-        path = " ".join(f"{x(tokens):.1f},{y(loss):.1f}" for tokens, loss in points)
-        return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-    ]
-    for value in ticks(low, high):
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(0, most):
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:,.0f}</text>')
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">tokens</text>')
+    frame = Frame(everything, {value: f"{value:,.0f}" for value in ticks(0, max(tokens for tokens, _ in everything) or 1)}, "tokens")
     for i, (name, steps, held_out) in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
-        parts += [line(steps, colour, 0.7, 0.35), line(smooth(steps), colour, 2, 1)]
-        parts += [f'<circle cx="{x(tokens):.1f}" cy="{y(loss):.1f}" r="4" fill="{colour}" stroke="white"/>' for tokens, loss in held_out]
-        parts.append(f'<text x="{WIDTH - RIGHT - 8}" y="{TOP + 16 * (i + 1)}" text-anchor="end" fill="{colour}">{html.escape(name)}: line training, dots validation</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        frame.line(steps, colour, 0.7, 0.35)
+        frame.line(smooth(steps), colour, 2)
+        for tokens, loss in held_out:
+            frame.dot(tokens, loss, colour)
+        frame.parts.append(f'<text x="{WIDTH - RIGHT - 8}" y="{TOP + 16 * (i + 1)}" text-anchor="end" fill="{colour}">{html.escape(name)}: line training, dots validation</text>')
+    return frame.svg()
 
 
 def main() -> int:

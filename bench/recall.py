@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rwkvlm.checkpoint.pth import load_into, load_weights
+from rwkvlm.checkpoint.pth import load_weights, model_from
 from rwkvlm.config import UserError
-from rwkvlm.models import LanguageModel, build, read_config
+from rwkvlm.models import LanguageModel
 
 HELD_OUT = 1_000_000  # the seed of what is evaluated; seeds of training lie below
 BLOCK = 256  # sequences made together
@@ -131,10 +131,7 @@ def by_pairs(model: LanguageModel, task: Task, count: int) -> dict[str, object]:
 
 def load(path: Path) -> LanguageModel:
     """The model of a file, its weights, which are bfloat16 there, in fp32."""
-    tensors = load_weights(path)
-    model = build(read_config(tensors))
-    load_into(model, tensors)
-    return model.float().eval()
+    return model_from(load_weights(path), "cpu", torch.float32)
 
 
 def weights_of(folder: Path) -> list[Path]:

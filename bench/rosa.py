@@ -114,7 +114,7 @@ def main() -> None:
                 result = {"shape": shape, "kind": kind, "form": form, **measured(*shape, kind, form, options.rounds)}
                 line = f"{shape} {kind} {form}: forward {result['forward_us_a_row']:.1f} us a row, gradient {result['gradient']:.3f} s"
                 if form == "self" and (*shape, kind) in BARS:
-                    result["bar"] = BARS[*shape, kind]
+                    result["bar"] = BARS[(*shape, kind)]
                     line += f" (wanted {result['bar']})"
                 if theirs and form == "self":
                     result["official_estimate"] = official(theirs, *shape, kind)

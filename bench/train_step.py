@@ -20,12 +20,11 @@ import os
 import re
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from environment import as_in_the_demo, write_record
+from environment import as_in_the_demo, memory_mib, seconds, write_record
 
 CTX = 512
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}  # relative: loss and the whole gradient, against float64
@@ -87,9 +86,8 @@ class Training:
         return self.module.training_step((idx[:, :-1].contiguous(), idx[:, 1:].contiguous()), 0)
 
     def step(self) -> None:
-        idx = self.batches[self.made % len(self.batches)]
         self.optimizer.zero_grad()
-        self.loss(idx).backward()
+        self.loss(self.batches[self.made % len(self.batches)]).backward()
         self.optimizer.clip(self.norms.measure(), self.module.config.grad_clip)
         self.optimizer.step()
         self.made += 1
@@ -108,12 +106,6 @@ def errors(precision: str) -> tuple[float, float]:
         results.append((loss.detach().double(), torch.cat([g.double().flatten() for g in grads])))
     backend.set_kernel("")
     return tuple(((got - exact).norm() / exact.norm()).item() for got, exact in zip(*results))
-
-
-def timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 class Machine:
@@ -139,13 +131,13 @@ class Machine:
     def look(self) -> None:
         for i, work in enumerate(self.works):
             work()
-            self.best[i] = min(self.best[i], *(timed(work) for _ in range(3)))
-        self.best_copy = min(self.best_copy, timed(lambda: self.target.copy_(self.source)))
+            self.best[i] = min(self.best[i], *(seconds(work) for _ in range(3)))
+        self.best_copy = min(self.best_copy, seconds(lambda: self.target.copy_(self.source)))
 
     @property
     def gflops(self) -> float:
         total = sum(count * operations for count, operations in zip(self.weights, self.operations))
-        return total / sum(count * seconds for count, seconds in zip(self.weights, self.best)) / 1e9
+        return total / sum(count * best for count, best in zip(self.weights, self.best)) / 1e9
 
     @property
     def copy_gb_s(self) -> float:
@@ -155,7 +147,7 @@ class Machine:
 
 def shares(step: Callable[[], object], steps: int = 4) -> dict[str, float]:
     """Seconds of the operators of each part, in the last of some steps; the profiler's own allocations have settled by then."""
-    seconds: dict[str, float] = dict.fromkeys([*PARTS, "rest"], 0.0)
+    spent: dict[str, float] = dict.fromkeys([*PARTS, "rest"], 0.0)
 
     def part_of(event) -> str:
         while event is not None:
@@ -168,7 +160,7 @@ def shares(step: Callable[[], object], steps: int = 4) -> dict[str, float]:
     def ready(profile) -> None:
         for event in profile.events():
             if not event.name.startswith("ProfilerStep"):
-                seconds[part_of(event)] += event.self_cpu_time_total / 1e6
+                spent[part_of(event)] += event.self_cpu_time_total / 1e6
 
     schedule = torch.profiler.schedule(wait=0, warmup=steps - 1, active=1)
     cpu = [torch.profiler.ProfilerActivity.CPU]
@@ -176,11 +168,7 @@ def shares(step: Callable[[], object], steps: int = 4) -> dict[str, float]:
         for _ in range(steps):
             step()
             profile.step()
-    return seconds
-
-
-def memory_status(key: str) -> float:
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1]) / 1024
+    return spent
 
 
 def measure(name: str, precision: str, options: argparse.Namespace) -> dict:
@@ -189,13 +177,13 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict:
     tokens = batch * CTX
     for _ in range(3):
         training.step()
-    peak = memory_status("VmHWM")
+    peak = memory_mib("VmHWM")
     machine = Machine(training.model, tokens)
     times = []
     for _ in range(options.rounds):
         machine.look()
         training.step()  # settles what the measurement has thrown out of the caches
-        times += [timed(training.step) for _ in range(options.steps)]
+        times += [seconds(training.step) for _ in range(options.steps)]
     own = shares(training.step)
     parameters = sum(p.numel() for p in training.model.parameters())
     small = 2 if precision == "bf16" else 4

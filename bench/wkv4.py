@@ -25,6 +25,7 @@ from typing import Callable
 
 import torch
 from environment import write_record
+from gpu_kernels import both
 
 from rwkvlm.ops.wkv4 import backend_for, wkv4, wkv4_chunked, wkv4_reference
 
@@ -75,22 +76,15 @@ def make_inputs(B: int, T: int, C: int, dtype: torch.dtype, device: torch.device
     return [w.to(device), u.to(device), *(x.to(device, dtype) for x in (k.clamp(-100, 100), v, dy))]
 
 
-def step(form: Callable, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """One forward and backward: y and the four gradients."""
-    *inputs, dy = tensors
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    y = form(*leaves)
-    return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-
 def errors_of(forms: dict[str, Callable], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Of each form by kind of input: the largest rms error against float64 over y and the gradients, each relative to its tensor."""
     found: dict[str, dict[str, float]] = {name: {} for name in forms}
     for kind in KINDS:
         tensors = make_inputs(2, 100, 64, options.dtype, options.device, kind)
-        expected = step(FORMS["loop"], [x.double() for x in tensors])
+        *inputs, dy = tensors
+        expected = both(FORMS["loop"], [x.double() for x in inputs], dy.double())
         for name, form in forms.items():
-            pairs = zip(step(form, tensors), expected)
+            pairs = zip(both(form, inputs, dy), expected)
             found[name][kind] = max(((x.double() - y).norm() / y.norm()).item() for x, y in pairs)
     return found
 
@@ -111,17 +105,17 @@ def seconds(work: Callable[[], object], at_least: float, device: torch.device) -
 
 
 def measure(shape: tuple[int, int, int], forms: dict[str, Callable], options: argparse.Namespace) -> dict:
-    tensors = make_inputs(*shape, options.dtype, options.device)
+    *inputs, dy = make_inputs(*shape, options.dtype, options.device)
     times: dict[str, list[float]] = {name: [] for name in forms}
     copy: list[float] = []
     for name in forms.keys() - {"loop"}:
-        seconds(lambda: step(forms[name], tensors), 0.3, options.device)
+        seconds(lambda: both(forms[name], inputs, dy), 0.3, options.device)
     for number in range(options.rounds):
-        to = torch.empty_like(tensors[2])
-        copy.append(seconds(lambda: to.copy_(tensors[2]), 0.05, options.device))
+        to = torch.empty_like(dy)
+        copy.append(seconds(lambda: to.copy_(dy), 0.05, options.device))
         for name, form in forms.items():
             if not (number >= 3 and name == "loop" and times[name][0] > options.slow):
-                times[name].append(seconds(lambda: step(form, tensors), 0.2, options.device))
+                times[name].append(seconds(lambda: both(form, inputs, dy), 0.2, options.device))
     row = {"B": shape[0], "T": shape[1], "C": shape[2], "ms": {name: round(statistics.median(t) * 1e3, 3) for name, t in times.items()}}
     row["ms_fastest"] = {name: round(min(t) * 1e3, 3) for name, t in times.items()}
     row["ratios"] = {f"{name}/native": round(row["ms"][name] / row["ms"]["native"], 1) for name in forms if name != "native"}

@@ -4,15 +4,14 @@
 
 Correctness first: every form is compared with float64, on usual inputs, at the decay clamp (w = 8) and with repeated keys, and
 nothing is timed on a wrong result. The two PyTorch forms of the package are the yardsticks: the loop is what one writes straight
-from the formula, the chunked form the best that matmuls give. Another file with functions `naive` and `chunk` of the same arguments
-is timed beside them with --prototype. Rounds of all forms alternate, so that a busy machine hits them alike; the ratios are those
-of the medians, and of the fastest rounds beside them. Every form is timed on all rows; a loop slower than --slow seconds in three
-rounds only.
+from the formula, the chunked form the best that matmuls give. Rounds of all forms alternate, so that a busy machine hits them alike;
+the ratios are those of the medians, and of the fastest rounds beside them. Every form is timed on all rows; a loop slower than --slow
+seconds in three rounds only.
 
 "ideal" is the time of the kernel's multiply-adds at the best rate of torch's own fp32 matrix product, measured in the same run: what a
 step would take if memory, exponentials and autograd were free.
 
---allocator training runs with what demo-training-run.sh sets for malloc (memory is kept, not given back). The
+--allocator training runs in the environment that demo-training-run.sh sets (memory is kept, not given back). The
 loop, which allocates most, gains most by it: its ratios are then smaller and the kernel's times are those of training.
 --allocator huge asks for pages of 2 MB besides (glibc >= 2.35, where the kernel's transparent huge pages are "madvise" or "always").
 """
@@ -20,7 +19,6 @@ loop, which allocates most, gains most by it: its ratios are then smaller and th
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import statistics
 import sys
@@ -29,39 +27,19 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
-from environment import write_record
+from environment import variables, write_record
+from gpu_kernels import KINDS, both, recurrence_inputs
 
 from rwkvlm.ops.wkv7 import wkv7_chunked, wkv7_native, wkv7_reference
 from rwkvlm.ops.wkv7.native import why_not
 
 FORMS = {"loop": wkv7_reference, "chunked": wkv7_chunked, "native": wkv7_native}
+ALLOCATORS = {"default": {}, "training": variables(), "huge": variables() | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
 
 
-KINDS = ("usual", "clamp", "repeated")
-TRAINING_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # demo-training-run.sh
-ALLOCATORS = {"default": {}, "training": TRAINING_ALLOCATOR, "huge": TRAINING_ALLOCATOR | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
-
-
-def make_inputs(B: int, T: int, H: int, N: int, dtype: torch.dtype, kind: str = "usual") -> list[torch.Tensor]:
-    """r, w, k, v, a, b as a trained model makes them, and the gradient of y; kind: one of KINDS."""
-    generator = torch.Generator().manual_seed(0)
-    r, w, k, v, kk, rate, dy = (torch.randn(B, T, H, N, generator=generator) for _ in range(7))
-    rate = torch.sigmoid(rate)
-    w = torch.full_like(w, 8.0) if kind == "clamp" else w * 2 - 1
-    if kind == "repeated":
-        kk, rate = kk[:, :1] + 0.03 * kk, 0.9 + 0.1 * rate
-    kk = F.normalize(kk, dim=-1)
-    tensors = [r / 2, w, k / 2, v, -kk, kk * rate, dy]
-    return [x.to(dtype).contiguous() for x in tensors]
-
-
-def step(form: Callable, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def step(form: Callable, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """One forward and backward: y and the six gradients."""
-    *inputs, dy = tensors
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    y, _ = form(*leaves)
-    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+    return both(lambda *inputs: form(*inputs)[0], tensors[:-1], tensors[-1])
 
 
 def worst_error(form: Callable, tensors: list[torch.Tensor]) -> float:
@@ -77,14 +55,6 @@ def seconds(form: Callable, tensors: list[torch.Tensor], at_least: float) -> flo
         step(form, tensors)
         count += 1
     return elapsed / count
-
-
-def prototype_forms(path: Path) -> dict[str, Callable]:
-    """The loop and the chunked form of a file that has them as `naive` and `chunk`."""
-    spec = importlib.util.spec_from_file_location("prototype", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {"loop (prototype)": module.naive, "chunked (prototype)": module.chunk}
 
 
 def gemm_rate() -> float:
@@ -108,24 +78,21 @@ def multiply_adds(N: int) -> int:
 
 
 def measure(B: int, T: int, options: argparse.Namespace) -> dict:
-    tensors = make_inputs(B, T, options.heads, options.head_size, getattr(torch, options.dtype))
-    forms = FORMS | (prototype_forms(options.prototype) if options.prototype else {})
-    times: dict[str, list[float]] = {name: [] for name in forms}
+    tensors = recurrence_inputs(B, T, options.heads, options.head_size, getattr(torch, options.dtype), "cpu")
+    times: dict[str, list[float]] = {name: [] for name in FORMS}
     for name in ("chunked", "native"):
-        seconds(forms[name], tensors, 0.5)
+        seconds(FORMS[name], tensors, 0.5)
     rate = 0.0
     for number in range(options.rounds):
         rate = max(rate, gemm_rate())
-        for name, form in forms.items():
-            if not (number >= 3 and name.startswith("loop") and times[name][0] > options.slow):
+        for name, form in FORMS.items():
+            if not (number >= 3 and name == "loop" and times[name][0] > options.slow):
                 times[name].append(seconds(form, tensors, 0.2))
     row = {"B": B, "T": T, "H": options.heads, "N": options.head_size, "dtype": options.dtype}
     row["ms"] = {name: round(statistics.median(t) * 1e3, 3) for name, t in times.items()}
     row["ms_fastest"] = {name: round(min(t) * 1e3, 3) for name, t in times.items()}
     for key in ("ms", "ms_fastest"):
         row[f"ratios_{key}"] = {f"{name}/native": round(row[key][name] / row[key]["native"], 1) for name in ("loop", "chunked")}
-        for name in ("loop", "chunked") if options.prototype else ():
-            row[f"ratios_{key}"][f"{name}/prototype"] = round(row[key][name] / row[key][f"{name} (prototype)"], 2)
     row["rounds"] = {name: len(t) for name, t in times.items()}
     row["gemm_gflops"] = round(2 * rate / 1e9, 1)
     row["ideal_ms"] = round(B * T * options.heads * multiply_adds(options.head_size) / rate * 1e3, 3)
@@ -142,7 +109,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow", type=float, default=1.0, help="seconds from which the loop is timed in three rounds only")
     parser.add_argument("--allocator", choices=ALLOCATORS, default="default", help="malloc as it is, as the training script sets it, or that with huge pages")
-    parser.add_argument("--prototype", type=Path, help="a Python file with naive(...) and chunk(...) to time beside the yardsticks")
     parser.add_argument("--json", type=Path, help="JSON file to write")
     options = parser.parse_args()
     allocator = ALLOCATORS[options.allocator]
@@ -155,7 +121,7 @@ def main() -> int:
 
     errors = dict.fromkeys(("chunked", "native"), 0.0)
     for kind in KINDS:
-        small = make_inputs(1, 100, 2, options.head_size, getattr(torch, options.dtype), kind)
+        small = recurrence_inputs(1, 100, 2, options.head_size, getattr(torch, options.dtype), "cpu", kind)
         errors = {name: max(error, worst_error(FORMS[name], small)) for name, error in errors.items()}
     tolerance = 5e-6 if options.dtype == "float32" else 1e-2
     print("worst error against float64: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))

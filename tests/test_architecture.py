@@ -18,7 +18,6 @@ MAY_IMPORT = {
     "checkpoint": {"config", "models"},
     "train": {"config", "ops", "models", "checkpoint", "data", "infer"},
     "infer": {"config", "ops", "models", "checkpoint", "data"},
-    "convert": {"config", "models", "checkpoint", "data"},
     "eval": {"config", "ops", "models", "checkpoint", "data", "infer"},
     "compress": {"config", "ops", "layers", "models", "checkpoint", "data", "train", "eval"},
 }

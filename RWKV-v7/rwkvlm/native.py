@@ -84,7 +84,7 @@ def cuda_library(name: str) -> ctypes.CDLL:
     It knows nothing of torch, and is called with addresses: x.data_ptr(), torch.cuda.current_stream().cuda_stream. So nvcc needs no
     header of torch, which take it minutes and tie the result to one version; the same library serves every torch, one built for another
     CUDA release included, since it brings its own CUDA runtime, and memory and streams belong to the driver, which all runtimes share.
-    Its functions return an int that `cuda_check` understands. The caller makes the tensors' device the current one.
+    Its functions return 0, or an error that `cuda_message` names. The caller makes the tensors' device the current one.
     """
     found = _opened(f"CUDA kernel {name}", build_cuda(name, _architectures(name)))
     code = found.cuda_probe()
@@ -106,13 +106,8 @@ def cuda_available(name: str) -> tuple[bool, str]:
     return True, ""
 
 
-def cuda_check(library: ctypes.CDLL, code: int, what: str) -> None:
-    """RuntimeError where a function of a `cuda_library` has returned an error; what: which one, for the message."""
-    if code:
-        raise RuntimeError(f"{what}: {cuda_message(library, code)}")
-
-
 def cuda_message(library: ctypes.CDLL, code: int) -> str:
+    """What it means that a function of a `cuda_library` has returned this and not 0."""
     library.cuda_message.restype = ctypes.c_char_p
     return f"{library.cuda_message(code).decode()} ({code})"
 

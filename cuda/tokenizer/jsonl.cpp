@@ -1,3 +1,4 @@
+// A strict parser of JSON lines in one pass over their bytes, eight at a time where they are plain.
 #include "jsonl.h"
 
 #include <cstring>

@@ -1,3 +1,4 @@
+// The World tokenizer's trie: how its double array is filled, and the walk over texts.
 #include "world.h"
 
 #include <algorithm>

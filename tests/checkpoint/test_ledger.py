@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -38,7 +39,7 @@ def test_own_newer_weights_do_not_make_a_state_stale(tmp_path):
 
 
 def killed_before_rename(tmp_path, monkeypatch, seed):
-    real = ledger.os.replace
+    real = os.replace
 
     class Killed(BaseException):
         pass

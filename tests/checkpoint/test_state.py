@@ -62,7 +62,7 @@ def saved(tmp_path):
     model, optimizer = build(0)
     for step in (2, 4):
         train(model, optimizer, 2)
-        state.save_state(tmp_path, step, model, optimizer, {"step": step}, keep_last=2)
+        state.write(tmp_path, step, state.capture(model, optimizer), {"step": step}, keep_last=2)
     return tmp_path, model, optimizer
 
 
@@ -71,7 +71,7 @@ def test_going_on_gives_the_same_bits(tmp_path, dtype):
     model, optimizer = build(0, dtype)
     train(model, optimizer, 3)
     meta = {"samples": 12, "nested": {"list": [1, 2.5, None], "10": 1, "9": 0}}
-    path = state.save_state(tmp_path, 3, model, optimizer, meta, keep_last=1)
+    path = state.write(tmp_path, 3, state.capture(model, optimizer), meta, keep_last=1)
     assert path == tmp_path / "state" / "step3" and (tmp_path / "state" / "latest").read_text() == "step3"
     train(model, optimizer, 3)
     after = torch.rand(2), random.random(), np.random.rand()
@@ -91,7 +91,7 @@ def test_going_on_gives_the_same_bits(tmp_path, dtype):
 def test_between_precisions_masters_survive(tmp_path):
     model, optimizer = build(0, torch.bfloat16)
     train(model, optimizer, 3)
-    state.save_state(tmp_path, 3, model, optimizer, {}, 1)
+    state.write(tmp_path, 3, state.capture(model, optimizer), {}, 1)
     other, optimizer2 = build(1)
     state.load_state(state.find_state(tmp_path), other, optimizer2)
     assert torch.equal(other.matrix, optimizer.state[model.matrix]["master"])
@@ -101,13 +101,13 @@ def test_between_precisions_masters_survive(tmp_path):
 def test_frozen_parameters_keep_their_values_and_thawed_ones_start_without_moments(tmp_path):
     model, optimizer = build(0)
     train(model, optimizer, 2)
-    state.save_state(tmp_path, 2, model, optimizer, {}, 1)
+    state.write(tmp_path, 2, state.capture(model, optimizer), {}, 1)
     frozen = Toy(1)
     frozen.matrix.requires_grad_(False)
     half = torch.optim.AdamW([frozen.w0, frozen.gain, frozen.idle])
     state.load_state(state.find_state(tmp_path), frozen, half)
     assert same(model, frozen)
-    state.save_state(tmp_path, 3, frozen, half, {}, 1)
+    state.write(tmp_path, 3, state.capture(frozen, half), {}, 1)
     thawed, whole = build(2)
     state.load_state(state.find_state(tmp_path), thawed, whole)
     assert same(model, thawed) and not whole.state[thawed.matrix]["exp_avg"].any() and whole.state[thawed.matrix]["step"] == 0
@@ -162,7 +162,7 @@ def test_a_damaged_state_is_reported_and_the_one_before_used(saved, capsys, dama
     assert said.count("\n") == 1 and "step4 is damaged" in said
     state.load_state(info, model, optimizer)
     train(model, optimizer, 1)
-    state.save_state(folder, 3, model, optimizer, {"step": 3}, keep_last=2)
+    state.write(folder, 3, state.capture(model, optimizer), {"step": 3}, keep_last=2)
     assert intact(folder).step == 3 and (folder / "state" / "latest").read_text() == "step3"
     assert (folder / "state" / "step4.damaged").is_dir(), "never deleted"
     damage(folder / "state" / "step3") if damage is not change_manifest else lose(folder / "state" / "step3")
@@ -200,7 +200,7 @@ def test_an_interrupted_save_never_costs_an_older_state(saved, monkeypatch, call
 
     monkeypatch.setattr("os.replace", replace)
     with pytest.raises((Killed, UserError)):
-        state.save_state(folder, step, model, optimizer, {"step": step, "new": True}, keep_last=2)
+        state.write(folder, step, state.capture(model, optimizer), {"step": step, "new": True}, keep_last=2)
     monkeypatch.undo()
     renamed = any(str(source).endswith(".tmp") and target.name == f"step{step}" for source, target in calls)
     info = intact(folder)
@@ -210,7 +210,7 @@ def test_an_interrupted_save_never_costs_an_older_state(saved, monkeypatch, call
     if renamed:
         assert same(model, other)
     train(other, optimizer2, 2)
-    state.save_state(folder, 7, other, optimizer2, {"step": 7}, keep_last=2)
+    state.write(folder, 7, state.capture(other, optimizer2), {"step": 7}, keep_last=2)
     assert state.find_state(folder).step == 7
     assert sorted(p.name for p in (folder / "state").iterdir()) == sorted(["latest", "step7", f"step{step if renamed else 4}"])
 
@@ -219,7 +219,7 @@ def test_an_interrupted_save_never_costs_an_older_state(saved, monkeypatch, call
 def test_old_states_are_deleted(tmp_path, keep_last):
     model, optimizer = build(0)
     for step in range(5):
-        state.save_state(tmp_path, step, model, optimizer, {}, keep_last)
+        state.write(tmp_path, step, state.capture(model, optimizer), {}, keep_last)
     names = sorted(p.name for p in (tmp_path / "state").iterdir() if p.is_dir())
     assert names == [f"step{step}" for step in range(5 - keep_last, 5)]
 
@@ -227,7 +227,7 @@ def test_old_states_are_deleted(tmp_path, keep_last):
 def test_a_state_is_not_used_when_weights_were_replaced_and_is_set_aside(saved, capsys):
     folder, model, optimizer = saved
     ledger.publish_weights(folder, "rwkv-0.pth", model.state_dict())
-    state.save_state(folder, 5, model, optimizer, {}, 2)
+    state.write(folder, 5, state.capture(model, optimizer), {}, 2)
     ledger.publish_weights(folder, "rwkv-1.pth", model.state_dict())
     assert state.find_state(folder).step == 5
     (folder / "rwkv-9.pth").write_bytes((folder / "rwkv-0.pth").read_bytes())
@@ -238,7 +238,7 @@ def test_a_state_is_not_used_when_weights_were_replaced_and_is_set_aside(saved, 
     assert (folder / "state.aside-1" / "step5").is_dir() and "state.aside-1" in capsys.readouterr().err
     state.set_aside(folder)
     assert not (folder / "state.aside-2").exists(), "nothing is left to be set aside"
-    state.save_state(folder, 1, model, optimizer, {}, 2)
+    state.write(folder, 1, state.capture(model, optimizer), {}, 2)
     assert state.find_state(folder).step == 1
     (folder / "rwkv-9.pth").unlink()
     assert state.find_state(folder) is None
@@ -253,7 +253,7 @@ def test_no_state(tmp_path):
 def test_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "state").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot save the training state") as caught:
-        state.save_state(tmp_path, 1, *build(0), {}, 1)
+        state.write(tmp_path, 1, state.capture(*build(0)), {}, 1)
     assert "\n" not in str(caught.value)
 
 
@@ -264,7 +264,7 @@ def test_a_full_disk_costs_nothing(saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))  # any larger file fails like on a full disk
     try:
         with pytest.raises(UserError, match="File too large") as caught:
-            state.save_state(folder, 6, model, optimizer, {}, 1)
+            state.write(folder, 6, state.capture(model, optimizer), {}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert "\n" not in str(caught.value)
@@ -284,7 +284,7 @@ def test_no_room_for_the_pointer_is_no_room_for_the_state(saved, monkeypatch):
 
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(UserError, match="No space left on device"):
-        state.save_state(folder, 9, model, optimizer, {"step": 9}, keep_last=2)
+        state.write(folder, 9, state.capture(model, optimizer), {"step": 9}, keep_last=2)
     monkeypatch.undo()
     assert sorted(path.name for path in (folder / "state").iterdir()) == before and state.find_state(folder).step == 4
 
@@ -298,7 +298,7 @@ def test_remains_of_a_killed_save_do_not_fill_the_disk_for_ever(saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
     try:
         with pytest.raises(UserError, match="File too large"):
-            state.save_state(folder, 6, model, optimizer, {}, 1)
+            state.write(folder, 6, state.capture(model, optimizer), {}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not remains.exists()

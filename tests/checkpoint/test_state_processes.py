@@ -22,24 +22,24 @@ def processes(rank: int, world_size: int, folder: str) -> None:
     model(torch.ones(1, 40)).sum().backward()
     for step in (1, 2):
         optimizer.step()
-        state.save_state(proj, step, model, optimizer, {"step": step}, keep_last=2)
+        state.write(proj, step, state.capture(model, optimizer), {"step": step}, keep_last=2)
 
     with pytest.raises(UserError, match="file system that all nodes share"):
-        state.save_state(proj if rank == 0 else Path(folder) / "elsewhere", 3, model, optimizer, {"step": 3}, keep_last=1)
+        state.write(proj if rank == 0 else Path(folder) / "elsewhere", 3, state.capture(model, optimizer), {"step": 3}, keep_last=1)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     with pytest.raises(UserError, match=r"File too large.*\(rank 1\)"):
-        state.save_state(proj, 3, model, optimizer, {"step": 3}, keep_last=1)
+        state.write(proj, 3, state.capture(model, optimizer), {"step": 3}, keep_last=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert state.find_state(proj).step == 2
-    ranks.barrier()
+    ranks.gather(None)
 
     if rank == 0:
         file = proj / "state" / "step2" / "rank00001.pt"
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 128
         file.write_bytes(data)
-    ranks.barrier()
+    ranks.gather(None)
     newest = state.find_state(proj)
     assert newest.step == 2 and state.check(newest) == "the checksum of rank00001.pt is wrong"  # read by one, known to all
     info = state.find_state(proj, [newest.path])

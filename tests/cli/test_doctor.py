@@ -9,6 +9,7 @@ import torch
 
 from rwkvlm import native
 from rwkvlm.cli import doctor, main
+from rwkvlm.config import UserError
 from rwkvlm.data.tokenizer import WorldTokenizer
 from rwkvlm.ops import wkv4, wkv7
 from rwkvlm.ops.adamw import reference as adamw
@@ -88,7 +89,7 @@ def test_a_kernel_that_computes_something_else_is_found(monkeypatch, name):
     """One side of the comparison is made wrong by one percent, or by one token."""
     place, attribute, spoil = WRONG[name]
     monkeypatch.setattr(place, attribute, spoil(getattr(place, attribute)))
-    with pytest.raises(doctor.Sick, match="differs from the reference.*; delete .*native to build it again"):
+    with pytest.raises(UserError, match="differs from the reference.*; delete .*native to build it again"):
         doctor.KERNELS[name]()
 
 
@@ -97,7 +98,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(doctor.Sick, match="cannot be written: Permission denied; choose another --proj_dir"):
+    with pytest.raises(UserError, match="cannot be written: Permission denied; choose another --proj_dir"):
         doctor.disk(tmp_path)
 
 
@@ -106,7 +107,7 @@ def test_nvcc_on_a_machine_with_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     nvcc = tmp_path / "bin" / "nvcc"
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(doctor.Sick, match="wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit 13.0, or set CUDA_HOME"):
+    with pytest.raises(UserError, match="wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit 13.0, or set CUDA_HOME"):
         doctor.nvcc()
     nvcc.parent.mkdir()
     for release, told in (("13.0", "CUDA 13.0"), ("12.8", "CUDA 12.8; torch's is 13.0, so DeepSpeed's FusedAdam does not build")):
@@ -120,5 +121,5 @@ def test_why_a_kernel_runs_in_plain_pytorch(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(native, "cuda_available", lambda name: (False, f"no nvcc for {name}"))
     assert doctor._compared("wkv7", "cuda", cuda, same, same).startswith("CUDA, largest deviation")
-    with pytest.raises(doctor.Sick, match="runs in plain PyTorch, slower: no nvcc for wkv7"):
+    with pytest.raises(UserError, match="runs in plain PyTorch, slower: no nvcc for wkv7"):
         doctor._compared("wkv7", "torch", cuda, same, same)

@@ -50,6 +50,8 @@ def test_what_is_left_out(tmp_path, monkeypatch):
         write_demo_corpus(tmp_path / "b.jsonl", 3)
     with pytest.raises(UserError, match="cannot write"):
         write_demo_corpus(tmp_path / "a.jsonl" / "c.jsonl")
+    with pytest.raises(UserError, match="cannot write .*; free some space"):
+        write_demo_corpus(tmp_path / "lib")  # a folder: what has been written beside it goes
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "lib"]
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from rwkvlm.cli import main as cli
+from rwkvlm.cli import make_data as command
 from rwkvlm.data import pack as pack_module
 from rwkvlm.data.binidx import BinIdx
+from rwkvlm.data.pack import Stage
 from rwkvlm.data.tokenizer import WorldTokenizer, load_tokenizer
 
 SHIM = Path(__file__).resolve().parents[2] / "make_data.py"
@@ -57,7 +59,7 @@ def test_the_official_call(here, capsys):
     out = capsys.readouterr().out
     n = BinIdx("demo").n_tokens
     assert BinIdx("demo").dtype == np.uint16 and f"--my_exit_tokens {n} --magic_prime " in out and "--ctx_len 16" in out
-    assert "document 0" in out and "document 899" in out and "1 mini-epochs" in out and "--vocab_size 65536" in out
+    assert "document 0" in out and "document 899" in out and "1 mini-epoch of" in out and "--vocab_size 65536" in out
 
 
 def test_the_only_document_is_shown_once(here, capsys):
@@ -105,6 +107,18 @@ def test_inputs_of_all_kinds(here):
     assert main(["a.jsonl", "[b]*.gz", "c.txt", "1", "2", "--out", "x", "--text_key", "content"]) == 0
     assert sorted(texts_of("x")) == ["", "four\r\nlines\n", "one", "three", "two\0"]
     assert main(["b.jsonl.gz", "1", "2", "--text_key", "content"]) == 0 and Path("b.bin").exists()
+
+
+def test_it_says_how_fast_it_is_and_how_long_it_will_take(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    say = command._progress(100.0)
+    for seconds, stage in ((4, Stage("reading", 0.1, 1, 9, False)), (10, Stage("reading", 0.25, 7, 640 << 20, False)), (12, Stage("reading", 0.3, 8, 9, False)),
+                           (20, Stage("reading", 0.5, 9, 640 << 20, True)), (30, Stage("writing", 0.9, 3, 0, False))):
+        now[0] = 100.0 + seconds
+        say(stage)
+    lines = ["reading  25%  7 documents  640.00 MiB, 64.00 MiB/s, 0:00:30 left", "reading  50%  9 documents  640.00 MiB, 32.00 MiB/s", "writing  90%  3 documents"]
+    assert capsys.readouterr().err.splitlines() == lines, "every five seconds; of a run that was gone on with the rate alone"
 
 
 def test_hugging_face_tokenizer(here, capsys):

@@ -126,7 +126,13 @@ def test_one_by_one_or_together_or_resumed(files):
         part.ask_for = lambda ii, k=k: asked.append((k, ii.tolist()))
     samples.ask_for(np.arange(1, 6))
     assert asked == [(0, [1, 2, 3]), (1, [1, 2])]  # what is read is what was asked for
-    assert samples.where(1) == samples.parts[1].where(1) and str(files / "c.bin") in samples.where(1)
+    assert samples.where(3) == samples.parts[1].where(2) and str(files / "c.bin") in samples.where(3) and samples.where(5) == samples.parts[0].where(3)
+
+
+def test_the_smallest_share_is_a_millionth(files):
+    assert [part.share for part in open_mixture(f"{files}/a:1,{files}/b:999999", CTX).parts] == [Fraction(1, 10**6), Fraction(999999, 10**6)]
+    with pytest.raises(UserError, match="gives a file 1.0e-06 of the samples; below 1e-06 leave it out"):
+        open_mixture(f"{files}/a:1,{files}/b:1000000", CTX)
 
 
 def test_order_names_what_decides_the_order(files):
@@ -143,12 +149,20 @@ def test_a_token_outside_the_vocabulary(files):
         mixture.samples(20000)[np.arange(1, 50)]
 
 
+def test_the_files_share_the_bytes_that_are_looked_through(files, monkeypatch):
+    monkeypatch.setattr("rwkvlm.data.tokens.BLOCK", 100)
+    seen = open_mixture(f"{files}/a,{files}/b", CTX).check_token_range(30000, limit=2000)
+    assert [one.checked for one in seen] == [500, 500], "1000 tokens of 16 bits in all"
+
+
 def test_held_out_files_one_after_the_other(files):
     samples = held_out([BinIdx(files / "c"), BinIdx(files / "a")], CTX, 1 << 16)
     assert len(samples) == 31 + 62
     x, _ = samples[np.array([1, 31, 32, 93, 94])]
     assert x[:, 0].tolist() == [30000, 30000 + 30 * CTX, 10000, 10000 + 61 * CTX, 30000]
     assert samples.name == f"{files}/c, {files}/a" and len(held_out([BinIdx(files / "c")], CTX, 1 << 16)) == 31
+    with pytest.raises(UserError, match="c.bin holds token 30001 at position 1, outside the vocabulary"):
+        held_out([BinIdx(files / "c")], CTX, 30001)[np.array([1])]
 
 
 @pytest.mark.parametrize(

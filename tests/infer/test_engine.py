@@ -6,13 +6,15 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli import generate as command
-from rwkvlm.config import ModelConfig, UserError
+from rwkvlm.config import ModelConfig, PhantomConfig, UserError, model_config
 from rwkvlm.data.tokenizer import load_tokenizer
 from rwkvlm.infer import engine as engine_module
 from rwkvlm.infer import load_engine
+from rwkvlm.infer.engine import Engine
 from rwkvlm.models import build, init_weights
 
 PROMPT = "def first(x):\n    return"
@@ -57,6 +59,27 @@ def test_a_long_prompt_is_read_whole(engine, monkeypatch):
     assert (whole - pieces).abs().max() < 1e-4 * whole.abs().max()
     shorter, _ = engine.read(ids[1:])
     assert (whole - shorter).abs().max() > 1e-2, "the first token must matter"
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [("x070", {}), ("x040", {}), ("hybrid", {"attention_layers": "1", "attention_window": 8}), ("x080", {}), ("phantom", {}), ("phantom", {"ttt_kind": "memory"})],
+)
+def test_a_state_holds_no_more_memory_than_its_numbers(kind, settings):
+    model = build(model_config(kind, n_layer=2, n_embd=64, vocab_size=256, **settings))
+    init_weights(model, 0)
+    with torch.inference_mode():
+        _, state = model.features(torch.arange(200)[None], return_state=True)
+    tensors = [t for t in tree_leaves(state) if t is not None]
+    assert tensors and all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+
+
+def test_a_model_that_was_being_trained_drops_nothing_when_it_reads():
+    model = build(PhantomConfig(n_layer=1, n_embd=32, vocab_size=60, head_size=32, core_ratio=1.0, ttt_enabled=False, dropout=0.5))
+    init_weights(model, 0)
+    torch.nn.init.normal_(model.blocks[0].ffn.value.weight)
+    engine = Engine(model.train(), tokenizer=None)
+    assert torch.equal(engine.read([1, 2, 3])[0], engine.read([1, 2, 3])[0])
 
 
 def test_seed_decides_the_text(engine):

@@ -63,15 +63,20 @@ def test_its_settings_and_the_flags_are_those_of_the_package():
     assert RWKV7PhantomConfig().core_ratio == own["core_ratio"]
 
 
-def test_call_and_state(model, tmp_path):
+def test_call_and_state(model, tmp_path, monkeypatch):
     idx = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
     logits, state = model(idx)
     assert logits.shape == (2, 40, 256)
     assert torch.equal(model(idx, return_state=False), logits)
     first, state = model(idx[:, :21], model.init_state(2))
     save_state(tmp_path / "state.pt", state)
+    with monkeypatch.context() as full, pytest.raises(OSError):
+        full.setattr(torch, "save", lambda content, path: Path(path).write_bytes(b"half") and (_ for _ in ()).throw(OSError("no space")))
+        save_state(tmp_path / "state.pt", model.init_state(2))
     second, _ = model(idx[:, 21:], load_state(tmp_path / "state.pt", model))
     assert torch.allclose(torch.cat([first, second], 1), logits, atol=1e-5 * logits.abs().max().item())
+    rounded = copy.deepcopy(model).bfloat16()
+    assert torch.allclose(rounded(idx[:, 21:], load_state(tmp_path / "state.pt", rounded))[0].float(), second, atol=0.1 * second.abs().max().item())
     other = create_model(RWKV7PhantomConfig(**SMALL | dict(ttt_chunk=32)))
     with pytest.raises(UserError, match="state of another model"):
         load_state(tmp_path / "state.pt", other)

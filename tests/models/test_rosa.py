@@ -146,7 +146,7 @@ def leaves(state):
 
 @pytest.mark.parametrize("model_type", ["x080", "rosa"])
 def test_initial_values(model_type):
-    """Row by row: the official ones of the ROSA block, o at 0.5 / sqrt(L) of it; everything else as RWKV-7 begins."""
+    """Row by row: the official ones of the ROSA block, o divided by the number of blocks; everything else as RWKV-7 begins."""
     sizes = dict(n_layer=3, n_embd=128, vocab_size=300, head_size=64)
     model, plain = build(model_config(model_type, **sizes, deep_embed=True)), build(ModelConfig(**sizes))
     for m in (model, plain):
@@ -159,7 +159,7 @@ def test_initial_values(model_type):
             of_rosa.add(f"blocks.{i}.{name}")
         for c in "qkvo":
             for part in ("weight", "bias"):  # torch.nn.Linear's own
-                w, bound = weights[name := f"blocks.{i}.rosa.{c}.{part}"], 128**-0.5 * (0.5 / math.sqrt(3) if c == "o" else 1)
+                w, bound = weights[name := f"blocks.{i}.rosa.{c}.{part}"], 128**-0.5 * (1 / 3 if c == "o" else 1)
                 assert 0.95 * bound < w.abs().max() <= bound and abs(w.std() * math.sqrt(3) / bound - 1) < 0.2
                 of_rosa.add(name)
     names = {"blocks.%d.rosa.%s.weight" % (i, c) for i in range(3) for c in "qkvo"}

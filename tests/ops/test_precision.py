@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -19,18 +17,12 @@ def restored():
 
 def test_choice_is_fp32_and_says_so():
     state, setting = torch.get_rng_state(), torch.get_float32_matmul_precision()
-    choice = precision.fp32_matmul_choice()
-    assert choice.error[choice.setting] <= precision.FP32_ERROR
-    assert all(rate > 0 for rate in choice.gflops.values())
-    assert choice.line.startswith(f"fp32 matrix products: {choice.setting} (") and "\n" not in choice.line
+    choice, line = precision.fp32_matmul_choice()
+    assert line.startswith(f"fp32 matrix products: {choice} (") and "\n" not in line
     assert torch.equal(state, torch.get_rng_state()) and torch.get_float32_matmul_precision() == setting
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        choice.setting = "high"
-
-
-def test_apply_sets_the_choice():
-    choice = precision.fp32_matmul_choice(apply=True)
-    assert torch.get_float32_matmul_precision() == choice.setting
+    torch.set_float32_matmul_precision(choice)
+    rate, error = precision._fp32_rate_and_error()
+    assert rate > 0 and error <= precision.FP32_ERROR
 
 
 @pytest.mark.parametrize(
@@ -45,17 +37,14 @@ def test_only_a_faster_and_exact_path_is_taken(monkeypatch, medium_rate, medium_
         return (medium_rate, medium_error) if torch.get_float32_matmul_precision() == "medium" else (1.0, 4e-7)
 
     monkeypatch.setattr(precision, "_fp32_rate_and_error", probe)
-    assert precision.fp32_matmul_choice(apply=True).setting == expected == torch.get_float32_matmul_precision()
+    assert precision.fp32_matmul_choice()[0] == expected
 
 
 @pytest.mark.parametrize("bf16, expected", [(400.0, True), (100.0, False), (105.0, False)])
 def test_bf16_needs_a_real_gain(monkeypatch, bf16, expected):
     monkeypatch.setattr(precision, "_gflops", lambda x, w: bf16 if x.dtype == torch.bfloat16 else 100.0)
-    answer = precision.bf16_is_faster()
-    assert bool(answer) is answer.faster is expected
-    assert (answer.bf16_gflops, answer.fp32_gflops) == (bf16, 100.0) and "\n" not in answer.line
+    assert precision.bf16_is_faster() is expected
 
 
 def test_bf16_probe_runs():
-    answer = precision.bf16_is_faster()
-    assert answer.bf16_gflops > 0 and answer.fp32_gflops > 0
+    assert precision.bf16_is_faster() in (True, False)

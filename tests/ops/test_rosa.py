@@ -153,6 +153,23 @@ def test_flips_of_longer_rows(kind, bits, rng):
 
 
 @needs_native
+@pytest.mark.slow
+def test_flips_where_places_have_more_than_16_bits(rng):
+    """Of the last outputs alone, for speed, whose match lies at such a place; and of the same row without its beginning, in which no long match can lie."""
+    start, T = 700, 66_000
+    x = torch.randn(1, T, 1, generator=rng)
+    x[:, :start], x[:, start], x[:, -150:] = -1, 1, x[:, -300:-150].clone()
+    found = []
+    with backend.asked_for("cpu"):
+        for row in (x, x[:, start:].contiguous()):
+            row.requires_grad_()
+            last = rosa_self(row, torch.tensor([-1.0]), torch.tensor([1.0]))[0, -4:, 0]
+            found.append(torch.autograd.grad((last * torch.tensor([1.0, 2.0, 4.0, 8.0])).sum(), row)[0])
+    whole, short = found
+    assert torch.equal(whole[:, start:], short) and short.count_nonzero() > 8
+
+
+@needs_native
 def test_bfloat16(rng):
     against_turning("random", 1, 40, rng, dtype=torch.bfloat16, tolerance=0.01)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracles.emulated_wkv7 import GUARD, Case, Kernels, make_case
+from oracles.emulated_wkv7 import Buffers, Case, Kernels, make_case, pointer
 from rwkvlm.config import PhantomConfig
 from rwkvlm.layers.ttt import StateTTT
 from rwkvlm.ops.wkv7 import wkv7_reference
@@ -93,30 +93,20 @@ def run(kernels: Kernels, given: TttCase, backward: bool = True, reverse: bool =
     rate = (2 * torch.sigmoid(ttt.rate.detach()) / segment).float()
     head = torch.stack([ttt.w1.detach(), ttt.w2.detach().mT]).float().contiguous() if hidden else None
     shape, steps = Shape(B, T, H, N, 0, None, 0), StepsOfTtt(rows, hidden, segment, ttt.config.ttt_target == "stored", rate.data_ptr(), head.data_ptr() if hidden else None)
-    buffers: list[Tensor] = []
-
-    def poisoned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = torch.Size(size).numel()
-        storage = torch.full((count * dtype.itemsize + GUARD,), 0xFF, dtype=torch.uint8)
-        buffers.append(storage)
-        return storage[: count * dtype.itemsize].view(dtype).view(size)
-
-    def pointer(x: Tensor | None) -> int | None:
-        return None if x is None else x.data_ptr()
-
+    buffers = Buffers()
     library.emulation_reverse(int(reverse))
-    y, final_state = poisoned(r.shape, r.dtype), poisoned((B, H, N, N), torch.float32)
-    saved = poisoned((library.wkv7_ttt_saved_bytes(shape, steps),), torch.uint8)
-    scratch = poisoned((library.wkv7_chunked_forward_scratch_bytes(shape),), torch.uint8)
+    y, final_state = buffers.new(r.shape, r.dtype), buffers.new((B, H, N, N), torch.float32)
+    saved = buffers.new((library.wkv7_ttt_saved_bytes(shape, steps),), torch.uint8)
+    scratch = buffers.new((library.wkv7_chunked_forward_scratch_bytes(shape),), torch.uint8)
     inputs = Pointers(*(x.data_ptr() for x in case.inputs), pointer(case.initial_state))
     kernels.call("wkv7_ttt_forward", shape, inputs, steps, pointer(y), pointer(final_state), pointer(saved), pointer(scratch), None)
     results = {"y": y, "final_state": final_state}
     if backward:
-        gradients = {f"d{n}": poisoned(r.shape, r.dtype) for n in NAMES}
-        gradients["d_initial_state"] = poisoned((B, H, N, N), torch.float32)
+        gradients = {f"d{n}": buffers.new(r.shape, r.dtype) for n in NAMES}
+        gradients["d_initial_state"] = buffers.new((B, H, N, N), torch.float32)
         out = Gradients(*(x.data_ptr() for x in gradients.values()))
-        sums = poisoned(((T - 1) // segment * B, H, 1 + 2 * hidden * rows), torch.float32)
-        scratch = poisoned((library.wkv7_ttt_backward_scratch_bytes(shape, steps),), torch.uint8)
+        sums = buffers.new(((T - 1) // segment * B, H, 1 + 2 * hidden * rows), torch.float32)
+        scratch = buffers.new((library.wkv7_ttt_backward_scratch_bytes(shape, steps),), torch.uint8)
         arguments = (pointer(saved), pointer(case.dy), pointer(case.d_final_state), out, pointer(sums), pointer(scratch), None)
         kernels.call("wkv7_ttt_backward", shape, inputs, steps, *arguments)
         results.update(gradients)
@@ -125,5 +115,5 @@ def run(kernels: Kernels, given: TttCase, backward: bool = True, reverse: bool =
             results["d_head"] = sums[..., 1:].sum((0, 1)).view(2, hidden, rows)
     if hidden:
         results["masks"] = saved[-4 * B * T * H :].view(torch.int32).view(B, T, H)
-    assert all((b[-GUARD:] == 0xFF).all() for b in buffers), "a kernel wrote behind its buffer"
+    buffers.check()
     return results

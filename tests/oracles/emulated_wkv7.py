@@ -69,8 +69,8 @@ def make_case(
     segment_chunks: int = 0,
     more: str = "",
 ) -> Case:
-    """more: of which tensors there are gradients from elsewhere, "rkv" at most. kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay, w = +8)
-    | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay)."""
+    """kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay, w = +8)
+    | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay). more: of which tensors there are gradients from elsewhere, "rkv" at most."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     r, w, k, v, keys, rate = (normal(B, T, H, N) for _ in range(6))
@@ -94,6 +94,25 @@ def make_case(
     return case
 
 
+class Buffers:
+    """Memory for kernels, filled with NaN, with a guard behind each piece."""
+
+    def __init__(self) -> None:
+        self.storages: list[Tensor] = []
+
+    def new(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(size).numel() * dtype.itemsize
+        self.storages.append(torch.full((count + GUARD,), 0xFF, dtype=torch.uint8))
+        return self.storages[-1][:count].view(dtype).view(size)
+
+    def check(self) -> None:
+        assert all((b[-GUARD:] == 0xFF).all() for b in self.storages), "a kernel wrote behind its buffer"
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 class Kernels:
     """One library of emulated kernels. `run` calls forward and backward with every buffer poisoned, and checks guards and error codes."""
 
@@ -111,23 +130,14 @@ class Kernels:
         B, T, H, N = r.shape
         documents = 0 if case.cu_seqlens is None else len(case.cu_seqlens) - 1
         shape = Shape(B, T, H, N, documents, case.cu_seqlens.data_ptr() if documents else None, case.segment_chunks)
-        buffers: list[Tensor] = []
-
-        def poisoned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            count = torch.Size(size).numel()
-            storage = torch.full((count * dtype.itemsize + GUARD,), 0xFF, dtype=torch.uint8)
-            buffers.append(storage)
-            return storage[: count * dtype.itemsize].view(dtype).view(size)
+        buffers = Buffers()
 
         def workspace(name: str) -> Tensor:
-            return poisoned((getattr(self.library, f"wkv7_{kernel}_{name}_bytes")(shape),), torch.uint8)
-
-        def pointer(x: Tensor | None) -> int | None:
-            return None if x is None else x.data_ptr()
+            return buffers.new((getattr(self.library, f"wkv7_{kernel}_{name}_bytes")(shape),), torch.uint8)
 
         self.library.emulation_reverse(int(reverse))
         states = (documents or B, H, N, N)
-        y, final_state = poisoned(r.shape, r.dtype), poisoned(states, torch.float32)
+        y, final_state = buffers.new(r.shape, r.dtype), buffers.new(states, torch.float32)
         saved = workspace("saved") if backward or kernel == "chunked" else None
         inputs = Pointers(*(x.data_ptr() for x in case.inputs), pointer(case.initial_state))
         head = [shape] + ([int(r.dtype == torch.float32)] if kernel == "sequential" else []) + [inputs]
@@ -135,15 +145,15 @@ class Kernels:
         self.call(f"wkv7_{kernel}_forward", *head, pointer(y), pointer(final_state), pointer(saved), *scratch, None)
         results = {"y": y, "final_state": final_state}
         if backward:
-            gradients = {f"d{n}": poisoned(r.shape, r.dtype) for n in NAMES}
-            gradients["d_initial_state"] = poisoned(states, torch.float32)
+            gradients = {f"d{n}": buffers.new(r.shape, r.dtype) for n in NAMES}
+            gradients["d_initial_state"] = buffers.new(states, torch.float32)
             out = Gradients(*(x.data_ptr() for x in gradients.values()), *map(pointer, case.more))
             scratch = [pointer(workspace("backward_scratch"))] if kernel == "chunked" else []
             self.call(
                 f"wkv7_{kernel}_backward", *head, pointer(saved), pointer(case.dy), pointer(case.d_final_state), out, *scratch, None
             )
             results.update(gradients)
-        assert all((b[-GUARD:] == 0xFF).all() for b in buffers), "a kernel wrote behind its buffer"
+        buffers.check()
         return results
 
 

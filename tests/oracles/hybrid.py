@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from oracles.x070 import channel_mix, layer_norm, sub, time_mix
+from oracles import x070
+from oracles.x070 import layer_norm
 
 
 def attention(p, x, x_prev, past, N, window):
@@ -27,30 +28,11 @@ def attention(p, x, x_prev, past, N, window):
 
 def logits(params, idx, head_size, window=0):
     """idx: [B, T]. Returns [B, T, V]. Blocks that have a query matrix have attention."""
-    n_layer = 1 + max(int(n.split(".")[1]) for n in params if n.startswith("blocks."))
-    C = params["emb.weight"].shape[1]
-    blocks = [(sub(params, f"blocks.{i}."), sub(params, f"blocks.{i}.att."), sub(params, f"blocks.{i}.ffn.")) for i in range(n_layer)]
-    zero = params["emb.weight"].new_zeros
-    batch = []
-    for tokens in idx.tolist():
-        att_prev, ffn_prev = [zero(C)] * n_layer, [zero(C)] * n_layer
-        S = [[] if "query.weight" in att else [zero(head_size, head_size)] * (C // head_size) for _, att, _ in blocks]
-        rows = []
-        for token in tokens:
-            x, v_first = params["emb.weight"][token], None
-            for i, (block, att, ffn) in enumerate(blocks):
-                if i == 0:
-                    x = layer_norm(x, block["ln0.weight"], block["ln0.bias"])
-                a = layer_norm(x, block["ln1.weight"], block["ln1.bias"])
-                if "query.weight" in att:
-                    y = attention(att, a, att_prev[i], S[i], head_size, window)
-                else:
-                    y, S[i], v_first = time_mix(att, a, att_prev[i], S[i], v_first, head_size)
-                att_prev[i] = a
-                x = x + y
-                f = layer_norm(x, block["ln2.weight"], block["ln2.bias"])
-                x = x + channel_mix(ffn, f, ffn_prev[i])
-                ffn_prev[i] = f
-            rows.append(params["head.weight"] @ layer_norm(x, params["ln_out.weight"], params["ln_out.bias"]))
-        batch.append(torch.stack(rows))
-    return torch.stack(batch)
+
+    def mix(p, x, x_prev, state, v_first, head_size):
+        if "query.weight" not in p:
+            return x070.time_mix(p, x, x_prev, state, v_first, head_size)
+        past = state or []
+        return attention(p, x, x_prev, past, head_size, window), past, v_first
+
+    return x070.logits(params, idx, head_size, mix)

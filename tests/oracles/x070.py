@@ -15,7 +15,8 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def time_mix(p, x, x_prev, S, v_first, head_size):
-    """One token of one sequence. x, x_prev: [C]; S: list of H matrices [N, N], value rows and key columns."""
+    """One token of one sequence. x, x_prev: [C]; S: list of H matrices [N, N], value rows and key columns; None at the beginning."""
+    S = S or [x.new_zeros(head_size, head_size) for _ in range(len(x) // head_size)]
     xx = x_prev - x
     xr, xw, xk, xv, xa, xg = (x + xx * p[f"x_{c}"].flatten() for c in "rwkvag")
     r, k, v = p["receptance.weight"] @ xr, p["key.weight"] @ xk, p["value.weight"] @ xv
@@ -53,29 +54,26 @@ def sub(params, prefix):
     return {n[len(prefix) :]: t for n, t in params.items() if n.startswith(prefix)}
 
 
-def logits(params, idx, head_size):
-    """idx: [B, T]. Returns [B, T, V]."""
+def logits(params, idx, head_size, mix_time=time_mix, mix_channels=channel_mix):
+    """idx: [B, T]. Returns [B, T, V]. mix_time, mix_channels: for models that differ there."""
     n_layer = 1 + max(int(n.split(".")[1]) for n in params if n.startswith("blocks."))
     C = params["emb.weight"].shape[1]
     blocks = [(sub(params, f"blocks.{i}."), sub(params, f"blocks.{i}.att."), sub(params, f"blocks.{i}.ffn.")) for i in range(n_layer)]
     zero = params["emb.weight"].new_zeros
     batch = []
     for tokens in idx.tolist():
-        att_prev = [zero(C) for _ in blocks]
-        ffn_prev = [zero(C) for _ in blocks]
-        S = [[zero(head_size, head_size) for _ in range(C // head_size)] for _ in blocks]
-        rows = []
+        att_prev, ffn_prev, S, rows = [zero(C)] * n_layer, [zero(C)] * n_layer, [None] * n_layer, []
         for token in tokens:
             x, v_first = params["emb.weight"][token], None
             for i, (block, att, ffn) in enumerate(blocks):
                 if i == 0:
                     x = layer_norm(x, block["ln0.weight"], block["ln0.bias"])
                 a = layer_norm(x, block["ln1.weight"], block["ln1.bias"])
-                y, S[i], v_first = time_mix(att, a, att_prev[i], S[i], v_first, head_size)
+                y, S[i], v_first = mix_time(att, a, att_prev[i], S[i], v_first, head_size)
                 att_prev[i] = a
                 x = x + y
                 f = layer_norm(x, block["ln2.weight"], block["ln2.bias"])
-                x = x + channel_mix(ffn, f, ffn_prev[i])
+                x = x + mix_channels(ffn, f, ffn_prev[i])
                 ffn_prev[i] = f
             rows.append(params["head.weight"] @ layer_norm(x, params["ln_out.weight"], params["ln_out.bias"]))
         batch.append(torch.stack(rows))

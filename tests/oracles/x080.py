@@ -105,8 +105,7 @@ def logits(params, idx, head_size, M, tau):
             branch = rosa_mix(rosa, norm("ln3", x), M, tau)
             if att:
                 a = norm("ln1", x)
-                S = [a.new_zeros(head_size, head_size) for _ in range(a.shape[1] // head_size)]
-                rows = []
+                S, rows = None, []
                 for t in range(len(tokens)):
                     y, S, v_first[t] = x070.time_mix(att, a[t], a[t - 1] if t else torch.zeros_like(a[0]), S, v_first[t] if i else None, head_size)
                     rows.append(y)

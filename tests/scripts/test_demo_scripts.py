@@ -181,8 +181,8 @@ def test_nodes(demo):
 @pytest.mark.parametrize("nodes", ["x", "", "-1", "2 "])
 def test_a_number_of_nodes_that_is_none_is_one_error(demo, shell, nodes):
     done = demo.run("demo-training-run.sh", shell, N_NODE=nodes)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: N_NODE={nodes} is not a number of nodes\n       1, 2, ...; or unset N_NODE for this machine alone\n"
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: N_NODE={nodes} is not a number of nodes; use 1, 2, ..., or unset N_NODE for this machine alone\n"
     assert [call for call in demo.calls() if "3" == flags(call).get("--train_stage")] == []
 
 
@@ -199,10 +199,10 @@ def pile_files(demo, bin_size=664230651068):
 
 def test_pile(demo):
     done = demo.run("demo-training-prepare-v7-pile.sh")
-    assert done.returncode == 1 and "error: data/pile_20B_tokenizer_text_document.bin is not there" in done.stderr
+    assert done.returncode == 2 and "error: data/pile_20B_tokenizer_text_document.bin is not there" in done.stderr
     pile_files(demo, bin_size=664230651066)
     done = demo.run("demo-training-prepare-v7-pile.sh")
-    assert done.returncode == 1 and "has 664230651066 bytes, not 664230651068" in done.stderr
+    assert done.returncode == 2 and "has 664230651066 bytes, not 664230651068" in done.stderr
     pile_files(demo)
     assert demo.run("demo-training-prepare-v7-pile.sh").returncode == 0
     assert demo.run("demo-training-run-v7-pile.sh", ACCELERATOR="cpu").returncode == 0

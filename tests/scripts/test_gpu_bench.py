@@ -225,9 +225,10 @@ def test_the_step_in_graphs_is_what_is_checked(capsys, monkeypatch):
             forward = block.forward
             block.forward = lambda x, *rest, forward=forward: (forward(x, *rest)[0] * 1.5, *forward(x, *rest)[1:])
 
-    with pytest.raises(SystemExit):
-        gpu_step.main(["L1-D64x2x32", *REHEARSAL, "--graphs"])
-    assert "--graphs needs a GPU" in capsys.readouterr().err
+    for flags, said in (["--graphs"], "--graphs needs a GPU"), (["--compile", "reduce-overhead", "--grad_cp", "1"], "training refuses it with --grad_cp 1"):
+        with pytest.raises(SystemExit):
+            gpu_step.main(["L1-D64x2x32", *REHEARSAL, *flags])
+        assert said in capsys.readouterr().err
     monkeypatch.setattr(gpu_step, "graph_blocks", record_wrongly)
     options = type("Options", (), dict(device="cpu", graphs=True, compile="", grad_cp=1, small=True))
     assert max(gpu_step.errors("L", "", options).values()) > gpu_step.LIMIT and asked == [(2, 100, True)]

@@ -72,5 +72,5 @@ def test_a_driver_that_hangs(monkeypatch, tmp_path):
 def test_answers(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", fake_torch("13.0"))
     monkeypatch.setattr(machine, "listed_gpus", lambda: 1)
-    assert machine.main([]) == 0 and capsys.readouterr().out == "ACCELERATOR=gpu\nDEVICES=1\n"
-    assert machine.main(["--accelerator", "cpu"]) == 0 and capsys.readouterr().out == "ACCELERATOR=cpu\nDEVICES=1\n"
+    assert machine.main([]) == 0 and capsys.readouterr().out == "ACCELERATOR=gpu\n"
+    assert machine.main(["--accelerator", "cpu"]) == 0 and capsys.readouterr().out == "ACCELERATOR=cpu\n"

@@ -75,7 +75,7 @@ class Module(pl.LightningModule):
             step = self.first + (batch_idx + 1) // self.config.accumulate_grad_batches
             if step in self.job.get("save_at", ()):
                 ledger.publish_weights(self.config.proj_dir, "rwkv-0.pth", gather.full_weights(self.net))
-                state.save_state(self.config.proj_dir, step, self.net, self.trainer.strategy.optimizers[0], {"steps": step}, self.config.keep_last)
+                state.write(self.config.proj_dir, step, state.capture(self.net, self.trainer.strategy.optimizers[0]), {"steps": step}, self.config.keep_last)
 
 
 def run(job: dict) -> dict:

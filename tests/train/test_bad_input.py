@@ -22,6 +22,10 @@ def copied(data: str, folder: Path) -> str:
     return str(prefix)
 
 
+def large_held_out_token(data, folder):
+    return dict(val_file=large_token(data, folder)["data_file"])
+
+
 def text(data, folder):
     (folder / "my.data.jsonl").write_text('{"text": "x"}\n')
     return dict(data_file=folder / "my.data.jsonl")
@@ -87,11 +91,12 @@ def regular_file(folder: Path) -> Path:
 CASES = {
     "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
     "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
-    "a text as data": (text, "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one of a text, then give {folder}/my"),
+    "a text as data": (text, "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one: then give {folder}/my"),
     "the .bin as data": (lambda d, f: dict(data_file=f"{d}.bin"), "tiny.bin.idx does not exist; give {data}, without .bin"),
     "truncated .bin": (truncated, "data.bin is truncated:"),
     "truncated .idx": (cut_index, "copy or make it again"),
     "token >= vocab_size": (large_token, "holds token 300 at position 1234, outside the vocabulary (--vocab_size 256)"),
+    "held-out token >= vocab_size": (large_held_out_token, "holds token 300 at position 1234, outside the vocabulary (--vocab_size 256)"),
     "vocab_size too small": (lambda d, f: dict(vocab_size=200), "outside the vocabulary (--vocab_size 200)"),
     "ctx_len > data": (lambda d, f: dict(ctx_len=30000), "--ctx_len 30000 needs at least 60001 tokens and the data have 20000"),
     "ctx_len > half the data": (lambda d, f: dict(ctx_len=15000), "--ctx_len 15000 needs at least 30001 tokens"),

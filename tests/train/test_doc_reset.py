@@ -9,7 +9,6 @@ from rwkvlm.data.binidx import BinIdx, BinIdxWriter
 from rwkvlm.data.dataset import HeldOutSamples, TrainingSamples
 from rwkvlm.data.mixture import MixedSamples, OneByOne
 from rwkvlm.data.reset import ResetSamples
-from rwkvlm.data.sampler import magic_prime
 from rwkvlm.layers.packed import Packed
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops import backend

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rwkvlm.checkpoint.pth import load_weights
-from rwkvlm.config import UserError
-from rwkvlm.train.freeze import frozen_names
+from rwkvlm.config import ModelConfig, UserError
+from rwkvlm.models import build
+from rwkvlm.train.freeze import freeze, frozen_names
 
 NAMES = ["emb.weight", "blocks.1.att.w0", "blocks.1.ffn.key.weight", "blocks.11.att.w0", "ln_out.weight", "head.weight"]
 
@@ -28,6 +29,15 @@ def test_what_a_pattern_means(patterns, meant):
 def test_what_it_cannot_mean(patterns, said):
     with pytest.raises(UserError, match=said.replace("*", r"\*")):
         frozen_names(patterns, NAMES)
+
+
+def test_what_is_named_has_no_gradient_and_all_else_has():
+    """Also of a model that was frozen otherwise before."""
+    model = build(ModelConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=64))
+    names = [name for name, _ in model.named_parameters()]
+    for patterns in ("emb,blocks.1", "ln_out,blocks.*.ln1", ""):
+        freeze(model, patterns)
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen_names(patterns, names)
 
 
 def moved(before, after) -> set[str]:

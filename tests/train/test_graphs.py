@@ -250,6 +250,7 @@ def test_where_it_is_refused():
     check()
     check(strategy="deepspeed_stage_2")
     check(compile=1)
+    check(compile=1, grad_cp=-1)  # which is then none: test_planner.py
     check(model=PhantomConfig(n_layer=2, n_embd=64))
     check_graphs(TrainConfig(), Launch("cpu", 1, 1, "auto"), ModelConfig(n_layer=2, n_embd=64), "torch", torch.device("cpu"))
     for refused, line in ((dict(kernel="torch"), "needs the CUDA kernels"), (dict(strategy="deepspeed_stage_3_offload"), "--strategy deepspeed_stage_3_offload, which")):

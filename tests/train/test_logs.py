@@ -24,6 +24,7 @@ def plan(folder, **flags):
         proj_dir=folder,
         schedule=Schedule(1e-3, 1e-4, 0, 20_000, 1000),
         tokens=0,
+        steps=20,
         start=SimpleNamespace(position=Position(), model=ModelConfig(n_layer=2, n_embd=64, vocab_size=256)),
         settings=lambda: {"n_layer": 2},
     )
@@ -72,16 +73,20 @@ def test_training_outlives_its_terminal(tmp_path, monkeypatch):
     bar.close()
 
 
-def test_elsewhere_a_line_every_ten_seconds(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("steps, left", [(20, "0:18"), (12, "0:02")])
+def test_elsewhere_a_line_every_ten_seconds(tmp_path, capsys, monkeypatch, steps, left):
+    """With what is left to the end of the training, or to --max_steps."""
     now = [1000.0]
     monkeypatch.setattr("rwkvlm.train.logs.progress.time.monotonic", lambda: now[0])
-    bar = Progress(plan(tmp_path))
+    this = plan(tmp_path)
+    this.steps = steps
+    bar = Progress(this)
     for step in range(1, 13):
         now[0] += 2
         bar.step(record(step))
     lines = capsys.readouterr().out.splitlines()
-    assert [int(re.match(r"step (\d+)/20 ", line)[1]) for line in lines] == [1, 6, 11]
-    assert lines[-1].endswith("0.50 kt/s  left 0:18")  # 9000 tokens at 500 a second
+    assert [int(re.match(rf"step (\d+)/{steps} ", line)[1]) for line in lines] == [1, 6, 11]
+    assert lines[-1].endswith(f"0.50 kt/s  left {left}")  # 1000 tokens a step, at 500 a second
 
 
 def test_json_has_no_nan(tmp_path):

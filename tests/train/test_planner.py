@@ -15,8 +15,9 @@ from rwkvlm.config import ModelConfig, TrainConfig, model_config
 from rwkvlm.models import build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train.memory import Activations, estimate, measure_activations
+from rwkvlm.train.module import TrainModule
 from rwkvlm.train.plan import make_plan
-from rwkvlm.train.planner import decide_grad_cp, expected_seconds, probe, probe_flags
+from rwkvlm.train.planner import ROOM, decide_grad_cp, expected_seconds, memory_available, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
 from rwkvlm.train.start import model_sizes
 from rwkvlm.train.strategy import Launch
@@ -162,7 +163,7 @@ def main_with_bare_flag(run, out) -> int:
 
 def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planner, "memory_available", lambda plan: int(1.2 * 2**30))
-    monkeypatch.setattr(planner, "_resident", lambda: 300 << 20)
+    monkeypatch.setattr(planner, "resident", lambda: 300 << 20)
     assert run(tmp_path / "out", dry_run=True, **LARGER | dict(micro_bsz=64)) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "not tried" in out
@@ -174,13 +175,21 @@ def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, ca
 @pytest.mark.parametrize("room, decided", [(2**40, 0), (2**20, 1)])
 def test_recomputing_is_decided_by_the_memory(run, losses, tmp_path, capsys, monkeypatch, room, decided):
     """And changes nothing else: no random number is drawn on the way."""
+    recomputed, loss = set(), TrainModule.loss
     monkeypatch.setattr(planner, "memory_available", lambda plan: room)
+    monkeypatch.setattr(TrainModule, "loss", lambda self, batch, grad_cp=False: recomputed.add(grad_cp) or loss(self, batch, grad_cp))
     flags = dict(max_steps=2, my_testing="phantom", ttt_enabled=0, dropout=0.1)
     for name, grad_cp in (("asked", decided), ("decided", -1)):
         torch.manual_seed(1)
         assert run(tmp_path / name, **flags, grad_cp=grad_cp) == 0
-        assert (", grad_cp, " in capsys.readouterr().out) == bool(decided)
+        assert (", grad_cp, " in capsys.readouterr().out) == (True in recomputed) == bool(decided)
     assert losses(tmp_path / "asked") == losses(tmp_path / "decided")
+
+
+def test_a_dry_run_decides_it_too(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planner, "memory_available", lambda plan: 1 << 20)
+    assert run(tmp_path / "out", dry_run=True, grad_cp=-1) == 1
+    assert ", grad_cp, " in capsys.readouterr().out
 
 
 def test_processes_recompute_together(run, tmp_path, monkeypatch):
@@ -193,7 +202,26 @@ def test_processes_recompute_together(run, tmp_path, monkeypatch):
     assert decide_grad_cp(plan).config.grad_cp == 0
     monkeypatch.setattr(planner, "memory_available", lambda plan: 1)
     assert decide_grad_cp(plan).config.grad_cp == 1
-    assert decide_grad_cp(replace(plan, config=replace(plan.config, compile=1, cuda_graphs=1))).config.grad_cp == 0
+    decided = {given: decide_grad_cp(replace(plan, config=replace(plan.config, compile=given[0], cuda_graphs=given[1]))).config.grad_cp for given in ((1, 0), (0, 1), (1, 1))}
+    assert decided == {(1, 0): 1, (0, 1): 1, (1, 1): 0}
+
+
+def test_recomputing_begins_where_the_run_as_it_is_would_leave_no_room(run, tmp_path, monkeypatch):
+    """By the activations that are kept without it, of the batch that is asked for."""
+    monkeypatch.setattr(planner, "_resident", lambda: 1 << 20)
+    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **LARGER, grad_cp=-1, micro_bsz=4), "train.py"))
+    of = planner._estimator(plan)
+    need = of(4, 0).total
+    assert max(of(4, 1).total, of(3, 0).total) < 0.95 * need
+    for room, decided in ((1.01, 0), (0.99, 1)):
+        monkeypatch.setattr(planner, "memory_available", lambda plan: room * need / ROOM)
+        assert decide_grad_cp(plan).config.grad_cp == decided
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(planner.Path, "read_text", lambda path: "MemTotal:  9000 kB\nMemAvailable:    6000 kB\n")
+    found = [memory_available(SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", devices, nodes, "ddp"))) for devices, nodes in ((1, 1), (3, 1), (3, 4))]
+    assert found == [6000 << 10, 2000 << 10, 2000 << 10]
 
 
 def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):
@@ -219,8 +247,10 @@ import sys
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import TrainConfig
 from rwkvlm.train.run import make_plan
-from rwkvlm.train.planner import predict_memory
-print(predict_memory(make_plan(parse_flags(TrainConfig, sys.argv[1:], ""))).total)
+from rwkvlm.train.planner import _estimator, _load_libraries
+plan = make_plan(parse_flags(TrainConfig, sys.argv[1:], ""))
+_load_libraries(plan)
+print(_estimator(plan)(plan.config.micro_bsz, plan.config.grad_cp).total)
 """
 MEASURE = """
 import os, subprocess, sys

@@ -14,6 +14,7 @@ import torch
 
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.config.locks import try_lock
+from rwkvlm.data.sampler import order_hash
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.run import PlannedModule
@@ -45,7 +46,8 @@ def test_the_loss_falls(whole, losses, records):
 def test_train_log_is_in_the_official_format(whole, losses):
     lines = (whole / "train_log.txt").read_text().splitlines()
     assert re.fullmatch(r"NEW RUN \d{4}(-\d\d){5}", lines[0])
-    assert eval(lines[1])["n_layer"] == 2
+    settings = eval(lines[1])
+    assert settings["n_layer"] == 2 and (settings["magic_prime"], settings["order_hash"]) == (617, order_hash(617))
     curve = losses(whole)
     for n, line in enumerate(lines[2:]):
         epoch, loss, perplexity, lr, date, time, in_this_run = line.split()
@@ -77,12 +79,13 @@ def test_a_finished_run_says_so(whole, run, capsys):
     assert before == {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
 
 
-def test_only_the_final_weights_missing_are_written_from_the_state(whole, run, tmp_path):
+def test_only_the_final_weights_missing_are_written_from_the_state(whole, run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     (copy / "rwkv-final.pth").unlink()
     assert run(copy) == 0
     assert same_weights(copy / "rwkv-final.pth", whole / "rwkv-final.pth")
+    assert capsys.readouterr().err.endswith(f"finished at step 30: the weights are {copy}/rwkv-final.pth, the curves {copy}/report.html\n")
 
 
 def test_two_runs_never_write_to_one_folder(run, losses, tmp_path, monkeypatch, capsys):
@@ -104,8 +107,8 @@ def test_two_runs_never_write_to_one_folder(run, losses, tmp_path, monkeypatch, 
             assert run(out, train_stage=stage) == 2
         assert run(out, dry_run="True") == 0
         with monkeypatch.context() as late:  # begun at the same moment, before the other one held anything
-            late.setattr("rwkvlm.train.run.HELD", "none")
-            late.setattr(PlannedModule, "attach", lambda self, model: late.setattr("rwkvlm.train.run.HELD", "train_log.txt"))
+            late.setattr("rwkvlm.train.plan.HELD", "none")
+            late.setattr(PlannedModule, "attach", lambda self, model: late.setattr("rwkvlm.train.plan.HELD", "train_log.txt"))
             assert run(out) == 2
     said = f"error: another run is writing to {out}; wait for its end or stop it, or choose another --proj_dir"
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")] == [said] * 3

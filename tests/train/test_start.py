@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,16 @@ import torch.multiprocessing as mp
 
 from rwkvlm.checkpoint import ranks
 from rwkvlm.checkpoint.pth import save_weights
+from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
 from rwkvlm.models import build, init_weights
-from rwkvlm.ops.precision import Fp32Choice
 from rwkvlm.train import matmul
 from rwkvlm.train import plan as planning
 from rwkvlm.train import signals
 from rwkvlm.train.position import Position
 from rwkvlm.train.signals import Agreement, Signals
 from rwkvlm.train.start import build_model, find_start, initial_weights
+from rwkvlm.train.strategy import Launch
 
 
 def config(folder, **flags) -> TrainConfig:
@@ -62,6 +64,17 @@ def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
         find_start(config(tmp_path, **flags), 101)
     put(tmp_path, "rwkv-0.pth")
     assert find_start(config(tmp_path, **flags), 101).path == tmp_path / "rwkv-0.pth"
+
+
+def test_an_initial_file_from_elsewhere_is_not_overwritten(run, tmp_path, capfd):
+    """Someone has put weights there under the name from which stage 3 begins. Its own, untrained, a folder may have anew."""
+    there = put(tmp_path / "out", "rwkv-init.pth").read_bytes()
+    for stage in (0, 1):
+        assert run(tmp_path / "out", train_stage=stage) == 2
+        assert "it holds rwkv-init.pth, which no run in this folder has made); continue it with --train_stage 3" in capfd.readouterr().err
+    assert (tmp_path / "out" / "rwkv-init.pth").read_bytes() == there
+    for seed in (1, 2):
+        assert run(tmp_path / "own", train_stage=1, random_seed=seed) == 0
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -135,6 +148,20 @@ def test_stage_1_takes_the_sizes_of_the_weights_that_it_copies(run, tmp_path):
     assert made.keys() == given.keys() and all(torch.equal(made[name], given[name]) for name in given)
 
 
+def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_path, monkeypatch):
+    """Two runs within a second: what one has put into the folder is seen by some processes of the other."""
+    out = tmp_path / "out"
+    plan = planning.make_plan(parse_flags(TrainConfig, run.argv(out), "train.py"))
+    plan = replace(plan, start=replace(plan.start, state=SimpleNamespace(path=out / "state" / "step5")))
+    monkeypatch.setattr(planning, "check", lambda state: pytest.fail("the others, who have no state, would not take part"))
+    monkeypatch.setattr(ranks, "gather", lambda value, group=None: [value, value if isinstance(value, tuple) else "out/rwkv-init.pth"])
+    with pytest.raises(UserError, match="begin at different places .*--proj_dir must be shared"):
+        planning.checked(plan)
+    assert not out.exists()
+    with planning.hold(out), pytest.raises(UserError, match=f"another run is writing to {out}"):
+        planning.checked(plan)
+
+
 def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch):
     monkeypatch.setenv("RWKV_PRECISION", "")
     monkeypatch.setattr(planning, "bf16_is_faster", lambda: True)
@@ -143,6 +170,22 @@ def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monke
     monkeypatch.setenv("RWKV_PRECISION", "")
     monkeypatch.setattr(planning, "bf16_is_faster", lambda: pytest.fail("the state says it"))
     assert run(tmp_path / "out", precision="auto", max_steps=1) == 0
+
+
+def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
+    """A --proj_dir that is another folder on each node."""
+    plan = SimpleNamespace(start=find_start(config(tmp_path), 617))
+    monkeypatch.setattr(planning.ranks, "gather", lambda value: [value, value])
+    assert planning.checked(plan) is plan
+    monkeypatch.setattr(planning.ranks, "gather", lambda value: [value, "out/rwkv-3.pth"])
+    with pytest.raises(UserError, match=f"different places .fresh weights, saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes"):
+        planning.checked(plan)
+
+
+@pytest.mark.parametrize("able, meant", [(True, "bf16"), (False, "tf32")])
+def test_precision_auto_on_a_gpu_is_bf16_where_it_has_that(monkeypatch, able, meant):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: able or including_emulation)
+    assert planning.decide_precision(TrainConfig(precision="auto"), Launch("gpu", 1, 1, "auto"), SimpleNamespace(state=None)) == meant
 
 
 def test_a_second_request_counts_only_after_a_while(monkeypatch):
@@ -196,7 +239,7 @@ def test_two_processes_agree_one_step_later():
 def test_fp32_products_are_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch, capsys, setting):
     monkeypatch.setenv("RWKV_FP32_PRODUCTS", "")
     line = f"fp32 matrix products: {setting} (as measured)"
-    monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: Fp32Choice(setting, {}, {}, line))
+    monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: (setting, line))
     assert run(tmp_path / "out", max_steps=1) == 0
     assert torch.get_float32_matmul_precision() == setting == env.decided_fp32_products() and line in capsys.readouterr().out
     torch.set_float32_matmul_precision("highest")

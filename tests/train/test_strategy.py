@@ -176,6 +176,7 @@ def test_what_auto_means(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert launch(TrainConfig()) == strategy.Launch("cpu", 1, 1, "auto")
     assert launch(TrainConfig(devices="2")) == strategy.Launch("cpu", 2, 1, "ddp")
+    assert launch(TrainConfig(num_nodes=2)) == strategy.Launch("cpu", 1, 2, "ddp"), "one process on each node"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert launch(TrainConfig(num_nodes=2, strategy="deepspeed_stage_2")) == strategy.Launch("gpu", 4, 2, "deepspeed_stage_2")
     assert launch(TrainConfig(num_nodes=2)).world_size == 8
@@ -215,10 +216,12 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
     with pytest.raises(UserError, match="deepspeed is not installed"):
         make_strategy(TrainConfig(strategy="deepspeed_stage_2"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="this machine has 1 GPU;"):
-        make_strategy(TrainConfig(devices="2"))
+    for flags, what in ((dict(devices="2"), "this machine has 1 GPU;"), (dict(precision="fp16"), "--precision fp16 needs a GPU and --strategy deepspeed")):
+        with pytest.raises(UserError, match=what):
+            make_strategy(TrainConfig(**flags))
 
 
 def test_collectives_give_up_after_dist_timeout():
     for name in ("ddp", "deepspeed_stage_2"):
-        assert make_strategy(TrainConfig(strategy=name, accelerator="cpu", dist_timeout=7777.0))._timeout.total_seconds() == 7777
+        for given, meant in ((7777.0, 7777), (20.0, strategy.START_TIMEOUT)):  # until the first step processes may take longer; the Watch counts dist_timeout
+            assert make_strategy(TrainConfig(strategy=name, accelerator="cpu", dist_timeout=given))._timeout.total_seconds() == meant

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from . import ranks
-from .pth import newest_weights, save_weights, sync_folder
+from .place import write_atomically
+from .pth import newest_weights, save_weights
 
 
 def identity(path: Path) -> str:
@@ -65,28 +64,9 @@ def _entries(proj_dir: Path) -> dict[str, list[str]]:
     return {name: [known] if isinstance(known, str) else known for name, known in pairs}  # one alone, as older versions wrote
 
 
-def write_atomically(file: Path, text: str) -> None:
-    prepare_file(file, text)()
-
-
-def prepare_file(file: Path, text: str) -> Callable[[], None]:
-    """The file under a temporary name, safe on the disk; what is returned moves it into place."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with open(temporary, "w") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-    def move() -> None:
-        os.replace(temporary, file)
-        sync_folder(file.parent)
-
-    return move
+def is_own(path: Path) -> bool:
+    """Whether this run has written the file as it is now."""
+    return identity(path) in _entries(path.parent).get(path.name, [])
 
 
 def newest_entry(proj_dir: Path) -> list | None:
@@ -105,10 +85,9 @@ def why_stale(proj_dir: Path, recorded: list | None) -> str:
         return f"{name}, saved with it, is gone"
     if name and identity(proj_dir / name) != content:
         return f"{name} is not the file that was saved with it"
-    own = _entries(proj_dir)
     for path in sorted(proj_dir.glob("rwkv-*.pth")):
         label = path.stem.removeprefix("rwkv-")
         newer = int(label) > mini_epoch if label.isdecimal() else label == "init" and mini_epoch < -1
-        if newer and identity(path) not in own.get(path.name, []):
+        if newer and not is_own(path):
             return f"{path.name} is newer and was not written by this run"
     return ""

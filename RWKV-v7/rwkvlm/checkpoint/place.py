@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..config import UserError
-from .ledger import write_atomically
 
 
 def nearest(folder: Path) -> Path:
@@ -45,3 +46,36 @@ def write_json(path: Path, content: object, flag: str, cure: str) -> None:
             write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror}; {cure}") from None
+
+
+def write_atomically(file: Path, text: str) -> None:
+    prepare_file(file, text)()
+
+
+def prepare_file(file: Path, text: str) -> Callable[[], None]:
+    """The file under a temporary name, safe on the disk; what is returned moves it into place."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with open(temporary, "w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+    def move() -> None:
+        os.replace(temporary, file)
+        sync_folder(file.parent)
+
+    return move
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from ..config import UserError
+from ..models import LanguageModel, build, read_config
 from . import ranks
+from .place import sync_folder
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
@@ -51,15 +53,6 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """bfloat16, on the CPU, owning exactly its own memory (torch.save writes whole storages)."""
     tensor = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -115,6 +108,17 @@ def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bo
         if name in tensors:
             tensor.copy_(tensors[name])
     return missing
+
+
+def model_from(tensors: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
+    """The model whose weights these are, to be used as it is; UserError for tensors that do not make one.
+
+    It is laid out without memory first: torch's own initial values, float32, would take seconds and twice the memory at large sizes.
+    """
+    with torch.device("meta"):
+        model = build(read_config(tensors)).to(dtype)
+    load_into(model.to_empty(device=device), tensors)
+    return model.eval()
 
 
 def newest_weights(proj_dir: str | Path, skip: Collection[Path] = ()) -> tuple[Path, int] | None:

@@ -34,11 +34,6 @@ def world_size() -> int:
     return dist.get_world_size() if _grouped() else 1
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def leave() -> None:
     """Ends the process group before the interpreter goes.
 

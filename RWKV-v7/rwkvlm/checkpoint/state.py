@@ -1,13 +1,14 @@
 """The full state of a training run: saved atomically, verified by checksum, loaded at any world size, ZeRO stage or precision.
 
-    save_state(proj_dir, step, model, optimizer, meta, keep_last) -> Path     collective
-    find_state(proj_dir) -> StateInfo | None                                  every process by itself, from the manifests alone
-    check(info) -> str                                                        collective: reads the checksums of the files, divided among the ranks
-    load_state(info, model, optimizer) -> meta                                collective
-    set_aside(proj_dir) -> None                                               collective; when a run starts without the state that is there
+    capture(model, optimizer) -> Snapshot                          every process by itself: a copy in host memory
+    write(proj_dir, step, snapshot, meta, keep_last) -> Path       collective; needs no more of the model
+    find_state(proj_dir) -> StateInfo | None                       every process by itself, from the manifests alone
+    check(info) -> str                                             collective: reads the checksums of the files, divided among the ranks
+    load_state(info, model, optimizer) -> meta                     collective
+    set_aside(proj_dir) -> None                                    collective; when a run starts without the state that is there
 
 model: the bare LanguageModel (also when DDP or a DeepSpeed engine wraps it); optimizer: trainer.strategy.optimizers[0].
-meta: whatever JSON can hold (global sample number, tokens, schedule); it comes back unchanged, also in StateInfo.meta. Call between
+meta: whatever JSON can hold (global sample number, tokens, schedule); it comes back unchanged, also in StateInfo.meta. Capture between
 optimizer steps only. Every rank's random states (torch, CUDA, numpy, Python) are saved, and restored at the same world size.
 
     {proj_dir}/state/step{n}/rank00000.pt ...   torch.save: every rank's pieces of masters, moments and steps by parameter name
@@ -15,8 +16,7 @@ optimizer steps only. Every rank's random states (torch, CUDA, numpy, Python) ar
     {proj_dir}/state/latest                     name of the newest, for people and scripts
     {proj_dir}/state/weights.json               which rwkv-*.pth files are this run's own (ledger.py)
 
-Saving is (a) `capture`, a copy to host memory, and (b) `write`, which needs no more of the model: with a process group of its own it runs
-in a thread beside the training (train/saver.py). Ranks share proj_dir's file system.
+With a process group of its own `write` runs in a thread beside the training (train/saver.py). Ranks share proj_dir's file system.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from torch import nn
 
 from ..config import UserError
 from . import ledger, ranks
-from .ledger import prepare_file, write_atomically
-from .pth import sync_folder
+from .place import prepare_file, sync_folder, write_atomically
 from .shards import Piece, pieces, share, write_back
 
 FORMAT = 1
@@ -65,14 +64,6 @@ class Snapshot:
     shapes: dict[str, list[int]]
 
 
-def save_state(proj_dir: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any], keep_last: int) -> Path:
-    """Saves everything as {proj_dir}/state/step{step} and deletes all but the newest keep_last. All or nothing, whenever it is interrupted.
-
-    Raises UserError on every rank when any rank cannot write; what was there before is intact then.
-    """
-    return write(proj_dir, step, capture(model, optimizer), meta, keep_last)
-
-
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
     """A copy in host memory of what this rank saves. No communication."""
     tensors = {
@@ -91,7 +82,11 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
 def write(
     proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, Any], keep_last: int, group: dist.ProcessGroup | None = None
 ) -> Path:
-    """Writes every rank's snapshot into step{step}.tmp, then rank 0 seals it with a manifest, renames it and moves `latest`. Collective in group."""
+    """Saves every rank's snapshot as {proj_dir}/state/step{step} and deletes all but the newest keep_last. All or nothing, whenever it is interrupted.
+
+    Ranks write into step{step}.tmp; rank 0 seals it with a manifest, renames it and moves `latest`. Collective in group. Raises UserError on
+    every rank when any rank cannot write; what was there before is intact then.
+    """
     folder = Path(proj_dir) / "state"
     path, temporary = folder / f"step{step}", folder / f"step{step}.tmp"
 

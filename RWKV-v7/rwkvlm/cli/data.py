@@ -65,7 +65,7 @@ def _progress() -> Callable[[int, int], None]:
 
 
 def _line(data: BinIdx) -> str:
-    return f"{data.prefix}.bin/idx: {data.n_tokens} tokens, {data.n_docs} documents, {data.dtype.name}"
+    return f"{data.prefix}.bin/idx: {data.n_tokens} tokens, {data.n_docs} document{'s' * (data.n_docs != 1)}, {data.dtype.name}"
 
 
 def _found(seen: Survey, data: BinIdx) -> str:
@@ -104,7 +104,7 @@ def _info(args: argparse.Namespace) -> None:
             sizes = f"{1 << bits >> 1} to {(1 << bits) - 1}" if bits > 1 else str(bits)
             print(f"  {sizes:>22}  {count:>12}  {'#' * -(-BAR * count // max(seen.lengths))}")
     for ctx_len, prime in orders.items():
-        known = f"--magic_prime {prime}, {mini_epochs(data.n_tokens, ctx_len)} mini-epochs of {MINI_EPOCH} samples" if isinstance(prime, int) else f"too short: {prime}"
+        known = f"--magic_prime {prime}, {(n := mini_epochs(data.n_tokens, ctx_len))} mini-epoch{'s' * (n != 1)} of {MINI_EPOCH} samples" if isinstance(prime, int) else f"too short: {prime}"
         print(f"ctx_len {ctx_len}: {known}")
 
 

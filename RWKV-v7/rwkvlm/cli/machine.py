@@ -1,4 +1,4 @@
-"""`python -m rwkvlm machine`: what there is to train on, as KEY=value lines for the shell (RWKV-v7/env.sh).
+"""`python -m rwkvlm machine`: what there is to train on, as a line KEY=value for the shell (RWKV-v7/env.sh).
 
 torch is imported only where nvidia-smi lists a GPU, so that the answer costs a tenth of a second elsewhere.
 """
@@ -65,7 +65,7 @@ def check_torch_sees_gpus() -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m rwkvlm machine", description="Print ACCELERATOR and DEVICES of this machine for the shell.")
+    parser = Parser(prog="python -m rwkvlm machine", description="Print ACCELERATOR=cpu or gpu, what this machine trains on, for the shell.")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu (even where there is a GPU) or gpu (an error where there is none)")
     wanted = parser.parse_args(argv).accelerator
     if wanted not in ("auto", "cpu", "gpu"):
@@ -74,7 +74,6 @@ def main(argv: list[str]) -> int:
     if wanted == "gpu" and not gpus:
         raise UserError("ACCELERATOR=gpu, but nvidia-smi lists no GPU; check the driver, or use ACCELERATOR=cpu")
     if gpus:
-        gpus = check_torch_sees_gpus()
+        check_torch_sees_gpus()
     print(f"ACCELERATOR={'gpu' if gpus else 'cpu'}")
-    print(f"DEVICES={gpus or 1}")
     return 0

@@ -87,16 +87,16 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
     if data.n_docs > 1:
         _show(data, tokenizer, -1)
     print("---")
-    print(f"{prefix}.bin/idx: {made.tokens} tokens, {made.documents} documents, {made.dtype}")
+    print(f"{prefix}.bin/idx: {made.tokens} tokens, {made.documents} document{'s' * (made.documents != 1)}, {made.dtype}")
     if made.val_documents:
-        print(f"{prefix}.val.bin/idx: {made.val_tokens} tokens, {made.val_documents} documents held out")
+        print(f"{prefix}.val.bin/idx: {made.val_tokens} tokens, {made.val_documents} document{'s' * (made.val_documents != 1)} held out")
     print(f"largest token id {made.largest}, {made.distinct} distinct ones; --vocab_size {tokenizer.vocab_size}")
     try:
         prime = magic_prime(made.tokens, ctx_len)
     except UserError as error:
         print(f"too short to train on: {error}")
         return
-    print(f"{mini_epochs(made.tokens, ctx_len)} mini-epochs of {MINI_EPOCH} samples ({made.tokens / (ctx_len * MINI_EPOCH):.3f})")
+    print(f"{(n := mini_epochs(made.tokens, ctx_len))} mini-epoch{'s' * (n != 1)} of {MINI_EPOCH} samples ({made.tokens / (ctx_len * MINI_EPOCH):.3f})")
     print(f"\n--my_exit_tokens {made.tokens} --magic_prime {prime} --ctx_len {ctx_len}\n")
 
 

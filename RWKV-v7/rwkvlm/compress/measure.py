@@ -8,19 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint.pth import load_into, load_weights
+from ..checkpoint.pth import load_weights, model_from
 from ..data.binidx import BinIdx, idx_path
 from ..data.dataset import HeldOutSamples, Pair
-from ..models import LanguageModel, build, read_config
+from ..models import LanguageModel
 from ..ops.cross_entropy import head_cross_entropy
 
 
 def load(path: str | Path) -> LanguageModel:
     """The model of a file, to be measured: on the GPU in bf16 if there is one, else on the CPU in float32."""
-    weights, gpu = load_weights(path), torch.cuda.is_available()
-    model = build(read_config(weights)).to(torch.bfloat16 if gpu else torch.float32)
-    load_into(model, weights)
-    return model.to("cuda" if gpu else "cpu").eval()
+    return model_from(load_weights(path), *(("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)))
 
 
 class Text:

@@ -74,12 +74,14 @@ def _forward(config: ModelConfig) -> int:
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """A report as the lines of a table."""
-    lines = [f"{'':16} {'before':>16} {'after':>16} {'left':>7}"]
+    lines = [f"{report['model']} -> {report['out']}", f"{'':16} {'before':>16} {'after':>16} {'left':>7}"]
     for name in ("parameters", "bytes", "flops_per_token", "dim_ffn"):
         before, after = report[name]["before"], report[name]["after"]
         lines.append(f"{name:16} {before:16,} {after:16,} {after / before:7.1%}")
     if "loss" in report:
         before, after = report["loss"]["before"], report["loss"]["after"]
         lines.append(f"{'loss':16} {before:16.4f} {after:16.4f} {after - before:+7.4f}  {report['loss_data']}")
+    else:
+        lines.append(f"{'loss':16} not measured; with --data PREFIX it is")
     lines += [f"{name:24} rank {report['ranks'][name]:5}, relative error {error:.3f}" for name, error in report["svd_error"].items()]
     return lines

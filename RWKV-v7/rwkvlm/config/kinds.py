@@ -8,8 +8,8 @@ from .phantom import PhantomConfig
 from .rosa import RosaConfig
 
 CONFIGS = {"phantom": PhantomConfig, "hybrid": HybridConfig, "x080": RosaConfig, "rosa": RosaConfig}  # of all others ModelConfig
-# How the help of flags begins that some types only have, and what the others lack.
-OWNERS = {"Phantom: ": (PhantomConfig, "no Ghost layers and no test-time training"), "Hybrid: ": (HybridConfig, "no attention"), "ROSA: ": (RosaConfig, "no ROSA")}
+# Who has flags of its own, and what the types without them lack.
+OWNERS = {"Phantom": (PhantomConfig, "no Ghost layers and no test-time training"), "Hybrid": (HybridConfig, "no attention"), "ROSA": (RosaConfig, "no ROSA")}
 
 
 def config_type(model_type: str) -> type[ModelConfig]:
@@ -19,8 +19,3 @@ def config_type(model_type: str) -> type[ModelConfig]:
 def model_config(model_type: str = "x070", **sizes: object) -> ModelConfig:
     """The sizes of a model of this type."""
     return config_type(model_type)(model_type=model_type, **sizes)
-
-
-def owner(help: str) -> tuple[type[ModelConfig], str] | None:
-    """Whose flag it is that has this help, and what other types lack; None: everybody's."""
-    return next((found for beginning, found in OWNERS.items() if help.startswith(beginning)), None)

@@ -93,7 +93,7 @@ class ModelConfig:
         return UNUSED.get(self.model_type, ())
 
     def idle(self, name: str) -> str:
-        """Why a setting of its own type changes nothing beside the others, "" where it may, or is what it would be anyway."""
+        """Why a setting of its own type has no effect beside the others; "" where it may have one, or is the default."""
         return ""
 
     @property

@@ -164,7 +164,6 @@ class PhantomConfig(ModelConfig):
         return not (self.has_ghosts or self.ttt_enabled or self.max_depth_iter > 1 or self.layer_norm_eps != 1e-5)
 
     def idle(self, name: str) -> str:
-        """Why a setting changes nothing beside the others, "" where it may, or is what it would be anyway."""
         if name == "ttt_head" and self.ttt_head and not self.has_ttt_head:
             return "with --ttt_second_order 0 and without --ttt_meta 1 nothing would train it"
         if getattr(self, name) == self._default(name):

@@ -44,7 +44,6 @@ class RosaConfig(ModelConfig):
         return self.model_type == "x080"
 
     def idle(self, name: str) -> str:
-        """Why a setting changes nothing beside the others, "" where it may."""
         if name == "rosa_tau" and self.rosa_grad == "soft" and self.rosa_tau != RosaConfig.rosa_tau:
             return "--rosa_grad is soft"
         return ""

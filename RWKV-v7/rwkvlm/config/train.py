@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from .errors import UserError
-from .kinds import config_type, owner
+from .kinds import OWNERS, config_type
 from .model import MODEL_TYPES, UNUSED, ModelConfig
 from .phantom import ACTIVATIONS, TTT_KINDS, TTT_TARGETS, core_ratio_of
 from .rosa import GRADS
@@ -32,8 +33,16 @@ KERNELS = ("", "auto", "cuda", "cpu", "torch", "@rwkv3")
 MINI_EPOCH = 40320  # samples in an official mini-epoch
 
 
-def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default: Any, help: str, choices: tuple[str, ...] | None = None, of: str = "", idle: str = "") -> Any:
+    """of: whose flag it is alone, of kinds.OWNERS. idle: why it is accepted and changes nothing."""
+    return field(default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle})
+
+
+def no_effect(default: Any, why: str) -> Any:
+    return flag(default, f"no effect: {why}", idle=why)
+
+
+of_phantom, of_hybrid, of_rosa = (partial(flag, of=name) for name in OWNERS)
 
 
 @dataclass(frozen=True)
@@ -66,37 +75,37 @@ class TrainConfig:
     rank_g: int = flag(0, "low rank of the gate; 0: found like rank_w")
 
     # Phantom (--my_testing phantom); -1 and "": from the checkpoint, else the default in [config/phantom.py]
-    core_ratio: float = flag(-1.0, "Phantom: share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers; else 0.2")
-    ghost_ratio: float = flag(-1.0, "Phantom: 1 - core_ratio")
-    core_ratios: str = flag("", "Phantom: other core ratios for some matrices: ffn.key=1,att.output=0.5")
-    ghost_activation: str = flag("", "Phantom: between core and ghost; else identity", ("", *ACTIVATIONS))
-    ttt_enabled: int = flag(-1, "Phantom: 1: test-time training, 0: none; else 1")
-    ttt_kind: str = flag("", "Phantom: steps on the wkv state, or a memory beside it; else state", ("", *TTT_KINDS))
-    ttt_chunk: int = flag(-1, "Phantom: tokens between two steps, a multiple of 16; else 64 (memory: 256)")
-    ttt_lr: float = flag(-1.0, "Phantom: first step size per token of ttt_chunk, learned from there; else 0.01")
-    ttt_steps: int = flag(-1, "Phantom: steps at each segment's end; else 1")
-    ttt_core_ratio: float = flag(-1.0, "Phantom: share of the state's value rows that are stepped on; else 0.25")
-    ttt_head: int = flag(-1, "Phantom: 1: a prediction head in the inner loss; else 1")
-    ttt_target: str = flag("", "Phantom: what a key shall recall: what the delta rule has stored, or the value; else stored", ("", *TTT_TARGETS))
-    ttt_anchor: float = flag(-1.0, "Phantom: pull towards the state before the steps; without effect when ttt_steps is 1; else 0.01")
-    ttt_second_order: int = flag(-1, "Phantom: 1: the loss is differentiated through the inner gradient; else 1")
-    ttt_meta: int = flag(-1, "Phantom: 1: adds the inner loss on the segment after each step to the loss; else 0")
-    ttt_loss_weight: float = flag(-1.0, "Phantom: weight of ttt_meta's term; else 0.1")
-    memory_dim: int = flag(-1, "Phantom: width of the memory; else half of n_embd in whole heads")
-    memory_rows: int = flag(-1, "Phantom: hidden units of each head of the memory; else head_size")
-    max_depth_iter: int = flag(-1, "Phantom: passes through each block with the same weights; else 1")
-    dropout: float = flag(-1.0, "Phantom: share of each branch's outputs set to zero in training; else 0")
-    layer_norm_eps: float = flag(-1.0, "Phantom: epsilon of the LayerNorms; else 1e-5")
+    core_ratio: float = of_phantom(-1.0, "share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers; else 0.2")
+    ghost_ratio: float = of_phantom(-1.0, "1 - core_ratio")
+    core_ratios: str = of_phantom("", "other core ratios for some matrices: ffn.key=1,att.output=0.5")
+    ghost_activation: str = of_phantom("", "between core and ghost; else identity", ("", *ACTIVATIONS))
+    ttt_enabled: int = of_phantom(-1, "1: test-time training, 0: none; else 1")
+    ttt_kind: str = of_phantom("", "steps on the wkv state, or a memory beside it; else state", ("", *TTT_KINDS))
+    ttt_chunk: int = of_phantom(-1, "tokens between two steps, a multiple of 16; else 64 (memory: 256)")
+    ttt_lr: float = of_phantom(-1.0, "first step size per token of ttt_chunk, learned from there; else 0.01")
+    ttt_steps: int = of_phantom(-1, "steps at each segment's end; else 1")
+    ttt_core_ratio: float = of_phantom(-1.0, "share of the state's value rows that are stepped on; else 0.25")
+    ttt_head: int = of_phantom(-1, "1: a prediction head in the inner loss; else 1")
+    ttt_target: str = of_phantom("", "what a key shall recall: what the delta rule has stored, or the value; else stored", ("", *TTT_TARGETS))
+    ttt_anchor: float = of_phantom(-1.0, "pull towards the state before the steps; without effect when ttt_steps is 1; else 0.01")
+    ttt_second_order: int = of_phantom(-1, "1: the loss is differentiated through the inner gradient; else 1")
+    ttt_meta: int = of_phantom(-1, "1: adds the inner loss on the segment after each step to the loss; else 0")
+    ttt_loss_weight: float = of_phantom(-1.0, "weight of ttt_meta's term; else 0.1")
+    memory_dim: int = of_phantom(-1, "width of the memory; else half of n_embd in whole heads")
+    memory_rows: int = of_phantom(-1, "hidden units of each head of the memory; else head_size")
+    max_depth_iter: int = of_phantom(-1, "passes through each block with the same weights; else 1")
+    dropout: float = of_phantom(-1.0, "share of each branch's outputs set to zero in training; else 0")
+    layer_norm_eps: float = of_phantom(-1.0, "epsilon of the LayerNorms; else 1e-5")
 
     # hybrid (--my_testing hybrid); -1 and "": from the checkpoint, else the default in [config/hybrid.py]
-    attention_layers: str = flag("", "Hybrid: blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four; else 1/4")
-    attention_kv_heads: int = flag(-1, "Hybrid: heads of keys and values, a divisor of the number of heads; 0: as many; else 0")
-    attention_window: int = flag(-1, "Hybrid: tokens that a token's attention sees, which bounds the memory of generation; 0: all; else 0")
+    attention_layers: str = of_hybrid("", "blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four; else 1/4")
+    attention_kv_heads: int = of_hybrid(-1, "heads of keys and values, a divisor of the number of heads; 0: as many; else 0")
+    attention_window: int = of_hybrid(-1, "tokens that a token's attention sees, which bounds the memory of generation; 0: all; else 0")
     # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
-    rosa_bits: int = flag(-1, "ROSA: channels that make a symbol together, 1 or 4; else 4")
-    rosa_grad: str = flag("", "ROSA: gradient of a bit: exact, by flipping it, or a soft surrogate; a tenth of it reaches the residual stream; else flip", ("", *GRADS))
-    rosa_tau: float = flag(-1.0, "ROSA: least size of an activation in the gradient of its bit; else 0.1")
-    deep_embed: int = flag(-1, "ROSA: 1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed); else 0")
+    rosa_bits: int = of_rosa(-1, "channels that make a symbol together, 1 or 4; else 4")
+    rosa_grad: str = of_rosa("", "gradient of a bit: exact, by flipping it, or a soft surrogate; a tenth of it reaches the residual stream; else flip", ("", *GRADS))
+    rosa_tau: float = of_rosa(-1.0, "least size of an activation in the gradient of its bit; else 0.1")
+    deep_embed: int = of_rosa(-1, "1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed); else 0")
 
     # batches and their order
     ctx_len: int = flag(1024, "tokens per sample")
@@ -155,12 +164,12 @@ class TrainConfig:
     dist_timeout: float = flag(1800.0, "seconds after which a collective operation with a silent rank gives up")
 
     # accepted for older scripts, without effect
-    epoch_steps: int = flag(0, "no effect: follows from epoch_samples and the batch")
-    epoch_count: int = flag(0, "no effect: the end is set by my_exit_tokens")
+    epoch_steps: int = no_effect(0, "follows from epoch_samples and the batch")
+    epoch_count: int = no_effect(0, "the end is set by my_exit_tokens")
     my_pile_stage: int = flag(0, "older name of train_stage")
-    my_pile_edecay: int = flag(0, "no effect: the decay of the learning rate follows my_exit_tokens")
-    pre_ffn: int = flag(0, "no effect: not part of RWKV-7")
-    head_qk: int = flag(0, "no effect: not part of RWKV-7")
+    my_pile_edecay: int = no_effect(0, "the decay of the learning rate follows my_exit_tokens")
+    pre_ffn: int = no_effect(0, "not part of RWKV-7")
+    head_qk: int = no_effect(0, "not part of RWKV-7")
     head_size_a: int = flag(0, "older name of head_size")
     local_rank: int = flag(-1, "what the deepspeed launcher adds to every command; its variables say the same")
 
@@ -182,9 +191,8 @@ class TrainConfig:
         for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "num_nodes", "epoch_samples", "keep_last", "val_batches", "max_skips", "spike_snapshot"):
             self._at_least(name, 1)
         for name in ("dim_att", "dim_ffn", "n_layer", "n_embd", "vocab_size", "head_size", "magic_prime", "epoch_begin", "epoch_save",
-                     "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "spike_guard", "lr_init", "lr_final", "adam_eps"):
+                     "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "spike_guard", "lr_init", "lr_final", "adam_eps", "my_exit_tokens"):
             self._at_least(name, 0)
-        self._at_least("my_exit_tokens", 0)
         for name in ("warmup_steps", "random_seed"):
             self._at_least(name, -1)
         self._at_least("ds_bucket_mb", 1)
@@ -222,7 +230,7 @@ class TrainConfig:
     def own_settings(self) -> dict[str, Any]:
         """Those fields of the model type's own config (PhantomConfig, ...) that flags were given for."""
         kind = config_type(self.my_testing)
-        given = {f.name: getattr(self, f.name) for f in fields(self) if (found := owner(f.metadata["help"])) and found[0] is kind and getattr(self, f.name) != f.default}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if (of := f.metadata["of"]) and OWNERS[of][0] is kind and getattr(self, f.name) != f.default}
         ratio = core_ratio_of(given.get("core_ratio"), given.pop("ghost_ratio", None))
         for name in given:
             if isinstance(getattr(kind, name), bool):
@@ -240,19 +248,13 @@ class TrainConfig:
 
     def flags_without_effect(self) -> list[str]:
         """One line for each flag that was given but changes nothing, with the reason."""
-        lines = []
-        for f in fields(self):
-            help = f.metadata["help"]
-            if help.startswith("no effect: ") and getattr(self, f.name) != f.default:
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {help.removeprefix('no effect: ')}")
-            if (found := owner(help)) and found[0] is not config_type(self.my_testing) and getattr(self, f.name) != f.default:
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: --my_testing {self.my_testing} has {found[1]}")
-            if getattr(self, f.name) != f.default and (reason := self._idle(f.name)):
-                lines.append(f"--{f.name} {getattr(self, f.name)} has no effect: {reason}")
-        return lines
+        given = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return [f"--{f.name} {getattr(self, f.name)} has no effect: {reason}" for f in given if (reason := f.metadata["idle"] or self._idle(f.name, f.metadata["of"]))]
 
-    def _idle(self, name: str) -> str:
-        """Why a flag changes nothing beside the others, "" where it may."""
+    def _idle(self, name: str, of: str) -> str:
+        """Why a flag has no effect beside the others; "" where it may have one."""
+        if of and OWNERS[of][0] is not config_type(self.my_testing):
+            return f"--my_testing {self.my_testing} has {OWNERS[of][1]}"
         if name in UNUSED.get(self.my_testing, ()):
             return f"--my_testing {self.my_testing} has no heads and no low ranks"
         if name == "ds_bucket_mb" and not self.strategy.startswith("deepspeed"):

@@ -60,7 +60,7 @@ class Index:
              older Megatron tools: then every item is a document
     """
 
-    def __init__(self, path: Path, check: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         n_bytes = path.stat().st_size
         if n_bytes < HEADER.size:
@@ -87,9 +87,8 @@ class Index:
         self.sizes = np.frombuffer(raw, "<i4", n_items, HEADER.size)
         self.pointers = np.frombuffer(raw, "<i8", n_items, self._at_pointers)
         self.doc_idx = np.frombuffer(raw, "<i8", n_entries, self._at_doc_idx)
-        if check:
-            self._check_items()
-            self._check_documents()
+        self._check_items()
+        self._check_documents()
 
     def _check_items(self) -> None:
         """Every item starts where the one before ends, the first at 0."""
@@ -148,7 +147,7 @@ def _cure(given: Path) -> str:
         return f"give {given.with_suffix('')}, without {given.suffix}"
     if os.path.isfile(given):
         prefix = given.with_name(given.name.partition(".")[0])
-        return f"{given} is a text or something else, not a pair of tokens: python make_data.py {given} 1 512 --out {prefix} makes one of a text, then give {prefix}"
+        return f"{given} is no such pair; if it is text, python make_data.py {given} 1 512 --out {prefix} makes one: then give {prefix}"
     return "give the path without .bin/.idx of a pair made by make_data.py"
 
 
@@ -160,7 +159,7 @@ class BinIdx(Tokens):
     Raises UserError naming the file and the position. `tokens` [n_tokens] of `dtype` is the flat .bin.
     """
 
-    def __init__(self, prefix: str | Path, check: bool = True) -> None:
+    def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self.idx_path = idx_path(prefix)
         self.bin_path = self.file = bin_path(prefix)
@@ -168,13 +167,13 @@ class BinIdx(Tokens):
             if not os.path.isfile(path):  # nor is a name that is too long for one
                 raise UserError(f"data file {path} does not exist; {_cure(Path(prefix))}")
         try:
-            self.index = Index(self.idx_path, check)
+            self.index = Index(self.idx_path)
             self.tokens = self._map()
         except OSError as error:
             raise UserError(f"data file {error.filename or self.prefix} cannot be read: {error.strerror or error}") from None
 
     def __reduce__(self) -> tuple:
-        return BinIdx, (self.prefix, False)
+        return BinIdx, (self.prefix,)
 
     def _map(self) -> np.ndarray:
         size, expected = self.bin_path.stat().st_size, self.index.n_bytes

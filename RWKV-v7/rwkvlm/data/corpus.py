@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,14 @@ def _texts() -> Iterator[str]:
 def write_demo_corpus(path: str | Path, max_bytes: int = 30_000_000) -> Corpus:
     """Write the corpus as {"text": ...} lines, up to `max_bytes` of text; atomic. UserError if nothing is found or it cannot be written."""
     path = Path(path)
+    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _write(path, path.with_name(path.name + ".partial"), max_bytes)
+        return _write(path, partial, max_bytes)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        with suppress(OSError):
+            partial.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from None
 
 
 def _write(path: Path, partial: Path, max_bytes: int) -> Corpus:

@@ -354,10 +354,7 @@ def _text_of(line: bytes, text_key: str) -> bytes:
         raise UserError(f"a JSON {type(record).__name__}, not an object with the key {text_key!r}")
     if text_key not in record:
         raise UserError(f"no key {text_key!r} (keys: {', '.join(list(record)[:5]) or 'none'}); see --text_key")
-    return _utf8_of(record[text_key], text_key)
-
-
-def _utf8_of(value: Any, text_key: str) -> bytes:
+    value = record[text_key]
     if not isinstance(value, str):
         raise UserError(f"the value of {text_key!r} is {type(value).__name__}, not text")
     return utf8(value)

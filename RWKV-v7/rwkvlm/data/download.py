@@ -87,7 +87,7 @@ def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print
 
 
 def check_is(data: BinIdx, remote: Remote) -> None:
-    """UserError when the pair has not the numbers of tokens and documents that the data set has. Its tokens are not looked at."""
+    """UserError when the pair has other numbers of tokens and documents than the data set. Its tokens are not looked at."""
     try:
         _check_count(data.n_tokens, remote)
         if remote.n_docs and data.n_docs != remote.n_docs:
@@ -108,8 +108,8 @@ class _Interrupted(Exception):
 def download(url: str, path: Path, size: int | None, say: Callable[[str], None] = print, pause: float = 1.0) -> None:
     """The file at `url`, of `size` bytes if given, goes to `path` by way of {path}.partial, from which a later attempt goes on.
 
-    It goes on only with the same file, as far as the server can tell (ETag). Nothing is done if `path` exists with that size. UserError after ATTEMPTS fruitless attempts in a row, at once for an answer that will
-    not change (404, another size).
+    It goes on only with the same file, as far as the server can tell (ETag). Nothing is done if `path` exists with that size. UserError after
+    ATTEMPTS fruitless attempts in a row, at once for an answer that will not change (404, another size).
     """
     if path.exists() and size in (None, path.stat().st_size):
         return

@@ -26,6 +26,7 @@ Places = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 FINEST = 1 << 31  # largest denominator of a share: products below stay under 2^62
 LEAST = Fraction(1, 10**6)
 
+
 def prefixes(data_file: str) -> dict[str, Fraction | None]:
     """The files that --data_file names, in order, each with its weight if one is given. UserError for what cannot be meant."""
     if os.path.exists(idx_path(data_file)) or os.path.exists(data_file):  # which Path.exists would not say of a list longer than a name may be
@@ -112,22 +113,18 @@ class MixedSamples(Samples):
         return self.parts[int(file)].where(int(number))
 
     def starts(self, ii: np.ndarray) -> np.ndarray:
-        file, number = self.places(ii)
-        found = [(file == k, part.starts(number[file == k])) for k, part in enumerate(self.parts) if (file == k).any()]
-        starts = np.empty((*ii.shape, found[0][1].shape[-1]), dtype=bool)
-        for mine, part in found:
-            starts[mine] = part
-        return starts
+        return self._of_parts(ii, lambda part, number: part.starts(number))
 
     def windows(self, ii: np.ndarray) -> np.ndarray:
+        return self._of_parts(ii, lambda part, number: part.windows(number))
+
+    def _of_parts(self, ii: np.ndarray, read: Callable[[Samples, np.ndarray], np.ndarray]) -> np.ndarray:
         file, number = self.places(ii)
-        if not ii.ndim:
-            return self.parts[int(file)].windows(number)
-        found = [(file == k, part.windows(number[file == k])) for k, part in enumerate(self.parts) if (file == k).any()]
-        windows = np.empty((*ii.shape, found[0][1].shape[-1]), dtype=np.result_type(*(w for _, w in found)))
+        found = [(file == k, read(part, number[file == k])) for k, part in enumerate(self.parts) if (file == k).any()]
+        rows = np.empty((*ii.shape, found[0][1].shape[-1]), dtype=np.result_type(*(row for _, row in found)))
         for mine, part in found:
-            windows[mine] = part
-        return windows
+            rows[mine] = part
+        return rows
 
 
 @dataclass(frozen=True)

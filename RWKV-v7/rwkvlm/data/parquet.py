@@ -58,7 +58,7 @@ def read_rows(path: Path, text_key: str, start: int, size: int) -> Iterator[Rows
 def _send(connection: Connection, path: Path, text_key: str, start: int, size: int) -> None:
     """What the process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent ends this one
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a crash is told by the parent, in one line
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the parent says in one line that it crashed
     for item in _read(path, text_key, start, size):
         connection.send(item)
     connection.send(None)

@@ -7,7 +7,7 @@ does not change when others are appended.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import numpy as np
 
 from ..config import UserError
 from .binidx import BinIdx, BinIdxWriter, check_room
-from .survey import TOKENS, runs
+from .survey import TOKENS, Say, runs
 
-Say = Callable[[int, int], None]
 ALL = 1 << 64
 
 
@@ -76,7 +75,7 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
 
 @contextmanager
 def _disk(out: str) -> Iterator[None]:
-    """A disk that takes no more is told in one line, also where it is the last block that it does not take."""
+    """A full disk is an error of one line, also where only the last block finds no room."""
     try:
         yield
     except OSError as error:

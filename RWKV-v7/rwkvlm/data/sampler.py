@@ -114,12 +114,12 @@ def chunks_of(ii: np.ndarray, prime: int) -> np.ndarray:
     return times(times(times(ii, ii), ii), np.int64(_factor(prime)))
 
 
-def order_hash(prime: int, n: int = MINI_EPOCH) -> str:
-    """Sixteen hex digits that name the order of the first n samples, for logs: equal means equal order."""
-    chunks = chunks_of(np.arange(1, n + 1), prime)
+def order_hash(prime: int) -> str:
+    """Sixteen hex digits that name the order of the first official mini-epoch's samples, for logs: equal means equal order."""
+    chunks = chunks_of(np.arange(1, MINI_EPOCH + 1), prime)
     return hashlib.sha256(chunks.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def mini_epochs(exit_tokens: int, ctx_len: int, epoch_samples: int = MINI_EPOCH) -> int:
-    """How many mini-epochs of `epoch_samples` samples a run of exit_tokens takes, the last one counted whole."""
-    return -(-exit_tokens // (ctx_len * epoch_samples))
+def mini_epochs(exit_tokens: int, ctx_len: int) -> int:
+    """How many official mini-epochs a run of exit_tokens takes, the last one counted whole."""
+    return -(-exit_tokens // (ctx_len * MINI_EPOCH))

@@ -17,7 +17,7 @@ PROBES = 20  # documents that are encoded again
 PROBE_TOKENS = 2000
 LONGEST_TOKEN = 128  # bytes of the World vocabulary's longest: so far a cut changes what comes before it
 
-Say = Callable[[int, int], None]
+Say = Callable[[int, int], None]  # tokens done, tokens in all
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any
 
 from ..config import UserError
 from ..data.tokenizer import END_OF_DOCUMENT
-from ..infer.engine import Engine, check_finite
-from ..infer.sampling import check_sampling, sample
+from ..infer.engine import Engine
 from ..infer.stops import StopText
 from .score import continuations, scores
 
@@ -56,23 +55,15 @@ class Answers:
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []
-        stop, stream = StopText([until] if isinstance(until, str) else until), self.engine.tokenizer.stream()
+        stop, text = StopText([until] if isinstance(until, str) else until), ""
         temperature = float(settings.get("temperature") or 0) if settings.get("do_sample", True) else 0.0
-        how = temperature, float(settings.get("top_p", 1)), int(settings.get("top_k", 0))
-        check_sampling(*how)
-        logits, state = self.engine.read([END_OF_DOCUMENT, *self.engine.encode(context)])
-        generator, text = self.engine.generator(0), ""
-        for left in range(int(settings.get("max_gen_toks", LONGEST)) - 1, -1, -1):
-            check_finite(logits)
-            token = int(sample(logits, *how, generator))
-            if token == END_OF_DOCUMENT:
-                break
-            text += stop.push(stream.push(token))
+        how = dict(temperature=temperature, top_p=float(settings.get("top_p", 1)), top_k=int(settings.get("top_k", 0)), seed=0)
+        prompt = [END_OF_DOCUMENT, *self.engine.encode(context)]
+        for piece in self.engine.generate(prompt, int(settings.get("max_gen_toks", LONGEST)), **how):
+            text += stop.push(piece)
             if stop.stopped:
                 return text
-            if left:
-                logits, state = self.engine.read([token], state)
-        return text + stop.push(stream.finish()) + stop.finish()
+        return text + stop.finish()
 
 
 def model_of(engine: Engine, batch: int) -> Any:

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from ..config import UserError
-from .engine import END_OF_DOCUMENT, Engine, check_finite
+from ..data.tokenizer import END_OF_DOCUMENT
+from .engine import Engine, check_finite
 from .sampling import Penalties, check_sampling, sample
 from .stops import StopText
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..checkpoint.pth import load_into, load_weights
+from ..checkpoint.pth import load_weights, model_from
 from ..config import UserError
-from ..data.tokenizer import load_tokenizer
-from ..models import LanguageModel, build, read_config
+from ..data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from ..models import LanguageModel
 from ..ops import backend, rwkv7_step
 from .sampling import check_sampling, sample
 
 PREFILL = 512  # tokens of a prompt read at once: bounds the memory of a long prompt, changes no number beyond rounding
-END_OF_DOCUMENT = 0
 
 
 class Engine:
     """Recurrent inference with one model, whose weights stay as they are. Memory does not grow with the length of the text, but for attention
     without a window and the symbols that ROSA has seen."""
 
-    def __init__(self, model: LanguageModel, tokenizer) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
 
@@ -38,7 +37,7 @@ class Engine:
         return self.model.head(x[:, -1]), state
 
     def prepare(self) -> None:
-        """Builds and loads now what single tokens need, which else happens, and is told, in the middle of a text."""
+        """Builds and loads what single tokens need: here, and not at the first of them, where its messages would stand in the middle of a text."""
         _ = self._step
 
     @functools.cached_property
@@ -60,9 +59,9 @@ class Engine:
         return logits.unsqueeze(0), [block._make(tensors) for block, tensors in zip(state, after)]
 
     def tokens(
-        self, prompt: str, length: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
+        self, prompt: str | list[int], length: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
     ) -> Iterator[int]:
-        """Up to `length` sampled tokens; stops at the end of the document. An empty prompt starts a new document.
+        """Up to `length` sampled tokens; stops at the end of the document. prompt: text, or its tokens; an empty one starts a new document.
 
         Raises UserError, before the first token, for values outside their range and for prompts with tokens outside the model's vocabulary,
         and where the model's logits are not numbers.
@@ -71,8 +70,8 @@ class Engine:
         if length < 0:
             raise UserError(f"--length {length} must be at least 0")
         generator = self.generator(seed)
-        ids = self.encode(prompt) or [END_OF_DOCUMENT]
-        return self._tokens(ids, length, lambda logits: int(sample(logits, temperature, top_p, top_k, generator)))
+        ids = (self.encode(prompt) if isinstance(prompt, str) else prompt) or [END_OF_DOCUMENT]
+        return self._tokens(ids, length, (temperature, top_p, top_k, generator))
 
     def generator(self, seed: int | None) -> torch.Generator:
         """Random numbers for sampling; None: others each time. UserError for a seed that is too large."""
@@ -94,18 +93,18 @@ class Engine:
             )
         return ids
 
-    def _tokens(self, ids: list[int], length: int, choose: Callable[[torch.Tensor], int]) -> Iterator[int]:
+    def _tokens(self, ids: list[int], length: int, how: tuple) -> Iterator[int]:
         logits, state = self.read(ids)
         for left in range(length - 1, -1, -1):
             check_finite(logits)
-            token = choose(logits)
+            token = int(sample(logits, *how))
             if token == END_OF_DOCUMENT:
                 return
             yield token
             if left:
                 logits, state = self.read([token], state)
 
-    def generate(self, prompt: str, length: int, **sampling) -> Iterator[str]:
+    def generate(self, prompt: str | list[int], length: int, **sampling) -> Iterator[str]:
         """As `tokens`, but text, as soon as it is whole characters; joined, the pieces are the continuation."""
         return self.text(self.tokens(prompt, length, **sampling))
 
@@ -138,7 +137,4 @@ def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto"
         device = "cuda" if gpus else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    tensors = load_weights(path)
-    model = build(read_config(tensors)).to(dtype)
-    load_into(model, tensors)
-    return Engine(model.to(device), load_tokenizer(tokenizer))
+    return Engine(model_from(load_weights(path), device, dtype), load_tokenizer(tokenizer))

@@ -37,7 +37,7 @@ class Memory(nn.Module):
 
     The gradient is written out. Within a segment W does not change, so the gradient is a sum over tokens as they come, and the state needs
     none of them; norm gives each row its initial length, so W neither grows nor fades however long the text is. Matrices act on rows:
-    fast[0] = W1, fast[1] = W3, fast[2] = W2^T, each [m, N]. The output begins at zero: the model begins as it is without.
+    fast[0] = W1, fast[1] = W3, fast[2] = W2^T, each [m, N]. The output begins at zero: at first the model is what it is without a memory.
     """
 
     def __init__(self, config: PhantomConfig) -> None:
@@ -90,7 +90,7 @@ class Memory(nn.Module):
         y = self.output(self.ln_x(o)).view(B, T, C)
         if not return_state:
             return y, None
-        return y, MemoryState(x[:, -1], fast, torch.zeros_like(fast) if sums is None else sums, seen_after(plan[-1], self.segment))
+        return y, MemoryState(x[:, -1].clone(), fast, torch.zeros_like(fast) if sums is None else sums, seen_after(plan[-1], self.segment))
 
     def _step(self, fast: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         length = self.fast.to(fast.dtype).norm(dim=-1, keepdim=True)

@@ -123,8 +123,8 @@ class StateTTT(nn.Module):
         return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error), *passed
 
     def _at_once(self, r: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]] | None:
-        """What computes all segments of such inputs at once, from the beginning of one, and passes r, k and v on; None where nothing does. With gradients through more than a step
-        a segment, first-order, or with the error after each, it is the loop."""
+        """What computes all segments of such inputs at once, from the beginning of one, and passes r, k and v on; None where nothing does: several
+        steps a segment, first-order gradients and the error after each are the loop's."""
         config, training = self.config, torch.is_grad_enabled()
         if config.ttt_steps > 1 or (config.ttt_meta and self.training) or (training and not config.ttt_second_order) or r.dtype == torch.float16:
             return None
@@ -170,7 +170,7 @@ class StateTTT(nn.Module):
         return torch.cat([core.unflatten(0, (B, H)), S[:, :, self.rows :]], dim=2)
 
     def _slope(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """d 1/2 |P(u_t) - z_t|^2 / d u_t for every token, [M, n, c], with core [M, c, N], K [M, n, N] and V [M, n, c]."""
+        """d 1/2 |P(u_t) - z_t|^2 / d u_t for every token, [M, n, c], with core [M, c, N], K [M, n, N] and V [M, n, c]; a row of M is a head of a sequence."""
         if not self.has_head:
             return torch.baddbmm(V, K, core.mT, beta=-1)
         w1, w2 = self.w1.to(K.dtype), self.w2.to(K.dtype)
@@ -179,21 +179,16 @@ class StateTTT(nn.Module):
         miss = torch.addmm((U - V).flatten(0, 1), hidden, w2.mT)
         return torch.addmm(miss, (miss @ w2) * (hidden > 0), w1).view_as(U)
 
-    def gradient(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """grad l, [M, c, N], of core [M, c, N] with K [M, n, N] and V [M, n, c]; one row of M is one head of one sequence."""
-        return self._slope(core, K, V).mT @ K / K.shape[1] + self.config.ttt_anchor * (core - before)
-
-    def inner_loss(self, core: torch.Tensor, before: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """l for each of M; shapes as for gradient."""
-        return 0.5 * self._miss(core, K, V).square().sum(-1).mean(-1) + self.config.ttt_anchor / 2 * (core - before).square().sum((-2, -1))
-
     def relative_error(self, S: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """|P(S_c kk) - z|^2 / |z|^2 over tokens and heads, [B], of S [B, H, N, N] with K [B, H, n, N] and V [B, H, n, c]. Relative, so that its weight in the outer
-        loss means the same for every model: |z|^2 itself is in the hundreds."""
+        """|P(S_c kk) - z|^2 / |z|^2 over tokens and heads, [B], of S [B, H, N, N] with K [B, H, n, N] and V [B, H, n, c].
+
+        Relative, so that its weight in the outer loss means the same for every model: |z|^2 itself is in the hundreds.
+        """
         miss = self._miss(S[:, :, : self.rows], K, V)
         return miss.square().sum((1, 2, 3)) / V.square().sum((1, 2, 3)).clamp(min=1e-6)
 
     def _miss(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """P(u_t) - z_t for every token, [..., n, c]."""
         U = K @ core.mT
         if self.has_head:
             U = U + torch.relu(U @ self.w1.to(U.dtype).mT) @ self.w2.to(U.dtype).mT

@@ -1,4 +1,4 @@
-"""RWKV-7 with attention in some blocks: recipe, sizes from a file, an RWKV-7 as its beginning, and the rows of the table that RWKV-7's has not."""
+"""RWKV-7 with attention in some blocks: the recipe, sizes from a file, beginning from an RWKV-7, and the rows that its table has besides RWKV-7's."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
         return (x, new_state) if return_state else x
 
     def for_training(self, idx: torch.Tensor, grad_cp: bool = False) -> tuple[torch.Tensor, Terms]:
-        """The features, and what else the training shall lower beside the cross entropy."""
+        """The features, and what training lowers besides the cross entropy."""
         return self.features(idx, grad_cp=grad_cp), {}
 
     def forward(

@@ -20,7 +20,7 @@ from ..layers.ttt import StateTTT
 from . import rwkv7
 from .block import Block
 from .lm import LanguageModel, Terms
-from .rwkv7 import ATT, BLOCK, FFN, constant, orthogonal, shift_mix
+from .rwkv7 import ATT, BLOCK, FFN, as_wide, constant, orthogonal, shift_mix
 from .table import Row, Slot
 
 
@@ -103,7 +103,7 @@ def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mappin
 
 @torch.no_grad()
 def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
-    """The weights of an RWKV-7 in the form of this model, whose own parts that RWKV-7 has not keep the values that they have in it."""
+    """The weights of an RWKV-7 in the form of this model; what an RWKV-7 does not have keeps the values that it has in the model."""
     converted = dict(tensors)
     for name, own in model.state_dict().items():
         matrix, core, _ = name.partition(".core.")
@@ -145,12 +145,6 @@ def _line(name: str, shape: str, core: str, whole: int, parts: int) -> str:
     return f"{name:15} {shape:>12} {core:>5} {f'{whole:,} -> {parts:,}':>22} {f'{2 * whole:,} -> {2 * parts:,}':>22} {1 - parts / whole:6.0%}"
 
 
-def _unit_rows(s: Slot) -> torch.Tensor:
-    """Orthogonal, with rows of length 1 where there are more rows than columns: a ghost is as large as the core that it is made of."""
-    rows, cols = s.shape
-    return orthogonal(max(1.0, math.sqrt(rows / cols)))(s)
-
-
 def _ffn_core(s: Slot) -> torch.Tensor:
     """Rows as long as those of the dense key, an orthogonal matrix with more rows than columns."""
     return orthogonal(min(1.0, math.sqrt(s.config.n_embd / s.config.dim_ffn)))(s)
@@ -181,7 +175,7 @@ TABLE = [
     Row(ATT + r"key\.core(?:\.up)?\.weight", orthogonal(0.1), decay=True),
     Row(FFN + r"key\.core(?:\.up)?\.weight", _ffn_core, decay=True),
     Row(BLOCK + r"(?:att\.output|ffn\.value)\.core(?:\.up)?\.weight", constant(0.0), decay=True),
-    Row(r".*\.ghost(?:\.up)?\.weight", _unit_rows, decay=True),
+    Row(r".*\.ghost(?:\.up)?\.weight", as_wide(1.0), decay=True),  # a ghost is as large as the core that it is made of
     Row(ATT + r"ttt\.rate", _logit_of_step, lr=2.0),
     Row(ATT + r"ttt\.w1", orthogonal(1.0), lr=2.0),
     Row(ATT + r"ttt\.w2", constant(0.0), lr=2.0),

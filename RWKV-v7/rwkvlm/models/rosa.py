@@ -126,9 +126,9 @@ def _linear(s: Slot) -> torch.Tensor:
 
 
 def _output(s: Slot) -> torch.Tensor:
-    """Small, for what it reads is noise at first, and as much of it in all blocks together however many they are; not 0, as RWKV-7's, with which recall is
-    learned less surely (records/2026-11-26-rosa-gradient)."""
-    return 0.5 * s.config.n_layer**-0.5 * _linear(s)
+    """Smaller the more blocks there are, for what it reads is noise at first; not 0, as RWKV-7's, with which recall is learned less surely
+    (records/2026-11-26-rosa-gradient)."""
+    return _linear(s) / s.config.n_layer
 
 
 ROSA = BLOCK + r"rosa\."

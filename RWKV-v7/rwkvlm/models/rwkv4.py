@@ -18,11 +18,11 @@ from ..layers.rwkv4 import ChannelMix4, TimeMix4
 from ..layers.state import BlockState
 from ..ops.wkv4 import EMPTY
 from .lm import LanguageModel
-from .rwkv7 import ATT, BLOCK, FFN, constant, orthogonal
+from .rwkv7 import ATT, BLOCK, FFN, as_wide, channels, constant, depth
 from .sizes import Sizes
 from .table import Row, Slot
 
-DECAY = "blocks.0.att.time_decay"  # RWKV-4 to 6 have it, RWKV-7 has not
+DECAY = "blocks.0.att.time_decay"  # RWKV-4 to 6 have it, RWKV-7 does not
 
 
 class Block4(nn.Module):
@@ -68,49 +68,34 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     return model_config("x040", n_layer=sizes.n_layer(), n_embd=n_embd, vocab_size=vocab_size, dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0])
 
 
-def _share(s: Slot) -> torch.Tensor:
-    """0 to nearly 1 over the channels."""
-    return torch.arange(s.config.n_embd, dtype=torch.float64) / s.config.n_embd
-
-
 def _ramp(s: Slot) -> torch.Tensor:
     """0 to 1 over the channels."""
-    return torch.arange(s.config.n_embd, dtype=torch.float64) / (s.config.n_embd - 1)
-
-
-def _depth(s: Slot) -> float:
-    """0 in the first block, 1 in the last."""
-    return s.layer / max(s.config.n_layer - 1, 1)
+    return channels(s) / (s.config.n_embd - 1)
 
 
 def _mix(power: float, deeper: float = 0.0):
     """The share of the token itself; `deeper` more in the last block than in the first."""
-    return lambda s: _share(s) ** (power * (1 - s.layer / s.config.n_layer)) + deeper * _depth(s)
+    return lambda s: (channels(s) / s.config.n_embd) ** (power * (1 - s.layer / s.config.n_layer)) + deeper * depth(s)
 
 
 def _zigzag(s: Slot) -> torch.Tensor:
     """0, 1/2, -1/2 in turn."""
-    return ((torch.arange(s.config.n_embd, dtype=torch.float64) + 1) % 3 - 1) / 2
-
-
-def _as_wide(gain: float):
-    """Orthogonal; of more rows than columns the columns are longer than 1, as if each row had the length of one in a square matrix."""
-    return lambda s: orthogonal(gain * max(1.0, math.sqrt(s.shape[0] / s.shape[1])))(s)
+    return ((channels(s) + 1) % 3 - 1) / 2
 
 
 TABLE = [
     Row(r"emb\.weight", lambda s: torch.empty(s.shape).uniform_(-6e-4, 6e-4, generator=s.generator), decay=True),
     Row(rf"(?:{BLOCK}ln[012]|ln_out)\.weight", constant(1.0)),
     Row(rf"(?:{BLOCK}ln[012]|ln_out)\.bias", constant(0.0)),
-    Row(ATT + r"time_decay", lambda s: -5 + 8 * _ramp(s) ** (0.7 + 1.3 * _depth(s)), lr=2.0),
+    Row(ATT + r"time_decay", lambda s: -5 + 8 * _ramp(s) ** (0.7 + 1.3 * depth(s)), lr=2.0),
     Row(ATT + r"time_first", lambda s: math.log(0.3) + _zigzag(s), lr=3.0),
     Row(ATT + r"time_mix_k", _mix(1.0)),
     Row(ATT + r"time_mix_v", _mix(1.0, deeper=0.3)),
     Row(ATT + r"time_mix_r", _mix(0.5)),
     Row(FFN + r"time_mix_[kr]", _mix(1.0)),
-    Row(ATT + r"value\.weight", _as_wide(1.0), decay=True),
+    Row(ATT + r"value\.weight", as_wide(1.0), decay=True),
     Row(ATT + r"(?:key|receptance|output)\.weight", constant(0.0), decay=True),
-    Row(FFN + r"key\.weight", _as_wide(1.0), decay=True),
+    Row(FFN + r"key\.weight", as_wide(1.0), decay=True),
     Row(FFN + r"(?:receptance|value)\.weight", constant(0.0), decay=True),
-    Row(r"head\.weight", _as_wide(0.5), decay=True),
+    Row(r"head\.weight", as_wide(0.5), decay=True),
 ]

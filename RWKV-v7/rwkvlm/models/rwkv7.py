@@ -56,19 +56,19 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     )
 
 
-def _channels(s: Slot) -> torch.Tensor:
+def channels(s: Slot) -> torch.Tensor:
     return torch.arange(s.config.n_embd, dtype=torch.float64)
 
 
 def _linear(s: Slot) -> torch.Tensor:
     """-1/2 to 1/2 over the channels."""
-    return _channels(s) / (s.config.n_embd - 1) - 0.5
+    return channels(s) / (s.config.n_embd - 1) - 0.5
 
 
 def _zigzag(s: Slot) -> torch.Tensor:
     """-1 to 1 over the channels of each head, z|z|."""
     half = (s.config.head_size - 1) / 2
-    z = (_channels(s) % s.config.head_size - half) / half
+    z = (channels(s) % s.config.head_size - half) / half
     return z * z.abs()
 
 
@@ -77,17 +77,17 @@ def _depth_left(s: Slot) -> float:
     return 1 - s.layer / s.config.n_layer
 
 
-def _depth(s: Slot) -> float:
+def depth(s: Slot) -> float:
     """0 in the first block, 1 in the last."""
     return s.layer / (s.config.n_layer - 1) if s.config.n_layer > 1 else 0.0
 
 
 def shift_mix(power: float):
-    return lambda s: 1 - (_channels(s) / s.config.n_embd) ** (power * _depth_left(s))
+    return lambda s: 1 - (channels(s) / s.config.n_embd) ** (power * _depth_left(s))
 
 
 def _decay(s: Slot) -> torch.Tensor:
-    ramp = (_channels(s) / (s.config.n_embd - 1)) ** (1 + _depth(s) ** 0.3)
+    ramp = (channels(s) / (s.config.n_embd - 1)) ** (1 + depth(s) ** 0.3)
     return -6 + 6 * ramp + 0.5 + 2.5 * _zigzag(s)
 
 
@@ -99,13 +99,9 @@ def orthogonal(gain: float):
     return lambda s: torch.nn.init.orthogonal_(torch.empty(s.shape), gain, generator=s.generator)
 
 
-def _low_rank_up(s: Slot) -> torch.Tensor:
-    rows, cols = s.shape
-    return orthogonal(0.1 * max(1.0, math.sqrt(rows / cols)))(s)
-
-
-def _head(s: Slot) -> torch.Tensor:
-    return orthogonal(0.5 * max(1.0, math.sqrt(s.config.vocab_size / s.config.n_embd)))(s)
+def as_wide(gain: float):
+    """Orthogonal, with rows of the length gain, on average where there are more of them than columns."""
+    return lambda s: orthogonal(gain * max(1.0, math.sqrt(s.shape[0] / s.shape[1])))(s)
 
 
 def _embedding(s: Slot) -> torch.Tensor:
@@ -125,7 +121,7 @@ TABLE = [
     Row(ATT + r"x_[kv]", shift_mix(0.7)),
     Row(ATT + r"w0", _decay, lr=2.0),
     Row(ATT + r"[wavg]1", constant(0.0)),
-    Row(ATT + r"[wavg]2", _low_rank_up),
+    Row(ATT + r"[wavg]2", as_wide(0.1)),
     Row(ATT + r"a0", lambda s: -0.19 + 0.3 * _zigzag(s) + 0.4 * _linear(s)),
     Row(ATT + r"v0", lambda s: 0.73 - 0.4 * _linear(s)),
     Row(ATT + r"k_k", lambda s: 0.71 - 0.1 * _linear(s)),
@@ -136,9 +132,9 @@ TABLE = [
     Row(ATT + r"output(?:\.up)?\.weight", constant(0.0), decay=True),
     Row(ATT + r"ln_x\.weight", lambda s: torch.full(s.shape, ((1 + s.layer) / s.config.n_layer) ** 0.7)),
     Row(ATT + r"ln_x\.bias", constant(0.0)),
-    Row(FFN + r"x_k", lambda s: 1 - (_channels(s) / s.config.n_embd) ** (_depth_left(s) ** 4)),
+    Row(FFN + r"x_k", lambda s: 1 - (channels(s) / s.config.n_embd) ** (_depth_left(s) ** 4)),
     Row(FFN + r"key(?:\.up)?\.weight", orthogonal(1.0), decay=True),
     Row(FFN + r"value(?:\.up)?\.weight", constant(0.0), decay=True),
     Row(BLOCK + r".*\.down\.weight", orthogonal(1.0), decay=True),  # the first of two factors; the second is as the matrix would be
-    Row(r"head\.weight", _head, decay=True),
+    Row(r"head\.weight", as_wide(0.5), decay=True),
 ]

@@ -11,7 +11,7 @@ from ..config import UserError
 
 
 class Sizes:
-    """The tensors of a file that shall hold a model of this kind, such as "an RWKV-7"; give: what the user should give instead of another one."""
+    """The tensors of a file that should hold a model of this kind, such as "an RWKV-7"; give: the type to ask the user for where it does not."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], kind: str, give: str) -> None:
         self.tensors, self.kind, self.give = tensors, kind, give
@@ -27,5 +27,5 @@ class Sizes:
         if name not in self.tensors:
             raise UserError(f"the checkpoint is not {self.kind} model: {name} is missing; give a .pth file of type {self.give}")
         if self.tensors[name].dim() != dims:
-            raise UserError(f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, which has not {dims} dimensions; give a .pth file of type {self.give}")
+            raise UserError(f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, not {dims} dimensions; give a .pth file of type {self.give}")
         return self.tensors[name].shape

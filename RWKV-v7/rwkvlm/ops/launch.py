@@ -54,4 +54,4 @@ def launch(library: ctypes.CDLL, function: str, device: torch.device, *arguments
             with torch.cuda.device(device):
                 code = getattr(library, function)(*arguments, stream)
     if code:
-        native.cuda_check(library, code, function)
+        raise RuntimeError(f"{function}: {native.cuda_message(library, code)}")

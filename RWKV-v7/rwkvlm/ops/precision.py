@@ -8,7 +8,6 @@ a second, and nothing is changed unless asked.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -19,31 +18,8 @@ REPEATS = 5
 SECONDS = 0.05  # for the repeats of one measurement
 
 
-@dataclass(frozen=True)
-class Fp32Choice:
-    """For torch.set_float32_matmul_precision: the fastest setting whose error is fp32's."""
-
-    setting: str
-    gflops: dict[str, float]  # by setting
-    error: dict[str, float]  # rms relative to float64, by setting
-    line: str
-
-
-@dataclass(frozen=True)
-class Bf16Answer:
-    """Whether matrix products in bf16 beat fp32's best path; true or false in a condition."""
-
-    faster: bool
-    bf16_gflops: float
-    fp32_gflops: float
-    line: str
-
-    def __bool__(self) -> bool:
-        return self.faster
-
-
-def fp32_matmul_choice(apply: bool = False) -> Fp32Choice:
-    """Time and check "highest" and "medium" on the CPU; `apply` sets the choice for this process."""
+def fp32_matmul_choice() -> tuple[str, str]:
+    """For torch.set_float32_matmul_precision: of "highest" and "medium" the faster one whose error is fp32's, measured on the CPU; and a line that says so."""
     before = torch.get_float32_matmul_precision()
     gflops, error = {}, {}
     try:
@@ -55,16 +31,13 @@ def fp32_matmul_choice(apply: bool = False) -> Fp32Choice:
     faster = error["medium"] <= FP32_ERROR and gflops["medium"] > GAIN * gflops["highest"]
     setting = "medium" if faster else "highest"
     figures = ", ".join(f"{name} {gflops[name]:.0f} GFLOP/s with error {error[name]:.0e}" for name in gflops)
-    if apply:
-        torch.set_float32_matmul_precision(setting)
-    return Fp32Choice(setting, gflops, error, f"fp32 matrix products: {setting} ({figures})")
+    return setting, f"fp32 matrix products: {setting} ({figures})"
 
 
-def bf16_is_faster() -> Bf16Answer:
-    """Time bf16 against fp32, both as this process is set, on the CPU."""
+def bf16_is_faster() -> bool:
+    """Whether matrix products in bf16 beat fp32's, as this process is set, on the CPU."""
     bf16, fp32 = (_gflops(*_operands(dtype)) for dtype in (torch.bfloat16, torch.float32))
-    faster = bf16 > GAIN * fp32
-    return Bf16Answer(faster, bf16, fp32, f"bf16 matrix products are {bf16 / fp32:.1f} times as fast as fp32 here ({bf16:.0f} and {fp32:.0f} GFLOP/s)")
+    return bf16 > GAIN * fp32
 
 
 def _fp32_rate_and_error() -> tuple[float, float]:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..config import RosaConfig
-from ..models import build, count_parameters, costs, recurrence
+from ..models import build, costs, count_parameters, recurrence
 from .plan import Plan
 
 KERNELS = {"cuda": "CUDA", "cpu": "C++", "torch": "plain PyTorch"}
 
 
 def show_plan(plan: Plan) -> None:
-    for name, text in describe(plan).items():
-        print(f"{name:9} {text}", flush=True)
-
-
-def describe(plan: Plan) -> dict[str, str]:
     config, model, run, schedule = plan.config, plan.start.model, plan.launch, plan.schedule
     with torch.device("meta"):
         parameters = count_parameters(build(model))
@@ -31,7 +26,7 @@ def describe(plan: Plan) -> dict[str, str]:
     strategy = "one process" if run.strategy == "auto" else run.strategy
     fall = {"cosine": "", "wsd": f" over the last {100 * config.wsd_decay:g}%", "constant": ""}[config.lr_schedule]
     rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
-    return {
+    lines = {
         "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {''.join(f'{mixer}, ' for mixer in mixers)}vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
         **({"costs": f"\n{'':10}".join(table)} if (table := costs(model)) else {}),
         "data": f"{_files(plan)}, {held_out}",
@@ -42,6 +37,8 @@ def describe(plan: Plan) -> dict[str, str]:
         "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go",
         "output": f"{plan.proj_dir}",
     }
+    for name, text in lines.items():
+        print(f"{name:9} {text}", flush=True)
 
 
 def _files(plan: Plan) -> str:

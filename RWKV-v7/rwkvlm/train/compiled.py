@@ -16,7 +16,7 @@ from .strategy import Launch
 
 GRAPHED = "reduce-overhead"  # compiled, and in CUDA graphs
 MODES = ("default", GRAPHED, "max-autotune-no-cudagraphs")  # of torch.compile
-GRAPHS = 64  # at most: of the first block and of the others, in training and validation; of blocks that --freeze makes different
+GRAPHS = 64  # compilations at most: of the first block and of the others, in training and validation, and of blocks that --freeze makes different
 
 
 def compile_blocks(model: LanguageModel, lengths_vary: bool = False, mode: str = "default") -> None:

@@ -15,6 +15,7 @@ from .banner import show_plan
 from .diagnosis import diagnose
 from .health import Health
 from .logs import make_logs
+from .logs.report import NAME as REPORT
 from .meter import Meter
 from .module import TrainModule
 from .plan import Plan, checked
@@ -142,3 +143,5 @@ class Conductor(pl.Callback):
             say(f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; the training state is saved, {what_goes_on(self.plan.config)} goes on from it")
         elif not self.plan.schedule.finished(self.position.samples * self.plan.config.ctx_len):
             say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")
+        else:
+            say(f"finished at step {self.position.step}: the weights are {self.plan.proj_dir / FINAL_NAME}, the curves {self.plan.proj_dir / REPORT}")

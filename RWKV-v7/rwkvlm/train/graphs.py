@@ -74,19 +74,19 @@ class BlockGraphs:
         self.outputs = [o.detach().requires_grad_(o.requires_grad) for o in outputs]
         self._recorded = None if recompute else outputs  # with what autograd has kept
 
-    def record_backward(self, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """slopes: gradients of the outputs, where the graph shall read them. Returns those of the inputs, where it writes them."""
-        self.slopes = [s if o.requires_grad else None for s, o in zip(slopes, self.outputs, strict=True)]
-        if all(s is None for s in self.slopes):  # nothing to train up to here
+    def record_backward(self, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """grad_outputs: gradients of the outputs, where the graph shall read them. Returns those of the inputs, where it writes them."""
+        self.grad_outputs = [g if o.requires_grad else None for g, o in zip(grad_outputs, self.outputs, strict=True)]
+        if all(g is None for g in self.grad_outputs):  # nothing to train up to here
             return [None] * len(self.inputs)
 
         def work() -> list[Tensor | None]:
-            return self._gradients(self._run() if self.recompute else self._recorded, self.slopes)
+            return self._gradients(self._run() if self.recompute else self._recorded, self.grad_outputs)
 
         self.run_backward, gradients = self.recorder.record(work)
         self._recorded = None
-        self.of_inputs, self.of_parameters = gradients[: len(self.inputs)], gradients[len(self.inputs) :]
-        return self.of_inputs
+        self.grad_inputs, self.grad_parameters = gradients[: len(self.inputs)], gradients[len(self.inputs) :]
+        return self.grad_inputs
 
     def _run(self) -> tuple[Tensor, ...]:
         x, v_first = (*self.inputs, None)[:2]
@@ -98,11 +98,11 @@ class BlockGraphs:
         if any(o.requires_grad for o in outputs):
             self._gradients(outputs, [torch.zeros_like(o) if o.requires_grad else None for o in outputs])
 
-    def _gradients(self, outputs: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _gradients(self, outputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Of all inputs and of the trained parameters; None for an input that needs none."""
-        of, along = zip(*((o, s) for o, s in zip(outputs, slopes, strict=True) if s is not None))
+        outputs, grad_outputs = zip(*((o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None))
         trained = [a for a in self.aliases.values() if a.requires_grad]
-        found = list(torch.autograd.grad(of, [t for t in (*self.inputs, *trained) if t.requires_grad], along, allow_unused=True))
+        found = list(torch.autograd.grad(outputs, [t for t in (*self.inputs, *trained) if t.requires_grad], grad_outputs, allow_unused=True))
         return [found.pop(0) if t.requires_grad else None for t in self.inputs] + found
 
     def forward(self, x: Tensor, v_first: Tensor | None, state: object = None, return_state: bool = False, *packed: object) -> tuple:
@@ -121,16 +121,16 @@ class BlockGraphs:
         self.passes += 1
         return self.passes
 
-    def replay_backward(self, made: int, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def replay_backward(self, made: int, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
         """made: what replay_forward returned."""
         if made != self.passes:
             raise RuntimeError("the CUDA graphs of a block have run since this forward pass: what it has kept for the backward pass is gone")
         self.passes += 1
-        _put(slopes, self.slopes)
+        _put(grad_outputs, self.grad_outputs)
         self.run_backward()
-        out = [None if g is None else torch.empty_like(p, dtype=g.dtype) for p, g in zip(self.trained, self.of_parameters, strict=True)]
-        torch._foreach_copy_([o for o in out if o is not None], [g for g in self.of_parameters if g is not None])
-        return [*(None if g is None else g.detach() for g in self.of_inputs), *out]
+        out = [None if g is None else torch.empty_like(p, dtype=g.dtype) for p, g in zip(self.trained, self.grad_parameters, strict=True)]
+        torch._foreach_copy_([o for o in out if o is not None], [g for g in self.grad_parameters if g is not None])
+        return [*(None if g is None else g.detach() for g in self.grad_inputs), *out]
 
 
 class _Graphed(torch.autograd.Function):
@@ -144,8 +144,8 @@ class _Graphed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.graphs.replay_backward(ctx.made, slopes)
+    def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.graphs.replay_backward(ctx.made, grad_outputs)
 
 
 def _put(tensors: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> None:
@@ -170,9 +170,9 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
         for i, block in enumerate(model.blocks):
             made.append(BlockGraphs(block, places, i == last, recompute, recorder))
             places = made[-1].outputs
-        slopes = [torch.zeros_like(o) for o in places]
+        grad_outputs = [torch.zeros_like(o) for o in places]
         for graphs in reversed(made):
-            slopes = graphs.record_backward(slopes)
+            grad_outputs = graphs.record_backward(grad_outputs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

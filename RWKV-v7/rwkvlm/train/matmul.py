@@ -25,8 +25,7 @@ def settle_fp32_products(plan: Plan) -> None:
     elif plan.launch.world_size > 1 and (env.launched_by_variables() or env.slurm_tasks_per_node()):
         setting, line = "highest", "fp32 matrix products: highest, not measured, since the processes of a launcher must agree"
     else:
-        choice = fp32_matmul_choice()
-        setting, line = choice.setting, choice.line
+        setting, line = fp32_matmul_choice()
         env.hand_on_fp32_products(setting)
     torch.set_float32_matmul_precision(setting)
     if env.first_process():

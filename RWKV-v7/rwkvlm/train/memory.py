@@ -15,7 +15,9 @@ Terms, for P trained parameters, W processes, b bytes of a parameter (what each 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -62,6 +64,14 @@ class Activations:
     outside: float
 
 
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.device) -> Activations:
     """From forward passes of two and of three blocks of the real width over a few tokens: what autograd saves, each storage once.
 
@@ -69,28 +79,29 @@ def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.d
     """
     dtype = DTYPES[config.precision]
 
-    def saved(tokens: int, **layers: object) -> int:
-        with device:
-            model = models.build(sizes.with_(vocab_size=256, **layers)).to(dtype)
-        for parameter in model.state_dict().values():
-            parameter.zero_()
-        own = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
-        found: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            kept = model.features(torch.zeros(1, tokens, dtype=torch.int64, device=device))
-        del kept
-        return sum(found.values())
-
     def of_a_token(**layers: object) -> float:
-        few, many = PROBED_TOKENS, 2 * PROBED_TOKENS
-        return (saved(many, **layers) - saved(few, **layers)) / (many - few)
+        with torch.device("meta"):  # at real widths drawing initial values would take minutes
+            model = models.build(sizes.with_(vocab_size=256, **layers)).to(dtype)
+        own = model.to_empty(device=device).state_dict().values()
+        for tensor in own:
+            tensor.zero_()
+        places = {tensor.untyped_storage().data_ptr() for tensor in own}
+
+        def saved(tokens: int) -> int:
+            found: dict[int, int] = {}
+
+            def note(tensor: torch.Tensor) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in places:
+                    found[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                kept = model.features(torch.zeros(1, tokens, dtype=torch.int64, device=device))
+            del kept
+            return sum(found.values())
+
+        return (saved(2 * PROBED_TOKENS) - saved(PROBED_TOKENS)) / PROBED_TOKENS
 
     if not isinstance(sizes, HybridConfig):
         two, three = (of_a_token(n_layer=depth) for depth in (2, 3))

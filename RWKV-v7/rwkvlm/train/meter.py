@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from ..checkpoint import ranks
 from .flops import flops_per_token, peak_flops
 from .health import Health
 from .logs import Log
+from .memory import resident
 from .plan import Plan
 from .position import Position
 
@@ -39,7 +39,7 @@ class Meter:
 
     def __init__(self, plan: Plan, position: Position, health: Health, parts: list[str], logs: list[Log]) -> None:
         self.plan, self.position, self.health, self.parts, self.logs = plan, position, health, parts, logs
-        self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.world = ranks.world_size()
         self.flops_per_token, self.peak = flops_per_token(plan.start.model, plan.config.ctx_len), peak_flops(plan.device)
         self.begin = self.drained = time.monotonic()
         self.pending: list[_Pending] = []
@@ -52,7 +52,7 @@ class Meter:
         """After an optimizer step. loss and terms: this process's means, on its device, are reduced in place to means over all. part_norms: [parts]."""
         if self.world > 1:
             for mean in (loss, *terms.values()):
-                dist.all_reduce(mean)
+                torch.distributed.all_reduce(mean)
                 mean /= self.world
         self.lr = lr
         self.pending.append(_Pending(self.position.step, self.position.samples, lr, loss, terms, grad_norm, part_norms))
@@ -63,15 +63,15 @@ class Meter:
         """Waits for the device and writes what is pending."""
         if not self.pending:
             return
-        losses = torch.stack([p.loss.float() for p in self.pending]).tolist()
-        norms = [None if p.grad_norm is None else float(p.grad_norm) for p in self.pending]
-        parts = [None if p.part_norms is None else {part: float(f"{norm:.5g}") for part, norm in zip(self.parts, p.part_norms.tolist())} for p in self.pending]
+        losses, norms = _numbers([p.loss for p in self.pending]), _numbers([p.grad_norm for p in self.pending])
+        known = [p.part_norms for p in self.pending if p.part_norms is not None]
+        parts = [{part: float(f"{norm:.5g}") for part, norm in zip(self.parts, row)} for row in torch.stack(known).tolist()] if known else [None] * len(losses)
         now = time.monotonic()
         rate = len(self.pending) * self.plan.schedule.tokens_per_step / max(now - self.drained, 1e-9)
         flops = rate / self.world * self.flops_per_token
         speed = {"tokens_per_s": round(rate, 1), "tflops": float(f"{flops / 1e12:.4g}"), "mfu": round(flops / self.peak, 4) if self.peak else None}
         shared = speed | {"seconds": round(now - self.begin, 3), "memory_mb": memory_mb(self.plan.device)}
-        for p, loss, norm, by_part in zip(self.pending, losses, norms, parts):
+        for p, loss, norm, by_part in zip(self.pending, losses, norms, parts, strict=True):
             found = self.health.judge(p.step, p.samples, loss, norm, by_part)
             if math.isfinite(loss):
                 self.position.epoch_loss += loss
@@ -102,12 +102,13 @@ class Meter:
             log.close()
 
 
+def _numbers(values: list[torch.Tensor | float | None]) -> list[float | None]:
+    """From the device in one copy. DeepSpeed may have them on the host."""
+    if all(isinstance(value, torch.Tensor) for value in values):
+        return torch.stack([value.float().reshape(()) for value in values]).tolist()
+    return [None if value is None else float(value) for value in values]
+
+
 def memory_mb(device: torch.device) -> float:
     """Peak of the allocator on a GPU, the resident size of this process on a CPU; 0 where the system does not say."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0.0
-    return round(pages * 4096 / 2**20, 1)
+    return round((torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()) / 2**20, 1)

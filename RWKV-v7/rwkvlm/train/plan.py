@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -14,11 +15,13 @@ from ..checkpoint import ranks
 from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
 from ..config import TrainConfig, UserError, env
+from ..config.locks import try_lock
 from ..data.binidx import idx_path
 from ..data.dataset import Samples
 from ..data.formats import FORMATS
 from ..data.mixture import Mixture, held_out, open_mixture, prefixes
 from ..data.reset import ResetSamples
+from ..data.sampler import order_hash
 from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
@@ -29,6 +32,7 @@ from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype
 
+HELD = "train_log.txt"  # is appended to only, never replaced
 TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
 DEVICE = {"gpu": "cuda", "cpu": "cpu"}
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
@@ -75,7 +79,8 @@ class Plan:
 
     def settings(self) -> dict[str, object]:
         """Flags and what was decided from them, for logs."""
-        decided = {"real_bsz": self.batch, "magic_prime": self.data.order, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
+        order = ", ".join(order_hash(part.prime) for part in self.data.parts)
+        decided = {"real_bsz": self.batch, "magic_prime": self.data.order, "order_hash": order, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
         return self.config.as_dict() | self.start.model.as_dict() | decided
 
     def mini_epoch(self, samples: int) -> int:
@@ -139,14 +144,17 @@ def checked(plan: Plan) -> Plan:
     Collective. Raises UserError when processes do not see the same files.
     """
     damaged: list[Path] = []
-    while (state := plan.start.state) is not None and (problem := check(state)):
+    while True:
+        starts = ranks.gather(str(plan.start))  # first: only those that have a state read its checksums, which is collective too
+        if len(set(starts)) > 1:
+            ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)  # another run, begun at the same moment, has put its files there
+            raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
+        state = plan.start.state
+        if state is None or not (problem := check(state)):
+            return plan
         say_damaged(state.path, problem)
         damaged.append(state.path)
         plan = make_plan(plan.config, damaged)
-    starts = ranks.gather(str(plan.start))
-    if len(set(starts)) > 1:
-        raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
-    return plan
 
 
 def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
@@ -186,6 +194,22 @@ def check_folder(config: TrainConfig) -> None:
         try_folder(folder)
     except OSError as error:
         raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
+
+
+def hold(proj_dir: Path) -> IO:
+    """Until this file is closed no other run writes to proj_dir. Two at once would take each other's files for their own."""
+    proj_dir.mkdir(parents=True, exist_ok=True)
+    file = open(proj_dir / HELD, "a")
+    if not try_lock(file):
+        file.close()
+        raise UserError(f"another run is writing to {proj_dir}; wait for its end or stop it, or choose another --proj_dir")
+    return file
+
+
+def refuse_if_held(proj_dir: Path) -> None:
+    """UserError while another run writes to proj_dir. Makes nothing."""
+    if (proj_dir / HELD).exists():
+        hold(proj_dir).close()
 
 
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:

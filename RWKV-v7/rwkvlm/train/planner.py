@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -21,13 +20,12 @@ import torch
 from ..checkpoint import ranks
 from ..checkpoint.place import nearest
 from ..config import TrainConfig, UserError, env
-from ..config.kinds import owner
 from ..config.volume import volume
 from ..ops import adamw
-from .banner import describe
+from .banner import show_plan
 from .guarded import guarded
 from .logs.progress import clock
-from .memory import FULL, Memory, estimate, measure_activations
+from .memory import FULL, Memory, estimate, measure_activations, resident
 from .plan import Plan
 from .start import SIZES
 from .strategy import make_strategy
@@ -35,7 +33,7 @@ from .strategy import make_strategy
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
-OWN = [f.name for f in fields(TrainConfig) if owner(f.metadata["help"])]  # flags of some model types only
+OWN = [f.name for f in fields(TrainConfig) if f.metadata["of"]]  # flags of some model types only
 
 
 def dry_run(plan: Plan) -> int:
@@ -43,12 +41,13 @@ def dry_run(plan: Plan) -> int:
     if not env.first_process():
         return 0
     _load_libraries(plan)
+    show_plan(plan)  # before the memory is measured, which of a large model takes a while
     plan = decide_grad_cp(plan)
     memory, available = _memories(plan), memory_available(plan)
     fits = memory[plan.config.micro_bsz, plan.config.grad_cp].total <= FULL * available
-    lines = describe(plan) | {
+    lines = {
         "epoch": f"{plan.config.epoch_samples * plan.config.ctx_len:,} tokens in a mini-epoch, {math.ceil(plan.config.epoch_samples / plan.batch):,} steps",
-        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each process: {'fits' if fits else 'does not fit'}",
+        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each process{', with grad_cp' * plan.config.grad_cp}: {'fits' if fits else 'does not fit'}",
         "advice": _advice(plan, memory, available),
     }
     for name, text in lines.items():
@@ -68,11 +67,6 @@ def decide_grad_cp(plan: Plan) -> Plan:
     return replace(plan, config=replace(plan.config, grad_cp=int(not all(ranks.gather(bool(fits))))))
 
 
-def predict_memory(plan: Plan) -> Memory:
-    _load_libraries(plan)
-    return _estimator(plan)(plan.config.micro_bsz, plan.config.grad_cp)
-
-
 def memory_available(plan: Plan) -> int:
     """Bytes for each process: what is free on its GPU, or its share of what this machine has free."""
     if plan.device.type == "cuda":
@@ -90,7 +84,7 @@ def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:
 
 def _estimator(plan: Plan) -> Callable[[int, int], Memory]:
     """Of micro_bsz and grad_cp, for a run that is otherwise this one."""
-    program = _resident()
+    program = resident()
     activations = measure_activations(plan.start.model, plan.config, plan.device)
     copies = adamw.backend_for(plan.device) == "torch"
     return lambda batch, cp: estimate(plan.start.model, replace(plan.config, micro_bsz=batch, grad_cp=cp), plan.launch, activations, program, copies)
@@ -102,11 +96,6 @@ def _load_libraries(plan: Plan) -> None:
     if plan.launch.strategy.startswith("deepspeed"):
         with suppress(ImportError):
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # its engine looks for this one, and torch's compiler comes with it
-
-
-def _resident() -> int:
-    """Bytes of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _advice(plan: Plan, memory: dict[tuple[int, int], Memory], available: int) -> str:

@@ -15,11 +15,11 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.strategies.launchers import subprocess_script
 
-from ..checkpoint.ledger import publish_weights, write_atomically
+from ..checkpoint.ledger import publish_weights
+from ..checkpoint.place import write_atomically
 from ..checkpoint.ranks import describe, rank, say, together
 from ..checkpoint.state import set_aside
-from ..config import TrainConfig, UserError, env
-from ..config.locks import try_lock
+from ..config import TrainConfig, env
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
@@ -29,21 +29,19 @@ from .conductor import Conductor
 from .graphs import graph_blocks
 from .matmul import settle_fp32_products
 from .module import TrainModule
-from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
+from .plan import TOKENIZER, Plan, check_data, check_folder, hold, make_plan, refuse_if_held
 from .planner import dry_run
 from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite, what_goes_on
 from .strategy import lightning_precision, make_strategy, param_dtype
 from .watch import Watch
 
-HELD = "train_log.txt"  # is appended to only, never replaced
-
 
 def run(config: TrainConfig) -> int:
     """Returns the exit code: 0 at the last token or after max_steps, 128 + signal when stopped by one, 1 when memory has run out. Raises UserError."""
     tell(config.flags_without_effect())
-    if env.first_process() and not config.dry_run and (Path(config.proj_dir) / HELD).exists():
+    if env.first_process() and not config.dry_run:
         with suppress(OSError):  # what cannot be written is refused in its turn
-            hold(Path(config.proj_dir)).close()
+            refuse_if_held(Path(config.proj_dir))
     if config.train_stage == 1:
         return write_init(config)
     plan = make_plan(config)
@@ -61,16 +59,6 @@ def run(config: TrainConfig) -> int:
     strategy = make_strategy(plan.config)
     settle_fp32_products(plan)
     return train(plan, strategy)
-
-
-def hold(proj_dir: Path) -> IO:
-    """Until this file is closed no other run writes to proj_dir. Two at once would take each other's files for their own."""
-    proj_dir.mkdir(parents=True, exist_ok=True)
-    file = open(proj_dir / HELD, "a")
-    if not try_lock(file):
-        file.close()
-        raise UserError(f"another run is writing to {proj_dir}; wait for its end or stop it, or choose another --proj_dir")
-    return file
 
 
 def tell(lines: list[str]) -> None:

@@ -16,7 +16,6 @@ from ..models import LanguageModel
 from .plan import Plan
 from .position import Position
 
-
 SLOW_DISK = 1800.0  # seconds that one process may write longer than another
 
 

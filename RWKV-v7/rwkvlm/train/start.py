@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from .. import models
+from ..checkpoint.ledger import is_own
 from ..checkpoint.pth import INIT, load_into, load_weights, newest_weights
 from ..checkpoint.ranks import say
 from ..checkpoint.state import StateInfo, find_state
-from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, model_config, rosa
-from ..config.phantom import TRAINING_ONLY
+from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, model_config, phantom, rosa
 from .position import Position
 
 SIZES = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g")
@@ -39,7 +39,7 @@ class Start:
     def __str__(self) -> str:
         if self.state is not None:
             return f"training state {self.state.path}, step {self.position.step}"
-        return f"fresh weights, saved as {self.path}" if self.fresh else str(self.path)
+        return f"fresh weights, to be saved as {self.path}" if self.fresh else str(self.path)
 
 
 def what_goes_on(config: TrainConfig) -> str:
@@ -109,7 +109,7 @@ def _same_data(config: TrainConfig, info: StateInfo, identity: list[dict]) -> No
         if then["tokens"] != now["tokens"]:
             differs = f"does not hold the tokens that {info.path} was trained with"
         elif config.doc_reset and then["documents"] != now["documents"]:
-            differs = f"divides its tokens into {now['documents']:,} documents, and {info.path} was trained with {then['documents']:,}"
+            differs = f"divides its tokens into {now['documents']:,} document{'s' * (now['documents'] != 1)}, and {info.path} was trained with {then['documents']:,}"
         else:
             continue
         renamed = f" (then {then['file']})" if then["file"] != now["file"] else ""
@@ -148,6 +148,8 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
         held = found[0].name
     elif from_mini_epoch == 0 and (Path(config.proj_dir) / "state" / "latest").exists():
         held = "state/"
+    elif found is not None and found[1] == INIT and not is_own(found[0]) and (config.train_stage == 1 or not config.load_model):
+        held = f"{INIT_NAME}, which no run in this folder has made"
     else:
         return
     raise UserError(
@@ -189,17 +191,22 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
     if isinstance(found, HybridConfig):
         return _flags_fit(config, _hybrid_agrees(config.own_settings(), found, config.n_layer if deeper else found.n_layer, path))
     if isinstance(found, RosaConfig):
-        found = _rosa_agrees(config.own_settings(), found, path)
+        found = _trained_as_asked(config.own_settings(), found, rosa.TRAINING_ONLY, path)
     return _flags_fit(config, found.with_(n_layer=config.n_layer) if deeper else found)
 
 
-def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) -> PhantomConfig:
-    """What is trained on: what is there, and how it is trained as the flags say. Of the prediction head counts whether it is there."""
+def _trained_as_asked(given: dict[str, object], found: ModelConfig, free: Collection[str], path: Path) -> ModelConfig:
+    """What is there, but for the settings of `free`, which the flags may change."""
     for name, value in given.items():
-        if name not in (*TRAINING_ONLY, "ttt_head") and value != getattr(found, name):
+        if name not in free and value != getattr(found, name):
             raise UserError(_differs(name, value, getattr(found, name), path))
+    return found.with_(**{name: value for name, value in given.items() if name in free})
+
+
+def _phantom_agrees(given: dict[str, object], found: PhantomConfig, path: Path) -> PhantomConfig:
+    """Of the prediction head counts whether it is there, not what it was asked for."""
     there = found.has_ttt_head
-    changed = found.with_(**{"ttt_head": there} | {name: value for name, value in given.items() if name in (*TRAINING_ONLY, "ttt_head")})
+    changed = _trained_as_asked(given, found.with_(ttt_head=there), (*phantom.TRAINING_ONLY, "ttt_head"), path)
     if found.steps_on_state and changed.has_ttt_head != there:
         if changed.ttt_head != there:
             raise UserError(_differs("ttt_head", changed.ttt_head, there, path))
@@ -220,14 +227,6 @@ def _hybrid_agrees(given: dict[str, object], found: HybridConfig, n_layer: int, 
         if not same:
             raise UserError(_differs(name, given[name], there, path))
     return wanted
-
-
-def _rosa_agrees(given: dict[str, object], found: RosaConfig, path: Path) -> RosaConfig:
-    """What is trained on is what is there; how its bits are trained is as the flags say."""
-    for name, value in given.items():
-        if name not in rosa.TRAINING_ONLY and value != getattr(found, name):
-            raise UserError(_differs(name, value, getattr(found, name), path))
-    return found.with_(**{name: value for name, value in given.items() if name in rosa.TRAINING_ONLY})
 
 
 def _differs(name: str, given: object, there: object, path: Path) -> str:

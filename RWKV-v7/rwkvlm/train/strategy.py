@@ -5,12 +5,6 @@
     lightning_precision(config) -> str                                     Trainer(precision=...)
     param_dtype(config) -> torch.dtype                                     cast the model to it before training starts
 
-    run = launch(config)
-    model.to(param_dtype(config))
-    Trainer(accelerator=run.accelerator, devices=run.devices, num_nodes=run.num_nodes, strategy=make_strategy(config),
-            precision=lightning_precision(config), gradient_clip_val=config.grad_clip or None,
-            accumulate_grad_batches=config.accumulate_grad_batches, use_distributed_sampler=False, ...)
-
 The model is built whole in every process (never under zero.Init, which loses in-place edits of initial values); ZeRO-3 partitions it
 when training starts. bf16 is bf16 parameters and activations with fp32 masters, moments and gradient sums everywhere: never autocast.
 config.precision must be resolved ("auto" is the caller's to decide).

@@ -21,7 +21,7 @@ def norm_mix(
     normal = F.layer_norm(x, weight.shape, weight, bias, eps)
     if bounds is not None:
         normal = normal.index_fill(1, bounds[1:].long() - 1, 0)
-    return x, normal[:, -1], shifted(normal, last, mixes)
+    return x, normal[:, -1].clone(), shifted(normal, last, mixes)  # a view would keep all of it in a state's memory
 
 
 def time_mix_inputs(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..arguments import state_dtype
 from . import cuda, native
-from .arguments import EMPTY, check_arguments, state_dtype
+from .arguments import EMPTY, check_arguments
 from .chunked import wkv4_chunked
 from .native import wkv4_native
 from .reference import wkv4_reference

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import EMPTY, state_dtype
+from ..arguments import state_dtype
+from .arguments import EMPTY
 
 
 def empty_state(k: Tensor) -> Tensor:

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from rwkvlm.config import HEAD_SIZES
 
+from ..arguments import check_tensor, state_dtype
+
 NAMES = ("r", "w", "k", "v", "a", "b")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The state is float32 always; float64 inputs (a test's business) carry a float64 state."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_arguments(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -24,7 +21,7 @@ def check_arguments(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu
     if r.dtype not in DTYPES:
         raise ValueError(f"wkv7: r must be bfloat16, float32 or float64, got {r.dtype}")
     for name, x in zip(NAMES, inputs):
-        _check_like(name, x, tuple(r.shape), r.dtype, r.device)
+        check_tensor("wkv7", name, x, tuple(r.shape), (r.dtype,), "r", r.device)
     sequences = r.shape[0]
     if cu_seqlens is not None:
         if r.shape[0] != 1:
@@ -37,7 +34,7 @@ def check_arguments(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu
         sequences = cu_seqlens.numel() - 1
     if initial_state is not None:
         shape = (sequences, r.shape[2], r.shape[3], r.shape[3])
-        _check_like("initial_state", initial_state, shape, state_dtype(r.dtype), r.device)
+        check_tensor("wkv7", "initial_state", initial_state, shape, (state_dtype(r.dtype),), "r", r.device)
 
 
 def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
@@ -46,14 +43,3 @@ def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
     if bounds[0] != 0 or bounds[-1] != length or any(p >= q for p, q in zip(bounds, bounds[1:])):
         raise ValueError(f"wkv7: cu_seqlens must rise strictly from 0 to T = {length}, got {bounds}")
     return bounds
-
-
-def _check_like(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"wkv7: {name} must have the shape {list(shape)}, got {list(x.shape)}")
-    if x.dtype != dtype:
-        raise ValueError(f"wkv7: {name} must be {dtype}, got {x.dtype}")
-    if x.device != device:
-        raise ValueError(f"wkv7: {name} must be on {device}, where r is, got {x.device}")
-    if not x.is_contiguous():
-        raise ValueError(f"wkv7: {name} must be contiguous, got strides {list(x.stride())}; call .contiguous() first")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import state_dtype
+from ..arguments import state_dtype
 from .packing import per_sequence
 from .reference import DECAY_SCALE
 

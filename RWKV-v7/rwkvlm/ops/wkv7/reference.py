@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import state_dtype
+from ..arguments import state_dtype
 from .packing import per_sequence
 
 DECAY_SCALE = -math.exp(-0.5)

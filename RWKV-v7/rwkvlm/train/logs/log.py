@@ -59,7 +59,6 @@ class LogFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.complained = path, False
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b", buffering=0)
         self.size = self._whole_lines()
         self.file.truncate(self.size)

@@ -21,7 +21,7 @@ class Progress(Log):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.terminal, self.watched = sys.stdout.isatty(), True
-        self.total = plan.start.position.step + plan.schedule.steps_left(plan.tokens)
+        self.total = plan.start.position.step + plan.steps
         self.times: deque[tuple[float, int]] = deque()
         self.loss: float | None = None
         self.shown = -ELSEWHERE_S
@@ -36,7 +36,7 @@ class Progress(Log):
             self.times.popleft()
         first_time, first_tokens = self.times[0]
         rate = (tokens - first_tokens) / (now - first_time) if now > first_time else record["tokens_per_s"]
-        left = max(0, self.plan.schedule.exit_tokens - tokens) / max(rate, 1e-9)
+        left = (self.total - record["step"]) * self.plan.schedule.tokens_per_step / max(rate, 1e-9)
         samples = tokens // self.plan.config.ctx_len
         mini_epoch, into = divmod(samples - 1, self.plan.config.epoch_samples)
         self.line = (
