@@ -174,11 +174,11 @@ def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monke
 
 def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
     """A --proj_dir that is another folder on each node."""
-    plan = SimpleNamespace(start=find_start(config(tmp_path), 617))
-    monkeypatch.setattr(planning.ranks, "gather", lambda value: [value, value])
+    plan = SimpleNamespace(start=find_start(config(tmp_path), 617), proj_dir=tmp_path)
+    monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, value])
     assert planning.checked(plan) is plan
-    monkeypatch.setattr(planning.ranks, "gather", lambda value: [value, "out/rwkv-3.pth"])
-    with pytest.raises(UserError, match=f"different places .fresh weights, saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes"):
+    monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, "out/rwkv-3.pth" if isinstance(value, str) else value])
+    with pytest.raises(UserError, match=f"different places .fresh weights, to be saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes"):
         planning.checked(plan)
 
 
