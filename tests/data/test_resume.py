@@ -219,10 +219,39 @@ def test_a_full_disk_loses_no_work(here, monkeypatch, capsys, at):
     assert len(seen) == first if at != "reading" else seen[first].line > 1 or seen[first].file != seen[0].file
 
 
-def test_what_is_wrong_with_the_input_is_not_kept(here, monkeypatch):
+def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
+    """--skip_bad goes on where a run without it has stopped; without it again the same input is refused, also if a run with it has passed over it."""
     monkeypatch.setattr(documents, "BLOCK", 20_000)
+    call = ["make_data", "a.jsonl", "1", "16", "--out", "x", "--val_split", "0.1"]
+    assert cli([*call, "--skip_bad"]) == 0
+    whole = content()
+    for name in Path().glob("x.*"):
+        name.unlink()
+    assert cli(call) == 2 and not Path("x.unfinished").exists()
+    assert capsys.readouterr().err.endswith("(--skip_bad passes over such input)\n"), "what takes seconds is not kept"
     monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
-    assert cli(["make_data", "a.jsonl", "1", "16", "--out", "x"]) == 2 and not Path("x.unfinished").exists()
+    refused = []
+    for _ in range(2):
+        assert cli(call) == 2 and Path("x.unfinished/progress.json").exists() and not [*Path().glob("x.bin*")]
+        refused.append(capsys.readouterr().err)
+    assert refused[0] == refused[1] and refused[0].endswith("(--skip_bad passes over such input, and goes on where this one stopped)\n")
+    read, seen, save = pack.read_blocks, [], unfinished.Unfinished.save
+
+    def killed(work):
+        save(work)
+        work._saving.result()
+        if work.progress.skipped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack, "read_blocks", lambda *a: (seen.append(block) or block for block in read(*a)))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(unfinished.Unfinished, "save", killed)
+        assert cli([*call, "--skip_bad"]) == 130
+    assert seen[0].line > 1, "from where the first one stopped"
+    capsys.readouterr()
+    assert cli(call) == 2 and capsys.readouterr().err == refused[0]
+    assert cli([*call, "--skip_bad"]) == 0
+    assert content() == whole and not Path("x.unfinished").exists()
 
 
 @pytest.mark.parametrize("change", ["input", "key", "damage", "cut"])

@@ -81,7 +81,7 @@ def pack(
     val_split: below 1 the fraction of the tokens, from 1 on the number of documents, that is held out, whole documents drawn by the
     seed, in {prefix}.val.bin/.idx (once, in the order of the input). workers: threads; 0, one for each core. Raises UserError naming
     file, line and cause of the first bad input (with skip_bad: of none), or if a document does not come back from its tokens; then
-    no output is made. A run that was killed or interrupted is taken up by the next call with the same inputs.
+    no output is made. A run that was killed, interrupted or stopped by bad input is taken up by the next call with the same inputs.
     """
     prefix = Path(prefix)
     if not prefix.name:
@@ -91,7 +91,7 @@ def pack(
     val_prefix = prefix.with_name(prefix.name + ".val")
     _check_arguments(epochs, val_split, val_prefix)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
-    job = {"files": [_identity(path) for path in files], "text_key": text_key, "tokenizer": tokenizer.identity, "skip_bad": skip_bad}
+    job = {"files": [_identity(path) for path in files], "text_key": text_key, "tokenizer": tokenizer.identity}
     if STDIN in files:
         job["process"] = os.getpid()  # what was read is gone: never taken up
     try:
@@ -177,6 +177,12 @@ def _tokenise(
 ) -> None:
     """All documents of the files into work.pile, from where work.progress stands."""
     done = work.progress
+
+    def refusal(bad: str) -> UserError:
+        return UserError(f"{bad} (--skip_bad passes over such input{', and goes on where this one stopped' if work.saved() else ''})")
+
+    if done.skipped and not skip_bad:  # by the run that is taken up
+        raise refusal(done.first_skipped[0])
     started, resumed = done.text_bytes + done.open_bytes, done.at > 0 or done.file > 0
     sizes = [0 if path == STDIN else path.stat().st_size for path in files]
     for number in range(done.file, len(files) if not done.complete else 0):
@@ -185,7 +191,7 @@ def _tokenise(
             wrong = _bad(found, done)
             for bad in wrong:
                 if not skip_bad:
-                    raise UserError(f"{bad} (--skip_bad passes over such input)")
+                    raise refusal(str(bad))
                 done.skipped += 1
                 if done.skipped <= LISTED:
                     done.first_skipped.append(str(bad))

@@ -54,7 +54,8 @@ class Unfinished:
     """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in them.
 
     Leaving the block removes the folder. A kill leaves it for the next run; and if it is to be `kept` then, Ctrl-C does, and what has been
-    saved of it stays where the disk is full, or all is tokenised and something else is wrong. UserError where another process works in it.
+    saved of it stays where the disk is full, the input is bad, or all is tokenised and something else is wrong. UserError where another
+    process works in it.
     """
 
     def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:
@@ -137,6 +138,11 @@ class Unfinished:
         text = json.dumps({"job": self._job, "progress": asdict(self.progress), "seen": seen})
         self._saving = self._saver.submit(self._write, text)
 
+    def saved(self) -> bool:
+        """Whether there is something to take up after an error."""
+        self._saving.result()
+        return self._kept and (self.folder / SAVED).exists()
+
     def _write(self, text: str) -> None:
         for path in self.pile.paths:
             with open(path, "rb") as file:
@@ -151,6 +157,6 @@ class Unfinished:
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         self._saver.shutdown()
         self._lock.close()
-        of_use = kind is not None and (self.progress.complete or issubclass(kind, OSError)) and (self.folder / SAVED).exists()
+        of_use = kind is not None and (self.progress.complete or issubclass(kind, OSError | UserError)) and (self.folder / SAVED).exists()
         if not (self._kept and (of_use or kind is KeyboardInterrupt)):
             shutil.rmtree(self.folder, ignore_errors=True)
