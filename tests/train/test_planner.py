@@ -224,6 +224,27 @@ def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
     assert found == [6000 << 10, 2000 << 10, 2000 << 10]
 
 
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    def group(path, limit, used=0, cached=0):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for name, text in (("max", limit), ("current", used), ("stat", f"anon {used - cached}\nactive_file {cached}\ninactive_file 0")):
+            (tmp_path / path / f"memory.{name}").write_text(f"{text}\n")
+
+    plan = SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", 2, 1, "ddp"))
+    monkeypatch.setattr(planner, "CGROUPS", tmp_path)
+    monkeypatch.setattr(planner, "CGROUP", tmp_path / "cgroup")
+    of_machine = memory_available(plan)  # no such file, as where groups are of version 1
+    planner.CGROUP.write_text("12:cpu:/x\n0::/job/step\n")
+    group("job/step", "max", used=1 << 20)
+    assert memory_available(plan) == pytest.approx(of_machine, rel=0.1), "no limit in the innermost, none further out"
+    group("job", 10 << 20, used=6 << 20, cached=2 << 20)
+    assert memory_available(plan) == 3 << 20
+    group("job/step", 5 << 20, used=4 << 20)
+    assert memory_available(plan) == 1 << 19
+    group("job/step", 1 << 20, used=4 << 20)
+    assert memory_available(plan) == 0
+
+
 def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planner, "probe_flags", lambda plan, folder: [*probe_flags(plan, folder), "--head_size", "7"])
     assert run(tmp_path / "out", dry_run=True) == 0

@@ -98,12 +98,12 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"{found['data']}: {found['documents']:,} document{'s' * (found['documents'] != 1)}, {found['tokens']:,} tokens{size}; {how}",
-        f"{'loss':16} {found['loss']:12.6f}  nats a token",
-        f"{'perplexity':16} {found['perplexity']:12.4f}",
-        f"{'bits a byte':16} {found['bits_per_byte']:12.6f}" if found["bits_per_byte"] else f"{'bits a byte':16} {'unknown':>12}  --tokenizer is not this model's",
-        f"{'tokens read':16} {'loss':>12} {'tokens':>14}",
+        f"{'loss':20} {found['loss']:12.6f}  nats a token",
+        f"{'perplexity':20} {found['perplexity']:12.4f}",
+        f"{'bits a byte':20} {found['bits_per_byte']:12.6f}" if found["bits_per_byte"] else f"{'bits a byte':20} {'unknown':>12}  --tokenizer is not this model's",
+        f"{'tokens read':20} {'loss':>12} {'tokens':>14}",
     ]
-    return lines + [f"{span['from']:>7,} to {span['to']:>5,} {span['loss']:12.4f} {span['tokens']:14,}" for span in found["loss_by_tokens_read"]]
+    return lines + [f"{span['from']:>9,} to {span['to']:>7,} {span['loss']:12.4f} {span['tokens']:14,}" for span in found["loss_by_tokens_read"]]
 
 
 def _lambada_lines(found: dict[str, Any]) -> list[str]:

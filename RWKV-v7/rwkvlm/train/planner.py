@@ -33,6 +33,7 @@ from .strategy import make_strategy
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 OWN = [f.name for f in fields(TrainConfig) if f.metadata["of"]]  # flags of some model types only
 
 
@@ -68,11 +69,26 @@ def decide_grad_cp(plan: Plan) -> Plan:
 
 
 def memory_available(plan: Plan) -> int:
-    """Bytes for each process: what is free on its GPU, or its share of what this machine has free."""
+    """Bytes for each process: what is free on its GPU, or its share of what this machine, or its container, has free."""
     if plan.device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(found["MemAvailable"].split()[0]) * 1024 // plan.launch.devices
+    return min([int(found["MemAvailable"].split()[0]) * 1024, *_left_in_groups()]) // plan.launch.devices
+
+
+def _left_in_groups() -> list[int]:
+    """What each control group (version 2) of this process, a container's or a scheduler's, still allows; files in the cache make room."""
+    try:
+        own = next(line[3:] for line in CGROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    left, group = [], CGROUPS / own.lstrip("/")
+    for folder in [group, *group.parents][: len(group.relative_to(CGROUPS).parts) + 1]:
+        with suppress(OSError, ValueError, KeyError):  # the topmost has no limit; "max" is none
+            limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
+            kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            left.append(max(0, limit - used + int(kinds["active_file"]) + int(kinds["inactive_file"])))
+    return left
 
 
 def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:
