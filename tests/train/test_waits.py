@@ -17,6 +17,7 @@ OPERATORS = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.eq
 METHODS = {getattr(torch.Tensor, name) for name in ("tolist", "numpy", "cpu")}  # of what lies on the CPU they read without an operator
 EXEMPT = {  # functions that read themselves
     "train/meter.py drain",  # a GPU once a second
+    "train/meter.py _numbers",  # as part of it
     "train/module.py on_device",  # before the batch goes to the device
     # what lies on the CPU, and only there:
     "layers/memory.py forward",
