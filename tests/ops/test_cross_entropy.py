@@ -245,6 +245,7 @@ def test_the_operator_is_well_formed(form):
         pytest.skip("no C++ form here")
     x, weight, targets = make((20,), 16, 40, torch.bfloat16)
     torch.library.opcheck(torch.ops.rwkvlm.head_ce.default, (x.detach(), weight.detach(), targets, 8, 1e-4, True, False))
+    torch.library.opcheck(torch.ops.rwkvlm.head_scores.default, (x.detach(), weight.detach(), targets, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

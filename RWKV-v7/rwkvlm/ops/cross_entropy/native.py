@@ -24,6 +24,7 @@ def why_not(dtype: torch.dtype, n_embd: int) -> str:
 @functools.cache
 def _processor(dtype: torch.dtype) -> str:
     torch.library.register_fake("rwkvlm::head_ce", _fake, allow_override=True)
+    torch.library.register_fake("rwkvlm::head_scores", _fake_scores, allow_override=True)
     supported = torch.ops.rwkvlm.head_ce_supported(dtype == torch.bfloat16)
     return "" if supported else f"torch has no {dtype} matrix kernels for this processor"
 
@@ -31,6 +32,10 @@ def _processor(dtype: torch.dtype) -> str:
 def _fake(x, weight, targets, chunk, l2wrap, need_dx, need_dw):
     (n, C), V = x.shape, weight.shape[0]
     return x.new_empty((), dtype=torch.float32), x.new_empty(n if need_dx else 0, C), x.new_empty(V if need_dw else 0, C)
+
+
+def _fake_scores(x, weight, targets, chunk):
+    return x.new_empty(len(x), dtype=torch.float64), torch.empty_like(targets)
 
 
 def auto_chunk(weight: torch.Tensor) -> int:
