@@ -5,6 +5,10 @@
 # Knobs: change them here, or set them in the environment: N_LAYER=4 ./demo-training-prepare.sh
 # (then set them likewise for demo-training-run.sh). Relative paths are meant from this folder.
 #
+[ $# -eq 0 ] || {
+    echo "error: $0 takes no arguments ($*); knobs stand before it, as in N_LAYER=4 $0, and at the top of the scripts" >&2
+    exit 2
+}
 cd "$(dirname "$0")" || exit 1
 . RWKV-v7/env.sh
 #
@@ -39,14 +43,23 @@ check_size() { # FILE BYTES
     [ "$(wc -c <"$1" | tr -d ' ')" = "$2" ] || die "$1 has $(wc -c <"$1" | tr -d ' ') bytes, not $2: it is incomplete or another file; get it again"
 }
 
-case $DATA in
-demo)
+demo_corpus() { # unless it is there: another node may just have made it
     [ -e data/demo.bin ] && [ -e data/demo.idx ] || {
         "$PYTHON" -m rwkvlm demo_corpus --out data/demo.jsonl &&
             "$PYTHON" make_data.py data/demo.jsonl 1 "$CTX_LEN" --out data/demo --val_split 0.03
-    } || exit
-    ;;
-minipile) "$PYTHON" -m rwkvlm download --out data/minipile || exit ;;
+    }
+}
+
+alone() { # a command that makes files in data/, with one start at a time; where nothing can be written, it says so itself if it has to
+    mkdir -p data 2>/dev/null
+    (: >>data/.lock) 2>/dev/null && take_lock data/.lock "making $DATA_FILE"
+    "$@" || exit
+    drop_lock
+}
+
+case $DATA in
+demo) alone demo_corpus ;;
+minipile) alone "$PYTHON" -m rwkvlm download --out data/minipile ;;
 pile)
     check_size "$DATA_FILE.bin" 664230651068
     check_size "$DATA_FILE.idx" 4212099722

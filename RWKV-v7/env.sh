@@ -34,11 +34,10 @@ stamp() { echo "$(cat pyproject.toml constraints.txt "$@" | cksum) $* $ROOT"; } 
 
 is_set_up() { [ -x .venv/bin/python ] && grep -qxF "$(stamp $REQUIREMENTS)" .venv/stamps 2>/dev/null; }
 
-take_lock() { # one set-up at a time; the lock goes with the process that holds it, however that ends
-    (: >>.venv.lock) 2>/dev/null || die "cannot write in $ROOT, where .venv has to be made; make it writable, or set PYTHON= to an interpreter that has requirements.txt"
-    exec 9>>.venv.lock
+take_lock() { # FILE, what another start is doing: one at a time on all nodes that see FILE; the lock goes with the process that holds it, however that ends
+    exec 9>>"$1"
     flock -n 9 || {
-        echo "Waiting for another start that is setting up .venv; its lock is .venv.lock"
+        echo "Waiting for another start that is $2; its lock is $1"
         flock 9
     }
 }
@@ -128,7 +127,8 @@ find_python() { # sets PYTHON
     elif [ ! -e .venv ] && new_enough python3 && lacking python3 >/dev/null; then
         PYTHON=python3
     else
-        take_lock
+        (: >>.venv.lock) 2>/dev/null || die "cannot write in $ROOT, where .venv has to be made; make it writable, or set PYTHON= to an interpreter that has requirements.txt"
+        take_lock .venv.lock "setting up .venv"
         is_set_up || set_up # the start that held the lock may have done it
         drop_lock
         PYTHON=$ROOT/.venv/bin/python

@@ -1,5 +1,6 @@
 """The demo and Pile scripts: which commands they give, with which flags. A train.py that only writes down its flags stands in."""
 
+import fcntl
 import os
 import subprocess
 
@@ -34,7 +35,7 @@ def test_whole_way_on_a_cpu_from_another_folder(demo, shell):
 
 def test_what_is_there_is_kept(demo):
     demo.run("demo-training-run.sh")
-    (demo.root / "data").mkdir()
+    (demo.root / "data").mkdir(exist_ok=True)
     for name in ("demo.bin", "demo.idx"):
         (demo.root / "data" / name).touch()
     folder = demo.root / "out/L6-D256-x070"
@@ -164,6 +165,30 @@ def test_failing_preparation_stops(demo):
     (demo.root / "make_data.py").write_text("raise SystemExit(2)")
     assert demo.run("demo-training-run.sh").returncode == 2
     assert [call[0] for call in demo.calls()] == ["demo_corpus"]
+
+
+@pytest.mark.parametrize("script", ["demo-training-run.sh", "demo-training-prepare.sh", "demo-training-run-v7-pile.sh", "demo-training-prepare-v7-pile.sh"])
+def test_knobs_behind_the_script_are_an_error(demo, script):
+    env = {"PATH": str(demo.bin), "HOME": str(demo.root)}
+    done = subprocess.run(["sh", script, "N_LAYER=4"], cwd=demo.root, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and demo.calls() == []
+    assert done.stderr == f"error: {script} takes no arguments (N_LAYER=4); knobs stand before it, as in N_LAYER=4 {script}, and at the top of the scripts\n"
+
+
+def test_a_second_node_waits_while_the_first_makes_the_data(demo, shell):
+    """Both see the same folder: two at once would take each other's half-made files."""
+    (demo.root / "data").mkdir()
+    with open(demo.root / "data/.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [shell, "demo-training-run.sh"]
+        with subprocess.Popen(command, cwd=demo.root, env={"PATH": str(demo.bin), "HOME": str(demo.root)}, stdout=subprocess.PIPE, text=True) as second:
+            assert second.stdout.readline() == "Waiting for another start that is making data/demo; its lock is data/.lock\n"
+            assert demo.calls() == []
+            for name in ("demo.bin", "demo.idx"):
+                (demo.root / "data" / name).touch()
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert second.wait(60) == 0
+    assert [call[0] for call in demo.calls()] == ["train", "train", "generate"]
 
 
 def test_nodes(demo):

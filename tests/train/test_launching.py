@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -165,6 +166,49 @@ def test_two_nodes_train_as_one_with_two_processes(run, whole, losses, tmp_path,
     assert losses(tmp_path / "2") == pytest.approx(losses(whole), rel=1e-5)
     said = "".join(log.read_text() for log in tmp_path.glob("log2*"))
     assert said.count("2 nodes x 1 cpu") == 1 and load_weights(tmp_path / "2" / "rwkv-final.pth")
+
+
+@pytest.fixture
+def two_hosts():
+    """Names of two network namespaces joined by a cable, 10.77.0.1 and 10.77.0.2."""
+    names = [f"rwkvlm{os.getpid()}{side}" for side in "ab"]
+    commands = [f"netns add {name}" for name in names] + [f"link add cable netns {names[0]} type veth peer name cable netns {names[1]}"]
+    for number, name in enumerate(names, 1):
+        commands += [f"-n {name} addr add 10.77.0.{number}/24 dev cable", f"-n {name} link set cable up", f"-n {name} link set lo up"]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True) if shutil.which("ip") else None
+            if done is None or done.returncode:
+                pytest.skip(f"no network namespaces can be made here: {done.stderr.strip() if done else 'no ip (iproute2)'}")
+        yield names
+    finally:
+        for name in names if shutil.which("ip") else ():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_whose_names_mean_loopback(run, whole, losses, tmp_path, two_hosts):
+    """As Debian's /etc/hosts has it: gloo by itself would offer 127.0.0.1 to the other host. A cut cable ends both."""
+    if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+        pytest.skip("this machine's name does not mean its loopback device")
+    argv = run.argv(tmp_path / "out", micro_bsz=2, num_nodes=2, devices=1, strategy="ddp", dist_timeout=7, save_steps=2)
+    for cut, codes in ((True, [1, 1]), (False, [0, 0])):
+        nodes, log = [], tmp_path / f"log{cut}"
+        longer = ["--my_exit_tokens", "4000000"] if cut else []
+        for number, host in enumerate(two_hosts):
+            where = dict(NODE_RANK=str(number), MASTER_ADDR="10.77.0.1", MASTER_PORT="29500")
+            nodes.append(start(["ip", "netns", "exec", host, sys.executable, TRAIN, *argv, *longer], Path(f"{log}{number}"), **where))
+        if cut:
+            wait_for_steps(tmp_path / "out", 3, nodes[0], Path(f"{log}0"))
+            subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "cable", "down"], check=True)
+        said = [(node.wait(300), Path(f"{log}{number}").read_text()) for number, node in enumerate(nodes)]
+        assert [code for code, _ in said] == codes, said
+        if cut:
+            subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "cable", "up"], check=True)
+            assert all(f"error: rank {1 - number} " in text and "7 s (--dist_timeout)" in text for number, (_, text) in enumerate(said)), said
+            shutil.rmtree(tmp_path / "out")
+    assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)
+    assert "node 1 waits for 2 nodes to meet at 10.77.0.1:29500, 30 minutes at most" in said[1][1]
 
 
 @pytest.mark.slow

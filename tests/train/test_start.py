@@ -1,5 +1,6 @@
 """Where a run begins, what it is asked by signals, and what --precision auto means."""
 
+import contextlib
 import signal
 import socket
 from dataclasses import replace
@@ -155,6 +156,7 @@ def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_
     plan = replace(plan, start=replace(plan.start, state=SimpleNamespace(path=out / "state" / "step5")))
     monkeypatch.setattr(planning, "check", lambda state: pytest.fail("the others, who have no state, would not take part"))
     monkeypatch.setattr(ranks, "gather", lambda value, group=None: [value, value if isinstance(value, tuple) else "out/rwkv-init.pth"])
+    monkeypatch.setattr(planning.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match="begin at different places .*--proj_dir must be shared"):
         planning.checked(plan)
     assert not out.exists()
@@ -172,14 +174,43 @@ def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monke
     assert run(tmp_path / "out", precision="auto", max_steps=1) == 0
 
 
+TORCHRUN = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+SLURM = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_JOB_NAME="job", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0", SLURM_JOB_ID="1")
+
+
+@pytest.mark.parametrize("variables, processes, nodes, refused", [({}, 2, 1, False), (TORCHRUN, 1, 1, False), (TORCHRUN, 2, 1, True), (SLURM, 2, 1, True), ({}, 1, 2, True)])
+def test_precision_auto_is_not_measured_where_processes_would_not_tell_each_other(monkeypatch, variables, processes, nodes, refused):
+    monkeypatch.setenv("RWKV_PRECISION", "")
+    monkeypatch.setattr(planning, "bf16_is_faster", lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked, run = TrainConfig(precision="auto"), Launch("cpu", processes, nodes, "ddp")
+    with pytest.raises(UserError, match="give --precision bf16 or fp32") if refused else contextlib.nullcontext():
+        assert planning.decide_precision(asked, run, SimpleNamespace(state=None)) == "bf16"
+
+
 def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
-    """A --proj_dir that is another folder on each node."""
-    plan = SimpleNamespace(start=find_start(config(tmp_path), 617), proj_dir=tmp_path)
+    """A --proj_dir that is another folder on each node: told after a minute, in which NFS would have shown what is new."""
+    plan, waited = SimpleNamespace(start=find_start(config(tmp_path), 617), proj_dir=tmp_path, config=None), []
+    monkeypatch.setattr(planning.time, "sleep", waited.append)
+    monkeypatch.setattr(planning, "make_plan", lambda config, damaged: plan)
     monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, value])
-    assert planning.checked(plan) is plan
+    assert planning.checked(plan) is plan and not waited
     monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, "out/rwkv-3.pth" if isinstance(value, str) else value])
     with pytest.raises(UserError, match=f"different places .fresh weights, to be saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes"):
         planning.checked(plan)
+    assert 60 < sum(waited) < 120
+
+
+def test_a_process_that_looked_before_another_had_written_looks_again(run, tmp_path, monkeypatch):
+    """A node that comes first, while rank 0 still writes rwkv-init.pth."""
+    out = tmp_path / "out"
+    plan = planning.make_plan(parse_flags(TrainConfig, run.argv(out), "train.py"))
+    assert plan.start.fresh
+    monkeypatch.setattr(ranks, "gather", lambda value, group=None: [value, str(out / "rwkv-init.pth")] if isinstance(value, str) else [value, value])
+    monkeypatch.setattr(planning.time, "sleep", lambda seconds: run(out, train_stage=1))
+    agreed = planning.checked(plan)
+    assert not agreed.start.fresh and agreed.start.path == out / "rwkv-init.pth"
 
 
 @pytest.mark.parametrize("able, meant", [(True, "bf16"), (False, "tf32")])

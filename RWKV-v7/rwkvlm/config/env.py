@@ -92,6 +92,11 @@ def use_deepspeed_on_cpu() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+def use_interface(name: str) -> None:
+    """GLOO_SOCKET_IFNAME, unless it is set: the network interface by which gloo's processes reach each other."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def decided_precision() -> str:
     """RWKV_PRECISION: what the first process found for --precision auto, for the processes that it starts; "" when nothing was decided."""
     return os.environ.get("RWKV_PRECISION", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +31,12 @@ from .freeze import check_freeze
 from .graphs import check_graphs
 from .schedule import Schedule
 from .start import Start, find_start
-from .strategy import Launch, launch, param_dtype
+from .strategy import Launch, launch, launched_here, param_dtype
 
 HELD = "train_log.txt"  # is appended to only, never replaced
 TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
 DEVICE = {"gpu": "cuda", "cpu": "cpu"}
+LOOKS, BETWEEN_LOOKS = 7, 10.0  # seconds: until a node sees what another one has just written; NFS remembers for up to a minute what was not there
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
 
 
@@ -144,11 +146,17 @@ def checked(plan: Plan) -> Plan:
     Collective. Raises UserError when processes do not see the same files.
     """
     damaged: list[Path] = []
+    looks = 0
     while True:
         starts = ranks.gather(str(plan.start))  # first: only those that have a state read its checksums, which is collective too
         if len(set(starts)) > 1:
             ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)  # another run, begun at the same moment, has put its files there
-            raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
+            if looks == LOOKS:
+                raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
+            looks += 1
+            time.sleep(BETWEEN_LOOKS)
+            plan = make_plan(plan.config, damaged)
+            continue
         state = plan.start.state
         if state is None or not (problem := check(state)):
             return plan
@@ -169,8 +177,8 @@ def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
     if run.accelerator == "gpu":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
     if not env.decided_precision():
-        if env.launched_by_variables() and run.world_size > 1:
-            raise UserError("--precision auto cannot be decided by processes that a launcher has started; give --precision bf16 or fp32")
+        if run.num_nodes > 1 or (run.world_size > 1 and (env.launched_by_variables() or launched_here())):
+            raise UserError("--precision auto cannot be decided by processes of several nodes or of a launcher, which might differ; give --precision bf16 or fp32")
         env.hand_on_precision("bf16" if bf16_is_faster() else "fp32")
     return env.decided_precision()
 

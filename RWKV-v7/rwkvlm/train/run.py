@@ -29,10 +29,11 @@ from .conductor import Conductor
 from .graphs import graph_blocks
 from .matmul import settle_fp32_products
 from .module import TrainModule
+from .network import choose_interface
 from .plan import TOKENIZER, Plan, check_data, check_folder, hold, make_plan, refuse_if_held
 from .planner import dry_run
 from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite, what_goes_on
-from .strategy import lightning_precision, make_strategy, param_dtype
+from .strategy import lightning_precision, make_strategy, param_dtype, start_timeout
 from .watch import Watch
 
 
@@ -153,10 +154,15 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
-    """The Watch of this process, begun; none when it trains alone."""
+    """The Watch of this process, begun, and the interface by which it meets the others; none when it trains alone."""
     if trainer.world_size == 1:
         return None
-    started_here = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+    environment = trainer.strategy.cluster_environment
+    choose_interface(environment.main_address, trainer.num_nodes)
+    if trainer.num_nodes > 1 and trainer.local_rank == 0:
+        where = f"{environment.main_address}:{environment.main_port}"
+        print(f"node {trainer.node_rank} waits for {trainer.num_nodes} nodes to meet at {where}, {start_timeout(config) / 60:g} minutes at most", file=sys.stderr, flush=True)
+    started_here = isinstance(environment, LightningEnvironment)
     if trainer.local_rank == 0:
         env.hand_on_starter()
     watch = Watch(

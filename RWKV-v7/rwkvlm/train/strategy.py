@@ -52,7 +52,7 @@ def launch(config: TrainConfig) -> Launch:
     accelerator = {"auto": "gpu" if gpus else "cpu", "cuda": "gpu"}.get(config.accelerator, config.accelerator)
     if accelerator == "gpu" and not gpus:
         raise UserError(f"--accelerator {config.accelerator}: PyTorch sees no GPU here; use --accelerator cpu, or install a CUDA build of torch")
-    launched = _launched_here()
+    launched = launched_here()
     devices = int(config.devices) if config.devices != "auto" else launched or (gpus if accelerator == "gpu" else 1)
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
@@ -68,7 +68,7 @@ def launch(config: TrainConfig) -> Launch:
     return Launch(accelerator, devices, config.num_nodes, strategy)
 
 
-def _launched_here() -> int:
+def launched_here() -> int:
     """Processes that torchrun, deepspeed or srun started on this node; 0 when Lightning shall start them."""
     if env.launched_by_variables():
         return env.launched_per_node()
@@ -105,9 +105,14 @@ def _distributed(config: TrainConfig, run: Launch) -> dict:
     atexit.register(ranks.leave)
     return dict(
         process_group_backend="nccl" if run.accelerator == "gpu" else "gloo",
-        timeout=timedelta(seconds=max(config.dist_timeout, START_TIMEOUT)),
+        timeout=timedelta(seconds=start_timeout(config)),
         cluster_environment=_environment(),
     )
+
+
+def start_timeout(config: TrainConfig) -> float:
+    """Seconds that a collective operation may take until the first step."""
+    return max(config.dist_timeout, START_TIMEOUT)
 
 
 def _environment() -> ClusterEnvironment | None:

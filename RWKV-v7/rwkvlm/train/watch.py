@@ -35,6 +35,7 @@ LAST_WORDS = 10.0  # for the training thread to end by an error of its own
 CONNECT = 300.0
 KILLED, DIED, FAILED, SILENT = range(4)  # what says more comes first
 EXIT_CODE = 1
+MEETING = "check MASTER_ADDR and firewalls, or set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too) to the interface between the nodes"
 COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")  # the last two: gloo, which may leave out its name
 
 
@@ -256,7 +257,7 @@ class Watch:
         absent = [rank for rank in ([0] if self.rank else range(self.world_size)) if rank not in self._waiting]
         line = next(iter(self._waiting.values()))
         if not absent:
-            return f"the processes lost each other: {line}"
+            return f"the processes lost each other: {line}" if self.world_size > 1 else f"the processes cannot meet: {line}; {MEETING}"
         self._causes += [(SILENT, len(self._causes), rank, "") for rank in absent]
         late = any(word in line.lower() for word in ("timed out", "timeout"))
         what = f"did not answer for {self.timeout_s:g} s (--dist_timeout)" if late else f"cannot be reached: {line}"
