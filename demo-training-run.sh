@@ -64,7 +64,7 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
     --weight_decay "$W_DECAY" --epoch_save "$EPOCH_SAVE" --epoch_samples "$EPOCH_SAMPLES" --save_minutes "$SAVE_MINUTES" --head_chunk "$HEAD_CHUNK" \
     --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --cuda_graphs "$CUDA_GRAPHS" --enable_progress_bar True || exit
 
-if [ -n "$PROMPT" ] && [ "${NODE_RANK:-0}" = 0 ]; then
+if [ -n "$PROMPT" ] && [ "${NODE_RANK:-${SLURM_PROCID:-${RANK:-0}}}" = 0 ]; then # the first of all nodes alone
     "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 ||
         echo "no sample; the training has ended well" # a prompt outside the vocabulary, say
 fi

@@ -199,8 +199,16 @@ def test_nodes(demo):
     assert all("MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 N_NODE=2 GPU_PER_NODE=8 " in line for line in commands)
     assert all(flags(call)["--train_stage"] == "1" for call in demo.calls() if call[0] == "train")
     assert demo.run("demo-training-run.sh", N_NODE="2", GPU_PER_NODE="8", NODE_RANK="1").returncode == 0
-    (train,) = [call for call in demo.calls() if call[0] == "train"]
+    calls = demo.calls()
+    (train,) = [call for call in calls if call[0] == "train"]
+    assert calls[-1] == train, "the sample is the first node's"
     assert (flags(train)["--num_nodes"], flags(train)["--devices"]) == ("2", "8")
+
+
+@pytest.mark.parametrize("task, last", [("0", "generate"), ("1", "train")])
+def test_one_of_many_tasks_prints_the_sample(demo, task, last):
+    assert demo.run("demo-training-run.sh", N_NODE="2", SLURM_NODEID=task, SLURM_PROCID=task).returncode == 0
+    assert demo.calls()[-1][0] == last
 
 
 @pytest.mark.parametrize("nodes", ["x", "", "-1", "2 "])
