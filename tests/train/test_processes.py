@@ -176,3 +176,12 @@ def test_what_gloo_says_of_a_silent_process_blames_that_process(line, said):
     watch.world_size = 2
     watch.report(RuntimeError(line))
     assert watch._verdict().startswith(f"rank 1 {said}")
+
+
+@pytest.mark.parametrize("rank, local_rank, speaks", [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)])
+def test_processes_that_never_met_say_so_on_each_node(rank, local_rank, speaks):
+    """Two nodes of two: there is no way to tell rank 0."""
+    watch = Watch(15.0, rank, local_rank, processes=lambda: (), started=False, cure="")
+    watch.report(RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused"))
+    assert re.fullmatch(r"the processes cannot meet: RuntimeError: Gloo connect.*; check MASTER_ADDR .* GLOO_SOCKET_IFNAME .*", watch._verdict())
+    assert watch._speaks() == speaks

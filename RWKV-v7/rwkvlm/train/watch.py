@@ -254,19 +254,21 @@ class Watch:
         if self._causes:
             _, _, rank, what = min(self._causes)
             return f"{self._name(rank)} {what}"
-        absent = [rank for rank in ([0] if self.rank else range(self.world_size)) if rank not in self._waiting]
         line = next(iter(self._waiting.values()))
+        if self.world_size == 1:
+            return f"the processes cannot meet: {line}; {MEETING}"
+        absent = [rank for rank in ([0] if self.rank else range(self.world_size)) if rank not in self._waiting]
         if not absent:
-            return f"the processes lost each other: {line}" if self.world_size > 1 else f"the processes cannot meet: {line}; {MEETING}"
+            return f"the processes lost each other: {line}"
         self._causes += [(SILENT, len(self._causes), rank, "") for rank in absent]
         late = any(word in line.lower() for word in ("timed out", "timeout"))
         what = f"did not answer for {self.timeout_s:g} s (--dist_timeout)" if late else f"cannot be reached: {line}"
         return f"{' and '.join(map(self._name, absent))} {what}"
 
     def _speaks(self) -> bool:
-        """Rank 0 does; where it has gone without a word, the first process of each node that is left."""
+        """Rank 0 does; where it has gone without a word, or cannot be told, the first process of each node that is left."""
         gone = any(rank == 0 and kind != FAILED for kind, _, rank, _ in self._causes)
-        return self.rank == 0 or (gone and (self.rank == 1 or self.local_rank == 0))
+        return self.rank == 0 or (gone and self.rank == 1) or (self.local_rank == 0 and (gone or self.world_size == 1))
 
     def _name(self, rank: int) -> str:
         peer = self._peers.get(rank)
