@@ -146,7 +146,7 @@ def leaves(state):
 
 @pytest.mark.parametrize("model_type", ["x080", "rosa"])
 def test_initial_values(model_type):
-    """Row by row: the official ones of the ROSA block, o divided by the number of blocks; everything else as RWKV-7 begins."""
+    """Row by row: the official ones of the ROSA block, o divided by the number of blocks, k as q; everything else as RWKV-7 begins."""
     sizes = dict(n_layer=3, n_embd=128, vocab_size=300, head_size=64)
     model, plain = build(model_config(model_type, **sizes, deep_embed=True)), build(ModelConfig(**sizes))
     for m in (model, plain):
@@ -162,8 +162,9 @@ def test_initial_values(model_type):
                 w, bound = weights[name := f"blocks.{i}.rosa.{c}.{part}"], 128**-0.5 * (1 / 3 if c == "o" else 1)
                 assert 0.95 * bound < w.abs().max() <= bound and abs(w.std() * math.sqrt(3) / bound - 1) < 0.2
                 of_rosa.add(name)
-    names = {"blocks.%d.rosa.%s.weight" % (i, c) for i in range(3) for c in "qkvo"}
-    assert len({weights[name][0, 0].item() for name in names}) == 12, "each its own"
+        assert all(torch.equal(weights[f"blocks.{i}.rosa.k.{part}"], weights[f"blocks.{i}.rosa.q.{part}"]) for part in ("weight", "bias"))
+    names = {"blocks.%d.rosa.%s.weight" % (i, c) for i in range(3) for c in "qvo"}
+    assert len({weights[name][0, 0].item() for name in names}) == 9, "each of the others its own"
     assert weights["rosa_bits"].tolist() == [4.0]
     shared = {name for name in rwkv7 if model_type == "x080" or ".att." not in name and ".ln1." not in name}
     assert set(weights) == of_rosa | shared | {"rosa_bits"}

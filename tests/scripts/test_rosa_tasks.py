@@ -57,21 +57,28 @@ def test_copy_asks_for_the_second_half():
 
 
 def test_frozen_is_what_it_says():
-    model = rosa_tasks.language_model(16, 0, frozen=True)
+    model = rosa_tasks.language_model(16, 0, apart=True, frozen=True)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {f"blocks.0.rosa.{name}" for name in ("x_q", "x_k", "x_v", *(f"{c}.{part}" for c in "qkv" for part in ("weight", "bias")))}
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["recall", "copy"])
-def test_the_bits_are_learned(name):
-    assert (found := rosa_tasks.run(name, 1))["met"], found
+@pytest.mark.parametrize("name, seed", [("recall", 1), ("copy", 7), ("copy", 18)])
+def test_what_follows_is_found(name, seed):
+    """With keys that began apart from the queries copying was stuck at 0.61 and 0.44 with these seeds."""
+    assert (found := rosa_tasks.run(name, seed))["met"], found
+
+
+@needs_kernel
+def test_the_bits_are_learned():
+    """Where queries do not find keys as they begin."""
+    assert (found := rosa_tasks.run("recall, k apart", 1))["met"], found
 
 
 @needs_kernel
 @pytest.mark.slow
-def test_with_queries_keys_and_values_as_they_begin_it_does_not_come_near():
-    assert rosa_tasks.run("recall, q k v frozen", 1)["accuracy"] < 0.8
+def test_left_as_such_bits_begin_it_does_not_come_near():
+    assert (found := rosa_tasks.run("recall, k apart, q k v frozen", 1))["accuracy"] < 0.8, found
 
 
 @needs_kernel

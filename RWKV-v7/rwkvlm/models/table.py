@@ -29,12 +29,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Row:
-    """pattern: regular expression over names; init: makes the fp32 values; lr: factor on the learning rate; decay: weight decay or not."""
+    """pattern: regular expression over names; init: makes the fp32 values; lr: factor on the learning rate; decay: weight decay or not;
+    like: (part of the name, another in its place): the parameter of that name draws the same random numbers."""
 
     pattern: str
     init: Callable[[Slot], torch.Tensor]
     lr: float = 1.0
     decay: bool = False
+    like: tuple[str, str] = ("", "")
 
 
 def row_of(table: list[Row], name: str) -> Row:
@@ -53,9 +55,10 @@ def _layer(name: str) -> int:
 def init_from_table(model: nn.Module, table: list[Row], seed: int) -> None:
     """Fills every parameter and buffer in place. Values depend on seed and name only, not on the order of creation."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # its seed has 32 bits
+        row = row_of(table, name)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name.replace(*row.like)}".encode()))  # its seed has 32 bits
         slot = Slot(tensor.shape, _layer(name), model.config, generator)
-        tensor.copy_(row_of(table, name).init(slot).reshape(tensor.shape))
+        tensor.copy_(row.init(slot).reshape(tensor.shape))
 
 
 def groups_from_table(model: nn.Module, table: list[Row], weight_decay: float) -> list[dict]:
