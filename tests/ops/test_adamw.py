@@ -61,10 +61,11 @@ def test_a_step_against_float64(grad_dtype, narrow, scale, fresh):
     assert all(torch.equal(narrow, p.bfloat16()) for narrow, p in zip(rounded, masters))
 
 
-def test_nothing_changes_where_found_inf_says_so():
+@pytest.mark.parametrize("found", [1.0, float("nan"), float("inf")])
+def test_nothing_changes_where_found_inf_says_so(found):
     state = make(narrow=True)
     after = copies(state)
-    adamw.adamw_(*after, None, torch.tensor(1.0), **RATES)
+    adamw.adamw_(*after, None, torch.tensor(found), **RATES)
     for one, two in zip(state[:1] + state[2:], after[:1] + after[2:]):
         assert all(torch.equal(a, b) for a, b in zip(one, two))
     adamw.adamw_(*after, None, torch.tensor(0.0), **RATES)
