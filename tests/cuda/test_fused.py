@@ -132,6 +132,14 @@ def test_gradients_that_nobody_has(device, residual):
         close(got, torch.autograd.grad(exact, [t for t in doubles if t is not None], allow_unused=True, materialize_grads=True), 1e-5)
 
 
+def test_a_value_of_the_first_block_that_nobody_else_reads(device):
+    """In the last block its gradient is that of the residual alone."""
+    case = Case("time_mix_inputs", device=device)
+    doubles = [t.detach().double().requires_grad_() for t in case.inputs]
+    got, exact = (torch.autograd.grad(sum(x.square().sum() for x in case.call(form, *inputs)[:5]), inputs) for form, inputs in ((fused, case.inputs), (reference, doubles)))
+    close(got, exact, 1e-5)
+
+
 def test_pieces_with_the_state_between_them_are_the_whole(device):
     case = Case("norm_mix", T=50, device=device)
     x, branch, *rest = case.inputs
