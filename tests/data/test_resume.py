@@ -226,7 +226,7 @@ def test_a_full_disk_loses_no_work(here, monkeypatch, capsys, at):
 def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
     """--skip_bad goes on where a run without it has stopped; without it again the same input is refused, also if a run with it has passed over it."""
     monkeypatch.setattr(documents, "BLOCK", 20_000)
-    monkeypatch.setattr(pack, "LISTED", 1)
+    monkeypatch.setattr(pack, "LISTED", 2)
     lines = Path("a.jsonl").read_text().split("\n")
     Path("a.jsonl").write_text("\n".join([*lines[:900], "bad too", *lines[901:]]))
     call = ["make_data", "a.jsonl", "1", "16", "--out", "x", "--val_split", "0.1"]
@@ -257,6 +257,7 @@ def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
         with monkeypatch.context() as stopped:
             stopped.setattr(unfinished.Unfinished, "save", killed)
             assert cli([*call, "--skip_bad"]) == 130
+        assert len(json.loads(Path("x.unfinished/progress.json").read_text())["progress"]["first_skipped"]) == bad
         assert seen[0].line > 1, "from where the first one stopped"
         capsys.readouterr()
         assert cli(call) == 2 and capsys.readouterr().err == refused[0]
