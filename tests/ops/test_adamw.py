@@ -140,3 +140,5 @@ def test_the_operators_are_well_formed(form):
     torch.library.opcheck(torch.ops.rwkvlm.adamw_.default, (*state, None, None, *RATES.values()), test_utils=tests)
     with pytest.raises(RuntimeError, match="adamw: expected contiguous"):
         torch.ops.rwkvlm.adamw_([torch.zeros(4)], [], [torch.zeros(3)], [torch.zeros(4)], [torch.zeros(4)], [torch.zeros(())], None, None, *RATES.values())
+    with pytest.raises(RuntimeError, match="adamw: expected contiguous"):  # what is rounded has 16 bits
+        torch.ops.rwkvlm.adamw_(*([torch.zeros(4)] for _ in range(5)), [torch.zeros(())], None, None, *RATES.values())
