@@ -93,6 +93,14 @@ def test_equals_the_model(size, in_file, isa):
         assert all(close(x, y, 1e-5) for x, y in zip(block, want_block))
 
 
+def test_keys_of_length_zero():
+    model = model_of("N32")
+    with torch.no_grad():
+        model.blocks[1].att.k_k.zero_()
+    want, _ = by_model(model)
+    assert want.isfinite().all() and close(by_step(engine_of(model), model.init_state(1))[0], want, 1e-5)
+
+
 def test_a_bf16_model_is_stepped_in_float32():
     """Nearer to the exact logits of its weights than its own bf16 arithmetic, with states that both paths read."""
     model, exact = model_of("N64", torch.bfloat16), model_of("N64").double()
