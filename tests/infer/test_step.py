@@ -17,6 +17,7 @@ SIZES = {
     "N64": dict(n_layer=2, n_embd=192, head_size=64),
     "N128": dict(n_layer=2, n_embd=128, head_size=128),
     "one block": dict(n_layer=1, n_embd=64, head_size=64),
+    "more columns than a pass takes": dict(n_layer=2, n_embd=48, head_size=16, dim_ffn=4133),
     "odd ranks": dict(n_layer=2, n_embd=64, head_size=32, rank_w=5, rank_a=17, rank_v=20, rank_g=33, dim_ffn=101),
 }
 
