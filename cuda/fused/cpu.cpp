@@ -74,7 +74,7 @@ INLINE float inverse_length(const T* k, const T* k_k, int64_t N, bool& counts) {
     squares += z * z;
   }
   const float length = sqrtf(sum(squares));
-  counts = length > 1e-12f;
+  counts = !(length <= 1e-12f);  // a NaN counts
   return 1.f / (counts ? length : 1e-12f);
 }
 

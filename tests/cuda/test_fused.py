@@ -110,6 +110,12 @@ def test_more_tokens_than_blocks_take_at_once(device, heads):
     for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
         close(got, want, TOLERANCE[FP32])
 
+    def in_training(form, inputs):  # where nobody reads the state behind the last tokens
+        stream, _, mixed = case.call(form, *inputs)
+        return torch.autograd.grad(stream.square().sum() + mixed.square().sum(), [t for t in inputs if t is not None])
+
+    close(in_training(fused, case.inputs), in_training(reference, [None if t is None else t.detach().double().requires_grad_() for t in case.inputs]), 1e-5)
+
 
 def test_a_mean_far_from_zero_costs_no_digits_but_its_own(device):
     """x = 1000 + noise has lost three digits of its noise by itself; float64 sees the same x."""
@@ -130,6 +136,14 @@ def test_gradients_that_nobody_has(device, residual):
         got = torch.autograd.grad(case.call(fused, *case.inputs)[i].square().sum(), wanted, allow_unused=True, materialize_grads=True)
         exact = case.call(reference, *doubles)[i].square().sum()
         close(got, torch.autograd.grad(exact, [t for t in doubles if t is not None], allow_unused=True, materialize_grads=True), 1e-5)
+
+
+def test_a_value_of_the_first_block_that_nobody_else_reads(device):
+    """In the last block its gradient is that of the residual alone."""
+    case = Case("time_mix_inputs", device=device)
+    doubles = [t.detach().double().requires_grad_() for t in case.inputs]
+    got, exact = (torch.autograd.grad(sum(x.square().sum() for x in case.call(form, *inputs)[:5]), inputs) for form, inputs in ((fused, case.inputs), (reference, doubles)))
+    close(got, exact, 1e-5)
 
 
 def test_pieces_with_the_state_between_them_are_the_whole(device):
@@ -177,9 +191,8 @@ def test_nan_is_not_hidden(device, name):
     case = Case(name, device=device)
     with torch.no_grad():
         case.inputs[name == "time_mix_inputs"][0, 3, 5] = float("nan")
-    outputs, grads = case.outputs_and_gradients(fused)
-    assert any(out.isnan().any() for out in outputs)
-    assert any(grad.isnan().any() for grad in grads)
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        assert any(x.isnan().any() for x in want) and all(torch.equal(x.isnan().cpu(), y.isnan().cpu()) for x, y in zip(got, want, strict=True))
 
 
 def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
@@ -197,6 +210,8 @@ def test_what_the_kernels_do_not_take_is_an_error(device):
     for case in (Case("norm_mix", mixes=4, device=device), Case("token_mix", mixes=4, device=device), Case("time_mix_output", N=48, device=device)):
         with pytest.raises(RuntimeError, match="shape or dtype"):
             case.call(fused, *case.inputs)
+    with pytest.raises(RuntimeError, match="shape or dtype"):
+        torch.ops.rwkvlm.relu_square(torch.zeros(1, 6, device=device))
 
 
 @pytest.mark.parametrize("residual", [True, False])

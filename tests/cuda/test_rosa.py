@@ -152,6 +152,23 @@ def test_the_sums_alone(device):
     assert len(sums) == 2 and torch.equal(sums[0], dlow) and torch.equal(sums[1], dhigh)
 
 
+@pytest.mark.parametrize("flips", [True, False])
+def test_sums_over_tokens_lose_nothing(device, flips):
+    """One symbol everywhere: a miss, then hits, of which two large slopes cancel. In float32 the ones between them would be lost."""
+    slopes, x = torch.ones(1, 20, 1), torch.ones(1, 20, 1, device=device)
+    slopes[0, 3], slopes[0, -1] = 2.0**26, -(2.0**26)
+    low, high = torch.zeros(1, device=device), torch.ones(1, device=device)
+    *_, dlow, dhigh = torch.ops.rwkvlm.rosa_backward(slopes.to(device), x, None, None, low, high, 1, True, 0.1, flips)
+    assert (dlow.item(), dhigh.item()) == (1, 17)
+
+
+def test_a_gradient_of_nan_is_nan(device):
+    x = torch.tensor([1.0, -1.0, float("nan"), 1.0]).view(1, 4, 1).to(device)
+    for function in (lambda x, *ends: rosa(x, x, x, *ends), rosa_self):
+        gradient = results(function, [x], torch.zeros(1, device=device), torch.ones(1, device=device))[1]
+        assert gradient.flatten().isnan().tolist() == [False, False, True, False]
+
+
 def test_no_batch(device):
     x = torch.zeros(0, 3, 4, device=device)
     assert [t.shape[0] for t in results(rosa, [x, x, x], *torch.ones(2, 4, device=device), bits=2)] == [0, 0, 0, 0, 4, 4]

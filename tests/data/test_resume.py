@@ -127,7 +127,8 @@ def test_it_goes_on_inside_a_text_and_inside_a_packed_file(here, monkeypatch, na
 def test_standard_input_begins_anew(here, monkeypatch, capsys):
     """What was read from it is gone: the work that a killed run left is not taken up, nor does Ctrl-C promise it."""
     text = Path("a.jsonl").read_bytes().replace(b"bad", b"")
-    (here / "in").write_bytes(text)
+    other = text.split(b"\n", 1)[1]  # another text, of which nothing has been read
+    (here / "in").write_bytes(other), (here / "other.jsonl").write_bytes(other)
     call = [sys.executable, str(Path(documents.__file__).parents[3] / "make_data.py"), "-", "1", "16", "--out", "x"]
     killed = subprocess.Popen([sys.executable, "-c", PROGRAM, *call[2:]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     killed.stdin.write(text)
@@ -139,8 +140,11 @@ def test_standard_input_begins_anew(here, monkeypatch, capsys):
     with open("in", "rb") as file:
         assert subprocess.run(call, stdin=file, stdout=subprocess.DEVNULL).returncode == 0
     made = [Path(end).read_bytes() for end in ("x.bin", "x.idx")]
-    assert cli(["make_data", "a.jsonl", "1", "16", "--out", "x", "--skip_bad"]) == 0
+    assert cli(["make_data", "other.jsonl", "1", "16", "--out", "x"]) == 0
     assert [Path(end).read_bytes() for end in ("x.bin", "x.idx")] == made
+    with open("a.jsonl", "rb") as file:
+        bad = subprocess.run([sys.executable, "-c", PROGRAM, *call[2:]], stdin=file, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.endswith("(--skip_bad passes over such input)\n"), "and nothing of it is kept"
     capsys.readouterr()
 
     def interrupted(*_):
@@ -222,6 +226,9 @@ def test_a_full_disk_loses_no_work(here, monkeypatch, capsys, at):
 def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
     """--skip_bad goes on where a run without it has stopped; without it again the same input is refused, also if a run with it has passed over it."""
     monkeypatch.setattr(documents, "BLOCK", 20_000)
+    monkeypatch.setattr(pack, "LISTED", 2)
+    lines = Path("a.jsonl").read_text().split("\n")
+    Path("a.jsonl").write_text("\n".join([*lines[:900], "bad too", *lines[901:]]))
     call = ["make_data", "a.jsonl", "1", "16", "--out", "x", "--val_split", "0.1"]
     assert cli([*call, "--skip_bad"]) == 0
     whole = content()
@@ -230,7 +237,8 @@ def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
     assert cli(call) == 2 and not Path("x.unfinished").exists()
     assert capsys.readouterr().err.endswith("(--skip_bad passes over such input)\n"), "what takes seconds is not kept"
     monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
-    refused = []
+    refused, write = [], unfinished.Unfinished._write
+    monkeypatch.setattr(unfinished.Unfinished, "_write", lambda work, text: (time.sleep(0.1), write(work, text)))  # as on a busy disk
     for _ in range(2):
         assert cli(call) == 2 and Path("x.unfinished/progress.json").exists() and not [*Path().glob("x.bin*")]
         refused.append(capsys.readouterr().err)
@@ -240,18 +248,32 @@ def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
     def killed(work):
         save(work)
         work._saving.result()
-        if work.progress.skipped:
+        if work.progress.skipped >= bad:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(unfinished.Unfinished, "_write", write)
     monkeypatch.setattr(pack, "read_blocks", lambda *a: (seen.append(block) or block for block in read(*a)))
-    with monkeypatch.context() as stopped:
-        stopped.setattr(unfinished.Unfinished, "save", killed)
-        assert cli([*call, "--skip_bad"]) == 130
-    assert seen[0].line > 1, "from where the first one stopped"
-    capsys.readouterr()
-    assert cli(call) == 2 and capsys.readouterr().err == refused[0]
+    for bad in (1, 2):
+        with monkeypatch.context() as stopped:
+            stopped.setattr(unfinished.Unfinished, "save", killed)
+            assert cli([*call, "--skip_bad"]) == 130
+        assert len(json.loads(Path("x.unfinished/progress.json").read_text())["progress"]["first_skipped"]) == bad
+        assert seen[0].line > 1, "from where the first one stopped"
+        capsys.readouterr()
+        assert cli(call) == 2 and capsys.readouterr().err == refused[0]
     assert cli([*call, "--skip_bad"]) == 0
     assert content() == whole and not Path("x.unfinished").exists()
+
+
+def test_what_is_tokenised_is_kept_whatever_happens_then(here, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
+    monkeypatch.setattr(pack, "shuffled", fails)
+    with pytest.raises(MemoryError):
+        cli(["make_data", "a.jsonl", "1", "16", "--out", "x", "--skip_bad"])
+    assert Path("x.unfinished/progress.json").exists()
 
 
 @pytest.mark.parametrize("change", ["input", "key", "damage", "cut"])

@@ -17,6 +17,7 @@ SIZES = {
     "N64": dict(n_layer=2, n_embd=192, head_size=64),
     "N128": dict(n_layer=2, n_embd=128, head_size=128),
     "one block": dict(n_layer=1, n_embd=64, head_size=64),
+    "more columns than a pass takes": dict(n_layer=2, n_embd=48, head_size=16, dim_ffn=4133),
     "odd ranks": dict(n_layer=2, n_embd=64, head_size=32, rank_w=5, rank_a=17, rank_v=20, rank_g=33, dim_ffn=101),
 }
 
@@ -91,6 +92,14 @@ def test_equals_the_model(size, in_file, isa):
     for block, want_block in zip(state, want_state):
         assert type(block) is type(want_block)
         assert all(close(x, y, 1e-5) for x, y in zip(block, want_block))
+
+
+def test_keys_of_length_zero():
+    model = model_of("N32")
+    with torch.no_grad():
+        model.blocks[1].att.k_k.zero_()
+    want, _ = by_model(model)
+    assert want.isfinite().all() and close(by_step(engine_of(model), model.init_state(1))[0], want, 1e-5)
 
 
 def test_a_bf16_model_is_stepped_in_float32():

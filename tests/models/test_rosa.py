@@ -217,6 +217,7 @@ def test_official_files_are_read_when_it_is_said_how_many_bits_they_have(variant
     init_weights(model, 1)
     load_into(model, adapted(tensors, model))
     assert model.rosa_bits.item() == config.rosa_bits
+    assert read_config(model.state_dict(), 5 - config.rosa_bits) == config, "a file that says it is believed"
     assert torch.equal(model.blocks[1].rosa.q.weight, tensors["blocks.1.rosa.q.weight"])
 
 

@@ -61,10 +61,11 @@ def test_a_step_against_float64(grad_dtype, narrow, scale, fresh):
     assert all(torch.equal(narrow, p.bfloat16()) for narrow, p in zip(rounded, masters))
 
 
-def test_nothing_changes_where_found_inf_says_so():
+@pytest.mark.parametrize("found", [1.0, float("nan"), float("inf")])
+def test_nothing_changes_where_found_inf_says_so(found):
     state = make(narrow=True)
     after = copies(state)
-    adamw.adamw_(*after, None, torch.tensor(1.0), **RATES)
+    adamw.adamw_(*after, None, torch.tensor(found), **RATES)
     for one, two in zip(state[:1] + state[2:], after[:1] + after[2:]):
         assert all(torch.equal(a, b) for a, b in zip(one, two))
     adamw.adamw_(*after, None, torch.tensor(0.0), **RATES)
@@ -107,9 +108,8 @@ def test_the_same_bits_on_any_number_of_threads(form):
 def test_moments_that_fade_end_as_zeros(form):
     if form == "torch":
         pytest.skip("torch keeps denormal numbers")
-    p, m, v, t = torch.ones(40), torch.full((40,), 1e-38), torch.full((40,), 1e-38), torch.tensor(3.0)
-    for _ in range(3):
-        adamw.adamw_([p], [], [torch.zeros(40)], [m], [v], [t], None, None, **RATES)
+    p, m, v, t = torch.ones(40), torch.full((40,), 1.18e-38), torch.full((40,), 1.18e-38), torch.tensor(3.0)
+    adamw.adamw_([p], [], [torch.zeros(40)], [m], [v], [t], None, None, **RATES)  # the smallest normal number is 1.1755e-38
     assert not m.any() and not v.any() and p.isfinite().all()
     assert torch.tensor(1e-40) * 0.5 != 0, "denormal numbers are as before elsewhere"
 
@@ -140,3 +140,5 @@ def test_the_operators_are_well_formed(form):
     torch.library.opcheck(torch.ops.rwkvlm.adamw_.default, (*state, None, None, *RATES.values()), test_utils=tests)
     with pytest.raises(RuntimeError, match="adamw: expected contiguous"):
         torch.ops.rwkvlm.adamw_([torch.zeros(4)], [], [torch.zeros(3)], [torch.zeros(4)], [torch.zeros(4)], [torch.zeros(())], None, None, *RATES.values())
+    with pytest.raises(RuntimeError, match="adamw: expected contiguous"):  # what is rounded has 16 bits
+        torch.ops.rwkvlm.adamw_(*([torch.zeros(4)] for _ in range(5)), [torch.zeros(())], None, None, *RATES.values())

@@ -193,7 +193,9 @@ def test_checkpointing_and_module():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n, C, V", [(300, 96, 5001), (1, 16, 7)])
-def test_scores_of_given_tokens(form, dtype, n, C, V):
+def test_scores_of_given_tokens(form, dtype, n, C, V, monkeypatch):
+    for module in (chunked, native_form):
+        monkeypatch.setattr(module, "auto_chunk", lambda *_: 128)
     x, weight, targets = (t.detach() for t in make((n,), C, V, dtype))
     logits = x.double() @ weight.double().t()
     nats, likeliest = head_scores(x, weight, targets)
@@ -201,6 +203,11 @@ def test_scores_of_given_tokens(form, dtype, n, C, V):
     rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8 if form == "torch" or native_form.why_not(dtype, C) else 1e-5}[dtype] * logits.abs().max()
     assert (nats - torch.nn.functional.cross_entropy(logits, targets, reduction="none")).abs().max() <= rounding
     assert (logits.amax(-1) - logits.gather(-1, likeliest[:, None])[:, 0]).max() <= rounding
+
+
+def test_of_equal_maxima_the_first_counts(form):
+    """In each of the parts of the vocabulary that have maxima of their own."""
+    assert not head_scores(torch.ones(40, 8), torch.ones(5001, 8), torch.full((40,), 7))[1].any()
 
 
 def test_rounded_logits_are_summed_in_full():
@@ -246,6 +253,8 @@ def test_the_operator_is_well_formed(form):
     x, weight, targets = make((20,), 16, 40, torch.bfloat16)
     torch.library.opcheck(torch.ops.rwkvlm.head_ce.default, (x.detach(), weight.detach(), targets, 8, 1e-4, True, False))
     torch.library.opcheck(torch.ops.rwkvlm.head_scores.default, (x.detach(), weight.detach(), targets, 8))
+    with pytest.raises(RuntimeError, match="head_ce: inputs do not fit"):  # numbers of 16 bits come in pairs
+        torch.ops.rwkvlm.head_scores(torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64), 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

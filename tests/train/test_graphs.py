@@ -252,6 +252,13 @@ def test_where_it_is_refused():
     check(compile=1)
     check(compile=1, grad_cp=-1)  # which is then none: test_planner.py
     check(model=PhantomConfig(n_layer=2, n_embd=64))
+    check(accumulate_grad_batches=2)
+    check(model=PhantomConfig(n_layer=2, n_embd=64, ttt_enabled=False, ttt_meta=True))
+    passes = dict(model=PhantomConfig(n_layer=2, n_embd=64, max_depth_iter=2), accumulate_grad_batches=2, precision="bf16")
+    for change in (dict(accumulate_grad_batches=1), dict(precision="fp32"), dict(strategy="ddp")):
+        check(**passes | change)
+    with pytest.raises(UserError, match="--max_depth_iter 2 in bf16"):
+        check(**passes)
     check_graphs(TrainConfig(), Launch("cpu", 1, 1, "auto"), ModelConfig(n_layer=2, n_embd=64), "torch", torch.device("cpu"))
     for refused, line in ((dict(kernel="torch"), "needs the CUDA kernels"), (dict(strategy="deepspeed_stage_3_offload"), "--strategy deepspeed_stage_3_offload, which")):
         with pytest.raises(UserError, match=line):

@@ -17,6 +17,7 @@ from rwkvlm.layers.packed import Packed
 from rwkvlm.models import build, init_weights, read_config
 from rwkvlm.native import available
 from rwkvlm.ops import backend
+from rwkvlm.train import compiled
 from rwkvlm.train.compiled import check_compile, compile_blocks
 from rwkvlm.train.flops import flops_per_token
 from rwkvlm.train.memory import measure_activations
@@ -177,10 +178,12 @@ def test_flags_of_a_hybrid_say_when_they_have_no_effect():
     assert TrainConfig(my_testing="hybrid", attention_window=64).flags_without_effect() == []
 
 
-def test_compile_with_documents_is_refused():
-    config = TrainConfig(my_testing="hybrid", compile=1, doc_reset=1)
+def test_compile_is_refused_with_documents_and_only_then(monkeypatch):
+    monkeypatch.setattr(compiled, "_why_not", lambda device: "")
+    check = lambda **flags: check_compile(TrainConfig(my_testing="hybrid", compile=1, **flags), Launch("cpu", 1, 1, "auto"), HybridConfig(n_layer=2, n_embd=64), "cpu", torch.device("cpu"))  # noqa: E731
+    check()
     with pytest.raises(UserError, match="--compile 1 does not go with --doc_reset 1 in a hybrid"):
-        check_compile(config, Launch("cpu", 1, 1, "auto"), HybridConfig(n_layer=2, n_embd=64), "cpu", torch.device("cpu"))
+        check(doc_reset=1)
 
 
 def test_a_probe_is_a_run_of_the_same_model(run, tmp_path):

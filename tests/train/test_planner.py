@@ -227,13 +227,15 @@ def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
 def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
     def group(path, limit, used=0, cached=0):
         (tmp_path / path).mkdir(parents=True, exist_ok=True)
-        for name, text in (("max", limit), ("current", used), ("stat", f"anon {used - cached}\nactive_file {cached}\ninactive_file 0")):
+        for name, text in (("max", limit), ("current", used), ("stat", f"anon {used - cached}\nactive_file {cached // 4}\ninactive_file {cached - cached // 4}")):
             (tmp_path / path / f"memory.{name}").write_text(f"{text}\n")
 
     plan = SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", 2, 1, "ddp"))
     monkeypatch.setattr(planner, "CGROUPS", tmp_path)
     monkeypatch.setattr(planner, "CGROUP", tmp_path / "cgroup")
-    of_machine = memory_available(plan)  # no such file, as where groups are of version 1
+    of_machine = memory_available(plan)  # no such file
+    planner.CGROUP.write_text("12:cpu:/x\n")  # groups of version 1
+    assert memory_available(plan) == pytest.approx(of_machine, rel=0.1)
     planner.CGROUP.write_text("12:cpu:/x\n0::/job/step\n")
     group("job/step", "max", used=1 << 20)
     assert memory_available(plan) == pytest.approx(of_machine, rel=0.1), "no limit in the innermost, none further out"
@@ -241,8 +243,12 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
     assert memory_available(plan) == 3 << 20
     group("job/step", 5 << 20, used=4 << 20)
     assert memory_available(plan) == 1 << 19
+    group("", 3 << 19, used=1 << 20)  # a container that sees its own group as the topmost one
+    assert memory_available(plan) == 1 << 18
     group("job/step", 1 << 20, used=4 << 20)
     assert memory_available(plan) == 0
+    (tmp_path / "job/step/memory.stat").write_text("anon 1\n")
+    assert memory_available(plan) == 1 << 18, "what cannot be read is no limit"
 
 
 def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):

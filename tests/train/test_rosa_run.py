@@ -18,6 +18,7 @@ from rwkvlm.infer import load_engine
 from rwkvlm.models import build, init_weights, read_config
 from rwkvlm.train.compiled import check_compile
 from rwkvlm.train.flops import flops_per_token
+from rwkvlm.train.graphs import check_graphs
 from rwkvlm.train.memory import Activations, estimate
 from rwkvlm.train.plan import make_plan
 from rwkvlm.train.planner import probe_flags
@@ -195,8 +196,14 @@ def test_flags_say_when_they_have_no_effect():
     ]
     with pytest.raises(UserError, match="--deep_embed 3 is not known"):
         TrainConfig(my_testing="rosa", deep_embed=3).own_settings()
-    with pytest.raises(UserError, match="not made for ROSA"):
-        check_compile(TrainConfig(compile=1), Launch("cpu", 1, 1, "auto"), RosaConfig(), "cpu", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_hand_the_tokens_on_are_neither_compiled_nor_recorded(kind):
+    config = TrainConfig(compile=1, cuda_graphs=1)
+    for check, flag in ((check_compile, "compile"), (check_graphs, "cuda_graphs")):
+        with pytest.raises(UserError, match=f"--{flag} 1 is not made for ROSA.*--my_testing {kind} has it"):
+            check(config, Launch("gpu", 1, 1, "auto"), RosaConfig(model_type=kind), "cuda", torch.device("cuda"))
 
 
 @pytest.mark.slow

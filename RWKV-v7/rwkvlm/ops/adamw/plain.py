@@ -15,6 +15,8 @@ def adamw_(
     grads = [grad.to(torch.float32, copy=scale is not None).contiguous() for grad in grads]
     if scale is not None:
         torch._foreach_mul_(grads, scale)  # in the copies: a third set of gradients would be the largest thing there is
+    if found_inf is not None:
+        found_inf = (found_inf != 0).float()  # torch knows 1 and 0
     rates = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     adamw(masters, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, found_inf=found_inf, amsgrad=False, maximize=False, **rates)
     if rounded:
