@@ -166,12 +166,14 @@ EMULATION_HOOK __tsan_vptr_update(void*, void*) {}
 EMULATION_HOOK __tsan_vptr_read(void*) {}
 
 // From now on, launch `launch` (counted from here) has one barrier of each block less: the n-th __syncthreads, the n-th __syncwarp of each warp, or the n-th wait
-// for copies of each thread, which then waits for one group less; -1: none. emulation_dropped: whether it has come to that.
+// for copies of each thread, which then waits for one group less; -1: none. emulation_dropped: whether it has come to that;
+// emulation_launches: how many launches so far.
 EMULATION_HOOK emulation_drop(int launch, int barrier, int warp_barrier, int wait) {
     emulation::watch.launches = 0, emulation::watch.dropped = false;
     emulation::watch.drop_launch = launch, emulation::watch.drop_barrier = barrier, emulation::watch.drop_warp = warp_barrier, emulation::watch.drop_wait = wait;
 }
 extern "C" inline __attribute__((used)) int emulation_dropped() { return emulation::watch.dropped; }
+extern "C" inline __attribute__((used)) int emulation_launches() { return emulation::watch.launches; }
 #undef EMULATION_HOOK
 #undef EMULATION_ACCESS
 #undef EMULATION_BOTH

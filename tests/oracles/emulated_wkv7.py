@@ -22,6 +22,7 @@ from rwkvlm.ops.wkv7.cuda import Gradients, Pointers, Shape, prototypes
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
 SOURCES = sorted(x for folder in ("common", "wkv7") for x in (CUDA / folder).glob("*.cu"))
+AROUND = sorted(x for x in CUDA.glob("*/*.cu") if x.parent.name != "wkv7")  # common too, of which every library has a copy
 RACES = "-fsanitize=thread"  # the flag with which the emulation finds races
 GUARD = 64  # bytes behind each buffer that no kernel may touch
 
