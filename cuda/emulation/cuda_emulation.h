@@ -2,11 +2,12 @@
 //
 // It finds: wrong maths, wrong fragment layouts, barriers that are missing or that part of a block skips, warp collectives that diverge, reads
 // of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async data before its wait and copies over data still in
-// use (one schedule copies at the wait, the other at once) and, built with -fsanitize=address,undefined, accesses out of bounds. Races between
-// warps or lanes show when the two schedules (emulation_reverse) give different bits. __shared__ is left undefined: kernels take dynamic shared
-// memory, which it can poison.
-// Built with -fsanitize=thread it finds races whether schedules show them or not: races.h.
-// It cannot find: wgmma, TMA and proxy fences (not emulated), misaligned vector accesses outside UBSan, bank conflicts, register pressure, anything about speed. The mma sums in the order k = 0..15 in fp32, hardware in an order of its own.
+// use (one schedule copies at the wait, the other at once), addresses that ldmatrix and cp.async do not take and, built with
+// -fsanitize=address,undefined, accesses out of bounds and misaligned ones. Races between warps or lanes show when the two schedules
+// (emulation_reverse) give different bits; built with -fsanitize=thread, whether they do or not: races.h. __shared__ is left undefined: kernels
+// take dynamic shared memory, which it can poison.
+// It cannot find: wgmma, TMA and proxy fences (not emulated), bank conflicts, register pressure, anything about speed. The mma sums in the
+// order k = 0..15 in fp32, hardware in an order of its own.
 //
 // How: one fiber per CUDA thread. In one schedule a warp runs until each of its lanes waits at the block barrier or has ended, then the next warp
 // does; in the other, which begins with the last warp, they take turns at every collective. At a warp collective a lane parks its operands; the
