@@ -2,11 +2,12 @@
 //
 // It finds: wrong maths, wrong fragment layouts, barriers that are missing or that part of a block skips, warp collectives that diverge, reads
 // of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async data before its wait and copies over data still in
-// use (one schedule copies at the wait, the other at once) and, built with -fsanitize=address,undefined, accesses out of bounds. Races between
-// warps or lanes show when the two schedules (emulation_reverse) give different bits. __shared__ is left undefined: kernels take dynamic shared
-// memory, which it can poison.
-// It cannot find: races that both schedules hide, wgmma, TMA and proxy fences (not emulated), misaligned vector accesses outside UBSan, bank
-// conflicts, register pressure, anything about speed. The mma sums in the order k = 0..15 in fp32, hardware in an order of its own.
+// use (one schedule copies at the wait, the other at once), addresses that ldmatrix and cp.async do not take and, built with
+// -fsanitize=address,undefined, accesses out of bounds and misaligned ones. Races between warps or lanes show when the two schedules
+// (emulation_reverse) give different bits; built with -fsanitize=thread, whether they do or not: races.h. __shared__ is left undefined: kernels
+// take dynamic shared memory, which it can poison.
+// It cannot find: wgmma, TMA and proxy fences (not emulated), bank conflicts, register pressure, anything about speed. The mma sums in the
+// order k = 0..15 in fp32, hardware in an order of its own.
 //
 // How: one fiber per CUDA thread. In one schedule a warp runs until each of its lanes waits at the block barrier or has ended, then the next warp
 // does; in the other, which begins with the last warp, they take turns at every collective. At a warp collective a lane parks its operands; the
@@ -77,6 +78,7 @@ struct Fiber {
     uint3 thread{};
     Wait wait = Wait::none;
     std::vector<std::vector<PendingCopy>> groups;  // cp.async groups in flight, oldest first; the last one is still open
+    int waits = 0;  // for them, so far
 };
 
 struct Warp { unsigned arrived = 0; const char* site = nullptr; void* operands[32]; };
@@ -93,6 +95,7 @@ struct Machine {
     std::function<void()> body;
     std::unique_ptr<char[]> shared_storage;
     char* shared = nullptr;
+    size_t shared_bytes = 0;
     bool reverse = false;
     size_t shared_limit = 227 * 1024;
     std::string error;
@@ -100,6 +103,20 @@ struct Machine {
     size_t scheduler_stack_bytes = 0;
 };
 inline Machine machine;
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool finds_races = true;
+#else
+constexpr bool finds_races = false;
+#endif
+inline bool watching = false;  // kernel code runs, whose accesses count
+
+// Within it, what a thread does is the emulation's work.
+struct Unwatched {
+    bool before;
+    __attribute__((no_sanitize("thread"))) Unwatched() : before(watching) { watching = false; }
+    __attribute__((no_sanitize("thread"))) ~Unwatched() { watching = before; }
+};
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers and the stack pointer of one fiber, restores those of another.
@@ -127,15 +144,18 @@ inline void switch_fiber(Fiber& from, Fiber& to, const void* stack, size_t bytes
 }
 
 inline void to_scheduler(bool last = false) {
+    const Unwatched here;
     Machine& m = machine;
     switch_fiber(m.fibers[m.current], m.scheduler, m.scheduler_stack, m.scheduler_stack_bytes, last);
 }
 
-inline void fiber_main() {
+__attribute__((no_sanitize("thread"))) inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 #endif
+    watching = finds_races;
     machine.body();
+    watching = false;
     machine.fibers[machine.current].wait = Wait::done;
     to_scheduler(true);
     std::abort();
@@ -161,6 +181,7 @@ inline void start(Fiber& f) {
 #endif
     f.wait = Wait::none;
     f.groups.assign(1, {});
+    f.waits = 0;
 }
 
 // Ends the launch: the fibers are abandoned where they stand (they hold nothing that needs destruction).
@@ -173,6 +194,21 @@ inline void start(Fiber& f) {
     std::abort();
 }
 
+}  // namespace emulation
+
+#if defined(__SANITIZE_THREAD__)
+#include "races.h"
+#else
+namespace emulation {
+inline void begin_launch() {}
+inline void begin_block() {}
+inline void pass_block_barrier() {}
+inline void pass_warp_barrier(int) {}
+}  // namespace emulation
+#endif
+
+namespace emulation {
+
 inline void run(int i) {
     Machine& m = machine;
     m.current = i;
@@ -183,6 +219,7 @@ inline void run_block() {
     Machine& m = machine;
     int n_warps = (m.count + 31) / 32;
     m.warps.assign(n_warps, Warp{});
+    begin_block();
     for (int i = 0; i < m.count; ++i) {
         unsigned u = i;
         m.fibers[i].thread = {u % m.block.x, u / m.block.x % m.block.y, u / (m.block.x * m.block.y)};
@@ -218,6 +255,7 @@ inline void run_block() {
             return;
         }
         for (int i = 0; i < m.count; ++i) m.fibers[i].wait = Wait::none;
+        pass_block_barrier();
     }
 }
 
@@ -230,7 +268,9 @@ inline int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void
     if (shared_bytes > m.shared_limit)
         m.error = "a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory of " + std::to_string(m.shared_limit);
     if (!m.error.empty()) return 1;
+    begin_launch();
     if (int(m.fibers.size()) < m.count) m.fibers.resize(m.count);
+    m.shared_bytes = shared_bytes;
     m.shared_storage.reset(new char[shared_bytes + 128]);
     m.shared = m.shared_storage.get() + shared_bytes + 128;  // the end of the block is the end of the heap object, for AddressSanitizer
     m.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(m.shared) - shared_bytes) & ~uintptr_t(15));
@@ -248,6 +288,7 @@ inline int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void
 // All 32 lanes meet; the last to come runs compute(operands of lane 0..31) for all.
 template <class Operands, class Compute>
 inline void collective(const char* site, Operands& mine, Compute compute) {
+    const Unwatched here;
     Machine& m = machine;
     int lane = m.current % 32, first = m.current - lane;
     Warp& w = m.warps[m.current / 32];
@@ -274,16 +315,32 @@ inline void copy(const PendingCopy& c) {
 
 // The copy may land at any time up to the wait: at the last moment in one schedule, at the first in the other.
 inline void copy_async(void* to, const void* from, int bytes, int valid) {
-    if (machine.reverse)
-        copy({to, from, bytes, valid});
-    else
-        machine.fibers[machine.current].groups.back().push_back({to, from, bytes, valid});
+    const Unwatched here;
+    if (uintptr_t(to) % bytes || (valid && uintptr_t(from) % bytes)) fail("cp.async of " + std::to_string(bytes) + " bytes from or to an address that is no multiple of them");
+    const PendingCopy whole{to, from, bytes, valid};
+#if defined(__SANITIZE_THREAD__)
+    watch_copy(whole, false, __builtin_return_address(0));
+#endif
+    if (machine.reverse) copy(whole);
+    if (!machine.reverse || finds_races) machine.fibers[machine.current].groups.back().push_back(whole);
 }
-inline void commit_copies() { machine.fibers[machine.current].groups.emplace_back(); }
+inline void commit_copies() {
+    const Unwatched here;
+    machine.fibers[machine.current].groups.emplace_back();
+}
 inline void finish_copies(int groups_left) {
+    const Unwatched here;
     auto& groups = machine.fibers[machine.current].groups;
+#if defined(__SANITIZE_THREAD__)
+    groups_left += drops(watch.drop_wait, machine.fibers[machine.current].waits++);
+#endif
     while (int(groups.size()) - 1 > groups_left) {
-        for (const PendingCopy& c : groups.front()) copy(c);
+        for (const PendingCopy& c : groups.front()) {
+#if defined(__SANITIZE_THREAD__)
+            watch_copy(c, true, __builtin_return_address(0));
+#endif
+            copy(c);
+        }
         groups.erase(groups.begin());
     }
 }
@@ -323,7 +380,11 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 // ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16: lane 8 i + j gives the address of row j of matrix i.
 inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
     struct Operands { uint32_t* out; const uint16_t* row; bool transposed; } mine{out, static_cast<const uint16_t*>(row), transposed};
+    const Unwatched here;
     if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an address that is no multiple of 16");
+#if defined(__SANITIZE_THREAD__)
+    touch(row, 16, is_load, __builtin_return_address(0), true);
+#endif
     collective("ldmatrix", mine, [](Operands** lane) {
         for (int l = 0; l < 32; ++l)
             for (int i = 0; i < 4; ++i) {
@@ -356,12 +417,13 @@ template <class T> inline T shuffle_from(T value, int source) { return shuffle("
 #define gridDim (emulation::machine.grid)
 
 inline void __syncthreads() {
+    const emulation::Unwatched here;
     emulation::machine.fibers[emulation::machine.current].wait = emulation::Wait::block;
     emulation::to_scheduler();
 }
 inline void __syncwarp(unsigned = ~0u) {
     struct Operands {} none;
-    emulation::collective("__syncwarp", none, [](Operands**) {});
+    emulation::collective("__syncwarp", none, [](Operands**) { emulation::pass_warp_barrier(emulation::machine.current / 32); });
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle_xor(value, mask); }
@@ -373,9 +435,23 @@ inline T __shfl_up_sync(unsigned, T value, int distance) { return emulation::shu
 // Threads take turns only at barriers and collectives.
 template <class T>
 inline T atomicMax(T* at, T value) {
+    const emulation::Unwatched here;
+#if defined(__SANITIZE_THREAD__)
+    emulation::touch(at, sizeof(T), emulation::is_atomic + emulation::is_store, __builtin_return_address(0));
+#endif
     const T before = *at;
     if (value > before) *at = value;
     return before;
+}
+
+// A relaxed atomic load.
+template <class T>
+inline T load_relaxed(const T* at) {
+    const emulation::Unwatched here;
+#if defined(__SANITIZE_THREAD__)
+    emulation::touch(at, sizeof(T), emulation::is_atomic, __builtin_return_address(0));
+#endif
+    return *at;
 }
 
 // For the tests: which schedule, how much shared memory a block may have, and what went wrong in the last launch.

@@ -44,7 +44,7 @@ __device__ __forceinline__ Match now(const Match* at) {
     return x;
 }
 #else
-template <class Number> Number now(const Number* at) { return *at; }
+template <class Number> Number now(const Number* at) { return load_relaxed(at); }
 #endif
 
 // atomicMax, which is seldom needed: most come too late.

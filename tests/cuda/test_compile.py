@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oracles.emulated_wkv7 import CUDA, SOURCES, compile_kernels, run_sanitized
+from oracles.emulated_wkv7 import AROUND, CUDA, SOURCES, compile_kernels, run_sanitized
 
-AROUND = sorted(set(CUDA.glob("*/*.cu")) - set(SOURCES))
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Bytes of spills that a thread may have. In the sequential backward a row of N = 128 fills the registers; it is not a hot kernel.
 ALLOWED = {"sequential_backward": 256}
@@ -20,7 +19,7 @@ SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", [*SOURCES, *AROUND], ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", sorted({*SOURCES, *AROUND}), ids=lambda path: path.stem)
 def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     """For all architectures in one call: what is for the host is compiled once. One after another (no -t), or what ptxas tells would be mixed."""
     if shutil.which("nvcc") is None:
@@ -51,97 +50,8 @@ def test_cards_without_bf16_tensor_cores_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    path = compile_kernels(tmp_path, *SANITIZED)
-    program = f"""
-from pathlib import Path
-from oracles.emulated_ttt import make_ttt_case, run
-from oracles.emulated_wkv7 import Kernels, make_case
-kernels = Kernels(Path({str(path)!r}))
-for reverse in (False, True):
-    for options in (
-        dict(T=67, H=2), dict(T=35, N=32), dict(T=17, N=16, B=2), dict(T=70, documents=[1, 64, 5]), dict(T=35, N=128, H=1),
-        dict(T=200, N=32, documents=[1, 199], segment_chunks=1), dict(T=90, N=128, H=1, segment_chunks=1), dict(T=67, more="rkv"), dict(T=35, N=16, more="v"),
-    ):  # fmt: skip
-        kernels.run("chunked", make_case(**options), reverse=reverse)
-        kernels.run("sequential", make_case(**options), reverse=reverse)
-    for options in (
-        dict(T=140, rows=8), dict(T=67, rows=64), dict(T=130, N=16, rows=16, B=2), dict(T=140, N=32, rows=24, segment=128, head=False), dict(T=35, N=128, rows=128, segment=32),
-    ):  # fmt: skip
-        run(kernels, make_ttt_case(H=1, **options), reverse=reverse)
-print("clean")
-"""
-    done = run_sanitized(program)
-    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_sanitizers_find_nothing_in_what_is_around_wkv7(tmp_path: Path) -> None:
-    """Buffers of exactly the right size; what the kernels compute, test_adamw.py, test_fused.py, test_loss.py and test_rosa.py check."""
-    path = compile_kernels(tmp_path, *SANITIZED, sources=[*AROUND, CUDA / "common" / "library.cu"])
-    program = f"""
-import ctypes, torch
-from oracles import wkv4_cases
-from oracles.elementwise import Case
-from rwkvlm.ops.adamw import cuda as adamw
-from rwkvlm.ops.cross_entropy import cuda as loss
-from rwkvlm.ops.fused import cuda
-from rwkvlm.ops.rosa import cuda as rosa
-from rwkvlm.ops.wkv4 import cuda as wkv4
-library = ctypes.CDLL({str(path)!r})
-kernels = cuda.Kernels(cuda.prototypes(library))
-optimizer = adamw.Kernels(adamw.prototypes(library))
-matches = rosa.Kernels(rosa.prototypes(library))
-recurrence = wkv4.Kernels(wkv4.prototypes(library))
-registration = torch.library.Library("rwkvlm", "IMPL")
-loss.register(registration, library, "CPU")
-for reverse in (0, 1):
-    library.emulation_reverse(reverse)
-    for dtype in (torch.float32, torch.bfloat16):
-        for bounds in (None, torch.tensor([0, 1, 16, 17, 18, 40], dtype=torch.int32)):  # 132 channels: the last warp has one lane's
-            x, weight, mix = torch.randn(1, 40, 132, dtype=dtype), torch.randn(132, dtype=dtype), torch.randn(132, dtype=dtype)
-            _, newest, moments, out = kernels.norm_mix(x, None, weight, weight, 1e-5, None, [mix], bounds)
-            kernels.norm_mix_backward(None, None, [out], x, moments, weight, weight, None, [mix])
-        for sizes in (dict(B=1, T=17, H=3, N=64), dict(B=3, T=2, H=1, N=16, state=True, mixes=1), dict(B=1, T=33, H=2, N=128, residual=False)):
-            inputs = lambda name: [t if t is None else t.detach() for t in Case(name, dtype=dtype, **sizes).inputs]
-            x, last, *mixes = inputs("token_mix")
-            kernels.token_mix_backward(kernels.token_mix(x, last, mixes), x, last, mixes)
-            x, branch, weight, bias, last, *mixes = inputs("norm_mix")
-            stream, newest, moments, *out = kernels.norm_mix(x, branch, weight, bias, 1e-5, last, mixes, None)
-            kernels.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
-            tensors = inputs("time_mix_inputs")
-            grads = kernels.time_mix_inputs(*tensors, sizes["N"])
-            for more in (None, *grads[4:]):
-                kernels.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"], more)
-            tensors = inputs("time_mix_output")
-            kernels.time_mix_output_backward(kernels.time_mix_output(*tensors, sizes["N"], 1e-5), *tensors, sizes["N"], 1e-5)
-            kernels.relu_square_backward(x, kernels.relu_square(x))
-        for sizes in (dict(B=1, T=1, C=16), dict(T=67, C=16), dict(B=1, T=33, C=144, state=False)):
-            case = wkv4_cases.Case(dtype=dtype, **sizes)
-            _, _, starts = recurrence.forward(*case.inputs, True)
-            recurrence.backward(*case.slopes, *case.inputs[:4], starts)
-        for T, bits in ((1, 1), (37, 1), (9, 3)):
-            q, ends = torch.randn(2, T, 2 * bits).to(dtype), torch.randn(2, 2 * bits).to(dtype)
-            for k in (q, None):
-                _, *state = matches.rosa(q, k, k, *ends, bits, False, 0.1, False, None, None, None, True)
-                matches.rosa(q, k, k, *ends, bits, True, 0.1, False, *state, False)
-                matches.rosa_backward(q, q, k, k, *ends, bits, False, 0.1, True)
-            _, *state = matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, None, None, True)
-            matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, *state, True)
-        for V in (1, 7, 600, 5001):
-            torch.ops.rwkvlm.loss_of_logits(torch.randn(3, V).to(dtype), torch.tensor([0, V - 1, V]), torch.empty(3), 1.0, 0.1, True)
-        sizes = (0, 1, 3, 767, 2048, 2051, 8191, 8192, 100003, *[7] * 600)
-        masters, grads, averages, squares = ([torch.rand(size) for size in sizes] for _ in range(4))
-        grads, rounded = [g.to(dtype) for g in grads], [p.bfloat16() for p in masters]
-        for narrow in (rounded, []):
-            scale = optimizer.gradient_norms(grads)[1]
-            optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], scale, scale, 1e-3, 0.9, 0.99, 1e-18, 0.1)
-            optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
-        for moved in range(5):  # each in turn begins at an odd address
-            lists = [[torch.zeros(9000, dtype=kind)[j == moved :][:8999]] for j, kind in enumerate((torch.float32, torch.bfloat16, dtype, *[torch.float32] * 2))]
-            optimizer.gradient_norms(lists[2])
-            optimizer.adamw_(*lists, [torch.zeros(())], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
-print("clean")
-"""
-    done = run_sanitized(program)
+@pytest.mark.parametrize("what", ["wkv7", "around_wkv7"])
+def test_sanitizers_find_nothing(what: str, tmp_path: Path) -> None:
+    path = compile_kernels(tmp_path, *SANITIZED, sources=SOURCES if what == "wkv7" else AROUND)
+    done = run_sanitized(f"from oracles.emulated_all import run_{what}; run_{what}({str(path)!r}); print('clean')")
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]

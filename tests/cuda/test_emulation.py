@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oracles.emulated_wkv7 import CUDA, run_sanitized
+from oracles.emulated_wkv7 import CUDA, RACES, run_sanitized
 
 SOURCE = r"""
 #include "wkv7/mma.cuh"
@@ -60,8 +60,41 @@ __global__ void beyond(float* out, int index) {
     shared<float>(4 * threadIdx.x) = 1.f;
     out[threadIdx.x] = shared<float>(4 * (threadIdx.x + index));
 }
-#define ENTRY(name, threads, bytes) \
-    extern "C" int run_##name(float* out, int flag) { return launch(name, dim3(1), threads, bytes, nullptr, out, flag); }
+// Neighbours within a warp, which no schedule tells from right ones where each lane goes on until the next collective; a shuffle orders nothing.
+__global__ void lanes(float* out, int ordered) {
+    shared<float>(4 * threadIdx.x) = float(threadIdx.x);
+    if (ordered) __syncwarp(); else __shfl_xor_sync(~0u, 1.f, 1);
+    out[threadIdx.x] = shared<float>(4 * (threadIdx.x ^ 1));
+}
+// The second round writes what slower warps may still read.
+__global__ void rounds(float* out, int barriers) {
+    for (int i = 0; i < 2; ++i) {
+        shared<float>(4 * threadIdx.x) = float(threadIdx.x);
+        __syncthreads();
+        out[threadIdx.x] = shared<float>(4 * (threadIdx.x ^ 32));
+        if (barriers) __syncthreads();
+    }
+}
+__global__ void factors(float* out, int ordered) {
+    shared<uint4>(16 * threadIdx.x) = make_uint4(0, 0, 0, 0);
+    if (ordered) __syncwarp();
+    uint32_t x[4];
+    ldmatrix<false>(x, 16 * threadIdx.x);
+    out[threadIdx.x] = float(x[0]);
+}
+__global__ void copies_of_others(float* out, int barrier) {
+    copy_async(16 * threadIdx.x, out + 128, true);
+    copy_commit(), copy_wait<0>();
+    if (barrier) __syncthreads();
+    out[threadIdx.x] = shared<float>(16 * (threadIdx.x ^ 16));
+}
+__global__ void two_blocks(float* out, int own) { out[threadIdx.x + (own ? blockIdx.x * 32 : 0)] = 1.f; }
+__global__ void highest(float* out, int atomic) {
+    int* const at = reinterpret_cast<int*>(out);
+    if (atomic) atomicMax(at, int(threadIdx.x)); else if (threadIdx.x > 30) *at = int(threadIdx.x);
+}
+#define ENTRY(name, threads, bytes, ...) \
+    extern "C" int run_##name(float* out, int flag) { return launch(name, dim3(__VA_ARGS__), threads, bytes, nullptr, out, flag); }
 ENTRY(exchange, 64, 256)
 ENTRY(places, 64, 256)
 ENTRY(half_a_barrier, 64, 0)
@@ -69,6 +102,12 @@ ENTRY(half_a_warp, 32, 0)
 ENTRY(copy, 32, 512)
 ENTRY(product, 32, 768)
 ENTRY(beyond, 32, 128)
+ENTRY(lanes, 32, 128)
+ENTRY(rounds, 64, 256)
+ENTRY(factors, 32, 512)
+ENTRY(copies_of_others, 32, 512)
+ENTRY(two_blocks, 32, 0, 2)
+ENTRY(highest, 64, 0)
 """
 
 
@@ -76,9 +115,11 @@ def compile_planted(folder: Path, *flags: str) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     (folder / "planted.cu").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", *flags, f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.so"]
-    build = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert build.returncode == 0, build.stderr
+    linked = [flag for flag in flags if flag != RACES]
+    commands = ["-c", *flags, f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.o"], ["-shared", *linked, "planted.o", "-o", "planted.so"]
+    for command in commands:
+        build = subprocess.run(["g++", "-std=c++17", "-O1", "-fPIC", *command], cwd=folder, capture_output=True, text=True, timeout=120)
+        assert build.returncode == 0, build.stderr
     return folder / "planted.so"
 
 
@@ -131,3 +172,30 @@ def test_the_sanitizer_sees_the_end_of_shared_memory(tmp_path: Path) -> None:
     for index, found in ((0, False), (1, True)):
         done = run_sanitized(f"import ctypes; ctypes.CDLL({str(path)!r}).run_beyond((ctypes.c_float * 32)(), {index})")
         assert ("heap-buffer-overflow" in done.stderr) == found == (done.returncode != 0), done.stderr
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(compile_planted(tmp_path_factory.mktemp("watched"), RACES)))
+    found.emulation_error.restype = ctypes.c_char_p
+    return found
+
+
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("name", ["exchange", "places", "copy", "lanes", "rounds", "factors", "copies_of_others", "two_blocks", "highest"])
+def test_a_race_is_an_error_in_either_schedule(watched: ctypes.CDLL, name: str, reverse: int) -> None:
+    assert run(watched, name, 1, reverse)[0] == 0, watched.emulation_error()
+    assert run(watched, name, 0, reverse)[0] == 1 and watched.emulation_error().startswith(b"race: ")
+
+
+@pytest.mark.parametrize(("name", "drop"), [("rounds", (0, 0, -1, -1)), ("rounds", (0, 1, -1, -1)), ("lanes", (0, -1, 0, -1)), ("copy", (0, -1, -1, 0))])
+def test_what_a_dropped_barrier_ordered_becomes_a_race(watched: ctypes.CDLL, name: str, drop: tuple[int, ...]) -> None:
+    watched.emulation_drop(*drop)
+    assert run(watched, name, 1)[0] == 1 and watched.emulation_error().startswith(b"race: ") and watched.emulation_dropped()
+    watched.emulation_drop(1, *drop[1:])  # a launch that does not come
+    assert run(watched, name, 1)[0] == 0 and not watched.emulation_dropped()
+    watched.emulation_drop(-1, -1, -1, -1)
+
+
+def test_an_asynchronous_copy_to_an_odd_address_is_an_error(library: ctypes.CDLL) -> None:
+    assert library.run_copy(ctypes.byref((ctypes.c_float * 257)(), 4), 1) == 1 and b"no multiple" in library.emulation_error()

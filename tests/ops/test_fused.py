@@ -201,6 +201,17 @@ def test_the_operators_are_well_formed(form, dtype, residual):
     torch.library.opcheck(ops.relu_square_backward.default, (x, x.square()), test_utils=tests)
 
 
+def test_a_state_of_another_dtype_is_not_read_as_if_it_were_the_same(form):
+    """Four bytes taken for two: numbers that are not there. Asked for by name the kernels refuse, like any other mixture; by itself, plain PyTorch runs."""
+    x, last, mix = torch.randn(2, 5, 64, dtype=torch.bfloat16), torch.randn(2, 64), torch.randn(1, 1, 64, dtype=torch.bfloat16)
+    for call in (lambda: fused.token_mix(x, last, [mix])[0], lambda: fused.norm_mix(x, None, mix[0, 0], mix[0, 0], 1e-5, last, [mix])[2][0]):
+        if form == "torch":
+            assert call().isfinite().all()
+        else:
+            with pytest.raises(UserError, match="they take bfloat16 or float32 alone, not torch.bfloat16, torch.float32"):
+                call()
+
+
 def test_dispatch(form, monkeypatch, capfd):
     x = torch.randn(1, 3, 32)
     if form == "cpu":

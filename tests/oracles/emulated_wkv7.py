@@ -22,6 +22,8 @@ from rwkvlm.ops.wkv7.cuda import Gradients, Pointers, Shape, prototypes
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
 SOURCES = sorted(x for folder in ("common", "wkv7") for x in (CUDA / folder).glob("*.cu"))
+AROUND = sorted(x for x in CUDA.glob("*/*.cu") if x.parent.name != "wkv7")  # common too, of which every library has a copy
+RACES = "-fsanitize=thread"  # the flag with which the emulation finds races
 GUARD = 64  # bytes behind each buffer that no kernel may touch
 
 
@@ -174,7 +176,8 @@ def compile_kernels(folder: Path, *flags: str, sources: list[Path] = SOURCES) ->
 
     with ThreadPoolExecutor(2) as pool:
         objects = [str(x) for x in pool.map(compiled, sources)]
-    run(["g++", "-shared", *flags, *objects, "-o", str(folder / "kernels.so")])
+    linked = [flag for flag in flags if flag != RACES]  # races.h is its runtime
+    run(["g++", "-shared", *linked, *objects, "-o", str(folder / "kernels.so")])
     return folder / "kernels.so"
 
 

@@ -30,7 +30,7 @@ def norm_mix(
     is padding, for which the normalised token is zeros. Returns x + branch, the last normalised token [B, C], and a [B, T, C] for each mix.
     One kernel on a GPU for as many mixes as RWKV-7 has; else its parts.
     """
-    if len(mixes) in norm.COUNTS and _in_one(x, weight, *mixes, *([] if branch is None else [branch])):
+    if len(mixes) in norm.COUNTS and _in_one(x, weight, bias, *mixes, *(t for t in (branch, last) if t is not None)):
         return norm.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds)
     return reference.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds, token_mix)
 
@@ -40,7 +40,7 @@ def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tenso
 
     x: [B, T, C]; last: [B, C], the token before x[:, 0], None for zeros; mixes: [1, 1, C] each. Returns a [B, T, C] for each.
     """
-    return _form(x, *mixes).token_mix(x, last, mixes)
+    return _form(x, *mixes, *([] if last is None else [last])).token_mix(x, last, mixes)
 
 
 def time_mix_inputs(
