@@ -177,7 +177,8 @@ def test_groups():
     for name, (decay, lr) in found.items():
         large = name in ("emb.weight", "head.weight") or name.endswith(".weight") and name.split(".")[-2] in ("receptance", "key", "value", "output", *"qkvo")
         assert decay == (0.1 if large else 0.0), name
-        assert lr == (2.0 if name.endswith("att.w0") else 1.0), name
+        bits = ".rosa." in name and name.split(".")[-2] in "qkv"
+        assert lr == (2.0 if name.endswith("att.w0") else 0.1 if bits else 1.0), name
 
 
 @every
