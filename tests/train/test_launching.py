@@ -191,7 +191,7 @@ def test_two_hosts_whose_names_mean_loopback(run, whole, losses, tmp_path, two_h
     """As Debian's /etc/hosts has it: gloo by itself would offer 127.0.0.1 to the other host. A cut cable ends both."""
     if not socket.gethostbyname(socket.gethostname()).startswith("127."):
         pytest.skip("this machine's name does not mean its loopback device")
-    argv = run.argv(tmp_path / "out", micro_bsz=2, num_nodes=2, devices=1, strategy="ddp", dist_timeout=7, save_steps=2)
+    argv = run.argv(tmp_path / "out", micro_bsz=2, num_nodes=2, devices=1, strategy="ddp", dist_timeout=15, save_steps=2)
     for cut, codes in ((True, [1, 1]), (False, [0, 0])):
         nodes, log = [], tmp_path / f"log{cut}"
         longer = ["--my_exit_tokens", "4000000"] if cut else []
@@ -205,7 +205,7 @@ def test_two_hosts_whose_names_mean_loopback(run, whole, losses, tmp_path, two_h
         assert [code for code, _ in said] == codes, said
         if cut:
             subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "cable", "up"], check=True)
-            assert all(f"error: rank {1 - number} " in text and "7 s (--dist_timeout)" in text for number, (_, text) in enumerate(said)), said
+            assert all(f"error: rank {1 - number} " in text and "15 s (--dist_timeout)" in text for number, (_, text) in enumerate(said)), said
             shutil.rmtree(tmp_path / "out")
     assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)
     assert "node 1 waits for 2 nodes to meet at 10.77.0.1:29500, 30 minutes at most" in said[1][1]
