@@ -16,6 +16,7 @@
 # Finetuning => use very small LR, such as 1e-5
 #
 [ "$DATA" != demo ] || : "${EPOCH_SAMPLES:=500}" # it has no 40320 samples
+[ "${N_NODE:-1}" = 1 ] || : "${PRECISION:=bf16}" # auto would be measured by each node for itself
 #    name          CPU     GPU
 knob M_BSZ         8       16 # samples per step and device; 16 takes ~9G VRAM (GRAD_CP=1: ~5G, estimated) => reduce this to save VRAM, increase this for faster speed
 knob LR_INIT       2e-3    6e-4

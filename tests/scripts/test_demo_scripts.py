@@ -202,7 +202,7 @@ def test_nodes(demo):
     calls = demo.calls()
     (train,) = [call for call in calls if call[0] == "train"]
     assert calls[-1] == train, "the sample is the first node's"
-    assert (flags(train)["--num_nodes"], flags(train)["--devices"]) == ("2", "8")
+    assert (flags(train)["--num_nodes"], flags(train)["--devices"], flags(train)["--precision"]) == ("2", "8", "bf16")
 
 
 @pytest.mark.parametrize("task, last", [("0", "generate"), ("1", "train")])
