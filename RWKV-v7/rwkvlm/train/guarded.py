@@ -8,8 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# A shell reads from a pipe whose other end nobody else has: it closes with this process, by kill -9 too.
-GUARD = """trap "" TERM; read _; kill -s KILL -- "-$1"; sleep 1; rm -rf -- "$2" """
+# Shells that read from pipes whose other ends nobody else has: these close with this process, by kill -9 too, at whatever moment. The guard hears whom to kill, then
+# nothing more; the process begins when the guard knows it, or not at all.
+GUARD = """trap "" TERM; read -r pid; read -r _; kill -s KILL -- "-$pid"; sleep 1; rm -rf -- "$1" """
+START = 'read -r _ && exec "$@"'
 
 
 @contextmanager
@@ -18,9 +20,13 @@ def guarded(argv: list[str], folder: str, **more) -> Iterator[subprocess.Popen]:
 
     When this process dies before, they are killed as well, and the folder, in which they work, is removed.
     """
-    process = subprocess.Popen(argv, start_new_session=True, **more)
     nowhere = subprocess.DEVNULL
-    guard = subprocess.Popen(["sh", "-c", GUARD, "sh", str(process.pid), folder], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    guard = subprocess.Popen(["sh", "-c", GUARD, "sh", folder], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    process = subprocess.Popen(["sh", "-c", START, "sh", *argv], stdin=subprocess.PIPE, start_new_session=True, **more)
+    os.write(guard.stdin.fileno(), b"%d\n" % process.pid)
+    os.write(process.stdin.fileno(), b"\n")
+    process.stdin.close()
+    process.stdin = None  # it reads nothing else
     try:
         yield process
     finally:
