@@ -83,7 +83,7 @@ def test_keys_are_distinct_and_fair():
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.97, 1, 2, 77, 299])
 def test_drawing(tmp_path, share):
     sizes = np.random.default_rng(3).integers(1, 400, 300)
-    limit, n = draw(make(tmp_path / "all", sizes.tolist()), share, 9)
+    limit, n = draw(make(tmp_path / "all", sizes.tolist()).sizes, share, 9)
     all_keys = keys(np.arange(300), 9)
     drawn = all_keys <= limit
     assert drawn.sum() == n

@@ -98,7 +98,7 @@ def pack(
         with Unfinished(prefix, job, dtype, tokenizer.vocab_size, STDIN not in files) as work, ExitStack() as stack:
             _tokenise(files, tokenizer, text_key, skip_bad, work, workers or os.cpu_count() or 1, progress)
             total = work.progress.documents
-            limit, held_out = draw(work.pile, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
+            limit, held_out = draw(work.pile.sizes, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
             if held_out >= total:
                 raise UserError(f"--val_split {val_split:g} would hold out all {total} documents; hold out fewer or give more data")
 
