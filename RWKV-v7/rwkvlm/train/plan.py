@@ -108,7 +108,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     run = launch(config)
     backend.set_kernel(config.kernel)
     identity = data.identity()
-    start = find_start(config, data.order, damaged, identity)
+    start = find_start(config, data.order, identity, damaged)
     check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
     if config.doc_reset and config.my_testing not in ("x070", "hybrid"):
