@@ -8,14 +8,13 @@ interruptions or memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,14 +139,6 @@ def pack(
         first_skipped=tuple(done.first_skipped),
         order_hash=order.hexdigest(),
     )
-
-
-def write_report(path: Path, made: Packed) -> None:
-    """The facts of `made` as JSON. UserError if it cannot be written."""
-    try:
-        path.write_text(json.dumps(asdict(made), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write --report {path}: {error.strerror or error}") from None
 
 
 def _check_arguments(epochs: int, val_split: float, val_prefix: Path) -> None:
