@@ -12,7 +12,7 @@ import pytest
 from rwkvlm.config import UserError
 from rwkvlm.config.volume import volume
 from rwkvlm.data import rewrite, shuffle, survey
-from rwkvlm.data.binidx import BinIdx, BinIdxWriter
+from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.data.rewrite import merge, split
 
 
