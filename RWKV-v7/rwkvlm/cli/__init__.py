@@ -43,13 +43,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _command(argv[0])(argv[1:])
     except UserError as error:
-        print(f"error{'' if env.first_process() else ' in another process'}: {error}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
+        return _refused(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` for example, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # a name that is too long, a folder that may not be entered: there even the question whether a file exists is an error
+        return _refused(f"{error.filename}: {error.strerror}; check the name and its permissions")
+
+
+def _refused(why: str) -> int:
+    print(f"error{'' if env.first_process() else ' in another process'}: {why}", file=sys.stderr, flush=True)
+    return USAGE_ERROR
 
 
 def _command(name: str):
