@@ -30,7 +30,7 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
     data = [(BinIdx(prefix), copies) for prefix, copies in inputs]
     for k, (one, copies) in enumerate(data):
         if not 0 < copies < 1e6:
-            raise UserError(f"{one.prefix} is to be written {copies:g} times; give a number above 0")
+            raise UserError(f"{one.prefix} is to be written {copies:g} times; give a number above 0 and below a million")
         _not_itself(one, out)
     dtype = np.uint16 if all(_fits_16_bits(one) for one, _ in data) else np.int32
     expected = sum(int(one.n_tokens * copies) for one, copies in data)
