@@ -186,10 +186,10 @@ class Pile:
                 held = []
         return Scattered(parts, sizes, numbers)
 
-    def blocks(self, limit: int = 0) -> Iterator[Documents | Long]:
-        """All documents in order, up to `limit` (or BLOCK) bytes of tokens at a time, or one larger document."""
+    def blocks(self) -> Iterator[Documents | Long]:
+        """All documents in order, up to BLOCK bytes of tokens at a time, or one larger document."""
         self.flush()
-        limit, begin = (limit or BLOCK) // self.dtype.itemsize, 0
+        limit, begin = BLOCK // self.dtype.itemsize, 0
         with open(self.paths[0], "rb", buffering=0) as file:
             for sizes, numbers in self.sizes():
                 ends = np.cumsum(sizes, dtype=np.int64)
