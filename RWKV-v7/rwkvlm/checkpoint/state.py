@@ -48,12 +48,11 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # De
 
 @dataclass(frozen=True)
 class StateInfo:
-    """An intact training state: its folder, optimizer steps taken, the meta that was saved, the number of processes that saved it."""
+    """An intact training state: its folder, optimizer steps taken, the meta that was saved."""
 
     path: Path
     step: int
     meta: dict[str, Any]
-    world_size: int
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo |
             ranks.say(f"training state {path} is not used: {reason}")
             return None
         else:
-            return StateInfo(path, manifest["step"], manifest["meta"], manifest["world_size"])
+            return StateInfo(path, manifest["step"], manifest["meta"])
     return None
 
 
