@@ -265,6 +265,30 @@ def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
     assert content() == whole and not Path("x.unfinished").exists()
 
 
+def test_a_kill_after_a_bad_document_was_dropped_loses_nothing(here, monkeypatch):
+    """Its parts are in what has been saved, and no longer on the disk."""
+    monkeypatch.setattr(documents, "BLOCK", 20_000)
+    Path("bad.txt").write_bytes(Path("long.txt").read_bytes() + "\U0001f47d".encode() + b"\xff")
+    call = ["make_data", "a.jsonl", "bad.txt", "b.jsonl.gz", "1", "16", "--out", "x", "--skip_bad", "--report", "x.json"]
+    assert cli(call) == 0
+    whole = [Path(name).read_bytes() for name in ("x.bin", "x.idx", "x.json")]
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
+    save, drop, read, seen = unfinished.Unfinished.save, unfinished.Unfinished.drop_document, pack.read_blocks, []
+
+    def killed(work):
+        drop(work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished.Unfinished, "save", lambda work: (save(work), work._saving.result()))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(unfinished.Unfinished, "drop_document", killed)
+        assert cli(call) == 130
+    monkeypatch.setattr(pack, "read_blocks", lambda *a: (seen.append(block) or block for block in read(*a)))
+    assert cli(call) == 0
+    assert [Path(name).read_bytes() for name in ("x.bin", "x.idx", "x.json")] == whole
+    assert seen[0].file.name == "bad.txt" and seen[0].line == 1
+
+
 def test_what_is_tokenised_is_kept_whatever_happens_then(here, monkeypatch):
     def fails(*_):
         raise MemoryError

@@ -187,7 +187,7 @@ def _tokenise(
                 if done.skipped <= LISTED:
                     done.first_skipped.append(str(bad))
             if wrong and (done.open_parts or found.block.goes_on):
-                work.drop_document(tokenizer.occurring)
+                work.drop_document()
                 break  # a .txt is one document
             _check_round_trips(found, tokenizer, done.documents, done.open_parts)
             _add(work, found)
@@ -277,12 +277,11 @@ def _check_round_trips(found: _Encoded, tokenizer: Tokenizer, documents: int, pa
 def _add(work: Unfinished, found: _Encoded) -> None:
     """What has been found in a block, to the rest."""
     done, block = work.progress, found.block
-    work.seen |= found.occurs
     if not block.goes_on and not done.open_parts:
-        work.add(found.ids, np.diff(found.ends, prepend=0))
+        work.add(found.ids, np.diff(found.ends, prepend=0), found.occurs)
         done.text_bytes += len(found.texts.data)
         return
-    work.add_part(found.ids, len(found.texts.data), found.blank, found.rest)
+    work.add_part(found.ids, found.occurs, len(found.texts.data), found.blank, found.rest)
     if not block.goes_on:
         work.end_document()
 

@@ -150,12 +150,6 @@ class Pile:
     def is_empty(self) -> bool:
         return not self._recent and not self.paths[1].exists()
 
-    def tokens(self) -> Iterator[np.ndarray]:
-        """All tokens that are on the disk, some at a time."""
-        with open(self.paths[0], "rb", buffering=0) as file:
-            while len(part := np.fromfile(file, self.dtype, PORTION)):
-                yield part
-
     def sizes(self, block: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(sizes, numbers) of up to `block` documents at a time."""
         first = 0
