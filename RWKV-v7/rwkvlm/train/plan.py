@@ -223,7 +223,10 @@ def refuse_if_held(proj_dir: Path) -> None:
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:
     """--val_file, else the DATA_FILE.val that exist, else none."""
     if config.val_file:
-        found = list(prefixes(config.val_file))
+        weights = prefixes(config.val_file, "--val_file")
+        if any(weights.values()):
+            raise UserError(f"--val_file {config.val_file}: held-out files are read one after the other, and have no weights; leave them out")
+        found = list(weights)
     else:
         found = [val for part in data.parts if idx_path(val := f"{part.data.prefix}.val").is_file()]
     files = [data.parts[0].data.like(prefix) for prefix in found]
