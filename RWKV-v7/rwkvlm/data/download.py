@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config import UserError, env
 from ..config.volume import volume
-from .binidx import BinIdx, Index, bin_path, idx_path
+from .binidx import BinIdx, Index, bin_path, check_room, idx_path
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 8  # in a row without a new byte
@@ -168,9 +168,8 @@ def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], Non
         total = have + int(length) if length else size
         if size is not None and total != size:
             raise UserError(f"{url} is {total} bytes long and should be {size}: not the right file; try another mirror (MINIPILE_URL)")
-        free = shutil.disk_usage(partial.parent).free
-        if total is not None and total - have > free:
-            raise UserError(f"{url} needs {total - have} more bytes and {partial.parent} has {free} free; free some space or choose another place")
+        if total is not None:
+            check_room(partial, total - have)
         _receive(answer, partial, have, total, url, say)
 
 
