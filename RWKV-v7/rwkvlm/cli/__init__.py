@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from ..config import UserError, env
 
 USAGE_ERROR = 2
+UNSEEN = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # there even the question whether a file exists is an error
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
 
@@ -50,9 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return BROKEN_PIPE
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or error.errno not in UNSEEN:
             raise
-        # a name that is too long, a folder that may not be entered: there even the question whether a file exists is an error
         return _refused(f"{error.filename}: {error.strerror}; check the name and its permissions")
 
 
