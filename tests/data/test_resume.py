@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from rwkvlm.cli import main as cli
+from rwkvlm.config.locks import try_lock
 from rwkvlm.data import binidx, documents, pack, shuffle, unfinished
 
 ZST = importlib.util.find_spec("zstandard") is not None
@@ -339,6 +340,20 @@ def test_two_processes_do_not_share_the_work(here, capsys):
     assert "another process works in x.unfinished; wait for it, or choose another --out" in capsys.readouterr().err
     lock.close()
     assert cli(["make_data", *CALL]) == 0
+
+
+def test_nobody_else_begins_while_the_folder_is_emptied(here, monkeypatch):
+    unlink, seen = Path.unlink, []
+
+    def watched(path, *arguments, **more):
+        if path.parent.name == "x.unfinished":
+            with open(path.parent / "lock", "w") as file:
+                seen.append((path.name, try_lock(file)))
+        unlink(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    assert cli(["make_data", *CALL]) == 0
+    assert seen[-1] == ("lock", False) and not any(free for _, free in seen) and not Path("x.unfinished").exists()
 
 
 def test_a_file_system_without_locks(here, monkeypatch):

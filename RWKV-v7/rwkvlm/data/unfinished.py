@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -161,7 +161,12 @@ class Unfinished:
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         self._saver.shutdown()
-        self._lock.close()
         of_use = kind is not None and (self.progress.complete or issubclass(kind, OSError | UserError)) and (self.folder / SAVED).exists()
-        if not (self._kept and (of_use or kind is KeyboardInterrupt)):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            if not (self._kept and (of_use or kind is KeyboardInterrupt)):
+                lock = self.folder / "lock"
+                for path in (*(set(self.folder.iterdir()) - {lock}), lock):  # it last: until then nobody else begins here
+                    path.unlink()
+        self._lock.close()
+        with suppress(OSError):
+            self.folder.rmdir()  # unless something is kept
