@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 
@@ -73,15 +72,6 @@ def test_a_kill_between_ledger_and_rename_of_a_file_written_anew(tmp_path, monke
     assert ledger.why_stale(tmp_path, recorded) == ""
     save_weights(tmp_path / "rwkv-1.pth", weights(2))  # never was there
     assert "rwkv-1.pth is newer" in ledger.why_stale(tmp_path, recorded)
-
-
-def test_ledgers_of_older_versions_are_read(tmp_path):
-    ledger.publish_weights(tmp_path, "rwkv-0.pth", weights(0))
-    file = tmp_path / "state" / "weights.json"
-    file.write_text(json.dumps({name: known[0] for name, known in json.loads(file.read_text()).items()}))
-    assert ledger.why_stale(tmp_path, None) == ""
-    ledger.publish_weights(tmp_path, "rwkv-1.pth", weights(1))
-    assert ledger.why_stale(tmp_path, None) == ""
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null"])

@@ -5,7 +5,7 @@ import torch
 
 from rwkvlm import models
 from rwkvlm.checkpoint.gather import full_weights
-from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights, save_weights
+from rwkvlm.checkpoint.pth import load_into, load_weights, model_from, newest_weights, save_weights
 from rwkvlm.config import ModelConfig, UserError
 
 SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=16, dim_ffn=96, rank_w=8, rank_a=12, rank_v=20, rank_g=24)
@@ -177,6 +177,8 @@ def test_load_into_names_the_first_problem_and_changes_nothing():
             load_into(model, bad)
         one_line(caught)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match="^the checkpoint lacks blocks.1.ffn.x_k .1 missing in all.: it is damaged, or of a model that is not known here; give another one$"):
+        model_from(missing, "cpu", torch.float32)  # which generate, evaluate and compress read: none of them has --load_partial
     assert load_into(model, missing, partial=True) == ["blocks.1.ffn.x_k"]
     assert torch.equal(model.blocks[1].ffn.x_k, before["blocks.1.ffn.x_k"])
     assert torch.equal(model.head.weight, tensors["head.weight"].float())

@@ -105,6 +105,13 @@ def test_wrong_flags_are_one_line_and_code_2(argv, said, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err and out == ""
 
 
+@pytest.mark.parametrize("argv", [["make_data", "{}.txt", "1", "16"], ["report", "{}"], ["download", "--out", "{}"], ["generate", "--model", "{}"]], ids=lambda argv: argv[0])
+def test_a_path_that_cannot_be_looked_at_is_one_line_and_code_2(argv, capsys):
+    """As in a folder that may not be entered, which root always may."""
+    assert main([word.format("a" * 300) for word in argv]) == 2
+    assert re.fullmatch(r"error: a{300}\S*: File name too long; check the name and its permissions\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("command", sorted(commands().keys() - {"train"}))
 def test_every_command_names_a_mistake_in_one_line(command, capsys):
     assert main([command, "--no_such_flag"]) == 2

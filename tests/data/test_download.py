@@ -1,7 +1,10 @@
 """Downloading from a server on this machine that drops connections, answers with errors, or holds something else."""
 
+import errno
+import http.client
 import os
 import re
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -103,6 +106,21 @@ def test_dropped_connections_are_resumed(server, get, tmp_path):
     ranges = [r for p, r in server.log if p.endswith("bin")]
     assert ranges == [None, "bytes=150000-", "bytes=151000-", "bytes=151000-", "bytes=151000-", "bytes=151000-"]
     assert any("ended at byte 150000 of 400000" in line for line in said) and any("503" in line for line in said)
+
+
+def test_a_network_that_fails_while_bytes_come_is_no_full_disk(server, get, monkeypatch):
+    real = http.client.HTTPResponse.read
+    errors = [ssl.SSLError(1, "bad record mac"), OSError(errno.EHOSTUNREACH, "No route to host")]
+
+    def read(self, *size):
+        if errors:
+            raise errors.pop()
+        return real(self, *size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+    said = []
+    assert np.array_equal(get(say=said.append).tokens, origin(server))
+    assert "No route to host; trying again" in said[0] and "bad record mac" in said[1]
 
 
 def test_a_later_call_goes_on(server, get, tmp_path):
@@ -212,7 +230,7 @@ def test_damaged_files_already_there(server, get, tmp_path):
 def test_disk_too_small(server, get, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="needs 400000 more bytes and .* has 1000 free"):
+    with pytest.raises(UserError, match=r"mini.bin.partial needs 390.62 KiB and .* has 1,000 B free; free some space or choose another place"):
         get()
 
 

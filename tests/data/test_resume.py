@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from rwkvlm.cli import main as cli
+from rwkvlm.config.locks import try_lock
 from rwkvlm.data import binidx, documents, pack, shuffle, unfinished
 
 ZST = importlib.util.find_spec("zstandard") is not None
@@ -265,6 +266,30 @@ def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
     assert content() == whole and not Path("x.unfinished").exists()
 
 
+def test_a_kill_after_a_bad_document_was_dropped_loses_nothing(here, monkeypatch):
+    """Its parts are in what has been saved, and no longer on the disk."""
+    monkeypatch.setattr(documents, "BLOCK", 20_000)
+    Path("bad.txt").write_bytes(Path("long.txt").read_bytes() + "\U0001f47d".encode() + b"\xff")
+    call = ["make_data", "a.jsonl", "bad.txt", "b.jsonl.gz", "1", "16", "--out", "x", "--skip_bad", "--report", "x.json"]
+    assert cli(call) == 0
+    whole = [Path(name).read_bytes() for name in ("x.bin", "x.idx", "x.json")]
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
+    save, drop, read, seen = unfinished.Unfinished.save, unfinished.Unfinished.drop_document, pack.read_blocks, []
+
+    def killed(work):
+        drop(work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished.Unfinished, "save", lambda work: (save(work), work._saving.result()))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(unfinished.Unfinished, "drop_document", killed)
+        assert cli(call) == 130
+    monkeypatch.setattr(pack, "read_blocks", lambda *a: (seen.append(block) or block for block in read(*a)))
+    assert cli(call) == 0
+    assert [Path(name).read_bytes() for name in ("x.bin", "x.idx", "x.json")] == whole
+    assert seen[0].file.name == "bad.txt" and seen[0].line == 1
+
+
 def test_what_is_tokenised_is_kept_whatever_happens_then(here, monkeypatch):
     def fails(*_):
         raise MemoryError
@@ -315,6 +340,20 @@ def test_two_processes_do_not_share_the_work(here, capsys):
     assert "another process works in x.unfinished; wait for it, or choose another --out" in capsys.readouterr().err
     lock.close()
     assert cli(["make_data", *CALL]) == 0
+
+
+def test_nobody_else_begins_while_the_folder_is_emptied(here, monkeypatch):
+    unlink, seen = Path.unlink, []
+
+    def watched(path, *arguments, **more):
+        if path.parent.name == "x.unfinished":
+            with open(path.parent / "lock", "w") as file:
+                seen.append((path.name, try_lock(file)))
+        unlink(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    assert cli(["make_data", *CALL]) == 0
+    assert seen[-1] == ("lock", False) and not any(free for _, free in seen) and not Path("x.unfinished").exists()
 
 
 def test_a_file_system_without_locks(here, monkeypatch):

@@ -11,9 +11,8 @@ import pytest
 
 from rwkvlm.config import UserError
 from rwkvlm.config.volume import volume
-from rwkvlm.data import rewrite as module
-from rwkvlm.data import survey
-from rwkvlm.data.binidx import BinIdx, BinIdxWriter
+from rwkvlm.data import rewrite, shuffle, survey
+from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.data.rewrite import merge, split
 
 
@@ -87,8 +86,9 @@ def test_split_divides(tmp_path, val):
 
 
 def test_few_of_many_documents(tmp_path, monkeypatch):
-    """The exact number also where the first guess of the limit is too low."""
-    monkeypatch.setattr(module, "_drawn", lambda seed, file, first, n: np.arange(first, first + n, dtype=np.uint64) + np.uint64(1 << 63))
+    """The exact number also where all keys lie close together."""
+    for module in (rewrite, shuffle):
+        monkeypatch.setattr(module, "keys", lambda numbers, *seeds: numbers.astype(np.uint64) + np.uint64(1 << 63))
     train, held = split(write(tmp_path / "a", documents(5)), str(tmp_path / "out"), 3)
     assert held.n_docs == 3 and listed(held) == [d.tolist() for d in documents(5)[:3]]
 
@@ -168,7 +168,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 
 
 def test_a_document_too_large_for_memory_is_copied_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "TOKENS", 100), monkeypatch.setattr(module, "TOKENS", 100)
+    monkeypatch.setattr(survey, "TOKENS", 100), monkeypatch.setattr(rewrite, "TOKENS", 100)
     rng = np.random.default_rng(0)
     documents = [rng.integers(1, 60000, n).astype(np.int32) for n in (5, 1000, 3, 101, 100, 0, 7, 350)]
     prefix = str(tmp_path / "a")

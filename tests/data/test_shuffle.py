@@ -46,11 +46,12 @@ def test_every_way_gives_the_order_of_the_keys(tmp_path, monkeypatch, leaf, fan_
     assert not [*tmp_path.glob("pile-*")]
 
 
-def test_blocks_are_bounded_and_complete(tmp_path):
+def test_blocks_are_bounded_and_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "BLOCK", 200)
     sizes = np.random.default_rng(2).integers(1, 40, 500).tolist()
     sizes[100] = 700
     pile = make(tmp_path / "all", sizes)
-    blocks = [*pile.blocks(200)]
+    blocks = [*pile.blocks()]
     assert [(b.number, b.size) for b in blocks if isinstance(b, Long)] == [(100, 700)]
     assert all(b.tokens.nbytes <= 200 for b in blocks if not isinstance(b, Long))
     assert np.array_equal(gathered(blocks).tokens, pile.load().take(np.arange(500)).tokens) and gathered(blocks).numbers.tolist() == [*range(500)]
@@ -83,7 +84,7 @@ def test_keys_are_distinct_and_fair():
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.97, 1, 2, 77, 299])
 def test_drawing(tmp_path, share):
     sizes = np.random.default_rng(3).integers(1, 400, 300)
-    limit, n = draw(make(tmp_path / "all", sizes.tolist()), share, 9)
+    limit, n = draw(make(tmp_path / "all", sizes.tolist()).sizes, share, 9)
     all_keys = keys(np.arange(300), 9)
     drawn = all_keys <= limit
     assert drawn.sum() == n

@@ -105,6 +105,8 @@ CASES = {
     "magic_prime too large": (lambda d, f: dict(magic_prime=641), "reads past the end of the data"),
     "magic_prime too small": (lambda d, f: dict(magic_prime=101), "use --magic_prime 617"),
     "missing val_file": (lambda d, f: dict(val_file=f / "held"), "held.idx does not exist"),
+    "nameless val_file": (lambda d, f: dict(val_file=",,"), "--val_file ',,' has an empty name in it"),
+    "weighed val_file": (lambda d, f: dict(val_file=f"{d}:0.5"), "held-out files are read one after the other, and have no weights; leave them out"),
     "truncated val_file": (mismatched_val, "is truncated"),
     "missing load_model": (lambda d, f: NEW | dict(load_model=f / "none.pth"), "none.pth does not exist"),
     "broken load_model": (lambda d, f: NEW | dict(load_model=broken_file(f)), "is truncated or not a PyTorch weights file"),

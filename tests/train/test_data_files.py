@@ -1,10 +1,8 @@
 """Runs on several files and on data that are not binidx: what they say, that they resume exactly, what they refuse."""
 
-import json
 import os
 import random
 import shutil
-import zlib
 
 import numpy as np
 import pytest
@@ -109,21 +107,6 @@ def test_other_tokens_of_the_same_length_are_not_mixed_into_a_run(run, data, los
     os.utime(f"{data}.bin")
     assert run(tmp_path / "out", max_steps=2) == 0
     assert losses(tmp_path / "out") == losses(whole)[:6]
-
-
-def test_a_state_that_does_not_say_what_its_data_were_is_resumed_with_a_line(run, data, tmp_path, capfd):
-    assert run(tmp_path / "out", max_steps=1) == 0
-    manifest = tmp_path / "out" / "state" / "step1" / "manifest.json"
-    sealed = json.loads(manifest.read_text())
-    del sealed["content"]["meta"]["data"]
-    manifest.write_text(json.dumps({"content": sealed["content"], "crc32": zlib.crc32(json.dumps(sealed["content"], sort_keys=True).encode())}))
-    said = f"state/step1 is of an older version, which did not note what its data hold: whether --data_file {data} is what it was is not checked\n"
-    capfd.readouterr()
-    for line in (True, False):
-        assert run(tmp_path / "out", max_steps=1) == 0
-        err = capfd.readouterr().err
-        assert (said in err) == line
-    assert run(tmp_path / "out", data_file=swapped(data, tmp_path)) == 2
 
 
 def test_each_file_of_a_mixture_is_known_by_what_it_holds(run, data, tmp_path, capfd):

@@ -104,11 +104,12 @@ def test_a_run_without_hope_ends_with_the_chunk_that_does_it(run, tmp_path, monk
     assert run(tmp_path / "out") == 0  # the cause being gone, it goes on
 
 
-def test_weights_that_are_not_finite_are_never_saved_and_are_the_diagnosis(run, tmp_path, monkeypatch, capsys):
-    step = Position.advance
+@pytest.mark.parametrize("flags, step", [(dict(max_skips=5), 14), (dict(max_steps=13), 13)], ids=["hopeless", "last step"])
+def test_weights_that_are_not_finite_are_never_saved_and_are_the_diagnosis(run, tmp_path, monkeypatch, capsys, flags, step):
+    real = Position.advance
 
     def advance(self, samples):
-        step(self, samples)
+        real(self, samples)
         if self.step == 12:
             with torch.no_grad():
                 found[0].model.blocks[1].att.w0[0, 0, 3] = torch.nan
@@ -117,9 +118,9 @@ def test_weights_that_are_not_finite_are_never_saved_and_are_the_diagnosis(run, 
     attach = TrainModule.attach
     monkeypatch.setattr(TrainModule, "attach", lambda self, model: (found.append(self), attach(self, model)) and None)
     monkeypatch.setattr(Position, "advance", advance)
-    assert run(tmp_path / "out", save_steps=7, max_skips=5) == 2
+    assert run(tmp_path / "out", save_steps=7, **flags) == 2
     err = capsys.readouterr().err
-    assert "nothing is saved at step 14: the weights are not finite" in err
+    assert f"nothing is saved at step {step}: the weights are not finite" in err and "the training state is saved" not in err
     assert "the weights themselves are not finite (blocks.1.att.w0): go on from an older training state" in err
     assert (tmp_path / "out" / "state" / "latest").read_text() == "step7"
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkvlm.checkpoint import ranks
 from rwkvlm.checkpoint.pth import load_weights
 from rwkvlm.train.freeze import frozen_names
 from rwkvlm.train.watch import Watch
@@ -185,3 +187,23 @@ def test_processes_that_never_met_say_so_on_each_node(rank, local_rank, speaks):
     watch.report(RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused"))
     assert re.fullmatch(r"the processes cannot meet: RuntimeError: Gloo connect.*; check MASTER_ADDR .* GLOO_SOCKET_IFNAME .*", watch._verdict())
     assert watch._speaks() == speaks
+
+
+def test_a_stranger_takes_nobodys_place(monkeypatch):
+    """A port scanner, or whoever else connects to rank 0 while it waits for the others."""
+    told = []
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "broadcast", lambda value: (told.append(value) or value) if value else told[0])
+    first, second = (Watch(15.0, rank, rank, processes=lambda: (), started=False, cure="") for rank in range(2))
+    first.connect("", one_node=True)
+    for words in (b"GET / HTTP/1.0\r\n\r\n", b"7\n", b""):
+        with socket.create_connection(("127.0.0.1", told[0][0])) as stranger:
+            stranger.sendall(words)
+    second.connect("127.0.0.1", one_node=True)
+    end = time.monotonic() + 30
+    while not first._peers and time.monotonic() < end:
+        time.sleep(0.01)
+    assert list(first._peers) == [1] and list(second._peers) == [0]
+    for watch in (first, second):
+        for peer in watch._peers.values():
+            peer.socket.close()

@@ -47,13 +47,13 @@ def put(folder, name, **sizes):
 def test_the_official_scan(tmp_path, names, name, samples, warmup):
     for each in names:
         put(tmp_path, each)
-    start = find_start(config(tmp_path), 101)
+    start = find_start(config(tmp_path), 101, [])
     assert start.path == tmp_path / name and start.position == Position(samples=samples) and not start.fresh
-    assert start.warmup_steps == warmup and find_start(config(tmp_path, warmup_steps=3), 101).warmup_steps == 3
+    assert start.warmup_steps == warmup and find_start(config(tmp_path, warmup_steps=3), 101, []).warmup_steps == 3
 
 
 def test_nothing_there_is_a_fresh_start(tmp_path):
-    start = find_start(config(tmp_path), 101)
+    start = find_start(config(tmp_path), 101, [])
     assert start.fresh and start.path == tmp_path / "rwkv-init.pth" and start.warmup_steps == 0 and start.model.n_embd == 32
 
 
@@ -62,9 +62,9 @@ def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
     """Someone has kept it and deleted the rest. With anything else to go on from it is an earlier end of this run."""
     final = put(tmp_path, "rwkv-final.pth")
     with pytest.raises(UserError, match=f"nothing to go on from in {tmp_path} but rwkv-final.pth, which a new run would overwrite; .* --load_model {final} to train it further"):
-        find_start(config(tmp_path, **flags), 101)
+        find_start(config(tmp_path, **flags), 101, [])
     put(tmp_path, "rwkv-0.pth")
-    assert find_start(config(tmp_path, **flags), 101).path == tmp_path / "rwkv-0.pth"
+    assert find_start(config(tmp_path, **flags), 101, []).path == tmp_path / "rwkv-0.pth"
 
 
 def test_an_initial_file_from_elsewhere_is_not_overwritten(run, tmp_path, capfd):
@@ -82,28 +82,28 @@ def test_an_initial_file_from_elsewhere_is_not_overwritten(run, tmp_path, capfd)
 def test_load_model_and_epoch_begin(tmp_path, stage):
     path = put(tmp_path, "other.pth")
     out = tmp_path / "out"
-    start = find_start(config(out, train_stage=stage, load_model=str(path), epoch_begin=2), 101)
+    start = find_start(config(out, train_stage=stage, load_model=str(path), epoch_begin=2), 101, [])
     assert start.path == path and start.position.samples == 80 and start.warmup_steps == 10
-    assert find_start(config(out, train_stage=stage, load_model=str(path)), 101).warmup_steps == 0
+    assert find_start(config(out, train_stage=stage, load_model=str(path)), 101, []).warmup_steps == 0
 
 
 def test_stage_0_from_a_later_mini_epoch_keeps_the_earlier_files(tmp_path):
     path = put(tmp_path, "rwkv-4.pth")
-    assert find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=5), 101).path == path
+    assert find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=5), 101, []).path == path
     with pytest.raises(UserError, match="would overwrite"):
-        find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=4), 101)
+        find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=4), 101, [])
 
 
 def test_load_partial_grows_a_model(tmp_path):
     path = put(tmp_path, "small.pth")
     flags = config(tmp_path / "out", train_stage=0, load_model=str(path), load_partial=1, n_layer=3)
-    start = find_start(flags, 101)
+    start = find_start(flags, 101, [])
     assert start.model.n_layer == 3
     grown, small = build_model(flags, start.model, path).state_dict(), torch.load(path)
     assert all(torch.equal(grown[name], small[name].float()) for name in small)
     assert float(grown["blocks.2.att.key.weight"].std()) > 0
     with pytest.raises(UserError, match="--n_layer 3, but"):
-        find_start(config(tmp_path / "out", train_stage=0, load_model=str(path), n_layer=3), 101)
+        find_start(config(tmp_path / "out", train_stage=0, load_model=str(path), n_layer=3), 101, [])
 
 
 def test_a_file_without_block_0s_unused_tensors(tmp_path):
@@ -191,7 +191,7 @@ def test_precision_auto_is_not_measured_where_processes_would_not_tell_each_othe
 
 def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
     """A --proj_dir that is another folder on each node: told after a minute, in which NFS would have shown what is new."""
-    plan, waited = SimpleNamespace(start=find_start(config(tmp_path), 617), proj_dir=tmp_path, config=None), []
+    plan, waited = SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=None), []
     monkeypatch.setattr(planning.time, "sleep", waited.append)
     monkeypatch.setattr(planning, "make_plan", lambda config, damaged: plan)
     monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, value])

@@ -57,11 +57,10 @@ def _enter(path: Path, content: str) -> None:
 def _entries(proj_dir: Path) -> dict[str, list[str]]:
     """By name, the identities under which it may be found."""
     try:
-        read = json.loads((proj_dir / "state" / "weights.json").read_text())
-        pairs = read.items()
-    except (OSError, ValueError, AttributeError):  # missing, or damaged
+        entries = json.loads((proj_dir / "state" / "weights.json").read_text())
+    except (OSError, ValueError):  # missing, or damaged
         return {}
-    return {name: [known] if isinstance(known, str) else known for name, known in pairs}  # one alone, as older versions wrote
+    return entries if isinstance(entries, dict) else {}
 
 
 def is_own(path: Path) -> bool:

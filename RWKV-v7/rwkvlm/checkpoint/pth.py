@@ -91,23 +91,27 @@ def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bo
     Raises UserError naming the first wrong shape, missing or unknown name; the model is unchanged then.
     """
     own = model.state_dict(keep_vars=True)
-    missing = [name for name in own if name not in tensors]
-    for name, tensor in own.items():
-        if name in tensors and tensors[name].shape != tensor.shape:
-            raise UserError(
-                f"the checkpoint's {name} has shape {list(tensors[name].shape)}, the model's has {list(tensor.shape)}; "
-                "leave out --n_layer, --n_embd, --vocab_size and the other sizes to take them from the checkpoint"
-            )
-    required = [name for name in missing if name not in UNUSED]
-    if required and not partial:
-        raise UserError(f"the checkpoint lacks {required[0]} ({len(required)} missing in all); use --load_partial 1 to keep initial values there")
-    for name in tensors:
-        if name not in own:
-            raise UserError(f"the checkpoint's {name} is unknown to this model of {len(own)} tensors; check --my_testing and --n_layer")
+    if misfit := _misfit(own, tensors, partial):
+        raise UserError("; ".join(misfit))
     for name, tensor in own.items():
         if name in tensors:
             tensor.copy_(tensors[name])
-    return missing
+    return [name for name in own if name not in tensors]
+
+
+def _misfit(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], partial: bool) -> tuple[str, str] | None:
+    """The first thing that is wrong, and the cure in training."""
+    for name, tensor in own.items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            what = f"the checkpoint's {name} has shape {list(tensors[name].shape)}, the model's has {list(tensor.shape)}"
+            return what, "leave out --n_layer, --n_embd, --vocab_size and the other sizes to take them from the checkpoint"
+    required = [name for name in own if name not in tensors and name not in UNUSED]
+    if required and not partial:
+        return f"the checkpoint lacks {required[0]} ({len(required)} missing in all)", "use --load_partial 1 to keep initial values there"
+    for name in tensors:
+        if name not in own:
+            return f"the checkpoint's {name} is unknown to this model of {len(own)} tensors", "check --my_testing and --n_layer"
+    return None
 
 
 def model_from(tensors: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> LanguageModel:
@@ -117,6 +121,8 @@ def model_from(tensors: Mapping[str, torch.Tensor], device: torch.device | str, 
     """
     with torch.device("meta"):
         model = build(read_config(tensors)).to(dtype)
+    if misfit := _misfit(model.state_dict(), tensors, partial=False):
+        raise UserError(f"{misfit[0]}: it is damaged, or of a model that is not known here; give another one")
     load_into(model.to_empty(device=device), tensors)
     return model.eval()
 

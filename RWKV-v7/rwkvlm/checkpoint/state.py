@@ -48,12 +48,11 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # De
 
 @dataclass(frozen=True)
 class StateInfo:
-    """An intact training state: its folder, optimizer steps taken, the meta that was saved, the number of processes that saved it."""
+    """An intact training state: its folder, optimizer steps taken, the meta that was saved."""
 
     path: Path
     step: int
     meta: dict[str, Any]
-    world_size: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,6 @@ def write(
             _clear_remains(folder)  # before, not after: they may be what fills the disk
             temporary.mkdir(parents=True)
             sync_folder(folder.parent)  # which may not have known of state/ before
-            _restore_replaced(folder)
 
     def write_own() -> tuple[str, int, int]:
         name = f"rank{ranks.rank():05d}.pt"
@@ -122,7 +120,10 @@ def write(
             }
             write_atomically(temporary / "manifest.json", json.dumps({"content": content, "crc32": _crc(content)}))
             point = prepare_file(folder / "latest", path.name)  # before the rename: what follows needs no room on the disk
-            _move_into_place(temporary, path)
+            if path.exists():
+                _put_away(path)
+            os.replace(temporary, path)
+            sync_folder(folder)
             point()
             _prune(folder, step, keep_last)
 
@@ -137,34 +138,21 @@ def write(
     return path
 
 
-def _move_into_place(temporary: Path, path: Path) -> None:
-    """Renames; a state of the same step is replaced and found under its spare name if this is interrupted between the two renames."""
-    spare = path.with_name(path.name + ".replaced")
-    if path.exists():
-        shutil.rmtree(spare, ignore_errors=True)
-        os.replace(path, spare)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-    shutil.rmtree(spare, ignore_errors=True)
-
-
-def _restore_replaced(folder: Path) -> None:
-    for spare in folder.glob("step*.replaced"):
-        if spare.with_suffix("").exists():
-            shutil.rmtree(spare, ignore_errors=True)
-        else:
-            os.replace(spare, spare.with_suffix(""))
+def _put_away(path: Path) -> None:
+    """A state of the step that is being saved, or of a later one: it must be damaged, since training began before it."""
+    damaged = path.with_name(path.name + ".damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    os.replace(path, damaged)
 
 
 def _prune(folder: Path, newest: int, keep_last: int) -> None:
-    """Deletes the oldest states beyond keep_last; a state of a later step is a damaged one that was passed over."""
-    steps = sorted((step for step in map(_step_of, folder.iterdir()) if step is not None), reverse=True)
-    for step in steps:
+    """Deletes the oldest states beyond keep_last."""
+    states = _states(folder)
+    for step, path in states:
         if step > newest:
-            shutil.rmtree(folder / f"step{step}.damaged", ignore_errors=True)
-            os.replace(folder / f"step{step}", folder / f"step{step}.damaged")
-    for step in [step for step in steps if step <= newest][keep_last:]:
-        os.replace(folder / f"step{step}", folder / f"step{step}.tmp")
+            _put_away(path)
+    for path in [path for step, path in states if step <= newest][keep_last:]:
+        os.replace(path, path.with_name(path.name + ".tmp"))
     _clear_remains(folder)
 
 
@@ -174,11 +162,6 @@ def _clear_remains(folder: Path) -> None:
         shutil.rmtree(remains, ignore_errors=True)
 
 
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"step(\d+)", path.name)
-    return int(match[1]) if match and path.is_dir() else None
-
-
 def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo | None:
     """The newest state with a sound manifest and files of the right sizes, or None. Changes nothing on disk; no communication.
 
@@ -186,7 +169,7 @@ def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo |
     replaced or added weights since (ledger.why_stale). `check` reads the files; a state found damaged is then to be skipped.
     """
     proj_dir = Path(proj_dir)
-    for path in _candidates(proj_dir / "state"):
+    for _, path in _states(proj_dir / "state"):
         if path in skip:
             continue
         try:
@@ -204,7 +187,7 @@ def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo |
             ranks.say(f"training state {path} is not used: {reason}")
             return None
         else:
-            return StateInfo(path, manifest["step"], manifest["meta"], manifest["world_size"])
+            return StateInfo(path, manifest["step"], manifest["meta"])
     return None
 
 
@@ -227,10 +210,10 @@ def check(info: StateInfo) -> str:
     return next(filter(None, ranks.gather(problem)), "")
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """State folders, newest first; one that was being replaced after its namesake."""
-    found = [(int(match[1]), not match[2], path) for path in folder.glob("step*") if (match := re.fullmatch(r"step(\d+)(\.replaced)?", path.name))]
-    return [path for _, _, path in sorted(found, reverse=True)]
+def _states(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of all states, newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step*") if (match := re.fullmatch(r"step(\d+)", path.name)) and path.is_dir()]
+    return sorted(found, reverse=True)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -245,7 +228,7 @@ def set_aside(proj_dir: str | Path) -> None:
     folder = Path(proj_dir) / "state"
 
     def rename() -> None:
-        if ranks.rank() == 0 and _candidates(folder):
+        if ranks.rank() == 0 and _states(folder):
             k = 1
             while (aside := folder.with_name(f"state.aside-{k}")).exists():
                 k += 1

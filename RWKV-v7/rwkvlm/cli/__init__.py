@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from ..config import UserError, env
 
 USAGE_ERROR = 2
+UNSEEN = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # there even the question whether a file exists is an error
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
 
@@ -43,13 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _command(argv[0])(argv[1:])
     except UserError as error:
-        print(f"error{'' if env.first_process() else ' in another process'}: {error}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
+        return _refused(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` for example, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None or error.errno not in UNSEEN:
+            raise
+        return _refused(f"{error.filename}: {error.strerror}; check the name and its permissions")
+
+
+def _refused(why: str) -> int:
+    print(f"error{'' if env.first_process() else ' in another process'}: {why}", file=sys.stderr, flush=True)
+    return USAGE_ERROR
 
 
 def _command(name: str):

@@ -7,13 +7,15 @@ import datetime
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+from ..checkpoint.place import check_file, write_json
 from ..config import MINI_EPOCH, UserError
 from ..config.volume import volume
 from ..data.binidx import BinIdx
 from ..data.documents import PACKED, STDIN, expand, kind
-from ..data.pack import Packed, Stage, pack, write_report
+from ..data.pack import Packed, Stage, pack
 from ..data.sampler import magic_prime, mini_epochs
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from .flags import Parser
@@ -40,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of shuffling and held-out documents (default: 0)")
     parser.add_argument("--skip_bad", action="store_true", help="pass over bad lines and files, and count them, instead of stopping")
     parser.add_argument("--workers", type=int, default=0, help="threads that parse and tokenise (default: one for each core); the result does not depend on it")
-    parser.add_argument("--report", default="", metavar="FILE", help="write the facts of the summary, and the lengths of the documents, as JSON")
+    parser.add_argument("--report", type=Path, default=None, metavar="FILE", help="write the facts of the summary, and the lengths of the documents, as JSON")
     return parser
 
 
@@ -121,8 +123,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{len(files)} input files need --out PREFIX")
     if not args.out and files == [STDIN]:
         raise UserError("standard input needs --out PREFIX")
-    if args.report and not (Path(args.report).parent.is_dir() and (not Path(args.report).exists() or Path(args.report).is_file())):
-        raise UserError(f"--report {args.report}: give the name of a file in a folder that exists")  # not only when all the work is done
+    if args.report is not None:
+        check_file(args.report, "--report")
     prefix = args.out or _stem(files[0])
     tokenizer = load_tokenizer(args.tokenizer)
     started = time.monotonic()
@@ -137,6 +139,6 @@ def main(argv: list[str]) -> int:
     seconds = time.monotonic() - started
     print(f"{made.text_bytes} bytes of text in {seconds:.1f} s ({volume(made.text_bytes / seconds)}/s)")
     _summary(made, prefix, tokenizer, args.ctx_len)
-    if args.report:
-        write_report(Path(args.report), made)
+    if args.report is not None:
+        write_json(args.report, asdict(made), "--report", f"the tokens are in {prefix}.bin, choose another name")
     return 0

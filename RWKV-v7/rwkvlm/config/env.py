@@ -15,7 +15,7 @@ def kernel() -> str:
 
 
 def cache_dir() -> Path:
-    """RWKV_CACHE_DIR: where native kernels are built and downloads rest; default ~/.cache/rwkvlm."""
+    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm."""
     return Path(os.environ.get("RWKV_CACHE_DIR") or Path.home() / ".cache" / "rwkvlm")
 
 

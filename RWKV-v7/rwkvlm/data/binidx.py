@@ -155,7 +155,7 @@ class BinIdx(Tokens):
     """A pair of files, memory-mapped and read-only; `prefix` is their path without .bin / .idx.
 
     Opening checks the index completely and the size of the .bin, in time proportional to the number of documents;
-    token values are checked by `check_token_range`. Pickles as its path, so it can go to DataLoader workers.
+    token values are checked by `check_token_range`.
     Raises UserError naming the file and the position. `tokens` [n_tokens] of `dtype` is the flat .bin.
     """
 
@@ -171,9 +171,6 @@ class BinIdx(Tokens):
             self.tokens = self._map()
         except OSError as error:
             raise UserError(f"data file {error.filename or self.prefix} cannot be read: {error.strerror or error}") from None
-
-    def __reduce__(self) -> tuple:
-        return BinIdx, (self.prefix,)
 
     def _map(self) -> np.ndarray:
         size, expected = self.bin_path.stat().st_size, self.index.n_bytes

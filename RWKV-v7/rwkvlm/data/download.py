@@ -13,13 +13,14 @@ from pathlib import Path
 
 from ..config import UserError, env
 from ..config.volume import volume
-from .binidx import BinIdx, Index, bin_path, idx_path
+from .binidx import BinIdx, Index, bin_path, check_room, idx_path
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 8  # in a row without a new byte
 LONGEST_PAUSE = 30.0
 SAY_EVERY = 10.0
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+NETWORK = (OSError, http.client.HTTPException)  # what a connection raises; the disk, which is never asked in the same place, raises OSError as well
 
 
 @dataclass(frozen=True)
@@ -142,23 +143,7 @@ def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], Non
     if size is not None and have == size:
         return
     try:
-        with urllib.request.urlopen(_request(url, partial, have), timeout=TIMEOUT) as answer:
-            if answer.status != 206:
-                have = 0  # the whole file comes, from its beginning
-            elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                partial.write_bytes(b"")
-                raise _Interrupted(f"the server was asked for byte {have} and sends {answer.headers.get('Content-Range', 'it does not say which')}")
-            _etag(partial).unlink(missing_ok=True)
-            if (name := answer.headers.get("ETag", "")).startswith('"'):  # W/"..." does not promise the same bytes
-                _etag(partial).write_text(name)
-            length = answer.headers.get("Content-Length")
-            total = have + int(length) if length else size
-            if size is not None and total != size:
-                raise UserError(f"{url} is {total} bytes long and should be {size}: not the right file; try another mirror (MINIPILE_URL)")
-            free = shutil.disk_usage(partial.parent).free
-            if total is not None and total - have > free:
-                raise UserError(f"{url} needs {total - have} more bytes and {partial.parent} has {free} free; free some space or choose another place")
-            _receive(answer, partial, have, total, url, say)
+        answer = urllib.request.urlopen(_request(url, partial, have), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # what is there is no beginning of that file
             partial.write_bytes(b"")
@@ -166,12 +151,26 @@ def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], Non
         if error.code in TRANSIENT:
             raise _Interrupted(f"answer {error.code} {error.reason}") from None
         raise UserError(f"{url}: the server answers {error.code} {error.reason}; check the address, or set another mirror (MINIPILE_URL)") from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise _Interrupted(str(getattr(error, "reason", error)) or type(error).__name__) from None
+    except NETWORK as error:
+        raise _Interrupted(_said(error)) from None
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{url} is not a web address: {error}") from None
+    with answer:
+        if answer.status != 206:
+            have = 0  # the whole file comes, from its beginning
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            partial.write_bytes(b"")
+            raise _Interrupted(f"the server was asked for byte {have} and sends {answer.headers.get('Content-Range', 'it does not say which')}")
+        _etag(partial).unlink(missing_ok=True)
+        if (name := answer.headers.get("ETag", "")).startswith('"'):  # W/"..." does not promise the same bytes
+            _etag(partial).write_text(name)
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else size
+        if size is not None and total != size:
+            raise UserError(f"{url} is {total} bytes long and should be {size}: not the right file; try another mirror (MINIPILE_URL)")
+        if total is not None:
+            check_room(partial, total - have)
+        _receive(answer, partial, have, total, url, say)
 
 
 def _request(url: str, partial: Path, have: int) -> urllib.request.Request:
@@ -181,12 +180,23 @@ def _request(url: str, partial: Path, have: int) -> urllib.request.Request:
     return urllib.request.Request(url, headers={"Range": f"bytes={have}-"} | same)
 
 
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    try:
+        return answer.read(1 << 20)
+    except NETWORK as error:
+        raise _Interrupted(_said(error)) from None
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "reason", error)) or type(error).__name__
+
+
 def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, total: int | None, url: str, say: Callable[[str], None]) -> None:
     started, first, last = time.monotonic(), have, time.monotonic()
     with open(partial, "r+b") as file:
         file.truncate(have)
         file.seek(have)
-        while block := answer.read(1 << 20):
+        while block := _read(answer):
             file.write(block)
             have += len(block)
             if (now := time.monotonic()) - last > SAY_EVERY:

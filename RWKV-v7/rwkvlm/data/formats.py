@@ -34,9 +34,6 @@ class NumpyTokens(Tokens):
             raise UserError(f"data file {path} holds {what}; --data_type numpy takes one row of integers, for example numpy.save(path, tokens.astype(numpy.uint16))")
         self.tokens = self.tokens.view(np.ndarray)
 
-    def __reduce__(self) -> tuple:
-        return NumpyTokens, (self.prefix,)
-
 
 class ByteTokens(Tokens):
     """Any file: its bytes are the tokens."""
@@ -46,9 +43,6 @@ class ByteTokens(Tokens):
     def __init__(self, path: str | Path) -> None:
         self.prefix, self.file = str(path), _existing(path)
         self.tokens = np.memmap(self.file, mode="r", dtype=np.uint8).view(np.ndarray)
-
-    def __reduce__(self) -> tuple:
-        return ByteTokens, (self.prefix,)
 
     def tokenizer_json(self) -> str:
         """Byte pairs without any pair. A byte is written as one of 256 printable characters, as in GPT-2's vocabulary."""

@@ -27,23 +27,23 @@ FINEST = 1 << 31  # largest denominator of a share: products below stay under 2^
 LEAST = Fraction(1, 10**6)
 
 
-def prefixes(data_file: str) -> dict[str, Fraction | None]:
-    """The files that --data_file names, in order, each with its weight if one is given. UserError for what cannot be meant."""
-    if os.path.exists(idx_path(data_file)) or os.path.exists(data_file):  # which Path.exists would not say of a list longer than a name may be
-        return {data_file: None}  # whatever its name looks like
+def prefixes(names: str, flag: str = "--data_file") -> dict[str, Fraction | None]:
+    """The files that a flag names, in order, each with its weight if one is given. UserError for what cannot be meant."""
+    if os.path.exists(idx_path(names)) or os.path.exists(names):  # which Path.exists would not say of a list longer than a name may be
+        return {names: None}  # whatever its name looks like
     found: dict[str, Fraction | None] = {}
-    for piece in data_file.split(","):
+    for piece in names.split(","):
         prefix, weight = _weighted(piece)
         if not prefix:
-            raise UserError(f"--data_file {data_file!r} has an empty name in it; write PREFIX:WEIGHT,PREFIX:WEIGHT")
+            raise UserError(f"{flag} {names!r} has an empty name in it; name a file there, or take the comma out")
         if prefix in found:
-            raise UserError(f"--data_file names {prefix} twice; name it once and add up its weights")
+            raise UserError(f"{flag} names {prefix} twice; name it once and add up its weights")
         if weight is not None and weight <= 0:
-            raise UserError(f"--data_file gives {prefix} the weight {float(weight):g}; a weight must be above 0 (leave the file out instead)")
+            raise UserError(f"{flag} gives {prefix} the weight {float(weight):g}; a weight must be above 0 (leave the file out instead)")
         found[prefix] = weight
     without = [prefix for prefix, weight in found.items() if weight is None]
     if without and len(without) < len(found):
-        raise UserError(f"--data_file gives {without[0]} no weight, and others one; give each a weight, or none (then sizes count)")
+        raise UserError(f"{flag} gives {without[0]} no weight, and others one; give each a weight, or none (then sizes count)")
     return found
 
 

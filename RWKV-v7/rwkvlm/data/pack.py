@@ -8,14 +8,13 @@ interruptions or memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +97,7 @@ def pack(
         with Unfinished(prefix, job, dtype, tokenizer.vocab_size, STDIN not in files) as work, ExitStack() as stack:
             _tokenise(files, tokenizer, text_key, skip_bad, work, workers or os.cpu_count() or 1, progress)
             total = work.progress.documents
-            limit, held_out = draw(work.pile, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
+            limit, held_out = draw(work.pile.sizes, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
             if held_out >= total:
                 raise UserError(f"--val_split {val_split:g} would hold out all {total} documents; hold out fewer or give more data")
 
@@ -140,14 +139,6 @@ def pack(
         first_skipped=tuple(done.first_skipped),
         order_hash=order.hexdigest(),
     )
-
-
-def write_report(path: Path, made: Packed) -> None:
-    """The facts of `made` as JSON. UserError if it cannot be written."""
-    try:
-        path.write_text(json.dumps(asdict(made), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write --report {path}: {error.strerror or error}") from None
 
 
 def _check_arguments(epochs: int, val_split: float, val_prefix: Path) -> None:
@@ -196,7 +187,7 @@ def _tokenise(
                 if done.skipped <= LISTED:
                     done.first_skipped.append(str(bad))
             if wrong and (done.open_parts or found.block.goes_on):
-                work.drop_document(tokenizer.occurring)
+                work.drop_document()
                 break  # a .txt is one document
             _check_round_trips(found, tokenizer, done.documents, done.open_parts)
             _add(work, found)
@@ -286,12 +277,11 @@ def _check_round_trips(found: _Encoded, tokenizer: Tokenizer, documents: int, pa
 def _add(work: Unfinished, found: _Encoded) -> None:
     """What has been found in a block, to the rest."""
     done, block = work.progress, found.block
-    work.seen |= found.occurs
     if not block.goes_on and not done.open_parts:
-        work.add(found.ids, np.diff(found.ends, prepend=0))
+        work.add(found.ids, np.diff(found.ends, prepend=0), found.occurs)
         done.text_bytes += len(found.texts.data)
         return
-    work.add_part(found.ids, len(found.texts.data), found.blank, found.rest)
+    work.add_part(found.ids, found.occurs, len(found.texts.data), found.blank, found.rest)
     if not block.goes_on:
         work.end_document()
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from ..config import UserError
 from .binidx import BinIdx, BinIdxWriter, check_room
-from .survey import TOKENS, Say, runs
+from .shuffle import draw, keys
+from .survey import DOCUMENTS, TOKENS, Say, runs
 
-ALL = 1 << 64
+ALL = 1 << 64  # keys lie below
 
 
 def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress: Say = lambda done, total: None) -> BinIdx:
@@ -29,7 +30,7 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
     data = [(BinIdx(prefix), copies) for prefix, copies in inputs]
     for k, (one, copies) in enumerate(data):
         if not 0 < copies < 1e6:
-            raise UserError(f"{one.prefix} is to be written {copies:g} times; give a number above 0")
+            raise UserError(f"{one.prefix} is to be written {copies:g} times; give a number above 0 and below a million")
         _not_itself(one, out)
     dtype = np.uint16 if all(_fits_16_bits(one) for one, _ in data) else np.int32
     expected = sum(int(one.n_tokens * copies) for one, copies in data)
@@ -39,7 +40,7 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
             for copy in range(int(np.ceil(copies))):
                 share = min(1.0, copies - copy)
                 for first, ends in runs(one):
-                    _write(writer, one, ends, _drawn(seed, k, first, len(ends) - 1) < int(share * ALL) if share < 1 else None)
+                    _write(writer, one, ends, _keys(first, ends, seed, k) < int(share * ALL) if share < 1 else None)
                     progress(writer.n_tokens, expected)
         if not writer.n_tokens:
             raise UserError(f"no document was drawn for {out}; give more copies")
@@ -61,7 +62,7 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     with _disk(out), ExitStack() as stack:
         writers = [stack.enter_context(BinIdxWriter(name, data.dtype)) for name in (out, f"{out}.val")]
         for first, ends in runs(data):
-            held_out = _drawn(seed, 0, first, len(ends) - 1) < limit
+            held_out = _keys(first, ends, seed) < limit
             _write(writers[0], data, ends, ~held_out)
             _write(writers[1], data, ends, held_out)
             progress(int(ends[-1]), data.n_tokens)
@@ -102,27 +103,22 @@ def _narrow(data: BinIdx, writer: BinIdxWriter, tokens: np.ndarray) -> np.ndarra
     return narrow
 
 
-def _drawn(seed: int, file: int, first: int, n: int) -> np.ndarray:
-    """A number below 2^64 for each of the documents first to first + n - 1 of a file, uint64 [n]: SplitMix64 (Steele, Lea, Flood 2014)."""
-    key = int(np.random.SeedSequence([seed, file]).generate_state(1, np.uint64)[0])
-    z = np.arange(first, first + n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _keys(first: int, ends: np.ndarray, *seeds: int) -> np.ndarray:
+    """Of the documents between `ends`, whose first has the number `first`."""
+    return keys(np.arange(first, first + len(ends) - 1), *seeds)
 
 
 def _limit(n_docs: int, n: int, seed: int) -> int:
-    """So that exactly n of n_docs documents draw a smaller number; few of them are in memory together."""
+    """So that exactly n of n_docs documents have a smaller key."""
     if not 1 <= n < n_docs:
         raise UserError(f"--val {n} of {n_docs} documents cannot be held out; give a share between 0 and 1, or a number from 1 to {n_docs - 1}")
-    share = (n + 1) / n_docs
-    while True:
-        below = min(ALL, int(share * ALL))
-        step = 1 << 20
-        found = [drawn[drawn <= np.uint64(below - 1)] for drawn in (_drawn(seed, 0, k, min(step, n_docs - k)) for k in range(0, n_docs, step))]
-        if sum(map(len, found)) > n:
-            return int(np.sort(np.concatenate(found))[n])
-        share *= 1.5
+
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(0, n_docs, DOCUMENTS):
+            numbers = np.arange(first, min(first + DOCUMENTS, n_docs))
+            yield numbers, numbers  # sizes do not count
+
+    return draw(documents, n, seed)[0] + 1
 
 
 def _fits_16_bits(data: BinIdx) -> bool:

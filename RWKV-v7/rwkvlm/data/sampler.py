@@ -71,14 +71,11 @@ def magic_prime(n_tokens: int, ctx_len: int) -> int:
     return prime
 
 
-def check_magic_prime(prime: int, n_tokens: int, ctx_len: int) -> int:
-    """Accept a given prime that the official trainer would accept and that stays inside the file, or that we would choose.
-
-    Returns the one we would choose (it may differ and be worth a remark). UserError with the right value otherwise.
-    """
+def check_magic_prime(prime: int, n_tokens: int, ctx_len: int) -> None:
+    """UserError, with the right value, for a prime that the official trainer would refuse or that leaves the file, unless it is the one we would choose."""
     chosen = magic_prime(n_tokens, ctx_len)
     if prime == chosen or _officially_legal(prime, n_tokens, ctx_len):
-        return chosen
+        return
     slots = n_tokens // ctx_len
     if prime * ctx_len + 1 > n_tokens:
         why = f"reads past the end of the data ({n_tokens} tokens)"

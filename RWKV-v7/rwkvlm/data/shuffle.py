@@ -150,12 +150,6 @@ class Pile:
     def is_empty(self) -> bool:
         return not self._recent and not self.paths[1].exists()
 
-    def tokens(self) -> Iterator[np.ndarray]:
-        """All tokens that are on the disk, some at a time."""
-        with open(self.paths[0], "rb", buffering=0) as file:
-            while len(part := np.fromfile(file, self.dtype, PORTION)):
-                yield part
-
     def sizes(self, block: int = 1 << 20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(sizes, numbers) of up to `block` documents at a time."""
         first = 0
@@ -186,10 +180,10 @@ class Pile:
                 held = []
         return Scattered(parts, sizes, numbers)
 
-    def blocks(self, limit: int = 0) -> Iterator[Documents | Long]:
-        """All documents in order, up to `limit` (or BLOCK) bytes of tokens at a time, or one larger document."""
+    def blocks(self) -> Iterator[Documents | Long]:
+        """All documents in order, up to BLOCK bytes of tokens at a time, or one larger document."""
         self.flush()
-        limit, begin = (limit or BLOCK) // self.dtype.itemsize, 0
+        limit, begin = BLOCK // self.dtype.itemsize, 0
         with open(self.paths[0], "rb", buffering=0) as file:
             for sizes, numbers in self.sizes():
                 ends = np.cumsum(sizes, dtype=np.int64)
@@ -251,21 +245,22 @@ def _sorted(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.
                 yield everything.take(some)
 
 
-def draw(pile: Pile, share: float, seed: int) -> tuple[int, int]:
+def draw(blocks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], share: float, seed: int) -> tuple[int, int]:
     """(largest key of the documents drawn, how many they are): those with the smallest keys, until they are enough.
 
-    share: below 1 the part of all tokens that they have at least, from 1 on their number. Memory does not depend on the number of documents.
+    share: below 1 the part of all tokens that they have at least, from 1 on their number. blocks: gives (sizes, numbers) of all documents, some at a
+    time, as Pile.sizes does. Memory does not depend on the number of documents.
     """
     weighed = share < 1
     histogram, total = np.zeros(1 << 16), 0
-    for sizes, numbers in pile.sizes():
+    for sizes, numbers in blocks():
         leading = (keys(numbers, seed) >> np.uint64(48)).astype(np.int64)
         histogram += np.bincount(leading, sizes if weighed else None, 1 << 16)
         total += int(sizes.sum()) if weighed else len(sizes)
     target = share * total if weighed else min(share, total)
     cell = int(np.searchsorted(np.cumsum(histogram), target))
     found, drawn = [], 0
-    for sizes, numbers in pile.sizes():
+    for sizes, numbers in blocks():
         all_keys = keys(numbers, seed)
         leading = (all_keys >> np.uint64(48)).astype(np.int64)
         drawn += int((leading < cell).sum())

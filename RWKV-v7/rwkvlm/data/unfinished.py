@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,7 +50,7 @@ class Progress:
 
 
 class Unfinished:
-    """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in them.
+    """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in those that are complete.
 
     Leaving the block removes the folder. A kill leaves it for the next run; and if it is to be `kept` then, Ctrl-C does, and what has been
     saved of it stays where the disk is full, the input is bad, or all is tokenised and something else is wrong. UserError where another
@@ -61,7 +60,8 @@ class Unfinished:
     def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:
         self.folder = prefix.with_name(prefix.name + ".unfinished")
         self._job, self._kept, self.dtype = job, kept, np.dtype(dtype)
-        self.progress, self.seen = Progress(), np.zeros(vocab_size, dtype=bool)
+        self.progress = Progress()
+        self.seen, self._open_seen = (np.zeros(vocab_size, dtype=bool) for _ in range(2))
         self.pile = Pile(self.folder / "all", self.dtype, numbered=False, memory=LEAF)
         self._saver, self._saving, self._saved = ThreadPoolExecutor(1), Future(), time.monotonic()
         self._saving.set_result(None)
@@ -82,26 +82,32 @@ class Unfinished:
     def _resume(self) -> bool:
         try:
             saved = json.loads((self.folder / SAVED).read_text())
-            progress, seen = Progress(**saved["progress"]), np.unpackbits(np.frombuffer(bytes.fromhex(saved["seen"]), np.uint8))
+            progress = Progress(**saved["progress"])
+            seen, open_seen = (np.unpackbits(np.frombuffer(bytes.fromhex(ids), np.uint8))[: len(self.seen)].astype(bool) for ids in saved["seen"])
             sizes = [path.stat().st_size for path in self.pile.paths]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if saved["job"] != self._job or sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize or sizes[1] < progress.documents * 4:
+        if saved["job"] != self._job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
             return False
-        self.progress, self.seen = progress, seen[: len(self.seen)].astype(bool)
+        self.progress, self.seen, self._open_seen = progress, seen, open_seen
+        if sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize:  # dropped since: it is found bad again, from its beginning
+            progress.at, progress.line = 0, 1
+            self._no_document()
         return True
 
-    def add(self, ids: np.ndarray, sizes: np.ndarray) -> None:
-        """Append documents: ids [total], sizes [n] in tokens."""
+    def add(self, ids: np.ndarray, sizes: np.ndarray, occurring: np.ndarray) -> None:
+        """Append documents: ids [total], sizes [n] in tokens, which ids occur [vocab_size] bool."""
+        self.seen |= occurring
         first = self.progress.documents
         numbers = np.arange(first, first + len(sizes))
         self.pile.append(Documents(ids.astype(self.dtype), sizes.astype(np.int32), numbers))  # a copy: ids lie in a larger buffer
         self.progress.documents += len(sizes)
         self.progress.tokens += len(ids)
 
-    def add_part(self, ids: np.ndarray, n_bytes: int, blank: bool, rest: bytes) -> None:
+    def add_part(self, ids: np.ndarray, occurring: np.ndarray, n_bytes: int, blank: bool, rest: bytes) -> None:
         """Append tokens of a document that goes on, from n_bytes of its text; `rest` is to be put before what follows."""
         done = self.progress
+        self._open_seen |= occurring
         self.pile.append(Documents(ids.astype(self.dtype), np.zeros(0, np.int32), np.zeros(0, np.int64)))
         done.open_tokens, done.open_bytes, done.open_parts = done.open_tokens + len(ids), done.open_bytes + n_bytes, done.open_parts + 1
         done.open_blank, done.rest = done.open_blank and blank, rest.hex()
@@ -111,21 +117,20 @@ class Unfinished:
         done = self.progress
         self.pile.append(Documents(np.zeros(0, self.dtype), np.array([done.open_tokens], np.int32), np.array([done.documents])))
         done.documents, done.tokens, done.text_bytes = done.documents + 1, done.tokens + done.open_tokens, done.text_bytes + done.open_bytes
+        self.seen |= self._open_seen
         self._no_document()
 
-    def drop_document(self, occurring: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Forget the parts of a document that turned out to be bad. occurring: which ids of an array occur."""
+    def drop_document(self) -> None:
+        """Forget the parts of a document that turned out to be bad."""
         self.pile.flush()
         self.pile.truncate(self.progress.documents, self.progress.tokens)
         self._no_document()
-        self.seen[:] = False
-        for tokens in self.pile.tokens():
-            self.seen |= occurring(tokens)
 
     def _no_document(self) -> None:
         done = self.progress
         done.open_tokens = done.open_bytes = done.open_parts = 0
         done.open_blank, done.rest = True, ""
+        self._open_seen[:] = False
 
     def save(self) -> None:
         """Make what has been added survive: from time to time, in the background."""
@@ -134,7 +139,7 @@ class Unfinished:
         self._saving.result()
         self._saved = time.monotonic()
         self.pile.flush()
-        seen = np.packbits(self.seen).tobytes().hex()
+        seen = [np.packbits(ids).tobytes().hex() for ids in (self.seen, self._open_seen)]
         text = json.dumps({"job": self._job, "progress": asdict(self.progress), "seen": seen})
         self._saving = self._saver.submit(self._write, text)
 
@@ -156,7 +161,12 @@ class Unfinished:
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         self._saver.shutdown()
-        self._lock.close()
         of_use = kind is not None and (self.progress.complete or issubclass(kind, OSError | UserError)) and (self.folder / SAVED).exists()
-        if not (self._kept and (of_use or kind is KeyboardInterrupt)):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            if not (self._kept and (of_use or kind is KeyboardInterrupt)):
+                lock = self.folder / "lock"
+                for path in (*(set(self.folder.iterdir()) - {lock}), lock):  # it last: until then nobody else begins here
+                    path.unlink()
+        self._lock.close()
+        with suppress(OSError):
+            self.folder.rmdir()  # unless something is kept

@@ -112,6 +112,8 @@ class Conductor(pl.Callback):
             self.meter.drain()
             if self.health.fit_to_save():
                 self.saver.save(weights, state, last)
+            elif last:
+                self._give_up(trainer, module)
         if stop and not ended:
             self.exit_code = 128 + stop
             trainer.should_stop = True

@@ -18,7 +18,7 @@ def settle_fp32_products(plan: Plan) -> None:
     if plan.config.precision != "fp32" or plan.launch.accelerator != "cpu":
         return
     if plan.start.state is not None:
-        setting = plan.start.state.meta.get("fp32_products", "highest")
+        setting = plan.start.state.meta["fp32_products"]
         line = f"fp32 matrix products: {setting}, as the run began"
     elif setting := env.decided_fp32_products():
         line = f"fp32 matrix products: {setting}, as decided by the process that started this one"

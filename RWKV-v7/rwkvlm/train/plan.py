@@ -108,7 +108,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     run = launch(config)
     backend.set_kernel(config.kernel)
     identity = data.identity()
-    start = find_start(config, data.order, damaged, identity)
+    start = find_start(config, data.order, identity, damaged)
     check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
     if config.doc_reset and config.my_testing not in ("x070", "hybrid"):
@@ -223,7 +223,10 @@ def refuse_if_held(proj_dir: Path) -> None:
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:
     """--val_file, else the DATA_FILE.val that exist, else none."""
     if config.val_file:
-        found = list(prefixes(config.val_file))
+        weights = prefixes(config.val_file, "--val_file")
+        if any(weights.values()):
+            raise UserError(f"--val_file {config.val_file}: held-out files are read one after the other, and have no weights; leave them out")
+        found = list(weights)
     else:
         found = [val for part in data.parts if idx_path(val := f"{part.data.prefix}.val").is_file()]
     files = [data.parts[0].data.like(prefix) for prefix in found]

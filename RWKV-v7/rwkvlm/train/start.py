@@ -47,16 +47,17 @@ def what_goes_on(config: TrainConfig) -> str:
     return "the same command" if config.train_stage >= 2 else "the same command with --train_stage 3"
 
 
-def find_start(config: TrainConfig, order: int | str, damaged: Collection[Path] = (), identity: list[dict] | None = None) -> Start:
-    """As training.md promises: train_stage 2 and 3 go on from the newest intact training state, else as officially from the newest
+def find_start(config: TrainConfig, order: int | str, identity: list[dict], damaged: Collection[Path] = ()) -> Start:
+    """With train_stage 2 and 3 from the newest intact training state, else as officially from the newest
     rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
-    order: what decides the order of the data (Mixture.order). damaged: training states that are not to be used.
-    identity: which data these are (Mixture.identity); None: whatever they are.
+
+    order: what decides the order of the data (Mixture.order). identity: which data these are (Mixture.identity).
+    damaged: training states that are not to be used.
 
     Raises UserError when the files do not fit the flags, and instead of overwriting a run that is not being continued.
     """
     if config.train_stage >= 2:
-        start = _from_state(config, order, damaged, identity) or _from_newest_weights(config)
+        start = _from_state(config, order, identity, damaged) or _from_newest_weights(config)
         if start is not None:
             for name in ("load_model", "epoch_begin"):
                 if getattr(config, name):
@@ -78,7 +79,7 @@ def _warmup(config: TrainConfig, default: int) -> int:
     return default if config.warmup_steps < 0 else config.warmup_steps
 
 
-def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path], identity: list[dict] | None) -> Start | None:
+def _from_state(config: TrainConfig, order: int | str, identity: list[dict], damaged: Collection[Path]) -> Start | None:
     info = find_state(config.proj_dir, damaged)
     if info is None:
         return None
@@ -92,19 +93,15 @@ def _from_state(config: TrainConfig, order: int | str, damaged: Collection[Path]
                 f"{is_now}, but {info.path} was trained with {then}: the order of the data would break; "
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
             )
-    if (then := info.meta.get("epoch_samples", config.epoch_samples)) != config.epoch_samples:
+    if (then := info.meta["epoch_samples"]) != config.epoch_samples:
         say(f"--epoch_samples {config.epoch_samples} from here on, and {then} before: mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}")
-    if identity is not None:
-        _same_data(config, info, identity)
+    _same_data(config, info, identity)
     model = _agree(config, model_config(**info.meta["model"]), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
 
 
 def _same_data(config: TrainConfig, info: StateInfo, identity: list[dict]) -> None:
     """UserError where other tokens lie in the place of those that the state was trained with; as many chunks of them alone do not tell."""
-    if info.meta.get("data") is None:
-        say(f"{info.path} is of an older version, which did not note what its data hold: whether --data_file {config.data_file} is what it was is not checked")
-        return
     for then, now in zip(info.meta["data"], identity, strict=True):
         if then["tokens"] != now["tokens"]:
             differs = f"does not hold the tokens that {info.path} was trained with"

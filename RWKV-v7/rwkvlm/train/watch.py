@@ -32,7 +32,7 @@ from ..config import env
 TICK, BEAT = 0.25, 2.0  # seconds between two looks, and between two signs of life
 GRACE = 3.0  # from the first report to the verdict: time for a better one
 LAST_WORDS = 10.0  # for the training thread to end by an error of its own
-CONNECT = 300.0
+CONNECT, HELLO = 300.0, 10.0  # for the others to come, and for one that has come to say who it is
 KILLED, DIED, FAILED, SILENT = range(4)  # what says more comes first
 EXIT_CODE = 1
 MEETING = "check MASTER_ADDR and firewalls, or set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too) to the interface between the nodes"
@@ -102,15 +102,19 @@ class Watch:
         return f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"
 
     def _welcome(self, server: socket.socket, token: str) -> None:
+        """Until all are there. Whoever else connects, a port scanner say, takes nobody's place."""
         server.settimeout(CONNECT)
+        known = 0
         with server, suppress(OSError):
-            for _ in range(self.world_size - 1):
+            while known < self.world_size - 1:
                 guest = server.accept()[0]
-                guest.settimeout(CONNECT)
-                with suppress(OSError, ValueError, KeyError):
-                    hello = json.loads(_first_line(guest))
-                    if hello["token"] == token:
-                        self._add(int(hello["rank"]), hello["name"], guest, {})
+                guest.settimeout(HELLO)
+                hello = _greeting(guest)
+                if hello.get("token") == token:
+                    self._add(hello["rank"], hello["name"], guest, {})
+                    known += 1
+                else:
+                    guest.close()
 
     def _add(self, rank: int, name: str, own: socket.socket, hello: dict) -> None:
         own.settimeout(GRACE)
@@ -289,14 +293,15 @@ class Watch:
         os._exit(EXIT_CODE)
 
 
-def _first_line(guest: socket.socket) -> bytes:
-    """And nothing of what comes after it, which is for the thread that listens."""
+def _greeting(guest: socket.socket) -> dict:
+    """The first line, and nothing of what comes after it, which is for the thread that listens; {} from a stranger."""
     line = b""
-    while not line.endswith(b"\n"):
-        if not (byte := guest.recv(1)):
-            raise OSError("the connection was closed")
-        line += byte
-    return line
+    with suppress(OSError, ValueError):
+        while (byte := guest.recv(1)) not in (b"", b"\n"):
+            line += byte
+        hello = json.loads(line)
+        return hello if isinstance(hello, dict) else {}
+    return {}
 
 
 def is_communication(error: BaseException) -> bool:
