@@ -272,6 +272,7 @@ def main():
     own.add_argument("--threads", type=int, default=1)
     split = sys.argv.index("--")
     args, flags = own.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    args.folder += os.environ.get("LOCAL_RANK", "")  # under torchrun
     prepared(args.src, args.folder, args.epoch_samples, any_dtype="bf16" not in flags)
     torch.set_num_threads(args.threads)
     operators()

@@ -205,9 +205,10 @@ def test_each_loss_and_weight_in_float64(data, beginning, theirs):
     model, steps, _ = theirs[torch.float64]
     ours, our_steps = our_run_in_float64(data, beginning, models.build(ModelConfig(**SHAPE)))
     assert steps[0][0] - steps[-1][0] > 1  # it has learned something
-    assert difference(steps, [loss for loss, _ in our_steps]) < 1e-10
+    weights, found = ours.state_dict(), difference(steps, [loss for loss, _ in our_steps])
+    print(f"losses: {found:.1e}; weights: {max((x - weights[name]).abs().max().item() for name, x in model.state_dict().items()):.1e}")
+    assert found < 1e-10
     assert all(lr == pytest.approx(each[1], rel=1e-14) for (_, lr), each in zip(our_steps, steps))
-    weights = ours.state_dict()
     for name, weight in model.state_dict().items():
         assert (weight - beginning[name]).abs().max() > 1e-3 or name.startswith("blocks.0.att.v"), f"{name} has not moved"
         assert (weight - weights[name]).abs().max() < 1e-9, name
