@@ -13,7 +13,9 @@ import math
 import os
 import sys
 import types
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -57,8 +59,8 @@ def wkv7(r, w, k, v, a, b):
     r, decay, k, v, a, b = (x.movedim(1, 0).flatten(1, 2) for x in (r, decay, k, v, a, b))  # [T, B * H, N]
     each = (decay[:, :, None], a[..., None], v[..., None], torch.stack((b, k), 2))
     state, states = r.new_zeros(*r.shape[1:], r.shape[2]), []
-    for decayed, removing, value, keys in zip(*(x.unbind() for x in each)):
-        state = torch.baddbmm(state * decayed, torch.cat((state @ removing, value), 2), keys)
+    for decayed, removing, value, written in zip(*(x.unbind() for x in each)):
+        state = torch.baddbmm(state * decayed, torch.cat((state @ removing, value), 2), written)
         states.append(state)
     out = torch.stack(states) @ r[..., None]
     return out.view(*r.shape[:1], -1, heads, r.shape[2]).movedim(0, 1)
@@ -116,14 +118,6 @@ class Loss:
 
 
 
-class HeadAndLoss:
-    @staticmethod
-    def forward(hidden, weight, targets, chunk):
-        loss, lse, largest, at = Loss.forward(logits := hidden @ weight.T, targets)
-        gradient = Loss.backward(torch.ones((), dtype=lse.dtype), logits, targets, lse, largest, at).flatten(0, -2)
-        return loss, (gradient @ weight).view_as(hidden), gradient.T @ hidden.flatten(0, -2)
-
-
 class Wkv4:
     """RWKV-4's kernel: w is minus the exponential of the parameter, k and v are [B, T, C], and the gradient of w is asked for the parameter, one of each sequence."""
 
@@ -158,7 +152,6 @@ FORMULAS = {
     "rwkv7_tmix_a_gate_bf16": (gate, 2, 1, 0, False),
     "rwkv7_tmix_vres_gate_bf16_v3": (value_residual, 4, 1, 0, False),
 }
-MODULES = {"rwkv7_l2wrap_ce_bf16_v2": Loss, "rwkv7_head_l2wrap_ce_bf16_v4": HeadAndLoss}
 RECURRENCES = ("rwkv7_clampw", "rwkv7_clampw_v3")
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -204,8 +197,8 @@ def _define_recurrence(name):
 
 def load(name, **sources):
     """In the place of torch.utils.cpp_extension.load."""
-    if name in MODULES:
-        return MODULES[name]
+    if name == "rwkv7_l2wrap_ce_bf16_v2":
+        return Loss
     if name.startswith("wkv_"):
         return Wkv4
     if name not in _libraries:
@@ -218,14 +211,15 @@ def adamw(groups, lr, betas, eps, bias_correction=True, adam_w_mode=True, weight
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
+@contextmanager
 def operators():
-    """From here on the official program finds the formulas where it looks for its kernels."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.ops.adam
-    import torch.utils.cpp_extension
+    """Within it the official program finds the formulas where it looks for its kernels. The environment is afterwards what it was."""
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
+        import deepspeed.ops.adam
+        import torch.utils.cpp_extension
 
-    torch.utils.cpp_extension.load = load
-    deepspeed.ops.adam.FusedAdam = adamw
+        with mock.patch.object(torch.utils.cpp_extension, "load", load), mock.patch.object(deepspeed.ops.adam, "FusedAdam", adamw):
+            yield
 
 
 def prepared(src, folder, epoch_samples, any_dtype):
@@ -269,21 +263,18 @@ def main():
     own.add_argument("src")
     own.add_argument("folder")
     own.add_argument("--epoch_samples", type=int, default=int(OFFICIAL_MINI_EPOCH))
-    own.add_argument("--threads", type=int, default=1)
     split = sys.argv.index("--")
     args, flags = own.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     args.folder += os.environ.get("LOCAL_RANK", "")  # under torchrun
     prepared(args.src, args.folder, args.epoch_samples, any_dtype="bf16" not in flags)
-    torch.set_num_threads(args.threads)
-    operators()
-    if any(flag.startswith("deepspeed") for flag in flags):
-        deepspeed_without_cuda()
     sys.modules["wandb"] = logging_to(Path(args.folder) / "metrics.jsonl")
     os.chdir(args.folder)
-    sys.path.insert(0, str(Path(args.folder).resolve()))
+    sys.path.insert(0, os.getcwd())
     sys.argv = ["train.py", *flags]
-    text = Path("train.py").read_text()
-    exec(compile(text, "train.py", "exec"), {"__name__": "__main__", "__file__": "train.py"})
+    with operators():
+        if any(flag.startswith("deepspeed") for flag in flags):
+            deepspeed_without_cuda()
+        exec(compile(Path("train.py").read_text(), "train.py", "exec"), {"__name__": "__main__", "__file__": "train.py"})
 
 
 if __name__ == "__main__":

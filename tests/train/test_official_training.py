@@ -43,18 +43,14 @@ def official(tmp_path_factory):
     """official.model, official.trainer, official.dataset: modules of a copy of that folder, with a mini-epoch of EPOCH samples and without "bf16 only"."""
     folder = tmp_path_factory.mktemp("official")
     official_trainer.prepared(SRC, folder, EPOCH, any_dtype=True)
-    official_trainer.operators()
     package = types.ModuleType("official_training")
     package.__path__ = [str(folder / "src")]
     sys.modules["official_training"] = package
-    before = dict(os.environ)
-    os.environ |= ENVIRONMENT
-    loaded = {name: importlib.import_module(f"official_training.{name}") for name in ("model", "trainer", "dataset")}
-    yield SimpleNamespace(**loaded)
+    with official_trainer.operators():
+        os.environ |= ENVIRONMENT
+        yield SimpleNamespace(**{name: importlib.import_module(f"official_training.{name}") for name in ("model", "trainer", "dataset")})
     for name in [name for name in sys.modules if name.startswith("official_training")]:
         del sys.modules[name]
-    os.environ.clear()
-    os.environ |= before
 
 
 def their_args(proj_dir, data, **changed):
@@ -269,16 +265,15 @@ ENVIRONMENT_4 = dict(RWKV_MY_TESTING="", RWKV_T_MAX=str(CTX), RWKV_FLOAT_MODE="f
 
 
 @pytest.fixture
-def official_4(monkeypatch):
+def official_4():
     """RWKV-4's module model.py, of RWKV-v4neo in the same clone; everything in float64."""
-    official_trainer.operators()
-    for name, value in ENVIRONMENT_4.items():
-        monkeypatch.setenv(name, value)
-    torch.set_default_dtype(torch.float64)
     found = types.ModuleType("official_rwkv4")
-    exec(compile((Path(SRC).parents[2] / "RWKV-v4neo" / "src" / "model.py").read_text(), "RWKV-v4neo/src/model.py", "exec"), vars(found))
-    yield found
-    torch.set_default_dtype(torch.float32)
+    with official_trainer.operators():
+        os.environ |= ENVIRONMENT_4
+        exec(compile((Path(SRC).parents[2] / "RWKV-v4neo" / "src" / "model.py").read_text(), "RWKV-v4neo/src/model.py", "exec"), vars(found))
+        torch.set_default_dtype(torch.float64)
+        yield found
+        torch.set_default_dtype(torch.float32)
 
 
 def test_rwkv4_in_float64(official_4, data):
