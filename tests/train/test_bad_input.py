@@ -112,7 +112,7 @@ CASES = {
     "broken load_model": (lambda d, f: NEW | dict(load_model=broken_file(f)), "is truncated or not a PyTorch weights file"),
     "load_model is no model": (lambda d, f: NEW | dict(load_model=d + ".bin"), "is truncated or not a PyTorch weights file"),
     "checkpoint of another width": (lambda d, f: NEW | dict(load_model=weights(f)), "--n_embd 64, but"),
-    "checkpoint of another depth": (lambda d, f: NEW | dict(load_model=weights(f), n_embd=32, head_size=16, n_layer=3), "--n_layer 3, but"),
+    "checkpoint of another depth": (lambda d, f: NEW | dict(load_model=weights(f), n_embd=32, head_size=16, n_layer=3), "or add --load_partial 1, which begins the blocks above anew"),
     "checkpoint of another vocabulary": (lambda d, f: NEW | dict(load_model=weights(f, vocab_size=300), n_embd=32, head_size=16), "has 300; leave --vocab_size out"),
     "checkpoint lacks a tensor": (
         lambda d, f: NEW | dict(load_model=without(f, "blocks.1.ln1.weight"), n_embd=32, head_size=16),

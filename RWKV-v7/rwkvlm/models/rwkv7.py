@@ -82,8 +82,9 @@ def depth(s: Slot) -> float:
     return s.layer / (s.config.n_layer - 1) if s.config.n_layer > 1 else 0.0
 
 
-def shift_mix(power: float):
-    return lambda s: 1 - (channels(s) / s.config.n_embd) ** (power * _depth_left(s))
+def shift_mix(power: float, depth_power: int = 1):
+    """In fp32, as officially: small shares in deep models lose digits there, and files shall have the same bits."""
+    return lambda s: 1 - (channels(s) / s.config.n_embd).float() ** (power * _depth_left(s) ** depth_power)
 
 
 def _decay(s: Slot) -> torch.Tensor:
@@ -132,7 +133,7 @@ TABLE = [
     Row(ATT + r"output(?:\.up)?\.weight", constant(0.0), decay=True),
     Row(ATT + r"ln_x\.weight", lambda s: torch.full(s.shape, ((1 + s.layer) / s.config.n_layer) ** 0.7)),
     Row(ATT + r"ln_x\.bias", constant(0.0)),
-    Row(FFN + r"x_k", lambda s: 1 - (channels(s) / s.config.n_embd) ** (_depth_left(s) ** 4)),
+    Row(FFN + r"x_k", shift_mix(1.0, 4)),
     Row(FFN + r"key(?:\.up)?\.weight", orthogonal(1.0), decay=True),
     Row(FFN + r"value(?:\.up)?\.weight", constant(0.0), decay=True),
     Row(BLOCK + r".*\.down\.weight", orthogonal(1.0), decay=True),  # the first of two factors; the second is as the matrix would be

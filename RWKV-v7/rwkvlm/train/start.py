@@ -182,7 +182,8 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
         if given and given != there and name not in found.unused and not (deeper and name == "n_layer"):
-            raise UserError(_differs(name, given, there, path))
+            grown = ", or add --load_partial 1, which begins the blocks above anew" if name == "n_layer" and given > there else ""
+            raise UserError(_differs(name, given, there, path) + grown)
     if isinstance(found, PhantomConfig):
         found = _phantom_agrees(config.own_settings(), found, path)
     if isinstance(found, HybridConfig):
