@@ -5,7 +5,7 @@
 
 counting  consecutive integers, digit by digit: what follows the longest known suffix is the number before, and where it differs from the next one
           only learned bits can say. The toy models of the official files (RWKV-LM, RWKV-v8), with the starting values and the schedule there:
-          an embedding of what ROSA of the tokens expects; 1-bit layers behind it, trained by exact flips
+          an embedding of what ROSA of the tokens expects; 1-bit layers behind it, or four of 4 bits at twice the learning rate, trained by exact flips
 recall    pairs of a key and a value, keys coming again and again in one sequence, each with its value of this sequence: asked are the values of keys
           seen before. The pure ROSA model with one block, whose keys begin as its queries; and with keys that begin apart from them, trained, and with
           q, k, v left so, which together show that the bits are learned
@@ -202,10 +202,10 @@ class Task(NamedTuple):
         return math.isfinite(found) and (found <= self.bar if self.at_most else found >= self.bar)
 
 
-def _stack(layers: int) -> Callable[[int], nn.Module]:
+def _stack(layers: int, bits: int = 1) -> Callable[[int], nn.Module]:
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return Stack(layers)
+        return Stack(layers, bits)
 
     return make
 
@@ -216,6 +216,7 @@ TASKS = {
     "counting, embedding only": Task(counting, _stack(0), 32, 1000, OFFICIAL, "loss", 0.66),
     "counting, one layer": Task(counting, _stack(1), 32, 1000, OFFICIAL, "loss", 0.47),
     "counting, two layers": Task(counting, _stack(2), 8, 1000, OFFICIAL, "loss", 0.43),
+    "counting, four layers of 4 bits": Task(counting, _stack(4, 4), 8, 1500, (2e-3, 1e-6), "loss", 0.25),
     "recall": Task(recall, functools.partial(language_model, 32), 16, 400, QUICK, "accuracy", 0.99, at_most=False),
     "recall, k apart": Task(recall, functools.partial(language_model, 32, apart=True), 16, 400, QUICK, "accuracy", 0.99, at_most=False),
     "recall, k apart, q k v frozen": Task(recall, functools.partial(language_model, 32, apart=True, frozen=True), 16, 400, QUICK, "accuracy", 0.6),
