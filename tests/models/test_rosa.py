@@ -19,6 +19,7 @@ VARIANTS = {
     "x080": dict(model_type="x080"),
     "x080, 1 bit": dict(model_type="x080", rosa_bits=1),
     "x080, DeepEmbed": dict(model_type="x080", deep_embed=True),
+    "x080, no ln0": dict(model_type="x080", ln0=False),
     "rosa": dict(model_type="rosa"),
     "rosa, 1 bit, DeepEmbed": dict(model_type="rosa", rosa_bits=1, deep_embed=True),
 }

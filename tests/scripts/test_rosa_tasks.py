@@ -56,6 +56,34 @@ def test_copy_asks_for_the_second_half():
     assert torch.equal(targets[asked].view(5, 31), idx[:, 1:32])
 
 
+def test_reverse_asks_for_the_digits_turned_round_and_the_end():
+    idx, targets, asked = rosa_tasks.reverse(300, rng())
+    lengths, symbols = set(), "0123456789,#"
+    for tokens, want, ask in zip(idx.tolist(), targets.tolist(), asked.tolist()):
+        text = "".join(symbols[t] for t in [*tokens, want[-1]])
+        number, answer = text.rstrip("#").split(",")
+        assert answer == number[::-1] and (number[0] != "0" or len(number) == 1) and want[:-1] == tokens[1:]
+        assert "".join(symbols[t] for t, a in zip(want, ask) if a) == f"{answer}#"
+        lengths.add(len(number))
+    assert {1, 60} <= lengths <= set(range(1, 61)) and len(lengths) > 50
+
+
+@pytest.mark.parametrize("done, limit", [(0.0, 4), (0.2, 32), (0.4, 60), (1.0, 60)])
+def test_while_it_trains_the_numbers_of_a_batch_are_as_long_and_become_longer(done, limit):
+    draw = rng()
+    batches = [rosa_tasks.reverse(2, draw, done) for _ in range(200)]
+    lengths = [idx.shape[1] // 2 for idx, _, asked in batches if (asked.sum(1) == idx.shape[1] // 2 + 1).all()]
+    assert len(lengths) == 200 and max(lengths) == limit and 0.3 < sum(n == limit for n in lengths) / 200 < 0.7 and min(lengths) < 4
+    assert all(len(idx) == 2 * min(4, limit // n) for (idx, _, _), n in zip(batches, lengths))
+
+
+def test_long_tasks_run_by_their_names_alone(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr(rosa_tasks, "run", lambda name, *_: found.append(name) or dict(figure="loss", loss=0.0, bar=1.0, met=True, seconds=0.0))
+    assert rosa_tasks.main(["--out", str(tmp_path / "r.json")]) == rosa_tasks.main(["--out", str(tmp_path / "r.json"), "reverse"]) == 0
+    assert "copy" in found and found.count("reverse") == 1 and found[-1] == "reverse"
+
+
 def test_frozen_is_what_it_says():
     model = rosa_tasks.language_model(16, 0, apart=True, frozen=True)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -79,6 +107,14 @@ def test_the_bits_are_learned():
 @pytest.mark.slow
 def test_left_as_such_bits_begin_it_does_not_come_near():
     assert (found := rosa_tasks.run("recall, k apart, q k v frozen", 1))["accuracy"] < 0.8, found
+
+
+@needs_kernel
+def test_what_is_gradual_begins_with_short_numbers(monkeypatch):
+    asked = []
+    monkeypatch.setitem(rosa_tasks.TASKS, "reverse", rosa_tasks.TASKS["reverse"]._replace(draw=lambda B, rng, *done: asked.append(done) or rosa_tasks.reverse(B, rng, 0.0, 4)))
+    found = rosa_tasks.run("reverse", 1, steps=4)
+    assert asked == [(0.0,), (0.25,), (0.5,), (0.75,), ()] and found["parameters"] == 39072, found
 
 
 @needs_kernel

@@ -126,6 +126,20 @@ def test_an_official_file_is_told_its_bits_once(run, tmp_path, capfd):
     assert read_config(load_weights(tmp_path / "out" / "rwkv-init.pth")).rosa_bits == 1
 
 
+def test_a_model_without_ln0_is_trained_on(run, losses, tmp_path, capfd):
+    """Through a training state too: no flag says that it has none."""
+    config = model_config("x080", n_layer=2, n_embd=32, vocab_size=256, head_size=16, rosa_bits=1, ln0=False)
+    model = build(config)
+    init_weights(model, 0)
+    save_weights(tmp_path / "a.pth", model.state_dict())
+    flags = dict(SHORT, my_testing="x080", load_model=tmp_path / "a.pth")
+    assert main(["train", *run.argv(tmp_path / "out", **flags), "--dry_run"]) == 0
+    assert run(tmp_path / "whole", **flags, max_steps=6) == 0
+    assert run(tmp_path / "out", **flags, max_steps=3) == 0 and run(tmp_path / "out", **flags, max_steps=3) == 0
+    assert "training state" in capfd.readouterr().out and losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert read_config(load_weights(tmp_path / "out" / "rwkv-0.pth")) == config
+
+
 def test_grad_cp_and_micro_batches_give_the_same_curve(run, losses, tmp_path):
     flags = dict(SHORT, my_testing="x080", max_steps=3)
     assert run(tmp_path / "whole", **flags) == 0

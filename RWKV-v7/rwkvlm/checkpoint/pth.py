@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config import UserError
 from ..models import LanguageModel, build, read_config
+from ..models.rosa_toys import by_usual_names
 from . import ranks
 from .place import sync_folder
 
@@ -58,7 +59,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by official name, memory-mapped, in the file's own dtype.
 
-    Raises UserError when the file is missing, truncated, or not a flat dict of floating-point tensors.
+    Raises UserError when the file is missing, truncated, not a flat dict of floating-point tensors, or a toy that is no model of ours (models/rosa_toys.py).
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +75,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise UserError(f"checkpoint {path}: entry {name!r} is not a weight; give a flat state dict as RWKV-LM saves it")
-    return {_unwrap(name): value for name, value in content.items()}
+    return by_usual_names({_unwrap(name): value for name, value in content.items()})
 
 
 def _unwrap(name: str) -> str:

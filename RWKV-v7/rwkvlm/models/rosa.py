@@ -38,13 +38,13 @@ class RosaBlockState(NamedTuple):
 
 
 class RosaBlock(nn.Module):
-    """`x += att(ln1(x)) + rosa(ln3(x)); x += ffn(ln2(x))`, in the pure ROSA model without att; block 0 also normalises the embedding with ln0."""
+    """`x += att(ln1(x)) + rosa(ln3(x)); x += ffn(ln2(x))`, in the pure ROSA model without att; block 0 also normalises the embedding with ln0, if it has it."""
 
     def __init__(self, config: RosaConfig, layer: int) -> None:
         super().__init__()
         C = config.n_embd
         self.width, self.n_head, self.head_size = C, config.n_head, config.head_size
-        self.ln0 = nn.LayerNorm(C) if layer == 0 else None
+        self.ln0 = nn.LayerNorm(C) if layer == 0 and config.ln0 else None
         self.ln1 = NormMix(C) if config.has_time_mixing else None
         self.ln2 = NormMix(C)
         self.ln3 = NormMix(C)
@@ -110,7 +110,7 @@ def config_of(tensors: Mapping[str, torch.Tensor], bits: int = 0) -> RosaConfig:
         sizes = Sizes(tensors, "a ROSA", "rosa")
         vocab_size, n_embd = sizes.shape("emb.weight", 2)
         given = dict(model_type="rosa", n_layer=sizes.n_layer(), n_embd=n_embd, vocab_size=vocab_size, dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0])
-    return model_config(**given, rosa_bits=bits, deep_embed="blocks.0.ffn.enn.weight" in tensors)
+    return model_config(**given, rosa_bits=bits, deep_embed="blocks.0.ffn.enn.weight" in tensors, ln0="blocks.0.ln0.weight" in tensors)
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
