@@ -97,7 +97,7 @@ class Kernels:
         task.weight, task.bias, task.mix[:] = at("weight", weight, C), at("bias", bias, C), _mixes(op, at, mixes, C)
         task.last, task.bounds = at("last", last, (B, C)), at("bounds", bounds, (task.documents + 1,), torch.int32)
         stream, newest, moments = x.new_empty(0) if branch is None else _like(x), x.new_empty(B, C), x.new_empty(B, T, 2, dtype=torch.float32)
-        out = [_like(x) for _ in mixes]
+        out = _likes(x, len(mixes))
         task.stream, task.newest, task.moments, task.out[:] = address(stream), address(newest), address(moments), _six([t.data_ptr() for t in out])
         self.run("norm_mix", x, task)
         return [stream, newest, moments, *out]
@@ -119,7 +119,7 @@ class Kernels:
 
     def token_mix(self, x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tensor]:
         task, at = _token_mix("token_mix", x, last, mixes)
-        out = [_like(x) for _ in mixes]
+        out = _likes(x, len(mixes))
         task.out[:] = _six([t.data_ptr() for t in out])
         self.run("token_mix", x, task)
         return out
@@ -137,7 +137,7 @@ class Kernels:
     def time_mix_inputs(self, *inputs: Tensor | int | None) -> list[Tensor]:
         task, at = _inputs("time_mix_inputs", *inputs)
         k = inputs[1]
-        out = [_like(k) for _ in range(4 if inputs[4] is None else 5)]
+        out = _likes(k, 4 if inputs[4] is None else 5)
         _point(task, ("w", "k_out", "a", "b", "v_out"), out)
         self.run("time_mix_inputs", k, task)
         return out
@@ -148,7 +148,7 @@ class Kernels:
         k, shape = inputs[1], inputs[1].shape
         task.dw, task.dk_out, task.da, task.db = at("dw", dw, shape), at("dk_out", dk_out, shape), at("da", da, shape), at("db", db, shape)
         task.dv_out, task.more_dv_first = at("dv_out", dv_out, shape), at("more_dv_first", more_dv_first, shape)
-        out = [_like(k) for _ in range(2 if inputs[4] is None else 5)]
+        out = _likes(k, 2 if inputs[4] is None else 5)
         parts, sums = self.sums(k, 1, task.rows, 5)
         _point(task, ("dk", "da_low", "dv", "dv_first", "dv_low"), out)
         _point(task, ("sums", "parts"), (sums, parts))
@@ -166,7 +166,7 @@ class Kernels:
         task, at = _output("time_mix_output_backward", *inputs)
         y = inputs[0]
         task.dout = at("dout", dout, y.shape)
-        out = [_like(y) for _ in range(5)]
+        out = _likes(y, 5)
         parts, sums = self.sums(y, 1, task.rows, 3)
         _point(task, ("dy", "dr", "dk", "dv", "dg", "sums", "parts"), (*out, sums, parts))
         self.run("time_mix_output_backward", y, task)
@@ -227,6 +227,12 @@ def _douts(op: str, at: Place, douts: list[Tensor], shape: torch.Size, n: int) -
     if len(douts) != n:
         raise ValueError(f"{op}: expected a gradient for each of {n} mixes, got {len(douts)}")
     return _six([at("a gradient", d, shape) for d in douts])
+
+
+def _likes(x: Tensor, count: int) -> list[Tensor]:
+    """Memory for as many tensors like x, contiguous."""
+    first = _like(x)
+    return [first, *[torch.empty_like(first) for _ in range(count - 1)]]
 
 
 def _six(places: list[int | None]) -> list[int | None]:

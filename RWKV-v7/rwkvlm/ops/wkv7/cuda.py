@@ -161,19 +161,20 @@ class Call:
     """One call of the library: where its inputs lie, its shape, its memory."""
 
     def __init__(self, op: str, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        self.r, self.at = tensors[0], given(op, "r", tensors[0])
-        if self.r.dim() != 4:
-            raise ValueError(f"{op}: r must be [B, T, H, N], got {list(self.r.shape)}")
-        B, T, H, N = shape = self.r.shape
+        self.r = r = tensors[0]
+        self.at = at = given(op, "r", r)
+        if r.dim() != 4:
+            raise ValueError(f"{op}: r must be [B, T, H, N], got {list(r.shape)}")
+        B, T, H, N = shape = r.shape
         documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.machine = machine(self.r.device)
-        self.form = form_for(self.r.dtype, self.machine.capability)
+        self.machine = machine(r.device)
+        self.form = form_for(r.dtype, self.machine.capability)
         self.states = (documents or B, H, N, N)
         self.saved = saved_bytes(self.form, B, T, H, N, documents)
         segment = segment_chunks(documents or B, T, H, N, self.machine.multiprocessors) if self.form == "chunked" else 0
-        self.shape = Shape(B, T, H, N, documents, self.at("cu_seqlens", cu_seqlens, (documents + 1,), torch.int32), segment)
-        self.inputs = Pointers(*[self.at(name, x, shape) for name, x in zip(NAMES, tensors)], self.at("initial_state", initial_state, self.states, torch.float32))
-        self.dtype = [] if self.form == "chunked" else [int(self.r.dtype == torch.float32)]
+        self.shape = Shape(B, T, H, N, documents, at("cu_seqlens", cu_seqlens, (documents + 1,), torch.int32), segment)
+        self.inputs = Pointers(*[at(name, x, shape) for name, x in zip(NAMES, tensors)], at("initial_state", initial_state, self.states, torch.float32))
+        self.dtype = [] if self.form == "chunked" else [int(r.dtype == torch.float32)]
 
     def arriving(self, saved: Tensor, dy: Tensor, d_final_state: Tensor | None, more: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[int | None]]:
         """What a backward has from elsewhere: the first three, and the gradients to be added to those of r, k and v."""
