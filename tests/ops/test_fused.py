@@ -217,7 +217,7 @@ def test_an_input_that_does_not_fit_is_a_value_error(form, name):
     """Plain PyTorch would take many: it broadcasts, and promotes dtypes, which alone is left to it."""
     case = Case(name, T=5, state=True)
     for what, inputs in misfits(case):
-        if form == "torch" and "double" in what:
+        if "double" in what and (form == "torch" or name == "norm_mix"):  # whose normalisation is PyTorch's on a CPU
             continue
         with pytest.raises(ValueError):
             pytest.fail(f"{what} was taken: {case.call(fused, *inputs)}")
