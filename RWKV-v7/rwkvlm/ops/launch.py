@@ -41,7 +41,7 @@ def given(op: str, first: str, like: Tensor) -> Place:
     like: one of the tensors, `first` by name, bfloat16 or float32; the others are on its device, and of its dtype where at is told no other. The shape is a
     tuple, or a number of elements; ValueError for anything else, None for None. The kernels read in order and in pieces of 16 bytes: of a tensor that is
     not contiguous and aligned a copy is made, which lives as long as at does: keep it until the kernels are on their stream.
-    A closure, since it is called for each tensor of a step: 0.4 microseconds, 0.1 less than a method.
+    A closure, since it is called for each tensor of a step: 0.4 microseconds, a quarter less than a method.
     """
     own, index, copies = like.dtype, like.get_device(), []
     if own is not torch.bfloat16 and own is not torch.float32:
