@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -133,9 +134,11 @@ def build_cuda(name: str, architectures: tuple[str, ...]) -> Path:
     if compiler is None:
         where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH or in {CUDA_DEFAULT}"
         raise NativeBuildError(f"CUDA kernel {name}: nvcc is not {where}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it")
-    facts = [_version(compiler), _version(shutil.which(env.cxx()) or ""), platform.machine(), *CUDA_FLAGS, *architectures]
+    targets = _targets(name, compiler, architectures)
+    host = shutil.which(env.cxx())
+    facts = [_says(compiler, "--version"), _says(host, "--version") if host else "", platform.machine(), *CUDA_FLAGS, *targets]
     key = _digest(facts, name, (".cu", ".cuh", ".h"))
-    return _cached(f"CUDA kernel {name}", f"cuda-{name}-{key}.so", lambda library: _compile_cuda(name, compiler, architectures, library))
+    return _cached(f"CUDA kernel {name}", f"cuda-{name}-{key}.so", lambda library: _compile_cuda(name, compiler, targets, library))
 
 
 def _cached(what: str, file: str, make: Callable[[Path], None]) -> Path:
@@ -182,13 +185,36 @@ def architecture(capability: tuple[int, int]) -> str:
     return f"{number}a" if number in ("90", "100") else number
 
 
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIME_OUT).stdout if compiler else ""
+def _targets(name: str, compiler: str, architectures: tuple[str, ...]) -> list[str]:
+    """nvcc's flags for these GPUs. For one that this nvcc does not know: PTX for the newest before it, of which the driver makes machine code."""
+    known = sorted({int(number) for number in re.findall(r"sm_(\d+)", _says(compiler, "--list-gpu-code"))})
+    flags = []
+    for wanted in architectures:
+        number = int(wanted.rstrip("a"))
+        before = [k for k in known if k < number]
+        if not known or number in known:
+            flags.append(f"-gencode=arch=compute_{wanted},code=sm_{wanted}")
+        elif before:
+            flags.append(f"-gencode=arch=compute_{before[-1]},code=compute_{before[-1]}")
+        else:
+            raise NativeBuildError(
+                f"CUDA kernel {name}: {compiler} makes code for compute capability {known[0] / 10} and higher, and a GPU here has {number / 10};"
+                " hide it with CUDA_VISIBLE_DEVICES, or set CUDA_HOME to an older toolkit"
+            )
+    return list(dict.fromkeys(flags))
+
+
+@functools.cache
+def _says(compiler: str, question: str) -> str:
+    try:
+        return subprocess.run([compiler, question], capture_output=True, text=True, timeout=TIME_OUT).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(f"{compiler} does not run: {error}") from None
 
 
 def _key(name: str, compiler: str) -> str:
     torch_version = importlib.metadata.version("torch") if _registers(name) else "none"
-    facts = [_version(compiler), platform.machine(), torch_version, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
+    facts = [_says(compiler, "--version"), platform.machine(), torch_version, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
     return _digest(facts, name, (".cpp", ".h"))
 
 
@@ -255,10 +281,9 @@ def _compile(name: str, compiler: str, library: Path) -> None:
         os.replace(built, library)
 
 
-def _compile_cuda(name: str, compiler: str, architectures: tuple[str, ...], library: Path) -> None:
+def _compile_cuda(name: str, compiler: str, targets: list[str], library: Path) -> None:
     what, sources = f"CUDA kernel {name}", [*_sources(name, "*.cu"), *_sources("common", "*.cu")]
     with _workshop(what, "a minute or two", library) as work:
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
         common = [compiler, "-ccbin", env.cxx(), *CUDA_FLAGS, *targets]
         jobs = [(work / f"{i}.o", source) for i, source in enumerate(sources)]
         _run_all(what, [[*common, "-c", str(source), "-o", str(target)] for target, source in jobs])
@@ -292,4 +317,5 @@ def _run(what: str, command: list[str]) -> None:
 
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    return next((line for line in lines if "error" in line), lines[0])[:300]
+    told = (line for line in lines if ("error" in line or "fatal" in line) and not line.startswith("collect2:"))  # which says that ld has said why
+    return next(told, lines[0])[:300]

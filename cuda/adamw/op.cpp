@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/expect.h"
 #include "../common/isa.h"
 #include "cpu.h"
 
@@ -43,7 +44,7 @@ void in_parallel(int64_t count, const Work& work) {
 bool is_bf16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
 void check(bool fits) {
-  STD_TORCH_CHECK(fits, "adamw: expected contiguous tensors of the same sizes: fp32 masters, moments and steps, bf16 or fp32 gradients");
+  expect(fits, "adamw: expected contiguous tensors of the same sizes: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to");
 }
 
 float* floats(const Tensor& x, int64_t count) {
@@ -73,12 +74,13 @@ void step(Tensors masters, Tensors rounded, Tensors grads, Tensors exp_avgs, Ten
     float *p = floats(masters[i], count), *m = floats(exp_avgs[i], count), *v = floats(exp_avg_sqs[i], count);
     char *g = gradient(grads[i], count), *to = rounded.empty() ? nullptr : gradient(rounded[i], count);
     check(!to || is_bf16(rounded[i]));
-    const double t = *floats(steps[i], 1) += 1;
+    const double t = *floats(steps[i], 1) + 1;
     rates.push_back({float(1 - lr * weight_decay), float(beta1), float(beta2), float(lr / (1 - std::pow(beta1, t))),
                      float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps), scale ? *floats(*scale, 1) : 1});
     for (int64_t at = 0; at < count; at += kPiece)
       tasks.push_back({i, {p + at, m + at, v + at, g + at * (narrow ? 2 : 4), to ? to + 2 * at : nullptr, std::min(kPiece, count - at), narrow}});
   }
+  for (const Tensor& made : steps) *floats(made, 1) += 1;  // when nothing can be refused any more
   const Kernels kernels = kernels_here();
   in_parallel(int64_t(tasks.size()), [&](int64_t i) { kernels.update(tasks[i].piece, rates[tasks[i].parameter]); });
 }

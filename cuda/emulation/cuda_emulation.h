@@ -90,7 +90,7 @@ struct Machine {
     std::vector<Warp> warps;
     Fiber scheduler;
     int current = -1, count = 0;
-    dim3 grid, block;
+    dim3 block;
     uint3 block_index{};
     std::function<void()> body;
     std::unique_ptr<char[]> shared_storage;
@@ -261,7 +261,7 @@ inline void run_block() {
 
 inline int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
     Machine& m = machine;
-    m.grid = grid, m.block = block, m.body = std::move(body), m.error.clear();
+    m.block = block, m.body = std::move(body), m.error.clear();
     m.count = block.x * block.y * block.z;
     if (m.count < 1 || m.count > 1024 || grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535)
         m.error = "invalid launch configuration";
@@ -414,7 +414,6 @@ template <class T> inline T shuffle_from(T value, int source) { return shuffle("
 #define threadIdx (emulation::machine.fibers[emulation::machine.current].thread)
 #define blockIdx (emulation::machine.block_index)
 #define blockDim (emulation::machine.block)
-#define gridDim (emulation::machine.grid)
 
 inline void __syncthreads() {
     const emulation::Unwatched here;

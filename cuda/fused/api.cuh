@@ -44,7 +44,7 @@ struct FusedNormMix {
 
 // What lies between the projections and the wkv7 operator. Heads of N in {16, 32, 64, 128} channels.
 struct FusedInputs {
-    int32_t rows, C, N, unused;
+    int32_t rows, C, N;
     const void *w_low, *k, *a_low, *v, *v_first, *v_low;  // v_first, v_low and v0 null: no value residual
     const void *w0, *k_k, *k_a, *a0, *v0;
     void *w, *k_out, *a, *b, *v_out;

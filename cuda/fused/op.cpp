@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/expect.h"
 #include "../common/isa.h"
 #include "cpu.h"
 
@@ -29,23 +30,30 @@ constexpr int64_t kElements = 1 << 14;  // of a block without
 
 Kernels kernels_for(const Tensor& like) {
   const bool is_bf16 = like.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(is_bf16 || like.scalar_type() == ScalarType::Float, "fused: expected bfloat16 or float32");
+  expect(is_bf16 || like.scalar_type() == ScalarType::Float, "fused: expected bfloat16 or float32");
   return OF_ISA_IN_USE(fused::kernels, is_bf16);
 }
 
-// Sizes of an operator's tensors: [..., C] with `rows` rows, and vectors of C numbers.
+// Sizes of an operator's tensors: those like `like`, [..., C] with `rows` rows, and vectors of C numbers.
 struct Shape {
-  ScalarType type;
+  Tensor like;
   int64_t rows, C;
 
-  explicit Shape(const Tensor& like) : type(like.scalar_type()), rows(like.numel() / like.size(like.dim() - 1)), C(like.size(like.dim() - 1)) {
-    STD_TORCH_CHECK(C % 16 == 0 && like.numel() > 0, "fused: the last dimension must be a multiple of 16, got ", C);
+  explicit Shape(const Tensor& like) : like(like), rows(0), C(like.dim() ? like.size(like.dim() - 1) : 0) {
+    expect(C > 0 && C % 16 == 0 && like.numel() > 0, "fused: the last dimension must be a multiple of 16, and none 0, got ", C);
+    rows = like.numel() / C;
   }
   void* at(const Tensor& x, int64_t count) const {
-    STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == count, "fused: expected contiguous tensors of one dtype whose sizes fit");
+    expect(x.scalar_type() == like.scalar_type() && x.is_contiguous() && x.numel() == count,
+           "fused: expected contiguous tensors of one dtype whose sizes fit, got ", x.numel(), " elements instead of ", count, " or another dtype");
     return x.data_ptr();
   }
-  void* whole(const Tensor& x) const { return at(x, rows * C); }
+  void* whole(const Tensor& x) const {
+    bool same = x.dim() == like.dim();
+    for (int64_t i = 0; same && i < x.dim(); i++) same = x.size(i) == like.size(i);
+    expect(same, "fused: expected tensors of one shape");
+    return at(x, rows * C);
+  }
   void* vector(const Tensor& x) const { return at(x, C); }
   void* maybe(const Maybe& x) const { return x ? whole(*x) : nullptr; }
 };
@@ -74,7 +82,8 @@ Tensor with_sums(const Task& task, void (*kernel)(const Task&, int64_t, int64_t,
 }
 
 TokenMix token_mix_task(const Shape& shape, const Tensor& x, const Maybe& last, const Tensors& mixes) {
-  STD_TORCH_CHECK(x.dim() == 3 && mixes.size() <= fused::kMost, "token_mix: expected x [B, T, C] and at most 8 mixes");
+  expect(x.dim() == 3 && mixes.size() <= fused::kMost, "token_mix: expected x [B, T, C] and at most 8 mixes");
+  expect(!last || (last->dim() == 2 && last->size(0) == x.size(0)), "token_mix: expected last [B, C]");
   TokenMix task{.T = x.size(1), .C = shape.C, .n = int64_t(mixes.size()), .x = shape.whole(x), .last = last ? shape.at(*last, x.size(0) * shape.C) : nullptr};
   for (size_t i = 0; i < mixes.size(); i++) task.mix[i] = shape.vector(mixes[i]);
   return task;
@@ -95,7 +104,7 @@ Tensors token_mix(Tensor x, Maybe last, Tensors mixes) {
 std::tuple<Tensor, Tensor, Tensor> token_mix_backward(Tensors douts, Tensor x, Maybe last, Tensors mixes) {
   const Shape shape(x);
   TokenMix task = token_mix_task(shape, x, last, mixes);
-  STD_TORCH_CHECK(douts.size() == mixes.size(), "token_mix: a gradient for each mix");
+  expect(douts.size() == mixes.size(), "token_mix: a gradient for each mix");
   for (size_t i = 0; i < mixes.size(); i++) task.dout[i] = shape.whole(douts[i]);
   Tensor dx = torch::stable::empty_like(x), dlast = torch::stable::new_empty(x, {last ? x.size(0) : 0, shape.C});
   task.dx = dx.data_ptr(), task.dlast = last ? dlast.data_ptr() : nullptr;
@@ -105,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> token_mix_backward(Tensors douts, Tensor x, M
 
 Prepare prepare_task(const Shape& shape, int64_t N, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v, const Maybe& v_first,
                      const Maybe& v_low, const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0, const Maybe& v0) {
-  STD_TORCH_CHECK(N > 0 && N % 16 == 0 && shape.C % N == 0 && v_first.has_value() == v_low.has_value() && v_first.has_value() == v0.has_value(),
+  expect(N > 0 && N % 16 == 0 && shape.C % N == 0 && v_first.has_value() == v_low.has_value() && v_first.has_value() == v0.has_value(),
                   "time_mix_inputs: heads must be a multiple of 16 wide and divide C; v_first, v_low and v0 come together");
   return {.C = shape.C, .N = N, .w_low = shape.whole(w_low), .k = shape.whole(k), .a_low = shape.whole(a_low), .v = shape.whole(v),
           .v_first = shape.maybe(v_first), .v_low = shape.maybe(v_low), .w0 = shape.vector(w0), .k_k = shape.vector(k_k), .k_a = shape.vector(k_a),
@@ -128,7 +137,7 @@ Tensors prepare_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Maybe d
                          Maybe v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Maybe v0, int64_t N, Maybe more_dv_first) {
   const Shape shape(k);
   Prepare task = prepare_task(shape, N, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0);
-  STD_TORCH_CHECK(dv_out.has_value() == v_first.has_value(), "time_mix_inputs: a gradient for each output");
+  expect(dv_out.has_value() == v_first.has_value(), "time_mix_inputs: a gradient for each output");
   task.dw = shape.whole(dw), task.dk_out = shape.whole(dk_out), task.da = shape.whole(da), task.db = shape.whole(db), task.dv_out = shape.maybe(dv_out);
   task.more_dv_first = shape.maybe(more_dv_first);
   Tensors out;
@@ -141,7 +150,7 @@ Tensors prepare_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Maybe d
 
 Finish finish_task(const Shape& shape, int64_t N, double eps, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& g,
                    const Tensor& weight, const Tensor& bias, const Tensor& r_k) {
-  STD_TORCH_CHECK(N > 0 && N % 16 == 0 && shape.C % N == 0, "time_mix_output: heads must be a multiple of 16 wide and divide C");
+  expect(N > 0 && N % 16 == 0 && shape.C % N == 0, "time_mix_output: heads must be a multiple of 16 wide and divide C");
   return {.C = shape.C, .N = N, .eps = float(eps), .y = shape.whole(y), .r = shape.whole(r), .k = shape.whole(k), .v = shape.whole(v),
           .g = shape.whole(g), .weight = shape.vector(weight), .bias = shape.vector(bias), .r_k = shape.vector(r_k)};
 }

@@ -124,6 +124,6 @@ extern "C" int fused_time_mix_inputs(const FusedInputs* task, int dtype, void* s
 }
 
 extern "C" int fused_time_mix_inputs_backward(const FusedInputs* task, int dtype, void* stream) {
-    if (!fused::takes(*task)) return FUSED_UNSUPPORTED;
+    if (!fused::takes(*task) || !task->dv_out != !task->v_first) return FUSED_UNSUPPORTED;
     return dtype == FUSED_BF16 ? fused::backward<fused::bf16>(*task, stream) : fused::backward<float>(*task, stream);
 }

@@ -11,7 +11,7 @@ enum { WKV4_UNSUPPORTED = -1 };
 enum { WKV4_SEGMENT = 32 };  // tokens; segments = ceil(T / WKV4_SEGMENT)
 
 struct Wkv4Task {
-    int32_t B, T, C, unused;
+    int32_t B, T, C;
     const float *w, *u;    // [C]: logarithm of the decay, bonus
     const void *k, *v;
     const float* initial;  // [B, 3, C]; null: nothing seen yet

@@ -27,10 +27,8 @@ constexpr int blocks_per_sm(int bytes, int wanted) {
 
 struct ChunkInputs {
     const bf16 *r, *w, *k, *v, *a, *b;
-    const float* initial_state;
     explicit ChunkInputs(const Wkv7Inputs& in)
-        : r((const bf16*)in.r), w((const bf16*)in.w), k((const bf16*)in.k), v((const bf16*)in.v), a((const bf16*)in.a), b((const bf16*)in.b),
-          initial_state(in.initial_state) {}
+        : r((const bf16*)in.r), w((const bf16*)in.w), k((const bf16*)in.k), v((const bf16*)in.v), a((const bf16*)in.a), b((const bf16*)in.b) {}
 };
 
 // A record for each (slot, head): what the forward leaves for the scan and the backward. bf16 matrices in blocks, the decay in fp32.

@@ -34,7 +34,7 @@ constexpr int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 constexpr float kDecayScale = -0.60653065971263342f;  // -exp(-1/2)
 
 // log d = kDecayScale * sigmoid(w) lies in (-0.607, 0), so that e^x needs no reduction of its range: the Taylor polynomial
-// around -0.3033 is exact to 2e-9 of its value there, in both directions.
+// around -0.3033 is exact to 2e-9 of its value there.
 INLINE vf exp_small(vf x, float centre, float scale) {
   const vf f = x - centre;
   vf p = splat(scale / 5040.f);
@@ -47,7 +47,6 @@ INLINE vf exp_small(vf x, float centre, float scale) {
   return p * f + scale;
 }
 INLINE vf decay_of(vf s) { return exp_small(s * kDecayScale, kDecayScale / 2, 0.73840315f); }
-INLINE vf inverse_decay_of(vf s) { return exp_small(s * -kDecayScale, -kDecayScale / 2, 1.35427375f); }
 
 // ---------------------------------------------------------------- forward
 

@@ -372,7 +372,7 @@ __global__ void step_gradients(Steps p, int T, int H, bf16* __restrict__ da, flo
             const float2 others = unpack(pair);
             pair = pack(others.x + rate * x[t].x, others.y + rate * x[t].y);
         }
-        __syncthreads();
+        // No barrier: the keys and values that the next copies overwrite were last read before those above, all else is written behind that of `load`.
     }
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) d_rate += __shfl_xor_sync(~0u, d_rate, mask);

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from oracles.elementwise import Case, close, squarable
+from oracles.elementwise import Case, close, misfits, squarable
 from rwkvlm.cli import doctor
 from rwkvlm.ops import fused
 from rwkvlm.ops.fused import cuda, native, reference
@@ -208,10 +208,55 @@ def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
 
 def test_what_the_kernels_do_not_take_is_an_error(device):
     for case in (Case("norm_mix", mixes=4, device=device), Case("token_mix", mixes=4, device=device), Case("time_mix_output", N=48, device=device)):
-        with pytest.raises(RuntimeError, match="shape or dtype"):
+        with pytest.raises(ValueError, match="shape or dtype"):
             case.call(fused, *case.inputs)
-    with pytest.raises(RuntimeError, match="shape or dtype"):
-        torch.ops.rwkvlm.relu_square(torch.zeros(1, 6, device=device))
+    for x in (torch.zeros(1, 6), torch.zeros(0, 16)):
+        with pytest.raises(ValueError, match="shape or dtype"):
+            torch.ops.rwkvlm.relu_square(x.to(device))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_input_that_does_not_fit_is_a_value_error(device, name):
+    case = Case(name, T=5, state=True, device=device)
+    for what, inputs in misfits(case):
+        with pytest.raises(ValueError):
+            pytest.fail(f"{what} was taken: {case.call(fused, *inputs)}")
+
+
+def test_what_reaches_an_operator_itself_is_looked_at(device):
+    """What autograd hands to a backward fits; whoever calls it gets an error all the same, and no kernel reads beside a tensor."""
+    ops, B, T, C = torch.ops.rwkvlm, 2, 5, 32
+    whole, short, row, other = torch.ones(B, T, C, device=device), torch.ones(B, T, C - 4, device=device), torch.ones(C, device=device), torch.ones(T, B, C, device=device)
+    moments, wide = torch.ones(B, T, 2, device=device), whole.double()
+    inputs, output = [*[whole] * 6, *[row] * 5, 16], [*[whole] * 5, *[row] * 3, 16, 1e-5]
+    calls = [
+        ("dout must have the shape", lambda: ops.time_mix_output_backward(other, *output)),
+        ("dout must be torch.float32, got torch.float64", lambda: ops.time_mix_output_backward(wide, *output)),
+        ("r_k must have 32 elements", lambda: ops.time_mix_output(*output[:7], row[:16], 16, 1e-5)),
+        ("dw must have the shape", lambda: ops.time_mix_inputs_backward(short, *[whole] * 4, *inputs)),
+        ("more_dv_first must have the shape", lambda: ops.time_mix_inputs_backward(*[whole] * 5, *inputs, short)),
+        ("a shape or dtype", lambda: ops.time_mix_inputs_backward(*[whole] * 4, None, *inputs)),
+        ("a shape or dtype", lambda: ops.time_mix_inputs(*inputs[:4], None, *inputs[5:])),
+        ("a shape or dtype", lambda: ops.time_mix_inputs(*inputs[:-1], 24)),
+        ("k must be torch.bfloat16 or torch.float32, got torch.float16", lambda: ops.time_mix_inputs(*[None if t is None else t.half() for t in inputs[:-1]], 16)),
+        ("last must have the shape \\[2, 32\\], got \\[1, 32\\]", lambda: ops.token_mix(whole, row[None], [row])),
+        ("at most 6 mixes, got 7", lambda: ops.token_mix(whole, None, [row] * 7)),
+        ("expected \\[B, T, C\\], none of them 0", lambda: ops.token_mix(whole[:, :0], None, [row])),
+        ("expected \\[B, T, C\\]", lambda: ops.token_mix(whole[0], None, [row])),
+        ("a gradient for each of 2 mixes, got 1", lambda: ops.token_mix_backward([whole], whole, None, [row] * 2)),
+        ("a gradient must have the shape", lambda: ops.token_mix_backward([short], whole, None, [row])),
+        ("dy must have the shape", lambda: ops.relu_square_backward(short, whole)),
+        ("branch must have the shape", lambda: ops.norm_mix(whole, other, row, row, 1e-5, None, [row], None)),
+        ("bounds must be torch.int32, got torch.int64", lambda: ops.norm_mix(whole[:1], None, row, row, 1e-5, None, [row], torch.tensor([0, T], device=device))),
+        ("moments must have the shape", lambda: ops.norm_mix_backward(None, None, [whole], whole, moments[:1], row, row, None, [row])),
+        ("moments must be torch.float32, got torch.float64", lambda: ops.norm_mix_backward(None, None, [whole], whole, moments.double(), row, row, None, [row])),
+        ("dnewest must have the shape", lambda: ops.norm_mix_backward(None, row[None], [whole], whole, moments, row, row, None, [row])),
+        ("dstream must have the shape", lambda: ops.norm_mix_backward(other, None, [whole], whole, moments, row, row, None, [row])),
+        ("a gradient for each of 1 mixes, got 0", lambda: ops.norm_mix_backward(None, None, [], whole, moments, row, row, None, [row])),
+    ]
+    for message, call in calls:
+        with pytest.raises(ValueError, match=message):
+            pytest.fail(f"instead of '{message}': {call()}")
 
 
 @pytest.mark.parametrize("residual", [True, False])

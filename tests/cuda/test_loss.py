@@ -109,8 +109,18 @@ def test_the_operator_is_well_formed(device):
     logits, targets = make(3, 33, BF16, device)
     arguments = (logits, targets, torch.empty(3, device=device), 0.5, 0.1, True)
     torch.library.opcheck(torch.ops.rwkvlm.loss_of_logits.default, arguments)
-    with pytest.raises(ValueError, match="do not fit"):
-        torch.ops.rwkvlm.loss_of_logits(logits, targets[:2], *arguments[2:])
+    losses, wide = arguments[2], torch.empty(6, device=device)
+    for message, wrong in (
+        ("targets must have the shape \\[3\\], got \\[2\\]", (logits, targets[:2], losses)),
+        ("targets must be torch.int64, got torch.int32", (logits, targets.int(), losses)),
+        ("losses must have the shape", (logits, targets, wide)),
+        ("losses must be contiguous", (logits, targets, wide[::2])),
+        ("losses must be torch.float32, got torch.float64", (logits, targets, losses.double())),
+        ("logits must be \\[rows, V\\] and contiguous", (logits.t().contiguous().t(), targets, losses)),
+        ("logits must be torch.bfloat16 or torch.float32, got torch.float16", (logits.half(), targets, losses)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.rwkvlm.loss_of_logits(*wrong, *arguments[3:])
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])

@@ -229,6 +229,34 @@ def test_tensors_that_lie_askew_are_put_right(device):
         assert torch.equal(x.cpu(), expected[name]), name
 
 
+def test_what_reaches_the_operator_itself_is_looked_at(device):
+    case = make_case(T=12, N=16)
+    inputs, state, dy = [x.to(device) for x in case.inputs], case.initial_state.to(device), case.dy.to(device)
+    forward, backward = torch.ops.rwkvlm.wkv7_cuda_forward, torch.ops.rwkvlm.wkv7_cuda_backward
+    _, final, saved = forward(*inputs, state, None, True)
+    bounds, whole = torch.tensor([0, 4, 12], device=device), dict(enumerate(inputs))
+
+    def with_(i, x):
+        return (whole | {i: x}).values()
+
+    for message, call in (
+        ("w must have the shape", lambda: forward(*with_(1, inputs[1][:, :-1]), state, None, False)),
+        ("b must be torch.bfloat16, got torch.float32", lambda: forward(*with_(5, inputs[5].float()), state, None, False)),
+        ("r must be torch.bfloat16 or torch.float32", lambda: forward(*(x.double() for x in inputs), None, None, False)),
+        ("r must be \\[B, T, H, N\\]", lambda: forward(*(x[0] for x in inputs), None, None, False)),
+        ("initial_state must have the shape", lambda: forward(*inputs, state[:, :1], None, False)),
+        ("initial_state must be torch.float32", lambda: forward(*inputs, state.double(), None, False)),
+        ("cu_seqlens must be torch.int32, got torch.int64", lambda: forward(*inputs, None, bounds, False)),
+        ("a shape or dtype", lambda: forward(*(x[..., :8].contiguous() for x in inputs), None, None, False)),
+        ("dy must have the shape", lambda: backward(dy[:, 1:], None, *inputs, state, None, saved, False)),
+        ("dy must be torch.bfloat16", lambda: backward(dy.float(), None, *inputs, state, None, saved, False)),
+        ("d_final_state must have the shape", lambda: backward(dy, final[:, :1], *inputs, state, None, saved, False)),
+        ("a gradient must have the shape", lambda: backward(dy, final, *inputs, state, None, saved, False, dy[:, 1:], None, None)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pytest.fail(f"instead of '{message}': {call()}")
+
+
 def test_bounds_are_checked_where_that_needs_no_waiting(device):
     case = make_case(T=12, N=16, documents=[4, 8])
     inputs = [x.to(device) for x in case.inputs]

@@ -28,8 +28,8 @@ WKV7 = {
     "chunked": [("RRRRRRR", "R.", "R"), SCAN, ("R.R.", "....", "RR"), ("RRRRRRRRRR", "", "RR")],
     "wide": [("RRRRRR", "R..", "R"), ("RRRRRRRRRRRRRRR", "", "RRR")],
     "segments": [("R.R.", "", "RR"), ("RRR", "", "RRR")] * 2,
-    "sequential": [(".RRRRR", "", ""), ("..RRRRRR.RRRRRR.RRRRR", "", "")],
-    "ttt": [("RRRRRRRR...", "RR", "RR."), ("RRRRRRRR...", "....", "RR."), ("RRRRRRR.RRRRRRR.R", "", "RR")],
+    "sequential": [(".RRRRR", "", ""), (".RRRRRRRRRRRRRRRRR", "", "")],
+    "ttt": [("RRRRRRRR...", "RR", "RR."), ("RRRRRRRR...", "....", "RR."), ("RRRRRRRRRRRRRRR", "", "RR")],
 }
 AROUND_WKV7 = {
     "norm_mix": [("R", "", ""), ("RRR", "", "RRR"), COLLECT],

@@ -169,6 +169,33 @@ def test_a_gradient_of_nan_is_nan(device):
         assert gradient.flatten().isnan().tolist() == [False, False, True, False]
 
 
+def test_what_reaches_an_operator_itself_is_looked_at(device):
+    q, ends, ops = torch.ones(2, 5, 4, device=device), torch.ones(4, device=device), torch.ops.rwkvlm
+    short, tokens = q[:, :-1], torch.ones(2, 5, dtype=torch.int64, device=device)
+    old, runs = torch.ones(2, 2, 3, dtype=torch.uint8, device=device), torch.ones(2, 2, 3, dtype=torch.int32, device=device)
+
+    def rosa_of(q=q, k=None, v=None, low=ends, bits=2, old_k=None, old_runs=None):
+        return ops.rosa(q, k, v, low, ends, bits, False, 0.1, False, old_k, None, old_runs, False)
+
+    for message, call in (
+        ("k must have the shape", lambda: rosa_of(k=short, v=q)),
+        ("v must be torch.float32, got torch.bfloat16", lambda: rosa_of(k=q, v=q.bfloat16())),
+        ("low must have the shape", lambda: rosa_of(low=ends[:3])),
+        ("low must be torch.float32", lambda: rosa_of(low=ends.bfloat16())),
+        ("q must be torch.bfloat16 or torch.float32, got torch.float64", lambda: rosa_of(q=q.double())),
+        ("bits from 1 to 8 that divide C", lambda: rosa_of(bits=3)),
+        ("bits from 1 to 8 that divide C", lambda: rosa_of(bits=0)),
+        ("old_k must have the shape", lambda: rosa_of(old_k=old[:1], old_runs=runs)),
+        ("old_runs must be torch.int32, got torch.int64", lambda: rosa_of(old_k=old, old_runs=runs.long())),
+        ("dout must have the shape", lambda: ops.rosa_backward(short, q, None, None, ends, ends, 2, False, 0.1, True)),
+        ("high must have the shape", lambda: ops.rosa_backward(q, q, None, None, ends, ends[:2], 2, False, 0.1, True)),
+        ("expected \\[B, T\\] int64", lambda: ops.rosa_tokens(tokens.int(), None, None, False)),
+        ("state.runs", lambda: ops.rosa_tokens(tokens, tokens, runs[0], False)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pytest.fail(f"instead of '{message}': {call()}")
+
+
 def test_no_batch(device):
     x = torch.zeros(0, 3, 4, device=device)
     assert [t.shape[0] for t in results(rosa, [x, x, x], *torch.ones(2, 4, device=device), bits=2)] == [0, 0, 0, 0, 4, 4]

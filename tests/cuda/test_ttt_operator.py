@@ -91,6 +91,27 @@ def test_a_backward_needs_what_the_forward_has_saved(device):
         torch.ops.rwkvlm.wkv7_ttt_cuda_backward(y, None, *asked[:6], *asked[7:9], saved, *asked[9:], False)
 
 
+def test_what_the_kernels_do_not_take_is_an_error(device):
+    asked = arguments(make_ttt_case(T=70, N=16, rows=8, H=1), device, gradients=False)
+    rate, head = asked[7:9]
+    for place, other, message in (
+        (7, rate.double(), "rate must be torch.float32, got torch.float64"),
+        (7, torch.cat([rate, rate]), "rate must have the shape \\[1\\], got \\[2\\]"),
+        (8, head[:, :, :4], "head must have the shape"),
+        (8, head[0], "head must be \\[2, hidden, 8\\]"),
+        (8, head.repeat(1, 40, 1), "with 1 to 32 hidden units"),
+        (9, 12, "rows from 8 to 16 in steps of 8"),
+        (9, 24, "rows from 8 to 16 in steps of 8"),
+        (10, 0, "segments of a multiple of 64 tokens"),
+        (10, 70, "segments of a multiple of 64 tokens"),
+        (1, asked[1][:, 1:], "w must have the shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ttt_cuda.wkv7_ttt(*asked[:place], other, *asked[place + 1 :])
+    with pytest.raises(ValueError, match="expected bfloat16 and a GPU with"):
+        torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*(x.float() for x in asked[:6]), *asked[6:], False)
+
+
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_layer_is_one_call_of_the_operator(device, monkeypatch, head, training):

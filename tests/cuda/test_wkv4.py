@@ -53,6 +53,26 @@ def test_nan_is_not_hidden(device):
     assert y[0, 3:, 5].isnan().all() and dw[5].isnan() and not y[1].isnan().any()
 
 
+def test_what_reaches_an_operator_itself_is_looked_at(device):
+    case = Case(B=2, T=37, C=16, device=device)
+    inputs, ops = [x.detach() for x in case.inputs], torch.ops.rwkvlm
+    w, u, k, v, state = inputs
+    dy, d_final, starts = k.clone(), state.clone(), ops.wkv4_forward(*inputs, True)[2]
+    for message, call in (
+        ("v must have the shape", lambda: ops.wkv4_forward(w, u, k, v[:, :-1], None, False)),
+        ("w must be torch.float32, got torch.bfloat16", lambda: ops.wkv4_forward(w.bfloat16(), u, k, v, None, False)),
+        ("u must have the shape", lambda: ops.wkv4_forward(w, u[:8], k, v, None, False)),
+        ("initial_state must have the shape", lambda: ops.wkv4_forward(w, u, k, v, state[:1], False)),
+        ("k must be torch.bfloat16 or torch.float32", lambda: ops.wkv4_forward(w, u, k.double(), v.double(), None, False)),
+        ("k must be \\[B, T, C\\]", lambda: ops.wkv4_forward(w, u, k[0], v[0], None, False)),
+        ("dy must have the shape", lambda: ops.wkv4_backward(dy[:1], None, w, u, k, v, starts)),
+        ("d_final must have the shape", lambda: ops.wkv4_backward(dy, d_final[:, :2], w, u, k, v, starts)),
+        ("checkpoints must have the shape", lambda: ops.wkv4_backward(dy, d_final, w, u, k, v, starts[:0])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pytest.fail(f"instead of '{message}': {call()}")
+
+
 def test_the_operators_are_well_formed(device):
     case = Case(T=37, C=16, device=device)
     torch.library.opcheck(torch.ops.rwkvlm.wkv4_forward, (*[x.requires_grad_() for x in case.inputs], True))

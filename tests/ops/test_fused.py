@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from oracles.elementwise import Case, close, squarable
+from oracles.elementwise import Case, close, misfits, squarable
 from rwkvlm import native as build
 from rwkvlm.config import UserError
 from rwkvlm.ops import backend, fused
@@ -210,6 +210,25 @@ def test_a_state_of_another_dtype_is_not_read_as_if_it_were_the_same(form):
         else:
             with pytest.raises(UserError, match="they take bfloat16 or float32 alone, not torch.bfloat16, torch.float32"):
                 call()
+
+
+@pytest.mark.parametrize("name", [*CASES, "norm_mix"])
+def test_an_input_that_does_not_fit_is_a_value_error(form, name):
+    """Plain PyTorch would take many: it broadcasts, and promotes dtypes, which alone is left to it."""
+    case = Case(name, T=5, state=True)
+    for what, inputs in misfits(case):
+        if "double" in what and (form == "torch" or name == "norm_mix"):  # whose normalisation is PyTorch's on a CPU
+            continue
+        with pytest.raises(ValueError):
+            pytest.fail(f"{what} was taken: {case.call(fused, *inputs)}")
+    for x in (torch.zeros(2, 0, 96), torch.zeros(2, 96)):
+        with pytest.raises(ValueError):
+            pytest.fail(str(fused.token_mix(x, None, [torch.zeros(96)])))
+    inputs = Case("time_mix_inputs", T=5).inputs
+    for part in range(4, 11):
+        if part in (4, 5, 10):
+            with pytest.raises(ValueError):
+                pytest.fail(str(fused.time_mix_inputs(*(None if i == part else t for i, t in enumerate(inputs)), 32)))
 
 
 def test_dispatch(form, monkeypatch, capfd):

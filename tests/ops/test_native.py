@@ -160,11 +160,12 @@ def test_without_nvcc_the_reason_names_the_cure(toy_cuda, tmp_path, monkeypatch)
     assert not can and reason == f"CUDA kernel toy: nvcc is not in CUDA_HOME={tmp_path}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it"
 
 
-def stand_in(tmp_path, monkeypatch, script):
-    """An nvcc of our own."""
+def stand_in(tmp_path, monkeypatch, script, knows=()):
+    """An nvcc of our own that makes code for these GPUs; for none: it does not tell."""
     path = tmp_path / "home" / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
-    path.write_text("#!/bin/sh\n" + script)
+    lists = "".join(f"echo sm_{number};" for number in knows) or "exit 1;"
+    path.write_text(f'#!/bin/sh\nif [ "$1" = --list-gpu-code ]; then {lists} exit 0; fi\n{script}')
     path.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
 
@@ -202,6 +203,58 @@ def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, 
     first = native.build_cuda("toy", ("90a",))
     (toy_cuda / "new.cuh").write_text("// changed\n")
     assert native.build_cuda("toy", ("90a",)) != first
+
+
+@pytest.mark.parametrize(
+    "knows, gpus, flags",
+    [
+        ((80, 86, 90), ("86", "90a", "120"), ["compute_86,code=sm_86", "compute_90a,code=sm_90a", "compute_90,code=compute_90"]),  # nvcc 12.4
+        ((80, 90), ("100a", "120"), ["compute_90,code=compute_90"]),
+        ((90, 100, 120), ("103", "120"), ["compute_100,code=compute_100", "compute_120,code=sm_120"]),
+        ((), ("100a", "61"), ["compute_100a,code=sm_100a", "compute_61,code=sm_61"]),  # one that does not tell: it is asked
+    ],
+    ids=str,
+)
+def test_a_gpu_that_nvcc_does_not_know_gets_what_its_driver_can_compile(toy_cuda, tmp_path, monkeypatch, knows, gpus, flags):
+    """And one beside it that nvcc knows is served as if it were alone."""
+    log = tmp_path / "log"
+    stand_in(tmp_path, monkeypatch, f'echo "$*" >> {log}\ncase "$*" in --version) echo nvcc;; *) exit 1;; esac\n', knows)
+    with pytest.raises(native.NativeBuildError, match="does not compile"):
+        native.build_cuda("toy", gpus)
+    compiled = [line for line in log.read_text().splitlines() if " -c " in line]
+    assert compiled and all([word.removeprefix("-gencode=arch=") for word in line.split() if word.startswith("-gencode")] == flags for line in compiled)
+
+
+def test_a_gpu_that_nvcc_no_longer_knows_is_a_reason(toy_cuda, tmp_path, monkeypatch):
+    gpu(monkeypatch, (8, 6), (6, 1))
+    stand_in(tmp_path, monkeypatch, "echo nvcc\n", (75, 80, 86, 90, 120))
+    can, reason = native.cuda_available("toy")
+    assert not can and reason == (
+        f"CUDA kernel toy: {tmp_path}/home/bin/nvcc makes code for compute capability 7.5 and higher, and a GPU here has 6.1;"
+        " hide it with CUDA_VISIBLE_DEVICES, or set CUDA_HOME to an older toolkit"
+    )
+
+
+def test_the_nvcc_that_is_here_knows_the_gpus_that_are_compiled_for():
+    if native.nvcc() is None:
+        pytest.skip("needs nvcc")
+    assert native._targets("toy", native.nvcc(), ("80", "90a")) == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_an_nvcc_that_does_not_start_is_one_line(toy_cuda, tmp_path, monkeypatch):
+    gpu(monkeypatch, (9, 0))
+    stand_in(tmp_path, monkeypatch, "")
+    path = tmp_path / "home" / "bin" / "nvcc"
+    path.write_bytes(b"\x7fELF of another machine")
+    can, reason = native.cuda_available("toy")
+    assert not can and reason.startswith(f"{path} does not run: [Errno 8] Exec format error") and "\n" not in reason
+
+
+def test_the_line_that_is_told_is_the_one_that_says_why():
+    full = "/usr/bin/ld: final link failed: No space left on device\ncollect2: error: ld returned 1 exit status\n"
+    assert native._one_line(full) == "/usr/bin/ld: final link failed: No space left on device"
+    warned = "nvcc warning : Support for offline compilation for architectures prior to ... will be removed\nnvcc fatal   : Unsupported gpu architecture 'compute_120'\n"
+    assert native._one_line(warned) == "nvcc fatal   : Unsupported gpu architecture 'compute_120'"
 
 
 def test_a_driver_that_is_too_old_is_a_reason(toy_cuda, monkeypatch, tmp_path):

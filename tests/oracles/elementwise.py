@@ -66,6 +66,20 @@ class Case:
         return self.outputs_and_gradients(reference, [None if t is None else t.detach().double().requires_grad_() for t in self.inputs])
 
 
+def misfits(case):
+    """(what is wrong, inputs) for each input but the one that the others are measured by: one channel too few, as many numbers in another shape, another dtype."""
+    measure = {"time_mix_inputs": 1}.get(case.name, 0)
+    for i, x in enumerate(case.inputs):
+        if x is None or i == measure:
+            continue
+        others = {"short": x[..., :-1], "double": x.double()}
+        if x.dim() > 1 and x.shape[0] != x.shape[1] and 1 not in x.shape:
+            others["swapped"] = x.transpose(0, 1)
+        for kind, other in others.items():
+            if not (case.name == "time_mix_output" and i == 7 and kind == "swapped"):  # r_k says itself what a head is
+                yield f"{kind} input {i}", [other if j == i else t for j, t in enumerate(case.inputs)]
+
+
 def squarable(dtype):
     """[1, T, 64] numbers whose squares are normal numbers: of bfloat16 all there are, of float32 a sample of every size."""
     if dtype == torch.bfloat16:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..launch import address, launch, why_not_built
 from . import native
+from .arguments import check_gradients, check_step
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
-MASTER, GRADIENT = {torch.float32}, {torch.float32, torch.bfloat16}
 
 
 class Step(ctypes.Structure):
@@ -53,14 +53,7 @@ class Kernels:
         self, masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
         scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     ) -> None:  # fmt: skip
-        sizes, index = [p.numel() for p in masters], masters[0].get_device()
-        scalars = [*steps, *(x for x in (scale, found_inf) if x is not None)]
-        fit = len(steps) == len(masters) and _fit(scalars, [1] * len(scalars), MASTER, index)
-        fit = fit and all(_fit(tensors, sizes, MASTER, index) for tensors in (masters, exp_avgs, exp_avg_sqs)) and _fit(grads, sizes, GRADIENT, index)
-        if not (fit and (not rounded or _fit(rounded, sizes, {torch.bfloat16}, index))):
-            raise ValueError(
-                "adamw: expected contiguous tensors of the same sizes on one device: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to"
-            )
+        sizes = check_step(masters, rounded, grads, exp_avgs, exp_avg_sqs, steps, scale, found_inf)
         rates = masters[0].new_empty(len(masters), 4)
         lists = [_addresses(tensors) for tensors in (masters, grads, exp_avgs, exp_avg_sqs, steps, rounded)]  # read before the call returns
         counts, narrow = array("q", sizes), _narrow(grads)
@@ -70,25 +63,13 @@ class Kernels:
         launch(self.library, "adamw_step", masters[0].device, task)
 
     def gradient_norms(self, grads: list[Tensor]) -> Tensor:
-        sizes = array("q", [g.numel() for g in grads])
-        if not _fit(grads, list(sizes), GRADIENT, grads[0].get_device()):
-            raise ValueError("gradient_norms: expected contiguous bf16 or fp32 gradients on one device")
+        sizes = array("q", check_gradients(grads))
         n, parts = len(sizes), self.library.adamw_norm_parts(len(sizes), _place(sizes))
         norms, parts = grads[0].new_empty(n, dtype=torch.float32), grads[0].new_empty(parts, dtype=torch.float32)
         places, narrow = _addresses(grads), _narrow(grads)
         arrays = (_place(sizes), _place(places), _place(narrow))
         launch(self.library, "adamw_norms", norms.device, n, *arrays, parts.data_ptr(), norms.data_ptr())
         return norms
-
-
-def _fit(tensors: list[Tensor], sizes: list[int], dtypes: set[torch.dtype], index: int) -> bool:
-    """Whether there is one contiguous tensor of each size, all on the device of this index (-1: the host)."""
-    return (
-        [t.numel() for t in tensors] == sizes
-        and {t.dtype for t in tensors} <= dtypes
-        and {t.get_device() for t in tensors} == {index}
-        and all([t.is_contiguous() for t in tensors])
-    )
 
 
 def _addresses(tensors: list[Tensor]) -> array:

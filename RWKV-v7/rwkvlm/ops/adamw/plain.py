@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .arguments import check_gradients, check_step
+
 
 def adamw_(
     masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """As `ops.adamw.adamw_`."""
-    grads = [grad.to(torch.float32, copy=scale is not None).contiguous() for grad in grads]
+    grads = [grad.contiguous() for grad in grads]
+    check_step(masters, rounded, grads, exp_avgs, exp_avg_sqs, steps, scale, found_inf)
+    grads = [grad.to(torch.float32, copy=scale is not None) for grad in grads]
     if scale is not None:
         torch._foreach_mul_(grads, scale)  # in the copies: a third set of gradients would be the largest thing there is
     if found_inf is not None:
@@ -24,4 +28,5 @@ def adamw_(
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:
+    check_gradients([grad.contiguous() for grad in grads])
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))

@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..launch import launch, ready, why_not_built
+from ..arguments import check_tensor
+from ..launch import given, launch, why_not_built
 
 LOGITS = 1 << 30  # bytes that a chunk of logits may take, about
 
@@ -32,11 +33,12 @@ def register(registration: torch.library.Library, library: ctypes.CDLL, key: str
     library.loss_of_logits.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2 + [ctypes.c_void_p]
 
     def loss_of_logits(logits: Tensor, targets: Tensor, losses: Tensor, scale: float, wrap: float, gradient: bool) -> None:
-        if not (logits.is_contiguous() and losses.is_contiguous() and logits.dim() == 2 and losses.shape == targets.shape == logits.shape[:1]):
-            raise ValueError(f"loss_of_logits: logits {list(logits.shape)}, targets {list(targets.shape)}, losses {list(losses.shape)} do not fit")
-        targets = ready(targets)
-        sizes = (*logits.shape, scale, wrap, gradient, int(logits.dtype == torch.float32))
-        launch(library, "loss_of_logits", logits.device, logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), *sizes)
+        if logits.dim() != 2 or not logits.is_contiguous():
+            raise ValueError(f"loss_of_logits: logits must be [rows, V] and contiguous, got {list(logits.shape)} with strides {list(logits.stride())}")
+        at, (rows, V) = given("loss_of_logits", "logits", logits), logits.shape
+        check_tensor("loss_of_logits", "losses", losses, (rows,), (torch.float32,), "logits", logits.device)
+        places = logits.data_ptr(), at("targets", targets, (rows,), torch.int64), losses.data_ptr()
+        launch(library, "loss_of_logits", logits.device, *places, rows, V, scale, wrap, gradient, int(logits.dtype == torch.float32))
 
     registration.impl("loss_of_logits", loss_of_logits, key)
 

@@ -56,7 +56,8 @@ def time_mix_inputs(
     Returns w, k, a, b, v, each [B, T, C], and v_first as it came, for what reads it afterwards: what these uses give is then added in the same backward pass.
     Source: RWKV-7 paper (arXiv 2503.14456), section 4.
     """
-    return _form(k, w_low, a_low, v, w0).time_mix_inputs(w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
+    inputs = (k, w_low, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0)
+    return _form(*(t for t in inputs if t is not None)).time_mix_inputs(w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
 
 
 def time_mix_output(
@@ -66,7 +67,7 @@ def time_mix_output(
 
     y, r, k, v, g: [B, T, C]; weight, bias: [C]; r_k: [H, N]. Returns [B, T, C]. Source: RWKV-7 paper (arXiv 2503.14456), section 4.
     """
-    return _form(y, r, k, v, g, weight).time_mix_output(y, r, k, v, g, weight, bias, r_k, eps)
+    return _form(y, r, k, v, g, weight, bias, r_k).time_mix_output(y, r, k, v, g, weight, bias, r_k, eps)
 
 
 def relu_square(x: Tensor) -> Tensor:

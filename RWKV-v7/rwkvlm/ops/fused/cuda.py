@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
 
-from ..launch import address, launch, ready, why_not_built
+from ..launch import Place, address, given, launch, why_not_built
 from . import native
 
 INT, FLOAT, POINTER = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+MOST_ROWS, MOST_MIXES = 2**31 - 1, 6  # what the fields of the tasks hold
+_like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 class TokenMix(ctypes.Structure):
@@ -32,7 +35,7 @@ class NormMix(ctypes.Structure):
 class Inputs(ctypes.Structure):
     """FusedInputs of cuda/fused/api.cuh."""
 
-    _fields_ = [(n, INT) for n in ("rows", "C", "N", "unused")] + [
+    _fields_ = [(n, INT) for n in ("rows", "C", "N")] + [
         (n, POINTER)
         for n in "w_low k a_low v v_first v_low w0 k_k k_a a0 v0 w k_out a b v_out dw dk_out da db dv_out more_dv_first dk da_low dv dv_first dv_low sums parts".split()
     ]
@@ -87,123 +90,153 @@ class Kernels:
 
     def norm_mix(self, x, branch, weight, bias, eps, last, mixes, bounds) -> list[Tensor]:
         """stream (nothing without a branch: it is x), newest, moments, and the blends."""
-        x, branch, weight, bias, last, bounds, *mixes = kept = [ready(t) for t in (x, branch, weight, bias, last, bounds, *mixes)]
-        task = NormMix(*x.shape, len(mixes), 0 if bounds is None else len(bounds) - 1, eps=eps)
-        _point(task, ("x", "branch", "weight", "bias", "last", "bounds"), kept)
-        B, T, C = x.shape
-        stream, newest, moments = x.new_empty(0 if branch is None else x.shape), x.new_empty(B, C), x.new_empty(B, T, 2, dtype=torch.float32)
-        out = [torch.empty_like(x) for _ in mixes]
-        _point(task, ("stream", "newest", "moments"), (stream, newest, moments))
-        task.mix[:], task.out[:] = _six(mixes), _six(out)
+        op = "norm_mix"
+        at, (B, T, C) = given(op, "x", x), _sequences(op, x)
+        task = NormMix(B, T, C, len(mixes), 0 if bounds is None else bounds.numel() - 1, eps=eps)
+        task.x, task.branch = at("x", x, x.shape), at("branch", branch, x.shape)
+        task.weight, task.bias, task.mix[:] = at("weight", weight, C), at("bias", bias, C), _mixes(op, at, mixes, C)
+        task.last, task.bounds = at("last", last, (B, C)), at("bounds", bounds, (task.documents + 1,), torch.int32)
+        stream, newest, moments = x.new_empty(0) if branch is None else _like(x), x.new_empty(B, C), x.new_empty(B, T, 2, dtype=torch.float32)
+        out = _likes(x, len(mixes))
+        task.stream, task.newest, task.moments, task.out[:] = address(stream), address(newest), address(moments), _six([t.data_ptr() for t in out])
         self.run("norm_mix", x, task)
         return [stream, newest, moments, *out]
 
     def norm_mix_backward(self, dstream, dnewest, douts, stream, moments, weight, bias, last, mixes) -> tuple[Tensor, Tensor, Tensor]:
-        names = ("x", "moments", "weight", "bias", "last", "dstream", "dnewest")
-        kept = [ready(t) for t in (stream, moments, weight, bias, last, dstream, dnewest)]
-        mixes, douts = [ready(t) for t in mixes], [ready(t) for t in douts]
-        (B, T, C), n = stream.shape, len(mixes)
+        op, n, shape = "norm_mix_backward", len(mixes), stream.shape
+        at, (B, T, C) = given(op, "stream", stream), _sequences(op, stream)
         task = NormMix(B, T, C, n)
-        dx, dlast, sums = torch.empty_like(kept[0]), stream.new_empty(0 if last is None else B, C), stream.new_empty(n + 2, C)
+        task.x, task.moments = at("stream", stream, shape), at("moments", moments, (B, T, 2), torch.float32)
+        task.weight, task.bias, task.mix[:] = at("weight", weight, C), at("bias", bias, C), _mixes(op, at, mixes, C)
+        task.last, task.dstream, task.dnewest = at("last", last, (B, C)), at("dstream", dstream, shape), at("dnewest", dnewest, (B, C))
+        task.dout[:] = _douts(op, at, douts, shape, n)
+        dx, dlast, sums = _like(stream), stream.new_empty(0 if last is None else B, C), stream.new_empty(n + 2, C)
         task.blocks = self.library.fused_norm_parts(task, int(stream.dtype == torch.float32))
         parts = stream.new_empty(task.blocks, n + 2, C, dtype=torch.float32)
-        _point(task, names, kept)
-        _point(task, ("dx", "dlast", "sums", "parts"), (dx, None if last is None else dlast, sums, parts))
-        task.mix[:], task.dout[:] = _six(mixes), _six(douts)
+        task.dx, task.dlast, task.sums, task.parts = address(dx), None if last is None else address(dlast), address(sums), address(parts)
         self.run("norm_mix_backward", stream, task)
         return dx, dlast, sums
 
     def token_mix(self, x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tensor]:
-        task, kept = _token_mix(x, last, mixes)
-        out = [torch.empty_like(kept[0]) for _ in mixes]
-        task.out[:] = _six(out)
+        task, at = _token_mix("token_mix", x, last, mixes)
+        out = _likes(x, len(mixes))
+        task.out[:] = _six([t.data_ptr() for t in out])
         self.run("token_mix", x, task)
         return out
 
     def token_mix_backward(self, douts: list[Tensor], x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        task, kept = _token_mix(x, last, mixes)
-        douts = [ready(d) for d in douts]
-        dx, dlast = torch.empty_like(kept[0]), x.new_empty(0 if last is None else x.shape[0], x.shape[2])
+        op = "token_mix_backward"
+        task, at = _token_mix(op, x, last, mixes)
+        task.dout[:] = _douts(op, at, douts, x.shape, len(mixes))
+        dx, dlast = _like(x), x.new_empty(0 if last is None else x.shape[0], x.shape[2])
         parts, dmix = self.sums(x, x.shape[0], x.shape[1], len(mixes))
-        task.dout[:] = _six(douts)
         task.dx, task.dlast, task.dmix, task.parts = address(dx), None if last is None else address(dlast), address(dmix), address(parts)
         self.run("token_mix_backward", x, task)
         return dx, dlast, dmix
 
     def time_mix_inputs(self, *inputs: Tensor | int | None) -> list[Tensor]:
-        task, kept = _task(Inputs, ("w_low", "k", "a_low", "v", "v_first", "v_low", "w0", "k_k", "k_a", "a0", "v0"), inputs, like=1)
-        k = kept[1]
-        out = [torch.empty_like(k) for _ in range(4 if kept[4] is None else 5)]
+        task, at = _inputs("time_mix_inputs", *inputs)
+        k = inputs[1]
+        out = _likes(k, 4 if inputs[4] is None else 5)
         _point(task, ("w", "k_out", "a", "b", "v_out"), out)
         self.run("time_mix_inputs", k, task)
         return out
 
-    def time_mix_inputs_backward(
-        self, dw, dk_out, da, db, dv_out, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size, more_dv_first=None
-    ) -> list[Tensor]:
-        inputs = (w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
-        task, kept = _task(Inputs, ("w_low", "k", "a_low", "v", "v_first", "v_low", "w0", "k_k", "k_a", "a0", "v0"), inputs, like=1)
-        k = kept[1]
-        douts = [ready(d) for d in (dw, dk_out, da, db, dv_out, more_dv_first)]
-        out = [torch.empty_like(k) for _ in range(2 if kept[4] is None else 5)]
+    def time_mix_inputs_backward(self, dw, dk_out, da, db, dv_out, *inputs: Tensor | int | None) -> list[Tensor]:
+        *inputs, more_dv_first = inputs if len(inputs) == 13 else (*inputs, None)
+        task, at = _inputs("time_mix_inputs_backward", *inputs)
+        k, shape = inputs[1], inputs[1].shape
+        task.dw, task.dk_out, task.da, task.db = at("dw", dw, shape), at("dk_out", dk_out, shape), at("da", da, shape), at("db", db, shape)
+        task.dv_out, task.more_dv_first = at("dv_out", dv_out, shape), at("more_dv_first", more_dv_first, shape)
+        out = _likes(k, 2 if inputs[4] is None else 5)
         parts, sums = self.sums(k, 1, task.rows, 5)
-        _point(task, ("dw", "dk_out", "da", "db", "dv_out", "more_dv_first"), douts)
         _point(task, ("dk", "da_low", "dv", "dv_first", "dv_low"), out)
         _point(task, ("sums", "parts"), (sums, parts))
         self.run("time_mix_inputs_backward", k, task)
         return [*out, sums]
 
     def time_mix_output(self, *inputs: Tensor | int | float) -> Tensor:
-        *inputs, eps = inputs
-        task, kept = _task(Output, ("y", "r", "k", "v", "g", "weight", "bias", "r_k"), inputs, like=0)
-        out = torch.empty_like(kept[0])
-        task.eps, task.out = eps, address(out)
-        self.run("time_mix_output", kept[0], task)
+        task, at = _output("time_mix_output", *inputs)
+        out = _like(inputs[0])
+        task.out = address(out)
+        self.run("time_mix_output", out, task)
         return out
 
     def time_mix_output_backward(self, dout: Tensor, *inputs: Tensor | int | float) -> list[Tensor]:
-        *inputs, eps = inputs
-        task, kept = _task(Output, ("y", "r", "k", "v", "g", "weight", "bias", "r_k"), inputs, like=0)
-        dout, out = ready(dout), [torch.empty_like(kept[0]) for _ in range(5)]
-        parts, sums = self.sums(kept[0], 1, task.rows, 3)
-        task.eps = eps
-        _point(task, ("dout", "dy", "dr", "dk", "dv", "dg", "sums", "parts"), (dout, *out, sums, parts))
-        self.run("time_mix_output_backward", kept[0], task)
+        task, at = _output("time_mix_output_backward", *inputs)
+        y = inputs[0]
+        task.dout = at("dout", dout, y.shape)
+        out = _likes(y, 5)
+        parts, sums = self.sums(y, 1, task.rows, 3)
+        _point(task, ("dy", "dr", "dk", "dv", "dg", "sums", "parts"), (*out, sums, parts))
+        self.run("time_mix_output_backward", y, task)
         return [*out, sums]
 
     def relu_square(self, x: Tensor) -> Tensor:
-        x = ready(x)
-        y = torch.empty_like(x)
-        launch(self.library, "fused_relu_square", x.device, address(x), address(y), x.numel(), int(x.dtype == torch.float32))
+        at, y = given("relu_square", "x", x), _like(x)
+        launch(self.library, "fused_relu_square", x.device, at("x", x, x.shape), address(y), x.numel(), int(x.dtype == torch.float32))
         return y
 
     def relu_square_backward(self, dy: Tensor, y: Tensor) -> Tensor:
-        dy, y = ready(dy), ready(y)
-        dx = torch.empty_like(y)
-        launch(self.library, "fused_relu_square_backward", y.device, address(dy), address(y), address(dx), y.numel(), int(y.dtype == torch.float32))
+        at, dx = given("relu_square_backward", "y", y), _like(y)
+        places = at("dy", dy, y.shape), at("y", y, y.shape), address(dx)
+        launch(self.library, "fused_relu_square_backward", y.device, *places, y.numel(), int(y.dtype == torch.float32))
         return dx
 
 
-def _six(tensors: list[Tensor]) -> list[int | None]:
-    return [*map(address, tensors), *[None] * (6 - len(tensors))]
+# Each of these makes a task of what a forward was given. What it returns besides keeps copies alive, until the task has been started.
 
 
-def _token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> tuple[TokenMix, list[Tensor]]:
-    """The task, and what must stay alive until it has been started."""
-    kept = [ready(x), *map(ready, mixes)] + ([] if last is None else [ready(last)])
-    task = TokenMix(*x.shape, len(mixes), address(kept[0]), None if last is None else address(kept[-1]))
-    task.mix[:] = _six(kept[1 : 1 + len(mixes)])
-    return task, kept
+def _token_mix(op: str, x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> tuple[TokenMix, Place]:
+    at, (B, T, C) = given(op, "x", x), _sequences(op, x)
+    task = TokenMix(B, T, C, len(mixes), at("x", x, x.shape), at("last", last, (B, C)))
+    task.mix[:] = _mixes(op, at, mixes, C)
+    return task, at
 
 
-def _task(kind: type[ctypes.Structure], names: tuple[str, ...], inputs: tuple, like: int) -> tuple[ctypes.Structure, list[Tensor | None]]:
-    """A task over rows of heads, and what must stay alive until it has been started; the last input is the size of a head."""
-    *tensors, head_size = inputs
-    kept = [ready(t) for t in tensors]
-    C = kept[like].shape[-1]
-    task = kind(rows=kept[like].numel() // C, C=C, N=head_size)
-    _point(task, names, kept)
-    return task, kept
+def _inputs(op: str, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size) -> tuple[Inputs, Place]:
+    at, shape, (B, T, C) = given(op, "k", k), k.shape, _sequences(op, k)
+    task = Inputs(B * T, C, head_size)
+    task.w_low, task.k, task.a_low, task.v = at("w_low", w_low, shape), at("k", k, shape), at("a_low", a_low, shape), at("v", v, shape)
+    task.v_first, task.v_low, task.v0 = at("v_first", v_first, shape), at("v_low", v_low, shape), at("v0", v0, C)
+    task.w0, task.k_k, task.k_a, task.a0 = at("w0", w0, C), at("k_k", k_k, C), at("k_a", k_a, C), at("a0", a0, C)
+    return task, at
+
+
+def _output(op: str, y, r, k, v, g, weight, bias, r_k, head_size, eps) -> tuple[Output, Place]:
+    at, shape, (B, T, C) = given(op, "y", y), y.shape, _sequences(op, y)
+    task = Output(B * T, C, head_size, eps)
+    task.y, task.r, task.k, task.v, task.g = at("y", y, shape), at("r", r, shape), at("k", k, shape), at("v", v, shape), at("g", g, shape)
+    task.weight, task.bias, task.r_k = at("weight", weight, C), at("bias", bias, C), at("r_k", r_k, C)
+    return task, at
+
+
+def _sequences(op: str, x: Tensor) -> tuple[int, int, int]:
+    if x.dim() != 3 or not 1 <= x.shape[0] * x.shape[1] <= MOST_ROWS or x.shape[2] < 1:
+        raise ValueError(f"{op}: expected [B, T, C], none of them 0 and B T < 2^31, got {list(x.shape)}")
+    return x.shape
+
+
+def _mixes(op: str, at: Place, mixes: list[Tensor], C: int) -> list[int | None]:
+    if len(mixes) > MOST_MIXES:
+        raise ValueError(f"{op}: expected at most {MOST_MIXES} mixes, got {len(mixes)}")
+    return _six([at("a mix", mix, C) for mix in mixes])
+
+
+def _douts(op: str, at: Place, douts: list[Tensor], shape: torch.Size, n: int) -> list[int | None]:
+    if len(douts) != n:
+        raise ValueError(f"{op}: expected a gradient for each of {n} mixes, got {len(douts)}")
+    return _six([at("a gradient", d, shape) for d in douts])
+
+
+def _likes(x: Tensor, count: int) -> list[Tensor]:
+    """Memory for as many tensors like x, contiguous."""
+    first = _like(x)
+    return [first, *[torch.empty_like(first) for _ in range(count - 1)]]
+
+
+def _six(places: list[int | None]) -> list[int | None]:
+    return places + [None] * (MOST_MIXES - len(places))
 
 
 def _point(task: ctypes.Structure, names: tuple[str, ...], tensors) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Iterable
 
 import torch
 from torch import Tensor
 
-from ..launch import address, launch, ready, why_not_built
+from ..launch import Place, address, given, launch, why_not_built
 from . import native
+from .arguments import MOST_BITS, RosaState, check_tokens
 
 SIZE, INT, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 ROWS_AT_ONCE = 2048  # of a backward: each has memory of its own, 58 bytes for a symbol of one bit
@@ -62,26 +64,28 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    def symbols(self, x: Tensor, bits: int, old: Tensor | None = None, length: int = 0) -> Tensor:
+    def symbols(self, at: Place, name: str, x: Tensor, bits: int, old: Tensor | None = None, length: int = 0) -> Tensor:
         """[B, C / bits, length + T], behind the old ones, which lie before it."""
         B, T, C = x.shape
-        x = ready(x)
         to = x.new_empty(B, C // bits, length + T, dtype=torch.uint8)
         if old is not None:
             to[:, :, :length] = old
         if to.numel():
-            launch(self.library, "rosa_symbols", x.device, Size(B, T, C, bits, length), address(x), address(to), int(x.dtype == torch.float32))
+            launch(self.library, "rosa_symbols", x.device, Size(B, T, C, bits, length), at(name, x, x.shape), address(to), int(x.dtype == torch.float32))
         return to
 
     def rosa(self, q, k, v, low, high, bits, miss_low, tau, soft, old_k, old_v, old_runs, with_state) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        (B, T, C), L = q.shape, 0 if old_k is None else old_k.shape[2]
-        all_k = self.symbols(q if k is None else k, bits, old_k, L)
-        new_q, all_v = (all_k, all_k) if k is None else (self.symbols(q, bits, None, L), self.symbols(v, bits, old_v, L))
+        at, (B, T, C) = _given("rosa", q, k, v, bits)
+        L = 0 if old_k is None else old_k.shape[2]
+        for name, x, dtype in (("old_k", old_k, torch.uint8), ("old_v", old_v if k is not None else None, torch.uint8), ("old_runs", old_runs, torch.int32)):
+            at(name, x, (B, C // bits, L), dtype)
+        all_k = self.symbols(at, "q" if k is None else "k", q if k is None else k, bits, old_k, L)
+        new_q, all_v = (all_k, all_k) if k is None else (self.symbols(at, "q", q, bits, None, L), self.symbols(at, "v", v, bits, old_v, L))
         runs = q.new_zeros(all_k.shape, dtype=torch.int32)
         if L:
             runs[:, :, :L] = old_runs
-        low, high, out = ready(low), ready(high), torch.empty_like(q)
-        pointers = (address(t) for t in (new_q, all_k, all_v, runs, low, high, out))
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        pointers = (*map(address, (new_q, all_k, all_v, runs)), at("low", low, (C,)), at("high", high, (C,)), address(out))
         if out.numel():
             launch(self.library, "rosa_forward", q.device, Forward(Size(B, T, C, bits, L), *pointers, int(miss_low)), int(q.dtype == torch.float32))
         if with_state:
@@ -89,22 +93,23 @@ class Kernels:
         return out, all_k.new_empty(B, C // bits, 0), all_k.new_empty(B, C // bits, 0), runs.new_empty(B, C // bits, 0)
 
     def rosa_backward(self, dout, q, k, v, low, high, bits, miss_low, tau, flips) -> list[Tensor]:
-        B, T, C = q.shape
-        inputs = [ready(x) for x in ((q,) if k is None else (q, k, v))]
-        dout, low, high = ready(dout), ready(low), ready(high)
-        symbols = [self.symbols(x, bits) for x in inputs]
-        gradients = [torch.empty_like(x) for x in inputs] if flips else []
+        at, (B, T, C) = _given("rosa_backward", q, k, v, bits)
+        inputs = {"q": q} if k is None else {"q": q, "k": k, "v": v}
+        symbols = [self.symbols(at, name, x, bits) for name, x in inputs.items()]
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.values()] if flips else []
         sums = q.new_zeros(2, B, C, dtype=torch.float64)
         blocks = min(B * (C // bits), ROWS_AT_ONCE)
         scratch = q.new_empty(blocks * self.library.rosa_scratch_bytes(T, bits), dtype=torch.uint8)
-        task = Backward(Size(B, T, C, bits, 0), *_three(symbols), (POINTER * 3)(*_three(inputs)), address(dout), address(low), address(high))
-        task.gradients[:] = _three(gradients)
+        places = at("dout", dout, q.shape), at("low", low, (C,)), at("high", high, (C,))
+        task = Backward(Size(B, T, C, bits, 0), *_three(map(address, symbols)), (POINTER * 3)(*_three(at(name, x, q.shape) for name, x in inputs.items())), *places)
+        task.gradients[:] = _three(map(address, gradients))
         task.sums, task.scratch, task.blocks, task.tau, task.miss_low = address(sums), address(scratch), blocks, tau, int(miss_low)
         if dout.numel():
             launch(self.library, "rosa_backward", q.device, task, int(q.dtype == torch.float32))
         return [*gradients, *sums.sum(1).to(low.dtype)]
 
     def rosa_tokens(self, x: Tensor, old: Tensor | None, old_runs: Tensor | None, with_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+        check_tokens(x, None if old is None else RosaState(old, old, old_runs))
         (B, T), L = x.shape, 0 if old is None else old.shape[1]
         k = x.clone(memory_format=torch.contiguous_format) if old is None else torch.cat([old, x], 1)
         runs, y = x.new_zeros(B, L + T, dtype=torch.int32), x.new_empty(B, T)
@@ -115,5 +120,15 @@ class Kernels:
         return (y, k, runs) if with_state else (y, k.new_empty(B, 0), runs.new_empty(B, 0))
 
 
-def _three(tensors: list[Tensor]) -> list[int | None]:
-    return [*map(address, tensors), *[None] * (3 - len(tensors))]
+def _given(op: str, q: Tensor, k: Tensor | None, v: Tensor | None, bits: int) -> tuple[Place, torch.Size]:
+    """For the tensors beside them, and the shape of all three."""
+    at = given(op, "q", q)
+    if q.dim() != 3 or not 1 <= bits <= MOST_BITS or q.shape[2] % bits or (k is None) != (v is None):
+        raise ValueError(f"{op}: expected q [B, T, C], bits from 1 to {MOST_BITS} that divide C, k and v or neither, got {list(q.shape)}, {bits} bits")
+    at("k", k, q.shape), at("v", v, q.shape)
+    return at, q.shape
+
+
+def _three(places: Iterable[int | None]) -> list[int | None]:
+    places = list(places)
+    return places + [None] * (3 - len(places))

@@ -7,16 +7,17 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..launch import address, launch, ready, why_not_built
+from ..launch import given, launch, why_not_built
 from . import native
 
+FP32 = torch.float32
 POINTERS = ("w", "u", "k", "v", "initial", "y", "final", "starts", "dy", "d_final", "dk", "dv", "d_starts", "d_initial", "sums")
 
 
 class Task(ctypes.Structure):
     """Wkv4Task of cuda/wkv4/api.cuh."""
 
-    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "C", "unused")] + [(n, ctypes.c_void_p) for n in POINTERS]
+    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "C")] + [(n, ctypes.c_void_p) for n in POINTERS]
 
 
 def why_not(dtype: torch.dtype, channels: int) -> str:
@@ -45,23 +46,39 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    def run(self, direction: str, k: Tensor, **tensors: Tensor | None) -> None:
+    def run(self, direction: str, k: Tensor, places: dict[str, int | None], made: dict[str, Tensor]) -> None:
+        """places: where the tensors lie that the operator was given; made: those that it has made."""
         task = Task(*k.shape)
-        for name, tensor in ({"k": k} | tensors).items():
-            setattr(task, name, address(tensor))
+        for name, place in places.items():
+            setattr(task, name, place)
+        for name, tensor in made.items():
+            setattr(task, name, tensor.data_ptr())
         launch(self.library, f"wkv4_{direction}", k.device, task, int(k.dtype == torch.float32))
 
     def forward(self, w, u, k, v, initial_state, save) -> tuple[Tensor, Tensor, Tensor]:
-        w, u, k, v, initial = map(ready, (w, u, k, v, initial_state))
-        B, T, C = k.shape
-        y, final, starts = torch.empty_like(k), w.new_empty(B, 3, C), w.new_empty(B, -(-T // native.CHECKPOINT), 3, C)
-        self.run("forward", k, w=w, u=u, v=v, initial=initial, y=y, final=final, starts=starts)
+        at, (B, T, C), shape = given("wkv4", "k", k), _sizes(k), k.shape
+        places = dict(w=at("w", w, (C,), FP32), u=at("u", u, (C,), FP32), k=at("k", k, shape), v=at("v", v, shape))
+        places["initial"] = at("initial_state", initial_state, (B, 3, C), FP32)
+        y, final, starts = _like(k), w.new_empty(B, 3, C), w.new_empty(B, -(-T // native.CHECKPOINT), 3, C)
+        self.run("forward", k, places, dict(y=y, final=final, starts=starts))
         return y, final, starts if save else starts.new_empty(0, *starts.shape[1:])
 
     def backward(self, dy, d_final, w, u, k, v, checkpoints) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dy, d_final, w, u, k, v, starts = map(ready, (dy, d_final, w, u, k, v, checkpoints))
-        B, _, C = k.shape
-        dk, dv, d_initial = torch.empty_like(k), torch.empty_like(k), w.new_empty(B, 3, C)
-        d_starts, sums = w.new_empty(*starts.shape[:2], 4, C), w.new_empty(2, B * starts.shape[1], C)
-        self.run("backward", k, w=w, u=u, v=v, starts=starts, dy=dy, d_final=d_final, dk=dk, dv=dv, d_starts=d_starts, d_initial=d_initial, sums=sums)
+        at, (B, T, C), shape = given("wkv4_backward", "k", k), _sizes(k), k.shape
+        segments = -(-T // native.CHECKPOINT)
+        places = dict(w=at("w", w, (C,), FP32), u=at("u", u, (C,), FP32), k=at("k", k, shape), v=at("v", v, shape), dy=at("dy", dy, shape))
+        places |= dict(d_final=at("d_final", d_final, (B, 3, C), FP32), starts=at("checkpoints", checkpoints, (B, segments, 3, C), FP32))
+        dk, dv, d_initial = _like(k), _like(k), w.new_empty(B, 3, C)
+        d_starts, sums = w.new_empty(B, segments, 4, C), w.new_empty(2, B * segments, C)
+        self.run("backward", k, places, dict(dk=dk, dv=dv, d_starts=d_starts, d_initial=d_initial, sums=sums))
         return sums.sum(1), dk, dv, d_initial
+
+
+def _sizes(k: Tensor) -> tuple[int, int, int]:
+    if k.dim() != 3:
+        raise ValueError(f"wkv4: k must be [B, T, C], got {list(k.shape)}")
+    return k.shape
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

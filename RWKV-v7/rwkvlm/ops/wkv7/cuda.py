@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkvlm import native
 
-from ..launch import address as _address, launch, ready as _ready
+from ..launch import address as _address, given, launch
 from .arguments import NAMES, sequence_bounds
 
 TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
@@ -158,21 +158,31 @@ torch.library.define(
 
 
 class Call:
-    """One call of the library: its inputs made ready, its shape, its memory."""
+    """One call of the library: where its inputs lie, its shape, its memory."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        self.kept = [*map(_ready, tensors), _ready(initial_state), _ready(cu_seqlens)]  # alive until the kernels are on their stream
-        self.r = self.kept[0]
-        B, T, H, N = self.r.shape
-        documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.machine = machine(self.r.device)
-        self.form = form_for(self.r.dtype, self.machine.capability)
+    def __init__(self, op: str, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        self.r = r = tensors[0]
+        self.at = at = given(op, "r", r)
+        if r.dim() != 4:
+            raise ValueError(f"{op}: r must be [B, T, H, N], got {list(r.shape)}")
+        B, T, H, N = shape = r.shape
+        documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+        self.machine = machine(r.device)
+        self.form = form_for(r.dtype, self.machine.capability)
         self.states = (documents or B, H, N, N)
         self.saved = saved_bytes(self.form, B, T, H, N, documents)
         segment = segment_chunks(documents or B, T, H, N, self.machine.multiprocessors) if self.form == "chunked" else 0
-        self.shape = Shape(B, T, H, N, documents, _address(self.kept[7]), segment)
-        self.inputs = Pointers(*map(_address, self.kept[:7]))
-        self.dtype = [] if self.form == "chunked" else [int(self.r.dtype == torch.float32)]
+        self.shape = Shape(B, T, H, N, documents, at("cu_seqlens", cu_seqlens, (documents + 1,), torch.int32), segment)
+        self.inputs = Pointers(*[at(name, x, shape) for name, x in zip(NAMES, tensors)], at("initial_state", initial_state, self.states, torch.float32))
+        self.dtype = [] if self.form == "chunked" else [int(r.dtype == torch.float32)]
+
+    def arriving(self, saved: Tensor, dy: Tensor, d_final_state: Tensor | None, more: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[int | None]]:
+        """What a backward has from elsewhere: the first three, and the gradients to be added to those of r, k and v."""
+        if saved.numel() != self.saved:
+            raise RuntimeError(f"wkv7: the backward needs what a forward with save has left, {self.saved} bytes, got {saved.numel()}")
+        at, shape = self.at, self.r.shape
+        first = [at("saved", saved, self.saved, torch.uint8), at("dy", dy, shape), at("d_final_state", d_final_state, self.states, torch.float32)]
+        return first, [at("a gradient", x, shape) for x in more]
 
     def bytes(self, count: int) -> Tensor:
         return self.r.new_empty(count, dtype=torch.uint8)
@@ -182,14 +192,14 @@ class Call:
             return []
         return [self.bytes(getattr(self.machine.library, f"wkv7_chunked_{direction}_scratch_bytes")(self.shape))]
 
-    def run(self, direction: str, *arguments: Tensor | Gradients | None) -> None:
-        given = [x if isinstance(x, Gradients) else _address(x) for x in arguments]
-        launch(self.machine.library, f"wkv7_{self.form}_{direction}", self.r.device, self.shape, *self.dtype, self.inputs, *given)
+    def run(self, direction: str, *arguments: Tensor | Gradients | int | None) -> None:
+        places = [_address(x) if isinstance(x, Tensor) else x for x in arguments]
+        launch(self.machine.library, f"wkv7_{self.form}_{direction}", self.r.device, self.shape, *self.dtype, self.inputs, *places)
 
 
 @torch.library.impl("rwkvlm::wkv7_cuda_forward", "CompositeExplicitAutograd")
 def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
-    call = Call((r, w, k, v, a, b), initial_state, cu_seqlens)
+    call = Call("wkv7", (r, w, k, v, a, b), initial_state, cu_seqlens)
     y, final_state = r.new_empty(r.shape), r.new_empty(call.states, dtype=torch.float32)
     saved = call.bytes(call.saved if save or call.form == "chunked" else 0)
     call.run("forward", y, final_state, saved if len(saved) else None, *call.scratch("forward"))
@@ -198,14 +208,12 @@ def _forward(r, w, k, v, a, b, initial_state, cu_seqlens, save):
 
 @torch.library.impl("rwkvlm::wkv7_cuda_backward", "CompositeExplicitAutograd")
 def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, saved, state_gradient, *more):
-    call = Call((r, w, k, v, a, b), initial_state, cu_seqlens)
-    if len(saved) != call.saved:
-        raise RuntimeError(f"wkv7: the backward needs what a forward with save has left, {call.saved} bytes, got {len(saved)}")
+    call = Call("wkv7_backward", (r, w, k, v, a, b), initial_state, cu_seqlens)
+    arrived, more = call.arriving(saved, dy, d_final_state, more)
     gradients = [r.new_empty(r.shape) for _ in range(6)]
     d_initial = r.new_empty(call.states if state_gradient else (0,), dtype=torch.float32)
-    dy, d_final_state, *more = map(_ready, (dy, d_final_state, *more))
-    out = Gradients(*map(_address, gradients), _address(d_initial) if state_gradient else None, *map(_address, more))
-    call.run("backward", saved, dy, d_final_state, out, *call.scratch("backward"))
+    out = Gradients(*map(_address, gradients), _address(d_initial) if state_gradient else None, *more)
+    call.run("backward", *arrived, out, *call.scratch("backward"))
     return *gradients, d_initial
 
 

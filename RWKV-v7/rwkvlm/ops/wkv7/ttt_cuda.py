@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import address, launch, ready
+from ..launch import address, launch
 from . import cuda
 from .arguments import check_arguments
+
+MOST_HIDDEN = 32  # units of the head, a bit each
 
 
 @torch.compiler.assume_constant_result
@@ -67,22 +69,36 @@ torch.library.define(
 class _Call(cuda.Call):
     """One call of the library with steps in it."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], initial_state: Tensor | None, rate: Tensor, head: Tensor | None, rows: int, segment: int, stored: bool) -> None:
-        super().__init__(tensors, initial_state, None)
+    def __init__(
+        self, op: str, tensors: tuple[Tensor, ...], initial_state: Tensor | None, rate: Tensor, head: Tensor | None, rows: int, segment: int, stored: bool
+    ) -> None:
+        super().__init__(op, tensors, initial_state, None)
+        if self.form != "chunked":
+            raise ValueError(f"{op}: expected bfloat16 and a GPU with bfloat16 tensor cores, got {self.r.dtype} on {self.r.device}")
+        _check_steps(op, self.r, head, rows, segment)
         self.shape.segment_chunks = 0  # between two steps the state is no affine map of an earlier one
         hidden = 0 if head is None else head.shape[1]
-        self.kept += [ready(rate), ready(head)]
-        self.steps = cuda.StepsOfTtt(rows, hidden, segment, stored, *map(address, self.kept[-2:]))
+        places = self.at("rate", rate, self.r.shape[2:3], torch.float32), self.at("head", head, (2, hidden, rows), torch.float32)
+        self.steps = cuda.StepsOfTtt(rows, hidden, segment, stored, *places)
         self.saved = saved_bytes(*self.r.shape, rows, hidden, segment)
 
-    def run(self, direction: str, *arguments: Tensor | cuda.Gradients | None) -> None:
-        given = [x if isinstance(x, cuda.Gradients) else address(x) for x in arguments]
-        launch(self.machine.library, f"wkv7_ttt_{direction}", self.r.device, self.shape, self.inputs, self.steps, *given)
+    def run(self, direction: str, *arguments: Tensor | cuda.Gradients | int | None) -> None:
+        places = [address(x) if isinstance(x, Tensor) else x for x in arguments]
+        launch(self.machine.library, f"wkv7_ttt_{direction}", self.r.device, self.shape, self.inputs, self.steps, *places)
+
+
+def _check_steps(op: str, r: Tensor, head: Tensor | None, rows: int, segment: int) -> None:
+    """ValueError for what `saved_bytes` and the kernels cannot count with."""
+    N, chunk = r.shape[3], cuda.chunk_tokens("chunked", r.shape[3])
+    if not 8 <= rows <= N or rows % 8 or segment < chunk or segment % chunk:
+        raise ValueError(f"{op}: expected rows from 8 to {N} in steps of 8 and segments of a multiple of {chunk} tokens, got {rows} and {segment}")
+    if head is not None and (head.dim() != 3 or not 1 <= head.shape[1] <= MOST_HIDDEN):
+        raise ValueError(f"{op}: head must be [2, hidden, {rows}] with 1 to {MOST_HIDDEN} hidden units, got {list(head.shape)}")
 
 
 @torch.library.impl("rwkvlm::wkv7_ttt_cuda_forward", "CompositeExplicitAutograd")
 def _forward(r, w, k, v, a, b, initial_state, rate, head, rows, segment, stored, save):
-    call = _Call((r, w, k, v, a, b), initial_state, rate, head, rows, segment, stored)
+    call = _Call("wkv7_ttt", (r, w, k, v, a, b), initial_state, rate, head, rows, segment, stored)
     y, final_state, saved = r.new_empty(r.shape), r.new_empty(call.states, dtype=torch.float32), call.bytes(call.saved)
     call.run("forward", y, final_state, saved, *call.scratch("forward"))
     return y, final_state, saved if save else call.bytes(0)
@@ -90,18 +106,16 @@ def _forward(r, w, k, v, a, b, initial_state, rate, head, rows, segment, stored,
 
 @torch.library.impl("rwkvlm::wkv7_ttt_cuda_backward", "CompositeExplicitAutograd")
 def _backward(dy, d_final_state, r, w, k, v, a, b, rate, head, saved, rows, segment, stored, state_gradient, *more):
-    call = _Call((r, w, k, v, a, b), None, rate, head, rows, segment, stored)
-    if len(saved) != call.saved:
-        raise RuntimeError(f"wkv7_ttt: the backward needs what a forward with save has left, {call.saved} bytes, got {len(saved)}")
+    call = _Call("wkv7_ttt_backward", (r, w, k, v, a, b), None, rate, head, rows, segment, stored)
+    arrived, more = call.arriving(saved, dy, d_final_state, more)
     B, T, H, _ = r.shape
     gradients = [r.new_empty(r.shape) for _ in range(6)]
     d_initial = r.new_empty(call.states if state_gradient else (0,), dtype=torch.float32)
     of_head = (0,) if head is None else head.shape
     sums = r.new_empty((T - 1) // segment * B, H, 1 + torch.Size(of_head).numel(), dtype=torch.float32)
     scratch = call.bytes(call.machine.library.wkv7_ttt_backward_scratch_bytes(call.shape, call.steps))
-    dy, d_final_state, *more = map(ready, (dy, d_final_state, *more))
-    out = cuda.Gradients(*map(address, gradients), address(d_initial) if state_gradient else None, *map(address, more))
-    call.run("backward", saved, dy, d_final_state, out, sums, scratch)
+    out = cuda.Gradients(*map(address, gradients), address(d_initial) if state_gradient else None, *more)
+    call.run("backward", *arrived, out, sums, scratch)
     sums = sums.sum(0)
     return *gradients, d_initial, sums[:, 0].clone(), sums[:, 1:].sum(0).view(of_head)
 
