@@ -121,7 +121,7 @@ set_up() {
 find_python() { # sets PYTHON
     if [ -n "${PYTHON:-}" ]; then
         new_enough "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 or newer; set another one, or unset PYTHON: .venv is made then"
-        missing=$(lacking "$PYTHON") || die "PYTHON=$PYTHON lacks: $(one_line "$missing"); $PYTHON -m pip install $(printf -- '-r %s ' $REQUIREMENTS)-c constraints.txt, or unset PYTHON: .venv is made then"
+        missing=$(lacking "$PYTHON") || die "PYTHON=$PYTHON lacks: $(one_line "$missing"); $PYTHON -m pip install$(printf -- ' -r %s' $REQUIREMENTS), or unset PYTHON: .venv is made then" # with -c constraints.txt pip would replace a torch within range
     elif is_set_up; then
         PYTHON=$ROOT/.venv/bin/python
     elif [ ! -e .venv ] && new_enough python3 && lacking python3 >/dev/null; then

@@ -1,6 +1,7 @@
 """The import law and the size law, checked on every file's syntax tree."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,13 @@ def test_nothing_compiles_or_builds_at_import():
             tree = ast.parse(path.read_text())
             strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
             assert not any(s.endswith((".cu", ".cpp")) for s in strings), path
+
+
+def test_no_file_needs_a_newer_python_than_pyproject_asks_for():
+    """The grammar alone; on an older interpreter than CI's nobody sees it otherwise."""
+    minor = int(re.search(r'^requires-python = ">=3\.(\d+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1])
+    for path in PYTHON:
+        ast.parse(path.read_text(), str(path), feature_version=(3, minor))
 
 
 def test_the_law_is_applied_to_something():

@@ -24,10 +24,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..checkpoint import ranks
 from ..config import env
+
+try:
+    from torch.distributed import set_timeout
+except ImportError:  # torch 2.11 to 2.13; 2.15 calls this name deprecated, in every process of a run
+    from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 TICK, BEAT = 0.25, 2.0  # seconds between two looks, and between two signs of life
 GRACE = 3.0  # from the first report to the verdict: time for a better one
@@ -95,7 +99,7 @@ class Watch:
 
     def training_begins(self) -> None:
         """From now on no process may keep the others waiting for longer than timeout_s."""
-        _set_pg_timeout(timedelta(seconds=self.timeout_s))
+        set_timeout(timedelta(seconds=self.timeout_s))
         self._training = True
 
     def _own_name(self) -> str:
