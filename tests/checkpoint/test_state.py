@@ -4,6 +4,8 @@ import json
 import os
 import random
 import resource
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,9 +111,60 @@ def test_frozen_parameters_keep_their_values_and_thawed_ones_start_without_momen
     assert same(model, frozen)
     state.write(tmp_path, 3, state.capture(frozen, half), {}, 1)
     thawed, whole = build(2)
+    train(thawed, whole, 1)  # moments that must go
     state.load_state(state.find_state(tmp_path), thawed, whole)
     assert same(model, thawed) and not whole.state[thawed.matrix]["exp_avg"].any() and whole.state[thawed.matrix]["step"] == 0
     assert torch.equal(whole.state[thawed.w0]["exp_avg"], optimizer.state[model.w0]["exp_avg"])
+
+
+def test_a_counter_that_pieces_share_is_that_of_those_that_were_trained():
+    """ZeRO counts once for a whole partition; what was frozen when the state was written brings 0."""
+    flat = nn.Parameter(torch.zeros(6))
+    counters = {}
+    for start, step in ((0, 5.0), (4, 0.0)):
+        piece = Piece("x", 0, 2, {"master": flat.detach()[start : start + 2]}, (torch.optim.AdamW([flat]), flat))
+        assert state._copy({"start": 0, "step": step, "master": torch.ones(2)}, piece, counters) == 2
+    assert [step for _, step in counters.values()] == [5.0] and flat.tolist() == [1, 1, 0, 0, 1, 1]
+
+
+def test_random_numbers_go_on_at_the_same_number_of_processes_only(saved, monkeypatch):
+    """Of more processes, those without a state of their own would all get one and the same."""
+    folder, model, optimizer = saved
+    for processes, same_numbers in ((1, True), (2, False)):
+        monkeypatch.setattr(state.ranks, "together", lambda action: [action()])
+        monkeypatch.setattr(state.ranks, "world_size", lambda: processes)
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        torch.manual_seed(7)
+        state.load_state(state.find_state(folder), model, optimizer)
+        assert torch.equal(torch.rand(3), expected) != same_numbers
+
+
+def test_the_loss_scaler_goes_on(tmp_path):
+    """DeepSpeed's, of fp16."""
+    model, optimizer = build(0)
+    optimizer.loss_scaler = SimpleNamespace(cur_scale=512.0, cur_iter=70, last_overflow_iter=31, cur_hysteresis=1, raise_error=True)
+    state.write(tmp_path, 1, state.capture(model, optimizer), {}, 1)
+    other, optimizer2 = build(1)
+    optimizer2.loss_scaler = SimpleNamespace(cur_scale=65536.0, cur_iter=0, last_overflow_iter=-1, cur_hysteresis=2, raise_error=False)
+    state.load_state(state.find_state(tmp_path), other, optimizer2)
+    assert vars(optimizer2.loss_scaler) == vars(optimizer.loss_scaler) | {"raise_error": False}
+
+
+def test_the_newest_is_the_one_of_the_most_steps(saved):
+    """Not the last of the names; and a state that was being replaced comes after the one that has replaced it."""
+    folder, model, optimizer = saved
+    for step in (9, 10):
+        state.write(folder, step, state.capture(model, optimizer), {"step": step}, keep_last=2)
+    shutil.copytree(folder / "state" / "step10", folder / "state" / "step10.replaced")
+    assert [path.name for path in state._candidates(folder / "state")] == ["step10", "step10.replaced", "step9"]
+    assert state.find_state(folder).path.name == "step10"
+
+
+def test_a_state_of_a_later_format_is_not_read(saved, monkeypatch, capsys):
+    folder, _, _ = saved
+    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
+    assert state.find_state(folder) is None and "manifest.json is not readable" in capsys.readouterr().err
 
 
 def test_a_state_of_other_sizes_is_refused(saved):
