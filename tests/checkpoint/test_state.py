@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,11 +73,13 @@ def saved(tmp_path):
 def test_going_on_gives_the_same_bits(tmp_path, dtype):
     model, optimizer = build(0, dtype)
     train(model, optimizer, 3)
+    torch.randn(1), random.gauss(0, 1), np.random.randn()  # each of the last two keeps a number for the next call
     meta = {"samples": 12, "nested": {"list": [1, 2.5, None], "10": 1, "9": 0}}
     path = state.write(tmp_path, 3, state.capture(model, optimizer), meta, keep_last=1)
     assert path == tmp_path / "state" / "step3" and (tmp_path / "state" / "latest").read_text() == "step3"
     train(model, optimizer, 3)
-    after = torch.rand(2), random.random(), np.random.rand()
+    draw = lambda: (torch.rand(2), random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand())  # noqa: E731
+    after = draw()
 
     other, optimizer2 = build(9, dtype)
     info = state.find_state(tmp_path)
@@ -84,7 +87,7 @@ def test_going_on_gives_the_same_bits(tmp_path, dtype):
     assert state.load_state(info, other, optimizer2) == meta
     train(other, optimizer2, 3)
     assert same(model, other)
-    assert all(np.array_equal(x, y) for x, y in zip(after, (torch.rand(2), random.random(), np.random.rand())))
+    assert all(np.array_equal(x, y) for x, y in zip(after, draw()))
     for p, q in zip(model.parameters(), other.parameters()):
         if p is not model.idle:
             assert optimizer.state[p]["step"] == optimizer2.state[q]["step"] == 6
@@ -174,6 +177,13 @@ def test_a_state_of_other_sizes_is_refused(saved):
     with pytest.raises(UserError, match=r"gain of shape \[5\], the model \[6\]") as caught:
         state.load_state(state.find_state(folder), model, torch.optim.AdamW(model.parameters()))
     assert "\n" not in str(caught.value)
+    model, optimizer = build(1)
+    model.other = nn.Parameter(torch.zeros(2))
+    with pytest.raises(UserError, match=r"other of shape none, the model \[2\]"):
+        state.load_state(state.find_state(folder), model, optimizer)
+    del model.other, model.idle
+    with pytest.raises(UserError, match=r"idle of shape \[3\], the model none"):
+        state.load_state(state.find_state(folder), model, optimizer)
 
 
 def flip(folder):
@@ -287,7 +297,9 @@ def test_a_state_is_not_used_when_weights_were_replaced_and_is_set_aside(saved, 
     assert state.find_state(folder) is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "rwkv-9.pth is newer" in said
+    own = (folder / "state" / "weights.json").read_text()
     state.set_aside(folder)
+    assert (folder / "state" / "weights.json").read_text() == own, "those files are still this run's"
     assert (folder / "state.aside-1" / "step5").is_dir() and "state.aside-1" in capsys.readouterr().err
     state.set_aside(folder)
     assert not (folder / "state.aside-2").exists(), "nothing is left to be set aside"
@@ -308,6 +320,16 @@ def test_unwritable_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot save the training state") as caught:
         state.write(tmp_path, 1, state.capture(*build(0)), {}, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_has_its_name_when_it_is_on_the_disk_and_before_it_is_the_latest(tmp_path, monkeypatch):
+    """Or a machine that loses its power may find a folder of empty files, and the state before it deleted."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda file: (done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), tmp_path)), fsync(file)))
+    monkeypatch.setattr("os.replace", lambda source, target: (done.append(f"named {os.path.relpath(target, tmp_path)}"), replace(source, target)))
+    state.write(tmp_path, 3, state.capture(*build(0)), {}, 1)
+    named = done.index("named state/step3")
+    assert "state/step3.tmp/rank00000.pt" in done[:named] and done[named + 1] == "state" and "named state/latest" in done[named + 2 :]
 
 
 def test_a_full_disk_costs_nothing(saved):
@@ -385,6 +407,26 @@ def test_ranks_share_what_all_keep_evenly_and_completely(world_size):
 def test_a_cut_counts_from_the_beginning_of_the_tensor():
     part = Piece("x", 10, 6, {"value": torch.arange(10, 16)}).cut(12, 99)
     assert (part.start, part.numel, part.values["value"].tolist()) == (12, 4, [12, 13, 14, 15])
+
+
+def test_a_counter_keeps_its_kind():
+    """DeepSpeed's CPU Adam hands it to C++ as a whole number."""
+    tensor = torch.zeros(2)
+    for counter in (3, torch.tensor(3.0)):
+        adam = SimpleNamespace(state={tensor: {"step": counter, "exp_avg": tensor}})
+        piece = Piece("x", 0, 2, {}, (adam, tensor))
+        piece.set_step(7.0)
+        assert piece.step == 7 and type(adam.state[tensor]["step"]) is type(counter)
+
+
+def test_the_checksum_is_of_the_whole_file(tmp_path):
+    """Which is read in pieces of 16 MiB."""
+    data = random.randbytes((16 << 20) + 5)
+    (tmp_path / "file").write_bytes(data)
+    with open(tmp_path / "other", "wb") as file:
+        written = state._Checked(file)
+        written.write(data[:7]), written.write(data[7:])
+    assert state._file_crc(tmp_path / "file") == written.crc == zlib.crc32(data)
 
 
 def test_pieces_are_live_views():

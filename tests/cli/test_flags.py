@@ -140,6 +140,12 @@ def test_the_ends_of_what_a_flag_takes(name, taken, refused):
             TrainConfig(**{name: value})
 
 
+def test_a_switch_of_a_model_is_one():
+    """Models say that with True and False, and so do the files that they are compared with."""
+    for value in (0, 1):
+        assert TrainConfig(my_testing="phantom", ttt_enabled=value).own_settings()["ttt_enabled"] is bool(value)
+
+
 def test_defaults_are_those_of_the_official_trainer():
     """Of scripts that leave them out."""
     official = dict(ctx_len=1024, micro_bsz=12, epoch_save=5, lr_init=6e-4, lr_final=1e-5, warmup_steps=-1, beta1=0.9, beta2=0.99, adam_eps=1e-18, weight_decay=0, grad_clip=1.0, grad_cp=0, ds_bucket_mb=200)
