@@ -76,7 +76,7 @@ def test_wrong_bounds_lead_to_no_other_memory(kernels: Kernels, kernel: str, bou
 
 @pytest.mark.parametrize(
     "options",
-    [dict(T=100, more="rkv"), dict(T=67, N=128, H=1, documents=[1, 31, 32, 3], more="rkv"), dict(T=70, N=16, B=2, more="rk"), dict(T=70, N=32, segment_chunks=1, more="v")],
+    [dict(T=100, more="rkv"), dict(T=67, N=128, H=1, documents=[1, 31, 32, 3], more="rkv"), dict(T=70, N=16, B=2, more="rk"), dict(T=70, N=32, segment_chunks=1, more="v"), dict(T=20, N=16, more="k")],
     ids=str,
 )
 def test_gradients_from_elsewhere_are_added_up(kernels: Kernels, options: dict) -> None:
