@@ -12,10 +12,10 @@ using rosa::Row;
 // Lengths of the matches that end at i, for all lags at once: one more where the symbol matches, else 0.
 template <class Symbol>
 void scan(const Row<Symbol>& row, Memory& memory) {
-  const int64_t L = row.L, n = L + row.T;
-  memory.resize(n * (4 + sizeof(Symbol)));
+  const int64_t L = row.L, n = L + row.T, symbols = (n * sizeof(Symbol) + 3) / 4 * 4;  // bytes, so that the lengths behind them are aligned
+  memory.resize(symbols + n * 4);
   Symbol* const backwards = reinterpret_cast<Symbol*>(memory.data());
-  int32_t* const runs = row.runs ? row.runs : reinterpret_cast<int32_t*>(backwards + n);
+  int32_t* const runs = row.runs ? row.runs : reinterpret_cast<int32_t*>(memory.data() + symbols);
   for (int64_t j = 0; j < n; j++) backwards[j] = row.k[n - 1 - j];
   if (L) memcpy(runs, row.before, L * 4);
   memset(runs + L, 0, row.T * 4);

@@ -4,6 +4,9 @@ import json
 import os
 import random
 import resource
+import shutil
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,11 +73,13 @@ def saved(tmp_path):
 def test_going_on_gives_the_same_bits(tmp_path, dtype):
     model, optimizer = build(0, dtype)
     train(model, optimizer, 3)
+    torch.randn(1), random.gauss(0, 1), np.random.randn()  # each of the last two keeps a number for the next call
     meta = {"samples": 12, "nested": {"list": [1, 2.5, None], "10": 1, "9": 0}}
     path = state.write(tmp_path, 3, state.capture(model, optimizer), meta, keep_last=1)
     assert path == tmp_path / "state" / "step3" and (tmp_path / "state" / "latest").read_text() == "step3"
     train(model, optimizer, 3)
-    after = torch.rand(2), random.random(), np.random.rand()
+    draw = lambda: (torch.rand(2), random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand())  # noqa: E731
+    after = draw()
 
     other, optimizer2 = build(9, dtype)
     info = state.find_state(tmp_path)
@@ -82,7 +87,7 @@ def test_going_on_gives_the_same_bits(tmp_path, dtype):
     assert state.load_state(info, other, optimizer2) == meta
     train(other, optimizer2, 3)
     assert same(model, other)
-    assert all(np.array_equal(x, y) for x, y in zip(after, (torch.rand(2), random.random(), np.random.rand())))
+    assert all(np.array_equal(x, y) for x, y in zip(after, draw()))
     for p, q in zip(model.parameters(), other.parameters()):
         if p is not model.idle:
             assert optimizer.state[p]["step"] == optimizer2.state[q]["step"] == 6
@@ -109,9 +114,60 @@ def test_frozen_parameters_keep_their_values_and_thawed_ones_start_without_momen
     assert same(model, frozen)
     state.write(tmp_path, 3, state.capture(frozen, half), {}, 1)
     thawed, whole = build(2)
+    train(thawed, whole, 1)  # moments that must go
     state.load_state(state.find_state(tmp_path), thawed, whole)
     assert same(model, thawed) and not whole.state[thawed.matrix]["exp_avg"].any() and whole.state[thawed.matrix]["step"] == 0
     assert torch.equal(whole.state[thawed.w0]["exp_avg"], optimizer.state[model.w0]["exp_avg"])
+
+
+def test_a_counter_that_pieces_share_is_that_of_those_that_were_trained():
+    """ZeRO counts once for a whole partition; what was frozen when the state was written brings 0."""
+    flat = nn.Parameter(torch.zeros(6))
+    counters = {}
+    for start, step in ((0, 5.0), (4, 0.0)):
+        piece = Piece("x", 0, 2, {"master": flat.detach()[start : start + 2]}, (torch.optim.AdamW([flat]), flat))
+        assert state._copy({"start": 0, "step": step, "master": torch.ones(2)}, piece, counters) == 2
+    assert [step for _, step in counters.values()] == [5.0] and flat.tolist() == [1, 1, 0, 0, 1, 1]
+
+
+def test_random_numbers_go_on_at_the_same_number_of_processes_only(saved, monkeypatch):
+    """Of more processes, those without a state of their own would all get one and the same."""
+    folder, model, optimizer = saved
+    for processes, same_numbers in ((1, True), (2, False)):
+        monkeypatch.setattr(state.ranks, "together", lambda action: [action()])
+        monkeypatch.setattr(state.ranks, "world_size", lambda: processes)
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        torch.manual_seed(7)
+        state.load_state(state.find_state(folder), model, optimizer)
+        assert torch.equal(torch.rand(3), expected) != same_numbers
+
+
+def test_the_loss_scaler_goes_on(tmp_path):
+    """DeepSpeed's, of fp16."""
+    model, optimizer = build(0)
+    optimizer.loss_scaler = SimpleNamespace(cur_scale=512.0, cur_iter=70, last_overflow_iter=31, cur_hysteresis=1, raise_error=True)
+    state.write(tmp_path, 1, state.capture(model, optimizer), {}, 1)
+    other, optimizer2 = build(1)
+    optimizer2.loss_scaler = SimpleNamespace(cur_scale=65536.0, cur_iter=0, last_overflow_iter=-1, cur_hysteresis=2, raise_error=False)
+    state.load_state(state.find_state(tmp_path), other, optimizer2)
+    assert vars(optimizer2.loss_scaler) == vars(optimizer.loss_scaler) | {"raise_error": False}
+
+
+def test_the_newest_is_the_one_of_the_most_steps(saved):
+    """Not the last of the names; and a state that was being replaced comes after the one that has replaced it."""
+    folder, model, optimizer = saved
+    for step in (9, 10):
+        state.write(folder, step, state.capture(model, optimizer), {"step": step}, keep_last=2)
+    shutil.copytree(folder / "state" / "step10", folder / "state" / "step10.replaced")
+    assert [path.name for path in state._candidates(folder / "state")] == ["step10", "step10.replaced", "step9"]
+    assert state.find_state(folder).path.name == "step10"
+
+
+def test_a_state_of_a_later_format_is_not_read(saved, monkeypatch, capsys):
+    folder, _, _ = saved
+    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
+    assert state.find_state(folder) is None and "manifest.json is not readable" in capsys.readouterr().err
 
 
 def test_a_state_of_other_sizes_is_refused(saved):
@@ -121,6 +177,13 @@ def test_a_state_of_other_sizes_is_refused(saved):
     with pytest.raises(UserError, match=r"gain of shape \[5\], the model \[6\]") as caught:
         state.load_state(state.find_state(folder), model, torch.optim.AdamW(model.parameters()))
     assert "\n" not in str(caught.value)
+    model, optimizer = build(1)
+    model.other = nn.Parameter(torch.zeros(2))
+    with pytest.raises(UserError, match=r"other of shape none, the model \[2\]"):
+        state.load_state(state.find_state(folder), model, optimizer)
+    del model.other, model.idle
+    with pytest.raises(UserError, match=r"idle of shape \[3\], the model none"):
+        state.load_state(state.find_state(folder), model, optimizer)
 
 
 def flip(folder):
@@ -255,7 +318,9 @@ def test_a_state_is_not_used_when_weights_were_replaced_and_is_set_aside(saved, 
     assert state.find_state(folder) is None
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "rwkv-9.pth is newer" in said
+    own = (folder / "state" / "weights.json").read_text()
     state.set_aside(folder)
+    assert (folder / "state" / "weights.json").read_text() == own, "those files are still this run's"
     assert (folder / "state.aside-1" / "step5").is_dir() and "state.aside-1" in capsys.readouterr().err
     state.set_aside(folder)
     assert not (folder / "state.aside-2").exists(), "nothing is left to be set aside"
@@ -276,6 +341,16 @@ def test_unwritable_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot save the training state") as caught:
         state.write(tmp_path, 1, state.capture(*build(0)), {}, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_has_its_name_when_it_is_on_the_disk_and_before_it_is_the_latest(tmp_path, monkeypatch):
+    """Or a machine that loses its power may find a folder of empty files, and the state before it deleted."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda file: (done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), tmp_path)), fsync(file)))
+    monkeypatch.setattr("os.replace", lambda source, target: (done.append(f"named {os.path.relpath(target, tmp_path)}"), replace(source, target)))
+    state.write(tmp_path, 3, state.capture(*build(0)), {}, 1)
+    named = done.index("named state/step3")
+    assert "state/step3.tmp/rank00000.pt" in done[:named] and done[named + 1] == "state" and "named state/latest" in done[named + 2 :]
 
 
 def test_a_full_disk_costs_nothing(saved):
@@ -353,6 +428,26 @@ def test_ranks_share_what_all_keep_evenly_and_completely(world_size):
 def test_a_cut_counts_from_the_beginning_of_the_tensor():
     part = Piece("x", 10, 6, {"value": torch.arange(10, 16)}).cut(12, 99)
     assert (part.start, part.numel, part.values["value"].tolist()) == (12, 4, [12, 13, 14, 15])
+
+
+def test_a_counter_keeps_its_kind():
+    """DeepSpeed's CPU Adam hands it to C++ as a whole number."""
+    tensor = torch.zeros(2)
+    for counter in (3, torch.tensor(3.0)):
+        adam = SimpleNamespace(state={tensor: {"step": counter, "exp_avg": tensor}})
+        piece = Piece("x", 0, 2, {}, (adam, tensor))
+        piece.set_step(7.0)
+        assert piece.step == 7 and type(adam.state[tensor]["step"]) is type(counter)
+
+
+def test_the_checksum_is_of_the_whole_file(tmp_path):
+    """Which is read in pieces of 16 MiB."""
+    data = random.randbytes((16 << 20) + 5)
+    (tmp_path / "file").write_bytes(data)
+    with open(tmp_path / "other", "wb") as file:
+        written = state._Checked(file)
+        written.write(data[:7]), written.write(data[7:])
+    assert state._file_crc(tmp_path / "file") == written.crc == zlib.crc32(data)
 
 
 def test_pieces_are_live_views():

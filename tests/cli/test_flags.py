@@ -1,5 +1,6 @@
 """Flags are made from the dataclass; what is wrong is said in one line, before anything heavy is imported."""
 
+import math
 import re
 import subprocess
 import sys
@@ -63,8 +64,10 @@ def test_flags_without_effect_are_named():
         (dict(ds_bucket_mb=2), dict(strategy="deepspeed_stage_2"), "--ds_bucket_mb 2 has no effect: --strategy auto is not DeepSpeed's"),
         (dict(lr_final=1e-4, lr_schedule="constant"), dict(lr_schedule="wsd"), "--lr_final 0.0001 has no effect: --lr_schedule constant stays at lr_init"),
         (dict(wsd_decay=0.1), dict(lr_schedule="wsd"), "--wsd_decay 0.1 has no effect: --lr_schedule is cosine"),
+        (dict(wsd_decay=0.1, lr_schedule="constant"), dict(lr_schedule="wsd"), "--wsd_decay 0.1 has no effect: --lr_schedule is constant"),
         (dict(spike_snapshot=5), dict(spike_guard=6.0), "--spike_snapshot 5 has no effect: --spike_guard is off"),
         (dict(load_partial=1), dict(load_model="x.pth"), "--load_partial 1 has no effect: there is no --load_model"),
+        (dict(load_partial=1, train_stage=1), dict(train_stage=2), "--load_partial 1 has no effect: there is no --load_model"),
     ],
 )
 def test_flags_without_effect_beside_others_are_named(idle, used, line):
@@ -110,6 +113,50 @@ def test_a_path_that_cannot_be_looked_at_is_one_line_and_code_2(argv, capsys):
     """As in a folder that may not be entered, which root always may."""
     assert main([word.format("a" * 300) for word in argv]) == 2
     assert re.fullmatch(r"error: a{300}\S*: File name too long; check the name and its permissions\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "least, names",
+    [
+        (1, "ctx_len micro_bsz accumulate_grad_batches num_nodes epoch_samples keep_last val_batches max_skips spike_snapshot ds_bucket_mb"),
+        (0, "dim_att dim_ffn n_layer n_embd vocab_size head_size magic_prime epoch_begin epoch_save weight_decay grad_clip head_chunk save_steps save_minutes val_every max_steps"),
+        (0, "spike_guard lr_init lr_final adam_eps my_exit_tokens"),
+        (-1, "warmup_steps random_seed"),
+    ],
+)
+def test_the_least_that_a_number_may_be(least, names):
+    for name in names.split():
+        assert getattr(TrainConfig(**{name: least}), name) == least
+        with pytest.raises(UserError, match=f"^--{name} {least - 1} must be at least {least}$"):
+            TrainConfig(**{name: least - 1})
+
+
+@pytest.mark.parametrize(
+    "name, taken, refused",
+    [
+        ("beta1", (0.0, 0.5), (-0.1, 1.0)), ("beta2", (0.0, 0.5), (-0.1, 1.0)), ("wsd_decay", (0.1, 1.0), (0.0, 1.1)), ("dist_timeout", (0.1,), (0.0, -1.0)),
+        ("devices", ("auto", "1", "8"), ("0", "-1", "1.5")), ("train_stage", (0, 1, 2, 3), (-1, 4)), ("grad_cp", (-1, 0, 1), (-2, 2)), ("lr_init", (1.0,), (math.inf, math.nan)),
+        *((switch, (0, 1), (-1, 2)) for switch in ("compile", "cuda_graphs", "tensorboard", "doc_reset", "load_partial")),
+    ],
+)  # fmt: skip
+def test_the_ends_of_what_a_flag_takes(name, taken, refused):
+    for value in taken:
+        assert getattr(TrainConfig(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(UserError, match=f"^--{name} "):
+            TrainConfig(**{name: value})
+
+
+def test_a_switch_of_a_model_is_one():
+    """Models say that with True and False, and so do the files that they are compared with."""
+    for value in (0, 1):
+        assert TrainConfig(my_testing="phantom", ttt_enabled=value).own_settings()["ttt_enabled"] is bool(value)
+
+
+def test_defaults_are_those_of_the_official_trainer():
+    """Of scripts that leave them out."""
+    official = dict(ctx_len=1024, micro_bsz=12, epoch_save=5, lr_init=6e-4, lr_final=1e-5, warmup_steps=-1, beta1=0.9, beta2=0.99, adam_eps=1e-18, weight_decay=0, grad_clip=1.0, grad_cp=0, ds_bucket_mb=200)
+    assert TrainConfig().as_dict().items() >= official.items()
 
 
 @pytest.mark.parametrize("command", sorted(commands().keys() - {"train"}))

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from oracles.emulated_wkv7 import Kernels, Shape, errors, make_case, separate
+from oracles.emulated_wkv7 import WRONG_BOUNDS, Kernels, Shape, errors, make_case, separate, with_bounds
 
 # Relative rms against float64 on the same bf16 inputs; measured values are a fifth below. Rounding the result to bf16 alone costs 1.7e-3.
 LIMITS = {"y": 4.7e-3, "final_state": 3e-3, "dr": 3.8e-3, "dw": 4.6e-3, "dk": 3.8e-3, "dv": 4.2e-3, "da": 6.2e-3, "db": 6e-3, "d_initial_state": 3.2e-3}
@@ -54,9 +54,29 @@ def test_packed_documents_equal_separate_runs(kernels: Kernels, options: dict) -
             assert torch.equal(x, got[name][i : i + 1] if "state" in name else got[name][:, tokens]), (name, i)
 
 
+@pytest.mark.parametrize("options", [dict(T=70, B=2), dict(T=67, N=128, B=2), dict(T=140, documents=[70, 70], segment_chunks=1)], ids=str)
+def test_a_sequence_does_not_see_what_is_not_a_number_in_the_next(kernels: Kernels, options: dict) -> None:
+    """Behind the last token of a chunk that is not whole lie those of the next sequence: times zero, a NaN would still be one."""
+    case = make_case(H=1, **options)
+    clean = kernels.run("chunked", case)
+    for x in (*case.inputs, case.dy):
+        x.view(2, -1)[1] = torch.nan
+    for name, x in kernels.run("chunked", case).items():
+        mine, other = x.view(2, -1)
+        assert torch.equal(mine, clean[name].view(2, -1)[0]) and other.isnan().any(), name
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "sequential"])
+@pytest.mark.parametrize("bounds", WRONG_BOUNDS, ids=str)
+def test_wrong_bounds_lead_to_no_other_memory(kernels: Kernels, kernel: str, bounds: list[int]) -> None:
+    """Nobody has waited to look at them. What comes out is not said; nothing is written behind a tensor."""
+    for segment_chunks in (0, 1):
+        kernels.run(kernel, with_bounds(make_case(T=100, N=32, H=1, documents=[1, 99], segment_chunks=segment_chunks), bounds))
+
+
 @pytest.mark.parametrize(
     "options",
-    [dict(T=100, more="rkv"), dict(T=67, N=128, H=1, documents=[1, 31, 32, 3], more="rkv"), dict(T=70, N=16, B=2, more="rk"), dict(T=70, N=32, segment_chunks=1, more="v")],
+    [dict(T=100, more="rkv"), dict(T=67, N=128, H=1, documents=[1, 31, 32, 3], more="rkv"), dict(T=70, N=16, B=2, more="rk"), dict(T=70, N=32, segment_chunks=1, more="v"), dict(T=20, N=16, more="k")],
     ids=str,
 )
 def test_gradients_from_elsewhere_are_added_up(kernels: Kernels, options: dict) -> None:
@@ -98,8 +118,13 @@ def test_many_chunks_do_not_accumulate_error(kernels: Kernels) -> None:
 
 
 def test_what_it_cannot_do_is_refused(kernels: Kernels) -> None:
-    shape = Shape(1, 64, 2, 48, 0, None)
-    assert kernels.library.wkv7_chunked_forward(ctypes.byref(shape), *[None] * 6) == -1
+    bounds = ctypes.addressof((ctypes.c_int32 * 2)(0, 64))
+    right = dict(B=1, T=64, H=2, N=64, documents=0, cu_seqlens=None, segment_chunks=0)
+    for wrong in (
+        dict(N=48), dict(B=0), dict(T=0), dict(H=0), dict(H=65536), dict(B=2, T=2**30), dict(segment_chunks=-1), dict(cu_seqlens=bounds), dict(B=2, documents=1, cu_seqlens=bounds),
+    ):  # fmt: skip
+        shape = Shape(**right | wrong)
+        assert kernels.library.wkv7_chunked_forward(shape, *[None] * 6) == kernels.library.wkv7_sequential_forward(shape, 0, *[None] * 5) == -1, wrong
     case = make_case(T=10, H=1)
     kernels.library.emulation_shared_limit(ctypes.c_size_t(48 * 1024))
     try:

@@ -195,6 +195,7 @@ def test_a_name_with_signs_in_it_is_a_name(tmp_path):
         out.add(np.arange(100))
     assert prefixes(f"{tmp_path}/a,b:0.5") == {f"{tmp_path}/a,b:0.5": None}
     assert prefixes("a:1/3,b:c:2") == {"a": Fraction(1, 3), "b:c": Fraction(2)}
+    assert prefixes("a, b") == prefixes(" a ,b") == {"a": None, "b": None} and prefixes("a: 1, b :2") == {"a": Fraction(1), "b": Fraction(2)}
 
 
 def test_a_list_may_be_longer_than_a_name(tmp_path):

@@ -171,6 +171,23 @@ def test_penalties_against_the_definition():
     assert torch.equal(penalties.penalise(logits), logits)
 
 
+def test_penalties_outside_their_range():
+    inf, nan = float("inf"), float("nan")
+    for right in (dict(decay=0), dict(decay=1), dict(presence=-2, frequency=-3)):
+        Penalties(**right)
+    for flag, wrong in (("penalty_decay", dict(decay=x)) for x in (-0.1, 1.1, nan)):
+        with pytest.raises(UserError, match=f"^--{flag} "):
+            Penalties(**wrong)
+    for name in ("presence", "frequency"):
+        for value in (inf, -inf, nan):
+            with pytest.raises(UserError, match=f"^--{name}_penalty "):
+                Penalties(**{name: value})
+    penalties, logits = Penalties(frequency=1.0), torch.zeros(1, 3)
+    for _ in range(2):
+        penalties.count(1, logits)
+    assert penalties.penalise(logits)[0].tolist() == pytest.approx([0, -1.996, 0]), "ChatRWKV's decay is the default"
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     model = build(ModelConfig(n_layer=2, n_embd=64, vocab_size=65536, head_size=32))

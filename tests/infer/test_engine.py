@@ -87,6 +87,14 @@ def test_seed_decides_the_text(engine):
     assert first == again != other
 
 
+def test_any_63_bits_are_a_seed(engine):
+    for seed in (0, -(1 << 63), (1 << 63) - 1):
+        assert engine.generator(seed).initial_seed() in (seed, seed + (1 << 64))
+    for seed in (-(1 << 63) - 1, 1 << 63):
+        with pytest.raises(UserError, match=f"--seed {seed} has more than 63 bits"):
+            engine.generator(seed)
+
+
 def test_pieces_join_to_the_decoded_tokens(engine):
     tokens = list(engine.tokens(PROMPT, 30, seed=5))
     assert "".join(engine.generate(PROMPT, 30, seed=5)) == load_tokenizer("world").decode(tokens)

@@ -124,6 +124,24 @@ def test_the_automaton_goes_on_behind_a_state(split, rng):
     assert all(torch.equal(a, b) for a, b in zip(state, last))
 
 
+@needs_native
+def test_the_automaton_is_the_scan_on_many_rows(rng):
+    """Random, nearly and wholly periodic ones: states that are divided again and again, a match in hand behind a state, matches longer than all that is new."""
+    rows, T = 600, 1200
+    periods, symbols = torch.randint(1, 8, (rows,), generator=rng), torch.randint(4, (T, rows), generator=rng)
+    often = torch.tensor([0.0, 1 / 12, 1.0, 1.0]).repeat(rows // 4)
+    for t in range(7, T):
+        symbols[t] = torch.where(torch.rand(rows, generator=rng) < often, symbols[t], symbols[t - periods, torch.arange(rows)])
+    x, ends, after, out = numbered(symbols, 2).view(1, T, 2 * rows), (-torch.ones(2 * rows), torch.ones(2 * rows), 2), None, []
+    with backend.asked_for("cpu"):
+        halves = [rosa_self(x[:, :600], *ends, return_state=True)]
+        halves.append(rosa_self(x[:, 600:], *ends, state=halves[0][1], return_state=True))
+        for piece in x.split(40, 1):  # short enough to be scanned
+            y, after = rosa_self(piece, *ends, state=after, return_state=True)
+            out.append(y)
+    assert torch.equal(torch.cat([y for y, _ in halves], 1), torch.cat(out, 1)) and torch.equal(halves[1][1].runs, after.runs)
+
+
 def against_turning(kind, bits, T, rng, B=1, groups=1, dtype=torch.float32, tolerance=2e-5):
     C = bits * groups
     low, high = (x.to(dtype) for x in ends(C, rng))

@@ -72,6 +72,14 @@ def test_opcheck(case):
 
 
 @needs_native
+@pytest.mark.parametrize("bounds", [[0, 5, 18], [0, 5, 20], [0, 5, 5, 19], [0, 6, 5, 19], [1, 19], [-1, 19]], ids=str)
+def test_the_operator_itself_looks_at_bounds(bounds):
+    """torch.compile leaves out the checks in Python; what lies outside of the tensors must not be read."""
+    with pytest.raises(RuntimeError, match="cu_seqlens must (rise strictly from 0 to T|end at T)"):
+        torch.ops.rwkvlm.wkv7_forward(*(t.detach() for t in inputs(1, 19, 2, 16)), None, torch.tensor(bounds), False)
+
+
+@needs_native
 @pytest.mark.parametrize("bounds", [None, [0, 4, 70, 71]], ids=["plain", "packed"])
 def test_opcheck_of_the_backward(bounds):
     x = [t.detach() for t in inputs(1, 71, 2, 16)]

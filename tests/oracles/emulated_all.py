@@ -10,7 +10,7 @@ import torch
 from oracles import wkv4_cases
 from oracles.elementwise import Case
 from oracles.emulated_ttt import make_ttt_case, run
-from oracles.emulated_wkv7 import Kernels, make_case
+from oracles.emulated_wkv7 import WRONG_BOUNDS, Kernels, make_case, with_bounds
 from rwkvlm.ops.adamw import cuda as adamw
 from rwkvlm.ops.cross_entropy import cuda as loss
 from rwkvlm.ops.fused import cuda
@@ -28,6 +28,9 @@ def run_wkv7(path: Path) -> None:
         ):  # fmt: skip
             kernels.run("chunked", make_case(**options), reverse=reverse)
             kernels.run("sequential", make_case(**options), reverse=reverse)
+        for bounds in WRONG_BOUNDS:
+            for kernel, chunks in (("chunked", 0), ("chunked", 1), ("sequential", 0)):
+                kernels.run(kernel, with_bounds(make_case(T=100, N=32, H=1, documents=[1, 99], segment_chunks=chunks), bounds), reverse=reverse)
         for options in (
             dict(T=140, rows=8), dict(T=67, rows=64), dict(T=130, N=16, rows=16, B=2), dict(T=140, N=32, rows=24, segment=128, head=False), dict(T=35, N=128, rows=128, segment=32),
         ):  # fmt: skip

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -94,6 +94,15 @@ def make_case(
     case = Case(inputs, normal(B, T, H, N).to(dtype), state(), state(), bounds, segment_chunks)
     case.more = tuple((8 * normal(B, T, H, N)).to(dtype) if name in more else None for name in "rkv")
     return case
+
+
+# Of 100 tokens in two documents: beyond the end, before the beginning, falling.
+WRONG_BOUNDS = [0, 70, 300], [-90, 30, 100], [0, 90, 30], [100, 0, 100], [200, -100, 5]
+
+
+def with_bounds(case: Case, bounds: list[int]) -> Case:
+    """The case with other ends of its documents, right or not."""
+    return replace(case, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
 class Buffers:

@@ -46,6 +46,10 @@ def test_samples_are_cut_at_the_ends_of_documents(corpus):
         for piece in pieces:
             assert piece == list(range(piece[0], piece[0] + len(piece))) and not ends & set(piece[1:])  # no end inside
             assert piece[0] in ends | {0} or piece[0] % 16 == 0  # and no cut without a reason
+    asked = []
+    samples.ask_for = asked.append
+    packed.ask_for(numbers)
+    assert asked == [numbers], "they are read ahead"
 
 
 def test_documents_of_every_file_of_a_mixture(corpus):

@@ -14,7 +14,7 @@ from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import ModelConfig, TrainConfig, model_config
 from rwkvlm.models import build, count_parameters, init_weights
 from rwkvlm.train import planner
-from rwkvlm.train.memory import Activations, estimate, measure_activations
+from rwkvlm.train.memory import Activations, estimate, measure_activations, resident
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.plan import make_plan
 from rwkvlm.train.planner import ROOM, decide_grad_cp, expected_seconds, memory_available, probe, probe_flags
@@ -100,6 +100,8 @@ def test_activations_are_those_that_autograd_keeps():
 def test_snapshots_of_the_spike_guard_are_counted_where_they_lie_in_the_memory_that_is_told(flags, run, parts, precision):
     memory = estimate(SIZES, TrainConfig(precision=precision, **flags), run, Activations(0, 0), 0)
     assert memory.snapshots == parts * parameters(SIZES) and ("snapshots" in str(memory)) == bool(parts)
+    saving = 12 // run.world_size + 2 if run.accelerator == "cpu" else 0  # each process's share of the state, and whole weights
+    assert memory.saving == saving * parameters(SIZES)
 
 
 def test_less_with_grad_cp_and_with_smaller_batches():
@@ -108,6 +110,18 @@ def test_less_with_grad_cp_and_with_smaller_batches():
 
     assert total(grad_cp=1) < total() and total(micro_bsz=6) < total(micro_bsz=12)
     assert total(micro_bsz=12) - total(micro_bsz=6) == pytest.approx(6 * 1024 * (4.5 * 60_000 + 5_000 + 2 * 256), rel=0.01)
+    inputs, one_block = 4 * 2 * 256, 60_000  # of every block; and what one keeps while it is recomputed
+    assert total(grad_cp=1, micro_bsz=12) - total(grad_cp=1, micro_bsz=6) == pytest.approx(6 * 1024 * (inputs + one_block + 5_000 + 2 * 256), rel=0.01)
+
+
+def test_on_a_cpu_the_optimizer_has_nowhere_else_to_go():
+    config, (offload, plain) = TrainConfig(precision="bf16"), (Launch("cpu", 2, 1, f"deepspeed_stage_2{end}") for end in ("_offload", ""))
+    assert estimate(SIZES, config, offload, Activations(0, 0), 0).optimizer == estimate(SIZES, config, plain, Activations(0, 0), 0).optimizer == 6 * parameters(SIZES)
+
+
+def test_what_a_process_has_in_memory_is_what_the_system_says():
+    said = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    assert resident() == pytest.approx(1024 * int(said.split()[1]), rel=0.1)
 
 
 def test_seconds_by_hand():
