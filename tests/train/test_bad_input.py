@@ -178,8 +178,9 @@ def test_another_order_of_the_data_is_not_mixed_into_a_run(run, tmp_path, capfd)
     assert run(tmp_path / "out", max_steps=1) == 0
     assert run(tmp_path / "out", ctx_len=16) == 2
     assert "was trained with 32: the order of the data would break; use --ctx_len 32" in capfd.readouterr().err
-    assert run(tmp_path / "out", n_layer=3) == 2
-    assert "leave --n_layer out to take it from there, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
+    for more in {}, {"load_partial": 1}:  # a state does not grow
+        assert run(tmp_path / "out", n_layer=3, **more) == 2
+        assert "leave --n_layer out to take it from there, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
     assert run(tmp_path / "out", data_file=f"{run.data}.val") == 2
     err = capfd.readouterr().err
     assert f"--data_file {run.data}.val means magic_prime 59, but" in err and "; use the data of that run, or another --proj_dir" in err

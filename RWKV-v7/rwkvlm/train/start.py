@@ -162,7 +162,7 @@ def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
             found = _phantom_of(config, found, path)
         if config.my_testing == "hybrid" and found.model_type == "x070":
             found = model_config("hybrid", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.own_settings())
-        return _agree(config, found, path)
+        return _agree(config, found, path, grows=True)
     given = {name: getattr(config, name) for name in SIZES if getattr(config, name)} | config.own_settings()
     return _flags_fit(config, model_config(config.my_testing, **given))
 
@@ -175,14 +175,15 @@ def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomC
     return sizes
 
 
-def _agree(config: TrainConfig, found: ModelConfig, path: Path) -> ModelConfig:
+def _agree(config: TrainConfig, found: ModelConfig, path: Path, grows: bool = False) -> ModelConfig:
+    """The model of path as the flags want it, if they may. grows: --load_partial may put blocks above its own; a training state's optimizer has none for them."""
     if config.my_testing != found.model_type:
         raise UserError(f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or another --load_model or --proj_dir")
-    deeper = bool(config.load_partial) and config.n_layer > found.n_layer
+    deeper = grows and bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
         if given and given != there and name not in found.unused and not (deeper and name == "n_layer"):
-            grown = ", or add --load_partial 1, which begins the blocks above anew" if name == "n_layer" and given > there else ""
+            grown = ", or add --load_partial 1, which begins the blocks above anew" if grows and name == "n_layer" and given > there else ""
             raise UserError(_differs(name, given, there, path) + grown)
     if isinstance(found, PhantomConfig):
         found = _phantom_agrees(config.own_settings(), found, path)
