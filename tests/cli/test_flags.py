@@ -1,6 +1,7 @@
 """Flags are made from the dataclass; what is wrong is said in one line, before anything heavy is imported."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -106,6 +107,15 @@ def test_wrong_flags_are_one_line_and_code_2(argv, said, capsys):
     assert main(["train", *argv]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err and out == ""
+
+
+def test_a_line_is_written_whole():
+    """Not its text and then its end, between which another process of the run could speak."""
+    here, there = os.pipe2(os.O_DIRECT)  # what is read is what one write has written
+    done = subprocess.run([sys.executable, "-m", "rwkvlm", "report", "nowhere"], stderr=there, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    os.close(there)
+    with open(here, "rb", buffering=0) as said:
+        assert done.returncode == 2 and re.fullmatch(rb"error: .*\n", said.read(4096))
 
 
 @pytest.mark.parametrize("argv", [["make_data", "{}.txt", "1", "16"], ["report", "{}"], ["download", "--out", "{}"], ["generate", "--model", "{}"]], ids=lambda argv: argv[0])

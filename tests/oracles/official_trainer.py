@@ -116,8 +116,6 @@ class Loss:
         return gradient.to(logits.dtype).view_as(logits)
 
 
-
-
 class Wkv4:
     """RWKV-4's kernel: w is minus the exponential of the parameter, k and v are [B, T, C], and the gradient of w is asked for the parameter, one of each sequence."""
 

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     env.let_waiting_threads_sleep()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # commands show texts of any language on terminals of any encoding
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(line_buffering=True, write_through=False)  # lines whole, with PYTHONUNBUFFERED too: the processes of a run say things at the same moment
     try:
         return _command(argv[0])(argv[1:])
     except UserError as error:
