@@ -45,12 +45,14 @@ void flips_of(const Flips& task, Memory& memory) {
 }
 
 void flips(const Flips& task, Memory& memory) {
-  if (task.T >= 1 << 16)
-    flips_of<0, uint32_t>(task, memory);
+  if (task.T >= 1 << 15)
+    flips_of<0, int32_t>(task, memory);
   else if (task.M == 1)
-    flips_of<1, uint16_t>(task, memory);
+    flips_of<1, int16_t>(task, memory);
+  else if (task.M == 4)
+    flips_of<4, int16_t>(task, memory);
   else
-    flips_of<0, uint16_t>(task, memory);
+    flips_of<0, int16_t>(task, memory);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What turning each single bit of a row would change, exactly, in O(T^2) time whatever the symbols are. Included in cpu.cpp.
+// What turning each single bit of a row would change, exactly, in at most O(T^2) time whatever the symbols are. Included in cpu.cpp.
 //
 // For an output i and an end of match j < i, at lag d = i - j, let L1 < L2 < L3 be how far back the first, second and third mismatch lie (j + 1,
 // the beginning, where there is none), D1 and D2 the bits in which the symbols differ at the first two. One symbol on, each L is one more where
@@ -7,10 +7,15 @@
 //     t > j or t < s    nothing               s < t <= j   cuts it to j - t               t = s and D1 = b    lengthens it to L2
 //
 // and turning that of q_t, with m = i - t: nothing where L1 < m, a cut to m where L1 > m, L2 where L1 = m and D1 = b. Where q = k both sides turn
-// at once: at the offset j - t, if that is not negative, and at i - t, which lies further back. So the longest match after a turn at t is the best
-// of a few maxima over j, which all fall out of one pass over j and one over t. Only two kinds of t matter: those inside the match that won, and
-// those where another is lengthened beyond it.
+// at once: at the offset j - t, if that is not negative, and at i - t, which lies further back. Only two kinds of t matter: those inside the match
+// that won, and those where another is lengthened beyond it; after a turn at t the longest is the best of a few maxima over j.
+//
+// Few matches count one by one: those that overlap the one that won, and those that a turn can make win. A pass over the lags, a vector at a time,
+// finds them; of the others only the best counts, and the last that is m long. Where q turns less than `few` symbols back a match can win from
+// nearly anywhere, so there the best is sought by a pass of its own.
 #pragma once
+
+#include <algorithm>
 
 #include "../common/simd.h"
 #include "cpu.h"
@@ -19,13 +24,6 @@ namespace {
 
 using rosa::Flips;
 using rosa::Memory;
-
-template <class Lag>
-Lag largest(const Lag* __restrict x, int64_t n) {
-  Lag most = 0;
-  for (int64_t c = 0; c < n; c++) most = x[c] > most ? x[c] : most;
-  return most;
-}
 
 // Where x, which is there, is first.
 template <class Lag>
@@ -39,12 +37,24 @@ int64_t place_of(const Lag* __restrict from, Lag x) {
   }
 }
 
+// Where x, from a place on, is first at least `least`, which it is somewhere.
+template <class Lag>
+int64_t place_from(const Lag* __restrict x, int64_t begin, Lag least) {
+  for (;; begin += 32) {
+    Lag found = 0;
+    for (int c = 0; c < 32; c++) found |= x[begin + c] >= least;
+    if (found)
+      while (x[begin] < least) begin++;
+    if (found) return begin;
+  }
+}
+
 // A vector of integers, and the best of each lane and those before it, or (BACK) behind it, and of `carry`, which becomes the best of all.
-template <class Number>
+template <class Number, int COUNT = 4 * W / sizeof(Number)>
 struct Lanes {
-  static constexpr int count = 4 * W / sizeof(Number);
-  typedef Number Vector __attribute__((vector_size(4 * W)));
-  typedef Number Memory __attribute__((vector_size(4 * W), aligned(sizeof(Number)), may_alias));
+  static constexpr int count = COUNT;
+  typedef Number Vector __attribute__((vector_size(COUNT * sizeof(Number))));
+  typedef Number Memory __attribute__((vector_size(COUNT * sizeof(Number)), aligned(sizeof(Number)), may_alias));
 
   static INLINE Vector load(const Number* p) { return *reinterpret_cast<const Memory*>(p); }
   static INLINE void store(Number* p, Vector x) { *reinterpret_cast<Memory*>(p) = x; }
@@ -70,33 +80,57 @@ struct Lanes {
     carry = x[BACK ? 0 : count - 1] - Vector{};
     return x;
   }
+  // Of numbers that are not negative.
+  static INLINE Number largest(Vector x) { return so_far<true>(x)[0]; }
+  // The lanes of a mask as bits.
+  static INLINE uint64_t which(Vector mask) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Number) == 2) return _mm512_movepi16_mask((__m512i)mask);
+    if constexpr (sizeof(Number) == 4) return _mm512_movepi32_mask((__m512i)mask);
+#else
+    uint64_t bits = 0;
+    for (int n = 0; n < count; n++) bits |= uint64_t(mask[n] & 1) << n;
+    return bits;
+#endif
+  }
 };
 
-// Lag: an integer that holds T, the narrower the faster. BITS: of a symbol, 0: any number.
+// Lag: a signed integer that holds T, the narrower the faster. BITS: of a symbol, 0: any number.
 template <bool SELF, int BITS, class Lag>
 class Turns {
   // A match: its length, then where the output comes from, behind its end. The larger one wins.
   using Match = std::conditional_t<sizeof(Lag) == 2, uint32_t, uint64_t>;
   using Many = Lanes<Match>;
   using Vector = typename Many::Vector;
+  using Lags = Lanes<Lag>;
+  using LagVector = typename Lags::Vector;
+  using Bytes = Lanes<uint8_t, Lags::count>;
   static constexpr int kSource = 8 * sizeof(Lag);  // bits of a source
   static INLINE Match match(int64_t length, int64_t j) { return Match(length) << kSource | Match(j + 1); }
   static INLINE int64_t length_of(Match m) { return int64_t(m >> kSource); }
-  static INLINE int64_t source_of(Match m) { return int64_t(Lag(m)); }
+  static INLINE int64_t source_of(Match m) { return int64_t(m & ((Match(1) << kSource) - 1)); }
   static INLINE Match better(Match a, Match b) { return a > b ? a : b; }
+
+  struct Places {
+    int64_t first, last;
+  };
 
   const Flips& f;
   const int64_t T;
-  Lag *L1, *L2, *L3, *D1, *D2;  // by lag, lag 1 first
+  LagVector lanes{};  // 0, 1, 2 ...
+  Lag *L1, *L2, *L3, *D1, *D2;  // by lag, lag 1 first; of D those of a single bit, else 0
+  Lag *overlapping, *to_lengthen;  // the lags less one of the matches that count one by one, ascending
   const uint8_t *values, *backwards;  // v; k, the last symbol first
-  // Of an output, by t: the match that ends before t; the best with s > t; the source of the last by s + 1; that of the last by the first t, j < t,
-  // from which on it is cut to i - t. And the source of the last match by L1.
-  Match *ends, *later, *starts, *by_cut, *by_length;
+  // Of an output, by place inside the match that won, from the first on: the match that ends before it; the source of the last that begins after the
+  // place before it (slot 0: or earlier); that of the last which, q turned there, is cut to what comes behind it.
+  Match *ends, *starts, *by_cut, *later;
   Match *longer, *longer_q;  // by t M + bit: the best that is lengthened; the same by m M + bit, where q turns alone
   int32_t* beyond;  // t M + bit where a turn outside the match that won lengthens another beyond it
   float* weight;  // of the output by its symbol, behind that of a miss
-  // The output in hand: the match that won, the last and the place before the first of its symbols, in k and in q; what it is worth.
-  int64_t i = 0, length = 0, j_won = -1, s_won = -1, q_won = 0, beyonds = 0;
+  int64_t few = 1;  // see above
+  // The output in hand: the match that won, its lag less one, the last and the place before the first of its symbols, in k and in q; what it is worth.
+  int64_t i = 0, length = 0, lag_won = -1, j_won = -1, s_won = -1, q_won = 0, beyonds = 0, overlaps = 0;
+  bool joined = false;  // q = k, and the matches' symbols in k and in q overlap
   Match won = 0;
   float before = 0;
 
@@ -104,35 +138,35 @@ class Turns {
   Turns(const Flips& flips, Memory& memory) : f(flips), T(flips.T) {
     const int64_t M = bits();
     const size_t n = (size_t(T) + 127) / 64 * 64, weights = (size_t(1) << M) + 1;  // a vector and more behind T
-    memory.resize((5 + 2 * M) * n * sizeof(Match) + (M * n + weights) * 4 + 5 * n * sizeof(Lag) + n);
-    ends = reinterpret_cast<Match*>(memory.data()), later = ends + n, starts = later + n, by_cut = starts + n, by_length = by_cut + n;
-    longer = by_length + n, longer_q = longer + M * n, beyond = reinterpret_cast<int32_t*>(longer_q + M * n);
+    memory.resize((4 + 2 * M) * n * sizeof(Match) + (M * n + weights) * 4 + 7 * n * sizeof(Lag) + n);
+    ends = reinterpret_cast<Match*>(memory.data()), starts = ends + n, by_cut = starts + n, later = by_cut + n;
+    longer = later + n, longer_q = longer + M * n, beyond = reinterpret_cast<int32_t*>(longer_q + M * n);
     weight = reinterpret_cast<float*>(beyond + M * n);
-    L1 = reinterpret_cast<Lag*>(weight + weights), L2 = L1 + n, L3 = L2 + n, D1 = L3 + n, D2 = D1 + n;
-    uint8_t* const b = reinterpret_cast<uint8_t*>(D2 + n);
+    L1 = reinterpret_cast<Lag*>(weight + weights), L2 = L1 + n, L3 = L2 + n, D1 = L3 + n, D2 = D1 + n, overlapping = D2 + n, to_lengthen = overlapping + n;
+    uint8_t* const b = reinterpret_cast<uint8_t*>(to_lengthen + n);
     const uint8_t* k = SELF ? f.q : f.k;
     for (int64_t j = 0; j < T; j++) b[j] = k[T - 1 - j];
+    memset(b + T, 0, n - T);
     backwards = b, values = SELF ? f.q : f.v;
     memset(longer, 0, 2 * M * n * sizeof(Match));
-    memset(by_length, 0, n * sizeof(Match));
     memset(L1, 0, 5 * n * sizeof(Lag));
     for (float* d : {f.dq, f.dk, f.dv})
       if (d) memset(d, 0, T * M * 4);
     for (int b = 0; b < M; b++) f.dlow[b] = f.dhigh[b] = 0;
+    for (int n = 0; n < Lags::count; n++) lanes[n] = Lag(n);
+    for (int64_t rare = 1 << M; rare << M <= T / 16; rare <<= M) few++;
+  // random symbols leave about 16 matches that long
   }
 
   void run() {
     for (; i < T; i++) {
       find_match();
       if (!weigh() || !f.dq) continue;
-      sort_matches();
-      if (SELF && length) {
-        turn_inside();
-        if (!inside(j_won + 1)) turn_copied();
-      } else if (!SELF) {
-        turn_queries();
-        if (length) turn_inside(), turn_v();
-      }
+      list_matches();
+      if (length || !SELF) joined ? turn_inside(s_won + 1, i) : turn_queries();
+      if (length && !joined) turn_inside(s_won + 1, j_won);
+      if (length && !SELF) turn_v();
+      if (length && SELF && !inside(j_won + 1)) turn_copied();
       turn_beyond();
     }
   }
@@ -144,32 +178,41 @@ class Turns {
   INLINE float worth(Match m) const { return length_of(m) ? weight[1 + values[source_of(m)]] : weight[0]; }
   INLINE float worth_turned(Match m, int64_t b) const { return length_of(m) ? weight[1 + (values[source_of(m)] ^ (1 << b))] : weight[0]; }
 
-  static void advance(int64_t n, uint8_t symbol, const uint8_t* __restrict k, Lag* __restrict L1, Lag* __restrict L2, Lag* __restrict L3, Lag* __restrict D1,
-                      Lag* __restrict D2) {
-    for (int64_t c = 0; c < n; c++) {
-      const Lag differ = k[c] ^ symbol, first = L1[c], second = L2[c], d = D1[c];
+  // One symbol on. Returns how long the longest match is.
+  int64_t advance() {
+    const uint8_t* const k = backwards + T - i;
+    const Lag symbol = f.q[i];
+    LagVector longest{};
+    for (int64_t c = 0; c < i; c += Lags::count) {
+      const LagVector differ = __builtin_convertvector(Bytes::load(k + c), LagVector) ^ symbol, first = Lags::load(L1 + c), second = Lags::load(L2 + c);
+      const LagVector match = differ == 0, there = lanes < Lag(std::min<int64_t>(i - c, Lags::count));
+      const LagVector single = BITS == 1 ? differ : differ & (LagVector)((differ & (differ - 1)) == 0), d = Lags::load(D1 + c);
       if constexpr (SELF) {
-        L3[c] = (differ ? second : L3[c]) + 1;
-        D2[c] = differ ? d : D2[c];
+        Lags::store(L3 + c, ((match ? Lags::load(L3 + c) : second) + 1) & there);
+        Lags::store(D2 + c, (match ? Lags::load(D2 + c) : d) & there);
       }
-      L2[c] = (differ ? first : second) + 1;
-      L1[c] = differ ? 0 : first + 1;
-      D1[c] = differ ? differ : d;
+      Lags::store(L2 + c, ((match ? second : first) + 1) & there);
+      const LagVector run = (first + 1) & match & there;
+      Lags::store(L1 + c, run);
+      Lags::store(D1 + c, (match ? d : single) & there);
+      longest = Lags::better(longest, run);
     }
+    return Lags::largest(longest);
   }
 
   // One symbol on, and the match that wins there: as long as the last one goes on, it does (automaton.cpp says why).
   void find_match() {
-    advance(i, f.q[i], backwards + T - i, L1, L2, L3, D1, D2);
-    const int64_t lag = i - 1 - j_won;  // of the last one
-    if (length && L1[lag - 1]) {
+    const Lag longest = Lag(advance());
+    lag_won = i - 1 - j_won;
+    if (length && L1[lag_won - 1]) {
       length++, j_won++;
     } else {
-      const Lag longest = largest(L1, i);
       length = longest, j_won = i - 1 - (longest ? place_of(L1, longest) : 0);
     }
+    lag_won = i - 1 - j_won;
     s_won = j_won - length, q_won = i - length;
     won = length ? match(length, j_won) : 0;
+    joined = SELF && length && j_won >= q_won;
   }
 
   // Weights of the output's symbols; the sums for `low` and `high`. False where nothing depends on this output.
@@ -189,29 +232,47 @@ class Turns {
     return i > 0;
   }
 
-  void sort_matches() {
-    const int64_t here = i;
-    Match *const at_end = ends, *const at_start = starts, *const at_cut = SELF ? by_cut : by_length;
-    memset(at_start, 0, (here + Many::count + 2) * sizeof(Match));
-    if (SELF) memset(at_cut, 0, (here + Many::count) * sizeof(Match));
-    const Lag *const lengths = L1, *const differ = D1;
-    at_end[0] = 0;
-    for (int64_t j = 0; j < here; j++) {  // the last match comes last
-      const int64_t c = here - 1 - j, first = lengths[c];
-      at_end[j + 1] = match(first, j);
-      at_start[j - first + 1] = Match(j + 1);
-      at_cut[!SELF ? first : here - first > j ? here - first : j + 1] = Match(j + 1);
-      if (differ[c] && (BITS == 1 || !(differ[c] & (differ[c] - 1)))) lengthen_at(c);
+  // Behind `to`, the lags of a vector that are found in a mask. Returns how many these are.
+  INLINE int64_t put(Lag* to, LagVector at, LagVector mask) const {
+    uint64_t found = Lags::which(mask);
+    const int64_t many = __builtin_popcountll(found), first = at[0];
+    if (many == Lags::count) {
+      Lags::store(to, at);
+      return many;
     }
+    for (int n = 0; n < 2; n++, found &= found - 1) to[n] = Lag(first + __builtin_ctzll(found | uint64_t(1) << 63));  // most have no more
+    for (int n = 2; found; n++, found &= found - 1) to[n] = Lag(first + __builtin_ctzll(found));
+    return many;
   }
 
-  // The turns that lengthen the match at a lag, if one bit can.
+  // Which matches count one by one: those that overlap the one that won (where q = k and both turn inside it, all); and those that a turn inside that
+  // one, beyond it, or `few` or more symbols back in q lengthens.
+  void list_matches() {
+    const Lag least = Lag(few), longest = Lag(length), at_won = Lag(length ? lag_won : i), none = Lag(joined ? 0 : T);
+    const Lag from = Lag(joined ? -1 : lag_won), to = Lag(length ? lag_won + length - 1 : -1);  // lags of what ends, or begins, inside
+    int64_t lengthening = 0;
+    LagVector few_back{};
+    overlaps = 0;
+    for (int64_t c = 0; c < i; c += Lags::count) {
+      const LagVector at = lanes + Lag(c), first = Lags::load(L1 + c), second = Lags::load(L2 + c), begin = at + first;
+      LagVector lengthened = (first >= least) | (second > longest) | ((second == longest) & (at < at_won)) | ((begin <= to) & (begin >= from));
+      if constexpr (SELF) lengthened |= begin < longest;
+      const LagVector one_bit = Lags::load(D1 + c) != 0;
+      few_back |= one_bit & (first < least);
+      lengthening += put(to_lengthen + lengthening, at, one_bit & lengthened);
+      const LagVector found = (first > none) | ((first > 0) & (at <= to) & (begin >= from));
+      if (joined || c <= to) overlaps += put(overlapping + overlaps, at, found);
+    }
+    for (int64_t n = 0; n < lengthening; n++) lengthen_at(to_lengthen[n]);
+    if (Lags::which(few_back)) lengthen_few();
+  }
+
+  // The turns that lengthen the match at a lag.
   INLINE void lengthen_at(int64_t c) {
-    const uint32_t differ = D1[c];  // 0: nothing does, s = -1
-    const int64_t M = bits(), b = BITS == 1 ? 0 : __builtin_ctz(differ), j = i - 1 - c, L = L1[c], s = j - L, second = L2[c];
+    const int64_t M = bits(), b = BITS == 1 ? 0 : __builtin_ctz(D1[c]), j = i - 1 - c, L = L1[c], s = j - L, second = L2[c];
     if constexpr (SELF) {
       const int64_t other = i - s;  // q turns there, after k has turned at the mismatch
-      lengthen(s, b, match(second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second, j));
+      lengthen(s, b, match(second < other ? second : second > other ? other : D2[c] == D1[c] ? L3[c] : second, j));
       if (i - L > j) lengthen(i - L, b, match(second, j));
     } else {
       longer_q[L * M + b] = better(longer_q[L * M + b], match(second, j));
@@ -228,55 +289,100 @@ class Turns {
     }
   }
 
-  // q alone, m symbols back: what matched further matches so far, the last of it.
+  // The best, by value(c, at, x) for a vector of lags, of the matches, for each x < N; 0: none has a value.
+  template <int N, class Value>
+  INLINE void best(Match* found, const Value& value) const {
+    LagVector most[N]{}, place[N]{}, at = lanes;
+    for (int64_t c = 0; c < i; c += Lags::count, at += Lag(Lags::count))
+#pragma GCC unroll 4
+      for (int x = 0; x < N; x++) {
+        const LagVector found = value(c, at, x), more = found > most[x];
+        most[x] = more ? found : most[x], place[x] = more ? Lag(i - 1) - at : place[x];
+      }
+#pragma GCC unroll 4
+    for (int x = 0; x < N; x++) {
+      const Lag longest = Lags::largest(most[x]);
+      found[x] = longest ? match(longest, Lags::largest(place[x] & (LagVector)(most[x] == longest))) : 0;
+    }
+  }
+
+  // q turns less than `few` symbols back.
+  void lengthen_few() {
+    const int64_t M = bits(), end = std::min(few, length) * M;
+    for (int64_t turn = 0; turn < end; turn += 4) {
+      Match found[4];
+      Lag back[4], bit[4];
+      for (int x = 0; x < 4; x++) back[x] = Lag((turn + x) / M), bit[x] = Lag(1 << (turn + x) % M);
+      best<4>(found, [&](int64_t c, LagVector at, int x) {
+        const LagVector there = (Lags::load(L1 + c) == back[x]) & (Lags::load(D1 + c) == bit[x]);
+        return Lags::load(L2 + c) & (SELF ? there & (at >= back[x]) : there);
+      });
+      for (int x = 0; x < 4 && turn + x < end; x++)
+        if (SELF)
+          lengthen(i - back[x], (turn + x) % M, found[x]);
+        else
+          longer_q[turn + x] = better(longer_q[turn + x], found[x]);
+    }
+  }
+
+  // q, m symbols back: what matched further matches so far, the last of it. Where q = k nothing else that is as long is left either.
   void turn_queries() {
     const int64_t M = bits();
-    Match last = 0;
-    for (int64_t m = length; m >= 0; m--) {
-      last = by_length[m] > last ? by_length[m] : last;
-      by_length[m] = 0;
-      const Match cut = m ? Match(m) << kSource | last : 0;
+    int64_t lag = 0;  // less one
+    for (int64_t m = 0; m <= length - SELF; m++) {
+      if (SELF) lag = std::max(lag, m);
+      if (L1[lag] < m) lag = place_from(L1, lag, Lag(m));
+      const Match cut = m ? Match(m) << kSource | Match(i - lag) : 0;
+      const int64_t place = (i - m) * M;
       for (int64_t b = 0; b < M; b++) {
-        Match& to = longer_q[m * M + b];
-        f.dq[(i - m) * M + b] += worth(better(cut, to)) - before;
+        Match& to = SELF ? longer[place + b] : longer_q[m * M + b];
+        const Match wins = better(cut, to);
+        f.dq[place + b] += (SELF && source_of(wins) == i - m ? worth_turned(wins, b) : worth(wins)) - before;
         to = 0;
       }
     }
   }
 
-  // k, or both sides, inside the match that won.
-  void turn_inside() {
-    const int64_t M = bits(), here = i, size = Many::count, last = j_won, first = s_won, first_q = SELF ? q_won : here;
-    Vector lane{}, behind{}, untouched{}, cut{}, started = starts[0] - Vector{};
+  // k, or both sides, at the places inside the match that won, `first` to `last`.
+  void turn_inside(int64_t first, int64_t last) {
+    const int64_t M = bits(), here = i, size = Many::count, width = last - first + 1;
+    for (Match* x : {ends, starts, by_cut}) memset(x, 0, (width + size + 2) * sizeof(Match));
+    sort_matches(first, last);
+    Match apart;  // the best that no turn here touches
+    const Lag from = Lag(i - 1 - last), to = Lag(i - 1 - first);
+    best<1>(&apart, [&](int64_t c, LagVector at, int) {
+      const LagVector length = Lags::load(L1 + c);
+      return length & (LagVector)((at > to) | (at + length < from));
+    });
+    Vector lane{}, behind{}, untouched = apart - Vector{}, cut{}, started = starts[0] - Vector{};
     for (int n = 0; n < size; n++) lane[n] = Match(n);
-    for (int64_t t = here / size * size; t >= 0; t -= size) {  // a match that begins at t or later
-      const Vector source = Many::load(starts + t + 2), at = lane + Match(t + 1);
+    for (int64_t t = (width - 1) / size * size; t >= 0; t -= size) {  // a match that begins at t or later
+      const Vector source = Many::load(starts + t + 2), at = lane + Match(first + t + 1);
       Many::store(later + t, Many::template so_far<true>(source != 0 ? (source - 1 - at) << kSource | source : Vector{}, behind));
     }
     float* const d = SELF ? f.dq : f.dk;
     const float *const weights = weight, unturned = before;
     const uint8_t* const v = values;
     Match* const lengthened = longer;
-    for (int64_t t = 0; t <= here; t += size) {
-      const Vector at = lane + Match(t), m = Match(here) - at;
+    for (int64_t t = 0; t < width; t += size) {
+      const Vector at = lane + Match(first + t), m = Match(here) - at;
       Vector r = Many::template so_far<false>(Many::load(ends + t), untouched);
-      if (SELF) r = r >> kSource >= m ? m << kSource | Many::template so_far<false>(Many::load(by_cut + t), cut) : r;
+      if (joined) r = r >> kSource >= m ? m << kSource | Many::template so_far<false>(Many::load(by_cut + t), cut) : r;
       const Vector source = Many::template so_far<false>(Many::load(starts + t + 1), started);
-      if ((t > last || t + size <= first + 1) && t + size <= first_q + 1) continue;
       r = Many::better(r, Many::load(later + t));
       r = Many::better(r, source > at ? (source - 1 - at) << kSource | source : Vector{});
       if constexpr (BITS == 1 && sizeof(Match) == sizeof(float))
-        if (t + size <= T) {
-          turn_block(t, at, r);
+        if (first + t + size <= T) {
+          turn_block(first + t, (Vector)(at <= Match(last)), at, r);
           continue;
         }
       Match best[Many::count];
       Many::store(best, r);
-      for (int64_t place = t; place < t + size && place <= here; place++) {
-        if ((place <= first || place > last) && place <= first_q) continue;
+      for (int64_t n = 0; n < std::min(size, width - t); n++) {
+        const int64_t place = first + t + n;
         for (int64_t b = 0; b < M; b++) {
           Match& to = lengthened[place * M + b];
-          const Match wins = better(best[place - t], to);
+          const Match wins = better(best[n], to);
           const int turned = SELF && source_of(wins) == place ? 1 << b : 0;
           d[place * M + b] += weights[length_of(wins) ? 1 + (v[source_of(wins)] ^ turned) : 0] - unturned;
           to = 0;
@@ -285,12 +391,25 @@ class Turns {
     }
   }
 
+  // The matches that overlap these places, or all, by where they end and begin.
+  void sort_matches(int64_t first, int64_t last) {
+    for (int64_t n = 0; n < overlaps; n++) {
+      const int64_t c = overlapping[n], j = i - 1 - c, run = L1[c], s = j - run;
+      if (joined) {
+        Match& to = by_cut[std::max<int64_t>(std::max(i - run, j + 1) - first, 0)];
+        to = better(to, Match(j + 1));
+      }
+      if (j < first || s > last) continue;
+      if (j < last) ends[j + 1 - first] = match(run, j);
+      Match& to = starts[std::max<int64_t>(s + 1 - first, 0)];
+      to = better(to, Match(j + 1));
+    }
+  }
+
   // The last step of it for a vector of places whose symbols have one bit.
-  INLINE void turn_block(int64_t t, Vector at, Vector r) {
+  INLINE void turn_block(int64_t t, Vector in, Vector at, Vector r) {
     float* const d = (SELF ? f.dq : f.dk) + t;
-    Vector in = (Vector)(at + 1 > Match(s_won + 1)) & (Vector)(at <= Match(j_won));
-    if (SELF) in |= (Vector)(at > Match(q_won)) & (Vector)(at <= Match(i));
-    const Vector lengthened = Many::load(longer + t), wins = in & Many::better(r, lengthened), source = wins & Match(Lag(-1));
+    const Vector lengthened = Many::load(longer + t), wins = in & Many::better(r, lengthened), source = wins & ((Match(1) << kSource) - 1);
     Match copied[Many::count];
     Many::store(copied, source);
     for (Match& y : copied) y = values[y];
