@@ -145,6 +145,15 @@ def test_what_is_passed_on_has_its_gradients_added_up(device, options, again):
                 assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("pass_on", [False, True])
+def test_a_second_derivative_is_an_error(device, pass_on):
+    leaves = [x.to(device).requires_grad_() for x in make_case(T=5, N=16, H=1, states=False).inputs]
+    y = wkv7(*leaves, output_final_state=True, pass_on=pass_on)[0]
+    (slope,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
+
+
 def test_only_the_final_state_may_be_used(device):
     case = make_case(T=20, N=16)
     leaves = [x.to(device).requires_grad_() for x in case.inputs]

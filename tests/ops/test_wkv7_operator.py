@@ -125,6 +125,18 @@ def test_a_block_compiles_into_one_graph(monkeypatch, compiler):
 
 
 @needs_native
+@pytest.mark.parametrize("pass_on", [False, True])
+def test_a_second_derivative_is_an_error(monkeypatch, pass_on):
+    """Silent, it would be zero."""
+    monkeypatch.setattr(backend, "_requested", "cpu")
+    x = inputs(1, 5, 1, 16)
+    y = wkv7(*x, output_final_state=True, pass_on=pass_on)[0]
+    (slope,) = torch.autograd.grad(y.square().sum(), x[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
+
+
+@needs_native
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_bits(reentrant):
     x = inputs()

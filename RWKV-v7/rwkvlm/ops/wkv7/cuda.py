@@ -238,6 +238,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[2])
 
 
+@once_differentiable
 def _gradients(ctx, dy, d_final_state, _saved, *more):
     *tensors, saved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
@@ -260,4 +261,4 @@ class _PassingOn(torch.autograd.Function):
         _save(ctx, inputs, output)
         return *output, r, k, v
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(_gradients)
