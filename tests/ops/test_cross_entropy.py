@@ -159,12 +159,17 @@ def test_confident_rows_and_huge_logits():
         assert rms_error(got, want) <= 1e-4  # logits of 500 carry an absolute error of 3e-5 in fp32
 
 
-def test_nan_is_not_hidden():
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7FC00001], ids=hex)
+def test_nan_is_not_hidden(bits):
+    """Whatever its bits: GPUs make other ones than processors."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, targets = make((20,), 16, 50, dtype)
+        targets[targets == 7] = 8
         with torch.no_grad():
-            weight[7, 3] = float("nan")
+            weight[7, 3] = nan
         assert head_cross_entropy(x, weight, targets).isnan()
+        assert head_scores(x, weight, targets)[0].isnan().all()
 
 
 def test_same_bits_again():
