@@ -153,7 +153,7 @@ void head(const Head& h) {
     store(k + j, scaled);
     bonus += load(h.r + c + j) * scaled * load(p.r_k + c + j);
   }
-  const float length = std::sqrt(sum(squares)), inverse = 1.f / (length > 1e-12f ? length : 1e-12f);
+  const float length = std::sqrt(sum(squares)), inverse = 1.f / (length <= 1e-12f ? 1e-12f : length);  // a NaN stays one
   for (int64_t j = 0; j < N; j += W) {
     const vf kk = load(a + j) * inverse;
     store(a + j, -kk);

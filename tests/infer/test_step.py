@@ -102,6 +102,18 @@ def test_keys_of_length_zero():
     assert want.isfinite().all() and close(by_step(engine_of(model), model.init_state(1))[0], want, 1e-5)
 
 
+def test_nan_is_not_hidden(isa):
+    """One number of one parameter: the logits that it makes NaN are those of the model."""
+    for name in [name for name, _ in model_of("N16").named_parameters() if name.startswith("blocks.1.")]:
+        model = model_of("N16")
+        with torch.no_grad():
+            model.get_parameter(name).flatten()[5] = torch.nan
+        want, want_state = by_model(model, tokens=TOKENS[:2])
+        got, state = by_step(engine_of(model), model.init_state(1), TOKENS[:2])
+        assert want.isnan().any() and torch.equal(got.isnan(), want.isnan()), name
+        assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(state[1], want_state[1])), name
+
+
 def test_a_bf16_model_is_stepped_in_float32():
     """Nearer to the exact logits of its weights than its own bf16 arithmetic, with states that both paths read."""
     model, exact = model_of("N64", torch.bfloat16), model_of("N64").double()
