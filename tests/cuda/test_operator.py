@@ -253,6 +253,7 @@ def test_what_reaches_the_operator_itself_is_looked_at(device):
         ("b must be torch.bfloat16, got torch.float32", lambda: forward(*with_(5, inputs[5].float()), state, None, False)),
         ("r must be torch.bfloat16 or torch.float32", lambda: forward(*(x.double() for x in inputs), None, None, False)),
         ("r must be \\[B, T, H, N\\]", lambda: forward(*(x[0] for x in inputs), None, None, False)),
+        ("r must be .*none of them 0", lambda: forward(*(x[:, :0] for x in inputs), None, None, False)),
         ("initial_state must have the shape", lambda: forward(*inputs, state[:, :1], None, False)),
         ("initial_state must be torch.float32", lambda: forward(*inputs, state.double(), None, False)),
         ("cu_seqlens must be torch.int32, got torch.int64", lambda: forward(*inputs, None, bounds, False)),

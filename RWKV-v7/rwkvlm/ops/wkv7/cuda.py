@@ -163,8 +163,8 @@ class Call:
     def __init__(self, op: str, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
         self.r = r = tensors[0]
         self.at = at = given(op, "r", r)
-        if r.dim() != 4:
-            raise ValueError(f"{op}: r must be [B, T, H, N], got {list(r.shape)}")
+        if r.dim() != 4 or not r.numel():
+            raise ValueError(f"{op}: r must be [B, T, H, N], none of them 0, got {list(r.shape)}")
         B, T, H, N = shape = r.shape
         documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         self.machine = machine(r.device)
