@@ -98,7 +98,7 @@ INLINE void end_of_stream() {
 
 INLINE void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// 1 / x for x in [1, 2], to 1 ulp; a division would block the divider for longer than the rest of a sigmoid takes.
+// 1 / x for x in [1/2, 2], to 1 ulp; a division would block the divider for longer than the rest of a sigmoid takes.
 INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
   const vf y = _mm512_rcp14_ps(x);
