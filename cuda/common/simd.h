@@ -35,6 +35,14 @@ struct bf16 {
   uint16_t bits;
 };
 
+INLINE float widen(float x) { return x; }
+INLINE float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_memory*>(p); }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_memory*>(p) = x; }
 

@@ -12,13 +12,6 @@ using loss::Totals;
 template <class T>
 constexpr int kPair = 4 / sizeof(T);
 
-INLINE float widen(float x) { return x; }
-INLINE float widen(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
 INLINE void narrow(float x, float* to) { *to = x; }
 INLINE void narrow(float x, bf16* to) {
   uint32_t bits;
