@@ -159,6 +159,19 @@ def test_confident_rows_and_huge_logits():
         assert rms_error(got, want) <= 1e-4  # logits of 500 carry an absolute error of 3e-5 in fp32
 
 
+def test_the_operator_itself_looks_at_targets(form):
+    """What lies outside of the head must not be read."""
+    if form != "cpu":
+        pytest.skip("the C++ form has the operator")
+    x, weight, targets = (t.detach() for t in make((5,), 16, 50, torch.float32))
+    assert native_form.why_not(torch.float32, 16) == ""
+    for target in (-1, 50, 1 << 40):
+        targets[3] = target
+        for call in (lambda: torch.ops.rwkvlm.head_ce(x, weight, targets, 64, 0.0, True, True), lambda: torch.ops.rwkvlm.head_scores(x, weight, targets, 64)):
+            with pytest.raises(RuntimeError, match="targets must lie in"):
+                call()
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7FC00001], ids=hex)
 def test_nan_is_not_hidden(bits):
     """Whatever its bits: GPUs make other ones than processors."""
