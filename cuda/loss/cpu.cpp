@@ -32,8 +32,8 @@ INLINE vu rounded(vf x) { return ((vu)x + 0x8000u) >> 16; }
 // Not below `low`; a NaN stays one.
 INLINE vf at_least(float low, vf x) { return splat(low) > x ? splat(low) : x; }
 
-// 2^n p, n the integer that adding 1.5 * 2^23 has left in the low bits of `shifted`.
-INLINE vf scaled(vf p, vf shifted) { return (vf)((vi)p + ((vi)shifted << 23)); }
+// 2^n p, n the integer that adding 1.5 * 2^23 has left in the low bits of `shifted`. What is too large wraps around: Head::in_range has it done again.
+INLINE vf scaled(vf p, vf shifted) { return (vf)((vu)p + ((vu)shifted << 23)); }
 
 constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
 constexpr float kLog2e = 1.44269504088896341f;
