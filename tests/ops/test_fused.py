@@ -268,7 +268,7 @@ def test_what_reaches_an_operator_itself_is_looked_at(form):
         "time_mix_output": [
             *(("multiple of 16 wide and divide C", lambda N=N: ops.time_mix_output(*output, N, 1e-5)) for N in (0, 8, 64)),
             ("of one shape", lambda: ops.time_mix_output_backward(other, *output, 16, 1e-5)),
-            ("instead of 32 elements", lambda: ops.time_mix_output(*output[:7], row[:16], 16, 1e-5)),
+            ("16 elements instead of 32", lambda: ops.time_mix_output(*output[:7], row[:16], 16, 1e-5)),
         ],
     }
     for name, several in calls.items():
