@@ -101,7 +101,7 @@ __device__ __forceinline__ void load_piece(const bf16* p, float* x) {
 __device__ __forceinline__ void store(float* p, const float* x) { *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]); }
 __device__ __forceinline__ void store(bf16* p, const float* x) { *reinterpret_cast<uint2*>(p) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3])); }
 
-// To within two units of the last digit. The exact ones call a function where a number is zero or tiny, as the second moments of rare tokens are.
+// To within two units of the last digit. The exact one calls a function where a number is zero or tiny, as the second moments of rare tokens are.
 __device__ __forceinline__ float square_root(float x) {
 #ifdef __CUDACC__
     float root;
@@ -109,13 +109,6 @@ __device__ __forceinline__ float square_root(float x) {
     return root;
 #else
     return sqrtf(x);
-#endif
-}
-__device__ __forceinline__ float quotient(float x, float y) {
-#ifdef __CUDACC__
-    return __fdividef(x, y);
-#else
-    return x / y;
 #endif
 }
 

@@ -1,19 +1,15 @@
 // Registration of the optimizer's step and of gradient norms with torch, on its stable ABI. Work is cut into pieces of fixed size, so
 // that results do not depend on the number of threads.
-#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/torch.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <optional>
 #include <vector>
 
 #include "../common/expect.h"
 #include "../common/isa.h"
+#include "../common/parallel.h"
 #include "cpu.h"
 
 namespace {
@@ -29,16 +25,6 @@ constexpr int64_t kPiece = 1 << 15;  // elements
 
 Kernels kernels_here() {
   return OF_ISA_IN_USE(adamw::kernels);
-}
-
-// Calls work(i) for i = 0 .. count - 1 on torch's threads; who is ready takes the next.
-template <class Work>
-void in_parallel(int64_t count, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next++) < count;) work(i);
-  });
 }
 
 bool is_bf16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
@@ -82,7 +68,9 @@ void step(Tensors masters, Tensors rounded, Tensors grads, Tensors exp_avgs, Ten
   }
   for (const Tensor& made : steps) *floats(made, 1) += 1;  // when nothing can be refused any more
   const Kernels kernels = kernels_here();
-  in_parallel(int64_t(tasks.size()), [&](int64_t i) { kernels.update(tasks[i].piece, rates[tasks[i].parameter]); });
+  in_parallel(int64_t(tasks.size()), [&](const auto& next) {
+    for (int64_t i; next(i);) kernels.update(tasks[i].piece, rates[tasks[i].parameter]);
+  });
 }
 
 Tensor norms(Tensors grads) {
@@ -99,7 +87,9 @@ Tensor norms(Tensors grads) {
     for (int64_t at = 0; at < count; at += kPiece) parts.push_back({i, g + at * size, std::min(kPiece, count - at), 0});
   }
   const Kernels kernels = kernels_here();
-  in_parallel(int64_t(parts.size()), [&](int64_t i) { parts[i].sum = kernels.sum_of_squares(parts[i].at, is_bf16(grads[parts[i].tensor]), parts[i].count); });
+  in_parallel(int64_t(parts.size()), [&](const auto& next) {
+    for (int64_t i; next(i);) parts[i].sum = kernels.sum_of_squares(parts[i].at, is_bf16(grads[parts[i].tensor]), parts[i].count);
+  });
   std::vector<double> sums(grads.size());
   for (const Part& part : parts) sums[part.tensor] += part.sum;
   check(!grads.empty());

@@ -70,6 +70,15 @@ template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
+// x / y to within two units of the last digit, 0 for y above 2^126. The exact one calls a function, around which registers spill.
+__device__ __forceinline__ float quotient(float x, float y) {
+#ifdef __CUDACC__
+    return __fdividef(x, y);
+#else
+    return x / y;
+#endif
+}
+
 __host__ __device__ constexpr int ceil_div(int x, int y) { return (x + y - 1) / y; }
 
 }  // namespace device

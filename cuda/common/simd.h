@@ -35,6 +35,14 @@ struct bf16 {
   uint16_t bits;
 };
 
+INLINE float widen(float x) { return x; }
+INLINE float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_memory*>(p); }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_memory*>(p) = x; }
 
@@ -98,7 +106,7 @@ INLINE void end_of_stream() {
 
 INLINE void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// 1 / x for x in [1, 2], to 1 ulp; a division would block the divider for longer than the rest of a sigmoid takes.
+// 1 / x for x in [1/2, 2], to 1 ulp; a division would block the divider for longer than the rest of a sigmoid takes.
 INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
   const vf y = _mm512_rcp14_ps(x);

@@ -1,10 +1,6 @@
 // Registration of the elementwise parts of a block with torch, on its stable ABI. Work is cut into blocks of rows of fixed size, whose
 // sums for the gradients of parameters are added up in order: the same bits for any number of threads. No maths here.
-#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/torch.h"
 
 #include <algorithm>
 #include <optional>

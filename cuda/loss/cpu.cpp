@@ -12,13 +12,6 @@ using loss::Totals;
 template <class T>
 constexpr int kPair = 4 / sizeof(T);
 
-INLINE float widen(float x) { return x; }
-INLINE float widen(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
 INLINE void narrow(float x, float* to) { *to = x; }
 INLINE void narrow(float x, bf16* to) {
   uint32_t bits;
@@ -32,13 +25,13 @@ INLINE vu rounded(vf x) { return ((vu)x + 0x8000u) >> 16; }
 // Not below `low`; a NaN stays one.
 INLINE vf at_least(float low, vf x) { return splat(low) > x ? splat(low) : x; }
 
-// 2^n p, n the integer that adding 1.5 * 2^23 has left in the low bits of `shifted`.
-INLINE vf scaled(vf p, vf shifted) { return (vf)((vi)p + ((vi)shifted << 23)); }
-
-constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kMagic = 12582912.f + 127;  // 1.5 * 2^23: adding it rounds to an integer; and the bias of an exponent
 constexpr float kLog2e = 1.44269504088896341f;
 
-// exp to 2 ulp, for x <= 88; 0 below -87. Cephes' polynomial.
+// 2^n p, n the integer that adding kMagic has left in the low bits of `shifted`. A NaN, whatever its bits, stays one: hence a product.
+INLINE vf scaled(vf p, vf shifted) { return p * (vf)((vi)shifted << 23); }
+
+// exp to 2 ulp, for x <= 88; e^-87 below -87. Cephes' polynomial.
 INLINE vf exact_exp(vf x) {
   x = at_least(-87.f, x);
   const vf shifted = x * kLog2e + kMagic;

@@ -15,11 +15,8 @@
 #include "head_ce.h"
 
 #include <ATen/native/CPUBlas.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -27,6 +24,7 @@
 #include <vector>
 
 #include "../common/isa.h"
+#include "../common/parallel.h"
 #include "cpu.h"
 
 namespace {
@@ -59,16 +57,6 @@ struct Buffer {
   }
   operator T*() const { return memory.get(); }
 };
-
-// Calls work(next) on every thread; `next` hands out 0 .. count - 1 to whoever asks.
-template <class Work>
-void in_parallel(int64_t count, const Work& work) {
-  std::atomic<int64_t> taken{0};
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    work([&](int64_t& i) { return (i = taken++) < count; });
-  });
-}
 
 // What is added to the gradient of one logit: at a token's target, or at its arg-max.
 struct Entry {

@@ -1,10 +1,7 @@
 // Registration of the head's loss with torch, on its stable ABI. No maths here.
-#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/torch.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "../common/isa.h"
@@ -24,8 +21,10 @@ loss::Problem problem(const Tensor& x, const Tensor& weight, const Tensor& targe
                       (!is_bf16 || C % 2 == 0) && targets.scalar_type() == ScalarType::Long && x.is_contiguous() &&
                       weight.is_contiguous() && targets.is_contiguous(),
                   "head_ce: inputs do not fit; expected contiguous x [n, C], weight [V, C], targets [n] of int64");
+  const int64_t* const given = static_cast<const int64_t*>(targets.data_ptr());
+  STD_TORCH_CHECK(std::all_of(given, given + n, [V](int64_t target) { return target >= 0 && target < V; }), "head_ce: targets must lie in [0, ", V, ")");
   return {.is_bf16 = is_bf16, .n = n, .V = V, .C = C, .chunk = chunk, .x = x.data_ptr(), .weight = weight.data_ptr(),
-          .targets = static_cast<const int64_t*>(targets.data_ptr())};
+          .targets = given};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Tensor targets, int64_t chunk, double l2wrap, bool need_dx, bool need_dw) {

@@ -1,19 +1,15 @@
 // Registration of ROSA with torch, on its stable ABI: symbols out of channels and back, a row of symbols to a task. Each row is one thread's, and
 // sums over rows are made in order: the same bits for any number of threads. No maths here.
-#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/torch.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
 #include <vector>
 
 #include "../common/isa.h"
+#include "../common/parallel.h"
 #include "cpu.h"
 
 namespace {
@@ -29,14 +25,12 @@ using Maybe = std::optional<Tensor>;
 
 Kernels kernels_here() { return OF_ISA_IN_USE(rosa::kernels); }
 
-// Calls work(i, memory) for i = 0 .. count - 1 on torch's threads; who is ready takes the next.
+// Calls work(i, memory) for i = 0 .. count - 1.
 template <class Work>
-void in_parallel(int64_t count, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+void for_each(int64_t count, const Work& work) {
+  in_parallel(count, [&](const auto& next) {
     Memory memory;
-    for (int64_t i; (i = next++) < count;) work(i, memory);
+    for (int64_t i; next(i);) work(i, memory);
   });
 }
 
@@ -97,7 +91,7 @@ constexpr int64_t kTokens = 64;  // of a piece where no sequence matters
 template <class Work>
 void over_tokens(const Shape& s, const Work& work) {
   const int64_t pieces = (s.T + kTokens - 1) / kTokens;
-  in_parallel(s.B * pieces, [&](int64_t i, Memory&) { work(i / pieces, i % pieces * kTokens, std::min(s.T, (i % pieces + 1) * kTokens)); });
+  for_each(s.B * pieces, [&](int64_t i, Memory&) { work(i / pieces, i % pieces * kTokens, std::min(s.T, (i % pieces + 1) * kTokens)); });
 }
 
 // Symbols [B, G, L + T] of x [B, T, C] behind those of `old` [B, G, L]. A bit is x > 0.
@@ -107,7 +101,7 @@ Tensor symbols_of(const Shape& s, const Tensor& x, const Maybe& old) {
   uint8_t* to = bytes(result, s.rows * (L + s.T));
   if (old) {
     const uint8_t* from = bytes(*old, s.rows * L);
-    in_parallel(s.rows, [&](int64_t r, Memory&) { memcpy(to + r * (L + s.T), from + r * L, L); });
+    for_each(s.rows, [&](int64_t r, Memory&) { memcpy(to + r * (L + s.T), from + r * L, L); });
   }
   s.typed([&](auto kind) {
     using X = decltype(kind);
@@ -142,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, T
   int16_t* const ys = data<int16_t>(outputs, ScalarType::Short, s.rows * s.T);
   const Kernels kernels = kernels_here();
   const bool scan = scans(L, s.T, 25);
-  in_parallel(s.rows, [&](int64_t r, Memory& memory) {
+  for_each(s.rows, [&](int64_t r, Memory& memory) {
     std::vector<int32_t> sources(s.T);
     const uint8_t* const row_k = ks + r * n;
     const Row<uint8_t> row{L, s.T, qs ? qs + r * s.T : row_k + L, row_k, before ? before + r * L : nullptr, runs ? runs + r * n : nullptr, sources.data()};
@@ -182,7 +176,7 @@ Tensors backward(Tensor dout, Tensor q, Maybe k, Maybe v, Tensor low, Tensor hig
     using X = decltype(kind);
     const X* const slopes = s.whole<const X>(dout);
     const std::vector<float> low_values = s.vector<const X>(low), high_values = s.vector<const X>(high);
-    in_parallel(s.rows, [&](int64_t r, Memory& memory) {
+    for_each(s.rows, [&](int64_t r, Memory& memory) {
       const int64_t size = s.T * s.M, first = r / s.G * s.T * s.C + r % s.G * s.M;  // of this row's channels
       std::vector<float> numbers((1 + inputs.size()) * size);
       for (int64_t t = 0; t < s.T; t++)
@@ -229,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> tokens(Tensor x, Maybe old, Maybe old_runs, b
   int32_t* const runs = with_state ? ints(after, B * n) : nullptr;
   const Kernels kernels = kernels_here();
   const bool scan = scans(L, T, 60);
-  in_parallel(B, [&](int64_t b, Memory& memory) {
+  for_each(B, [&](int64_t b, Memory& memory) {
     int64_t* const row_k = k + b * n;
     if (L) memcpy(row_k, before_k + b * L, L * 8);
     memcpy(row_k + L, from + b * T, T * 8);

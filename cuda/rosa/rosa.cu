@@ -52,15 +52,6 @@ template <class Number> __device__ __forceinline__ void raise(Number* at, Number
     if (now(at) < to) atomicMax(at, to);
 }
 
-// To within two units of the last digit. The exact one calls a function, around which registers spill.
-__device__ __forceinline__ float quotient(float x, float y) {
-#ifdef __CUDACC__
-    return __fdividef(x, y);
-#else
-    return x / y;
-#endif
-}
-
 // The best of the block, for every thread. What was written before, all see behind it; `turn` alternates, so that one barrier is enough.
 __device__ __forceinline__ Match best_of_block(Match m, int turn) {
     Match* const shared = reinterpret_cast<Match*>(shared_memory()) + (turn & 1) * warps;

@@ -51,14 +51,6 @@ INLINE void arrange(const float* x, float* to, int64_t n, bf16) {
     }
 }
 
-INLINE float widened(float x) { return x; }
-INLINE float widened(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
 // The product of n numbers of a row, a multiple of 2 W, with x in that order.
 template <class T>
 INLINE float dot(const T* row, const float* x, int64_t n) {
@@ -89,7 +81,7 @@ void multiply(const Matrix& m, const float* x, float* y, int64_t first, int64_t 
     const T* row = static_cast<const T*>(m.data) + first * m.columns + c;
     for (int64_t i = first; i < last; i++, row += m.columns) {
       float product = dot(row, panel, whole);
-      for (int64_t j = whole; j < n; j++) product += widened(row[j]) * x[c + j];
+      for (int64_t j = whole; j < n; j++) product += widen(row[j]) * x[c + j];
       y[i - first] = c == 0 ? product : y[i - first] + product;
     }
   }
@@ -153,7 +145,7 @@ void head(const Head& h) {
     store(k + j, scaled);
     bonus += load(h.r + c + j) * scaled * load(p.r_k + c + j);
   }
-  const float length = std::sqrt(sum(squares)), inverse = 1.f / (length > 1e-12f ? length : 1e-12f);
+  const float length = std::sqrt(sum(squares)), inverse = 1.f / (length <= 1e-12f ? 1e-12f : length);  // a NaN stays one
   for (int64_t j = 0; j < N; j += W) {
     const vf kk = load(a + j) * inverse;
     store(a + j, -kk);

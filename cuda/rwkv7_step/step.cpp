@@ -79,7 +79,7 @@ void step(const Model& model, const float* embedding, float* logits) {
     kernels.layer_norm(x.data(), p.ln2_weight, p.ln2_bias, block.next_ffn_x, C);
     kernels.blend(block.next_ffn_x, block.ffn_x, p.ffn_x_k, xk.data(), C);
     multiply(kernels, {{block.ffn_key, xk.data(), hidden.data()}});
-    for (float& value : hidden) value = value > 0 ? value * value : 0;
+    for (float& value : hidden) value = value < 0 ? 0 : value * value;  // a NaN stays one
     multiply(kernels, {{block.ffn_value, hidden.data(), r.data()}});
     for (int64_t c = 0; c < C; c++) x[c] += r[c];
   }

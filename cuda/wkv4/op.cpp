@@ -1,10 +1,6 @@
 // Registration of the WKV4 CPU kernels with torch, on its stable ABI; their CUDA forms are registered in Python (rwkvlm/ops/wkv4/cuda.py), as are
 // fake tensors and autograd (native.py). No maths here.
-#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/torch.h"
 
 #include <algorithm>
 #include <optional>

@@ -1,15 +1,12 @@
 // Registration of the WKV7 CPU kernels with torch, on its stable ABI: builds in seconds, loads on any torch >= 2.11.
 // Fake tensors and autograd are registered in Python (rwkvlm/ops/wkv7/native.py). No maths here.
-#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/torch.h"
 
 #include <string.h>
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,12 +23,20 @@ using wkv7::Task;
 using wkv7::Tensors;
 
 Kernels kernels_for(const Tensor& r) {
+  STD_TORCH_CHECK(r.dim() == 4 && r.numel() > 0, "wkv7: r must be [B, T, H, N], none of them 0");
   const bool is_bf16 = r.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(is_bf16 || r.scalar_type() == ScalarType::Float, "wkv7: expected bfloat16 or float32");
   const int64_t N = r.size(3);
   const Kernels found = OF_ISA_IN_USE(wkv7::kernels, N, is_bf16);
   STD_TORCH_CHECK(found.forward, "wkv7: head size must be 16, 32, 64 or 128, got ", N);
   return found;
+}
+
+void* data(const Tensor& x, ScalarType type, std::initializer_list<int64_t> shape) {
+  bool fits = x.scalar_type() == type && x.is_contiguous() && x.dim() == int64_t(shape.size());
+  for (int64_t i = 0; fits && i < x.dim(); i++) fits = x.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(fits, "wkv7: expected contiguous tensors whose dtypes and shapes fit");
+  return x.data_ptr();
 }
 
 // Where the documents lie: one a row, or those that cu_seqlens packs into the only row.
@@ -104,11 +109,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k,
   const Kernels kernels = kernels_for(r);
   const Documents documents(r, cu_seqlens);
   const int64_t H = r.size(2), N = r.size(3);
+  const auto input = [&](const Tensor& x) { return data(x, r.scalar_type(), {r.size(0), r.size(1), H, N}); };
+  if (initial) data(*initial, ScalarType::Float, {documents.count(), H, N, N});
   Tensor y = torch::stable::empty_like(r);
   Tensor final = torch::stable::new_empty(r, {documents.count(), H, N, N}, ScalarType::Float);
   Tensor removed = torch::stable::new_empty(r, {save ? r.size(0) : 0, r.size(1), H, N}, ScalarType::Float);
   Tensor checkpoints = torch::stable::new_empty(r, {save ? documents.slots : 0, H, N, N}, ScalarType::Float);
-  const Tensors tensors{.r = r.data_ptr(), .w = w.data_ptr(), .k = k.data_ptr(), .v = v.data_ptr(), .a = a.data_ptr(), .b = b.data_ptr(),
+  const Tensors tensors{.r = input(r), .w = input(w), .k = input(k), .v = input(v), .a = input(a), .b = input(b),
                         .y = y.data_ptr(), .removed = save ? static_cast<float*>(removed.data_ptr()) : nullptr};
   if (save)
     for (int64_t i = 0; i < documents.count(); i++) {  // the slots that no document fills
@@ -135,13 +142,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tens
                                                                             std::optional<Tensor> more_dk, std::optional<Tensor> more_dv) {
   const Kernels kernels = kernels_for(r);
   const Documents documents(r, cu_seqlens);
-  const int64_t H = r.size(2), N = r.size(3);
+  const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
+  const auto input = [&](const Tensor& x) { return data(x, r.scalar_type(), {B, T, H, N}); };
+  const auto maybe = [&](const std::optional<Tensor>& x) { return x ? input(*x) : nullptr; };
+  if (d_final) data(*d_final, ScalarType::Float, {documents.count(), H, N, N});
+  data(checkpoints, ScalarType::Float, {documents.slots, H, N, N});
   Tensor grads[6];
   for (Tensor& grad : grads) grad = torch::stable::empty_like(r);
   Tensor d_initial = torch::stable::new_empty(r, {documents.count(), H, N, N}, ScalarType::Float);
-  const auto maybe = [](const std::optional<Tensor>& x) { return x ? x->data_ptr() : nullptr; };
-  const Tensors tensors{.r = r.data_ptr(), .w = w.data_ptr(), .k = k.data_ptr(), .v = v.data_ptr(), .a = a.data_ptr(), .b = b.data_ptr(),
-                        .y = nullptr, .removed = static_cast<float*>(removed.data_ptr()), .dy = dy.data_ptr(),
+  const Tensors tensors{.r = input(r), .w = input(w), .k = input(k), .v = input(v), .a = input(a), .b = input(b), .y = nullptr,
+                        .removed = static_cast<float*>(data(removed, ScalarType::Float, {B, T, H, N})), .dy = input(dy),
                         .dr = grads[0].data_ptr(), .dw = grads[1].data_ptr(), .dk = grads[2].data_ptr(), .dv = grads[3].data_ptr(),
                         .da = grads[4].data_ptr(), .db = grads[5].data_ptr(),
                         .more_dr = maybe(more_dr), .more_dk = maybe(more_dk), .more_dv = maybe(more_dv)};

@@ -145,6 +145,15 @@ def test_what_is_passed_on_has_its_gradients_added_up(device, options, again):
                 assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("pass_on", [False, True])
+def test_a_second_derivative_is_an_error(device, pass_on):
+    leaves = [x.to(device).requires_grad_() for x in make_case(T=5, N=16, H=1, states=False).inputs]
+    y = wkv7(*leaves, output_final_state=True, pass_on=pass_on)[0]
+    (slope,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
+
+
 def test_only_the_final_state_may_be_used(device):
     case = make_case(T=20, N=16)
     leaves = [x.to(device).requires_grad_() for x in case.inputs]
@@ -244,6 +253,7 @@ def test_what_reaches_the_operator_itself_is_looked_at(device):
         ("b must be torch.bfloat16, got torch.float32", lambda: forward(*with_(5, inputs[5].float()), state, None, False)),
         ("r must be torch.bfloat16 or torch.float32", lambda: forward(*(x.double() for x in inputs), None, None, False)),
         ("r must be \\[B, T, H, N\\]", lambda: forward(*(x[0] for x in inputs), None, None, False)),
+        ("r must be .*none of them 0", lambda: forward(*(x[:, :0] for x in inputs), None, None, False)),
         ("initial_state must have the shape", lambda: forward(*inputs, state[:, :1], None, False)),
         ("initial_state must be torch.float32", lambda: forward(*inputs, state.double(), None, False)),
         ("cu_seqlens must be torch.int32, got torch.int64", lambda: forward(*inputs, None, bounds, False)),

@@ -76,6 +76,14 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_backward, (*wanted, asked[0], None, asked[2]))
 
 
+def test_a_second_derivative_is_an_error(device):
+    asked = arguments(make_ttt_case(T=70, N=16, rows=8, H=1), device)
+    y = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, True)[0]
+    (slope,) = torch.autograd.grad(y.square().sum(), asked[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
+
+
 def test_the_sizes_told_to_fake_tensors_are_the_librarys(device):
     library = cuda.machine(device).library
     for B, T, H, N, rows, hidden, segment in ((2, 200, 3, 64, 16, 4, 64), (1, 64, 1, 16, 8, 2, 64), (2, 100, 1, 128, 128, 0, 32)):

@@ -102,6 +102,18 @@ def test_keys_of_length_zero():
     assert want.isfinite().all() and close(by_step(engine_of(model), model.init_state(1))[0], want, 1e-5)
 
 
+def test_nan_is_not_hidden(isa):
+    """One number of one parameter: the logits that it makes NaN are those of the model."""
+    for name in [name for name, _ in model_of("N16").named_parameters() if name.startswith("blocks.1.")]:
+        model = model_of("N16")
+        with torch.no_grad():
+            model.get_parameter(name).flatten()[5] = torch.nan
+        want, want_state = by_model(model, tokens=TOKENS[:2])
+        got, state = by_step(engine_of(model), model.init_state(1), TOKENS[:2])
+        assert want.isnan().any() and torch.equal(got.isnan(), want.isnan()), name
+        assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(state[1], want_state[1])), name
+
+
 def test_a_bf16_model_is_stepped_in_float32():
     """Nearer to the exact logits of its weights than its own bf16 arithmetic, with states that both paths read."""
     model, exact = model_of("N64", torch.bfloat16), model_of("N64").double()
@@ -153,6 +165,31 @@ def test_the_kernel_asked_for_decides(monkeypatch):
     assert Engine(model_of("N32", torch.float64), tokenizer=None)._step is None, "it computes in float32"
     monkeypatch.setattr(backend, "_requested", "torch")
     assert Engine(model_of("N32"), tokenizer=None)._step is None
+
+
+def test_what_does_not_fit_the_step_is_refused():
+    """Its operator looks at everything that it is given, and reads nothing beside it."""
+    step = engine_of(model_of("N32"))._step
+    C, L, V = 64, 3, 300
+    state = [[torch.zeros(1, C)] * L, [torch.zeros(1, 2, 32, 32)] * L, [torch.zeros(1, C)] * L]
+
+    def call(x=torch.zeros(C), state=state, head_size=32, vectors=step.vectors, norms=step.norms, head=step.head, **changed):
+        matrices = [changed.get(f"m{i}", m) for i, m in enumerate(step.matrices)]
+        return torch.ops.rwkvlm.rwkv7_step(x, matrices, vectors, norms, head, *state, head_size)
+
+    assert call()[0].shape == (V,)
+    m = step.matrices
+    wrong = [
+        dict(x=torch.zeros(C, dtype=torch.float64)), dict(norms=step.norms[:3]), dict(vectors=[v[:-C] for v in step.vectors]), dict(vectors=step.vectors[:2]),
+        dict(head_size=24), dict(head_size=0), dict(head=step.head.half(), **{f"m{i}": t.half() for i, t in enumerate(m)}), dict(head=step.head.float()), dict(head=step.head[:, : C // 2].contiguous()),
+        dict(m0=m[0].t()), dict(m0=m[0][:-1]), dict(m1=m[1].flatten()), dict(m2=m[2].float()), dict(m7=m[7][:, 1:].contiguous()), dict(m13=m[13][:-1]),
+        *(dict(state=[lists[:2] if i == j else lists for i, lists in enumerate(state)]) for j in range(3)),
+        *(dict(state=[[t.flatten()[1:] for t in lists] if i == j else lists for i, lists in enumerate(state)]) for j in range(3)),
+        dict(state=[state[0], [t.transpose(2, 3)[..., :16] for t in state[1]], state[2]]),
+    ]  # fmt: skip
+    for change in wrong:
+        with pytest.raises(RuntimeError, match="rwkv7_step: "):
+            pytest.fail(f"{ {name: getattr(value, 'shape', value) for name, value in change.items()} } was taken: {call(**change)[0][:1]}")
 
 
 def test_wrong_states_are_refused():

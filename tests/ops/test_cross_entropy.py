@@ -159,12 +159,72 @@ def test_confident_rows_and_huge_logits():
         assert rms_error(got, want) <= 1e-4  # logits of 500 carry an absolute error of 3e-5 in fp32
 
 
-def test_nan_is_not_hidden():
+def test_the_operator_itself_looks_at_targets(form):
+    """What lies outside of the head must not be read."""
+    if form != "cpu":
+        pytest.skip("the C++ form has the operator")
+    x, weight, targets = (t.detach() for t in make((5,), 16, 50, torch.float32))
+    assert native_form.why_not(torch.float32, 16) == ""
+    for target in (-1, 50, 1 << 40):
+        targets[3] = target
+        for call in (lambda: torch.ops.rwkvlm.head_ce(x, weight, targets, 64, 0.0, True, True), lambda: torch.ops.rwkvlm.head_scores(x, weight, targets, 64)):
+            with pytest.raises(RuntimeError, match="targets must lie in"):
+                call()
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7FC00001], ids=hex)
+def test_nan_is_not_hidden(bits):
+    """Whatever its bits: GPUs make other ones than processors."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, targets = make((20,), 16, 50, dtype)
+        targets[targets == 7] = 8
         with torch.no_grad():
-            weight[7, 3] = float("nan")
+            weight[7, 3] = nan
         assert head_cross_entropy(x, weight, targets).isnan()
+        assert head_scores(x, weight, targets)[0].isnan().all()
+
+
+@pytest.mark.parametrize("gap", [70.0, 110.0, 1000.0])
+def test_another_token_far_above_the_own_one(gap):
+    """Where exp(logit - own logit) would be too large for fp32, and before."""
+    x, weight, targets = torch.ones(3, 2), torch.zeros(50, 2), torch.tensor([1, 2, 3])
+    weight[7, 0] = gap
+    loss = head_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets, l2wrap=0.0)
+    assert loss.item() == pytest.approx(gap, rel=1e-6)
+    (dx,) = torch.autograd.grad(loss, x)
+    assert torch.allclose(dx[:, 0], torch.full((3,), gap / 3)) and not dx[:, 1].any()
+
+
+def test_tokens_without_a_chance_add_nothing():
+    x, weight, targets = torch.ones(5, 2), torch.full((5000, 2), -60.0), torch.full((5,), 7)
+    weight[7] = 0
+    assert head_scores(x, weight, targets)[0].max() < 1e-20  # 4999 times exp(-120)
+
+
+@pytest.mark.parametrize("V", [5, 31, 63, 287])
+def test_what_lies_behind_the_weight_is_not_read(V):
+    """A matrix of bf16 is taken two rows at a time."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, targets = make((20,), 32, V, dtype)
+        memory = torch.full((V + 32, 32), torch.nan, dtype=dtype)
+        memory[:V] = weight.detach()
+        loss = head_cross_entropy(x, inside := memory[:V].requires_grad_(), targets)
+        for got, want in zip(torch.autograd.grad(loss, (x, inside)), torch.autograd.grad(head_cross_entropy(x, weight, targets), (x, weight))):
+            assert torch.equal(got, want)
+
+
+def test_nan_of_any_logit_is_not_hidden():
+    """Neither that of the own token's logit nor that of another one; in gradients whose width no vector divides, too."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for C in (16, 22):
+            x, weight, targets = make((20,), C, 50, dtype)
+            with torch.no_grad():
+                weight[7] = float("nan")
+            for target in (7, 8):
+                loss = head_cross_entropy(x, weight, torch.full_like(targets, target))
+                dx, dw = torch.autograd.grad(loss, (x, weight))
+                assert loss.isnan() and dx.isnan().all() and dw.isnan().all()
 
 
 def test_same_bits_again():
@@ -317,3 +377,27 @@ def test_errors_are_one_clear_line(change, says):
     with pytest.raises(ValueError) as error:
         head_cross_entropy(**arguments)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_reaches_the_operator_itself_is_looked_at(form):
+    """Whoever calls it without `head_cross_entropy` gets an error, and nothing is read beside a tensor."""
+    if form != "cpu":
+        pytest.skip("the operator of the C++ form")
+    x, weight, targets = torch.ones(4, 8), torch.ones(9, 8), torch.zeros(4, dtype=torch.int64)
+    wrong = {
+        "too few targets": (x, weight, targets[:3]),
+        "no tokens": (x[:0], weight, targets[:0]),
+        "targets of 32 bits": (x, weight, targets.int()),
+        "not contiguous": (torch.ones(8, 4).t(), weight, targets),
+        "a weight that is not contiguous": (x, torch.ones(8, 9).t(), targets),
+        "targets that are not contiguous": (x, weight, torch.zeros(8, dtype=torch.int64)[::2]),
+        "another width": (x, torch.ones(9, 10), targets),
+        "another dtype": (x, weight.bfloat16(), targets),
+        "float16": (x.half(), weight.half(), targets),
+        "an odd width in bf16": (x[:, :7].bfloat16().contiguous(), weight[:, :7].bfloat16().contiguous(), targets),
+    }
+    for what, inputs in wrong.items():
+        with pytest.raises(RuntimeError, match="head_ce: "):
+            pytest.fail(f"{what}: {torch.ops.rwkvlm.head_scores(*inputs, 64)}")
+    with pytest.raises(RuntimeError, match="head_ce: "):
+        torch.ops.rwkvlm.head_ce(x, weight, targets, 0, 0.0, False, False)

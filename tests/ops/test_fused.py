@@ -231,6 +231,58 @@ def test_an_input_that_does_not_fit_is_a_value_error(form, name):
                 pytest.fail(str(fused.time_mix_inputs(*(None if i == part else t for i, t in enumerate(inputs)), 32)))
 
 
+def test_what_reaches_an_operator_itself_is_looked_at(form):
+    """What autograd hands to a backward fits; whoever calls it gets an error all the same, and no kernel reads beside a tensor."""
+    if form == "torch":
+        pytest.skip("the operators of the C++ form")
+    ops, B, T, C = torch.ops.rwkvlm, 2, 5, 32
+    whole, row, other = torch.ones(B, T, C), torch.ones(C), torch.ones(T, B, C)
+    apart, wide, wider = torch.ones(B, C, T).transpose(1, 2), whole.double(), row.double()
+    inputs, output = [*[whole] * 6, *[row] * 5], [*[whole] * 5, *[row] * 3]
+    plain = [*inputs[:4], None, None, *inputs[6:10], None]  # without a value residual
+    calls = {
+        "token_mix": [
+            ("at most 8 mixes", lambda: ops.token_mix(whole, None, [row] * 9)),
+            ("expected x \\[B, T, C\\]", lambda: ops.token_mix(whole[0], None, [row])),
+            ("expected last \\[B, C\\]", lambda: ops.token_mix(whole, torch.ones(C, B), [row])),
+            ("or another dtype", lambda: ops.token_mix(whole, None, [wider])),
+            ("expected contiguous", lambda: ops.token_mix(apart, None, [row])),
+            ("a gradient for each mix", lambda: ops.token_mix_backward([whole], whole, None, [row] * 2)),
+            ("of one shape", lambda: ops.token_mix_backward([other], whole, None, [row])),
+        ],
+        "relu_square": [
+            ("bfloat16 or float32", lambda: ops.relu_square(wide)),
+            ("bfloat16 or float32", lambda: ops.relu_square(whole.half())),
+            ("multiple of 16", lambda: ops.relu_square(whole[..., :24].contiguous())),
+            ("none 0", lambda: ops.relu_square(whole[:0])),
+            ("of one shape", lambda: ops.relu_square_backward(other, whole)),
+            ("or another dtype", lambda: ops.relu_square_backward(wide, whole)),
+        ],
+        "time_mix_inputs": [
+            *(("multiple of 16 wide and divide C", lambda N=N: ops.time_mix_inputs(*inputs, N)) for N in (0, 8, 64)),
+            ("come together", lambda: ops.time_mix_inputs(*inputs[:5], None, *inputs[6:], 16)),
+            ("come together", lambda: ops.time_mix_inputs(*inputs[:10], None, 16)),
+            ("a gradient for each output", lambda: ops.time_mix_inputs_backward(*[whole] * 4, None, *inputs, 16)),
+            ("a gradient for each output", lambda: ops.time_mix_inputs_backward(*[whole] * 5, *plain, 16)),
+        ],
+        "time_mix_output": [
+            *(("multiple of 16 wide and divide C", lambda N=N: ops.time_mix_output(*output, N, 1e-5)) for N in (0, 8, 64)),
+            ("of one shape", lambda: ops.time_mix_output_backward(other, *output, 16, 1e-5)),
+            ("16 elements instead of 32", lambda: ops.time_mix_output(*output[:7], row[:16], 16, 1e-5)),
+        ],
+    }
+    for name, several in calls.items():
+        for message, call in several:
+            with pytest.raises((RuntimeError, ValueError), match=message):
+                pytest.fail(f"{name}, instead of '{message}': {call()}")
+
+
+def test_one_token_of_more_channels_than_a_block_of_rows_has():
+    case = Case("token_mix", B=1, T=3, H=1025, N=16)
+    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
+        close(got, want, 3e-6)
+
+
 def test_dispatch(form, monkeypatch, capfd):
     x = torch.randn(1, 3, 32)
     if form == "cpu":

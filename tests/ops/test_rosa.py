@@ -293,6 +293,15 @@ def test_opcheck(name, rng):
     torch.library.opcheck(tokens, (torch.arange(6).view(2, 3) % 2, None, None, True))
 
 
+@pytest.mark.parametrize("grad", ["flip", "soft"])
+def test_a_second_derivative_is_an_error(form, grad, rng):
+    q = torch.randn(1, 7, 4, generator=rng, requires_grad=True)
+    low, high = (x.requires_grad_() for x in ends(4, rng))
+    slopes = torch.autograd.grad(rosa_self(q, low, high, grad=grad).square().sum(), (q, high), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(x.square().sum() for x in slopes).backward()
+
+
 def test_compiles_into_one_graph_and_checkpoints(form, rng):
     torch._dynamo.reset()
     inputs = [torch.randn(1, 11, 4, generator=rng) for _ in range(3)]

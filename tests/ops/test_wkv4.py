@@ -200,6 +200,14 @@ def test_opcheck_of_the_backward():
 
 
 @needs_native
+def test_a_second_derivative_is_an_error():
+    inputs = [x.requires_grad_() for x in Case(T=5, C=16).inputs]
+    (slope,) = torch.autograd.grad(wkv4_native(*inputs)[0].square().sum(), inputs[2:3], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
+
+
+@needs_native
 def test_compiles_into_one_graph_and_under_activation_checkpointing(monkeypatch):
     monkeypatch.setattr(backend, "_requested", "cpu")
     torch._dynamo.reset()

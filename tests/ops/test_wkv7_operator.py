@@ -80,6 +80,34 @@ def test_the_operator_itself_looks_at_bounds(bounds):
 
 
 @needs_native
+def test_the_operator_itself_looks_at_what_it_reads():
+    x = [t.detach() for t in inputs(2, 5, 3, 16)]
+    state, forward, backward = torch.zeros(2, 3, 16, 16), torch.ops.rwkvlm.wkv7_forward, torch.ops.rwkvlm.wkv7_backward
+    _, final, removed, checkpoints = forward(*x, state, None, True)
+    empty, thin, askew = x[0][:, :0], x[0][:, :4].contiguous(), x[0].transpose(1, 2).contiguous().transpose(1, 2)
+    for wrong in (thin, askew, x[0].bfloat16(), x[0].flatten(2)):
+        for call in (
+            *(lambda i=i: forward(*x[:i], wrong, *x[i + 1 :], None, None, False) for i in range(1, 6)),
+            lambda: backward(wrong, None, *x, None, removed, checkpoints),
+            lambda: backward(x[0], None, *x, None, wrong, checkpoints),
+            lambda: backward(x[0], None, *x, None, removed, checkpoints, None, None, wrong),
+        ):
+            with pytest.raises(RuntimeError, match="dtypes and shapes fit"):
+                call()
+    for wrong in (state[:1], state.double(), state.mT):
+        for call in (
+            lambda: forward(*x, wrong, None, False),
+            lambda: backward(x[0], wrong, *x, None, removed, checkpoints),
+            lambda: backward(x[0], final, *x, None, removed, wrong),
+        ):
+            with pytest.raises(RuntimeError, match="dtypes and shapes fit"):
+                call()
+    for wrong in (empty, x[0][:0], x[0][0]):
+        with pytest.raises(RuntimeError, match="none of them 0"):
+            forward(*[wrong] * 6, None, None, False)
+
+
+@needs_native
 @pytest.mark.parametrize("bounds", [None, [0, 4, 70, 71]], ids=["plain", "packed"])
 def test_opcheck_of_the_backward(bounds):
     x = [t.detach() for t in inputs(1, 71, 2, 16)]
@@ -122,6 +150,18 @@ def test_a_block_compiles_into_one_graph(monkeypatch, compiler):
     compiled = torch.compile(block, fullgraph=True, backend=compiler)
     for ours, theirs in zip(results(block), results(compiled), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("pass_on", [False, True])
+def test_a_second_derivative_is_an_error(monkeypatch, pass_on):
+    """Silent, it would be zero."""
+    monkeypatch.setattr(backend, "_requested", "cpu")
+    x = inputs(1, 5, 1, 16)
+    y = wkv7(*x, output_final_state=True, pass_on=pass_on)[0]
+    (slope,) = torch.autograd.grad(y.square().sum(), x[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
 
 
 @needs_native

@@ -124,7 +124,7 @@ def test_arithmetic_by_hand(window):
     assert flops_per_token(ModelConfig(**sizes)) - flops_per_token(hybrid, 20) == pytest.approx(6 * weights + states - 2 * 12 * C * seen / 20, abs=1)
 
 
-@pytest.mark.parametrize("window", [0, 48])
+@pytest.mark.parametrize("window", [0, 48, 192, 1000])
 def test_memory_of_both_kinds_of_blocks(window):
     """The planner's sum over blocks is what autograd keeps for the whole model."""
     sizes = HybridConfig(n_layer=5, n_embd=64, head_size=32, vocab_size=256, attention_layers="1,4", attention_kv_heads=1, attention_window=window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import soft
 
@@ -22,7 +23,7 @@ def register(name: str) -> None:
     torch.library.register_fake(f"rwkvlm::{name}", _fake_forward)
     torch.library.register_fake(f"rwkvlm::{name}_backward", _fake_backward)
     torch.library.register_fake(f"rwkvlm::{name}_tokens", _fake_tokens)
-    torch.library.register_autograd(f"rwkvlm::{name}", functools.partial(_backward, name), setup_context=_save)
+    torch.library.register_autograd(f"rwkvlm::{name}", once_differentiable(functools.partial(_backward, name)), setup_context=_save)
 
 
 def _fake_forward(q, k, v, low, high, bits, miss_low, tau, soft, old_k, old_v, old_runs, with_state):

@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rwkvlm import native
 
@@ -60,6 +61,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, checkpoints, state)
 
 
+@once_differentiable
 def _backward(ctx, dy, d_final, _checkpoints):
     w, u, k, v, checkpoints, state = ctx.saved_tensors
     dy = torch.zeros_like(k) if dy is None else dy.contiguous()

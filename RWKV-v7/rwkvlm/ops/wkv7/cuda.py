@@ -163,8 +163,8 @@ class Call:
     def __init__(self, op: str, tensors: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
         self.r = r = tensors[0]
         self.at = at = given(op, "r", r)
-        if r.dim() != 4:
-            raise ValueError(f"{op}: r must be [B, T, H, N], got {list(r.shape)}")
+        if r.dim() != 4 or not r.numel():
+            raise ValueError(f"{op}: r must be [B, T, H, N], none of them 0, got {list(r.shape)}")
         B, T, H, N = shape = r.shape
         documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         self.machine = machine(r.device)
@@ -238,6 +238,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[2])
 
 
+@once_differentiable
 def _gradients(ctx, dy, d_final_state, _saved, *more):
     *tensors, saved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
@@ -260,4 +261,4 @@ class _PassingOn(torch.autograd.Function):
         _save(ctx, inputs, output)
         return *output, r, k, v
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(_gradients)

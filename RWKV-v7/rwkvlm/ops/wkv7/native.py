@@ -83,6 +83,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, cu_seqlens, removed, checkpoints)
 
 
+@once_differentiable
 def _backward(ctx, dy, d_final, _removed, _checkpoints, *more):
     *tensors, cu_seqlens, removed, checkpoints = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
@@ -101,4 +102,4 @@ class _PassingOn(torch.autograd.Function):
         _save(ctx, inputs, output)
         return *output, r, k, v
 
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(_backward)

@@ -141,6 +141,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, rate, head, output[2])
 
 
+@once_differentiable
 def _gradients(ctx, dy, d_final_state, _saved, *more):
     *tensors, rate, head, saved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
@@ -162,4 +163,4 @@ class _PassingOn(torch.autograd.Function):
         _save(ctx, inputs, output)
         return *output, r, k, v
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(_gradients)
