@@ -236,7 +236,7 @@ class Turns {
   INLINE int64_t put(Lag* to, LagVector at, LagVector mask) const {
     uint64_t found = Lags::which(mask);
     const int64_t many = __builtin_popcountll(found), first = at[0];
-    if (many == Lags::count) {
+    if (many > 2 && (found & (found + 1)) == 0) {  // all of the first ones
       Lags::store(to, at);
       return many;
     }
@@ -393,16 +393,12 @@ class Turns {
 
   // The matches that overlap these places, or all, by where they end and begin.
   void sort_matches(int64_t first, int64_t last) {
-    for (int64_t n = 0; n < overlaps; n++) {
+    for (int64_t n = overlaps - 1; n >= 0; n--) {  // the last match comes last
       const int64_t c = overlapping[n], j = i - 1 - c, run = L1[c], s = j - run;
-      if (joined) {
-        Match& to = by_cut[std::max<int64_t>(std::max(i - run, j + 1) - first, 0)];
-        to = better(to, Match(j + 1));
-      }
+      if (joined) by_cut[std::max<int64_t>(std::max(i - run, j + 1) - first, 0)] = Match(j + 1);
       if (j < first || s > last) continue;
-      if (j < last) ends[j + 1 - first] = match(run, j);
-      Match& to = starts[std::max<int64_t>(s + 1 - first, 0)];
-      to = better(to, Match(j + 1));
+      ends[j + 1 - first] = match(run, j);
+      starts[std::max<int64_t>(s + 1 - first, 0)] = Match(j + 1);
     }
   }
 
