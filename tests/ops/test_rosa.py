@@ -171,6 +171,31 @@ def test_flips_of_longer_rows(kind, bits, rng):
 
 
 @needs_native
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("kind", ["random", "repeated", "constant"])
+def test_flips_of_rows_longer_than_a_vector(kind, bits, rng):
+    """Against the forward kernel over all rows with a bit turned: long enough for matches that are not looked at one by one."""
+    T = 300
+    low, high = torch.randn(2, bits, generator=rng)
+    slopes = torch.randn(T, bits, generator=rng)
+    for function, count in ((rosa_self, 1), (rosa, 3)):
+        symbols = torch.randint(2**bits, (count, T), generator=rng)
+        if kind == "repeated":
+            symbols = torch.where(torch.rand(count, T, generator=rng) < 0.03, symbols, symbols[:1, :40].repeat(1, 8)[:, :T])
+        xs = numbered(symbols * (kind != "constant"), bits)  # [count, T, bits]
+        with backend.asked_for("cpu"):
+            leaves = [x[None].clone().requires_grad_() for x in xs]
+            grads = torch.autograd.grad((function(*leaves, low, high, bits, "low")[0] * slopes).sum(), leaves)
+            for n, grad in enumerate(grads):
+                turned = xs[n].repeat(T * bits, 1, 1)
+                turned.view(T * bits, T * bits).diagonal().neg_()
+                rows = [turned if i == n else x.expand(T * bits, T, bits) for i, x in enumerate(xs)]
+                change = (function(*[x.contiguous() for x in rows], low, high, bits, "low") * slopes).sum((1, 2)).view(T, bits)
+                change -= (function(*[x[None] for x in xs], low, high, bits, "low") * slopes).sum()
+                assert torch.allclose(grad[0], -xs[n] * change / 2, rtol=1e-3, atol=1e-3)
+
+
+@needs_native
 @pytest.mark.slow
 def test_flips_where_places_have_more_than_16_bits(rng):
     """Of the last outputs alone, for speed, whose match lies at such a place; and of the same row without its beginning, in which no long match can lie."""
