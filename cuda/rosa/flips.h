@@ -111,10 +111,6 @@ class Turns {
   static INLINE int64_t source_of(Match m) { return int64_t(m & ((Match(1) << kSource) - 1)); }
   static INLINE Match better(Match a, Match b) { return a > b ? a : b; }
 
-  struct Places {
-    int64_t first, last;
-  };
-
   const Flips& f;
   const int64_t T;
   LagVector lanes{};  // 0, 1, 2 ...
@@ -154,8 +150,7 @@ class Turns {
       if (d) memset(d, 0, T * M * 4);
     for (int b = 0; b < M; b++) f.dlow[b] = f.dhigh[b] = 0;
     for (int n = 0; n < Lags::count; n++) lanes[n] = Lag(n);
-    for (int64_t rare = 1 << M; rare << M <= T / 16; rare <<= M) few++;
-  // random symbols leave about 16 matches that long
+    for (int64_t rare = 1 << M; rare << M <= T / 16; rare <<= M) few++;  // random symbols leave about 16 matches that long
   }
 
   void run() {
