@@ -16,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "../common/simd.h"
 #include "cpu.h"
@@ -80,6 +81,17 @@ struct Lanes {
     carry = x[BACK ? 0 : count - 1] - Vector{};
     return x;
   }
+  static INLINE Vector backwards(Vector x) {
+    Vector from{};
+    for (int n = 0; n < count; n++) from[n] = Number(count - 1 - n);
+#if defined(__clang__)
+    Vector moved{};
+    for (int n = 0; n < count; n++) moved[n] = x[from[n]];
+    return moved;
+#else
+    return __builtin_shuffle(x, from);
+#endif
+  }
   // Of numbers that are not negative.
   static INLINE Number largest(Vector x) { return so_far<true>(x)[0]; }
   // The lanes of a mask as bits.
@@ -105,6 +117,7 @@ class Turns {
   using Lags = Lanes<Lag>;
   using LagVector = typename Lags::Vector;
   using Bytes = Lanes<uint8_t, Lags::count>;
+  using ManyLags = Lanes<Lag, Many::count>;
   static constexpr int kSource = 8 * sizeof(Lag);  // bits of a source
   static INLINE Match match(int64_t length, int64_t j) { return Match(length) << kSource | Match(j + 1); }
   static INLINE int64_t length_of(Match m) { return int64_t(m >> kSource); }
@@ -115,11 +128,11 @@ class Turns {
   const int64_t T;
   LagVector lanes{};  // 0, 1, 2 ...
   Lag *L1, *L2, *L3, *D1, *D2;  // by lag, lag 1 first; of D those of a single bit, else 0
-  Lag *overlapping, *to_lengthen;  // the lags less one of the matches that count one by one, ascending
+  Lag *overlapping, *to_lengthen;  // the lags less one of the matches that count one by one, ascending; of those that overlap and begin alike the first
   const uint8_t *values, *backwards;  // v; k, the last symbol first
-  // Of an output, by place inside the match that won, from the first on: the match that ends before it; the source of the last that begins after the
-  // place before it (slot 0: or earlier); that of the last which, q turned there, is cut to what comes behind it.
-  Match *ends, *starts, *by_cut, *later;
+  // Of an output, by place inside the match that won, from the first on: the source of the last match that begins after the place before it (slot 0: or
+  // earlier); the best that begins there or later; where q = k, the source of the last which, q turned there, is cut to what comes behind it.
+  Match *starts, *later, *by_cut;
   Match *longer, *longer_q;  // by t M + bit: the best that is lengthened; the same by m M + bit, where q turns alone
   int32_t* beyond;  // t M + bit where a turn outside the match that won lengthens another beyond it
   float* weight;  // of the output by its symbol, behind that of a miss
@@ -134,18 +147,19 @@ class Turns {
   Turns(const Flips& flips, Memory& memory) : f(flips), T(flips.T) {
     const int64_t M = bits();
     const size_t n = (size_t(T) + 127) / 64 * 64, weights = (size_t(1) << M) + 1;  // a vector and more behind T
-    memory.resize((4 + 2 * M) * n * sizeof(Match) + (M * n + weights) * 4 + 7 * n * sizeof(Lag) + n);
-    ends = reinterpret_cast<Match*>(memory.data()), starts = ends + n, by_cut = starts + n, later = by_cut + n;
-    longer = later + n, longer_q = longer + M * n, beyond = reinterpret_cast<int32_t*>(longer_q + M * n);
+    memory.resize((3 + 2 * M) * n * sizeof(Match) + (M * n + weights) * 4 + (Lags::count + 7 * n) * sizeof(Lag) + n);
+    starts = reinterpret_cast<Match*>(memory.data()), later = starts + n, by_cut = later + n;
+    longer = by_cut + n, longer_q = longer + M * n, beyond = reinterpret_cast<int32_t*>(longer_q + M * n);
     weight = reinterpret_cast<float*>(beyond + M * n);
-    L1 = reinterpret_cast<Lag*>(weight + weights), L2 = L1 + n, L3 = L2 + n, D1 = L3 + n, D2 = D1 + n, overlapping = D2 + n, to_lengthen = overlapping + n;
+    Lag* const before_lags = reinterpret_cast<Lag*>(weight + weights);  // no match
+    L1 = before_lags + Lags::count, L2 = L1 + n, L3 = L2 + n, D1 = L3 + n, D2 = D1 + n, overlapping = D2 + n, to_lengthen = overlapping + n;
     uint8_t* const b = reinterpret_cast<uint8_t*>(to_lengthen + n);
     const uint8_t* k = SELF ? f.q : f.k;
     for (int64_t j = 0; j < T; j++) b[j] = k[T - 1 - j];
     memset(b + T, 0, n - T);
     backwards = b, values = SELF ? f.q : f.v;
     memset(longer, 0, 2 * M * n * sizeof(Match));
-    memset(L1, 0, 5 * n * sizeof(Lag));
+    memset(before_lags, 0, (Lags::count + 5 * n) * sizeof(Lag));
     for (float* d : {f.dq, f.dk, f.dv})
       if (d) memset(d, 0, T * M * 4);
     for (int b = 0; b < M; b++) f.dlow[b] = f.dhigh[b] = 0;
@@ -240,10 +254,10 @@ class Turns {
     return many;
   }
 
-  // Which matches count one by one: those that overlap the one that won (where q = k and both turn inside it, all); and those that a turn inside that
-  // one, beyond it, or `few` or more symbols back in q lengthens.
+  // Which matches count one by one: those that overlap the one that won; and those that a turn inside that one, beyond it, or `few` or more symbols
+  // back in q lengthens.
   void list_matches() {
-    const Lag least = Lag(few), longest = Lag(length), at_won = Lag(length ? lag_won : i), none = Lag(joined ? 0 : T);
+    const Lag least = Lag(few), longest = Lag(length), at_won = Lag(length ? lag_won : i);
     const Lag from = Lag(joined ? -1 : lag_won), to = Lag(length ? lag_won + length - 1 : -1);  // lags of what ends, or begins, inside
     int64_t lengthening = 0;
     LagVector few_back{};
@@ -255,8 +269,8 @@ class Turns {
       const LagVector one_bit = Lags::load(D1 + c) != 0;
       few_back |= one_bit & (first < least);
       lengthening += put(to_lengthen + lengthening, at, one_bit & lengthened);
-      const LagVector found = (first > none) | ((first > 0) & (at <= to) & (begin >= from));
-      if (joined || c <= to) overlaps += put(overlapping + overlaps, at, found);
+      const LagVector begin_before = at - 1 + Lags::load(L1 + c - 1);
+      if (c <= to) overlaps += put(overlapping + overlaps, at, (first > 0) & (at <= to) & (begin >= from) & (begin != begin_before));
     }
     for (int64_t n = 0; n < lengthening; n++) lengthen_at(to_lengthen[n]);
     if (Lags::which(few_back)) lengthen_few();
@@ -341,15 +355,19 @@ class Turns {
   // k, or both sides, at the places inside the match that won, `first` to `last`.
   void turn_inside(int64_t first, int64_t last) {
     const int64_t M = bits(), here = i, size = Many::count, width = last - first + 1;
-    for (Match* x : {ends, starts, by_cut}) memset(x, 0, (width + size + 2) * sizeof(Match));
-    sort_matches(first, last);
+    memset(starts, 0, (width + size + 2) * sizeof(Match));
+    for (int64_t n = overlaps - 1; n >= 0; n--) {  // the last match comes last
+      const int64_t j = i - 1 - overlapping[n], s = j - L1[overlapping[n]];
+      starts[std::max<int64_t>(s + 1 - first, 0)] = Match(j + 1);
+    }
+    if (joined) cut_queries(first);
     Match apart;  // the best that no turn here touches
     const Lag from = Lag(i - 1 - last), to = Lag(i - 1 - first);
     best<1>(&apart, [&](int64_t c, LagVector at, int) {
       const LagVector length = Lags::load(L1 + c);
       return length & (LagVector)((at > to) | (at + length < from));
     });
-    Vector lane{}, behind{}, untouched = apart - Vector{}, cut{}, started = starts[0] - Vector{};
+    Vector lane{}, behind{}, untouched = apart - Vector{}, started = starts[0] - Vector{};
     for (int n = 0; n < size; n++) lane[n] = Match(n);
     for (int64_t t = (width - 1) / size * size; t >= 0; t -= size) {  // a match that begins at t or later
       const Vector source = Many::load(starts + t + 2), at = lane + Match(first + t + 1);
@@ -361,8 +379,9 @@ class Turns {
     Match* const lengthened = longer;
     for (int64_t t = 0; t < width; t += size) {
       const Vector at = lane + Match(first + t), m = Match(here) - at;
-      Vector r = Many::template so_far<false>(Many::load(ends + t), untouched);
-      if (joined) r = r >> kSource >= m ? m << kSource | Many::template so_far<false>(Many::load(by_cut + t), cut) : r;
+      const Vector ended = __builtin_convertvector(ManyLags::backwards(ManyLags::load(L1 + here - first - t - size + 1)), Vector);
+      Vector r = Many::template so_far<false>(ended != 0 ? ended << kSource | at : Vector{}, untouched);
+      if (joined) r = r >> kSource >= m ? m << kSource | Many::load(by_cut + t) : r;
       const Vector source = Many::template so_far<false>(Many::load(starts + t + 1), started);
       r = Many::better(r, Many::load(later + t));
       r = Many::better(r, source > at ? (source - 1 - at) << kSource | source : Vector{});
@@ -386,15 +405,16 @@ class Turns {
     }
   }
 
-  // The matches that overlap these places, or all, by where they end and begin.
-  void sort_matches(int64_t first, int64_t last) {
-    for (int64_t n = overlaps - 1; n >= 0; n--) {  // the last match comes last
-      const int64_t c = overlapping[n], j = i - 1 - c, run = L1[c], s = j - run;
-      if (joined) by_cut[std::max<int64_t>(std::max(i - run, j + 1) - first, 0)] = Match(j + 1);
-      if (j < first || s > last) continue;
-      ends[j + 1 - first] = match(run, j);
-      starts[std::max<int64_t>(s + 1 - first, 0)] = Match(j + 1);
+  // q = k turned m symbols back, at `first` or later: what matched as far and ends before it, the last of it.
+  void cut_queries(int64_t first) {
+    L1[i] = std::numeric_limits<Lag>::max();  // ends the search
+    for (int64_t m = 0, lag = 0; m <= i - first; m++) {
+      lag = std::max(lag, m);
+      if (L1[lag] < m) lag = place_from(L1, lag, Lag(m));
+      if (lag >= i) break;
+      by_cut[i - m - first] = Match(i - lag);
     }
+    L1[i] = 0;
   }
 
   // The last step of it for a vector of places whose symbols have one bit.
