@@ -395,19 +395,15 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
     });
 }
 
-template <class T, class Source>
-inline T shuffle(const char* site, T value, Source source) {  // source(lane): whose value a lane receives
-    struct Operands { T in, out; } mine{value, value};
-    collective(site, mine, [&](Operands** lane) {
-        for (int l = 0; l < 32; ++l) lane[l]->out = lane[source(l)]->in;
+template <class T>
+inline T shuffle(const char* site, T value, int source) {  // source: whose value this lane receives
+    struct Operands { T in, out; int source; } mine{value, value, source};
+    collective(site, mine, [](Operands** lane) {
+        for (int l = 0; l < 32; ++l) lane[l]->out = lane[lane[l]->source]->in;
     });
     return mine.out;
 }
-template <class T> inline T shuffle_xor(T value, int mask) { return shuffle("__shfl_xor_sync", value, [=](int lane) { return lane ^ mask; }); }
-template <class T> inline T shuffle_up(T value, int distance) {
-    return shuffle("__shfl_up_sync", value, [=](int lane) { return lane < distance ? lane : lane - distance; });
-}
-template <class T> inline T shuffle_from(T value, int source) { return shuffle("__shfl_sync", value, [=](int) { return source; }); }
+inline int own_lane() { return machine.current % 32; }
 
 }  // namespace emulation
 
@@ -425,23 +421,34 @@ inline void __syncwarp(unsigned = ~0u) {
     emulation::collective("__syncwarp", none, [](Operands**) { emulation::pass_warp_barrier(emulation::machine.current / 32); });
 }
 template <class T>
-inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle_xor(value, mask); }
+inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle("__shfl_xor_sync", value, emulation::own_lane() ^ mask); }
 template <class T>
-inline T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle_from(value, source); }
+inline T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle("__shfl_sync", value, source); }
 template <class T>
-inline T __shfl_up_sync(unsigned, T value, int distance) { return emulation::shuffle_up(value, distance); }
+inline T __shfl_up_sync(unsigned, T value, int distance) {
+    const int lane = emulation::own_lane();
+    return emulation::shuffle("__shfl_up_sync", value, lane < distance ? lane : lane - distance);
+}
+
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 
 // Threads take turns only at barriers and collectives.
-template <class T>
-inline T atomicMax(T* at, T value) {
+template <class T, class Change>
+inline T change_at_once(T* at, const Change& change, void* where) {
     const emulation::Unwatched here;
 #if defined(__SANITIZE_THREAD__)
-    emulation::touch(at, sizeof(T), emulation::is_atomic + emulation::is_store, __builtin_return_address(0));
+    emulation::touch(at, sizeof(T), emulation::is_atomic + emulation::is_store, where);
+#else
+    (void)where;
 #endif
     const T before = *at;
-    if (value > before) *at = value;
+    *at = change(before);
     return before;
 }
+template <class T>
+inline T atomicMax(T* at, T value) { return change_at_once(at, [=](T before) { return value > before ? value : before; }, __builtin_return_address(0)); }
+template <class T>
+inline T atomicAdd(T* at, T value) { return change_at_once(at, [=](T before) { return T(before + value); }, __builtin_return_address(0)); }
 
 // A relaxed atomic load.
 template <class T>

@@ -26,7 +26,7 @@ struct RosaBackward {
     const void *dout, *low, *high;
     void* gradients[3];  // null: only the sums
     double* sums;  // [2, B, C]: for low and high, of each sequence
-    char* scratch;  // rosa_scratch_bytes(T, M) for each of `blocks`
+    char* scratch;  // rosa_scratch_bytes(T, M, k is null) for each of `blocks`
     int64_t blocks;
     float tau;
     int32_t miss_low;
@@ -36,6 +36,6 @@ extern "C" {
 int rosa_symbols(const RosaSize* size, const void* x, uint8_t* symbols, int fp32, void* stream);  // behind L old ones
 int rosa_forward(const RosaForward* task, int fp32, void* stream);
 int rosa_token_rows(int64_t B, int64_t T, int64_t L, const int64_t* k, int32_t* runs, int64_t* y, void* stream);  // k, runs [B, L + T]
-int64_t rosa_scratch_bytes(int64_t T, int64_t M);
+int64_t rosa_scratch_bytes(int64_t T, int64_t M, int self);
 int rosa_backward(const RosaBackward* task, int fp32, void* stream);
 }

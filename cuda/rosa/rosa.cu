@@ -1,7 +1,10 @@
 // ROSA on a GPU: a block for each row of symbols. Run lengths of all lags at once; for the gradients the second and third mismatch too, and for each
-// output all turns of a bit together (flips.h says what a turn does): each lag writes down where its match begins and from where on it is cut, then
-// maxima over the places give what wins after each turn. O(T^2) steps a row, whatever the symbols. Lengths, sources and maxima are integers, and
-// each sum has one thread at a time, between barriers: no order of threads shows.
+// output all turns of a bit together (flips.h says what a turn does). Two passes over the lags: one symbol on, and, once it is known which match won,
+// those that a turn can make win written down where it turns. What is left is as short as the match that won: maxima over its places give what wins
+// after each turn. O(T^2) steps a row, whatever the symbols. A row's lags, and what is written down near the output, are in shared memory where they
+// fit. Lengths, sources and maxima are integers, and each sum has one thread at a time, between barriers: no order of threads shows.
+#include <type_traits>
+
 #include "../common/device.cuh"
 #include "api.cuh"
 
@@ -11,11 +14,15 @@ namespace {
 using namespace device;
 
 constexpr int threads = 128, warps = threads / 32;
-using Match = unsigned long long;  // length, then where the output comes from, behind the match's end; the larger one wins
 
-__device__ __forceinline__ Match match(int length, int64_t j) { return Match(unsigned(length)) << 32 | Match(j + 1); }
-__device__ __forceinline__ int length_of(Match m) { return int(m >> 32); }
-__device__ __forceinline__ int64_t source_of(Match m) { return int64_t(m & 0xffffffffull); }
+// A match: its length, then where the output comes from, behind its end; the larger one wins. Word: unsigned where lags are in shared memory, T below
+// 65536 then, else unsigned long long; two numbers either way.
+using Near = unsigned;
+using Far = unsigned long long;
+template <class Word> constexpr int half = 4 * sizeof(Word);  // of its bits
+template <class Word> __device__ __forceinline__ Word match(int length, int64_t j) { return Word(length) << half<Word> | Word(j + 1); }
+template <class Word> __device__ __forceinline__ int length_of(Word m) { return int(m >> half<Word>); }
+template <class Word> __device__ __forceinline__ int64_t source_of(Word m) { return int64_t(m & ((Word(1) << half<Word>) - 1)); }
 template <class Number> __device__ __forceinline__ Number better(Number a, Number b) { return a > b ? a : b; }
 
 template <class Number> __device__ __forceinline__ Number best_of_warp(Number m) {
@@ -35,12 +42,12 @@ template <class Number> __device__ __forceinline__ Number best_so_far(Number m) 
 #ifdef __CUDACC__
 __device__ __forceinline__ unsigned now(const unsigned* at) {
     unsigned x;
-    asm volatile("ld.relaxed.cta.global.u32 %0, [%1];" : "=r"(x) : "l"(at));
+    asm volatile("ld.relaxed.cta.u32 %0, [%1];" : "=r"(x) : "l"(at));
     return x;
 }
-__device__ __forceinline__ Match now(const Match* at) {
-    Match x;
-    asm volatile("ld.relaxed.cta.global.u64 %0, [%1];" : "=l"(x) : "l"(at));
+__device__ __forceinline__ Far now(const Far* at) {
+    Far x;
+    asm volatile("ld.relaxed.cta.u64 %0, [%1];" : "=l"(x) : "l"(at));
     return x;
 }
 #else
@@ -53,8 +60,8 @@ template <class Number> __device__ __forceinline__ void raise(Number* at, Number
 }
 
 // The best of the block, for every thread. What was written before, all see behind it; `turn` alternates, so that one barrier is enough.
-__device__ __forceinline__ Match best_of_block(Match m, int turn) {
-    Match* const shared = reinterpret_cast<Match*>(shared_memory()) + (turn & 1) * warps;
+template <class Word> __device__ __forceinline__ Word best_of_block(Word m, int turn) {
+    Word* const shared = reinterpret_cast<Word*>(shared_memory()) + (turn & 1) * warps;
     m = best_of_warp(m);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = m;
     __syncthreads();
@@ -63,16 +70,18 @@ __device__ __forceinline__ Match best_of_block(Match m, int turn) {
     for (int w = 1; w < warps; ++w) m = better(m, shared[w]);
     return m;
 }
+constexpr size_t reduction_bytes = 2 * warps * sizeof(Far);
 
 // The match that ends at i, after its symbol; 0: none.
-template <class Symbol> __device__ __forceinline__ Match scan(int64_t i, Symbol symbol, const Symbol* k, int* runs) {
-    Match best = 0;
+template <class Word, class Run, class Symbol> __device__ __forceinline__ Word scan(int64_t i, Symbol symbol, const Symbol* k, Run* runs) {
+    int longest = 0;
+    int64_t at = 0;  // its lag, the least of those as long
     for (int64_t c = threadIdx.x; c < i; c += threads) {
         const int run = k[i - 1 - c] == symbol ? runs[c] + 1 : 0;
-        runs[c] = run;
-        if (run) best = better(best, match(run, i - 1 - c));
+        runs[c] = Run(run);
+        if (run > longest) longest = run, at = c;
     }
-    return best_of_block(best, int(i));
+    return best_of_block(longest ? match<Word>(longest, i - 1 - at) : 0, int(i));
 }
 
 template <class X> __launch_bounds__(threads) __global__ void symbols(const RosaSize size, const X* x, uint8_t* to) {
@@ -84,203 +93,317 @@ template <class X> __launch_bounds__(threads) __global__ void symbols(const Rosa
     to[(b * G + i % G) * (size.L + size.T) + size.L + t] = uint8_t(symbol);
 }
 
-template <class X> __launch_bounds__(threads) __global__ void forward(const RosaForward task) {
+// Word: Near: the run lengths, and a copy of k, are in shared memory meanwhile.
+template <class X, class Word> __launch_bounds__(threads) __global__ void forward(const RosaForward task) {
+    constexpr bool is_near = sizeof(Word) == sizeof(Near);
+    using Run = std::conditional_t<is_near, uint16_t, int32_t>;
     const RosaSize& size = task.size;
     const int64_t row = blockIdx.x, n = size.L + size.T, G = size.C / size.M, channel = row % G * size.M;
-    const uint8_t *const q = task.q + row * n, *const k = task.k + row * n, *const v = task.v + row * n;
+    const uint8_t *const q = task.q + row * n, *k = task.k + row * n, *const v = task.v + row * n;
+    int32_t* const kept = task.runs + row * n;
+    Run* runs = reinterpret_cast<Run*>(kept);
+    if constexpr (is_near) {
+        runs = reinterpret_cast<Run*>(shared_memory() + reduction_bytes);
+        uint8_t* const copy = reinterpret_cast<uint8_t*>(runs + n);
+        for (int64_t c = threadIdx.x; c < n; c += threads) runs[c] = Run(kept[c]), copy[c] = k[c];
+        k = copy;
+        __syncthreads();
+    }
     X* const out = static_cast<X*>(task.out) + row / G * size.T * size.C + channel;
     for (int64_t i = size.L; i < n; ++i) {
-        const Match won = scan<uint8_t>(i, q[i], k, task.runs + row * n);
+        const Word won = scan<Word>(i, q[i], k, runs);
         if (threadIdx.x >= size.M) continue;
         const X low = static_cast<const X*>(task.low)[channel + threadIdx.x], high = static_cast<const X*>(task.high)[channel + threadIdx.x];
         X value = won && v[source_of(won)] >> threadIdx.x & 1 ? high : low;
         if (!won && !task.miss_low) value = from_float<X>(0.f);
         out[(i - size.L) * size.C + threadIdx.x] = value;
     }
+    if constexpr (is_near)
+        for (int64_t c = threadIdx.x; c < n; c += threads) kept[c] = runs[c];  // each its own
 }
 
 __launch_bounds__(threads) __global__ void token_rows(int64_t T, int64_t L, const int64_t* k, int32_t* runs, int64_t* y) {
     const int64_t n = L + T, row = blockIdx.x;
     for (int64_t i = L; i < n; ++i) {
-        const Match won = scan<int64_t>(i, k[row * n + i], k + row * n, runs + row * n);
+        const Far won = scan<Far>(i, k[row * n + i], k + row * n, runs + row * n);
         if (threadIdx.x == 0) y[row * T + i - L] = won ? k[row * n + source_of(won)] : -1;
     }
 }
 
-// The memory of a row, and the output in hand.
-template <class X, bool self> struct Row {
+// Hands out places, from a base on; without one it only counts.
+class Places {
+    char* base;
+    int64_t used = 0;
+
+  public:
+    __host__ __device__ explicit Places(char* base) : base(base) {}
+    template <class Number> __host__ __device__ Number* take(int64_t count) {
+        const int64_t from = (used + sizeof(Number) - 1) / sizeof(Number) * sizeof(Number);
+        used = from + count * sizeof(Number);
+        return base ? reinterpret_cast<Number*>(base + from) : nullptr;
+    }
+    __host__ __device__ int64_t bytes() const { return (used + 15) / 16 * 16; }
+};
+
+constexpr int quick = 32;  // places of what is written down that are in shared memory
+
+// A row, and the output in hand.
+template <class X, bool self, class Word> struct Row {
+    static constexpr bool is_near = sizeof(Word) == sizeof(Near);
+    static constexpr Word one = Word(1) << half<Word>, low_half = one - 1;
+    // By lag, lag 1 first: how far back the first mismatch lies and, in the upper half, the second; the bits that differ at the first and, self,
+    // at the second (8 bits on), and in the upper half how far back the third lies.
+    using Extra = std::conditional_t<self, Word, uint8_t>;
+
     const RosaBackward& task;
-    const int M;
-    Match *longer, *longer_q;  // [T, M], the best match that a turn lengthens, of those that can win; the same where q turns alone
-    Match* later;  // [T], the best match that begins behind t
-    float* sums[3];  // [T, M] of dq, dk, dv
-    int *L1, *L2, *L3;  // by lag, lag 1 first
-    unsigned* starts;  // [T + 1], the source of the last match whose first mismatch is at s, by s + 1
-    unsigned* by_cut;  // [T], the source of the last match by the first t from which on a turn of q cuts it; self: and which ends before t
-    uint8_t *D1, *D2;
+    const int T, M;
     const uint8_t *q, *k, *v;
     const X *dout, *low, *high;
-    int i, j_won, s_won, q_won;
-    Match won;
+    Word* lags;
+    Extra* extra;
+    uint8_t* copy;  // of k, where lags are near
+    Word *longer, *longer_q;  // [T, M], the best match that a turn lengthens, of those that can win; the same where q turns alone (self: one array)
+    Word* quick_longer;  // [quick, M], where q turns (self: or both) less than `quick` symbols back
+    Word* later;  // [T], the best match that begins behind t
+    Word* maxima;  // [2, warps]
+    unsigned* sources;  // [2, warps]
+    float* sums[3];  // [T, M] of dq, dk, dv
+    float* weights;  // what the output is worth by its symbol, behind that of a miss
+    unsigned *starts, *quick_starts;  // by s - s_won, at least 0: the source of the last match whose first mismatch is at s
+    unsigned *cuts, *quick_cuts;  // by m, the source of the last match that is m long, or (self) lies m back and is longer
+    int *beyond, *beyonds;  // t M + bit where a turn that does not touch the match that won lengthens another beyond it; how many
+    int i, j_won, s_won, q_won, turns;
+    bool joined;  // self: the symbols of the match that won, in k and in q, overlap
+    Word won;
     float before;
 
-    // What the output is worth: the sum over its bits.
-    __device__ __forceinline__ float worth_of(int y) const {
-        float sum = 0.f;
-        for (int b = 0; b < M; ++b) sum = fmaf(to_float(dout[i * task.size.C + b]), to_float(y >> b & 1 ? high[b] : low[b]), sum);
-        return sum;
+    __host__ __device__ explicit Row(const RosaBackward& task) : task(task), T(int(task.size.T)), M(int(task.size.M)) {}
+
+    // Set the places; return how many bytes they are.
+    __host__ __device__ int64_t in_shared(char* from) {
+        Places memory(from);
+        memory.take<Far>(2 * warps);  // best_of_block
+        maxima = memory.take<Word>(2 * warps), quick_longer = memory.take<Word>(quick * M);
+        sources = memory.take<unsigned>(2 * warps), quick_starts = memory.take<unsigned>(quick), quick_cuts = memory.take<unsigned>(quick);
+        weights = memory.take<float>((1 << M) + 1), beyonds = memory.take<int>(1);
+        if (is_near) lags = memory.take<Word>(T), extra = memory.take<Extra>(T), copy = memory.take<uint8_t>(T);
+        return memory.bytes();
     }
-    __device__ __forceinline__ float worth(Match m, int turned) const {
-        return length_of(m) ? worth_of(v[source_of(m)] ^ turned) : task.miss_low ? worth_of(0) : 0.f;
+    __host__ __device__ int64_t in_scratch(char* from) {
+        Places memory(from);
+        const int64_t places = int64_t(T) * M;
+        longer = memory.take<Word>(places), longer_q = self ? longer : memory.take<Word>(places), later = memory.take<Word>(T);
+        if (!is_near) lags = memory.take<Word>(T), extra = memory.take<Extra>(T);
+#pragma unroll
+        for (int which = 0; which < (self ? 1 : 3); ++which) sums[which] = memory.take<float>(places);
+        starts = memory.take<unsigned>(T + 1), cuts = memory.take<unsigned>(T), beyond = memory.take<int>(places);
+        return memory.bytes();
     }
+
+    __device__ __forceinline__ void begin(int row) {
+        const RosaSize& size = task.size;
+        const int G = int(size.C) / M;
+        const int64_t first = int64_t(row / G) * T * size.C + row % G * M, its = int64_t(row) * T;
+        q = task.q + its, k = self ? q : task.k + its, v = self ? q : task.v + its;
+        dout = static_cast<const X*>(task.dout) + first;
+        low = static_cast<const X*>(task.low) + row % G * M, high = static_cast<const X*>(task.high) + row % G * M;
+        for (int p = threadIdx.x; p < T * M; p += threads) {
+            longer[p] = longer_q[p] = 0;
+#pragma unroll
+            for (int which = 0; which < (self ? 1 : 3); ++which) sums[which][p] = 0.f;
+        }
+        for (int t = threadIdx.x; t < T; t += threads) {
+            lags[t] = 0, extra[t] = 0, starts[t] = cuts[t] = 0;
+            if (is_near) copy[t] = k[t];
+        }
+        for (int p = threadIdx.x; p < quick * M; p += threads) quick_longer[p] = 0;
+        for (int m = threadIdx.x; m < quick; m += threads) quick_starts[m] = quick_cuts[m] = 0;
+        if (threadIdx.x == 0) starts[T] = 0, *beyonds = 0;
+        if (is_near) k = copy;
+        turns = 0;
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ float worth(Word m, int turned) const { return weights[length_of(m) ? 1 + (v[source_of(m)] ^ turned) : 0]; }
     // Whether a turn at t, in k or (self) on both sides, changes the match that won.
     __device__ __forceinline__ bool inside(int t) const { return (t > s_won && t <= j_won) || (self && t > q_won); }
-    __device__ __forceinline__ void lengthen(int t, int b, Match to) const {
-        if (to > won || inside(t)) raise(longer + t * M + b, to);
-    }
+    __device__ __forceinline__ Word* turned_q(int t, int b) const { return i - t < quick ? quick_longer + (i - t) * M + b : longer_q + t * M + b; }
+    __device__ __forceinline__ Word* turned_k(int t, int b) const { return self ? turned_q(t, b) : longer + t * M + b; }
+    __device__ __forceinline__ unsigned* start(int t) const { return t < quick ? quick_starts + t : starts + t; }
+    __device__ __forceinline__ unsigned* cut(int m) const { return m < quick ? quick_cuts + m : cuts + m; }
 
-    // One symbol on; the match that wins there.
+    // One symbol on; the match that wins there, and what its output is worth.
     __device__ __forceinline__ void find_match() {
-        Match best = 0;
+        if (threadIdx.x == 0) quick_starts[0] = 0;  // every warp of a team had read it
+        const unsigned symbol = q[i];
+        int longest = 0, at = 0;  // the least lag of those as long
         for (int c = threadIdx.x; c < i; c += threads) {
-            const int j = i - 1 - c, first = L1[c], second = L2[c];
-            const uint8_t differ = k[j] ^ q[i];
-            if (self) {
-                L3[c] = (differ ? second : L3[c]) + 1;
-                if (differ) D2[c] = D1[c];
+            const unsigned differ = k[i - 1 - c] ^ symbol;
+            const Word ago = lags[c], next = differ ? (ago << half<Word>) + one : ago + one + 1;
+            lags[c] = next;
+            if constexpr (self) {
+                const Word more = extra[c];
+                extra[c] = (differ ? (ago & ~low_half) | (more & 0xff) << 8 | differ : more) + one;
+            } else if (differ) {
+                extra[c] = uint8_t(differ);
             }
-            L2[c] = (differ ? first : second) + 1;
-            L1[c] = differ ? 0 : first + 1;
-            if (differ) {
-                D1[c] = differ;
-                continue;
-            }
-            best = better(best, match(first + 1, j));
-            raise(starts + j - first, unsigned(j + 1));
-            raise(by_cut + (self && j + 1 > i - first - 1 ? j + 1 : i - first - 1), unsigned(j + 1));
+            const int run = int(next & low_half);
+            if (run > longest) longest = run, at = c;
         }
-        won = best_of_block(best, i);
-        j_won = won ? source_of(won) - 1 : i - 1;
+        for (int y = threadIdx.x; y < 1 << M; y += threads) {
+            float sum = 0.f;
+            for (int b = 0; b < M; ++b) sum = fmaf(to_float(dout[i * task.size.C + b]), to_float(y >> b & 1 ? high[b] : low[b]), sum);
+            weights[1 + y] = sum;
+            if (y == 0) weights[0] = task.miss_low ? sum : 0.f;
+        }
+        won = best_of_block(longest ? match<Word>(longest, i - 1 - at) : 0, turns++);
+        j_won = won ? int(source_of(won)) - 1 : i - 1;
         s_won = j_won - length_of(won), q_won = i - length_of(won);
-        before = worth(won, 0);
+        joined = self && won && j_won >= q_won;
     }
 
-    __device__ __forceinline__ void find_longer() const {
-        for (int c = threadIdx.x; c < i; c += threads) {
-            const unsigned differ = D1[c];
-            if (differ == 0 || (differ & (differ - 1))) continue;
-            int b = 0;
-            while (differ >> b != 1) ++b;
-            const int j = i - 1 - c, s = j - L1[c], back = i - L1[c], second = L2[c], other = i - s;
-            int to = second;
-            if (self) to = second < other ? second : second > other ? other : D2[c] == differ ? L3[c] : second;
-            lengthen(s, b, match(to, j));
-            if (self && back > j) lengthen(back, b, match(second, j));
-            if (!self) raise(longer_q + back * M + b, match(second, j));
-        }
-    }
-
-    // The match at j = t - 1; the last one that begins behind t.
-    __device__ __forceinline__ Match ending(int t) const { return t && L1[i - t] ? match(L1[i - t], t - 1) : 0; }
-    __device__ __forceinline__ Match beginning(int t) const { return starts[t + 1] ? match(int(starts[t + 1]) - 1 - t, starts[t + 1] - 1) : 0; }
-    __device__ __forceinline__ unsigned last_of(int t) const { return t ? starts[t + 1] : better(starts[0], starts[1]); }
-
-    // All turns at once: every warp has some places t, of which it knows the maxima of all that come before and behind.
-    __device__ __forceinline__ void turn() const {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = i / 32 + 1, each = (tiles + warps - 1) / warps;
-        const int begin = min(warp * each, tiles) * 32, end = min((warp + 1) * each, tiles) * 32;
-        Match untouched = 0, behind = 0;  // the best with j < t; the best that begins at a place not yet seen
-        unsigned cut = 0, started = 0;  // the sources of the last that a turn of q at t cuts; of the last that begins at t or before
-        if (won) {
-            for (int t = begin + lane; t < end && t <= i; t += 32) {
-                untouched = better(untouched, ending(t)), behind = better(behind, beginning(t));
-                cut = better(cut, by_cut[t]), started = better(started, last_of(t));
-            }
-            Match* const maxima = reinterpret_cast<Match*>(shared_memory()) + 2 * warps;
-            unsigned* const sources = reinterpret_cast<unsigned*>(maxima + 2 * warps);
-            untouched = best_of_warp(untouched), behind = best_of_warp(behind), cut = best_of_warp(cut), started = best_of_warp(started);
-            if (lane == 0) maxima[warp] = untouched, maxima[warps + warp] = behind, sources[warp] = cut, sources[warps + warp] = started;
-            __syncthreads();
-            untouched = behind = 0, cut = started = 0;
-            for (int w = 0; w < warp; ++w)
-                untouched = better(untouched, maxima[w]), cut = better(cut, sources[w]), started = better(started, sources[warps + w]);
-            for (int w = warp + 1; w < warps; ++w) behind = better(behind, maxima[warps + w]);
-            for (int base = end - 32; base >= begin; base -= 32) {
-                const int t = base + 31 - lane;
-                const Match m = better(behind, best_so_far(t + 1 < end && t < i ? beginning(t + 1) : 0));
-                if (t <= i) later[t] = m;
-                behind = __shfl_sync(~0u, m, 31);
-            }
-            __syncwarp();
-        } else {
-            __syncthreads();
-        }
-        for (int base = begin; base < end; base += 32) {
-            const int t = base + lane;
-            if (won) {
-                untouched = better(untouched, best_so_far(t <= i ? ending(t) : 0));
-                cut = better(cut, best_so_far(t <= i ? by_cut[t] : 0));
-                started = better(started, best_so_far(t <= i ? last_of(t) : 0));
-            }
-            if (t <= i) turn_at(t, untouched, cut, started);
-            if (won) untouched = __shfl_sync(~0u, untouched, 31), cut = __shfl_sync(~0u, cut, 31), started = __shfl_sync(~0u, started, 31);
-        }
-    }
-
-    // The turns of all bits at t, and what was written down at t cleared.
-    __device__ __forceinline__ void turn_at(int t, Match untouched, unsigned cut, unsigned started) const {
-        const int m = i - t;
-        const Match shortened = m ? Match(unsigned(m)) << 32 | cut : 0;
-        const bool copied = won && t == source_of(won);
-        Match r = won;
+    __device__ __forceinline__ void lengthen(int t, int b, Word to) const {
+        Word* const at = turned_k(t, b);
         if (inside(t)) {
-            r = self && length_of(untouched) >= m ? shortened : untouched;
-            r = better(r, later[t]);
-            if (int(started) > t) r = better(r, match(int(started) - 1 - t, started - 1));
+            raise(at, to);
+        } else if (to > won && now(at) < to && atomicMax(at, to) == 0) {
+            beyond[atomicAdd(beyonds, 1)] = t * M + b;
         }
-        for (int place = t * M; place < (t + 1) * M; ++place) {
-            const int bit = 1 << (place - t * M);
-            const Match wins = better(r, longer[place]);
-            if (wins != won || (self && copied)) sums[self ? 0 : 1][place] += worth(wins, self && source_of(wins) == t ? bit : 0) - before;
-            longer[place] = 0;
-            if (self) continue;
-            if (t >= q_won) {
-                sums[0][place] += worth(better(shortened, longer_q[place]), 0) - before;
-                longer_q[place] = 0;
+    }
+
+    // Writes down what a turn does to the other matches. Returns the best one that no turn in k (joined: or q) inside the one that won touches.
+    __device__ __forceinline__ Word write_down() {
+        before = worth(won, 0);
+        const int last = joined ? i : j_won;
+        int longest = 0, at = 0;
+        for (int c = threadIdx.x; c < i; c += threads) {
+            const Word ago = lags[c];
+            const unsigned differ = unsigned(extra[c] & 0xff);
+            const int run = int(ago & low_half), second = int(ago >> half<Word>), j = i - 1 - c, s = j - run;
+            if (run) {
+                const int later_run = c ? int(lags[c - 1] & low_half) : 0;  // of the match one symbol later, which is enough where it is as long or begins alike
+                if (later_run < run || (self && run >= c)) raise(cut(self ? min(run, c) : run), unsigned(j + 1));
+                if (j > s_won && s <= last) {
+                    if (later_run != run + 1) raise(start(max(s - s_won, 0)), unsigned(j + 1));
+                } else if (run > longest) {
+                    longest = run, at = c;
+                }
             }
-            if (copied) sums[2][place] += worth(won, bit) - before;
+            if (differ == 0 || (differ & (differ - 1))) continue;
+            const int b = 31 - __clz(int(differ));
+            if constexpr (self) {
+                const Word more = extra[c];
+                const int back = i - run, other = i - s;  // q turns there, after k has turned at the mismatch
+                const bool same = unsigned(more >> 8 & 0xff) == differ;
+                lengthen(s, b, match<Word>(second < other ? second : second > other ? other : same ? int(more >> half<Word>) : second, j));
+                if (back > j) lengthen(back, b, match<Word>(second, j));
+            } else {
+                lengthen(s, b, match<Word>(second, j));
+                raise(turned_q(i - run, b), match<Word>(second, j));
+            }
         }
-        if (!won) return;
-        starts[t + 1] = by_cut[t] = 0;
-        if (t == 0) starts[0] = 0;
+        return best_of_block(longest ? match<Word>(longest, i - 1 - at) : 0, turns++);
+    }
+
+    // The match at j = t - 1; the last one whose first mismatch is at t.
+    __device__ __forceinline__ Word ending(int t) const { return t ? Word(lags[i - t] & low_half) << half<Word> | (lags[i - t] & low_half ? t : 0) : 0; }
+    __device__ __forceinline__ Word beginning(int t) const {
+        const unsigned source = *start(t - s_won);
+        return source ? match<Word>(int(source) - 1 - t, source - 1) : 0;
+    }
+
+    // All turns inside the match that won, those of k and those of q: a team of warps for either (joined: one for both), 32 places at a time.
+    __device__ __forceinline__ void turn(Word apart) const {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, length = length_of(won), team = joined ? warps : warps / 2, mine = warp % team;
+        const bool keys = joined || warp < team;
+        const int first = keys ? s_won + 1 : q_won, last = keys && !joined ? j_won : i;
+        const int each = ceil_div(ceil_div(last - first + 1, 32), team) * 32, begin = min(first + mine * each, last + 1), end = min(begin + each, last + 1);
+        Word untouched = apart, behind = 0;  // the best that ends before t, or is not touched; the best that begins at a place not yet seen
+        unsigned before_t = 0, started = 0;  // the sources of the last that a turn of q at t cuts; of the last that begins at t or before
+        const unsigned first_of_all = *start(0);
+        if (keys) started = first_of_all;
+        if ((joined ? i - s_won : length + 1) > 32) {  // more than one warp of a team has places
+            Word ended = 0;
+            for (int t = begin + lane; t < end; t += 32) {
+                if (!keys || (joined && t >= q_won)) before_t = better(before_t, *cut(i - t));
+                if (keys) ended = better(ended, ending(t)), behind = better(behind, beginning(t)), started = better(started, *start(t - s_won));
+            }
+            ended = best_of_warp(ended), behind = best_of_warp(behind), before_t = best_of_warp(before_t), started = best_of_warp(started);
+            if (lane == 0) maxima[warp] = ended, maxima[warps + warp] = behind, sources[warp] = before_t, sources[warps + warp] = started;
+            __syncthreads();
+            behind = 0, before_t = 0, started = first_of_all;
+            for (int w = warp - mine; w < warp; ++w)
+                untouched = better(untouched, maxima[w]), before_t = better(before_t, sources[w]), started = better(started, sources[warps + w]);
+            for (int w = warp + 1; w < warp - mine + team; ++w) behind = better(behind, maxima[warps + w]);
+        }
+        Word of_first = 0;  // `later` of the first 32 places, a lane each
+        for (int base = begin + (end - begin - 1) / 32 * 32; keys && begin < end && base >= begin; base -= 32) {
+            const int t = base + 31 - lane;
+            const Word m = better(behind, best_so_far(t + 1 < end ? beginning(t + 1) : 0));
+            behind = better(__shfl_sync(~0u, m, 31), beginning(base));
+            of_first = __shfl_sync(~0u, m, 31 - lane);
+            if (base + lane < end) later[base + lane] = of_first;
+        }
+        __syncwarp();
+        for (int base = begin; base < end; base += 32) {
+            const int t = base + lane, m = i - t;
+            const bool is_there = t < end, cuts_q = is_there && m <= length && (!keys || joined);
+            before_t = better(before_t, best_so_far(cuts_q ? *cut(m) : 0u));
+            Word r = Word(m) << half<Word> | before_t;
+            if (keys) {
+                untouched = better(untouched, best_so_far(is_there ? ending(t) : 0));
+                started = better(started, best_so_far(is_there ? *start(t - s_won) : 0u));
+                if (!joined || length_of(untouched) < m) r = untouched;
+                if (is_there) r = better(r, base == begin ? of_first : later[t]);
+                if (int(started) > t) r = better(r, match<Word>(int(started) - 1 - t, started - 1));
+            }
+            if (is_there) {
+                turn_at(t, keys, r);
+                if (keys) *start(t - s_won) = 0;
+                if (cuts_q) *cut(m) = 0;
+            }
+            untouched = __shfl_sync(~0u, untouched, 31), before_t = __shfl_sync(~0u, before_t, 31), started = __shfl_sync(~0u, started, 31);
+        }
+    }
+
+    // All bits at t in k (self: or both sides), or in q; r wins if no match is lengthened.
+    __device__ __forceinline__ void turn_at(int t, bool keys, Word r) const {
+        if (self && !keys && t == q_won) return;
+        float* const sum = keys && !self ? sums[1] : sums[0];
+        for (int b = 0; b < M; ++b) {
+            Word* const lengthened = keys ? turned_k(t, b) : turned_q(t, b);
+            const Word wins = better(r, *lengthened);
+            *lengthened = 0;
+            sum[t * M + b] += worth(wins, self && source_of(wins) == t ? 1 << b : 0) - before;
+        }
+    }
+
+    // The turns that leave the match that won as it is: of the symbol that was put out, and those that make a better one. One warp.
+    __device__ __forceinline__ void turn_outside() const {
+        const int lane = threadIdx.x % 32, count = *beyonds, copied = j_won + 1;
+        if (won && lane < M && (!self || (!inside(copied) && *turned_k(copied, lane) == 0)))
+            sums[self ? 0 : 2][copied * M + lane] += worth(won, 1 << lane) - before;
+        __syncwarp();
+        for (int n = lane; n < count; n += 32) {
+            const int t = beyond[n] / M, b = beyond[n] % M;
+            Word* const lengthened = turned_k(t, b);
+            sums[self ? 0 : 1][t * M + b] += worth(*lengthened, self && source_of(*lengthened) == t ? 1 << b : 0) - before;
+            *lengthened = 0;
+        }
+        if (lane == 0) *beyonds = 0;
     }
 };
 
-// For each place and bit two matches and three sums, for each place a match, five numbers and two bytes, and one number more.
-__host__ __device__ inline int64_t scratch_bytes(int64_t T, int64_t M) { return (T * M * 28 + T * 30 + 4 + 15) / 16 * 16; }
-
-// Four blocks on a multiprocessor: left to choose, ptxas takes so few registers that some spill.
-template <class X, bool self> __launch_bounds__(threads, 4) __global__ void backward(const RosaBackward task) {
+// So many blocks on a multiprocessor: with more, or left to choose, ptxas takes so few registers that some spill.
+template <class X, bool self, class Word> __launch_bounds__(threads, sizeof(Word) == sizeof(Near) ? 5 : 4) __global__ void backward(const RosaBackward task) {
     const RosaSize& size = task.size;
     const int T = int(size.T), M = int(size.M), G = int(size.C) / M;
-    char* const memory = task.scratch + blockIdx.x * scratch_bytes(T, M);
-    Match* const matches = reinterpret_cast<Match*>(memory);
-    float* const numbers = reinterpret_cast<float*>(matches + 2 * T * M + T);
-    int* const lags = reinterpret_cast<int*>(numbers + 3 * T * M);
-    unsigned* const starts = reinterpret_cast<unsigned*>(lags + 3 * T);
-    uint8_t* const bits = reinterpret_cast<uint8_t*>(starts + 2 * T + 1);
+    Row<X, self, Word> r(task);
+    const int64_t each = r.in_scratch(nullptr);
+    r.in_scratch(task.scratch + blockIdx.x * each);
+    r.in_shared(shared_memory());
     for (int row = blockIdx.x; row < int(size.B) * G; row += int(task.blocks)) {
-        const int64_t first = int64_t(row / G) * T * size.C + row % G * M;  // of its channels
-        const int64_t its = int64_t(row) * T;
-        const uint8_t* const q = task.q + its;
-        Row<X, self> r{task, M, matches, matches + T * M, matches + 2 * T * M, {numbers, numbers + T * M, numbers + 2 * T * M},
-                       lags, lags + T, lags + 2 * T, starts, starts + T + 1, bits, bits + T,
-                       q, self ? q : task.k + its, self ? q : task.v + its, static_cast<const X*>(task.dout) + first,
-                       static_cast<const X*>(task.low) + row % G * M, static_cast<const X*>(task.high) + row % G * M, 0, 0, 0, 0, 0, 0.f};
-        for (int p = threadIdx.x; p < T * M; p += threads) matches[p] = matches[T * M + p] = 0, numbers[p] = numbers[T * M + p] = numbers[2 * T * M + p] = 0.f;
-        for (int c = threadIdx.x; c < T; c += threads) lags[c] = lags[T + c] = lags[2 * T + c] = 0, bits[c] = bits[T + c] = 0;
-        for (int t = threadIdx.x; t < 2 * T + 1; t += threads) starts[t] = 0;
-        __syncthreads();
+        r.begin(row);
         double sum_low = 0., sum_high = 0.;  // of bit threadIdx.x
         for (r.i = 0; r.i < T; ++r.i) {
             r.find_match();
@@ -289,18 +412,19 @@ template <class X, bool self> __launch_bounds__(threads, 4) __global__ void back
                 (r.won && r.v[source_of(r.won)] >> threadIdx.x & 1 ? sum_high : sum_low) += g;
             }
             if (!task.gradients[0]) continue;
-            r.find_longer();
-            r.turn();
+            r.turn(r.write_down());
+            if (threadIdx.x / 32 == warps - 1) r.turn_outside();
             __syncthreads();
         }
         if (int(threadIdx.x) < M) {
             const int64_t at = row / G * size.C + row % G * M + threadIdx.x;
             task.sums[at] = sum_low, task.sums[size.B * size.C + at] = sum_high;
         }
-        for (int which = 0; which < (self ? 1 : 3) && task.gradients[0]; ++which)
-            for (int p = threadIdx.x; p < T * M; p += threads) {
-                const int64_t at = first + p / M * size.C + p % M;
-                const float x = to_float(static_cast<const X*>(task.inputs[which])[at]), size_of = fabsf(x), turned = numbers[which * T * M + p];
+#pragma unroll
+        for (int which = 0; which < (self ? 1 : 3); ++which)
+            for (int p = threadIdx.x; p < T * M && task.gradients[0]; p += threads) {
+                const int64_t at = int64_t(row / G) * T * size.C + row % G * M + p / M * size.C + p % M;
+                const float x = to_float(static_cast<const X*>(task.inputs[which])[at]), size_of = fabsf(x), turned = r.sums[which][p];
                 const float divisor = 2.f * (size_of < task.tau ? task.tau : size_of);  // a NaN stays one
                 static_cast<X*>(task.gradients[which])[at] = from_float<X>(quotient(x > 0.f ? -turned : turned, divisor));
             }
@@ -308,7 +432,31 @@ template <class X, bool self> __launch_bounds__(threads, 4) __global__ void back
     }
 }
 
-constexpr size_t shared_bytes = warps * (4 * sizeof(Match) + 2 * sizeof(unsigned));
+// Bytes of shared memory of a row's backward whose lags are near; 0 where they do not fit.
+template <bool self> size_t near_bytes(const RosaBackward& task) {
+    const size_t bytes = task.size.T < 65536 ? size_t(Row<float, self, Near>(task).in_shared(nullptr)) : 0;
+    return bytes <= shared_limit() ? bytes : 0;
+}
+
+template <class X, bool self> int start_backward(const RosaBackward& task, void* stream) {
+    const dim3 grid{unsigned(task.blocks)};
+    if (const size_t bytes = near_bytes<self>(task)) return launch(backward<X, self, Near>, grid, threads, bytes, stream, task);
+    return launch(backward<X, self, Far>, grid, threads, size_t(Row<X, self, Far>(task).in_shared(nullptr)), stream, task);
+}
+
+template <bool self> int64_t scratch_bytes(int64_t T, int64_t M) {
+    RosaBackward task{};
+    task.size.T = T, task.size.M = M;
+    return near_bytes<self>(task) ? Row<float, self, Near>(task).in_scratch(nullptr) : Row<float, self, Far>(task).in_scratch(nullptr);
+}
+
+template <class X> int start_forward(const RosaForward& task, void* stream) {
+    const int64_t n = task.size.L + task.size.T;
+    const dim3 grid(unsigned(task.size.B * (task.size.C / task.size.M)));
+    const size_t bytes = reduction_bytes + n * (sizeof(uint16_t) + 1);
+    if (task.size.T >= 4 && n < 65536 && bytes <= shared_limit()) return launch(forward<X, Near>, grid, threads, bytes, stream, task);
+    return launch(forward<X, Far>, grid, threads, reduction_bytes, stream, task);
+}
 
 }  // namespace
 }  // namespace rosa
@@ -322,20 +470,18 @@ extern "C" int rosa_symbols(const RosaSize* size, const void* x, uint8_t* to, in
 
 extern "C" int rosa_forward(const RosaForward* task, int fp32, void* stream) {
     using namespace rosa;
-    const dim3 grid(unsigned(task->size.B * (task->size.C / task->size.M)));
-    return launch(fp32 ? forward<float> : forward<bf16>, grid, threads, shared_bytes, stream, *task);
+    return fp32 ? start_forward<float>(*task, stream) : start_forward<bf16>(*task, stream);
 }
 
 extern "C" int rosa_token_rows(int64_t B, int64_t T, int64_t L, const int64_t* k, int32_t* runs, int64_t* y, void* stream) {
     using namespace rosa;
-    return launch(token_rows, dim3(unsigned(B)), threads, shared_bytes, stream, T, L, k, runs, y);
+    return launch(token_rows, dim3(unsigned(B)), threads, reduction_bytes, stream, T, L, k, runs, y);
 }
 
-extern "C" int64_t rosa_scratch_bytes(int64_t T, int64_t M) { return rosa::scratch_bytes(T, M); }
+extern "C" int64_t rosa_scratch_bytes(int64_t T, int64_t M, int self) { return self ? rosa::scratch_bytes<true>(T, M) : rosa::scratch_bytes<false>(T, M); }
 
 extern "C" int rosa_backward(const RosaBackward* task, int fp32, void* stream) {
     using namespace rosa;
-    const dim3 grid{unsigned(task->blocks)};
-    if (task->k) return launch(fp32 ? backward<float, false> : backward<bf16, false>, grid, threads, shared_bytes, stream, *task);
-    return launch(fp32 ? backward<float, true> : backward<bf16, true>, grid, threads, shared_bytes, stream, *task);
+    if (task->k) return fp32 ? start_backward<float, false>(*task, stream) : start_backward<bf16, false>(*task, stream);
+    return fp32 ? start_backward<float, true>(*task, stream) : start_backward<bf16, true>(*task, stream);
 }

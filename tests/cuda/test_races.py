@@ -38,8 +38,8 @@ AROUND_WKV7 = {
     "time_mix_output": [("RR", "", "R" * 16), COLLECT],
     "loss": [("R", "", "")],
     "norms": [("R", "", ""), ("R", "", "")],
-    "rosa": [("RRRRRR", "", "")],
-    "rosa_backward": [(".R..RR.RRRRRRRRRRR..", "RRRR", "")],
+    "rosa": [(".RRRRRR", "", "")],
+    "rosa_backward": [(".RRRRRRRRRRRRRRRRR..", ".RRRRR.R.R.R", "")],
 }
 
 

@@ -89,10 +89,27 @@ def test_the_same_bits_as_every_other_form_on_rows_with_a_structure(in_cpp, devi
             assert all(torch.equal(a, b) for a, b in zip(torch.ops.rwkvlm.rosa_plain_backward(*arguments), want))
 
 
+@pytest.mark.parametrize("T, bits", [(80, 1), (80, 2)])
+def test_rows_whose_lags_do_not_fit_into_shared_memory(in_cpp, device, T, bits, request):
+    if device.type == "cuda":
+        x, slopes = structured(40000)[:, : 2 * bits].unsqueeze(0), torch.ones(1, 40000, 2 * bits)
+        cases = [(slopes, x, *others, -slopes[0, 0], slopes[0, 0], bits, True, 1.0, True) for others in ((x, x), (None, None))]
+        in_cpp = [(arguments, torch.ops.rwkvlm.rosa_backward(*arguments)) for arguments in cases]
+    else:
+        library = request.getfixturevalue("block_kernels")
+        scratch = [library.rosa_scratch_bytes(T, bits, form) for form in (0, 1)]
+        library.emulation_shared_limit(ctypes.c_size_t(960))
+        request.addfinalizer(lambda: library.emulation_shared_limit(ctypes.c_size_t(227 * 1024)))
+        assert all(library.rosa_scratch_bytes(T, bits, form) > scratch[form] for form in (0, 1))
+    for arguments, want in in_cpp:
+        got = torch.ops.rwkvlm.rosa_backward(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("form", ["self", "rosa"])
 def test_steps_grow_with_the_square_of_the_length_whatever_the_symbols(counted_steps, form):
-    """Blocks of code of the compiled kernel that are entered. One that made a pass over the lags for each turn inside the match that won took 14
-    times as many on 512 equal bits as on random ones, and 25 times with q, k and v."""
+    """Blocks of code of the compiled kernel that are entered. One that made a pass over the lags for each turn inside the match that won took 7 times as many
+    for a place on 512 equal bits as on 128, one that looked at every place for each output 3.3 times as many on 512 random ones as now."""
     found = {}
     for T in (128, 512):
         x, slopes, ends = structured(T), torch.ones(1, T, 1), torch.tensor([[-1.0], [1.0]])
@@ -100,10 +117,9 @@ def test_steps_grow_with_the_square_of_the_length_whatever_the_symbols(counted_s
             row = x[None, :, channel, None]
             others = (None, None) if form == "self" else (row, row)
             found[T, channel] = counted_steps(lambda k: k.rosa_backward(slopes, row, *others, *ends, 1, False, 1.0, True))
-    for T in (128, 512):
-        of_length = [steps for (length, _), steps in found.items() if length == T]
-        assert max(of_length) < 1.1 * min(of_length)
-    assert found[128, 0] < found[512, 0] < 16 * found[128, 0]
+    for (T, channel), steps in found.items():
+        assert T == 128 or 4 * found[128, channel] < steps < 16 * found[128, channel], channel
+    assert min(found[512, channel] for channel in (0, 1, 3, 9, 10, 11)) < 130 * 512**2 and max(found.values()) < 600 * 512**2
 
 
 @pytest.mark.parametrize("function", [rosa, rosa_self], ids=["rosa", "self"])

@@ -13,7 +13,7 @@ from . import native
 from .arguments import MOST_BITS, RosaState, check_tokens
 
 SIZE, INT, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-ROWS_AT_ONCE = 2048  # of a backward: each has memory of its own, 58 bytes for a symbol of one bit
+ROWS_AT_ONCE = 2048  # of a backward: each has memory of its own, 36 bytes for a symbol of one bit
 
 
 class Size(ctypes.Structure):
@@ -47,7 +47,7 @@ def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rosa_forward.argtypes = [ctypes.POINTER(Forward), ctypes.c_int, POINTER]
     library.rosa_backward.argtypes = [ctypes.POINTER(Backward), ctypes.c_int, POINTER]
     library.rosa_token_rows.argtypes = [SIZE] * 3 + [POINTER] * 4
-    library.rosa_scratch_bytes.argtypes, library.rosa_scratch_bytes.restype = [SIZE] * 2, SIZE
+    library.rosa_scratch_bytes.argtypes, library.rosa_scratch_bytes.restype = [SIZE, SIZE, ctypes.c_int], SIZE
     return library
 
 
@@ -99,7 +99,7 @@ class Kernels:
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.values()] if flips else []
         sums = q.new_zeros(2, B, C, dtype=torch.float64)
         blocks = min(B * (C // bits), ROWS_AT_ONCE)
-        scratch = q.new_empty(blocks * self.library.rosa_scratch_bytes(T, bits), dtype=torch.uint8)
+        scratch = q.new_empty(blocks * self.library.rosa_scratch_bytes(T, bits, k is None), dtype=torch.uint8)
         places = at("dout", dout, q.shape), at("low", low, (C,)), at("high", high, (C,))
         task = Backward(Size(B, T, C, bits, 0), *_three(map(address, symbols)), (POINTER * 3)(*_three(at(name, x, q.shape) for name, x in inputs.items())), *places)
         task.gradients[:] = _three(map(address, gradients))
