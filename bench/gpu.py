@@ -29,6 +29,7 @@ BENCH = Path(__file__).resolve().parent
 STEPS = ("tests", "sanitize", "kernels", "step", "train")
 FIRST_TESTS = ("cuda", "ops", "layers", "models", "infer")  # those that touch the GPU most
 WKV4 = "16x512x768,8x4096x768,8x4096x4096"  # B x T x C
+ROSA = "8x512x768,8x4096x768"  # B x T x C, symbols of 4 bits
 OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss", "adamw")
 MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096")  # layers, width, samples, tokens of a sample
 PHANTOMS = ("P12-D768x16x512", "P12-D768x2x4096")  # the first two with test-time training
@@ -89,6 +90,8 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         found += [Item(name, [*work, name, *device], read=last_json) for name in OPERATORS]
         wkv4 = [python, str(BENCH / "wkv4.py"), "--dtype", "bfloat16", *device[:2], *(["--rounds", "2", "--shapes", "1x40x32"] if small else ["--shapes", WKV4])]
         found.append(Item("wkv4", wkv4, read=last_json))
+        rosa = [python, str(BENCH / "rosa.py"), *device[:2], "--bits", "4", "--shapes", "1x64x8" if small else ROSA]
+        found.append(Item("rosa", rosa, read=last_json))
         large = [*work, "adamw", "--layers", "24", "--shape", "2x4096x32x64", *device]  # of the last of MODELS
         return found + [Item("adamw L24-D2048", large, read=last_json)] * (not small)
     if step == "step":

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import rosa
 import torch
 from gpu_peers import Peer, load
 from torch import Tensor
@@ -424,6 +425,7 @@ def once(options: argparse.Namespace) -> dict:
         for V in (7, 5001):
             found[f"loss {V} {dtype}"] = check_logits(V, options)
         found[f"adamw {dtype}"] = check_adamw(dtype, options)
+    found["rosa"] = demand({"gradients": rosa.errors(options.device)}, 1e-4, "rosa")
     return {"kernels": len(found), "worst_error": max(found.values())}
 
 
