@@ -34,8 +34,8 @@ class NoDenormals {
 template <class G, bool ROUNDED>
 INLINE void update_vector(float* p, float* m, float* v, const G* g, bf16* rounded, const Rates& r) {
   const vf grad = load(g) * r.scale;
-  const vf avg = load(m) * r.beta1 + grad * (1.f - r.beta1);
-  const vf square = load(v) * r.beta2 + grad * grad * (1.f - r.beta2);
+  const vf avg = load(m) * r.beta1 + grad * r.rest1;
+  const vf square = load(v) * r.beta2 + grad * grad * r.rest2;
   const vf next = load(p) * r.keep - r.step * avg / (root(square) * r.root + r.eps);
   store(m, avg);
   store(v, square);

@@ -61,8 +61,8 @@ void step(Tensors masters, Tensors rounded, Tensors grads, Tensors exp_avgs, Ten
     char *g = gradient(grads[i], count), *to = rounded.empty() ? nullptr : gradient(rounded[i], count);
     check(!to || is_bf16(rounded[i]));
     const double t = *floats(steps[i], 1) + 1;
-    rates.push_back({float(1 - lr * weight_decay), float(beta1), float(beta2), float(lr / (1 - std::pow(beta1, t))),
-                     float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps), scale ? *floats(*scale, 1) : 1});
+    rates.push_back({float(1 - lr * weight_decay), float(beta1), float(1 - beta1), float(beta2), float(1 - beta2),
+                     float(lr / (1 - std::pow(beta1, t))), float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps), scale ? *floats(*scale, 1) : 1});
     for (int64_t at = 0; at < count; at += kPiece)
       tasks.push_back({i, {p + at, m + at, v + at, g + at * (narrow ? 2 : 4), to ? to + 2 * at : nullptr, std::min(kPiece, count - at), narrow}});
   }
