@@ -1,12 +1,13 @@
 """What the CUDA operators are given: which tensor reaches a kernel, which is copied, which is refused."""
 
+import contextlib
 import ctypes
 
 import pytest
 import torch
 
 from rwkvlm import native
-from rwkvlm.ops.launch import given, launch
+from rwkvlm.ops.launch import ask, given, launch
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -89,3 +90,23 @@ def test_an_error_of_the_caller_and_one_of_the_gpu(monkeypatch):
     for library.code, kind in ((-1, ValueError), (700, RuntimeError)):
         with pytest.raises(kind, match=r"work: what it was \(-?\d+\)"):
             launch(library, "work", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["the current GPU", "another one"])
+def test_the_gpu_of_the_tensors_is_the_current_one_meanwhile(monkeypatch, index):
+    """Kernels ask how many multiprocessors and how much shared memory it has, for sizes that a launch must find again."""
+    current, found = [0], []
+
+    @contextlib.contextmanager
+    def device(which):
+        before, current[0] = current[0], which.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    library = type("Library", (), {"work": staticmethod(lambda *arguments: found.append(current[0]) or arguments[-1] - 70 - index)})
+    launch(library, "work", torch.device("cuda", index), 5)
+    assert found == [index] and current == [0]
+    assert ask(library, "work", torch.device("cuda", index), 90) == 20 - index and found == [index, index]

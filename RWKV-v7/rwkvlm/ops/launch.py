@@ -67,19 +67,20 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def ask(library: ctypes.CDLL, function: str, device: torch.device, *arguments) -> int:
+    """What `function(*arguments)` returns where the device is the current one: the libraries' own CUDA runtime asks and launches where the driver's context is."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return getattr(library, function)(*arguments)
+    with torch.cuda.device(device):
+        return getattr(library, function)(*arguments)
+
+
 def launch(library: ctypes.CDLL, function: str, device: torch.device, *arguments) -> None:
     """`function(*arguments, stream)` on the device's current stream. On the CPU (emulated kernels): no stream.
 
     With the library's message: ValueError where it does not take what it was given, RuntimeError where the GPU fails.
     """
-    if device.type == "cpu":
-        code = getattr(library, function)(*arguments, None)
-    else:
-        stream = torch._C._cuda_getCurrentRawStream(device.index)  # as Triton asks for it; current_stream() makes an object each time
-        if device.index == torch.cuda.current_device():
-            code = getattr(library, function)(*arguments, stream)
-        else:  # the kernels' own CUDA runtime launches where the driver's current context is
-            with torch.cuda.device(device):
-                code = getattr(library, function)(*arguments, stream)
-    if code:
+    # As Triton asks for the stream; current_stream() makes an object each time.
+    stream = None if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)
+    if code := ask(library, function, device, *arguments, stream):
         raise (ValueError if code < 0 else RuntimeError)(f"{function}: {native.cuda_message(library, code)}")

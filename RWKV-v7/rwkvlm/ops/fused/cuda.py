@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..launch import Place, address, given, launch, why_not_built
+from ..launch import Place, address, ask, given, launch, why_not_built
 from . import native
 
 INT, FLOAT, POINTER = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
@@ -111,7 +111,7 @@ class Kernels:
         task.last, task.dstream, task.dnewest = at("last", last, (B, C)), at("dstream", dstream, shape), at("dnewest", dnewest, (B, C))
         task.dout[:] = _douts(op, at, douts, shape, n)
         dx, dlast, sums = _like(stream), stream.new_empty(0 if last is None else B, C), stream.new_empty(n + 2, C)
-        task.blocks = self.library.fused_norm_parts(task, int(stream.dtype == torch.float32))
+        task.blocks = ask(self.library, "fused_norm_parts", stream.device, task, int(stream.dtype == torch.float32))
         parts = stream.new_empty(task.blocks, n + 2, C, dtype=torch.float32)
         task.dx, task.dlast, task.sums, task.parts = address(dx), None if last is None else address(dlast), address(sums), address(parts)
         self.run("norm_mix_backward", stream, task)

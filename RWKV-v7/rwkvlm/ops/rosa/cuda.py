@@ -8,7 +8,7 @@ from typing import Iterable
 import torch
 from torch import Tensor
 
-from ..launch import Place, address, given, launch, why_not_built
+from ..launch import Place, address, ask, given, launch, why_not_built
 from . import native
 from .arguments import MOST_BITS, RosaState, check_tokens
 
@@ -99,7 +99,7 @@ class Kernels:
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.values()] if flips else []
         sums = q.new_zeros(2, B, C, dtype=torch.float64)
         blocks = min(B * (C // bits), ROWS_AT_ONCE)
-        scratch = q.new_empty(blocks * self.library.rosa_scratch_bytes(T, bits, k is None), dtype=torch.uint8)
+        scratch = q.new_empty(blocks * ask(self.library, "rosa_scratch_bytes", q.device, T, bits, k is None), dtype=torch.uint8)
         places = at("dout", dout, q.shape), at("low", low, (C,)), at("high", high, (C,))
         task = Backward(Size(B, T, C, bits, 0), *_three(map(address, symbols)), (POINTER * 3)(*_three(at(name, x, q.shape) for name, x in inputs.items())), *places)
         task.gradients[:] = _three(map(address, gradients))
