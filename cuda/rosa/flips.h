@@ -269,8 +269,9 @@ class Turns {
       const LagVector one_bit = Lags::load(D1 + c) != 0;
       few_back |= one_bit & (first < least);
       lengthening += put(to_lengthen + lengthening, at, one_bit & lengthened);
+      if (c > to) continue;
       const LagVector begin_before = at - 1 + Lags::load(L1 + c - 1);
-      if (c <= to) overlaps += put(overlapping + overlaps, at, (first > 0) & (at <= to) & (begin >= from) & (begin != begin_before));
+      overlaps += put(overlapping + overlaps, at, (first > 0) & (at <= to) & (begin >= from) & (begin != begin_before));
     }
     for (int64_t n = 0; n < lengthening; n++) lengthen_at(to_lengthen[n]);
     if (Lags::which(few_back)) lengthen_few();
