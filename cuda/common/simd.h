@@ -74,8 +74,16 @@ INLINE vf broadcast(float x) {
   return all;
 }
 
-// Stores that go past the caches, for results that are not read again soon. p must be aligned to the vector.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool SANITIZED = true;
+#else
+constexpr bool SANITIZED = false;
+#endif
+
+// Stores that go past the caches, for results that are not read again soon. p must be aligned to the vector. GCC's sanitizer does not look at
+// them: it is shown an ordinary one.
 INLINE void stream(float* p, vf x) {
+  if (SANITIZED) store(p, x);
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, x);
 #elif defined(__AVX2__)
@@ -88,6 +96,7 @@ INLINE void stream(float* p, vf x) {
 }
 
 INLINE void stream(bf16* p, vf x) {
+  if (SANITIZED) store(p, x);
 #if defined(__AVX512F__)
   alignas(32) bf16 narrow[W];
   store(narrow, x);
