@@ -107,6 +107,9 @@ for _ in range(1500):
     ids, ends = world.encode_batch(Texts.join(texts))
     assert world.decode_bytes(ids).replace(b"\\xef\\xbf\\xbd", b"") == b"".join(texts).replace(b"\\xef\\xbf\\xbd", b"")
     world.decode([rng.randrange(-10**12, 10**12) for _ in range(20)])
+for behind in (b"", b"x"):  # where all three lanes are busy and the longest match ends with the memory, or one byte before
+    texts = Texts.join([max(tokens, key=len) * 4 + behind] * 3)
+    world.encode_batch(Texts(texts.data.copy(), texts.ends))
 from pathlib import Path
 from rwkvlm.data.documents import Block, parse
 line = json.dumps({"a": [1.5, {"b": None}], "text": "\\ud83d\\ude00 \\\\ a\\u00e9中" * 3}).encode() + b"\\n" + '{"text": "é中😀 abcdefghij"}'.encode()

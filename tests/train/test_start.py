@@ -149,6 +149,11 @@ def test_stage_1_takes_the_sizes_of_the_weights_that_it_copies(run, tmp_path):
     assert made.keys() == given.keys() and all(torch.equal(made[name], given[name]) for name in given)
 
 
+@pytest.mark.parametrize("max_steps, steps", [(0, 30), (7, 7), (100, 30)])
+def test_no_more_steps_than_are_left(run, tmp_path, max_steps, steps):
+    assert planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", max_steps=max_steps), "train.py")).steps == steps
+
+
 def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_path, monkeypatch):
     """Two runs within a second: what one has put into the folder is seen by some processes of the other."""
     out = tmp_path / "out"
