@@ -29,6 +29,7 @@ def test_whole_way_on_a_cpu_from_another_folder(demo, shell):
     assert flags(init)["--train_stage"] == "1" and flags(train)["--train_stage"] == "3"
     assert flags(train)["--accelerator"] == "cpu" and flags(train)["--data_file"] == "data/demo"
     assert sample[:3] == ["generate", "--model", flags(train)["--proj_dir"] + "/rwkv-final.pth"]
+    assert (demo.root / "data/.lock").exists(), "the very first start too keeps another one from making the data"
     for name in ("--n_layer", "--n_embd", "--ctx_len", "--vocab_size", "--proj_dir", "--my_testing", "--head_size", "--data_file"):
         assert flags(init)[name] == flags(train)[name]
 
