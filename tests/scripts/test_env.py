@@ -225,3 +225,5 @@ def test_exit_status_passes_through_without_signals(world):
     world.install_requirements()
     assert world.start("forward_signals sh -c 'exit 7'\nexit $?").returncode == 7
     assert world.start("forward_signals true && echo fine").stdout == "fine\n"
+    ended = world.start("forward_signals true\nkill -TERM $$\necho not reached")
+    assert (ended.returncode, ended.stdout) == (-15, ""), "signals are the script's own again"
