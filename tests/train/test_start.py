@@ -173,6 +173,9 @@ def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_
     assert not out.exists()
     with planning.hold(out), pytest.raises(UserError, match=f"another run is writing to {out}"):
         planning.checked(plan)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)  # the first process alone asks: they would hold it against each other
+    with planning.hold(out), pytest.raises(UserError, match="begin at different places"):
+        planning.checked(plan)
 
 
 def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monkeypatch):
