@@ -162,7 +162,7 @@ def test_steps_are_counted_on_with_batches_of_another_size(run, tmp_path):
 
 def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_path, monkeypatch):
     """Two runs within a second: what one has put into the folder is seen by some processes of the other."""
-    out = tmp_path / "out"
+    out = tmp_path / "new" / "out"
     plan = planning.make_plan(parse_flags(TrainConfig, run.argv(out), "train.py"))
     plan = replace(plan, start=replace(plan.start, state=SimpleNamespace(path=out / "state" / "step5")))
     monkeypatch.setattr(planning, "check", lambda state: pytest.fail("the others, who have no state, would not take part"))
