@@ -105,6 +105,9 @@ def test_any_bytes_are_taken():
         ids, _ = NATIVE.encode_batch(Texts.join(texts))
         assert NATIVE.decode_bytes(ids).replace(b"\xef\xbf\xbd", b"") == b"".join(texts).replace(b"\xef\xbf\xbd", b"")
         NATIVE.decode([rng.randrange(-(10**12), 10**12) for _ in range(20)])
+    for behind in (b"", b"x"):  # where all three lanes are busy and the longest match ends with the memory, or one byte before
+        texts = Texts.join([max(TOKENS, key=len) * 4 + behind] * 3)
+        NATIVE.encode_batch(Texts(texts.data.copy(), texts.ends))
 
 
 def test_any_lines_are_taken():

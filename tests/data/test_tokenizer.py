@@ -10,7 +10,7 @@ import torch
 
 from rwkvlm.config import UserError
 from rwkvlm.data import tokenizer as module
-from rwkvlm.data.tokenizer import WorldTokenizer, load_tokenizer
+from rwkvlm.data.tokenizer import Texts, WorldTokenizer, load_tokenizer
 
 WORLD = load_tokenizer("world")
 VOCABULARY = module.vocabulary_path()
@@ -66,12 +66,14 @@ def test_every_code_point_round_trips():
     text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     assert WORLD.decode(WORLD.encode(text)) == text
     assert WORLD.encode("") == [] and WORLD.decode([]) == ""
+    ids = np.array(WORLD.encode(text[:1000]), dtype=np.uint16)
+    assert [WORLD.comes_back(other.encode(), ids) for other in (text[:1000], text[:999], text[:1001], text[1:1001])] == [True, False, False, False]
 
 
 def test_decoding_never_fails():
     cut = WORLD.encode("é".encode()[:1])
     bad = [0, 65530, 65535, 65536, -1, 10**12]
-    assert WORLD.decode(bad) == "\ufffd" * 6
+    assert WORLD.decode(bad) == "".join(WORLD.decode([i]) for i in bad) == "\ufffd" * 6
     assert WORLD.decode([*WORLD.encode("a"), *cut, *WORLD.encode("b"), 0]) == "a\ufffdb\ufffd"
     rng = random.Random(1)
     for _ in range(200):
@@ -152,6 +154,33 @@ def test_hugging_face_file(hugging_face_file):
         tok.encode(b"a\xff")
     with pytest.raises(UserError, match="lone surrogate"):
         tok.encode("\ud800")
+
+
+def test_hugging_face_templates_padding_and_truncation_are_left_out(hugging_face_file, tmp_path):
+    """All of them belong to training other models; here a text is its tokens, no more and no fewer."""
+    from tokenizers import Tokenizer, processors
+
+    engine = Tokenizer.from_file(str(hugging_face_file))
+    engine.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    engine.enable_padding(length=100)
+    engine.enable_truncation(5)
+    engine.save(str(tmp_path / "tokenizer.json"))
+    plain, other = load_tokenizer(str(hugging_face_file)), load_tokenizer(str(tmp_path / "tokenizer.json"))
+    texts = ["the cat sat on the mat", "", "the dog"]
+    assert [other.encode(text) for text in texts] == [plain.encode(text) for text in texts]
+    ids, ends = other.encode_batch(Texts.join([text.encode() for text in texts]))
+    assert ids.tolist() == [i for text in texts for i in [*plain.encode(text), 0]] and ends.tolist() == np.cumsum([len(plain.encode(text)) + 1 for text in texts]).tolist()
+
+
+def test_a_stream_keeps_what_depends_on_the_token_before(tmp_path):
+    """The space before a word, which the first word of a text has not."""
+    tokenizers = pytest.importorskip("tokenizers")
+    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"\u2581{word}": i for i, word in enumerate(("the", "cat", "sat"))}, unk_token="\u2581the"))
+    engine.pre_tokenizer, engine.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tok = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    ids, stream = tok.encode("the cat sat"), tok.stream()
+    assert len(ids) == 3 and [stream.push(i) for i in ids] == ["the", " cat", " sat"]
 
 
 def test_unknown_tokenizers(tmp_path):

@@ -82,12 +82,13 @@ BLANK = WORLD.encode("\n\n")
         (spelled(" a\nUse it.\n\n"), "a\nUse it.", spelled(" a\nUse it.") + BLANK),
         (WORLD.encode(" a") + tokens_of("\n\n\n"), "a", WORLD.encode(" a") + BLANK),
         (spelled(" ü") + tokens_of("。\n", "\n"), "ü。", spelled(" ü") + WORLD.encode("。\n\n")),
+        (spelled(" ü") + tokens_of("。") + BLANK, "ü。", spelled(" ü") + tokens_of("。") + BLANK),
         (spelled(" a")[:2] + spelled("ü")[:1] + BLANK, "a\ufffd", spelled(" a") + WORLD.encode("\ufffd\n\n")),
         (WORLD.encode(" a") + [0], "a", WORLD.encode(" a") + BLANK),
         (spelled(" a\n") + [0], "a", spelled(" a") + BLANK),
         (BLANK, "", BLANK),
     ],
-    ids=["one token", "two line ends", "the user's next turn", "no stop after all", "more than the stop", "text before it in its token", "half a character",
+    ids=["one token", "two line ends", "the user's next turn", "no stop after all", "more than the stop", "text before it in its token", "read as it was chosen", "half a character",
          "end of document", "half a stop", "empty"],
 )  # fmt: skip
 def test_a_stop_is_read_once_however_it_came(scripted, answer, shown, read):
@@ -152,7 +153,7 @@ def test_stop_text_against_the_definition():
         assert "".join(out) == "a\n b\nUs\nUser" and stop.stopped and stop.given == len("".join(out))
     assert StopText(("later", "first")).push("x first later") == "x "
     stop = StopText(stops)
-    assert stop.push("x\nUser") + stop.finish() == "x\nUser" and not stop.stopped
+    assert stop.push("x\nUser") + stop.finish() == "x\nUser" and stop.given == 6 and not stop.stopped
 
 
 def test_penalties_against_the_definition():

@@ -98,6 +98,7 @@ def test_any_63_bits_are_a_seed(engine):
 def test_pieces_join_to_the_decoded_tokens(engine):
     tokens = list(engine.tokens(PROMPT, 30, seed=5))
     assert "".join(engine.generate(PROMPT, 30, seed=5)) == load_tokenizer("world").decode(tokens)
+    assert [*engine.text(iter(load_tokenizer("world").encode("a中".encode()[:-1])))] == ["a", "\ufffd"]
 
 
 def test_stops_at_the_end_of_the_document(checkpoint):

@@ -185,7 +185,7 @@ def test_what_does_not_fit_the_step_is_refused():
         dict(m0=m[0].t()), dict(m0=m[0][:-1]), dict(m1=m[1].flatten()), dict(m2=m[2].float()), dict(m7=m[7][:, 1:].contiguous()), dict(m13=m[13][:-1]),
         *(dict(state=[lists[:2] if i == j else lists for i, lists in enumerate(state)]) for j in range(3)),
         *(dict(state=[[t.flatten()[1:] for t in lists] if i == j else lists for i, lists in enumerate(state)]) for j in range(3)),
-        dict(state=[state[0], [t.transpose(2, 3)[..., :16] for t in state[1]], state[2]]),
+        *(dict(state=[state[0], [t.transpose(2, 3)[..., :n] for t in state[1]], state[2]]) for n in (16, 32)),
     ]  # fmt: skip
     for change in wrong:
         with pytest.raises(RuntimeError, match="rwkv7_step: "):

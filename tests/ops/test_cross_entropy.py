@@ -214,6 +214,32 @@ def test_what_lies_behind_the_weight_is_not_read(V):
             assert torch.equal(got, want)
 
 
+BEHIND = """
+import ctypes, mmap, torch
+from rwkvlm.ops import backend
+from rwkvlm.ops.cross_entropy import head_cross_entropy
+backend.set_kernel("cpu")
+for V in (5, 31, 63, 287):
+    for dtype in (torch.float32, torch.bfloat16):
+        bytes, weight = V * 32 * dtype.itemsize, torch.randn(V, 32).to(dtype)
+        whole = -(-bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + whole), mmap.PAGESIZE, 0) == 0
+        inside = torch.frombuffer(memory, dtype=dtype, count=weight.numel(), offset=whole - bytes).view(V, 32).copy_(weight).requires_grad_()
+        head_cross_entropy(torch.randn(20, 32).to(dtype).requires_grad_(), inside, torch.zeros(20, dtype=torch.int64)).backward()
+print("done")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forbids memory as Linux does")
+def test_what_lies_behind_the_weight_is_not_touched(form):
+    """The last row ends where memory does that may not be read."""
+    if form != "cpu":
+        pytest.skip("the C++ form reads whole vectors")
+    done = subprocess.run([sys.executable, "-c", BEHIND], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 def test_nan_of_any_logit_is_not_hidden():
     """Neither that of the own token's logit nor that of another one; in gradients whose width no vector divides, too."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -58,7 +58,7 @@ def test_norm_mix_is_its_parts(form, sizes, dtype):
         close(got, want, PLAIN_TOLERANCE[dtype])
     x, branch, weight, bias, last, *mixes = case.inputs
     stream = x if branch is None else x + branch
-    normal = torch.nn.functional.layer_norm(stream, weight.shape, weight, bias, 1e-5)
+    normal = torch.nn.functional.layer_norm(stream, weight.shape, weight, bias, 1e-3)
     if case.bounds is not None:
         normal = normal.index_fill(1, case.bounds[1:].long() - 1, 0)
     parts = [stream, normal[:, -1], *fused.token_mix(normal, last, mixes)]
@@ -111,8 +111,11 @@ def test_extreme_rates_keep_their_digits(form):
     with torch.no_grad():
         case.inputs[2][0] *= 60
         case.inputs[5][0] *= 60
-    for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
-        close(got, want, 1e-5)
+    (outputs, grads), (exact_outputs, exact_grads) = case.outputs_and_gradients(fused), case.exact()
+    close(outputs, exact_outputs, 1e-5)
+    close(grads, exact_grads, 1e-5)
+    far = (case.inputs[2][0] > -80) & (case.inputs[2][0] < -20)  # each by itself: beside the others their gradients are nothing
+    assert far.sum() > 50 and (grads[2][0] / exact_grads[2][0] - 1)[far].abs().median() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

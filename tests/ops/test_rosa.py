@@ -174,7 +174,8 @@ def test_flips_of_longer_rows(kind, bits, rng):
 @pytest.mark.parametrize("bits", [1, 4])
 @pytest.mark.parametrize("kind", ["random", "repeated", "constant"])
 def test_flips_of_rows_longer_than_a_vector(kind, bits, rng):
-    """Against the forward kernel over all rows with a bit turned: long enough for matches that are not looked at one by one."""
+    """Against the forward kernel over all rows with a bit turned: long enough for matches that are not looked at one by one. Other rows go before it,
+    in the same memory."""
     T = 300
     low, high = torch.randn(2, bits, generator=rng)
     slopes = torch.randn(T, bits, generator=rng)
@@ -184,15 +185,15 @@ def test_flips_of_rows_longer_than_a_vector(kind, bits, rng):
             symbols = torch.where(torch.rand(count, T, generator=rng) < 0.03, symbols, symbols[:1, :40].repeat(1, 8)[:, :T])
         xs = numbered(symbols * (kind != "constant"), bits)  # [count, T, bits]
         with backend.asked_for("cpu"):
-            leaves = [x[None].clone().requires_grad_() for x in xs]
-            grads = torch.autograd.grad((function(*leaves, low, high, bits, "low")[0] * slopes).sum(), leaves)
+            leaves = [torch.stack([*(x.roll(r, 0) * (-1) ** r for r in range(1, 4)), x]).requires_grad_() for x in xs]
+            grads = torch.autograd.grad((function(*leaves, low, high, bits, "low") * slopes).sum(), leaves)
             for n, grad in enumerate(grads):
                 turned = xs[n].repeat(T * bits, 1, 1)
                 turned.view(T * bits, T * bits).diagonal().neg_()
                 rows = [turned if i == n else x.expand(T * bits, T, bits) for i, x in enumerate(xs)]
                 change = (function(*[x.contiguous() for x in rows], low, high, bits, "low") * slopes).sum((1, 2)).view(T, bits)
                 change -= (function(*[x[None] for x in xs], low, high, bits, "low") * slopes).sum()
-                assert torch.allclose(grad[0], -xs[n] * change / 2, rtol=1e-3, atol=1e-3)
+                assert torch.allclose(grad[-1], -xs[n] * change / 2, rtol=1e-3, atol=1e-3)
 
 
 @needs_native

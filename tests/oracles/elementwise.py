@@ -44,7 +44,7 @@ class Case:
     def call(self, module, *inputs):
         if self.name == "norm_mix":
             x, branch, weight, bias, last, *mixes = inputs
-            stream, newest, mixed = module.norm_mix(x, branch, weight, bias, 1e-5, last, mixes, self.bounds)
+            stream, newest, mixed = module.norm_mix(x, branch, weight, bias, 1e-3, last, mixes, self.bounds)
             return [stream, newest, *mixed]
         if self.name == "token_mix":
             return module.token_mix(inputs[0], inputs[1], list(inputs[2:]))

@@ -29,6 +29,7 @@ def test_whole_way_on_a_cpu_from_another_folder(demo, shell):
     assert flags(init)["--train_stage"] == "1" and flags(train)["--train_stage"] == "3"
     assert flags(train)["--accelerator"] == "cpu" and flags(train)["--data_file"] == "data/demo"
     assert sample[:3] == ["generate", "--model", flags(train)["--proj_dir"] + "/rwkv-final.pth"]
+    assert (demo.root / "data/.lock").exists(), "the very first start too keeps another one from making the data"
     for name in ("--n_layer", "--n_embd", "--ctx_len", "--vocab_size", "--proj_dir", "--my_testing", "--head_size", "--data_file"):
         assert flags(init)[name] == flags(train)[name]
 
@@ -175,19 +176,29 @@ def test_knobs_behind_the_script_are_an_error(demo, script):
     assert done.stderr == f"error: {script} takes no arguments (N_LAYER=4); knobs stand before it, as in N_LAYER=4 {script}, and at the top of the scripts\n"
 
 
-def test_a_second_node_waits_while_the_first_makes_the_data(demo, shell):
+@pytest.mark.parametrize("data, again", [("demo", []), ("minipile", ["download"])])  # which finds nothing left to do
+def test_a_second_node_waits_while_the_first_makes_the_data(demo, shell, data, again):
     """Both see the same folder: two at once would take each other's half-made files."""
     (demo.root / "data").mkdir()
     with open(demo.root / "data/.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [shell, "demo-training-run.sh"]
-        with subprocess.Popen(command, cwd=demo.root, env={"PATH": str(demo.bin), "HOME": str(demo.root)}, stdout=subprocess.PIPE, text=True) as second:
-            assert second.stdout.readline() == "Waiting for another start that is making data/demo; its lock is data/.lock\n"
+        env = {"PATH": str(demo.bin), "HOME": str(demo.root), "DATA": data}
+        with subprocess.Popen(command, cwd=demo.root, env=env, stdout=subprocess.PIPE, text=True) as second:
+            assert second.stdout.readline() == f"Waiting for another start that is making data/{data}; its lock is data/.lock\n"
             assert demo.calls() == []
             for name in ("demo.bin", "demo.idx"):
                 (demo.root / "data" / name).touch()
             fcntl.flock(lock, fcntl.LOCK_UN)
             assert second.wait(60) == 0
+    assert [call[0] for call in demo.calls()] == [*again, "train", "train", "generate"]
+
+
+def test_data_beside_which_nothing_can_be_written_are_used(demo, shell):
+    (demo.root / "data/.lock").mkdir(parents=True)
+    for name in ("demo.bin", "demo.idx"):
+        (demo.root / "data" / name).touch()
+    assert demo.run("demo-training-run.sh", shell).returncode == 0
     assert [call[0] for call in demo.calls()] == ["train", "train", "generate"]
 
 

@@ -1,5 +1,6 @@
 """RWKV-v7/env.sh: which interpreter it takes, what it installs, and what it says when it cannot."""
 
+import fcntl
 import subprocess
 import sys
 import time
@@ -25,9 +26,9 @@ def test_python3_in_range_is_used_as_it_is(world, shell):
 
 
 def test_clean_machine(world, shell):
-    done = world.start('echo "$PYTHON"', shell)
+    done = world.start('echo "$PYTHON"; flock -n .venv.lock sh -c "echo the lock is free"', shell)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == str(world.root / ".venv/bin/python")
+    assert done.stdout.splitlines()[-2:] == [str(world.root / ".venv/bin/python"), "the lock is free"]
     calls = world.pip_calls()
     assert "torch==2.13.0" in calls[0] and "--index-url" not in calls[0]  # the CPU index is out of reach in this world
     assert "--no-build-isolation -c .venv/constraints.txt -r requirements.txt" in calls[2]
@@ -149,11 +150,25 @@ def test_a_second_start_waits_for_the_first_and_no_longer_than_it_lives(world):
     env = {"PATH": str(world.bin), "https_proxy": "http://127.0.0.1:9"}
     with subprocess.Popen(["sh", "-c", ". RWKV-v7/env.sh"], cwd=world.root, env=env, stdout=subprocess.PIPE, text=True) as second:
         assert second.stdout.readline().startswith("Waiting for another start")
-        time.sleep(0.2)
-        assert second.poll() is None and world.pip_calls() == []
+        for _ in range(10):
+            time.sleep(0.1)
+            assert second.poll() is None and not (world.root / ".venv").exists()
         first.kill()
         first.communicate()
         assert second.wait(30) == 0 and world.pip_calls()
+
+
+def test_what_another_start_has_set_up_meanwhile_is_not_set_up_again(world):
+    world.start()
+    calls, lock = len(world.pip_calls()), open(world.root / ".venv.lock", "a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (world.root / ".venv").rename(world.root / "venv")
+    with subprocess.Popen(["sh", "-c", ". RWKV-v7/env.sh"], cwd=world.root, env={"PATH": str(world.bin)}, stdout=subprocess.PIPE, text=True) as second:
+        assert second.stdout.readline().startswith("Waiting for another start")
+        (world.root / "venv").rename(world.root / ".venv")
+        lock.close()
+        assert second.wait(30) == 0
+    assert len(world.pip_calls()) == calls
 
 
 def test_listed_gpu_that_torch_cannot_use_stops_with_the_cure(world, shell):
@@ -188,7 +203,7 @@ def test_accelerator_that_is_not_there(world):
     assert "ACCELERATOR=tpu is not known" in world.start(ACCELERATOR="tpu").stderr
 
 
-@pytest.mark.parametrize("signal, status", [("TERM", 143), ("INT", 130)])
+@pytest.mark.parametrize("signal, status", [("TERM", 143), ("HUP", 143), ("INT", 130)])
 def test_signals_reach_the_command_and_its_status_comes_back(world, shell, signal, status):
     world.install_requirements()
     child = (
@@ -210,3 +225,5 @@ def test_exit_status_passes_through_without_signals(world):
     world.install_requirements()
     assert world.start("forward_signals sh -c 'exit 7'\nexit $?").returncode == 7
     assert world.start("forward_signals true && echo fine").stdout == "fine\n"
+    ended = world.start("forward_signals true\nkill -TERM $$\necho not reached")
+    assert (ended.returncode, ended.stdout) == (-15, ""), "signals are the script's own again"

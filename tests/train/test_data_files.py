@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from rwkvlm.cli import main
+from rwkvlm.cli.flags import parse_flags
+from rwkvlm.config import TrainConfig
 from rwkvlm.data.binidx import BinIdx, BinIdxWriter
+from rwkvlm.data.sampler import order_hash
+from rwkvlm.train.plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,8 @@ def test_a_mixture_resumes_to_the_same_losses(run, mixed, losses, tmp_path, capf
     assert lines[0].startswith(f"data      {a}: 70% of the samples, 0.125 passes, 9,000 tokens, token ids ") and lines[0].endswith(" (all checked),")
     assert lines[1].startswith(f"          {b}: 30% of the samples, 0.0454 passes, 11,000 tokens, token ids ")
     assert f"held out {a}.val, {b}.val" in told and "586 chunks of 32 tokens, mini-epochs" in told
+    settings = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "parts", data_file=mixed), "train.py")).settings()
+    assert settings["order_hash"] == f"{order_hash(269)}, {order_hash(317)}"
     for steps in (5, 4, 0):
         assert run(tmp_path / "parts", data_file=mixed, my_exit_tokens=12 * 128, max_steps=steps) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 12

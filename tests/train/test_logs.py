@@ -118,13 +118,14 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(run, tmp_path, monkey
         assert key in content
 
 
-def test_wandb_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("package, flags", [("wandb", dict(wandb="Test")), ("tensorboard", dict(tensorboard=1))])
+def test_a_package_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypatch, capfd, package, flags):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
-    assert run(tmp_path / "out", wandb="Test") == 2
-    assert "--wandb Test: wandb is not installed; pip install wandb" in capfd.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    assert run(tmp_path / "out", **flags) == 2
+    assert f"--{package} {flags[package]}: {package} is not installed; pip install {package}" in capfd.readouterr().err
 
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):

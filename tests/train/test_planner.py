@@ -164,6 +164,8 @@ def test_the_probe_is_of_the_model_that_the_file_says(run, tmp_path, settings):
     init_weights(model, 0)
     save_weights(tmp_path / "m.pth", model.state_dict())
     plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", my_testing="phantom", train_stage=0, load_model=tmp_path / "m.pth"), "train.py"))
+    told = plan.settings()
+    assert {name: told[name] for name in model.config.as_dict()} == model.config.as_dict()
     config = parse_flags(TrainConfig, probe_flags(plan, str(tmp_path / "probe")), "train.py")
     assert model_sizes(config, Path(config.load_model)) == plan.start.model == model.config
     assert (config.proj_dir, config.train_stage, config.dry_run) == (str(tmp_path / "probe"), 0, False)

@@ -149,9 +149,20 @@ def test_stage_1_takes_the_sizes_of_the_weights_that_it_copies(run, tmp_path):
     assert made.keys() == given.keys() and all(torch.equal(made[name], given[name]) for name in given)
 
 
+@pytest.mark.parametrize("max_steps, steps", [(0, 30), (7, 7), (100, 30)])
+def test_no_more_steps_than_are_left(run, tmp_path, max_steps, steps):
+    assert planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", max_steps=max_steps), "train.py")).steps == steps
+
+
+def test_steps_are_counted_on_with_batches_of_another_size(run, tmp_path):
+    assert run(tmp_path / "out", max_steps=3) == 0
+    position = planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", micro_bsz=2), "train.py")).start.position
+    assert (position.step, position.samples) == (3, 12)
+
+
 def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_path, monkeypatch):
     """Two runs within a second: what one has put into the folder is seen by some processes of the other."""
-    out = tmp_path / "out"
+    out = tmp_path / "new" / "out"
     plan = planning.make_plan(parse_flags(TrainConfig, run.argv(out), "train.py"))
     plan = replace(plan, start=replace(plan.start, state=SimpleNamespace(path=out / "state" / "step5")))
     monkeypatch.setattr(planning, "check", lambda state: pytest.fail("the others, who have no state, would not take part"))
@@ -161,6 +172,9 @@ def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_
         planning.checked(plan)
     assert not out.exists()
     with planning.hold(out), pytest.raises(UserError, match=f"another run is writing to {out}"):
+        planning.checked(plan)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)  # the first process alone asks: they would hold it against each other
+    with planning.hold(out), pytest.raises(UserError, match="begin at different places"):
         planning.checked(plan)
 
 
@@ -172,6 +186,9 @@ def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monke
     monkeypatch.setenv("RWKV_PRECISION", "")
     monkeypatch.setattr(planning, "bf16_is_faster", lambda: pytest.fail("the state says it"))
     assert run(tmp_path / "out", precision="auto", max_steps=1) == 0
+    for asked, handed_on, meant in (("auto", "fp32", "fp32"), ("bf16", "fp32", "bf16"), ("fp32", "", "fp32")):
+        monkeypatch.setenv("RWKV_PRECISION", handed_on)
+        assert planning.decide_precision(TrainConfig(precision=asked), Launch("cpu", 2, 1, "ddp"), SimpleNamespace(state=None)) == meant
 
 
 TORCHRUN = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
