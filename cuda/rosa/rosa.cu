@@ -42,12 +42,12 @@ template <class Number> __device__ __forceinline__ Number best_so_far(Number m) 
 #ifdef __CUDACC__
 __device__ __forceinline__ unsigned now(const unsigned* at) {
     unsigned x;
-    asm volatile("ld.relaxed.cta.u32 %0, [%1];" : "=r"(x) : "l"(at));
+    asm volatile("ld.relaxed.cta.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
     return x;
 }
 __device__ __forceinline__ Far now(const Far* at) {
     Far x;
-    asm volatile("ld.relaxed.cta.u64 %0, [%1];" : "=l"(x) : "l"(at));
+    asm volatile("ld.relaxed.cta.u64 %0, [%1];" : "=l"(x) : "l"(at) : "memory");
     return x;
 }
 #else
@@ -234,7 +234,7 @@ template <class X, bool self, class Word> struct Row {
 
     // One symbol on; the match that wins there, and what its output is worth.
     __device__ __forceinline__ void find_match() {
-        if (threadIdx.x == 0) quick_starts[0] = 0;  // every warp of a team had read it
+        if (threadIdx.x == 0) quick_starts[0] = 0;  // as all warps have read it, before the last barrier
         const unsigned symbol = q[i];
         int longest = 0, at = 0;  // the least lag of those as long
         for (int c = threadIdx.x; c < i; c += threads) {
@@ -319,9 +319,8 @@ template <class X, bool self, class Word> struct Row {
         const int first = keys ? s_won + 1 : q_won, last = keys && !joined ? j_won : i;
         const int each = ceil_div(ceil_div(last - first + 1, 32), team) * 32, begin = min(first + mine * each, last + 1), end = min(begin + each, last + 1);
         Word untouched = apart, behind = 0;  // the best that ends before t, or is not touched; the best that begins at a place not yet seen
-        unsigned before_t = 0, started = 0;  // the sources of the last that a turn of q at t cuts; of the last that begins at t or before
-        const unsigned first_of_all = *start(0);
-        if (keys) started = first_of_all;
+        const unsigned first_of_all = keys ? *start(0) : 0u;
+        unsigned before_t = 0, started = first_of_all;  // the sources of the last that a turn of q at t cuts; of the last that begins at t or before
         if ((joined ? i - s_won : length + 1) > 32) {  // more than one warp of a team has places
             Word ended = 0;
             for (int t = begin + lane; t < end; t += 32) {
@@ -340,11 +339,11 @@ template <class X, bool self, class Word> struct Row {
         for (int base = begin + (end - begin - 1) / 32 * 32; keys && begin < end && base >= begin; base -= 32) {
             const int t = base + 31 - lane;
             const Word m = better(behind, best_so_far(t + 1 < end ? beginning(t + 1) : 0));
-            behind = better(__shfl_sync(~0u, m, 31), beginning(base));
+            behind = __shfl_sync(~0u, m, 31);
             of_first = __shfl_sync(~0u, m, 31 - lane);
             if (base + lane < end) later[base + lane] = of_first;
         }
-        __syncwarp();
+        __syncwarp();  // other lanes have read what is cleared now
         for (int base = begin; base < end; base += 32) {
             const int t = base + lane, m = i - t;
             const bool is_there = t < end, cuts_q = is_there && m <= length && (!keys || joined);

@@ -56,7 +56,7 @@ def test_against_turning_every_bit(device, bits, T, kind, dtype):
         close([x.cpu() for x in got], want, 2e-5 if dtype == FP32 else 0.01)
 
 
-LENGTHS = [1, 2, 15, 16, 17, 64, pytest.param(100, marks=pytest.mark.slow), pytest.param(130, marks=pytest.mark.slow), pytest.param(257, marks=pytest.mark.slow)]
+LENGTHS = [1, 2, 15, 16, 17, 64, 130, pytest.param(100, marks=pytest.mark.slow), pytest.param(257, marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -87,6 +87,18 @@ def test_the_same_bits_as_every_other_form_on_rows_with_a_structure(in_cpp, devi
         assert len(got) == len(want) and all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
         if T <= 64:
             assert all(torch.equal(a, b) for a, b in zip(torch.ops.rwkvlm.rosa_plain_backward(*arguments), want))
+
+
+def test_a_match_that_begins_inside_the_one_that_won_and_outlasts_it(device):
+    """Two warps share the places of the one that won, of which the other begins among those of the first."""
+    for before in (3, 30):
+        text = torch.ones(before)  # its end is not what the period would have there
+        period = torch.tensor([1.0, 1.0, -1.0]).repeat(21)
+        q, k = torch.cat([-torch.ones(before + 64), text, period[:60]]), torch.cat([text, period, -torch.ones(before + 61)])
+        tensors = [torch.ones(1, len(q), 1), *(x.view(1, -1, 1) for x in (q, k, k)), -torch.ones(1), torch.ones(1)]
+        want = torch.ops.rwkvlm.rosa_plain_backward(*tensors, 1, True, 1.0, True)
+        got = torch.ops.rwkvlm.rosa_backward(*(x.to(device) for x in tensors), 1, True, 1.0, True)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("T, bits", [(80, 1), (80, 2)])
