@@ -36,7 +36,9 @@ TYPES = {
     "hybrid": dict(my_testing="hybrid", attention_layers="1"),
     "hybrid with documents": dict(my_testing="hybrid", attention_layers="1", doc_reset=1),
     "hybrid with a window and documents": dict(my_testing="hybrid", attention_layers="1", attention_window=8, doc_reset=1, grad_cp=1),
+    "phantom with documents": dict(my_testing="phantom", ttt_chunk=16, doc_reset=1),
     "x080": dict(my_testing="x080"),
+    "x080 with documents": dict(my_testing="x080", doc_reset=1),
     "rosa": dict(my_testing="rosa", head_size=None),
     "x040": dict(my_testing="x040", head_size=None),
 }

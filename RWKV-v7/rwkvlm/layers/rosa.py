@@ -13,6 +13,7 @@ from torch import nn
 from ..config.rosa import RosaConfig
 from ..ops.rosa import RosaState, rosa, rosa_self, rosa_tokens
 from .norm_mix import NormMix
+from .packed import Packed, by_document
 
 TO_STREAM = 0.1  # of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
 
@@ -68,13 +69,17 @@ class RosaMix(nn.Module):
         self.o = nn.Linear(C, C)
 
     def forward(
-        self, x: torch.Tensor, norm: NormMix, state: RosaMixState | None = None, return_state: bool = False
+        self, x: torch.Tensor, norm: NormMix, state: RosaMixState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, RosaMixState | None]:
-        """x: [B, T, C], the residual stream, which norm leads in. Returns x, the output [B, T, C] for it, and the new state or None."""
+        """x: [B, T, C], the residual stream, which norm leads in; packed: documents in one row. Returns x, the output [B, T, C] for it, and the new state or None."""
         last, seen = state if state is not None else (None, None)
-        x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v])
+        x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v], packed.bounds if packed is not None else None)
         xq, xk, xv = map(_Damped.apply, (xq, xk, xv))
-        y, seen = self.rosa_qkv(self.q(xq), self.k(xk), self.v(xv), seen, return_state)
+        q, k, v = self.q(xq), self.k(xk), self.v(xv)
+        if packed is None:
+            y, seen = self.rosa_qkv(q, k, v, seen, return_state)
+        else:
+            y = by_document(lambda *document: self.rosa_qkv(*document)[0], packed, q, k, v)
         return x, self.o(y), RosaMixState(last, seen) if return_state else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from ..ops.fused import time_mix_inputs, time_mix_output
 from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
 from .norm_mix import NormMix
-from .packed import Packed
+from .packed import Packed, by_document
 
 
 class HeadNorm(nn.GroupNorm):
@@ -94,9 +96,11 @@ class TimeMix(nn.Module):
         # What an operator reads and others read after it, it passes on: its backward pass then adds its share to theirs.
         *inputs, v_first = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
         r, w, k, a, b, v = (t.view(heads) for t in (r, *inputs))
-        documents = {} if bounds is None else {"cu_seqlens": bounds}
-        recurrence = wkv7 if self.ttt is None else self.ttt
-        y, *new_wkv, r, k, v = recurrence(r, w, k, v, a, b, initial_state=wkv, output_final_state=return_state, pass_on=True, **documents)
+        options = dict(initial_state=wkv, output_final_state=return_state, pass_on=True)
+        if self.ttt is None:
+            y, *new_wkv, r, k, v = wkv7(r, w, k, v, a, b, cu_seqlens=bounds, **options)
+        else:
+            y, *new_wkv, r, k, v = by_document(functools.partial(self.ttt, **options), packed, r, w, k, v, a, b)
         y, r, k, v = (t.reshape(B, T, C) for t in (y, r, k, v))
 
         return x, self.output(self.ln_x(y, r, k, v, g, self.r_k)), v if self.first else v_first, last, new_wkv[0] if return_state else None
