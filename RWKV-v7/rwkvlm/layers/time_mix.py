@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import nn
 
@@ -12,7 +10,7 @@ from ..ops.fused import time_mix_inputs, time_mix_output
 from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
 from .norm_mix import NormMix
-from .packed import Packed, by_document
+from .packed import Packed
 
 
 class HeadNorm(nn.GroupNorm):
@@ -30,7 +28,7 @@ class TimeMix(nn.Module):
     The first block's value is the target of the value residual of all others, so block 0 has no residual of its own;
     official files carry v0, v1, v2 there all the same, and so do we, as buffers that nothing reads.
 
-    linear makes the large matrices. ttt, when given, runs in the place of the wkv7 operator, with its signature and a state of its own.
+    linear makes the large matrices. ttt, when given, runs in the place of the wkv7 operator, with a state of its own.
     """
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
@@ -100,7 +98,7 @@ class TimeMix(nn.Module):
         if self.ttt is None:
             y, *new_wkv, r, k, v = wkv7(r, w, k, v, a, b, cu_seqlens=bounds, **options)
         else:
-            y, *new_wkv, r, k, v = by_document(functools.partial(self.ttt, **options), packed, r, w, k, v, a, b)
+            y, *new_wkv, r, k, v = self.ttt(r, w, k, v, a, b, packed=packed, **options)
         y, r, k, v = (t.reshape(B, T, C) for t in (y, r, k, v))
 
         return x, self.output(self.ln_x(y, r, k, v, g, self.r_k)), v if self.first else v_first, last, new_wkv[0] if return_state else None

@@ -15,7 +15,7 @@ from ..config.phantom import CARRIED, CARRIED_BYTES, MATRICES, PhantomConfig, en
 from ..layers.ghost import GhostLinear, factorise, to_digits
 from ..layers.linear import linear_of
 from ..layers.memory import Memory, MemoryState
-from ..layers.packed import Packed, by_document
+from ..layers.packed import Packed
 from ..layers.state import BlockState
 from ..layers.ttt import StateTTT
 from . import rwkv7
@@ -59,10 +59,7 @@ class PhantomBlock(Block):
         for i in range(self.passes):
             block, memory = state[i] if state is not None else (None, ())
             if self.mem is not None:
-                if packed is None:
-                    read, memory = self.mem(x, memory or None, return_state)
-                else:
-                    read = by_document(lambda document: self.mem(document)[0], packed, x)
+                read, memory = self.mem(x, memory or None, return_state, packed)
                 x = x + read
             x, v, block = self.mix(x, v_first, block, return_state, packed)
             v_first = v_first if v_first is not None else v
