@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from .config import env
+from .config.cgroups import cpus
 from .config.locks import try_lock
 
 SOURCE_DIR = Path(__file__).resolve().parents[2] / "cuda"
@@ -302,7 +303,7 @@ def _sources(name: str, pattern: str) -> list[Path]:
 
 
 def _run_all(what: str, commands: list[list[str]]) -> None:
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=cpus()) as pool:
         list(pool.map(lambda command: _run(what, command), commands))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .cgroups import cpus
+
 
 def kernel() -> str:
     """RWKV_KERNEL: the backend asked for ("" or "auto", "cuda", "cpu", "torch", and the official "@rwkv3", which means auto)."""
@@ -45,6 +47,26 @@ def let_waiting_threads_sleep() -> None:
     By default they spin for long, and beside other work on the cores each wait costs a time slice (records/2026-11-21-cpu-demo).
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+_threads = 0  # that limit_threads has set
+
+
+def limit_threads() -> None:
+    """OMP_NUM_THREADS, unless it is set, where there is time for fewer CPUs than this process may run on, as in a container with a quota: of more threads
+    some would stand still, and the others wait for them. To be called before torch is imported."""
+    global _threads
+    if "OMP_NUM_THREADS" not in os.environ and cpus() < len(os.sched_getaffinity(0)):
+        _threads = cpus()
+        os.environ["OMP_NUM_THREADS"] = str(_threads)
+
+
+def share_threads(processes: int) -> int:
+    """The threads of one of so many processes on this machine, now in OMP_NUM_THREADS, where limit_threads has set it; else 0."""
+    if not _threads:
+        return 0
+    os.environ["OMP_NUM_THREADS"] = str(max(1, _threads // processes))
+    return int(os.environ["OMP_NUM_THREADS"])
 
 
 def torch_extensions_dir() -> Path | None:
