@@ -6,9 +6,13 @@ Values are read when asked for, not at import, so that tests and launchers may s
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from .cgroups import cpus
+from .errors import UserError
 
 
 def kernel() -> str:
@@ -17,8 +21,22 @@ def kernel() -> str:
 
 
 def cache_dir() -> Path:
-    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm."""
-    return Path(os.environ.get("RWKV_CACHE_DIR") or Path.home() / ".cache" / "rwkvlm")
+    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm, and where no home can be written to, as in some containers, a folder of the
+    user's own among the temporary files."""
+    if given := os.environ.get("RWKV_CACHE_DIR"):
+        return Path(given)
+    try:
+        own = Path.home() / ".cache" / "rwkvlm"
+        own.mkdir(parents=True, exist_ok=True)
+        return own
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        temporary = Path(tempfile.gettempdir()) / f"rwkvlm-{os.getuid()}"
+        with suppress(OSError):
+            temporary.mkdir(mode=0o700, exist_ok=True)
+            found = temporary.lstat()
+            if found.st_uid == os.getuid() and stat.filemode(found.st_mode) == "drwx------":  # what is in it is loaded: nobody else may have put it there
+                return temporary
+        raise UserError(f"neither the home folder nor {temporary} can be used to build kernels in; set RWKV_CACHE_DIR to a folder that only you can write to") from None
 
 
 def cxx() -> str:
