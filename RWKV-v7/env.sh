@@ -9,6 +9,9 @@
 # python3 is used as it is when it meets requirements.txt. Otherwise .venv is made, and a torch within range is taken over from
 # python3, not installed again. A stamp in .venv makes every later start skip all of this.
 
+# Paths may have any letters; with LC_ALL=C Python and setuptools would read and write those of .venv's .pth files as ASCII.
+case ${LC_ALL:-} in C | POSIX) export LC_ALL=C.UTF-8 ;; esac
+
 ROOT=$PWD
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 LOG=$ROOT/.venv/setup.log

@@ -30,7 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterator
 
-from .config import env
+from .config import UserError, env
+from .config.cgroups import cpus
 from .config.locks import try_lock
 
 SOURCE_DIR = Path(__file__).resolve().parents[2] / "cuda"
@@ -143,8 +144,9 @@ def build_cuda(name: str, architectures: tuple[str, ...]) -> Path:
 
 def _cached(what: str, file: str, make: Callable[[Path], None]) -> Path:
     """The library of this name in the cache; `make` compiles it where it is not there, in one process at a time."""
-    cache, stem = env.cache_dir() / "native", file.rpartition("-")[0]
+    stem = file.rpartition("-")[0]
     try:
+        cache = env.cache_dir() / "native"
         cache.mkdir(parents=True, exist_ok=True)
         library = cache / file
         if not library.exists():
@@ -153,6 +155,8 @@ def _cached(what: str, file: str, make: Callable[[Path], None]) -> Path:
                     for leftover in cache.glob(f"{stem}-*.building"):
                         shutil.rmtree(leftover, ignore_errors=True)
                     make(library)
+    except UserError as error:
+        raise NativeBuildError(f"{what}: {error}") from None
     except OSError as error:
         raise NativeBuildError(f"{what}: {error}; RWKV_CACHE_DIR chooses another place to build in") from None
     return library
@@ -302,7 +306,7 @@ def _sources(name: str, pattern: str) -> list[Path]:
 
 
 def _run_all(what: str, commands: list[list[str]]) -> None:
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=cpus()) as pool:
         list(pool.map(lambda command: _run(what, command), commands))
 
 

@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from rwkvlm import native
+from rwkvlm.config import UserError, env
 from rwkvlm.ops.launch import launch
 
 CUDA = native.SOURCE_DIR
@@ -67,6 +70,27 @@ def test_no_compiler_is_one_line(toy, monkeypatch):
     with pytest.raises(native.NativeBuildError, match="no-such-compiler is not on the PATH; install") as caught:
         native.build("toy")
     assert "\n" not in str(caught.value)
+
+
+def test_where_there_is_no_home_kernels_are_built_among_the_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.delenv("RWKV_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert env.cache_dir() == tmp_path / "home" / ".cache" / "rwkvlm"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    own = tmp_path / f"rwkvlm-{os.getuid()}"
+    for home in (str(tmp_path / "file"), "/proc/nowhere"):
+        monkeypatch.setenv("HOME", home)
+        assert env.cache_dir() == own and own.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert env.cache_dir() == own
+    own.chmod(0o770)  # somebody else's libraries would be loaded
+    with pytest.raises(native.NativeBuildError, match="neither the home folder nor .* set RWKV_CACHE_DIR to a folder that only you can write to"):
+        native.build("tokenizer")
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="set RWKV_CACHE_DIR"):
+        env.cache_dir()
 
 
 def test_an_unknown_kernel_and_an_unusable_cache_are_one_line(toy, tmp_path, monkeypatch):

@@ -25,6 +25,13 @@ def test_python3_in_range_is_used_as_it_is(world, shell):
     assert not (world.root / ".venv").exists() and world.pip_calls() == []
 
 
+def test_paths_may_have_any_letters_under_every_locale(world, shell):
+    """With LC_ALL=C Python stops at a .pth file whose path has an é in it."""
+    world.install_requirements()
+    for asked, used in (("C", "C.UTF-8"), ("POSIX", "C.UTF-8"), ("en_US.UTF-8", "en_US.UTF-8"), ("", "")):
+        assert world.start('echo "$LC_ALL"', shell, LC_ALL=asked).stdout == f"{used}\n"
+
+
 def test_clean_machine(world, shell):
     done = world.start('echo "$PYTHON"; flock -n .venv.lock sh -c "echo the lock is free"', shell)
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError
+from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
 from rwkvlm.models import build, init_weights
 from rwkvlm.native import available
 from rwkvlm.ops.cross_entropy import head_cross_entropy
@@ -31,8 +31,16 @@ def fresh():
     torch._dynamo.reset()
 
 
-def model_of(n_layer: int) -> torch.nn.Module:
-    model = build(ModelConfig(n_layer=n_layer, n_embd=64, vocab_size=256, head_size=32))
+SIZES = dict(n_embd=64, vocab_size=256, head_size=32)
+MODELS = {
+    "x070": ModelConfig(n_layer=12, **SIZES),
+    "x080": model_config("x080", n_layer=4, rosa_bits=4, deep_embed=True, **SIZES),
+    "rosa": model_config("rosa", n_layer=4, n_embd=64, vocab_size=256, rosa_bits=1),
+}
+
+
+def model_of(config: ModelConfig) -> torch.nn.Module:
+    model = build(config)
     init_weights(model, 1)
     rng = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -42,8 +50,9 @@ def model_of(n_layer: int) -> torch.nn.Module:
 
 
 @needs_compiler
-def test_twelve_blocks_are_two_graphs_with_the_results_of_eager_ones():
-    model, idx = model_of(12), torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("kind", ["x070", "x080", pytest.param("rosa", marks=pytest.mark.slow)])
+def test_all_blocks_are_two_graphs_with_the_results_of_eager_ones(kind):
+    model, idx = model_of(MODELS[kind]), torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(0))
     parameters, names = dict(model.named_parameters()), list(model.state_dict())
 
     def results():
@@ -101,6 +110,17 @@ def test_documents_of_all_lengths_are_the_same_graphs(run, losses, tmp_path):
             assert counters["stats"]["unique_graphs"] == 5 and not counters["graph_break"]
     assert run(tmp_path / "eager", **flags | {"compile": 0}) == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "eager"), rel=5e-3)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_an_x080(run, losses, tmp_path):
+    flags = dict(COMPILED, my_testing="x080", deep_embed=1, my_exit_tokens=10 * 4 * 32)
+    for name, stops in (("out", [4, None]), ("whole", [None])):
+        for stop in stops:
+            assert run(tmp_path / name, max_steps=stop, **flags) == 0
+    assert run(tmp_path / "eager", **flags | {"compile": 0}) == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
 @needs_compiler

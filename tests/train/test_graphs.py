@@ -1,6 +1,7 @@
 """--cuda_graphs 1 without a GPU: everything around the graphs, with a tape in their place (tests/oracles/tape.py); on a GPU: tests/cuda/test_graphs.py"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ MODELS = {
     "x040": ModelConfig(model_type="x040", n_layer=3, n_embd=64, vocab_size=97),
     "hybrid": model_config("hybrid", n_layer=4, attention_layers="1,3", attention_kv_heads=1, attention_window=16, **SIZES),
     "phantom": model_config("phantom", n_layer=2, core_ratio=0.5, ttt_chunk=16, **SIZES),
+    "x080": model_config("x080", n_layer=3, rosa_bits=4, deep_embed=True, **SIZES),
+    "rosa": model_config("rosa", n_layer=3, rosa_bits=1, n_embd=64, vocab_size=97),
     "memory": model_config("phantom", n_layer=2, ttt_kind="memory", ttt_chunk=16, max_depth_iter=2, **SIZES),
 }
 
@@ -113,18 +116,20 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_is_launched_beside_the_graphs():
-    """Two copies into place, however many blocks there are, and the gradients' way out, one call a block; blocks read where their neighbours write."""
+@pytest.mark.parametrize("kind, copies", [("x070", 2), ("x080", 3)])
+def test_what_is_launched_beside_the_graphs(kind, copies):
+    """Two copies into place, however many blocks there are, of a ROSA's tokens a third, and the gradients' way out, one call a block; blocks read where
+    their neighbours write."""
     counts = []
     for n_layer in (2, 4):
-        pair = Pair(ModelConfig(n_layer=n_layer, **SIZES))
+        pair = Pair(replace(MODELS[kind], n_layer=n_layer))
         pair.loss(0, pair.models[1]).backward()
         pair.models[1].zero_grad()
         with Counted() as counted:
             pair.loss(1, pair.models[1]).backward()
         counts.append({name: counted.names.count(name) for name in set(counted.names)})
     few, many = counts
-    assert few["aten::copy_"] == many["aten::copy_"] == 2 and many["aten::_foreach_copy_"] == 4 and "aten::zero_" not in many
+    assert few["aten::copy_"] == many["aten::copy_"] == copies and many["aten::_foreach_copy_"] == 4 and "aten::zero_" not in many
     free = {"aten::detach", "aten::empty_like", "aten::_foreach_copy_"}  # no kernel, and counted above
     assert {name: many[name] for name in many.keys() - free} == {name: few[name] for name in few.keys() - free}
 
@@ -224,8 +229,9 @@ def taped(monkeypatch):
         dict(accumulate_grad_batches=2, micro_bsz=2, freeze="emb,blocks.0.ffn"),
         dict(precision="bf16", accumulate_grad_batches=2, micro_bsz=2, grad_cp=1),
         dict(my_testing="phantom", ttt_chunk=16, precision="bf16"),
+        dict(my_testing="x080", precision="bf16"),
     ],
-    ids=["bf16", "accumulated", "accumulated bf16", "phantom"],
+    ids=["bf16", "accumulated", "accumulated bf16", "phantom", "x080"],
 )
 def test_a_run_has_the_bits_of_one_without_and_so_has_a_resumed_one(run, losses, records, taped, tmp_path, flags):
     flags = dict(flags, kernel="auto", max_steps=14)

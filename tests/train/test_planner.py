@@ -11,7 +11,7 @@ import torch
 
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
-from rwkvlm.config import ModelConfig, TrainConfig, model_config
+from rwkvlm.config import ModelConfig, TrainConfig, cgroups, model_config
 from rwkvlm.models import build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train.memory import Activations, estimate, measure_activations, resident
@@ -247,12 +247,12 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
             (tmp_path / path / f"memory.{name}").write_text(f"{text}\n")
 
     plan = SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", 2, 1, "ddp"))
-    monkeypatch.setattr(planner, "CGROUPS", tmp_path)
-    monkeypatch.setattr(planner, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "ALL", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "cgroup")
     of_machine = memory_available(plan)  # no such file
-    planner.CGROUP.write_text("12:cpu:/x\n")  # groups of version 1
+    cgroups.OWN.write_text("12:cpu:/x\n")  # groups of version 1
     assert memory_available(plan) == pytest.approx(of_machine, rel=0.1)
-    planner.CGROUP.write_text("12:cpu:/x\n0::/job/step\n")
+    cgroups.OWN.write_text("12:cpu:/x\n0::/job/step\n")
     group("job/step", "max", used=1 << 20)
     assert memory_available(plan) == pytest.approx(of_machine, rel=0.1), "no limit in the innermost, none further out"
     group("job", 10 << 20, used=6 << 20, cached=2 << 20)

@@ -13,12 +13,10 @@ import torch
 from rwkvlm.checkpoint.pth import load_weights, save_weights
 from rwkvlm.cli import main
 from rwkvlm.cli.flags import parse_flags
-from rwkvlm.config import ModelConfig, RosaConfig, TrainConfig, UserError, model_config
+from rwkvlm.config import ModelConfig, TrainConfig, UserError, model_config
 from rwkvlm.infer import load_engine
 from rwkvlm.models import build, init_weights, read_config
-from rwkvlm.train.compiled import check_compile
 from rwkvlm.train.flops import flops_per_token
-from rwkvlm.train.graphs import check_graphs
 from rwkvlm.train.memory import Activations, estimate
 from rwkvlm.train.plan import make_plan
 from rwkvlm.train.planner import probe_flags
@@ -181,9 +179,7 @@ BAD = {
     "tau": (dict(rosa_tau=0), "--rosa_tau 0.0 must be above 0"),
     "deep": (dict(deep_embed=2), "--deep_embed 2 is not known; use 0 or 1"),
     "width": (dict(my_testing="rosa", n_embd=40, head_size=None), "--n_embd 40 is not a multiple of 16"),
-    "documents": (dict(doc_reset=1), "--doc_reset 1 is not made for --my_testing x080; use x070, or leave --doc_reset out"),
-    "compile": (dict(compile=1), "--compile 1 is not made for ROSA, and --my_testing x080 has it; leave --compile out"),
-    "graphs": (dict(cuda_graphs=1, my_testing="rosa", head_size=None), "--cuda_graphs 1 is not made for ROSA, whose blocks hand the tokens on too, and --my_testing rosa has it; leave"),
+    "documents": (dict(doc_reset=1, compile=1), "--compile 1 does not go with --doc_reset 1 for --my_testing x080, which runs document by document in Python; leave one of them out"),
 }
 
 
@@ -210,14 +206,6 @@ def test_flags_say_when_they_have_no_effect():
     ]
     with pytest.raises(UserError, match="--deep_embed 3 is not known"):
         TrainConfig(my_testing="rosa", deep_embed=3).own_settings()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_blocks_that_hand_the_tokens_on_are_neither_compiled_nor_recorded(kind):
-    config = TrainConfig(compile=1, cuda_graphs=1)
-    for check, flag in ((check_compile, "compile"), (check_graphs, "cuda_graphs")):
-        with pytest.raises(UserError, match=f"--{flag} 1 is not made for ROSA.*--my_testing {kind} has it"):
-            check(config, Launch("gpu", 1, 1, "auto"), RosaConfig(model_type=kind), "cuda", torch.device("cuda"))
 
 
 @pytest.mark.slow

@@ -115,7 +115,6 @@ def weights(folder: Path, **sizes) -> Path:
 
 
 CASES = {
-    "documents": (lambda f: dict(doc_reset=1), "--doc_reset 1 is not made for --my_testing x040; use x070, or leave --doc_reset out"),
     "width": (lambda f: dict(n_embd=48), "--n_embd 48 is not a multiple of 32, which --my_testing x040 needs; change it"),
     "dim_att": (lambda f: dict(dim_att=32), "--dim_att 32 differs from --n_embd 64; --my_testing x040 needs them equal"),
     "an RWKV-7 file": (

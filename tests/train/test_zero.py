@@ -44,6 +44,20 @@ def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forke
     assert losses(tmp_path / "ddp-a") == pytest.approx(losses(tmp_path / "one")[:20], rel=2e-2)
 
 
+def test_other_models_with_documents_of_which_each_process_has_others(run, forked, losses, tmp_path):
+    """No module runs document by document: under ZeRO-3 a process would wait for one that has fewer."""
+    kinds = {"state": dict(my_testing="phantom", ttt_chunk=16), "memory": dict(my_testing="phantom", ttt_chunk=16, ttt_kind="memory"), "x080": dict(my_testing="x080")}
+    kinds |= {"hybrid": dict(my_testing="hybrid", attention_layers="1"), "x040": dict(my_testing="x040", head_size=None)}
+    flags = dict(doc_reset=1, kernel="auto", max_steps=6)
+    jobs = []
+    for kind, more in kinds.items():
+        assert run(tmp_path / kind / "one", **flags, **more) == 0
+        jobs.append((flags | TWO | more | dict(strategy="deepspeed_stage_3", proj_dir=tmp_path / kind / "two"), {}))
+    well(forked(*jobs))
+    for kind in kinds:
+        assert losses(tmp_path / kind / "two") == pytest.approx(losses(tmp_path / kind / "one"), rel=1e-4), kind
+
+
 def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, losses, records, tmp_path):
     """Step 101 reads noise. fp32: the curve of one process with the same guard. bf16: the bits of a run that goes on from step 100 with the samples after."""
     flags = dict(data_file=spoilt, my_exit_tokens=110 * 128, epoch_save=0, val_every=1000)

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
     env.let_waiting_threads_sleep()
+    env.limit_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # commands show texts of any language on terminals of any encoding
     if isinstance(sys.stderr, io.TextIOWrapper):

@@ -6,7 +6,13 @@ Values are read when asked for, not at import, so that tests and launchers may s
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from .cgroups import cpus
+from .errors import UserError
 
 
 def kernel() -> str:
@@ -15,8 +21,22 @@ def kernel() -> str:
 
 
 def cache_dir() -> Path:
-    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm."""
-    return Path(os.environ.get("RWKV_CACHE_DIR") or Path.home() / ".cache" / "rwkvlm")
+    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm, and where no home can be written to, as in some containers, a folder of the
+    user's own among the temporary files."""
+    if given := os.environ.get("RWKV_CACHE_DIR"):
+        return Path(given)
+    try:
+        own = Path.home() / ".cache" / "rwkvlm"
+        own.mkdir(parents=True, exist_ok=True)
+        return own
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        temporary = Path(tempfile.gettempdir()) / f"rwkvlm-{os.getuid()}"
+        with suppress(OSError):
+            temporary.mkdir(mode=0o700, exist_ok=True)
+            found = temporary.lstat()
+            if found.st_uid == os.getuid() and stat.filemode(found.st_mode) == "drwx------":  # what is in it is loaded: nobody else may have put it there
+                return temporary
+        raise UserError(f"neither the home folder nor {temporary} can be used to build kernels in; set RWKV_CACHE_DIR to a folder that only you can write to") from None
 
 
 def cxx() -> str:
@@ -45,6 +65,26 @@ def let_waiting_threads_sleep() -> None:
     By default they spin for long, and beside other work on the cores each wait costs a time slice (records/2026-11-21-cpu-demo).
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+_threads = 0  # that limit_threads has set
+
+
+def limit_threads() -> None:
+    """OMP_NUM_THREADS, unless it is set, where there is time for fewer CPUs than this process may run on, as in a container with a quota: of more threads
+    some would stand still, and the others wait for them. To be called before torch is imported."""
+    global _threads
+    if "OMP_NUM_THREADS" not in os.environ and cpus() < len(os.sched_getaffinity(0)):
+        _threads = cpus()
+        os.environ["OMP_NUM_THREADS"] = str(_threads)
+
+
+def share_threads(processes: int) -> int:
+    """The threads of one of so many processes on this machine, now in OMP_NUM_THREADS, where limit_threads has set it; else 0."""
+    if not _threads:
+        return 0
+    os.environ["OMP_NUM_THREADS"] = str(max(1, _threads // processes))
+    return int(os.environ["OMP_NUM_THREADS"])
 
 
 def torch_extensions_dir() -> Path | None:

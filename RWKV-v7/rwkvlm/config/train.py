@@ -138,7 +138,7 @@ class TrainConfig:
     strategy: str = flag("auto", "how the training is spread over devices", STRATEGIES)
     grad_cp: int = flag(0, "1: recompute activations in the backward pass (less memory, slower); -1: only where the memory would not be enough otherwise")
     compile: int = flag(0, "1: the blocks through torch.compile; not with deepspeed_stage_3, test-time training and plain PyTorch's wkv7")
-    cuda_graphs: int = flag(0, "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with doc_reset, deepspeed_stage_3, dropout, ttt_meta and ROSA")
+    cuda_graphs: int = flag(0, "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with doc_reset, deepspeed_stage_3, dropout and ttt_meta")
     head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
     kernel: str = flag("", 'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is', KERNELS)
     ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
+from ..config.cgroups import cpus
 from .binidx import INDEX_BYTES, BinIdxWriter, bin_path, check_room, idx_path
 from .documents import STDIN, BadInput, Block, kind, parse, read_blocks, where
 from .shuffle import Documents, Long, draw, keys, shuffled
@@ -95,7 +96,7 @@ def pack(
         job["process"] = os.getpid()  # what was read is gone: never taken up
     try:
         with Unfinished(prefix, job, dtype, tokenizer.vocab_size, STDIN not in files) as work, ExitStack() as stack:
-            _tokenise(files, tokenizer, text_key, skip_bad, work, workers or os.cpu_count() or 1, progress)
+            _tokenise(files, tokenizer, text_key, skip_bad, work, workers or cpus(), progress)
             total = work.progress.documents
             limit, held_out = draw(work.pile.sizes, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
             if held_out >= total:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import functools
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..config import HybridConfig
 from .linear import dense
 from .norm_mix import NormMix
-from .packed import Packed
+from .packed import Packed, by_document
 
 
 class KeyValues(NamedTuple):
@@ -56,18 +56,14 @@ class Attention(nn.Module):
         return_state: bool = False,
         packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, KeyValues | None]:
-        """Arguments and results as for TimeMix, with KeyValues in the place of wkv. Each document is a call of its own."""
+        """Arguments and results as for TimeMix, with KeyValues in the place of wkv."""
         x, last, (xq, xk, xv, xg) = norm(x, None, last, [self.x_q, self.x_k, self.x_v, self.x_g], packed.bounds if packed is not None else None)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (self.query(xq), self.key(xk), self.value(xv)))
         q, k = (F.layer_norm(y, (self.head_size,)) for y in (q, k))
         q, k, v = (y.transpose(1, 2) for y in (q * self.scale.view(q.shape[2:]), k, v))
         if past is not None:
             k, v = torch.cat([past.k, k], dim=2), torch.cat([past.v, v], dim=2)
-        if packed is None:
-            y = attend(q, k, v, self.window)
-        else:
-            documents = [[t[:, :, start:stop] for t in (q, k, v)] for start, stop in pairwise(packed.on_host.tolist())]
-            y = torch.cat([attend(*document, self.window) for document in documents], dim=2)
+        y = by_document(functools.partial(attend, window=self.window), packed, q, k, v, dim=2)
         gate = torch.sigmoid(xg @ self.g1 @ self.g2)
         out = self.output(y.transpose(1, 2).flatten(2) * gate)
         return x, out, v_first, last, self._remembered(k, v) if return_state else None

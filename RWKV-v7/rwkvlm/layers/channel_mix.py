@@ -36,8 +36,8 @@ class DeepChannelMix(ChannelMix):
         self.enn = nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None, norm: NormMix, last: torch.Tensor | None, tokens: torch.Tensor
+        self, x: torch.Tensor, branch: torch.Tensor | None, norm: NormMix, last: torch.Tensor | None, bounds: torch.Tensor | None, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """tokens: [B, T] int64; else as ChannelMix."""
-        x, y, last = super().forward(x, branch, norm, last)
+        x, y, last = super().forward(x, branch, norm, last, bounds)
         return x, y * self.enn(tokens), last

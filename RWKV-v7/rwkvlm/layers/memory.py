@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..config.phantom import PhantomConfig
 from ..ops.fused import token_mix
+from .packed import Packed, by_document
 from .segments import pieces, seen_after
 
 
@@ -60,17 +61,33 @@ class Memory(nn.Module):
     def _fast(self, batch: int) -> torch.Tensor:
         return self.fast.to(torch.promote_types(self.fast.dtype, torch.float32)).expand(batch, -1, -1, -1, -1)
 
-    def forward(self, x: torch.Tensor, state: MemoryState | None = None, return_state: bool = False) -> tuple[torch.Tensor, MemoryState | None]:
-        """x: [B, T, C], the residual stream. Returns what is added to it, and the new state or None."""
+    def forward(
+        self, x: torch.Tensor, state: MemoryState | None = None, return_state: bool = False, packed: Packed | None = None
+    ) -> tuple[torch.Tensor, MemoryState | None]:
+        """x: [B, T, C], the residual stream; packed: documents in one row, without states. Returns what is added to it, and the new state or None."""
         B, T, C = x.shape
         x = self.ln(x)
-        last, fast, sums, seen = state if state is not None else (None, self._fast(B), None, torch.zeros(B, dtype=torch.int64))
+        if packed is not None:
+            x = x.index_fill(1, packed.bounds[1:].long() - 1, 0)  # padding
+        last, fast, *begun = state if state is not None else (None, self._fast(B), None, torch.zeros(B, dtype=torch.int64))
         mixed = token_mix(x, last, [self.x_q, self.x_k, self.x_v])
         q, k, v = (project(xi).view(B, T, self.heads, -1).transpose(1, 2).to(fast.dtype) for project, xi in zip((self.query, self.key, self.value), mixed))
         q, k = F.normalize(F.silu(q), dim=-1), F.normalize(F.silu(k), dim=-1)
         v = v * F.softplus(self.rate(x).mT.to(fast.dtype)).unsqueeze(-1)
 
-        plan = pieces(seen.tolist(), T, self.segment)
+        if packed is None:
+            o, *remembered = self._by_segment(q, k, v, fast, *begun, return_state)
+        else:
+            o = by_document(lambda *document: self._by_segment(*document, fast, *begun, False)[0], packed, q, k, v, dim=2)
+        o = o.transpose(1, 2).reshape(B * T, -1).to(x.dtype)
+        y = self.output(self.ln_x(o)).view(B, T, C)
+        return y, MemoryState(x[:, -1].clone(), *remembered) if return_state else None
+
+    def _by_segment(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fast: torch.Tensor, sums: torch.Tensor | None, seen: torch.Tensor, return_state: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """q, k, v: [B, h, T, N]. Returns f(q) of the same shape, with return_state also fast, sums and seen behind the last token."""
+        plan = pieces(seen.tolist(), q.shape[2], self.segment)
         lengths = [piece.stop - piece.start for piece in plan]
         read = []
         for i, (piece, Q, K, V) in enumerate(zip(plan, *(t.split(lengths, 2) for t in (q, k, v)))):
@@ -79,18 +96,14 @@ class Memory(nn.Module):
                 break
             gradient = _Gradient.apply(fast, K, V)
             sums = gradient if sums is None else sums + gradient
-            if len(piece.full) == B:
+            if len(piece.full) == len(q):
                 fast, sums = self._step(fast, sums), None
             elif piece.full:
-                rows = torch.tensor(piece.full, device=x.device)
+                rows = torch.tensor(piece.full, device=q.device)
                 fast = fast.index_copy(0, rows, self._step(fast[rows], sums[rows]))
                 sums = sums.index_fill(0, rows, 0)
-
-        o = torch.cat(read, 2).transpose(1, 2).reshape(B * T, -1).to(x.dtype)
-        y = self.output(self.ln_x(o)).view(B, T, C)
-        if not return_state:
-            return y, None
-        return y, MemoryState(x[:, -1].clone(), fast, torch.zeros_like(fast) if sums is None else sums, seen_after(plan[-1], self.segment))
+        o = torch.cat(read, 2)
+        return (o, fast, torch.zeros_like(fast) if sums is None else sums, seen_after(plan[-1], self.segment)) if return_state else (o,)
 
     def _step(self, fast: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         length = self.fast.to(fast.dtype).norm(dim=-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,3 +21,16 @@ class Packed(NamedTuple):
     bounds: torch.Tensor
     tokens: torch.Tensor
     on_host: np.ndarray
+
+
+def by_document(run: Callable, packed: Packed | None, *inputs: torch.Tensor, dim: int = 1):
+    """run(*inputs), tensors with T along `dim`, of which it makes such a tensor or several. Of packed documents each is a call of its own, and what they
+    give lies one behind the other.
+
+    No module may be called in it: under ZeRO-3 that is a collective, and other ranks have other numbers of documents.
+    """
+    if packed is None:
+        return run(*inputs)
+    lengths = np.diff(packed.on_host).tolist()
+    made = [run(*document) for document in zip(*(x.split(lengths, dim) for x in inputs))]  # not slices, whose backward would pad each to the whole
+    return torch.cat(made, dim) if isinstance(made[0], torch.Tensor) else tuple(torch.cat(parts, dim) for parts in zip(*made))

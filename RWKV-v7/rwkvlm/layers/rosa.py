@@ -5,6 +5,7 @@ Names, starting values and what a miss gives are those of the official files (RW
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ..config.rosa import RosaConfig
 from ..ops.rosa import RosaState, rosa, rosa_self, rosa_tokens
 from .norm_mix import NormMix
+from .packed import Packed, by_document
 
 TO_STREAM = 0.1  # of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
 
@@ -45,11 +47,12 @@ class RosaQKV(nn.Module):
         self.emb = nn.Parameter(torch.empty(1, 1, width))
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: RosaState | None = None, return_state: bool = False
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: RosaState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, RosaState | None]:
-        """q, k, v: [B, T, C]. Returns [B, T, C], and the new state or None."""
+        """q, k, v: [B, T, C]; packed: documents in one row, without states. Returns [B, T, C], and the new state or None."""
         emb = self.emb.flatten()
-        out = rosa(q, k, v, -emb, emb, **self.settings, state=seen, return_state=return_state)
+        operator = functools.partial(rosa, low=-emb, high=emb, **self.settings, state=seen, return_state=return_state)
+        out = by_document(operator, packed, q, k, v)
         return out if return_state else (out, None)
 
 
@@ -68,13 +71,13 @@ class RosaMix(nn.Module):
         self.o = nn.Linear(C, C)
 
     def forward(
-        self, x: torch.Tensor, norm: NormMix, state: RosaMixState | None = None, return_state: bool = False
+        self, x: torch.Tensor, norm: NormMix, state: RosaMixState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, RosaMixState | None]:
-        """x: [B, T, C], the residual stream, which norm leads in. Returns x, the output [B, T, C] for it, and the new state or None."""
+        """x: [B, T, C], the residual stream, which norm leads in; packed: documents in one row. Returns x, the output [B, T, C] for it, and the new state or None."""
         last, seen = state if state is not None else (None, None)
-        x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v])
+        x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v], packed.bounds if packed is not None else None)
         xq, xk, xv = map(_Damped.apply, (xq, xk, xv))
-        y, seen = self.rosa_qkv(self.q(xq), self.k(xk), self.v(xv), seen, return_state)
+        y, seen = self.rosa_qkv(self.q(xq), self.k(xk), self.v(xv), seen, return_state, packed)
         return x, self.o(y), RosaMixState(last, seen) if return_state else None
 
 

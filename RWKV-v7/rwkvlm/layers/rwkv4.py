@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from ..ops.fused import relu_square
 from ..ops.wkv4 import wkv4
 from .linear import dense
 from .norm_mix import NormMix
+from .packed import Packed, by_document
 
 
 def _vector(channels: int) -> nn.Parameter:
@@ -28,15 +31,23 @@ class TimeMix4(nn.Module):
         self.key, self.value, self.receptance, self.output = (dense(f"att.{name}", C, C) for name in ("key", "value", "receptance", "output"))
 
     def forward(
-        self, x: torch.Tensor, norm: NormMix, last: torch.Tensor | None = None, wkv: torch.Tensor | None = None, return_state: bool = False
+        self,
+        x: torch.Tensor,
+        norm: NormMix,
+        last: torch.Tensor | None = None,
+        wkv: torch.Tensor | None = None,
+        return_state: bool = False,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """x: [B, T, C], the residual stream, which norm leads in; last: [B, C] and wkv: [B, 3, C] fp32, the state, or None at the beginning.
+        """x: [B, T, C], the residual stream, which norm leads in; last: [B, C] and wkv: [B, 3, C] fp32, the state, or None at the beginning;
+        packed: documents in one row.
 
         Returns x, the output [B, T, C] for it, and the new state: the last normalised token, and wkv (None unless return_state).
         """
         mixes = [1 - self.time_mix_k, 1 - self.time_mix_v, 1 - self.time_mix_r]  # norm's are the shares of the token before
-        x, last, (xk, xv, xr) = norm(x, None, last, mixes)
-        out = wkv4(self.time_decay, self.time_first, self.key(xk), self.value(xv), initial_state=wkv, output_final_state=return_state)
+        x, last, (xk, xv, xr) = norm(x, None, last, mixes, packed.bounds if packed is not None else None)
+        recurrence = functools.partial(wkv4, self.time_decay, self.time_first, initial_state=wkv, output_final_state=return_state)
+        out = by_document(recurrence, packed, self.key(xk), self.value(xv))
         y, wkv = out if return_state else (out, None)
         return x, self.output(torch.sigmoid(self.receptance(xr)) * y), last, wkv
 
@@ -52,7 +63,9 @@ class ChannelMix4(nn.Module):
         self.receptance = dense("ffn.receptance", C, C)
         self.value = dense("ffn.value", config.dim_ffn, C)
 
-    def forward(self, x: torch.Tensor, branch: torch.Tensor, norm: NormMix, last: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, branch, last: what norm takes. Returns x + branch, the output [B, T, C] for it, and its last normalised token [B, C]."""
-        x, last, (xk, xr) = norm(x, branch, last, [1 - self.time_mix_k, 1 - self.time_mix_r])
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor, norm: NormMix, last: torch.Tensor | None = None, bounds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C] for it, and its last normalised token [B, C]."""
+        x, last, (xk, xr) = norm(x, branch, last, [1 - self.time_mix_k, 1 - self.time_mix_r], bounds)
         return x, torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk))), last

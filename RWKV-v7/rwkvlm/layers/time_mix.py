@@ -28,7 +28,7 @@ class TimeMix(nn.Module):
     The first block's value is the target of the value residual of all others, so block 0 has no residual of its own;
     official files carry v0, v1, v2 there all the same, and so do we, as buffers that nothing reads.
 
-    linear makes the large matrices. ttt, when given, runs in the place of the wkv7 operator, with its signature and a state of its own.
+    linear makes the large matrices. ttt, when given, runs in the place of the wkv7 operator, with a state of its own.
     """
 
     def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
@@ -94,9 +94,11 @@ class TimeMix(nn.Module):
         # What an operator reads and others read after it, it passes on: its backward pass then adds its share to theirs.
         *inputs, v_first = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
         r, w, k, a, b, v = (t.view(heads) for t in (r, *inputs))
-        documents = {} if bounds is None else {"cu_seqlens": bounds}
-        recurrence = wkv7 if self.ttt is None else self.ttt
-        y, *new_wkv, r, k, v = recurrence(r, w, k, v, a, b, initial_state=wkv, output_final_state=return_state, pass_on=True, **documents)
+        options = dict(initial_state=wkv, output_final_state=return_state, pass_on=True)
+        if self.ttt is None:
+            y, *new_wkv, r, k, v = wkv7(r, w, k, v, a, b, cu_seqlens=bounds, **options)
+        else:
+            y, *new_wkv, r, k, v = self.ttt(r, w, k, v, a, b, packed=packed, **options)
         y, r, k, v = (t.reshape(B, T, C) for t in (y, r, k, v))
 
         return x, self.output(self.ln_x(y, r, k, v, g, self.r_k)), v if self.first else v_first, last, new_wkv[0] if return_state else None

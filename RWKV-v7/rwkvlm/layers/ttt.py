@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Callable, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from ..config.phantom import PhantomConfig
 from ..ops.wkv7 import backend_for, ttt_cuda, wkv7
+from .packed import Packed, by_document
 from .segments import pieces, seen_after
 from .ttt_segments import Segments
 
@@ -66,11 +68,14 @@ class StateTTT(nn.Module):
         initial_state: TttState | None = None,
         output_final_state: bool = False,
         pass_on: bool = False,
+        packed: Packed | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor | TttState, ...]:
-        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk. Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v.
+        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; packed: documents in one row, without states. Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v.
 
         The kernel runs once a segment: the state after a step is what the next segment begins with. Where one operator has the steps in it, it runs once.
         """
+        if packed is not None:
+            return by_document(functools.partial(self.forward, pass_on=pass_on), packed, r, w, k, v, a, b)
         B, T, H, N = r.shape
         config, segment = self.config, self.config.ttt_chunk
         if T > segment and not output_final_state and (initial_state is None or not initial_state.seen.any()):

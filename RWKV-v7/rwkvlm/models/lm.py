@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
         """What the head reads.
 
         idx: [B, T] int64 tokens. state: from init_state or an earlier call; None at the beginning.
-        packed: idx is one row of documents, each of which begins anew (RWKV-7 and hybrids).
+        packed: idx is one row of documents, each of which begins anew; not together with states.
         grad_cp: keep only each block's input and compute its inside again in the backward pass.
         Returns [B, T, C], and the new state with return_state. Tokens fed one by one, in pieces or at once give the same.
         """

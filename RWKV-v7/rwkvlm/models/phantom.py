@@ -15,6 +15,7 @@ from ..config.phantom import CARRIED, CARRIED_BYTES, MATRICES, PhantomConfig, en
 from ..layers.ghost import GhostLinear, factorise, to_digits
 from ..layers.linear import linear_of
 from ..layers.memory import Memory, MemoryState
+from ..layers.packed import Packed
 from ..layers.state import BlockState
 from ..layers.ttt import StateTTT
 from . import rwkv7
@@ -50,7 +51,7 @@ class PhantomBlock(Block):
         return [PhantomState(state, memory)] * self.passes
 
     def forward(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[PhantomState] | None = None, return_state: bool = False
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[PhantomState] | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, list[PhantomState] | None]:
         if self.ln0 is not None:
             x = self.ln0(x)
@@ -58,9 +59,9 @@ class PhantomBlock(Block):
         for i in range(self.passes):
             block, memory = state[i] if state is not None else (None, ())
             if self.mem is not None:
-                read, memory = self.mem(x, memory or None, return_state)
+                read, memory = self.mem(x, memory or None, return_state, packed)
                 x = x + read
-            x, v, block = self.mix(x, v_first, block, return_state)
+            x, v, block = self.mix(x, v_first, block, return_state, packed)
             v_first = v_first if v_first is not None else v
             new_state.append(PhantomState(block, memory))
         return x, v_first, new_state if return_state else None

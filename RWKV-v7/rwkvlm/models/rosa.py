@@ -16,6 +16,7 @@ from ..config import RosaConfig, UserError, model_config
 from ..config.rosa import BITS
 from ..layers.channel_mix import ChannelMix, DeepChannelMix
 from ..layers.norm_mix import NormMix
+from ..layers.packed import Packed
 from ..layers.rosa import RosaMix, RosaMixState
 from ..layers.state import BlockState
 from ..layers.time_mix import TimeMix
@@ -59,19 +60,19 @@ class RosaBlock(nn.Module):
         return RosaBlockState(att_x, wkv, RosaMixState(ffn_x.clone(), None), ffn_x)
 
     def forward(
-        self, x: torch.Tensor, beside: tuple[torch.Tensor, torch.Tensor | None], state: RosaBlockState | None = None, return_state: bool = False
+        self, x: torch.Tensor, beside: tuple[torch.Tensor, torch.Tensor | None], state: RosaBlockState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None], RosaBlockState | None]:
         """x: [B, T, C] residual stream; beside: the tokens [B, T] and block 0's value, None in block 0. Returns x, beside, the new state or None."""
         tokens, v_first = beside
         att_x, wkv, seen, ffn_x = state if state is not None else (None, None, None, None)
         if self.ln0 is not None:
             x = self.ln0(x)
-        x, branch, seen = self.rosa(x, self.ln3, seen, return_state)
+        x, branch, seen = self.rosa(x, self.ln3, seen, return_state, packed)
         if self.att is not None:
-            x, att, v_first, att_x, wkv = self.att(x, self.ln1, v_first, att_x, wkv, return_state)
+            x, att, v_first, att_x, wkv = self.att(x, self.ln1, v_first, att_x, wkv, return_state, packed)
             branch = att + branch
         more = (tokens,) if isinstance(self.ffn, DeepChannelMix) else ()
-        x, ffn, ffn_x = self.ffn(x, branch, self.ln2, ffn_x, *more)
+        x, ffn, ffn_x = self.ffn(x, branch, self.ln2, ffn_x, packed.bounds if packed is not None else None, *more)
         return x + ffn, (tokens, v_first), RosaBlockState(att_x, wkv, seen, ffn_x) if return_state else None
 
 

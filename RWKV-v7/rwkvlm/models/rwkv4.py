@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import ModelConfig, UserError, model_config
 from ..layers.norm_mix import NormMix
+from ..layers.packed import Packed
 from ..layers.rwkv4 import ChannelMix4, TimeMix4
 from ..layers.state import BlockState
 from ..ops.wkv4 import EMPTY
@@ -42,14 +43,14 @@ class Block4(nn.Module):
         return BlockState(x, wkv, x.clone())
 
     def forward(
-        self, x: torch.Tensor, v_first: None, state: BlockState | None = None, return_state: bool = False
+        self, x: torch.Tensor, v_first: None, state: BlockState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, None, BlockState | None]:
         """x: [B, T, C] residual stream; v_first: RWKV-7's, nothing here. Returns x, nothing, and the new state or None."""
         if self.ln0 is not None:
             x = self.ln0(x)
         att_x, wkv, ffn_x = state if state is not None else (None, None, None)
-        x, att, att_x, wkv = self.att(x, self.ln1, att_x, wkv, return_state)
-        x, ffn, ffn_x = self.ffn(x, att, self.ln2, ffn_x)
+        x, att, att_x, wkv = self.att(x, self.ln1, att_x, wkv, return_state, packed)
+        x, ffn, ffn_x = self.ffn(x, att, self.ln2, ffn_x, packed.bounds if packed is not None else None)
         return x + ffn, v_first, BlockState(att_x, wkv, ffn_x) if return_state else None
 
 

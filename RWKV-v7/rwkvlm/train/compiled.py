@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # not part of torch until it is asked for
 
-from ..config import HybridConfig, ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError, env
+from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError, env
 from ..models import LanguageModel, recurrence
 from .strategy import Launch
 
@@ -41,10 +41,8 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
         raise UserError(f"--compile 1 does not work with --strategy {run.strategy}, which has a block's parameters only while it runs module by module; use deepspeed_stage_2 or ddp, or leave --compile out")
     if isinstance(model, PhantomConfig) and model.ttt_enabled:
         raise UserError("--compile 1 is not made for test-time training, whose segments are in most forms a loop in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out")
-    if isinstance(model, HybridConfig) and config.doc_reset:
-        raise UserError("--compile 1 does not go with --doc_reset 1 in a hybrid, whose attention runs document by document in Python; leave one of them out")
-    if isinstance(model, RosaConfig):
-        raise UserError(f"--compile 1 is not made for ROSA, and --my_testing {model.model_type} has it; leave --compile out")
+    if config.doc_reset and model.model_type in ("hybrid", "x080", "rosa", "x040"):
+        raise UserError(f"--compile 1 does not go with --doc_reset 1 for --my_testing {model.model_type}, which runs document by document in Python; leave one of them out")
     if problem := _why_not(device):
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":

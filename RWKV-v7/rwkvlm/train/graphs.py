@@ -5,7 +5,7 @@ direction, not one for all blocks: gradients are there block by block, so that D
 costs is 24 launches for 12 blocks.
 
 A graph reads and writes the memory with which it was recorded. What a block gives lies where the next one reads it, forwards and backwards: only the
-embedding's output and the gradient of the last block's are copied into their places. v_first goes through the blocks, so that the sum of its
+embedding's output, a ROSA's tokens and the gradient of the last block's output are copied into their places. v_first goes through the blocks, so that the sum of its
 gradients is made inside, in the order of autograd. Gradients of parameters are copied out: what autograd takes for `grad` and adds the next micro batch
 to must not be overwritten by it (https://github.com/pytorch/pytorch/issues/181723).
 
@@ -20,8 +20,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from ..config import ModelConfig, PhantomConfig, RosaConfig, TrainConfig, UserError
+from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from ..models import LanguageModel
 from .strategy import Launch
 
@@ -53,13 +54,13 @@ class Recorder:
 class BlockGraphs:
     """The two graphs of a block, and what stands in the place of its `forward`.
 
-    inputs: x, and in all blocks but the first v_first, where the graph reads them. outputs: x for the next block, and v_first if there is a next one.
-    An RWKV-4 has no v_first.
+    inputs: x and what blocks hand on beside it, leaf by leaf as form has them, where the graph reads them; None where there is nothing, as for v_first in the
+    first block. outputs: the same for the next block; of the last one x alone.
     recompute: as --grad_cp: the backward pass begins with the forward pass, of which only inputs are kept.
     """
 
-    def __init__(self, block: nn.Module, inputs: list[Tensor], last: bool, recompute: bool, recorder: Recorder) -> None:
-        self.block, self.eager, self.inputs, self.last = block, block.forward, inputs, last
+    def __init__(self, block: nn.Module, inputs: list[Tensor | None], form: TreeSpec, last: bool, recompute: bool, recorder: Recorder) -> None:
+        self.block, self.eager, self.inputs, self.form, self.last = block, block.forward, inputs, form, last
         self.recompute, self.recorder = recompute, recorder
         named = dict(block.named_parameters())
         self.parameters = list(named.values())
@@ -71,12 +72,12 @@ class BlockGraphs:
         for _ in range(WARM_UP):
             recorder.try_out(self._both_ways)
         self.run_forward, outputs = recorder.record(self._run)
-        self.outputs = [o.detach().requires_grad_(o.requires_grad) for o in outputs]
+        self.outputs = [None if o is None else o.detach().requires_grad_(o.requires_grad) for o in outputs]
         self._recorded = None if recompute else outputs  # with what autograd has kept
 
     def record_backward(self, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
         """grad_outputs: gradients of the outputs, where the graph shall read them. Returns those of the inputs, where it writes them."""
-        self.grad_outputs = [g if o.requires_grad else None for g, o in zip(grad_outputs, self.outputs, strict=True)]
+        self.grad_outputs = [g if _trained(o) else None for g, o in zip(grad_outputs, self.outputs, strict=True)]
         if all(g is None for g in self.grad_outputs):  # nothing to train up to here
             return [None] * len(self.inputs)
 
@@ -88,32 +89,31 @@ class BlockGraphs:
         self.grad_inputs, self.grad_parameters = gradients[: len(self.inputs)], gradients[len(self.inputs) :]
         return self.grad_inputs
 
-    def _run(self) -> tuple[Tensor, ...]:
-        x, v_first = (*self.inputs, None)[:2]
-        x, v_first, _ = torch.func.functional_call(self.block, self.aliases, (x, v_first))
-        return (x,) if self.last or v_first is None else (x, v_first)
+    def _run(self) -> list[Tensor | None]:
+        x, beside, _ = torch.func.functional_call(self.block, self.aliases, tree_unflatten(self.inputs, self.form))
+        x, *beside = tree_leaves((x, beside))
+        return [x, *([None] * len(beside) if self.last else beside)]
 
     def _both_ways(self) -> None:
         outputs = self._run()
-        if any(o.requires_grad for o in outputs):
-            self._gradients(outputs, [torch.zeros_like(o) if o.requires_grad else None for o in outputs])
+        if any(map(_trained, outputs)):
+            self._gradients(outputs, [torch.zeros_like(o) if _trained(o) else None for o in outputs])
 
-    def _gradients(self, outputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _gradients(self, outputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Of all inputs and of the trained parameters; None for an input that needs none."""
         outputs, grad_outputs = zip(*((o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None))
         trained = [a for a in self.aliases.values() if a.requires_grad]
-        found = list(torch.autograd.grad(outputs, [t for t in (*self.inputs, *trained) if t.requires_grad], grad_outputs, allow_unused=True))
-        return [found.pop(0) if t.requires_grad else None for t in self.inputs] + found
+        found = list(torch.autograd.grad(outputs, [*filter(_trained, self.inputs), *trained], grad_outputs, allow_unused=True))
+        return [found.pop(0) if _trained(t) else None for t in self.inputs] + found
 
-    def forward(self, x: Tensor, v_first: Tensor | None, state: object = None, return_state: bool = False, *packed: object) -> tuple:
+    def forward(self, x: Tensor, beside: object, state: object = None, return_state: bool = False, *packed: object) -> tuple:
         """The block's: by the graph where it is what was recorded, else, as in validation, by the block itself."""
         recorded = self.block.training and torch.is_grad_enabled() and state is None and not return_state and not packed and x.shape == self.inputs[0].shape
         if not recorded:
-            return self.eager(x, v_first, state, return_state, *packed)
-        x, *rest = _Graphed.apply(self, *(x, v_first)[: len(self.inputs)], *self.trained)
-        return x, rest[0] if rest else v_first, None
+            return self.eager(x, beside, state, return_state, *packed)
+        return *tree_unflatten(_Graphed.apply(self, *tree_leaves((x, beside)), *self.trained), self.form), None
 
-    def replay_forward(self, inputs: Sequence[Tensor]) -> int:
+    def replay_forward(self, inputs: Sequence[Tensor | None]) -> int:
         if [p.data_ptr() for p in self.parameters] != self.addresses:
             raise RuntimeError("parameters do not lie any more where the CUDA graphs of their block read them")
         _put(inputs, self.inputs)
@@ -137,15 +137,19 @@ class _Graphed(torch.autograd.Function):
     """A block as autograd sees it."""
 
     @staticmethod
-    def forward(ctx, graphs: BlockGraphs, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, graphs: BlockGraphs, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.graphs, ctx.made = graphs, graphs.replay_forward(tensors[: len(graphs.inputs)])
-        return tuple(o.detach() for o in graphs.outputs)
+        return tuple(None if o is None else o.detach() for o in graphs.outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *ctx.graphs.replay_backward(ctx.made, grad_outputs)
+
+
+def _trained(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
 def _put(tensors: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> None:
@@ -165,12 +169,13 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
     """
     weight, recorder = model.emb.weight, recorder or Recorder()
     last, made = len(model.blocks) - 1, []
-    places = [torch.zeros(batch, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=weight.requires_grad)]
+    x = torch.zeros(batch, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=weight.requires_grad)
+    places, form = tree_flatten((x, model.beside(torch.zeros(batch, tokens, dtype=torch.int64, device=weight.device))))
     try:
         for i, block in enumerate(model.blocks):
-            made.append(BlockGraphs(block, places, i == last, recompute, recorder))
+            made.append(BlockGraphs(block, places, form, i == last, recompute, recorder))
             places = made[-1].outputs
-        grad_outputs = [torch.zeros_like(o) for o in places]
+        grad_outputs = [None if o is None else torch.zeros_like(o) for o in places]
         for graphs in reversed(made):
             grad_outputs = graphs.record_backward(grad_outputs)
     except torch.OutOfMemoryError:
@@ -194,8 +199,6 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
         raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")
     if run.strategy.startswith("deepspeed_stage_3"):
         raise UserError(f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out")
-    if isinstance(model, RosaConfig):
-        raise UserError(f"--cuda_graphs 1 is not made for ROSA, whose blocks hand the tokens on too, and --my_testing {model.model_type} has it; leave --cuda_graphs out")
     if isinstance(model, PhantomConfig) and model.dropout:
         raise UserError(f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out")
     if isinstance(model, PhantomConfig) and model.steps_on_state and model.ttt_meta:

@@ -15,7 +15,7 @@ from .. import models
 from ..checkpoint import ranks
 from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
-from ..config import TrainConfig, UserError, env
+from ..config import PhantomConfig, TrainConfig, UserError, env
 from ..config.locks import try_lock
 from ..data.binidx import idx_path
 from ..data.dataset import Samples
@@ -111,8 +111,8 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     start = find_start(config, data.order, identity, damaged)
     check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
-    if config.doc_reset and config.my_testing not in ("x070", "hybrid"):
-        raise UserError(f"--doc_reset 1 is not made for --my_testing {config.my_testing}; use x070, or leave --doc_reset out")
+    if config.doc_reset and isinstance(start.model, PhantomConfig) and start.model.steps_on_state and start.model.ttt_meta:
+        raise UserError("--doc_reset 1 is not made for --ttt_meta 1, which asks for the state at the end of each sample; leave one of the two out")
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)

@@ -19,7 +19,7 @@ import torch
 
 from ..checkpoint import ranks
 from ..checkpoint.place import nearest
-from ..config import TrainConfig, UserError, env
+from ..config import TrainConfig, UserError, cgroups, env
 from ..config.volume import volume
 from ..ops import adamw
 from .banner import show_plan
@@ -33,7 +33,6 @@ from .strategy import make_strategy
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
-CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 OWN = [f.name for f in fields(TrainConfig) if f.metadata["of"]]  # flags of some model types only
 
 
@@ -73,22 +72,7 @@ def memory_available(plan: Plan) -> int:
     if plan.device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return min([int(found["MemAvailable"].split()[0]) * 1024, *_left_in_groups()]) // plan.launch.devices
-
-
-def _left_in_groups() -> list[int]:
-    """What each control group (version 2) of this process, a container's or a scheduler's, still allows; files in the cache make room."""
-    try:
-        own = next(line[3:] for line in CGROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return []
-    left, group = [], CGROUPS / own.lstrip("/")
-    for folder in [group, *group.parents][: len(group.relative_to(CGROUPS).parts) + 1]:
-        with suppress(OSError, ValueError, KeyError):  # the topmost has no limit; "max" is none
-            limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
-            kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            left.append(max(0, limit - used + int(kinds["active_file"]) + int(kinds["inactive_file"])))
-    return left
+    return min([int(found["MemAvailable"].split()[0]) * 1024, *cgroups.memory_left()]) // plan.launch.devices
 
 
 def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:

@@ -101,6 +101,8 @@ def save_tokenizer(config: TrainConfig, data: Mixture) -> None:
 
 def train(plan: Plan, strategy: Strategy) -> int:
     config = plan.config
+    if threads := env.share_threads(plan.launch.devices):
+        torch.set_num_threads(threads)
     trainer = pl.Trainer(
         accelerator=plan.launch.accelerator,
         devices=plan.launch.devices,
