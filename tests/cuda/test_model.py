@@ -1,7 +1,8 @@
-"""A small RWKV-7 over all CUDA kernels together, against plain PyTorch in float64, and compiled; emulated, and on a GPU where there is one."""
+"""A small RWKV-7, and its kin, over all CUDA kernels together, against plain PyTorch in float64, and compiled; emulated, and on a GPU where there is one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rwkvlm.models import build as build_model, init_weights
 from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
 from rwkvlm.ops.cross_entropy import chunked, cuda as loss_cuda, head_cross_entropy
 from rwkvlm.ops.fused import cuda as fused_cuda, native as fused_native
+from rwkvlm.ops.rosa import cuda as rosa_cuda, native as rosa_native
 from rwkvlm.ops.wkv7 import cuda as recurrence_cuda
 from rwkvlm.train import graphs
 from rwkvlm.train.compiled import compile_blocks
@@ -32,13 +34,14 @@ def device(request, monkeypatch):
         monkeypatch.setattr(backend, "_requested", "cuda")
         yield "cuda"
         return
-    if not build.available("fused")[0]:
-        pytest.skip(build.available("fused")[1])
+    for name in ("fused", "rosa"):
+        if not build.available(name)[0]:
+            pytest.skip(build.available(name)[1])
     recurrent, others = request.getfixturevalue("kernels"), request.getfixturevalue("block_kernels")
     recurrent.library.emulation_reverse(0)
     others.emulation_reverse(0)
     monkeypatch.setattr(backend, "_requested", "cpu")
-    assert fused_native.why_not((torch.float32,), 64) == ""  # defines the operators
+    assert fused_native.why_not((torch.float32,), 64) == rosa_native.why_not(torch.float32) == ""  # defines the operators
     for module in (recurrence, ttt):
         monkeypatch.setattr(module, "backend_for", lambda device, dtype: "cuda")
     monkeypatch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(recurrent.library, (9, 0), 132))
@@ -47,6 +50,7 @@ def device(request, monkeypatch):
     with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
         fused_cuda.register(registration, others, "CPU")
         loss_cuda.register(registration, others, "CPU")
+        rosa_cuda.register(registration, others, "CPU")
         yield "cpu"
 
 
@@ -59,6 +63,11 @@ def in_plain_pytorch(monkeypatch):
 
 
 SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=97, head_size=32)
+MODELS = {
+    "x070": SIZES,
+    "phantom": model_config("phantom", n_layer=2, n_embd=64, vocab_size=97, head_size=32, core_ratio=0.5),
+    "x080": model_config("x080", n_layer=2, n_embd=64, vocab_size=97, head_size=32, rosa_bits=4, deep_embed=True),
+}
 
 
 def make_model(device, dtype, config=SIZES):
@@ -84,9 +93,10 @@ def loss_and_gradient(model, idx):
     return loss.item(), torch.cat([g.double().flatten() for g in gradients])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_loss_and_gradients(device, dtype, monkeypatch):
-    model, idx = make_model(device, dtype)
+@pytest.mark.parametrize("kind, dtype", [("x070", torch.float32), ("x070", torch.bfloat16), ("x080", torch.float32)], ids=["fp32", "bf16", "x080"])
+def test_loss_and_gradients(device, kind, dtype, monkeypatch):
+    """x080 in fp32 only: what is rounded to bf16 has other bits, and other symbols."""
+    model, idx = make_model(device, dtype, MODELS[kind])
     got = loss_and_gradient(model, idx)
     in_plain_pytorch(monkeypatch)
     want = loss_and_gradient(model.double(), idx)
@@ -98,7 +108,7 @@ def test_loss_and_gradients_of_a_phantom(device, monkeypatch):
     """Test-time training inside the kernels, one operator a layer; the oracle goes from segment to segment. The steps' own gradients by themselves as well."""
     calls, operator = [], recurrence.ttt_cuda.wkv7_ttt
     monkeypatch.setattr(recurrence.ttt_cuda, "wkv7_ttt", lambda *x: calls.append(1) or operator(*x))
-    model, idx = make_model(device, torch.bfloat16, model_config("phantom", n_layer=2, n_embd=64, vocab_size=97, head_size=32, core_ratio=0.5))
+    model, idx = make_model(device, torch.bfloat16, MODELS["phantom"])
     got = loss_and_gradient(model, idx)
     assert len(calls) == 2
     in_plain_pytorch(monkeypatch)
@@ -110,11 +120,10 @@ def test_loss_and_gradients_of_a_phantom(device, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, recompute", [("x070", False), ("phantom", True)])
+@pytest.mark.parametrize("kind, recompute", [("x070", False), ("phantom", True), ("x080", False)])
 def test_blocks_in_graphs(device, kind, recompute, monkeypatch):
     """The bits of eager blocks, two passes over other tokens summed. Emulated kernels are on a tape: that they are operators which read and write tensors alone."""
-    config = SIZES if kind == "x070" else model_config("phantom", n_layer=2, n_embd=64, vocab_size=97, head_size=32, core_ratio=0.5)
-    (eager, idx), (graphed, _) = (make_model(device, torch.bfloat16, config) for _ in range(2))
+    (eager, idx), (graphed, _) = (make_model(device, torch.bfloat16, MODELS[kind]) for _ in range(2))
     if device == "cpu":
         monkeypatch.setattr(graphs, "WARM_UP", 1)
     graphs.graph_blocks(graphed, 2, 70, recompute, Tape(2, recompute) if device == "cpu" else None)
@@ -166,14 +175,15 @@ def test_compiles_into_one_graph(device, compiler):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["x070", "x080"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_blocks_compiled_as_for_training(device, mode):
+def test_blocks_compiled_as_for_training(device, mode, kind):
     """Two graphs for four blocks; with CUDA graphs the passes after the first ones are replays, each of which must see its own tokens."""
     if device == "cpu" and mode != "default":
         pytest.skip("CUDA graphs need a GPU")
     torch._dynamo.reset()
     counters.clear()
-    model, idx = make_model(device, torch.float32, SIZES.with_(n_layer=4))
+    model, idx = make_model(device, torch.float32, replace(MODELS[kind], n_layer=4))
     batches = [(idx + shift) % 97 for shift in range(5)]
     eager = [loss_and_gradient(model, idx) for idx in batches]
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # what compile_blocks sets ends here
