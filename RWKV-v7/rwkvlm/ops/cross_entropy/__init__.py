@@ -78,7 +78,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, n_embd: int) -> str:
     if device.type not in ("cpu", "cuda"):
         return "torch"
     supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype, n_embd), "torch": lambda: ""}
-    return backend.choose("head_cross_entropy", backend.requested(), device, supported)
+    return backend.choose("head_cross_entropy", device, supported)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> None:
