@@ -25,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import plot_loss
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(__file__).resolve().parent
 STEPS = ("tests", "sanitize", "kernels", "step", "train")
@@ -126,10 +128,7 @@ def loss_curve(folder: Path) -> dict:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return {}
-    sys.path.insert(0, str(BENCH))
-    from plot_loss import read
-
-    losses, held_out = read(path)
+    losses, held_out = plot_loss.read(path)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     speeds = sorted(r["tokens_per_s"] for r in records if r.get("tokens_per_s"))
     shares = sorted(r["mfu"] for r in records if r.get("mfu"))
