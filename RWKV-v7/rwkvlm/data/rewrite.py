@@ -53,7 +53,7 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     val: below 1 the share of the documents that is held out, about; from 1 on their number, exactly. UserError if one part were empty.
     """
     data = BinIdx(prefix)
-    if not math.isfinite(val) or (abs(val) >= 1 and val != int(val)):
+    if not 0 <= val < math.inf or (val >= 1 and val != int(val)):
         raise UserError(f"--val {val:g} must be a share of the documents, between 0 and 1, or a whole number of them")
     _not_itself(data, out)
     _not_itself(data, f"{out}.val")
