@@ -47,7 +47,7 @@ class Engine:
         config, weight = self.model.config, self.model.emb.weight
         if config.model_type != "x070" or config.ranks or weight.device.type != "cpu" or weight.dtype == torch.float64:
             return None
-        if backend.choose("rwkv7_step", weight.device, {"cpu": rwkv7_step.why_not, "torch": lambda: ""}) == "torch":
+        if backend.choose("rwkv7_step", weight.device, {"cpu": rwkv7_step.why_not}) == "torch":
             return None
         return rwkv7_step.Rwkv7Step(self.model.state_dict(keep_vars=True), config.n_layer, config.head_size)
 
