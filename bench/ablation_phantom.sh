@@ -46,7 +46,7 @@ export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL RATES DATA: plans, trains what is not finished, reports
     task=$1 ctx_len=$2 tokens=$3 batch=$4 vocabulary=$5 model=$6
     epoch_samples=$((tokens / ctx_len / MINI_EPOCHS / batch * batch))
-    [ $epoch_samples -gt 0 ] || die "$tokens tokens are less than $MINI_EPOCHS mini-epochs of $batch samples of $ctx_len tokens" "use more tokens or a smaller MINI_EPOCHS"
+    [ $epoch_samples -gt 0 ] || die "$tokens tokens are less than $MINI_EPOCHS mini-epochs of $batch samples of $ctx_len tokens; use more tokens or a smaller MINI_EPOCHS"
     tokens=$((epoch_samples * MINI_EPOCHS * ctx_len))
     # shellcheck disable=SC2086
     "$PYTHON" bench/ablation_phantom.py plan "$OUT/$task" $model --ctx_len $ctx_len --vocab_size "$vocabulary" --core_ratio "$CORE_RATIO" \
@@ -101,6 +101,6 @@ for task in $TASKS; do
     case $task in
     corpus) run_all corpus 512 "$CORPUS_TOKENS" "$CORPUS_BATCH" "$CORPUS_VOCAB" "$CORPUS_MODEL" "$CORPUS_LR" "$CORPUS_TEXT" ;;
     recall) run_all recall $((4 * PAIRS)) "$RECALL_TOKENS" "$RECALL_BATCH" $((1 + KEYS + VALUES)) "$RECALL_MODEL" "$RECALL_LR" "4 to $PAIRS pairs of $KEYS keys and $VALUES values" ;;
-    *) die "TASKS=$task is not known" "use corpus, recall or both" ;;
+    *) die "TASKS=$task is not known; use corpus, recall or both" ;;
     esac
 done

@@ -43,9 +43,10 @@ def memory_mib(key: str) -> float:
 
 
 def write_record(path: Path, **results: Any) -> None:
-    """Results as JSON, behind what they were measured on and with."""
+    """Results as JSON, behind what they were measured on and with; makes the folder."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     about = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "torch": importlib.metadata.version("torch")}
     about |= {"python": platform.python_version(), "system": platform.platform(), "command": sys.argv}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | results, indent=1) + "\n")

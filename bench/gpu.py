@@ -4,7 +4,8 @@ A step is a list of items, each a process of its own with its own log. An item t
 an item that is still running when the minutes are over is stopped (SIGTERM first: training saves). results.json is written after every item. It
 belongs to one commit, one chip and one torch: with another of them the file is set aside and a new one begun.
 
-Exit codes: 0 all that was asked for is done, 1 something failed, 2 it cannot start, 3 time is over: the same command goes on.
+Exit codes: 0 all that was asked for is done, 1 something failed, 2 it cannot start, 3 time is over: the same command goes on; 130 and 143 after
+Ctrl-C and SIGTERM, with which what is running is stopped too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import plot_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(__file__).resolve().parent
@@ -125,10 +128,7 @@ def loss_curve(folder: Path) -> dict:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return {}
-    sys.path.insert(0, str(BENCH))
-    from plot_loss import read
-
-    losses, held_out = read(path)
+    losses, held_out = plot_loss.read(path)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     speeds = sorted(r["tokens_per_s"] for r in records if r.get("tokens_per_s"))
     shares = sorted(r["mfu"] for r in records if r.get("mfu"))
@@ -189,6 +189,17 @@ class Results:
         os.replace(beside, self.path)
 
 
+def end(process: subprocess.Popen) -> None:
+    """It has ended by itself, or is asked to, so that it can save, and is killed after GRACE seconds."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def run(item: Item, log: Path, seconds: float) -> dict:
     """One item, for so many seconds at most. ok: it ended by itself, with exit code 0."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +213,8 @@ def run(item: Item, log: Path, seconds: float) -> dict:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             stopped = True
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        finally:  # also where this process is to end: in a session of its own the item would go on
+            end(process)
     text = log.read_text(errors="replace")
     result = {"ok": process.returncode == 0 and not stopped, "seconds": round(time.monotonic() - begin, 1), "exit_code": process.returncode}
     try:
@@ -268,7 +275,14 @@ def main(arguments: list[str] | None = None) -> int:
             why = "was built without CUDA" if torch.version.cuda is None else "sees no GPU"
             print(f"error: torch {torch.__version__} {why} here; --device cpu --small rehearses every step without one", file=sys.stderr)
             return 2
-    return perform(options.steps or list(STEPS), options, Results(options.out / "results.json", about(options.device, options.commit)))
+    results = Results(options.out / "results.json", about(options.device, options.commit))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return perform(options.steps or list(STEPS), options, results)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

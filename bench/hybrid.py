@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-from environment import as_in_the_demo, write_record
+from environment import as_in_the_demo, seconds, write_record
 
 from rwkvlm.config import HybridConfig
 from rwkvlm.models import LanguageModel, build, init_weights
@@ -47,9 +46,7 @@ def wrong() -> str:
 
 def step(model: LanguageModel, block: int, x: torch.Tensor, v_first: torch.Tensor) -> float:
     x = x.detach().requires_grad_()
-    begin = time.perf_counter()
-    model.blocks[block].att(x, model.blocks[block].ln1, v_first)[1].sum().backward()
-    return time.perf_counter() - begin
+    return seconds(lambda: model.blocks[block].att(x, model.blocks[block].ln1, v_first)[1].sum().backward())
 
 
 def main(argv: list[str] | None = None) -> int:

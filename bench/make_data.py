@@ -112,11 +112,10 @@ def main() -> None:
     parser.add_argument("--one_txt", action="store_true", help="with --large: a single .txt instead of lines of JSON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, help="where the files go (default: beside the text)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     result = {"cores": os.cpu_count(), "workers": args.workers}
-    with tempfile.TemporaryDirectory(dir=args.scratch or args.text.parent) as name:
+    with tempfile.TemporaryDirectory(dir=args.text.parent) as name:
         folder = Path(name)
         if args.large:
             name = "large.txt" if args.one_txt else "large.jsonl"

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-from environment import as_in_the_demo, write_record
+from environment import as_in_the_demo, seconds, write_record
 
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.models import LanguageModel, build, init_weights
@@ -61,7 +60,7 @@ def wrong() -> str:
 
 def measure(B: int, T: int, options: argparse.Namespace) -> dict:
     sizes = dict(n_layer=options.layers, n_embd=options.width, vocab_size=options.vocab, head_size=options.head_size)
-    phantom = dict(core_ratio=options.core_ratio, ttt_chunk=options.chunk, ttt_kind=options.kind, ttt_head=not options.no_head)
+    phantom = dict(core_ratio=options.core_ratio, ttt_chunk=options.chunk, ttt_kind=options.kind)
     models = {
         "rwkv7": ModelConfig(**sizes),
         "ttt_off": model_config("phantom", **sizes, **phantom | {"ttt_enabled": False}),
@@ -76,9 +75,7 @@ def measure(B: int, T: int, options: argparse.Namespace) -> dict:
         step(model, idx)
     for _ in range(options.rounds):
         for name, model in models.items():
-            begin = time.perf_counter()
-            step(model, idx)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(seconds(lambda: step(model, idx)))
     ratios = [on / off for on, off in zip(times["ttt_on"], times["ttt_off"])]
     return {
         "B": B, "T": T, **vars(options) | {"out": None, "shapes": None},
@@ -99,7 +96,6 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=0, help="ttt_chunk; 0: the kind's own")
     parser.add_argument("--kind", choices=("state", "memory"), default="state")
     parser.add_argument("--core_ratio", type=float, default=1.0)
-    parser.add_argument("--no_head", action="store_true", help="without the prediction head")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)

@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         task = Task(options.pairs, options.keys, options.values)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         if options.command == "make":
             tokens = sequences(task, options.seed, options.samples)[0] if options.seed == HELD_OUT else mixture(task, options.seed, options.samples)
             np.save(options.out, tokens.reshape(-1))

@@ -36,7 +36,7 @@ from rwkvlm.config import UserError, model_config
 from rwkvlm.layers.rosa import RosaEmbedding, RosaSelf
 from rwkvlm.models import build, init_weights, param_groups
 
-DIGITS, SEPARATOR = 10, 10
+SEPARATOR = 10  # behind the digits
 HELD_OUT = 128  # sequences
 
 

@@ -117,6 +117,10 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         BinIdxWriter(tmp_path / "file" / "a")
+    (tmp_path / "a.idx.partial").mkdir()  # the second file cannot be opened: the first goes too
+    with pytest.raises(UserError, match="cannot write"):
+        BinIdxWriter(tmp_path / "a")
+    assert not (tmp_path / "a.bin.partial").exists()
 
 
 def patched(tmp_path, at, data, name="a.idx"):

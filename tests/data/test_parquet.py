@@ -52,6 +52,15 @@ def test_rows_become_documents(here):
     assert [*read_blocks(Path("a.parquet"), start=blocks[1].after, line=blocks[1].next_line)] == blocks[2:] != []
 
 
+def test_rows_from_any_row_on(here):
+    """Also from one that batches of this size, or of this version of pyarrow, do not begin with."""
+    texts = [f"{k}" for k in range(2500)]
+    write("a.parquet", {"text": texts}, row_group_size=700)
+    for start in (0, 1, 699, 1030, 2499):
+        found = [*module.read_rows(Path("a.parquet"), "text", start, documents.BLOCK)]
+        assert found[0].first == start and [text.decode() for rows in found for text in rows.texts] == texts[start:]
+
+
 def test_long_rows_come_a_few_at_a_time(here, monkeypatch):
     monkeypatch.setattr(documents, "BLOCK", 10_000)
     texts = [f"{k} " + os.urandom(500 * (k % 7)).hex() for k in range(200)]

@@ -107,8 +107,7 @@ def test_few_of_many_documents(tmp_path, monkeypatch):
         (lambda p, t: split(write(f"{t}/neg.val", documents(6)), f"{t}/neg", 0.1), "neg.val is one of the inputs"),
         (lambda p, t: split(p, f"{t}/c", 400), "--val 400 of 400 documents cannot be held out"),
         (lambda p, t: split(p, f"{t}/c", 0), "--val 0 of 400 documents"),
-        (lambda p, t: split(p, f"{t}/c", -0.5), "--val 0 of 400 documents"),
-        *((lambda p, t, val=val: split(p, f"{t}/c", val), f"--val {val:g} must be a share of the documents") for val in (float("nan"), float("inf"), 1.5)),
+        *((lambda p, t, val=val: split(p, f"{t}/c", val), f"--val {val:g} must be a share of the documents") for val in (float("nan"), float("inf"), 1.5, -0.5, -3)),
         (lambda p, t: split(p, f"{t}/c", 1e-9), "--val 1e-09 holds nothing out of the 400 documents"),
         (lambda p, t: split(p, f"{t}/c", 0.9999999), "leaves nothing to train on"),
     ],
@@ -123,11 +122,13 @@ def test_what_cannot_be_done_leaves_nothing(tmp_path, make, said):
 
 
 def test_a_disk_that_is_too_small_is_seen_before(tmp_path, monkeypatch):
+    """One that has room for the tokens and not for the index, too."""
     prefix = write(tmp_path / "a", documents(7))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
-    for make in (lambda: merge([(prefix, 1.0)], f"{tmp_path}/new/c"), lambda: split(prefix, f"{tmp_path}/c", 0.1)):
-        with pytest.raises(UserError, match=r"needs \d+\.\d\d KiB and .* has 100 B free; free some space"):
-            make()
+    for free in (100, os.path.getsize(f"{prefix}.bin") + 100):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free}))
+        for make in (lambda: merge([(prefix, 1.0)], f"{tmp_path}/new/c"), lambda: split(prefix, f"{tmp_path}/c", 0.1)):
+            with pytest.raises(UserError, match=rf"needs \d+\.\d\d KiB and .* has {volume(free)} free; free some space"):
+                make()
 
 
 def test_bytes_are_told_in_the_unit_that_suits_them():

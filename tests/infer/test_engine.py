@@ -121,6 +121,9 @@ def test_vocabulary_too_small_for_the_prompt(tmp_path):
     for text, largest in (("b", 99), ("`a", 98)):  # the token of a byte is its number + 1
         with pytest.raises(UserError, match=f"the text has token {largest}, but the model's vocabulary has 98"):
             engine.tokens(text, 3)
+    for tokens, unknown in (([1, 98], 98), ([-1, 1], -1)):
+        with pytest.raises(UserError, match=f"the text has token {unknown}, but the model's vocabulary has 98"):
+            engine.tokens(tokens, 3)
     assert engine.encode("`") == [97]
 
 

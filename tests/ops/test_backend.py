@@ -18,19 +18,20 @@ def fresh(monkeypatch):
 
 @pytest.mark.parametrize("requested", ["", "auto", "@rwkv3"])
 def test_auto_takes_the_native_kernel_silently(requested, capfd):
-    assert backend.choose("op", requested, CPU, {"cpu": lambda: "", "torch": lambda: ""}) == "cpu"
+    backend.set_kernel(requested)
+    assert backend.choose("op", CPU, {"cpu": lambda: ""}) == "cpu"
     assert capfd.readouterr().err == ""
 
 
 def test_auto_says_each_reason_once_an_operator(capfd):
     for op, reason in (("p", "x"), ("p", "x"), ("p", "y"), ("q", "x")):
-        assert backend.choose(op, "", CPU, {"cpu": lambda reason=reason: reason, "torch": lambda: ""}) == "torch"
+        assert backend.choose(op, CPU, {"cpu": lambda reason=reason: reason}) == "torch"
     lines = capfd.readouterr().err.splitlines()
     assert lines == [f"{op}: running in plain PyTorch, which is slower ({why})" for op, why in (("p", "x"), ("p", "y"), ("q", "x"))]
 
 
 def test_auto_on_a_device_without_a_kernel(capfd):
-    assert backend.choose("op", "", torch.device("cuda", 0), {"cpu": lambda: "", "torch": lambda: ""}) == "torch"
+    assert backend.choose("op", torch.device("cuda", 0), {"cpu": lambda: ""}) == "torch"
     assert "there is no cuda kernel for it yet" in capfd.readouterr().err
 
 
@@ -45,13 +46,14 @@ def test_auto_on_a_device_without_a_kernel(capfd):
     ],
 )
 def test_an_asked_for_backend_runs_or_fails(name, device, supported, message):
-    with pytest.raises(UserError, match=message) as caught:
-        backend.choose("op", name, device, supported)
+    with pytest.raises(UserError, match=message) as caught, backend.asked_for(name):
+        backend.choose("op", device, supported)
     assert "\n" not in str(caught.value)
 
 
 def test_plain_pytorch_by_name_is_silent(capfd):
-    assert backend.choose("op", "torch", CPU, {"cpu": lambda: "", "torch": lambda: ""}) == "torch"
+    with backend.asked_for("torch"):
+        assert backend.choose("op", CPU, {"cpu": lambda: ""}) == "torch"
     assert capfd.readouterr().err == ""
 
 

@@ -113,6 +113,12 @@ def test_byte_pairs_of_a_text(tmp_path):
     assert tokenizer.decode(ids) == "the théâtre, and what it never saw: 字" and 0 not in ids and tokenizer.vocab_size == 280
 
 
+@pytest.mark.parametrize("knobs, cure", [(dict(TASKS="sums"), "use corpus, recall or both"), (dict(CORPUS_TOKENS="100"), "use more tokens or a smaller MINI_EPOCHS")])
+def test_knobs_that_cannot_be_are_refused_with_the_cure(tmp_path, knobs, cure):
+    done = subprocess.run([ROOT / "bench/ablation_phantom.sh"], env=os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)} | knobs, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.endswith(f"; {cure}\n") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_both_ablations_in_miniature(tmp_path):
     """A few steps of two variants each; started again, it trains nothing."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,22 @@ def test_an_item_that_ignores_the_end_is_killed(bench, monkeypatch):
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     code, results = bench({"train": [python(deaf)]}, "--minutes", "0.02")
     assert code == 3 and results["steps"]["train"]["item"]["exit_code"] == -9
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_running_ends_with_it(tmp_path, number, code):
+    item = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+    runner = f"import gpu; gpu.items_of = lambda *_: [gpu.Item('item', {[sys.executable, '-c', item]!r})]; raise SystemExit(gpu.main(['step', '--out', {str(tmp_path)!r}, '--device', 'cpu']))"
+    log = tmp_path / "logs" / "step-item.log"
+    with subprocess.Popen([sys.executable, "-c", runner], env=os.environ | {"PYTHONPATH": f"{ROOT / 'bench'}:{ROOT / 'RWKV-v7'}"}) as process:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 def test_results_of_another_commit_are_set_aside(bench, tmp_path, capsys):

@@ -57,6 +57,11 @@ def test_tasks_that_cannot_be(sizes, capsys, tmp_path):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_data_are_written_where_there_is_no_folder_yet(tmp_path):
+    assert recall.main(["make", "--seed", "1", "--samples", "3", "--pairs", "6", "--keys", "9", "--values", "4", "--out", str(tmp_path / "new" / "x.npy")]) == 0
+    assert np.load(tmp_path / "new" / "x.npy").shape == (3 * TASK.length,)
+
+
 class Oracle:
     """Answers from the text itself, wrongly where `forgets` says so; everywhere else its scores are those of token 0."""
 

@@ -119,8 +119,9 @@ def test_what_is_gradual_begins_with_short_numbers(monkeypatch):
 
 @needs_kernel
 def test_a_record_of_a_task(tmp_path, capsys):
-    assert rosa_tasks.main(["--out", str(tmp_path / "r.json"), "--steps", "12", "counting, two"]) == 1
-    (found,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    out = tmp_path / "made" / "r.json"
+    assert rosa_tasks.main(["--out", str(out), "--steps", "12", "counting, two"]) == 1
+    (found,) = json.loads(out.read_text())["results"]
     assert found["task"] == "counting, two layers" and found["steps"] == 12 and len(found["losses_of_10_steps"]) == 2 and not found["met"]
     assert "bar 0.43: NOT MET" in capsys.readouterr().out
 

@@ -46,7 +46,7 @@ class ModelConfig:
         for name in ("n_layer", "n_embd", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in UNUSED.get(self.model_type, ()):
+        for name in self.unused:
             object.__setattr__(self, name, 0)
         if "head_size" in self.unused:
             if self.n_embd % (multiple := MULTIPLES[self.model_type]):

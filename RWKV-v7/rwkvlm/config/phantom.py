@@ -15,7 +15,7 @@ TTT_KINDS = ("state", "memory")
 TTT_TARGETS = ("stored", "value")
 CHUNKS = {"state": 64, "memory": 256}
 OF_STATE = ("ttt_core_ratio", "ttt_head", "ttt_target", "ttt_anchor", "ttt_loss_weight")
-OF_TTT = (*OF_STATE, "ttt_kind", "ttt_chunk", "ttt_lr", "ttt_steps", "ttt_second_order", "ttt_meta", "memory_dim")
+OF_TTT = (*OF_STATE, "ttt_kind", "ttt_chunk", "ttt_lr", "ttt_steps", "ttt_second_order", "ttt_meta", "memory_dim", "memory_rows")
 TRAINING_ONLY = ("ttt_second_order", "ttt_meta", "ttt_loss_weight", "dropout")
 
 
@@ -86,15 +86,13 @@ class PhantomConfig(ModelConfig):
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout} must lie in [0, 1)")
-        for name in ("ttt_chunk", "memory_dim"):
+        for name in ("ttt_chunk", "memory_dim", "memory_rows"):
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, self._default(name))
         if self.ttt_chunk < 16 or self.ttt_chunk % 16:
             raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
         if self.memory_dim < 1 or self.memory_dim % self.head_size:
             raise UserError(f"--memory_dim {self.memory_dim} is not a multiple of --head_size {self.head_size}; change one of them")
-        if self.memory_rows == 0:
-            object.__setattr__(self, "memory_rows", self.head_size)
         if self.memory_rows < 1:
             raise UserError(f"--memory_rows {self.memory_rows} must be at least 1")
         if self.ttt_enabled:
@@ -117,7 +115,8 @@ class PhantomConfig(ModelConfig):
 
     def _default(self, name: str) -> object:
         """What a setting is where none is given, 0 resolved."""
-        return {"ttt_chunk": CHUNKS[self.ttt_kind], "memory_dim": -(-self.n_head // 2) * self.head_size}.get(name, getattr(PhantomConfig, name))
+        derived = {"ttt_chunk": CHUNKS[self.ttt_kind], "memory_dim": -(-self.n_head // 2) * self.head_size, "memory_rows": self.head_size}
+        return derived.get(name, getattr(PhantomConfig, name))
 
     @property
     def steps_on_state(self) -> bool:
@@ -178,7 +177,7 @@ class PhantomConfig(ModelConfig):
             return "--ttt_enabled is 0"
         if name in OF_STATE and self.has_memory:
             return "--ttt_kind is memory"
-        if name == "memory_dim" and self.steps_on_state:
+        if name in ("memory_dim", "memory_rows") and self.steps_on_state:
             return "--ttt_kind is state"
         if name == "ttt_anchor" and self.ttt_steps == 1:
             return "--ttt_steps is 1, and before the first step it pulls nowhere"

@@ -188,14 +188,13 @@ class TrainConfig:
                 raise UserError(f"--{f.name} {value!r} is not known; choose one of: {shown}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{f.name} {value} is not a finite number")
-        for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "num_nodes", "epoch_samples", "keep_last", "val_batches", "max_skips", "spike_snapshot"):
+        for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "num_nodes", "epoch_samples", "keep_last", "val_batches", "max_skips", "spike_snapshot", "ds_bucket_mb"):
             self._at_least(name, 1)
         for name in ("dim_att", "dim_ffn", "n_layer", "n_embd", "vocab_size", "head_size", "magic_prime", "epoch_begin", "epoch_save",
                      "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "spike_guard", "lr_init", "lr_final", "adam_eps", "my_exit_tokens"):
             self._at_least(name, 0)
         for name in ("warmup_steps", "random_seed"):
             self._at_least(name, -1)
-        self._at_least("ds_bucket_mb", 1)
         if self.dist_timeout <= 0:
             raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
         if self.train_stage not in (0, 1, 2, 3):

@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -224,12 +225,15 @@ class BinIdxWriter:
         self._partial = [path.with_name(path.name + ".partial") for path in (self.bin_path, self.idx_path)]
         self._sizes = array("i")  # of the last documents; those before are in the file
         self.n_tokens = self.n_docs = 0
+        self._files: list[BinaryIO] = []
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._partial[0], "wb", buffering=1 << 20)
-            self._idx = open(self._partial[1], "w+b")
+            for path, mode in zip(self._partial, ("wb", "w+b")):
+                self._files.append(open(path, mode, buffering=1 << 20))
+            self._bin, self._idx = self._files
             self._idx.write(bytes(HEADER.size))
         except OSError as error:
+            self._discard()
             raise UserError(f"cannot write {self.bin_path}: {error.strerror or error}; choose another place") from None
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
@@ -283,11 +287,14 @@ class BinIdxWriter:
                 for partial, path in zip(self._partial, (self.bin_path, self.idx_path)):
                     os.replace(partial, path)
         finally:
-            for file in (self._bin, self._idx):
-                with suppress(OSError):  # a full disk takes the last block no better now, and what was not sealed is to go
-                    file.close()
-            for path in self._partial:
-                path.unlink(missing_ok=True)
+            self._discard()
+
+    def _discard(self) -> None:
+        """Closes and removes what is not in its place."""
+        for file, path in zip(self._files, self._partial):
+            with suppress(OSError):  # a full disk takes the last block no better now, and what was not sealed is to go
+                file.close()
+            path.unlink(missing_ok=True)
 
     def seal(self) -> None:
         """Complete both files on disk, so that only renaming is left; to be called before leaving several writers together."""

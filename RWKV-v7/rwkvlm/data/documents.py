@@ -14,7 +14,7 @@ import importlib.util
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -300,7 +300,7 @@ def parse(block: Block, text_key: str = "text") -> Parsed:
     return _collect(block, ((number, line) for number, line in numbered if line), lambda line: _text_of(line, text_key))
 
 
-def _collect(block: Block, values: Iterator[tuple[int, Any]], text_of: Any) -> Parsed:
+def _collect(block: Block, values: Iterator[tuple[int, Any]], text_of: Callable[[Any], bytes]) -> Parsed:
     texts, lines, bad = [], [], []
     for number, value in values:
         try:

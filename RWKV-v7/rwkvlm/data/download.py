@@ -7,7 +7,8 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,25 +67,28 @@ def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print
         folder.mkdir(parents=True, exist_ok=True)
         here = folder / remote.name
         download(f"{remote.url}/{remote.name}.idx", idx_path(here), None, say, pause)
-        try:
+        with _removed_if_wrong(idx_path(here), remote):
             index = Index(idx_path(here))
             _check_count(index.n_bytes // index.dtype.itemsize, remote)
-        except UserError as error:
-            idx_path(here).unlink()
-            raise UserError(f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)") from None
         download(f"{remote.url}/{remote.name}.bin", bin_path(here), index.n_bytes, say, pause)
         say(f"checking {bin_path(here)}")
-        try:
+        with _removed_if_wrong(bin_path(here), remote):
             BinIdx(here).check_token_range(remote.vocab_size, index.n_bytes)
-        except UserError as error:
-            bin_path(here).unlink()
-            raise UserError(f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)") from None
         bin_path(here).replace(bin_path(prefix))
         idx_path(here).replace(idx_path(prefix))
         shutil.rmtree(folder)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}; choose another place or free some space") from None
     return BinIdx(prefix)
+
+
+@contextmanager
+def _removed_if_wrong(path: Path, remote: Remote) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        path.unlink()
+        raise UserError(f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)") from None
 
 
 def check_is(data: BinIdx, remote: Remote) -> None:

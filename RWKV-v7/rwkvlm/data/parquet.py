@@ -78,9 +78,10 @@ def _read(path: Path, text_key: str, start: int, size: int) -> Iterator[Rows | D
             n_rows = file.metadata.num_rows
             for batch in file.iter_batches(_rows_together(file.metadata, text_key, size), columns=[text_key], use_threads=False):
                 first, row = row, row + len(batch)
-                if first >= start:
-                    column = batch.column(batch.schema.get_field_index(text_key))
-                    yield Rows(first, column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist(), row / max(1, n_rows))
+                if row > start:
+                    begin = max(first, start)
+                    column = batch.column(batch.schema.get_field_index(text_key))[begin - first :]
+                    yield Rows(begin, column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist(), row / max(1, n_rows))
             if row == 0:
                 yield Damage(-1, "the file is empty")
             elif row != n_rows:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
-from .binidx import BinIdx, BinIdxWriter, check_room
+from .binidx import INDEX_BYTES, BinIdx, BinIdxWriter, check_room
 from .shuffle import draw, keys
 from .survey import DOCUMENTS, TOKENS, Say, runs
 
@@ -28,13 +28,13 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
     uint16 where all fit, so that int32 files shrink. UserError for a bad input, and when the disk is too small.
     """
     data = [(BinIdx(prefix), copies) for prefix, copies in inputs]
-    for k, (one, copies) in enumerate(data):
+    for one, copies in data:
         if not 0 < copies < 1e6:
             raise UserError(f"{one.prefix} is to be written {copies:g} times; give a number above 0 and below a million")
         _not_itself(one, out)
     dtype = np.uint16 if all(_fits_16_bits(one) for one, _ in data) else np.int32
     expected = sum(int(one.n_tokens * copies) for one, copies in data)
-    check_room(out, expected * np.dtype(dtype).itemsize)
+    check_room(out, expected * np.dtype(dtype).itemsize + sum(int(one.n_docs * copies) for one, copies in data) * INDEX_BYTES)
     with _disk(out), BinIdxWriter(out, dtype) as writer:
         for k, (one, copies) in enumerate(data):
             for copy in range(int(np.ceil(copies))):
@@ -53,12 +53,12 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     val: below 1 the share of the documents that is held out, about; from 1 on their number, exactly. UserError if one part were empty.
     """
     data = BinIdx(prefix)
-    if not math.isfinite(val) or (abs(val) >= 1 and val != int(val)):
+    if not 0 <= val < math.inf or (val >= 1 and val != int(val)):
         raise UserError(f"--val {val:g} must be a share of the documents, between 0 and 1, or a whole number of them")
     _not_itself(data, out)
     _not_itself(data, f"{out}.val")
     limit = int(val * ALL) if 0 < val < 1 else _limit(data.n_docs, int(val), seed)
-    check_room(out, data.tokens.nbytes)
+    check_room(out, data.tokens.nbytes + data.n_docs * INDEX_BYTES)
     with _disk(out), ExitStack() as stack:
         writers = [stack.enter_context(BinIdxWriter(name, data.dtype)) for name in (out, f"{out}.val")]
         for first, ends in runs(data):

@@ -209,7 +209,7 @@ def shuffled(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np
 def _dealt(
     pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray], scratch: Path, depth: int, longs: dict[int, Long]
 ) -> Iterator[Documents | Long]:
-    """longs: for what the empty documents of the pile stand, by number."""
+    """longs: the documents that lie elsewhere and have an empty one in their place here, by number."""
     if pile.n_bytes() <= LEAF or FAN_BITS * (depth + 1) > 64:
         yield from _sorted(pile, seeds, keep, longs)
         return

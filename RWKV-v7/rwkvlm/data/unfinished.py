@@ -52,9 +52,8 @@ class Progress:
 class Unfinished:
     """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in those that are complete.
 
-    Leaving the block removes the folder. A kill leaves it for the next run; and if it is to be `kept` then, Ctrl-C does, and what has been
-    saved of it stays where the disk is full, the input is bad, or all is tokenised and something else is wrong. UserError where another
-    process works in it.
+    Leaving the block removes the folder; a kill leaves it for the next run. With `kept` it also stays after Ctrl-C and, where something has
+    been saved, after a full disk, bad input, or any error once all is tokenised. UserError where another process works in it.
     """
 
     def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:

@@ -92,7 +92,7 @@ def run_tasks(engine: Engine, names: Sequence[str], batch: int = 8, limit: int =
         found = library.simple_evaluate(
             model=model, tasks=list(names), limit=limit or None, num_fewshot=few_shots, task_manager=manager, bootstrap_iters=0, log_samples=False
         )
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
         raise UserError(f"--tasks {','.join(names)}: lm_eval cannot fetch the data: {' '.join(str(error).split())[:200]}") from None
     return {task: {name: value for name, value in metrics.items() if name != "sample_len" and _is_number(value)} for task, metrics in found["results"].items()}
 

@@ -47,7 +47,7 @@ class Engine:
         config, weight = self.model.config, self.model.emb.weight
         if config.model_type != "x070" or config.ranks or weight.device.type != "cpu" or weight.dtype == torch.float64:
             return None
-        if backend.choose("rwkv7_step", backend.requested(), weight.device, {"cpu": rwkv7_step.why_not, "torch": lambda: ""}) == "torch":
+        if backend.choose("rwkv7_step", weight.device, {"cpu": rwkv7_step.why_not}) == "torch":
             return None
         return rwkv7_step.Rwkv7Step(self.model.state_dict(keep_vars=True), config.n_layer, config.head_size)
 
@@ -70,8 +70,8 @@ class Engine:
         if length < 0:
             raise UserError(f"--length {length} must be at least 0")
         generator = self.generator(seed)
-        ids = (self.encode(prompt) if isinstance(prompt, str) else prompt) or [END_OF_DOCUMENT]
-        return self._tokens(ids, length, (temperature, top_p, top_k, generator))
+        ids = self.encode(prompt) if isinstance(prompt, str) else self._known(prompt)
+        return self._tokens(ids or [END_OF_DOCUMENT], length, (temperature, top_p, top_k, generator))
 
     def generator(self, seed: int | None) -> torch.Generator:
         """Random numbers for sampling; None: others each time. UserError for a seed that is too large."""
@@ -86,11 +86,12 @@ class Engine:
 
     def encode(self, text: str | bytes) -> list[int]:
         """Token ids of the text; UserError for tokens outside the model's vocabulary."""
-        ids = self.tokenizer.encode(text)
-        if ids and max(ids) >= self.model.config.vocab_size:
-            raise UserError(
-                f"the text has token {max(ids)}, but the model's vocabulary has {self.model.config.vocab_size}; use the tokenizer it was trained with (--tokenizer)"
-            )
+        return self._known(self.tokenizer.encode(text))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        vocab_size = self.model.config.vocab_size
+        if unknown := [token for token in ids if not 0 <= token < vocab_size]:
+            raise UserError(f"the text has token {max(unknown)}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with (--tokenizer)")
         return ids
 
     def _tokens(self, ids: list[int], length: int, how: tuple) -> Iterator[int]:

@@ -51,15 +51,15 @@ def requested() -> str:
     return _here.get() or _requested or _valid(env.kernel())
 
 
-def choose(op: str, requested: str, device: torch.device, supported: Mapping[str, Callable[[], str]]) -> str:
-    """The backend that runs `op` on `device`.
+def choose(op: str, device: torch.device, supported: Mapping[str, Callable[[], str]]) -> str:
+    """The backend that runs `op` on `device`, as `requested` says.
 
-    supported: backend -> function that returns "" when it can run these inputs here, else the reason why not; asked in
-        the order cuda, cpu, torch. A backend that is not in it has not been written for this operator.
+    supported: native backend -> function that returns "" when it can run these inputs here, else the reason why not. One that is
+        not in it has not been written for this operator; "torch", plain PyTorch, always can.
     A backend asked for by name that cannot run: UserError with the reason. Auto takes the device's native backend, else
     "torch", and says on stderr why, once per operator and reason.
     """
-    name = _valid(requested)
+    name = requested()
     if name not in AUTO:
         reason = _why_not(name, device, supported)
         if reason:
@@ -83,7 +83,9 @@ def _valid(name: str) -> str:
 
 
 def _why_not(name: str, device: torch.device, supported: Mapping[str, Callable[[], str]]) -> str:
-    if name != "torch" and name != device.type:
+    if name == "torch":
+        return ""
+    if name != device.type:
         return f"the tensors are on {device}"
     if name not in supported:
         return f"there is no {name} kernel for it yet"

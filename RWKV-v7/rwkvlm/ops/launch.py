@@ -68,7 +68,7 @@ def address(x: Tensor | None) -> int | None:
 
 
 def ask(library: ctypes.CDLL, function: str, device: torch.device, *arguments) -> int:
-    """What `function(*arguments)` returns where the device is the current one: the libraries' own CUDA runtime asks and launches where the driver's context is."""
+    """What `function(*arguments)` returns, called with the device as the current one: the library's own CUDA runtime uses that of the driver's current context."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return getattr(library, function)(*arguments)
     with torch.cuda.device(device):

@@ -40,7 +40,7 @@ def backend_for(device: torch.device) -> str:
     """Who computes it here: "cuda", "cpu", or "torch" (its own fused step); builds what is missing. UserError for a kernel asked for that cannot run."""
     if device.type not in ("cpu", "cuda"):
         return "torch"
-    return backend.choose("adamw", backend.requested(), device, {"cuda": cuda.why_not, "cpu": native.why_not, "torch": lambda: ""})
+    return backend.choose("adamw", device, {"cuda": cuda.why_not, "cpu": native.why_not})
 
 
 def _form(device: torch.device):

@@ -91,5 +91,5 @@ def _in_one(*inputs: Tensor) -> bool:
 @torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
 def backend_for(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
     """Who computes them here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
-    supported = {"cuda": lambda: cuda.why_not(dtypes, width), "cpu": lambda: native.why_not(dtypes, width), "torch": lambda: ""}
-    return backend.choose("elementwise parts", backend.requested(), device, supported)
+    supported = {"cuda": lambda: cuda.why_not(dtypes, width), "cpu": lambda: native.why_not(dtypes, width)}
+    return backend.choose("elementwise parts", device, supported)

@@ -80,5 +80,5 @@ def _operator(part: str, x: Tensor):
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here, int64 for tokens: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     dtype = backend.computed_in(dtype)
-    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype), "torch": lambda: ""}
-    return backend.choose("rosa", backend.requested(), device, supported)
+    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype)}
+    return backend.choose("rosa", device, supported)

@@ -54,11 +54,14 @@ def rosa(q, k, v, low, high, bits, miss_low, tau, soft, old_k, old_v, old_runs, 
     """The output, and with_state the symbols and runs after it; k and v None: they are q."""
     (B, T, C), L = q.shape, 0 if old_k is None else old_k.shape[2]
     G = C // bits
-    new = [symbols(x, bits) for x in ((q,) if k is None else (q, k, v))]
-    all_k = new[-2 if len(new) > 1 else 0] if L == 0 else torch.cat([old_k, new[-2 if len(new) > 1 else 0]], 2)
-    all_v = all_k if k is None else new[2] if L == 0 else torch.cat([old_v, new[2]], 2)
+
+    def behind(old: Tensor | None, x: Tensor) -> Tensor:
+        return torch.cat([old, symbols(x, bits)], 2) if L else symbols(x, bits)
+
+    all_k = behind(old_k, q if k is None else k)
+    new_q, all_v = (all_k[:, :, L:], all_k) if k is None else (symbols(q, bits), behind(old_v, v))
     runs = old_runs.flatten(0, 1) if L else torch.zeros(B * G, 0, dtype=torch.int32, device=q.device)
-    sources, runs = longest(new[0].flatten(0, 1), all_k.flatten(0, 1), runs)
+    sources, runs = longest(new_q.flatten(0, 1), all_k.flatten(0, 1), runs)
     sources = sources.view(B, G, T)
     y = torch.where(sources < 0, -1, all_v.long().gather(2, sources.clamp(min=0)))
     out, nothing = values(y, low, high, bits, miss_low).contiguous(), all_k[:, :, :0]
@@ -90,7 +93,7 @@ def turned(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: 
     G, R = C // bits, len(base[0])
     slopes = dout.double()
     weight = low.double(), high.double()
-    before = values(followers(*(base * 3)[:3] if len(base) == 1 else base).view(B, G, T), *weight, bits, miss_low)
+    before = values(followers(*(base * 3)[:3]).view(B, G, T), *weight, bits, miss_low)
     if B == 0:
         return [torch.zeros_like(x) for x in inputs]
     several = max(1, FLIPS_AT_ONCE // (R * T))
@@ -104,7 +107,7 @@ def turned(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: 
             mask[torch.arange(len(places), device=x.device), 0, places // bits] = (1 << (places % bits)).to(torch.uint8)
             rows[which] = rows[which] ^ mask
             rows = [s.reshape(-1, T) for s in rows]
-            y = followers(*(rows * 3)[:3] if len(base) == 1 else rows).view(len(places) * B, G, T)
+            y = followers(*(rows * 3)[:3]).view(len(places) * B, G, T)
             change = (values(y, *weight, bits, miss_low).view(-1, B, T, C) - before) * slopes
             change = change.unflatten(3, (G, bits)).sum((2, 4))  # [places, B, G]
             for place, c in zip(places.tolist(), change):

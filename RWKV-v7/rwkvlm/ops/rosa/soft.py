@@ -57,7 +57,7 @@ def gradients(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bit
         here = slice(begin, begin + several)
         with _recorded(), torch.enable_grad():
             parts = [x[here].requires_grad_() for x in rowed]
-            out = soft_rosa(*(parts * 3)[:3] if len(parts) == 1 else parts, ends[0][here], ends[1][here], bits, miss_low)
+            out = soft_rosa(*(parts * 3)[:3], ends[0][here], ends[1][here], bits, miss_low)
             found = torch.autograd.grad(out, parts, slopes[here])
         for total, part in zip(sums, found):
             total[here] = part

@@ -46,5 +46,5 @@ def wkv4(
 def backend_for(device: torch.device, dtype: torch.dtype, channels: int = 16) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     dtype = backend.computed_in(dtype)
-    supported = {"cuda": lambda: cuda.why_not(dtype, channels), "cpu": lambda: native.why_not(dtype, channels), "torch": lambda: ""}
-    return backend.choose("wkv4", backend.requested(), device, supported)
+    supported = {"cuda": lambda: cuda.why_not(dtype, channels), "cpu": lambda: native.why_not(dtype, channels)}
+    return backend.choose("wkv4", device, supported)

@@ -58,5 +58,5 @@ def wkv7(
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     dtype = backend.computed_in(dtype)
-    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype), "torch": lambda: ""}
-    return backend.choose("wkv7", backend.requested(), device, supported)
+    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype)}
+    return backend.choose("wkv7", device, supported)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkvlm import native
 
-from ..launch import address as _address, given, launch
+from ..launch import address, given, launch
 from .arguments import NAMES, sequence_bounds
 
 TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
@@ -63,14 +63,14 @@ def machine(device: torch.device) -> Machine:
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told the types of its functions: addresses would be cut to 32 bits otherwise."""
     shape, inputs, out, steps = (ctypes.POINTER(kind) for kind in (Shape, Pointers, Gradients, StepsOfTtt))
-    address = ctypes.c_void_p
+    place = ctypes.c_void_p
     types = {
-        "sequential_forward": [shape, ctypes.c_int, inputs, address, address, address, address],
-        "sequential_backward": [shape, ctypes.c_int, inputs, address, address, address, out, address],
-        "chunked_forward": [shape, inputs, address, address, address, address, address],
-        "chunked_backward": [shape, inputs, address, address, address, out, address, address],
-        "ttt_forward": [shape, inputs, steps, address, address, address, address, address],
-        "ttt_backward": [shape, inputs, steps, address, address, address, out, address, address, address],
+        "sequential_forward": [shape, ctypes.c_int, inputs, place, place, place, place],
+        "sequential_backward": [shape, ctypes.c_int, inputs, place, place, place, out, place],
+        "chunked_forward": [shape, inputs, place, place, place, place, place],
+        "chunked_backward": [shape, inputs, place, place, place, out, place, place],
+        "ttt_forward": [shape, inputs, steps, place, place, place, place, place],
+        "ttt_backward": [shape, inputs, steps, place, place, place, out, place, place, place],
     }
     for name, arguments in types.items():
         getattr(library, f"wkv7_{name}").argtypes = arguments
@@ -193,7 +193,7 @@ class Call:
         return [self.bytes(getattr(self.machine.library, f"wkv7_chunked_{direction}_scratch_bytes")(self.shape))]
 
     def run(self, direction: str, *arguments: Tensor | Gradients | int | None) -> None:
-        places = [_address(x) if isinstance(x, Tensor) else x for x in arguments]
+        places = [address(x) if isinstance(x, Tensor) else x for x in arguments]
         launch(self.machine.library, f"wkv7_{self.form}_{direction}", self.r.device, self.shape, *self.dtype, self.inputs, *places)
 
 
@@ -212,7 +212,7 @@ def _backward(dy, d_final_state, r, w, k, v, a, b, initial_state, cu_seqlens, sa
     arrived, more = call.arriving(saved, dy, d_final_state, more)
     gradients = [r.new_empty(r.shape) for _ in range(6)]
     d_initial = r.new_empty(call.states if state_gradient else (0,), dtype=torch.float32)
-    out = Gradients(*map(_address, gradients), _address(d_initial) if state_gradient else None, *more)
+    out = Gradients(*map(address, gradients), address(d_initial) if state_gradient else None, *more)
     call.run("backward", *arrived, out, *call.scratch("backward"))
     return *gradients, d_initial
 
