@@ -35,6 +35,7 @@ def run(root: Path, *words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_page_makes_a_model_that_trains_resumes_and_generates(checkout, tmp_path):
     (tmp_path / "text.txt").write_text("abcabcabd" * 400)
     flags = dict(data_file=tmp_path / "text.txt", data_type="utf-8", my_testing="x071", n_layer=2, n_embd=64, head_size=32, ctx_len=32, micro_bsz=8, my_exit_tokens=40 * 8 * 32,
