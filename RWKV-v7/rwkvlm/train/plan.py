@@ -31,7 +31,7 @@ from .freeze import check_freeze
 from .graphs import check_graphs
 from .schedule import Schedule
 from .start import Start, find_start
-from .strategy import Launch, launch, launched_here, param_dtype
+from .strategy import Launch, launch, param_dtype, started_apart
 
 HELD = "train_log.txt"  # is appended to only, never replaced
 TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
@@ -177,7 +177,7 @@ def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
     if run.accelerator == "gpu":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
     if not env.decided_precision():
-        if run.num_nodes > 1 or (run.world_size > 1 and (env.launched_by_variables() or launched_here())):
+        if started_apart(run):
             raise UserError("--precision auto cannot be decided by processes of several nodes or of a launcher, which might differ; give --precision bf16 or fp32")
         env.hand_on_precision("bf16" if bf16_is_faster() else "fp32")
     return env.decided_precision()

@@ -75,6 +75,11 @@ def launched_here() -> int:
     return env.slurm_tasks_per_node() if SLURMEnvironment.detect() else 0
 
 
+def started_apart(run: Launch) -> bool:
+    """Whether processes of this run are started by something else than its first process, which then cannot hand its decisions on to them."""
+    return run.num_nodes > 1 or (run.world_size > 1 and (env.launched_by_variables() or launched_here() > 0))
+
+
 def param_dtype(config: TrainConfig) -> torch.dtype:
     """The dtype of parameters and activations."""
     return DTYPES[config.precision]
