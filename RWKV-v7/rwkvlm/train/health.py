@@ -88,7 +88,8 @@ class Health:
             return {"skipped": True}
         if self.guarded and self._is_spike(loss):
             return {"undone_to": self._undo(step, samples, loss)}
-        self.in_a_row = 0
+        if not self.hopeless:  # once it is, the run ends: other processes, and on a GPU this one, learn it a little later
+            self.in_a_row = 0
         return {}
 
     def _ill(self, step: int, samples: int, what: str, after: int) -> None:
