@@ -153,3 +153,13 @@ def test_minutes_are_counted_from_the_last_time_they_were_over(clock, saver):
     assert found == [False, False, True, False, False, True, False, False]
     made.plan.config.save_minutes = 0.0
     assert not made.minutes_due()
+
+
+def test_minutes_are_counted_by_the_first_process_alone(clock, saver, monkeypatch):
+    """Another one's clock, which may be over a step later, would ask for a second save."""
+    made, _, _ = saver
+    clock[0] += 500
+    monkeypatch.setattr(saving.ranks, "rank", lambda: 1)
+    assert not made.minutes_due()
+    monkeypatch.setattr(saving.ranks, "rank", lambda: 0)
+    assert made.minutes_due()

@@ -83,9 +83,10 @@ class Saver:
         return self.position.step % every == 0 if every else mini_epoch_ends
 
     def minutes_due(self) -> bool:
-        """Whether save_minutes have passed since this was last true. Clocks differ: the answer must go through the Agreement."""
+        """Whether save_minutes have passed since this was last true. Only the first process says so, and the others hear it through the
+        Agreement: each by its own clock, they would ask for saves at two steps in a row."""
         minutes = self.plan.config.save_minutes
-        if not minutes or time.monotonic() - self._asked < 60 * minutes:
+        if ranks.rank() != 0 or not minutes or time.monotonic() - self._asked < 60 * minutes:
             return False
         self._asked = time.monotonic()
         return True
