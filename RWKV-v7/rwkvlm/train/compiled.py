@@ -33,7 +33,7 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, mode: str =
         block.compile(fullgraph=True, dynamic=lengths_vary, **how)
 
 
-def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str, device: torch.device) -> None:
+def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> None:
     """UserError where --compile 1 would not work, or not well. On a CPU it tries the compiler: some seconds. kernel: who computes the model's recurrence."""
     if not config.compile:
         return
@@ -45,7 +45,7 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
         raise UserError("--compile 1 does not go with --doc_reset 1 in a hybrid, whose attention runs document by document in Python; leave one of them out")
     if isinstance(model, RosaConfig):
         raise UserError(f"--compile 1 is not made for ROSA, and --my_testing {model.model_type} has it; leave --compile out")
-    if problem := _why_not(device):
+    if problem := _why_not(run.device):
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":
         raise UserError(f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out")

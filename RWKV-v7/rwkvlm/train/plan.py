@@ -35,7 +35,6 @@ from .strategy import Launch, launch, param_dtype, started_apart
 
 HELD = "train_log.txt"  # is appended to only, never replaced
 TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
-DEVICE = {"gpu": "cuda", "cpu": "cpu"}
 LOOKS, BETWEEN_LOOKS = 7, 10.0  # seconds: until a node sees what another one has just written; NFS remembers for up to a minute what was not there
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
 
@@ -62,7 +61,7 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(DEVICE[self.launch.accelerator])
+        return self.launch.device
 
     @property
     def tokens(self) -> int:
@@ -116,9 +115,9 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
-    kernel = models.kernel_of(start.model, torch.device(DEVICE[run.accelerator]), param_dtype(config))
-    for check_blocks in (check_graphs, check_compile):
-        check_blocks(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
+    kernel = models.kernel_of(start.model, run.device, param_dtype(config))
+    check_graphs(config, run, start.model, kernel)
+    check_compile(config, run, start.model, kernel)
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
