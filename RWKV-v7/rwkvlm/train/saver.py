@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 
 import torch
 
@@ -67,7 +68,7 @@ class Saver:
     def _meta(self) -> dict:
         plan = self.plan
         return {
-            "position": self.position.as_dict(),
+            "position": asdict(self.position),
             "model": plan.start.model.as_dict(),
             "ctx_len": plan.config.ctx_len,
             "epoch_samples": plan.config.epoch_samples,
