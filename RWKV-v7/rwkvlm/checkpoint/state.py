@@ -28,6 +28,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,8 +180,6 @@ def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo |
                     problem = f"{name} has {size} bytes instead of {expected['size']}"
         except OSError as error:
             problem = ranks.describe(error)
-        except (ValueError, KeyError, TypeError):
-            problem = "manifest.json is not readable"
         if problem:
             say_damaged(path, problem)
         elif reason := ledger.why_stale(proj_dir, manifest["weights"]):
@@ -205,8 +204,6 @@ def check(info: StateInfo) -> str:
                 problem = f"the checksum of {name} is wrong"
     except OSError as error:
         problem = ranks.describe(error)
-    except (ValueError, KeyError, TypeError):
-        problem = "manifest.json is not readable"
     return next(filter(None, ranks.gather(problem)), "")
 
 
@@ -217,10 +214,12 @@ def _states(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    sealed = json.loads((path / "manifest.json").read_text())
-    if sealed["content"]["format"] != FORMAT or _crc(sealed["content"]) != sealed["crc32"]:
-        raise ValueError
-    return sealed["content"]
+    """OSError for one that cannot be read or is damaged."""
+    with suppress(ValueError, KeyError, TypeError):
+        sealed = json.loads((path / "manifest.json").read_text())
+        if sealed["content"]["format"] == FORMAT and _crc(sealed["content"]) == sealed["crc32"]:
+            return sealed["content"]
+    raise OSError("manifest.json is not readable")
 
 
 def set_aside(proj_dir: str | Path) -> None:
