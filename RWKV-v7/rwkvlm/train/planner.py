@@ -197,8 +197,7 @@ def _watch(process: subprocess.Popen, folder: Path) -> float:
 
 def _median_rate(seen: list[tuple[float, int]]) -> float:
     """Of the intervals between two looks at the device, the slow and the fast ones left out."""
-    moments: dict[float, int] = dict(seen)
-    points = list(moments.items())
+    points = list(dict(seen).items())  # steps that were read from the device together have one time
     if len(points) < 2:
         raise UserError("the steps of the probe are too fast to be timed")
     return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(points, points[1:]))
