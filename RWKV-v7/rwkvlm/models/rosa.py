@@ -84,8 +84,7 @@ class Rosa(LanguageModel):
         return idx, None
 
 
-def build(config: RosaConfig) -> LanguageModel:
-    return Rosa(config)
+build = Rosa
 
 
 def is_rosa(tensors: Mapping[str, torch.Tensor]) -> bool:
