@@ -1,4 +1,4 @@
-"""Files of results: whether they can be written where they are wanted, asked before the work that they shall hold, and then written whole or not at all."""
+"""Output files: whether they can be written is checked before the work that they shall hold, and they are written whole or not at all."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Block(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head, self.head_size = config.n_head, config.head_size
-        self.ln0 = nn.LayerNorm(C) if layer == 0 else None  # and no number of the layer: torch.compile takes modules that look alike for one
+        self.ln0 = nn.LayerNorm(C) if layer == 0 else None  # the layer's number is not kept: only blocks with equal attributes share one compilation
         self.ln1 = NormMix(C)
         self.ln2 = NormMix(C)
         self.att = TimeMix(config, layer, linear, ttt) if att is None else att

@@ -1,4 +1,4 @@
-"""RWKV-7 with attention in some blocks: the recipe, sizes from a file, beginning from an RWKV-7, and the rows that its table has besides RWKV-7's."""
+"""RWKV-7 with attention in some blocks: the recipe, sizes from a file, starting from an RWKV-7, and the table's rows that RWKV-7 does not have."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ class Hybrid(LanguageModel):
             self.register_buffer(WINDOW, torch.empty(0, config.attention_window))
 
 
-def build(config: HybridConfig) -> LanguageModel:
-    return Hybrid(config)
+build = Hybrid
 
 
 def attention_layers(tensors: Mapping[str, torch.Tensor]) -> list[int]:

@@ -1,4 +1,4 @@
-"""--compile: the blocks through torch.compile, one compilation for all that are alike; and where that cannot be."""
+"""--compile: the blocks through torch.compile, one compilation for all that are alike; and the settings with which that does not work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a token is, and how much a device could do: for the MFU in the logs."""
+"""FLOPs of a token and peak FLOP/s of a device, for the MFU in the logs."""
 
 from __future__ import annotations
 

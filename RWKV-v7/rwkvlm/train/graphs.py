@@ -1,4 +1,4 @@
-"""--cuda_graphs: each block's forward and each block's backward pass as one CUDA graph, launched at once; and where that cannot be.
+"""--cuda_graphs: the forward and the backward pass of each block as one CUDA graph each; and the settings with which that does not work.
 
 A step of a small model waits for Python, which starts some forty kernels a block each way. A graph starts them with one call. One for each block and
 direction, not one for all blocks: gradients are there block by block, so that DDP and DeepSpeed send them while the next block runs, and what a call

@@ -1,4 +1,4 @@
-"""Which path fp32 matrix products take in a run on the CPU: decided once, then the same in every process and after every resumption."""
+"""How fp32 matrix products are computed in a run on the CPU: decided once, then the same in every process and after every resumption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a process of a run will take, before it takes it: counted from sizes, with the activations of a block measured on one.
+"""An estimate of the memory that a training process will take: counted from sizes, with the activations of a block measured on one.
 
 Terms, for P trained parameters, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
 

@@ -1,4 +1,4 @@
-"""What a run will take, before it is begun: --grad_cp -1 is decided by it, and train.py --dry_run tells it. Nothing is left behind."""
+"""Estimates of a run's memory and time before it starts: they decide --grad_cp -1, and train.py --dry_run prints them. Nothing is left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving beside the training: weights for the world, training states for this run."""
+"""Weights and training states, written in a thread while training goes on."""
 
 from __future__ import annotations
 
