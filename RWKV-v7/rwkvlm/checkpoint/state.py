@@ -4,11 +4,11 @@
     write(proj_dir, step, snapshot, meta, keep_last) -> Path       collective; needs no more of the model
     find_state(proj_dir) -> StateInfo | None                       every process by itself, from the manifests alone
     check(info) -> str                                             collective: reads the checksums of the files, divided among the ranks
-    load_state(info, model, optimizer) -> meta                     collective
+    load_state(info, model, optimizer) -> None                     collective
     set_aside(proj_dir) -> None                                    collective; when a run starts without the state that is there
 
 model: the bare LanguageModel (also when DDP or a DeepSpeed engine wraps it); optimizer: trainer.strategy.optimizers[0].
-meta: whatever JSON can hold (global sample number, tokens, schedule); it comes back unchanged, also in StateInfo.meta. Capture between
+meta: whatever JSON can hold (global sample number, tokens, schedule); it comes back unchanged in StateInfo.meta. Capture between
 optimizer steps only. Every rank's random states (torch, CUDA, numpy, Python) are saved, and restored at the same world size.
 
     {proj_dir}/state/step{n}/rank00000.pt ...   torch.save: every rank's pieces of masters, moments and steps by parameter name
@@ -242,8 +242,8 @@ def set_aside(proj_dir: str | Path) -> None:
     ranks.together(rename)
 
 
-def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts a state into model and optimizer and returns its meta. The optimizer must be fresh or between steps.
+def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a state into model and optimizer. The optimizer must be fresh or between steps.
 
     At the world size, strategy and precision of the save, training goes on to the same bits; elsewhere to the same numbers within
     rounding. Raises UserError on every rank when the state is of a model with other sizes.
@@ -276,7 +276,6 @@ def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimiz
 
     ranks.together(fill)
     write_back(model, optimizer)
-    return info.meta
 
 
 @torch.no_grad()
