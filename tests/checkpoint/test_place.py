@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from rwkvlm.checkpoint.place import write_json
+from rwkvlm.checkpoint.place import try_folder, write_json
 from rwkvlm.config import UserError
 
 
@@ -36,3 +37,10 @@ def test_a_pipe_is_written_to(tmp_path):
     write_json(tmp_path / "pipe", [1], "--out", "")
     assert json.loads(os.read(reading, 100)) == [1]
     os.close(reading)
+
+
+def test_processes_of_the_same_number_may_try_a_folder_at_the_same_time(tmp_path, monkeypatch):
+    """Two containers on one file system: the other one has removed the file that both have made."""
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path: (touch(path), path.unlink()))
+    try_folder(tmp_path)

@@ -51,8 +51,8 @@ class Module(pl.LightningModule):
     def on_train_start(self):
         if self.job.get("resume"):
             info = state.find_state(self.config.proj_dir)
-            meta = state.load_state(info, self.net, self.trainer.strategy.optimizers[0])
-            self.first = meta["steps"]
+            state.load_state(info, self.net, self.trainer.strategy.optimizers[0])
+            self.first = info.meta["steps"]
 
     def training_step(self, batch, batch_idx):
         rank, world = self.trainer.global_rank, self.trainer.world_size

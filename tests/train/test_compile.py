@@ -158,7 +158,7 @@ def test_two_processes_give_the_curve_of_one(tiny, whole, losses, cache, tmp_pat
 
 
 def check(kernel="cpu", model=ModelConfig(n_layer=2, n_embd=64), strategy="auto"):
-    check_compile(TrainConfig(compile=1), Launch("cpu", 1, 1, strategy), model, kernel, torch.device("cpu"))
+    check_compile(TrainConfig(compile=1), Launch("cpu", 1, 1, strategy), model, kernel)
 
 
 def test_where_it_is_refused(monkeypatch):

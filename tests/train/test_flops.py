@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.layers.ttt import StateTTT
-from rwkvlm.train.flops import flops_per_token
+from rwkvlm.train.flops import flops_per_token, peak_flops
 
 SIZES = dict(n_layer=3, n_embd=64, head_size=32, vocab_size=100)
 OFF = dict(core_ratio=1.0, ttt_enabled=False)
@@ -43,3 +43,16 @@ def test_steps_on_the_state_are_what_torch_counts(settings):
         error = ttt.relative_error(after, keys.transpose(1, 2), values.transpose(1, 2)).sum() if sizes.ttt_meta else 0
         (after.sum() + error).backward()
     assert flops_per_token(sizes) - flops_per_token(sizes.with_(ttt_enabled=False)) == 3 * counter.get_total_flops() / (B * n) > 0
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("NVIDIA A10", 125), ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA A10G", None), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A3000 Laptop GPU", None),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_whole_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and 1e12 * tflops)

@@ -247,8 +247,8 @@ def test_a_run_has_the_bits_of_one_without_and_so_has_a_resumed_one(run, losses,
     assert len(taped) == 3 and sum(len(tape.ran) for tape in taped) == 2 * 4 * passes
 
 
-def check(device="cuda", kernel="cuda", strategy="auto", model=ModelConfig(n_layer=2, n_embd=64), **flags):
-    check_graphs(TrainConfig(cuda_graphs=1, **flags), Launch("gpu", 1, 1, strategy), model, kernel, torch.device(device))
+def check(kernel="cuda", strategy="auto", model=ModelConfig(n_layer=2, n_embd=64), **flags):
+    check_graphs(TrainConfig(cuda_graphs=1, **flags), Launch("gpu", 1, 1, strategy), model, kernel)
 
 
 def test_where_it_is_refused():
@@ -265,7 +265,7 @@ def test_where_it_is_refused():
         check(**passes | change)
     with pytest.raises(UserError, match="--max_depth_iter 2 in bf16"):
         check(**passes)
-    check_graphs(TrainConfig(), Launch("cpu", 1, 1, "auto"), ModelConfig(n_layer=2, n_embd=64), "torch", torch.device("cpu"))
+    check_graphs(TrainConfig(), Launch("cpu", 1, 1, "auto"), ModelConfig(n_layer=2, n_embd=64), "torch")
     for refused, line in ((dict(kernel="torch"), "needs the CUDA kernels"), (dict(strategy="deepspeed_stage_3_offload"), "--strategy deepspeed_stage_3_offload, which")):
         with pytest.raises(UserError, match=line):
             check(**refused)

@@ -222,6 +222,12 @@ def test_in_a_row_means_without_a_good_step_between():
     assert [health.in_a_row for _, _, _, health in watched([3.0, np.nan, np.nan, 3.0, np.nan, 3.0])] == [0, 1, 2, 0, 1, 0]
 
 
+def test_a_hopeless_run_stays_so_until_all_processes_know_it():
+    """They learn it a step later, which may be a good one: it must not make the error say that 0 steps were skipped."""
+    found = [(health.hopeless, health.in_a_row) for _, _, _, health in watched([3.0, np.nan, np.nan, 3.0, 3.0], max_skips=2)]
+    assert found == [(False, 0), (False, 1), (True, 2), (True, 2), (True, 2)]
+
+
 def test_what_hardly_varies_may_deviate_by_a_hundredth_of_its_mean():
     """The standard deviation of a constant is 0, and 3.1 no spike after many times 3.0."""
     found = [said for _, said, _, _ in watched([3.0] * 60 + [3.1, 3.5])]

@@ -69,7 +69,7 @@ def test_training_outlives_its_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     bar = Progress(plan(tmp_path))
     bar.step(record(1))
-    bar.mini_epoch(0, 3.0, 1e-3, 0)
+    bar.mini_epoch(0, 3.0, 1e-3)
     bar.close()
 
 

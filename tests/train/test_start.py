@@ -299,17 +299,19 @@ def test_fp32_products_are_measured_once_handed_on_and_kept(run, tmp_path, monke
     assert torch.get_float32_matmul_precision() == setting and f"{setting}, as the run began" in capsys.readouterr().out
 
 
-def test_fp32_products_are_left_alone_in_bf16_and_by_processes_of_a_launcher(monkeypatch, capsys):
+def test_fp32_products_are_left_alone_in_bf16_and_where_nothing_can_be_handed_on(monkeypatch, capsys):
     monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: pytest.fail("nothing is to be measured"))
     monkeypatch.setenv("RWKV_FP32_PRODUCTS", "")
     before = torch.get_float32_matmul_precision()
 
-    def plan(precision, world_size):
-        start = SimpleNamespace(state=None)
-        return SimpleNamespace(config=SimpleNamespace(precision=precision), launch=SimpleNamespace(accelerator="cpu", world_size=world_size), start=start)
+    def plan(precision, devices, nodes=1):
+        return SimpleNamespace(config=SimpleNamespace(precision=precision), launch=Launch("cpu", devices, nodes, "ddp"), start=SimpleNamespace(state=None))
 
     matmul.settle_fp32_products(plan("bf16", 1))
     assert capsys.readouterr().out == ""
+    torch.set_float32_matmul_precision("medium")
+    matmul.settle_fp32_products(plan("fp32", 1, nodes=2))  # the first process of each node would measure for its own
+    assert torch.get_float32_matmul_precision() == "highest" and "must agree" in capsys.readouterr().out
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     torch.set_float32_matmul_precision("medium")

@@ -1,4 +1,4 @@
-"""Files of results: whether they can be written where they are wanted, asked before the work that they shall hold, and then written whole or not at all."""
+"""Output files: whether they can be written is checked before the work that they shall hold, and they are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def try_folder(folder: Path) -> None:
     """OSError when nothing can be written there, or a folder that does not exist cannot be made. Leaves nothing."""
     probe = nearest(folder) / f".writable.{os.getpid()}"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # a process of another node, or container, with the same number has been faster
 
 
 def check_file(path: Path, flag: str) -> None:

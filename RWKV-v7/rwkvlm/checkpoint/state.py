@@ -4,11 +4,11 @@
     write(proj_dir, step, snapshot, meta, keep_last) -> Path       collective; needs no more of the model
     find_state(proj_dir) -> StateInfo | None                       every process by itself, from the manifests alone
     check(info) -> str                                             collective: reads the checksums of the files, divided among the ranks
-    load_state(info, model, optimizer) -> meta                     collective
+    load_state(info, model, optimizer) -> None                     collective
     set_aside(proj_dir) -> None                                    collective; when a run starts without the state that is there
 
 model: the bare LanguageModel (also when DDP or a DeepSpeed engine wraps it); optimizer: trainer.strategy.optimizers[0].
-meta: whatever JSON can hold (global sample number, tokens, schedule); it comes back unchanged, also in StateInfo.meta. Capture between
+meta: whatever JSON can hold (global sample number, tokens, schedule); it comes back unchanged in StateInfo.meta. Capture between
 optimizer steps only. Every rank's random states (torch, CUDA, numpy, Python) are saved, and restored at the same world size.
 
     {proj_dir}/state/step{n}/rank00000.pt ...   torch.save: every rank's pieces of masters, moments and steps by parameter name
@@ -28,6 +28,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,8 +180,6 @@ def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo |
                     problem = f"{name} has {size} bytes instead of {expected['size']}"
         except OSError as error:
             problem = ranks.describe(error)
-        except (ValueError, KeyError, TypeError):
-            problem = "manifest.json is not readable"
         if problem:
             say_damaged(path, problem)
         elif reason := ledger.why_stale(proj_dir, manifest["weights"]):
@@ -205,8 +204,6 @@ def check(info: StateInfo) -> str:
                 problem = f"the checksum of {name} is wrong"
     except OSError as error:
         problem = ranks.describe(error)
-    except (ValueError, KeyError, TypeError):
-        problem = "manifest.json is not readable"
     return next(filter(None, ranks.gather(problem)), "")
 
 
@@ -217,10 +214,12 @@ def _states(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    sealed = json.loads((path / "manifest.json").read_text())
-    if sealed["content"]["format"] != FORMAT or _crc(sealed["content"]) != sealed["crc32"]:
-        raise ValueError
-    return sealed["content"]
+    """OSError for one that cannot be read or is damaged."""
+    with suppress(ValueError, KeyError, TypeError):
+        sealed = json.loads((path / "manifest.json").read_text())
+        if sealed["content"]["format"] == FORMAT and _crc(sealed["content"]) == sealed["crc32"]:
+            return sealed["content"]
+    raise OSError("manifest.json is not readable")
 
 
 def set_aside(proj_dir: str | Path) -> None:
@@ -243,8 +242,8 @@ def set_aside(proj_dir: str | Path) -> None:
     ranks.together(rename)
 
 
-def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts a state into model and optimizer and returns its meta. The optimizer must be fresh or between steps.
+def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a state into model and optimizer. The optimizer must be fresh or between steps.
 
     At the world size, strategy and precision of the save, training goes on to the same bits; elsewhere to the same numbers within
     rounding. Raises UserError on every rank when the state is of a model with other sizes.
@@ -277,7 +276,6 @@ def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimiz
 
     ranks.together(fill)
     write_back(model, optimizer)
-    return info.meta
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import argparse
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
+from functools import partial
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from ..config import UserError
@@ -57,7 +58,8 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
     """
     types = get_type_hints(settings)
     about = (settings.__doc__ or "").partition("\n")[0]
-    parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, formatter_class=_Help)
+    wide = partial(argparse.HelpFormatter, max_help_position=40, width=140)
+    parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, formatter_class=wide)
     for f in fields(settings):
         kind = types[f.name]
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --dry_run alone means True
@@ -69,11 +71,6 @@ def _help(f: Field) -> str:
     choices = [c for c in f.metadata.get("choices") or () if c]
     one_of = f": {', '.join(choices)}" if len(choices) > 1 else ""
     return f"{f.metadata['help']}{one_of}{'' if f.default == '' else f' [{f.default}]'}"
-
-
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=40, width=140)
 
 
 def _converter(kind: type) -> Callable[[str], Any]:

@@ -44,6 +44,7 @@ class Attention(nn.Module):
         self.output = dense("att.output", C, C)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValues:
+        """Nothing is remembered; it grows with the tokens read, up to the window."""
         return KeyValues(*(torch.empty(batch, self.groups, 0, self.head_size, device=device, dtype=dtype) for _ in "kv"))
 
     def forward(

@@ -1,4 +1,4 @@
-"""The large matrices of a block, and who makes them."""
+"""The large matrices of a block, in one piece or as two low-rank factors."""
 
 from __future__ import annotations
 

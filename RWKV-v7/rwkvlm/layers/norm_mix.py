@@ -1,4 +1,4 @@
-"""The way from the residual stream into a mixer: a LayerNorm with what comes before and after it."""
+"""From the residual stream into a mixer: residual addition, LayerNorm and token shift as one operator."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..ops.fused import norm_mix
 
 
 class NormMix(nn.LayerNorm):
-    """The branch before is added to the residual stream, the sum normalised, each token blended with the one before it.
+    """Adds the output of the branch before to the residual stream, normalises the sum, and blends each token with the one before it.
 
-    A mixer calls it, with its own blends: the block owns the norm, and under ZeRO-3 parameters are there only while their owner runs.
+    The mixer calls it, with blends of its own; the norm belongs to the block. Under ZeRO-3 a parameter is there only while the module that owns it runs.
     """
 
     def forward(

@@ -1,4 +1,4 @@
-"""ROSA in a model: what followed the last time that the longest known suffix was seen, of symbols that layers make of their inputs, and of tokens.
+"""ROSA layers: what followed the last occurrence of the longest suffix seen before, of symbols made from the inputs or of the tokens themselves.
 
 Names, starting values and what a miss gives are those of the official files (RWKV-LM, RWKV-v8).
 """

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import ModelConfig
 from ..ops.fused import relu_square
-from ..ops.wkv4 import wkv4
+from ..ops.wkv4 import EMPTY, wkv4
 from .linear import dense
 from .norm_mix import NormMix
 from .packed import Packed, by_document
@@ -30,26 +30,33 @@ class TimeMix4(nn.Module):
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (_vector(C) for _ in range(3))
         self.key, self.value, self.receptance, self.output = (dense(f"att.{name}", C, C) for name in ("key", "value", "receptance", "output"))
 
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The state of the recurrence before the first token."""
+        wkv = torch.zeros(batch, 3, self.key.in_features, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        wkv[:, 2] = EMPTY
+        return wkv
+
     def forward(
         self,
         x: torch.Tensor,
         norm: NormMix,
+        v_first: None,
         last: torch.Tensor | None = None,
         wkv: torch.Tensor | None = None,
         return_state: bool = False,
         packed: Packed | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """x: [B, T, C], the residual stream, which norm leads in; last: [B, C] and wkv: [B, 3, C] fp32, the state, or None at the beginning;
-        packed: documents in one row.
+    ) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor, torch.Tensor | None]:
+        """x: [B, T, C], the residual stream, which norm leads in; v_first: RWKV-7's, nothing here; last: [B, C] and wkv: [B, 3, C] fp32, the state, or
+        None at the beginning; packed: documents in one row.
 
-        Returns x, the output [B, T, C] for it, and the new state: the last normalised token, and wkv (None unless return_state).
+        Returns x, the output [B, T, C] for it, v_first, and the new state: the last normalised token, and wkv (None unless return_state).
         """
         mixes = [1 - self.time_mix_k, 1 - self.time_mix_v, 1 - self.time_mix_r]  # norm's are the shares of the token before
         x, last, (xk, xv, xr) = norm(x, None, last, mixes, packed.bounds if packed is not None else None)
         recurrence = functools.partial(wkv4, self.time_decay, self.time_first, initial_state=wkv, output_final_state=return_state)
         out = by_document(recurrence, packed, self.key(xk), self.value(xv))
         y, wkv = out if return_state else (out, None)
-        return x, self.output(torch.sigmoid(self.receptance(xr)) * y), last, wkv
+        return x, self.output(torch.sigmoid(self.receptance(xr)) * y), v_first, last, wkv
 
 
 class ChannelMix4(nn.Module):

@@ -1,4 +1,4 @@
-"""Segments of test-time training: every so many tokens of a sequence, counted from its beginning, a step is made."""
+"""How the tokens of a call are cut into segments of test-time training, each of which ends with a step."""
 
 from __future__ import annotations
 

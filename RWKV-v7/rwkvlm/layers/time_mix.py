@@ -11,6 +11,7 @@ from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
 from .norm_mix import NormMix
 from .packed import Packed
+from .ttt import StateTTT, TttState
 
 
 class HeadNorm(nn.GroupNorm):
@@ -31,7 +32,7 @@ class TimeMix(nn.Module):
     linear makes the large matrices. ttt, when given, runs in the place of the wkv7 operator, with a state of its own.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: nn.Module | None = None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: StateTTT | None = None) -> None:
         super().__init__()
         C, H, N = config.n_embd, config.n_head, config.head_size
         self.first, self.n_head, self.head_size = layer == 0, H, N
@@ -60,6 +61,11 @@ class TimeMix(nn.Module):
         self.output = linear("att.output", C, C)
         self.ln_x = HeadNorm(H, C, eps=64e-5)
         self.ttt = ttt
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | TttState:
+        """The state of the recurrence before the first token."""
+        wkv = torch.zeros(batch, self.n_head, self.head_size, self.head_size, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        return wkv if self.ttt is None else self.ttt.init_state(wkv)
 
     def forward(
         self,
@@ -91,7 +97,7 @@ class TimeMix(nn.Module):
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         residual, v0 = ((None, None), None) if self.first else ((v_first, xv @ self.v1 @ self.v2), self.v0)
 
-        # What an operator reads and others read after it, it passes on: its backward pass then adds its share to theirs.
+        # Operators pass on the inputs that are read again later: their backward passes get the gradients of those uses and add their own, which saves additions.
         *inputs, v_first = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
         r, w, k, a, b, v = (t.view(heads) for t in (r, *inputs))
         options = dict(initial_state=wkv, output_final_state=return_state, pass_on=True)

@@ -64,7 +64,7 @@ class Segments(torch.autograd.Function):
     def backward(ctx, d_y, d_state):
         K, scaled, cores, rates, w1, w2, U, slope, *head = ctx.saved_tensors
         lengths, segment, steps = ctx.sizes
-        (_, _, _, c), (B, _, H, N) = U.shape, d_y.shape
+        (_, _, _, c), (B, _, H, _) = U.shape, d_y.shape
         d_cores, d_slope = torch.empty_like(cores), torch.empty_like(U)
         d_U, made = d_slope, [d_slope]
         if head:

@@ -1,4 +1,4 @@
-"""RWKV-7 with attention in some blocks: the recipe, sizes from a file, beginning from an RWKV-7, and the rows that its table has besides RWKV-7's."""
+"""RWKV-7 with attention in some blocks: the recipe, sizes from a file, starting from an RWKV-7, and the table's rows that RWKV-7 does not have."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from ..config import HybridConfig, UserError
 from ..layers.attention import Attention
-from ..layers.linear import Linear, linear_of
-from ..layers.state import BlockState
+from ..layers.channel_mix import ChannelMix
+from ..layers.linear import linear_of
+from ..layers.time_mix import TimeMix
 from . import rwkv7
 from .block import Block
 from .lm import LanguageModel
@@ -23,27 +24,20 @@ WINDOW = "attention_window"  # [0, window], without a number in it: its shape sa
 QUERY = r"blocks\.(\d+)\.att\.query\.weight"
 
 
-class AttentionBlock(Block):
-    """RWKV-7's block with attention in the place of its time mixing."""
-
-    def __init__(self, config: HybridConfig, layer: int, linear: Linear) -> None:
-        super().__init__(config, layer, linear, att=Attention(config))
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
-        """wkv is a KeyValues (layers/attention.py), which grows with the tokens read, up to the window."""
-        return super().init_state(batch, device, dtype)._replace(wkv=self.att.init_state(batch, device, dtype))
-
-
 class Hybrid(LanguageModel):
     def __init__(self, config: HybridConfig) -> None:
         linear = linear_of(config.rank_of())
-        super().__init__(config, [(AttentionBlock if layer in config.attention else Block)(config, layer, linear) for layer in range(config.n_layer)])
+
+        def block(layer: int) -> Block:
+            att = Attention(config) if layer in config.attention else TimeMix(config, layer, linear)
+            return Block(config, layer, att, ChannelMix(config, linear))
+
+        super().__init__(config, [block(layer) for layer in range(config.n_layer)])
         if config.attention_window:
             self.register_buffer(WINDOW, torch.empty(0, config.attention_window))
 
 
-def build(config: HybridConfig) -> LanguageModel:
-    return Hybrid(config)
+build = Hybrid
 
 
 def attention_layers(tensors: Mapping[str, torch.Tensor]) -> list[int]:

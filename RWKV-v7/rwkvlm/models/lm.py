@@ -27,11 +27,9 @@ class LanguageModel(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def init_state(self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        """The state before the first token, for a batch of sequences; device and dtype default to the embedding's."""
-        device = device if device is not None else self.emb.weight.device
-        dtype = dtype if dtype is not None else self.emb.weight.dtype
-        return [block.init_state(batch, device, dtype) for block in self.blocks]
+    def init_state(self, batch: int) -> State:
+        """The state before the first token, for a batch of sequences."""
+        return [block.init_state(batch, self.emb.weight.device, self.emb.weight.dtype) for block in self.blocks]
 
     def beside(self, idx: torch.Tensor) -> object:
         """What the blocks hand on beside the residual stream: the first one's value, once it is there."""

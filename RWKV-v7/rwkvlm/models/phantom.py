@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config.phantom import CARRIED, CARRIED_BYTES, MATRICES, PhantomConfig, encode
+from ..layers.channel_mix import ChannelMix
 from ..layers.ghost import GhostLinear, factorise, to_digits
 from ..layers.linear import linear_of
 from ..layers.memory import Memory, MemoryState
 from ..layers.packed import Packed
 from ..layers.state import BlockState
+from ..layers.time_mix import TimeMix
 from ..layers.ttt import StateTTT
 from . import rwkv7
 from .block import Block
@@ -26,7 +28,7 @@ from .table import Row, Slot
 
 
 class PhantomState(NamedTuple):
-    """State of one pass through a block: RWKV-7's (with a TttState as wkv where TTT steps on it), and the memory's where there is one."""
+    """State of one pass through a block: RWKV-7's, and the memory's where there is one."""
 
     block: BlockState
     memory: MemoryState | tuple[()]
@@ -36,7 +38,8 @@ class PhantomBlock(Block):
     """RWKV-7's block, run max_depth_iter times with the same weights, each time with a state of its own; before it the memory, if any."""
 
     def __init__(self, config: PhantomConfig, layer: int) -> None:
-        super().__init__(config, layer, functools.partial(_linear, config), StateTTT(config) if config.steps_on_state else None)
+        linear = functools.partial(_linear, config)
+        super().__init__(config, layer, TimeMix(config, layer, linear, StateTTT(config) if config.steps_on_state else None), ChannelMix(config, linear))
         self.passes = config.max_depth_iter
         self.mem = Memory(config) if config.has_memory else None
         if config.dropout:
@@ -44,11 +47,8 @@ class PhantomBlock(Block):
                 last.register_forward_hook(lambda module, _, y: F.dropout(y, config.dropout, module.training))
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> list[PhantomState]:
-        state = super().init_state(batch, device, dtype)
-        if self.att.ttt is not None:
-            state = state._replace(wkv=self.att.ttt.init_state(state.wkv))
         memory = () if self.mem is None else self.mem.init_state(batch, device, dtype)
-        return [PhantomState(state, memory)] * self.passes
+        return [PhantomState(super().init_state(batch, device, dtype), memory)] * self.passes
 
     def forward(
         self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[PhantomState] | None = None, return_state: bool = False, packed: Packed | None = None
@@ -85,8 +85,7 @@ class Phantom(LanguageModel):
         return x, {"meta_loss": (config.ttt_loss_weight, errors.mean() / steps)}
 
 
-def build(config: PhantomConfig) -> LanguageModel:
-    return Phantom(config)
+build = Phantom
 
 
 def _linear(config: PhantomConfig, name: str, inputs: int, outputs: int) -> nn.Module:

@@ -18,7 +18,6 @@ from ..layers.channel_mix import ChannelMix, DeepChannelMix
 from ..layers.norm_mix import NormMix
 from ..layers.packed import Packed
 from ..layers.rosa import RosaMix, RosaMixState
-from ..layers.state import BlockState
 from ..layers.time_mix import TimeMix
 from . import rwkv7
 from .lm import LanguageModel
@@ -44,7 +43,6 @@ class RosaBlock(nn.Module):
     def __init__(self, config: RosaConfig, layer: int) -> None:
         super().__init__()
         C = config.n_embd
-        self.width, self.n_head, self.head_size = C, config.n_head, config.head_size
         self.ln0 = nn.LayerNorm(C) if layer == 0 and config.ln0 else None
         self.ln1 = NormMix(C) if config.has_time_mixing else None
         self.ln2 = NormMix(C)
@@ -54,10 +52,9 @@ class RosaBlock(nn.Module):
         self.ffn = (DeepChannelMix if config.deep_embed else ChannelMix)(config)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> RosaBlockState:
-        att_x, wkv, ffn_x = None, None, torch.zeros(batch, self.width, device=device, dtype=dtype)
-        if self.att is not None:
-            att_x, wkv, _ = BlockState.zeros(batch, self.n_head, self.head_size, device, dtype)
-        return RosaBlockState(att_x, wkv, RosaMixState(ffn_x.clone(), None), ffn_x)
+        x = torch.zeros(batch, *self.ln2.normalized_shape, device=device, dtype=dtype)
+        att_x, wkv = (None, None) if self.att is None else (x.clone(), self.att.init_state(batch, device, dtype))
+        return RosaBlockState(att_x, wkv, RosaMixState(x.clone(), None), x)
 
     def forward(
         self, x: torch.Tensor, beside: tuple[torch.Tensor, torch.Tensor | None], state: RosaBlockState | None = None, return_state: bool = False, packed: Packed | None = None
@@ -85,8 +82,7 @@ class Rosa(LanguageModel):
         return idx, None
 
 
-def build(config: RosaConfig) -> LanguageModel:
-    return Rosa(config)
+build = Rosa
 
 
 def is_rosa(tensors: Mapping[str, torch.Tensor]) -> bool:

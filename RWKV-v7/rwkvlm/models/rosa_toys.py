@@ -1,4 +1,4 @@
-"""The names of RWKV-LM's small models with ROSA (RWKV-v8: 251024_rosaQKV, 251105_reverse, 260123_reverse) in those of every other file."""
+"""Parameter names of RWKV-LM's small ROSA models (RWKV-v8: 251024_rosaQKV, 251105_reverse, 260123_reverse), translated to those of x080."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RWKV-4 (x040): the block, the recipe, and its table of initial values, learning rates and weight decay.
+"""RWKV-4 (x040): the recipe and its table of initial values, learning rates and weight decay.
 
 Source: RWKV-LM, RWKV-v4neo, whose names and values these are, but for the embedding: there it begins in +- lr_init, here in +- 6e-4, which is
 that flag's default, since a model knows no learning rate.
@@ -10,14 +10,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from ..config import ModelConfig, UserError, model_config
-from ..layers.norm_mix import NormMix
-from ..layers.packed import Packed
 from ..layers.rwkv4 import ChannelMix4, TimeMix4
-from ..layers.state import BlockState
-from ..ops.wkv4 import EMPTY
+from .block import Block
 from .lm import LanguageModel
 from .rwkv7 import ATT, BLOCK, FFN, as_wide, channels, constant, depth
 from .sizes import Sizes
@@ -26,36 +22,8 @@ from .table import Row, Slot
 DECAY = "blocks.0.att.time_decay"  # RWKV-4 to 6 have it, RWKV-7 does not
 
 
-class Block4(nn.Module):
-    """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.channels = config.n_embd
-        self.ln0 = nn.LayerNorm(config.n_embd) if layer == 0 else None
-        self.ln1, self.ln2 = NormMix(config.n_embd), NormMix(config.n_embd)
-        self.att, self.ffn = TimeMix4(config), ChannelMix4(config)
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
-        x = torch.zeros(batch, self.channels, device=device, dtype=dtype)
-        wkv = torch.zeros(batch, 3, self.channels, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        wkv[:, 2] = EMPTY
-        return BlockState(x, wkv, x.clone())
-
-    def forward(
-        self, x: torch.Tensor, v_first: None, state: BlockState | None = None, return_state: bool = False, packed: Packed | None = None
-    ) -> tuple[torch.Tensor, None, BlockState | None]:
-        """x: [B, T, C] residual stream; v_first: RWKV-7's, nothing here. Returns x, nothing, and the new state or None."""
-        if self.ln0 is not None:
-            x = self.ln0(x)
-        att_x, wkv, ffn_x = state if state is not None else (None, None, None)
-        x, att, att_x, wkv = self.att(x, self.ln1, att_x, wkv, return_state, packed)
-        x, ffn, ffn_x = self.ffn(x, att, self.ln2, ffn_x, packed.bounds if packed is not None else None)
-        return x + ffn, v_first, BlockState(att_x, wkv, ffn_x) if return_state else None
-
-
 def build(config: ModelConfig) -> LanguageModel:
-    return LanguageModel(config, [Block4(config, layer) for layer in range(config.n_layer)])
+    return LanguageModel(config, [Block(config, layer, TimeMix4(config), ChannelMix4(config)) for layer in range(config.n_layer)])
 
 
 def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:

@@ -14,7 +14,9 @@ import torch
 
 from ..config import ModelConfig, UserError, model_config
 from ..config.phantom import CARRIED, decode
+from ..layers.channel_mix import ChannelMix
 from ..layers.linear import linear_of
+from ..layers.time_mix import TimeMix
 from .block import Block
 from .lm import LanguageModel
 from .sizes import Sizes
@@ -22,7 +24,8 @@ from .table import Row, Slot
 
 
 def build(config: ModelConfig) -> LanguageModel:
-    return LanguageModel(config, [Block(config, layer, linear_of(config.rank_of())) for layer in range(config.n_layer)])
+    linear = linear_of(config.rank_of())
+    return LanguageModel(config, [Block(config, layer, TimeMix(config, layer, linear), ChannelMix(config, linear)) for layer in range(config.n_layer)])
 
 
 def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""The sizes of a model read off a checkpoint's tensors: how many blocks, and shapes with an error that names what is not as it should be."""
+"""The sizes of a model, read off a checkpoint's tensors, with errors that name the tensor that is missing or wrong."""
 
 from __future__ import annotations
 

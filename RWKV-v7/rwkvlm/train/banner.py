@@ -1,4 +1,4 @@
-"""What a run is about to do, in a few lines, before it does it."""
+"""The lines that a run prints before it starts: model, data, batch, schedule, machine."""
 
 from __future__ import annotations
 

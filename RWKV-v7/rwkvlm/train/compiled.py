@@ -1,4 +1,4 @@
-"""--compile: the blocks through torch.compile, one compilation for all that are alike; and where that cannot be."""
+"""--compile: the blocks through torch.compile, one compilation for all that are alike; and the settings with which that does not work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, mode: str =
         block.compile(fullgraph=True, dynamic=lengths_vary, **how)
 
 
-def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str, device: torch.device) -> None:
+def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> None:
     """UserError where --compile 1 would not work, or not well. On a CPU it tries the compiler: some seconds. kernel: who computes the model's recurrence."""
     if not config.compile:
         return
@@ -43,7 +43,7 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
         raise UserError("--compile 1 is not made for test-time training, whose segments are in most forms a loop in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out")
     if config.doc_reset and model.model_type in ("hybrid", "x080", "rosa", "x040"):
         raise UserError(f"--compile 1 does not go with --doc_reset 1 for --my_testing {model.model_type}, which runs document by document in Python; leave one of them out")
-    if problem := _why_not(device):
+    if problem := _why_not(run.device):
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":
         raise UserError(f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out")

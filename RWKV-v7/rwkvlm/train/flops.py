@@ -1,15 +1,17 @@
-"""How much arithmetic a token is, and how much a device could do: for the MFU in the logs."""
+"""FLOPs of a token and peak FLOP/s of a device, for the MFU in the logs."""
 
 from __future__ import annotations
+
+import re
 
 import torch
 
 from .. import models
 from ..config import HybridConfig, ModelConfig, PhantomConfig
 
-# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets (without sparsity); the first name that the device's contains counts.
+# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets (without sparsity); the first of which all words are in the device's name counts.
 PEAK = {
-    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
     "A40": 150, "A30": 165, "A10": 125, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 
@@ -59,4 +61,4 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for known, peak in PEAK.items() if known in name), None)
+    return next((1e12 * peak for known, peak in PEAK.items() if re.search(rf"\b{known}\b", name)), None)  # an A10G is no A10, an RTX A4000 no A40

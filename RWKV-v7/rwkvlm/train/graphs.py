@@ -1,4 +1,4 @@
-"""--cuda_graphs: each block's forward and each block's backward pass as one CUDA graph, launched at once; and where that cannot be.
+"""--cuda_graphs: the forward and the backward pass of each block as one CUDA graph each; and the settings with which that does not work.
 
 A step of a small model waits for Python, which starts some forty kernels a block each way. A graph starts them with one call. One for each block and
 direction, not one for all blocks: gradients are there block by block, so that DDP and DeepSpeed send them while the next block runs, and what a call
@@ -186,7 +186,7 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
         graphs.block.forward = graphs.forward
 
 
-def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str, device: torch.device) -> None:
+def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> None:
     """UserError where --cuda_graphs 1 would not work. kernel: who computes the model's recurrence."""
     if not config.cuda_graphs:
         return
@@ -206,7 +206,7 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
     if isinstance(model, PhantomConfig) and model.max_depth_iter > 1 and config.accumulate_grad_batches > 1 and config.precision == "bf16" and run.strategy == "auto":
         # several uses of a parameter: MasterAdamW has autograd sum them in fp32, a graph sums them before it hands them out
         raise UserError(f"--cuda_graphs 1 would sum gradients over the passes of --max_depth_iter {model.max_depth_iter} in bf16, and with --accumulate_grad_batches {config.accumulate_grad_batches} that is done in fp32; use --accumulate_grad_batches 1, or leave --cuda_graphs out")
-    if device.type != "cuda":
+    if run.accelerator != "gpu":
         raise UserError("--cuda_graphs 1 needs a GPU; leave --cuda_graphs out")
     if kernel == "torch":
         raise UserError("--cuda_graphs 1 needs the CUDA kernels; python -m rwkvlm doctor says what they need, or leave --cuda_graphs out")

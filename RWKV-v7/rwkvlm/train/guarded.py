@@ -1,4 +1,4 @@
-"""A process that does not outlive the one that has started it, whatever ends that."""
+"""A subprocess that is killed when its parent ends, whatever ends the parent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Shells that read from pipes whose other ends nobody else has: these close with this process, by kill -9 too, at whatever moment. The guard hears whom to kill, then
-# nothing more; the process begins when the guard knows it, or not at all.
+# Two shells that read from pipes of which only this process has the writing end: they see the end of the file when it dies, even by kill -9. The guard reads the
+# process group to kill and then waits for that end; the command starts when it is told that the guard has been given the group, and not at all if this process dies before.
 GUARD = """trap "" TERM; read -r pid; read -r _; kill -s KILL -- "-$pid"; sleep 1; rm -rf -- "$1" """
 START = 'read -r _ && exec "$@"'
 

@@ -1,4 +1,4 @@
-"""Is the training healthy? Steps whose numbers are not finite change nothing; loss spikes are undone, where that is asked for.
+"""Bad steps: those whose loss or gradient is not finite change nothing; loss spikes are undone, where --spike_guard asks for it.
 
 Every process judges the same numbers, means over all devices. Skipping itself happens on the device: see TrainModule and, under
 ZeRO, DeepSpeed. Here it is noticed, counted and told, up to a second later on a GPU; so the end of a hopeless run goes through the
@@ -20,7 +20,7 @@ from .position import Position
 
 WINDOW = 50  # steps over which mean and variance of the loss run, and before which nothing is called a spike
 SNAPSHOTS = 2  # kept in host memory
-LEAST_SPREAD = 0.01  # of the mean: a deviation that is never rare
+LEAST_SPREAD = 0.01  # of the mean: the least standard deviation that is assumed
 
 
 class Snapshot:
@@ -88,7 +88,8 @@ class Health:
             return {"skipped": True}
         if self.guarded and self._is_spike(loss):
             return {"undone_to": self._undo(step, samples, loss)}
-        self.in_a_row = 0
+        if not self.hopeless:  # once it is, the run ends: other processes, and on a GPU this one, learn it a little later
+            self.in_a_row = 0
         return {}
 
     def _ill(self, step: int, samples: int, what: str, after: int) -> None:

@@ -1,4 +1,4 @@
-"""How much memory a process of a run will take, before it takes it: counted from sizes, with the activations of a block measured on one.
+"""An estimate of the memory that a training process will take: counted from sizes, with the activations of a block measured on one.
 
 Terms, for P trained parameters, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
 
@@ -25,7 +25,7 @@ from .. import models
 from ..config import HybridConfig, ModelConfig, TrainConfig
 from ..config.volume import volume
 from .health import SNAPSHOTS
-from .strategy import DTYPES, Launch
+from .strategy import Launch, param_dtype
 
 PROBED_TOKENS = 64
 LOGITS = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes: what cuda/loss/head_ce.cpp keeps; a chunk's logits by ops/cross_entropy/chunked.py
@@ -77,11 +77,10 @@ def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.d
 
     Of a hybrid a block of either kind is added to one of both; a window is taken for as narrow as it would be in the run: shorter than the text or not.
     """
-    dtype = DTYPES[config.precision]
 
     def of_a_token(**layers: object) -> float:
         with torch.device("meta"):  # at real widths drawing initial values would take minutes
-            model = models.build(sizes.with_(vocab_size=256, **layers)).to(dtype)
+            model = models.build(sizes.with_(vocab_size=256, **layers)).to(param_dtype(config))
         own = model.to_empty(device=device).state_dict().values()
         for tensor in own:
             tensor.zero_()
@@ -120,7 +119,7 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
     with torch.device("meta"):
         model = models.build(sizes)
     P, in_blocks = models.count_parameters(model), sum(p.numel() for p in model.blocks.parameters())
-    C, V, W, b = sizes.n_embd, sizes.vocab_size, run.world_size, DTYPES[config.precision].itemsize
+    C, V, W, b = sizes.n_embd, sizes.vocab_size, run.world_size, param_dtype(config).itemsize
     stage = int(run.strategy.split("_")[2]) if run.strategy.startswith("deepspeed") else 0
     cpu, offload = run.accelerator == "cpu", run.strategy.endswith("_offload")
     tokens = config.micro_bsz * config.ctx_len

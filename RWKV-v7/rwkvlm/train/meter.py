@@ -43,7 +43,6 @@ class Meter:
         self.flops_per_token, self.peak = flops_per_token(plan.start.model, plan.config.ctx_len), peak_flops(plan.device)
         self.begin = self.drained = time.monotonic()
         self.pending: list[_Pending] = []
-        self.mini_epochs_closed = 0
         self.lr = 0.0
 
     def step(
@@ -87,8 +86,7 @@ class Meter:
         self.drain()
         loss = self.position.close_mini_epoch()
         for log in self.logs:
-            log.mini_epoch(number, loss, self.lr, self.mini_epochs_closed)
-        self.mini_epochs_closed += 1
+            log.mini_epoch(number, loss, self.lr)
 
     def validated(self, loss: float) -> None:
         self.drain()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,20 +26,19 @@ class GradientNorms:
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parts = list(dict.fromkeys(part_of(name) for name, _ in self._named))
         self.last: torch.Tensor | None = None
-        self._graded: list[nn.Parameter] = []
+        self._graded: tuple[str, ...] = ()
         self._part_of: torch.Tensor | None = None
 
     def measure(self) -> torch.Tensor:
         """The norm of the whole gradient. For gradients that every process has whole: all strategies but DeepSpeed's."""
-        graded = [parameter for _, parameter in self._named if parameter.grad is not None]
-        if len(graded) != len(self._graded):
-            self._graded = graded
-            self._part_of = self._places([name for name, parameter in self._named if parameter.grad is not None], graded[0].device)
-        norms = gradient_norms([parameter.grad for parameter in graded])
+        names, grads = zip(*((name, parameter.grad) for name, parameter in self._named if parameter.grad is not None))
+        if names != self._graded:
+            self._graded, self._part_of = names, self._places(names, grads[0].device)
+        norms = gradient_norms(list(grads))
         self.last = self._by_part(norms, self._part_of).sqrt()
         return torch.linalg.vector_norm(norms)
 
-    def _places(self, names: list[str], device: torch.device) -> torch.Tensor:
+    def _places(self, names: Sequence[str], device: torch.device) -> torch.Tensor:
         return torch.tensor([self.parts.index(part_of(name)) for name in names], device=device)
 
     def _by_part(self, norms: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

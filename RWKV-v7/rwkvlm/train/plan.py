@@ -31,11 +31,10 @@ from .freeze import check_freeze
 from .graphs import check_graphs
 from .schedule import Schedule
 from .start import Start, find_start
-from .strategy import Launch, launch, launched_here, param_dtype
+from .strategy import Launch, launch, param_dtype, started_apart
 
 HELD = "train_log.txt"  # is appended to only, never replaced
 TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
-DEVICE = {"gpu": "cuda", "cpu": "cpu"}
 LOOKS, BETWEEN_LOOKS = 7, 10.0  # seconds: until a node sees what another one has just written; NFS remembers for up to a minute what was not there
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
 
@@ -62,7 +61,7 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(DEVICE[self.launch.accelerator])
+        return self.launch.device
 
     @property
     def tokens(self) -> int:
@@ -116,9 +115,9 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
-    kernel = models.kernel_of(start.model, torch.device(DEVICE[run.accelerator]), param_dtype(config))
-    for check_blocks in (check_graphs, check_compile):
-        check_blocks(config, run, start.model, kernel, torch.device(DEVICE[run.accelerator]))
+    kernel = models.kernel_of(start.model, run.device, param_dtype(config))
+    check_graphs(config, run, start.model, kernel)
+    check_compile(config, run, start.model, kernel)
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
@@ -177,7 +176,7 @@ def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
     if run.accelerator == "gpu":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
     if not env.decided_precision():
-        if run.num_nodes > 1 or (run.world_size > 1 and (env.launched_by_variables() or launched_here())):
+        if started_apart(run):
             raise UserError("--precision auto cannot be decided by processes of several nodes or of a launcher, which might differ; give --precision bf16 or fp32")
         env.hand_on_precision("bf16" if bf16_is_faster() else "fp32")
     return env.decided_precision()

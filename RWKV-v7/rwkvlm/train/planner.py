@@ -1,4 +1,4 @@
-"""What a run will take, before it is begun: --grad_cp -1 is decided by it, and train.py --dry_run tells it. Nothing is left behind."""
+"""Estimates of a run's memory and time before it starts: they decide --grad_cp -1, and train.py --dry_run prints them. Nothing is left behind."""
 
 from __future__ import annotations
 
@@ -181,8 +181,7 @@ def _watch(process: subprocess.Popen, folder: Path) -> float:
 
 def _median_rate(seen: list[tuple[float, int]]) -> float:
     """Of the intervals between two looks at the device, the slow and the fast ones left out."""
-    moments: dict[float, int] = dict(seen)
-    points = list(moments.items())
+    points = list(dict(seen).items())  # steps that were read from the device together have one time
     if len(points) < 2:
         raise UserError("the steps of the probe are too fast to be timed")
     return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(points, points[1:]))

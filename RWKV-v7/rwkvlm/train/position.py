@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass
@@ -37,6 +37,3 @@ class Position:
         mean = self.epoch_loss / self.epoch_steps if self.epoch_steps else math.nan
         self.epoch_loss, self.epoch_steps = 0.0, 0
         return mean
-
-    def as_dict(self) -> dict[str, int | float]:
-        return asdict(self)

@@ -78,8 +78,9 @@ def write_init(config: TrainConfig) -> int:
     data = None
     if config.data_file:
         config, data = check_data(config)
-        data.check_token_range(model_sizes(config, path).vocab_size)
     sizes = model_sizes(config, path)
+    if data is not None:
+        data.check_token_range(sizes.vocab_size)
     tell(config.own_without_effect(sizes))
     if env.first_process():
         weights = initial_weights(config, sizes)
@@ -111,7 +112,6 @@ def train(plan: Plan, strategy: Strategy) -> int:
         precision=lightning_precision(config),
         max_epochs=1,  # to Lightning the run is one epoch of exactly the batches that are left; mini-epochs are ours
         accumulate_grad_batches=config.accumulate_grad_batches,
-        gradient_clip_val=config.grad_clip or None,
         use_distributed_sampler=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,

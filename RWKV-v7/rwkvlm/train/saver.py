@@ -1,9 +1,10 @@
-"""Saving beside the training: weights for the world, training states for this run."""
+"""Weights and training states, written in a thread while training goes on."""
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 
 import torch
 
@@ -67,7 +68,7 @@ class Saver:
     def _meta(self) -> dict:
         plan = self.plan
         return {
-            "position": self.position.as_dict(),
+            "position": asdict(self.position),
             "model": plan.start.model.as_dict(),
             "ctx_len": plan.config.ctx_len,
             "epoch_samples": plan.config.epoch_samples,
@@ -83,9 +84,10 @@ class Saver:
         return self.position.step % every == 0 if every else mini_epoch_ends
 
     def minutes_due(self) -> bool:
-        """Whether save_minutes have passed since this was last true. Clocks differ: the answer must go through the Agreement."""
+        """Whether save_minutes have passed since this was last true. Only the first process says so, and the others hear it through the
+        Agreement: each by its own clock, they would ask for saves at two steps in a row."""
         minutes = self.plan.config.save_minutes
-        if not minutes or time.monotonic() - self._asked < 60 * minutes:
+        if ranks.rank() != 0 or not minutes or time.monotonic() - self._asked < 60 * minutes:
             return False
         self._asked = time.monotonic()
         return True

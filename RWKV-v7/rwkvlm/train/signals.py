@@ -1,4 +1,4 @@
-"""Signals to a run, and how all its processes come to do the same thing at the same step."""
+"""Signals that stop a run or make it save, and how all of its processes act on them at the same step."""
 
 from __future__ import annotations
 

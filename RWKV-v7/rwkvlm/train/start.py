@@ -161,7 +161,7 @@ def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
         if config.my_testing == "phantom" and found.model_type == "x070":
             found = _phantom_of(config, found, path)
         if config.my_testing == "hybrid" and found.model_type == "x070":
-            found = model_config("hybrid", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.own_settings())
+            found = model_config(**found.as_dict() | config.own_settings() | {"model_type": "hybrid"})
         return _agree(config, found, path, grows=True)
     given = {name: getattr(config, name) for name in SIZES if getattr(config, name)} | config.own_settings()
     return _flags_fit(config, model_config(config.my_testing, **given))
@@ -169,7 +169,7 @@ def model_sizes(config: TrainConfig, path: Path | None = None) -> ModelConfig:
 
 def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomConfig:
     """The Phantom that an RWKV-7 becomes: its Ghost layers are factorised matrices, whose rows come in an order of their own."""
-    sizes = model_config("phantom", **{name: getattr(found, name) for name in (*SIZES, "ranks")}, **config.own_settings(), ghost_permuted=True)
+    sizes = model_config(**found.as_dict() | config.own_settings() | {"model_type": "phantom", "ghost_permuted": True})
     if sizes.has_ghosts and sizes.ghost_activation != "identity":
         raise UserError(f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity")
     return sizes

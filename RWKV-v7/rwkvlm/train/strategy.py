@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
 from ..checkpoint import ranks
@@ -44,6 +44,10 @@ class Launch:
     @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.accelerator == "gpu" else "cpu")
 
 
 def launch(config: TrainConfig) -> Launch:
@@ -73,6 +77,11 @@ def launched_here() -> int:
     if env.launched_by_variables():
         return env.launched_per_node()
     return env.slurm_tasks_per_node() if SLURMEnvironment.detect() else 0
+
+
+def started_apart(run: Launch) -> bool:
+    """Whether processes of this run are started by something else than its first process, which then cannot hand its decisions on to them."""
+    return run.num_nodes > 1 or (run.world_size > 1 and (env.launched_by_variables() or launched_here() > 0))
 
 
 def param_dtype(config: TrainConfig) -> torch.dtype:
@@ -106,18 +115,14 @@ def _distributed(config: TrainConfig, run: Launch) -> dict:
     return dict(
         process_group_backend="nccl" if run.accelerator == "gpu" else "gloo",
         timeout=timedelta(seconds=start_timeout(config)),
-        cluster_environment=_environment(),
+        # Where ranks come from. The deepspeed launcher sets torchrun's variables, but Lightning does not recognise it by itself.
+        cluster_environment=TorchElasticEnvironment() if env.launched_by_variables() else None,
     )
 
 
 def start_timeout(config: TrainConfig) -> float:
     """Seconds that a collective operation may take until the first step."""
     return max(config.dist_timeout, START_TIMEOUT)
-
-
-def _environment() -> ClusterEnvironment | None:
-    """Where ranks come from. The deepspeed launcher sets torchrun's variables, but Lightning does not recognise it by itself."""
-    return TorchElasticEnvironment() if env.launched_by_variables() else None
 
 
 class SummingDdp(DDPStrategy):

@@ -1,4 +1,4 @@
-"""Who is still there: when a process of a run dies or falls silent, all of them end within seconds, and one line says which and why.
+"""Dead and silent processes: when one dies or falls silent, the whole run ends within seconds, and one line says which and why.
 
 Collective operations alone do not do this: gloo reports a closed connection without saying whose, NCCL may wait for minutes, and
 Lightning kills everything without a word. So a thread in every process watches what it can see: the processes that this one has
@@ -37,7 +37,7 @@ TICK, BEAT = 0.25, 2.0  # seconds between two looks, and between two signs of li
 GRACE = 3.0  # from the first report to the verdict: time for a better one
 LAST_WORDS = 10.0  # for the training thread to end by an error of its own
 CONNECT, HELLO = 300.0, 10.0  # for the others to come, and for one that has come to say who it is
-KILLED, DIED, FAILED, SILENT = range(4)  # what says more comes first
+KILLED, DIED, FAILED, SILENT = range(4)  # the one that says most comes first
 EXIT_CODE = 1
 MEETING = "check MASTER_ADDR and firewalls, or set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too) to the interface between the nodes"
 COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")  # the last two: gloo, which may leave out its name

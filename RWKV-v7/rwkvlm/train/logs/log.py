@@ -1,4 +1,4 @@
-"""What every log can be told; each one listens to what concerns it. And the file that logs append lines to."""
+"""What every log is told, of which each takes what concerns it; and the file that logs append lines to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Log:
         tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. And where it
         was so, meta_loss (a Phantom's other term, without its weight, not part of loss), "skipped": True (a number was not finite), "undone_to": the step whose weights the spike guard has gone back to."""
 
-    def mini_epoch(self, number: int, loss: float, lr: float, number_in_this_run: int) -> None:
+    def mini_epoch(self, number: int, loss: float, lr: float) -> None:
         """A mini-epoch has ended. loss: mean over its steps; lr: of its last step."""
 
     def validation(self, record: dict[str, Any]) -> None:
@@ -44,8 +44,8 @@ class Foreign(Log):
     def step(self, record: dict[str, Any]) -> None:
         self._tell("step", record)
 
-    def mini_epoch(self, number: int, loss: float, lr: float, number_in_this_run: int) -> None:
-        self._tell("mini_epoch", number, loss, lr, number_in_this_run)
+    def mini_epoch(self, number: int, loss: float, lr: float) -> None:
+        self._tell("mini_epoch", number, loss, lr)
 
     def validation(self, record: dict[str, Any]) -> None:
         self._tell("validation", record)

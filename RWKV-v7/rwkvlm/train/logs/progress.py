@@ -65,7 +65,7 @@ class Progress(Log):
             except OSError:  # the terminal or the reader of the pipe is gone: training goes on
                 self.watched = False
 
-    def mini_epoch(self, number: int, loss: float, lr: float, number_in_this_run: int) -> None:
+    def mini_epoch(self, number: int, loss: float, lr: float) -> None:
         self._note(f"mini-epoch {number}: mean loss {loss:.4f}")
 
     def validation(self, record: dict[str, Any]) -> None:
