@@ -13,6 +13,7 @@ import pytest
 from rwkvlm.cli import commands, main
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import TrainConfig, UserError
+from rwkvlm.config.kinds import OWNERS
 from rwkvlm.config.train import flag
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +193,17 @@ def test_help_lists_every_flag(capsys):
     text = capsys.readouterr().out
     for f in fields(TrainConfig):
         assert f"--{f.name} " in text
+
+
+def test_help_says_what_flags_of_some_models_are_when_they_are_not_given():
+    """The models' own defaults, where these are numbers or words."""
+    texts = {"attention_layers": "1/4", "ttt_chunk": "64 (memory: 256)", "memory_dim": "half of n_embd in whole heads", "memory_rows": "head_size"}
+    for f in fields(TrainConfig):
+        said = f.metadata["unset"]
+        if texts.pop(f.name, "") != said:
+            own = getattr(OWNERS[f.metadata["of"]][0](), f.name)
+            assert (float(said) if isinstance(own, (bool, int, float)) else said) == own, f.name
+    assert not texts
 
 
 def test_types_come_from_the_dataclass():

@@ -29,7 +29,7 @@ def checkout(tmp_path_factory):
 
 
 def run(root: Path, *words: object) -> str:
-    environment = os.environ | {"PYTHONPATH": str(root / "RWKV-v7"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root / "RWKV-v7"), "OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}
     done = subprocess.run([sys.executable, *map(str, words)], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

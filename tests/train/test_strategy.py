@@ -186,6 +186,10 @@ def test_what_auto_means(monkeypatch):
     assert launch(TrainConfig()).devices == 2
     with pytest.raises(UserError, match="--devices 4, but the launcher started 2"):
         launch(TrainConfig(devices="4"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="started 2 processes on this node, and this one sees 1 GPU; let each see all of them .*--gpus-per-node"):
+        launch(TrainConfig())  # as under srun --gpus-per-task=1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert launch(TrainConfig(num_nodes=3)).world_size == 6
     with pytest.raises(UserError, match="use --num_nodes 3"):

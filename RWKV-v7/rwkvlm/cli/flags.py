@@ -70,7 +70,8 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
 def _help(f: Field) -> str:
     choices = [c for c in f.metadata.get("choices") or () if c]
     one_of = f": {', '.join(choices)}" if len(choices) > 1 else ""
-    return f"{f.metadata['help']}{one_of}{'' if f.default == '' else f' [{f.default}]'}"
+    default = f.metadata.get("unset") or ("" if f.metadata.get("of") else f.default)  # what stands for "not given" is no default
+    return f"{f.metadata['help']}{one_of}{'' if default == '' else f' [{default}]'}"
 
 
 def _converter(kind: type) -> Callable[[str], Any]:

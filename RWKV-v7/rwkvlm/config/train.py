@@ -33,9 +33,10 @@ KERNELS = ("", "auto", "cuda", "cpu", "torch", "@rwkv3")
 MINI_EPOCH = 40320  # samples in an official mini-epoch
 
 
-def flag(default: Any, help: str, choices: tuple[str, ...] | None = None, of: str = "", idle: str = "") -> Any:
-    """of: whose flag it is alone, of kinds.OWNERS. idle: why it is accepted and changes nothing."""
-    return field(default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle})
+def flag(default: Any, help: str, choices: tuple[str, ...] | None = None, of: str = "", idle: str = "", unset: str = "") -> Any:
+    """of: whose flag it is alone, of kinds.OWNERS. idle: why it is accepted and changes nothing. unset: what --help says that it is when it is not given, where
+    the default only says that it is not."""
+    return field(default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle, "unset": unset})
 
 
 def no_effect(default: Any, why: str) -> Any:
@@ -75,43 +76,43 @@ class TrainConfig:
     rank_g: int = flag(0, "low rank of the gate; 0: found like rank_w")
 
     # Phantom (--my_testing phantom); -1 and "": from the checkpoint, else the default in [config/phantom.py]
-    core_ratio: float = of_phantom(-1.0, "share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers; else 0.2")
+    core_ratio: float = of_phantom(-1.0, "share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers", unset="0.2")
     ghost_ratio: float = of_phantom(-1.0, "1 - core_ratio")
     core_ratios: str = of_phantom("", "other core ratios for some matrices: ffn.key=1,att.output=0.5")
-    ghost_activation: str = of_phantom("", "between core and ghost; else identity", ("", *ACTIVATIONS))
-    ttt_enabled: int = of_phantom(-1, "1: test-time training, 0: none; else 1")
-    ttt_kind: str = of_phantom("", "steps on the wkv state, or a memory beside it; else state", ("", *TTT_KINDS))
-    ttt_chunk: int = of_phantom(-1, "tokens between two steps, a multiple of 16; else 64 (memory: 256)")
-    ttt_lr: float = of_phantom(-1.0, "first step size per token of ttt_chunk, learned from there; else 0.01")
-    ttt_steps: int = of_phantom(-1, "steps at each segment's end; else 1")
-    ttt_core_ratio: float = of_phantom(-1.0, "share of the state's value rows that are stepped on; else 0.25")
-    ttt_head: int = of_phantom(-1, "1: a prediction head in the inner loss; else 1")
-    ttt_target: str = of_phantom("", "what a key shall recall: what the delta rule has stored, or the value; else stored", ("", *TTT_TARGETS))
-    ttt_anchor: float = of_phantom(-1.0, "pull towards the state before the steps; without effect when ttt_steps is 1; else 0.01")
-    ttt_second_order: int = of_phantom(-1, "1: the loss is differentiated through the inner gradient; else 1")
-    ttt_meta: int = of_phantom(-1, "1: adds the inner loss on the segment after each step to the loss; else 0")
-    ttt_loss_weight: float = of_phantom(-1.0, "weight of ttt_meta's term; else 0.1")
-    memory_dim: int = of_phantom(-1, "width of the memory; else half of n_embd in whole heads")
-    memory_rows: int = of_phantom(-1, "hidden units of each head of the memory; else head_size")
-    max_depth_iter: int = of_phantom(-1, "passes through each block with the same weights; else 1")
-    dropout: float = of_phantom(-1.0, "share of each branch's outputs set to zero in training; else 0")
-    layer_norm_eps: float = of_phantom(-1.0, "epsilon of the LayerNorms; else 1e-5")
+    ghost_activation: str = of_phantom("", "between core and ghost", ("", *ACTIVATIONS), unset="identity")
+    ttt_enabled: int = of_phantom(-1, "1: test-time training, 0: none", unset="1")
+    ttt_kind: str = of_phantom("", "steps on the wkv state, or a memory beside it", ("", *TTT_KINDS), unset="state")
+    ttt_chunk: int = of_phantom(-1, "tokens between two steps, a multiple of 16", unset="64 (memory: 256)")
+    ttt_lr: float = of_phantom(-1.0, "first step size per token of ttt_chunk, learned from there", unset="0.01")
+    ttt_steps: int = of_phantom(-1, "steps at each segment's end", unset="1")
+    ttt_core_ratio: float = of_phantom(-1.0, "share of the state's value rows that are stepped on", unset="0.25")
+    ttt_head: int = of_phantom(-1, "1: a prediction head in the inner loss", unset="1")
+    ttt_target: str = of_phantom("", "what a key shall recall: what the delta rule has stored, or the value", ("", *TTT_TARGETS), unset="stored")
+    ttt_anchor: float = of_phantom(-1.0, "pull towards the state before the steps; without effect when ttt_steps is 1", unset="0.01")
+    ttt_second_order: int = of_phantom(-1, "1: the loss is differentiated through the inner gradient", unset="1")
+    ttt_meta: int = of_phantom(-1, "1: adds the inner loss on the segment after each step to the loss", unset="0")
+    ttt_loss_weight: float = of_phantom(-1.0, "weight of ttt_meta's term", unset="0.1")
+    memory_dim: int = of_phantom(-1, "width of the memory", unset="half of n_embd in whole heads")
+    memory_rows: int = of_phantom(-1, "hidden units of each head of the memory", unset="head_size")
+    max_depth_iter: int = of_phantom(-1, "passes through each block with the same weights", unset="1")
+    dropout: float = of_phantom(-1.0, "share of each branch's outputs set to zero in training", unset="0")
+    layer_norm_eps: float = of_phantom(-1.0, "epsilon of the LayerNorms", unset="1e-5")
 
     # hybrid (--my_testing hybrid); -1 and "": from the checkpoint, else the default in [config/hybrid.py]
-    attention_layers: str = of_hybrid("", "blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four; else 1/4")
-    attention_kv_heads: int = of_hybrid(-1, "heads of keys and values, a divisor of the number of heads; 0: as many; else 0")
-    attention_window: int = of_hybrid(-1, "tokens that a token's attention sees, which bounds the memory of generation; 0: all; else 0")
+    attention_layers: str = of_hybrid("", "blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four", unset="1/4")
+    attention_kv_heads: int = of_hybrid(-1, "heads of keys and values, a divisor of the number of heads; 0: as many", unset="0")
+    attention_window: int = of_hybrid(-1, "tokens that a token's attention sees, which bounds the memory of generation; 0: all", unset="0")
     # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
-    rosa_bits: int = of_rosa(-1, "channels that make a symbol together, 1 or 4; else 4")
-    rosa_grad: str = of_rosa("", "gradient of a bit: exact, by flipping it, or a soft surrogate; a tenth of it reaches the residual stream; else flip", ("", *GRADS))
-    rosa_tau: float = of_rosa(-1.0, "least size of an activation in the gradient of its bit; else 0.1")
-    deep_embed: int = of_rosa(-1, "1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed); else 0")
+    rosa_bits: int = of_rosa(-1, "channels that make a symbol together, 1 or 4", unset="4")
+    rosa_grad: str = of_rosa("", "gradient of a bit: exact, by flipping it, or a soft surrogate; a tenth of it reaches the residual stream", ("", *GRADS), unset="flip")
+    rosa_tau: float = of_rosa(-1.0, "least size of an activation in the gradient of its bit", unset="0.1")
+    deep_embed: int = of_rosa(-1, "1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed)", unset="0")
 
     # batches and their order
     ctx_len: int = flag(1024, "tokens per sample")
     micro_bsz: int = flag(12, "samples per device and step")
     accumulate_grad_batches: int = flag(1, "micro batches per optimizer step")
-    doc_reset: int = flag(0, "1: state and token shift begin anew with each document of the data (officially only with each sample)")
+    doc_reset: int = flag(0, "1: state and token shift begin anew with each document of the data (officially only with each sample); not with ttt_meta")
     magic_prime: int = flag(0, "prime that orders the samples; 0: computed from data_file and ctx_len")
     my_exit_tokens: int = flag(0, "tokens at which the schedule and the training end; 0: one pass over the data")
     epoch_begin: int = flag(0, "first mini-epoch; found by itself with train_stage 2 or 3")

@@ -58,6 +58,11 @@ def launch(config: TrainConfig) -> Launch:
         raise UserError(f"--accelerator {config.accelerator}: PyTorch sees no GPU here; use --accelerator cpu, or install a CUDA build of torch")
     launched = launched_here()
     devices = int(config.devices) if config.devices != "auto" else launched or (gpus if accelerator == "gpu" else 1)
+    if accelerator == "gpu" and gpus < launched == devices:
+        raise UserError(
+            f"the launcher started {launched} processes on this node, and this one sees {gpus} GPU{'s' * (gpus > 1)}; let each see all of them (SLURM: --gpus-per-node in"
+            f" place of --gpus-per-task and --gpu-bind), or start {gpus}"
+        )
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
     if accelerator == "cpu" and devices > (most := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_PROCESS):
