@@ -66,8 +66,10 @@ def shown():
 
 
 def test_every_block_of_code_is_fenced_and_closed():
+    """Or code() would not see it. Indented are only the formulas of the page on wkv7."""
     for path, text in PAGES.items():
         assert len(re.findall(r"^```", text, re.M)) == 2 * len(FENCED.findall(text)), path
+        assert path.name == "wkv7_chunked.md" or not re.search(r"^    ", FENCED.sub("", text), re.M), path
 
 
 def test_commands_exist():
