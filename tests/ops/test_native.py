@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,14 @@ def test_a_compile_error_is_one_line(toy):
     assert not [p for p in (toy.parents[1] / "cache" / "native").iterdir() if p.suffix in (".so", ".building")]
 
 
+def test_so_many_compilers_at_once_as_there_are_cpus_for(toy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(native, "cpus", lambda: 3)
+    monkeypatch.setattr(native, "ThreadPoolExecutor", lambda max_workers: asked.append(max_workers) or ThreadPoolExecutor(max_workers))
+    native.build("toy")
+    assert asked == [3]
+
+
 def test_no_compiler_is_one_line(toy, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(native.NativeBuildError, match="no-such-compiler is not on the PATH; install") as caught:
@@ -83,6 +92,8 @@ def test_where_there_is_no_home_kernels_are_built_among_the_temporary_files(monk
         monkeypatch.setenv("HOME", home)
         assert env.cache_dir() == own and own.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert env.cache_dir() == own
+    own.chmod(0o2700)  # as in a folder that hands its group on
     assert env.cache_dir() == own
     own.chmod(0o770)  # somebody else's libraries would be loaded
     with pytest.raises(native.NativeBuildError, match="neither the home folder nor .* set RWKV_CACHE_DIR to a folder that only you can write to"):

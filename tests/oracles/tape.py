@@ -36,8 +36,9 @@ class Tape:
     """In the place of rwkvlm.train.graphs.Recorder, for a model of so many blocks. `ran`: which recordings, in order.
 
     As graphs do, a run writes over what the run before has left; no Python of what was recorded runs again, and no version counter moves. All
-    recordings have their memory in common, as those of a pool: a run makes NaN of everything that later ones write, and of what earlier ones have not
-    returned, once it may have been freed: what a forward pass keeps is there until its backward pass has run.
+    recordings have their memory in common, as those of a pool: a run spoils everything that later ones write, and what earlier ones have not returned,
+    once it may have been freed: what a forward pass keeps is there until its backward pass has run. Numbers become NaN; whole ones 1, which is a token
+    and a place too, so that whoever reads it does so in memory that there is, and has other bits than without.
     """
 
     def __init__(self, blocks: int, recompute: bool = False) -> None:
@@ -78,5 +79,5 @@ class Tape:
     @staticmethod
     def _spoil(calls: list, kept: set[int]) -> None:
         for x in (x for *_, fresh in calls for _, x in fresh):
-            if x.is_floating_point() and storage(x) not in kept:
-                x.data.fill_(torch.nan)
+            if storage(x) not in kept:
+                x.data.fill_(torch.nan if x.is_floating_point() else 1)

@@ -1,5 +1,6 @@
 """train.py --dry_run: its numbers against hand-made ones, against the measured peak of real processes, and against the clock."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +12,9 @@ import torch
 
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
-from rwkvlm.config import ModelConfig, TrainConfig, cgroups, model_config
+from rwkvlm.config import ModelConfig, TrainConfig, cgroups, env, model_config
 from rwkvlm.models import build, count_parameters, init_weights
-from rwkvlm.train import planner
+from rwkvlm.train import planner, run as training
 from rwkvlm.train.memory import Activations, estimate, measure_activations, resident
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.plan import make_plan
@@ -265,6 +266,27 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
     assert memory_available(plan) == 0
     (tmp_path / "job/step/memory.stat").write_text("anon 1\n")
     assert memory_available(plan) == 1 << 18, "what cannot be read is no limit"
+
+
+def test_processes_share_the_threads_that_a_quota_has_time_for(run, tmp_path, monkeypatch):
+    """Those of the run, and those of its probe, which finds the number set."""
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_, **__):
+        raise Begun
+
+    plan = replace(make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out"), "train.py")), launch=Launch("cpu", 2, 1, "ddp"))
+    monkeypatch.setattr(env, "_threads", 7)
+    monkeypatch.setattr(planner, "guarded", begin)
+    monkeypatch.setattr(training.pl, "Trainer", begin)
+    for start in (lambda: probe(plan), lambda: training.train(plan, None)):
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        with pytest.raises(Begun):
+            start()
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert torch.get_num_threads() == 3, "this process too, whose torch has read 7"
 
 
 def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):

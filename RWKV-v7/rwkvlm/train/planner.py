@@ -140,6 +140,7 @@ def expected_seconds(plan: Plan, tokens_per_s: float) -> float:
 
 def probe(plan: Plan) -> float:
     """Tokens a second, of all devices: the run itself for a few steps, in a folder of its own that is deleted."""
+    env.share_threads(plan.launch.devices)  # the probe finds OMP_NUM_THREADS set, and so shares nothing out
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest(plan.proj_dir)) as folder:
         command = [sys.executable, "-m", "rwkvlm", "train", *probe_flags(plan, folder)]
         with open(Path(folder) / "said", "w") as said, guarded(command, folder, stdout=subprocess.DEVNULL, stderr=said) as process:
