@@ -14,4 +14,4 @@ DATA=pile
 : "${CTX_LEN:=4096}"
 : "${PROJ_DIR:=out/L$N_LAYER-D$N_EMBD-$MODEL_TYPE-pile}" # set output folder
 #
-. "$(dirname "$0")/demo-training-prepare.sh"
+. "$(dirname "$(readlink -f "$0")")/demo-training-prepare.sh"

@@ -9,7 +9,7 @@
     echo "error: $0 takes no arguments ($*); knobs stand before it, as in N_LAYER=4 $0, and at the top of the scripts" >&2
     exit 2
 }
-cd "$(dirname "$0")" || exit 1
+cd "$(dirname "$(readlink -f "$0")")" || exit 1
 . RWKV-v7/env.sh
 #
 # DATA=demo       30 MB of text found on this machine: Python's standard library and packages (default without a GPU)

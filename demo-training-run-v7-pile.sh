@@ -26,4 +26,4 @@ DATA=pile
 : "${N_NODE:=1}"       # number of nodes
 : "${GPU_PER_NODE:=8}" # number of GPUs per node
 #
-. "$(dirname "$0")/demo-training-run.sh"
+. "$(dirname "$(readlink -f "$0")")/demo-training-run.sh"

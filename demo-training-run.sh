@@ -7,7 +7,7 @@
 # Knobs: change them here, or set them in the environment: M_BSZ=8 N_LAYER=4 ./demo-training-run.sh
 # DATA, MODEL_TYPE, N_LAYER, N_EMBD, CTX_LEN and PROJ_DIR stand in demo-training-prepare.sh, which is run first and makes whatever is missing.
 #
-. "$(dirname "$0")/demo-training-prepare.sh"
+. "$(dirname "$(readlink -f "$0")")/demo-training-prepare.sh"
 #
 # Note bsz & lr affects model & training performance
 # Small data => use smaller bsz & slightly smaller LR

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the fast tests, two at a time; ./test.sh --all the slow ones too. Arguments go to pytest, one test at a time: ./test.sh tests/ops -k wkv7
-cd "$(dirname "$0")" || exit 1
+CDPATH= cd "$(dirname "$0")" || exit 1
 WITH_TESTS=1
 . RWKV-v7/env.sh
 

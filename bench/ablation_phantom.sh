@@ -11,7 +11,7 @@
 # Knobs, in the environment: TASKS=recall SEEDS=1 VARIANTS="rwkv7 memory" bench/ablation_phantom.sh
 # One seed changes the initial weights, and for recall the training data too; the order of the corpus is the same for all.
 #
-cd "$(dirname "$0")/.." || exit 1
+CDPATH= cd "$(dirname "$0")/.." || exit 1
 : "${ACCELERATOR:=cpu}"
 . RWKV-v7/env.sh
 #

@@ -7,7 +7,7 @@
 #
 # Nothing is fetched. PYTHON=/path/to/python is used as it is, whatever it has; without it the interpreter is found, or made, as for the demo.
 # The result: out/gpu/results.json (chip, driver, versions, commit, every step) and out/gpu/logs/. See bench/gpu.py.
-cd "$(dirname "$0")/.." || exit 1
+CDPATH= cd "$(dirname "$0")/.." || exit 1
 if [ -z "${PYTHON:-}" ]; then
     WITH_TESTS=1
     . RWKV-v7/env.sh

@@ -6,7 +6,7 @@
 #   bench/minipile_losses.sh --compare DIR    compares what a run in DIR has written so far
 #
 # Needs data/minipile.bin and .idx (demo-training-prepare.sh fetches them). The knobs of demo-training-run.sh hold; the recipe itself stays as it is.
-cd "$(dirname "$0")/.." || exit 1
+CDPATH= cd "$(dirname "$0")/.." || exit 1
 if [ -z "${PYTHON:-}" ]; then
     . RWKV-v7/env.sh
 fi

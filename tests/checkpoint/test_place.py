@@ -39,6 +39,16 @@ def test_a_pipe_is_written_to(tmp_path):
     os.close(reading)
 
 
+def test_a_link_that_leads_nowhere(tmp_path):
+    """As to a disk that is not mounted: not the folder around it is asked."""
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "runs")
+    for folder in (tmp_path / "out", tmp_path / "out" / "a"):
+        with pytest.raises(OSError, match="out is a link to .*/disk/runs, which is not there"):
+            try_folder(folder)
+    (tmp_path / "disk" / "runs").mkdir(parents=True)
+    try_folder(tmp_path / "out" / "a")
+
+
 def test_processes_of_the_same_number_may_try_a_folder_at_the_same_time(tmp_path, monkeypatch):
     """Two containers on one file system: the other one has removed the file that both have made."""
     touch = Path.touch

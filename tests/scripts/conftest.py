@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ["sh", "bash", "dash", "cat", "cksum", "cut", "env", "flock", "grep", "sed", "mkdir", "rm", "cp", "sleep", "tail", "tr", "dirname", "wc"]
+TOOLS = ["sh", "bash", "dash", "cat", "cksum", "cut", "env", "flock", "grep", "sed", "mkdir", "rm", "cp", "sleep", "tail", "tr", "dirname", "readlink", "wc"]
 CUDA_TORCH = """
 __version__ = '2.13.0'
 class version: cuda = '13.0'

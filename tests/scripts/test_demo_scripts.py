@@ -34,6 +34,22 @@ def test_whole_way_on_a_cpu_from_another_folder(demo, shell):
         assert flags(init)[name] == flags(train)[name]
 
 
+def test_whole_way_through_a_link_and_with_cdpath(demo, shell):
+    """CDPATH sends `cd` to another folder of the same name."""
+    (demo.bin / demo.root.name).mkdir()
+    links = demo.root.parent / "links"
+    links.mkdir()
+    for script in ("demo-training-run.sh", "demo-training-run-v7-pile.sh"):
+        (links / script).symlink_to(demo.root / script)
+    env = {"PATH": str(demo.bin), "HOME": str(demo.root), "CDPATH": str(demo.bin)}
+    for script in (f"{demo.root.name}/demo-training-run.sh", "links/demo-training-run.sh"):
+        done = subprocess.run([shell, script], cwd=demo.root.parent, env=env, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "train" in [call[0] for call in demo.calls()]
+    done = subprocess.run([shell, "links/demo-training-run-v7-pile.sh"], cwd=demo.root.parent, env=env, capture_output=True, text=True, timeout=60)
+    assert "cannot open" not in done.stderr and "not found" not in done.stderr
+
+
 def test_what_is_there_is_kept(demo):
     demo.run("demo-training-run.sh")
     (demo.root / "data").mkdir(exist_ok=True)

@@ -71,6 +71,19 @@ def test_rates_follow_the_schedule(whole, records):
     assert lrs[0] == pytest.approx(2e-5) and max(lrs) == lrs[5] == 2e-3 and lrs[5:] == sorted(lrs[5:], reverse=True) and lrs[-1] > 2e-4
 
 
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0, 1, 2"])
+def test_a_run_whose_standard_streams_are_closed(tiny, losses, tmp_path, closed):
+    """As with `>&-`: nothing is printed, least of all into the run's files."""
+    code = f"import os, sys; [os.close(n) for n in ({closed},)]; os.execv(sys.executable, [sys.executable, '-m', 'rwkvlm', 'train', *sys.argv[1:]])"
+    argv = [sys.executable, "-c", code, *tiny.argv(tmp_path / "out", max_steps=3, enable_progress_bar=True)]
+    done = subprocess.run(argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(tmp_path / "out")) == 3
+    for file in ("train_log.txt", "metrics.jsonl"):
+        assert "step 3" not in (tmp_path / "out" / file).read_text() and "output " not in (tmp_path / "out" / file).read_text()
+    assert ("output    " in done.stdout) == ("1" not in closed)
+
+
 def test_a_finished_run_says_so(whole, run, capsys):
     before = {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
     assert run(whole) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -12,8 +13,13 @@ from ..config import UserError
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or the one above it that exists."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """The folder, or the one above it that exists. OSError where there is a link in between that leads nowhere, as to a disk that is not mounted."""
+    for place in (folder, *folder.absolute().parents):
+        if place.exists():
+            return place
+        if place.is_symlink():
+            raise FileNotFoundError(errno.ENOENT, f"{place} is a link to {os.readlink(place)}, which is not there")
+    raise FileNotFoundError(errno.ENOENT, f"{folder} is nowhere")  # "/" exists
 
 
 def try_folder(folder: Path) -> None:

@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, line in commands().items():
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
+    _open_what_is_closed()
     env.let_waiting_threads_sleep()
     env.limit_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -58,6 +59,17 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename is None or error.errno not in UNSEEN:
             raise
         return _refused(f"{error.filename}: {error.strerror}; check the name and its permissions")
+
+
+def _open_what_is_closed() -> None:
+    """Who closes standard input or output (`>&-`) wants nothing of it. Left closed, its number would go to some file, which what C libraries print ends up in."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 
 def _refused(why: str) -> int:

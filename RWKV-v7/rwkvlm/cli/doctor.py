@@ -269,9 +269,10 @@ def ranks() -> str:
 def disk(folder: Path) -> str:
     from ..checkpoint.place import nearest
 
-    place = nearest(folder.absolute())
-    free = shutil.disk_usage(place).free
+    place = folder.absolute()
     try:
+        place = nearest(place)
+        free = shutil.disk_usage(place).free
         with tempfile.TemporaryFile(dir=place) as file:
             begin = time.monotonic()
             file.write(os.urandom(1 << 20) * (PROBE >> 20))
