@@ -47,6 +47,17 @@ def texts_of(prefix):
     return [world.decode(data.doc(i)[:-1]) for i in range(data.n_docs)]
 
 
+def test_as_many_threads_as_there_is_time_for(here, monkeypatch):
+    """Of a container's CPUs, not of its machine's; or what --workers says."""
+    jsonl("a.jsonl", words(3))
+    asked, pool = [], pack_module.ThreadPoolExecutor
+    monkeypatch.setattr(pack_module, "cpus", lambda: 3)
+    monkeypatch.setattr(pack_module, "ThreadPoolExecutor", lambda workers: asked.append(workers) or pool(workers))
+    for name, more in (("x", []), ("y", ["--workers", "2"])):
+        assert main(["a.jsonl", "1", "4", "--out", name, *more]) == 0
+    assert asked == [3, 2]
+
+
 def test_the_official_call(here, capsys):
     texts = words(300)
     jsonl("demo.jsonl", texts)

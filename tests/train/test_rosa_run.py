@@ -1,6 +1,7 @@
 """RWKV-8 with ROSA through the same trainer: a run, killed and resumed, its files, text from it, two processes, bad flags."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_a_model_without_ln0_is_trained_on(run, losses, tmp_path, capfd):
 
 def test_grad_cp_and_micro_batches_give_the_same_curve(run, losses, tmp_path):
     flags = dict(SHORT, my_testing="x080", max_steps=3)
-    assert run(tmp_path / "whole", **flags) == 0
+    assert run(tmp_path / "whole", **flags, rosa_grad="flip") == 0
     assert run(tmp_path / "parts", **flags | dict(grad_cp=1, micro_bsz=8, accumulate_grad_batches=2)) == 0
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
@@ -189,6 +190,25 @@ def test_bad_flags(run, tmp_path, capfd, case):
     assert run(tmp_path / "out", **SHORT | dict(my_testing="x080") | flags) == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_symbols_that_stay_as_they_begin(run, losses, tmp_path, kernel):
+    """--rosa_grad none: also resumed, and gone on with flips, which train what the bits come from."""
+    flags = dict(SHORT, my_testing="x080", kernel=kernel)
+    for folder, stops in (("whole", [12]), ("parts", [5, 7])):
+        for stop in stops:
+            assert run(tmp_path / folder, **flags, rosa_grad="none", max_steps=stop) == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert run(tmp_path / "flips", **flags, max_steps=12) == 0
+    assert losses(tmp_path / "flips")[0] == losses(tmp_path / "whole")[0] and losses(tmp_path / "flips")[4:] != losses(tmp_path / "whole")[4:]
+    assert run(tmp_path / "whole", **flags, rosa_grad="flip") == 0
+    first, at_rest, last = (load_weights(file) for file in (tmp_path / "whole" / "rwkv-init.pth", tmp_path / "whole" / "rwkv-1.pth", tmp_path / "whole" / "rwkv-final.pth"))
+    bits = [name for name in first if re.search(r"ln3|rosa\.(x_[qkv]|[qkv]\.)", name)]
+    assert len(bits) == 2 * (2 + 3 + 6)
+    assert all(torch.equal(first[name], at_rest[name]) for name in bits)
+    assert all(not torch.equal(first[name], at_rest[name]) for name in first if name not in bits and not re.search(r"blocks\.0\.att\.v[012]|rosa_bits", name))
+    assert all(not torch.equal(at_rest[name], last[name]) for name in bits if name.endswith(("q.weight", "k.weight")))
 
 
 def test_it_is_not_compressed(trained, tmp_path, capsys):

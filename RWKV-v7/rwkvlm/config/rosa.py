@@ -8,7 +8,7 @@ from .errors import UserError
 from .model import ModelConfig
 
 BITS = (1, 4)
-GRADS = ("flip", "soft")
+GRADS = ("flip", "soft", "none")
 TRAINING_ONLY = ("rosa_grad", "rosa_tau")
 
 
@@ -18,7 +18,7 @@ class RosaConfig(ModelConfig):
 
     rosa_bits   channels that make a symbol together. On a miss 1 bit gives -emb, 4 bits give 0 (the official layers differ there)
     rosa_grad   of a bit: "flip", what the loss would be if it were the other one, exactly; "soft", a dense surrogate. All of it
-                trains q, k and v, a tenth of it what is below (layers/rosa.py)
+                trains q, k and v, a tenth of it what is below (layers/rosa.py). "none": there is none, and q, k and v stay as they are
     rosa_tau    least size of an activation in the gradient of its bit, which falls with its distance from 0: with the 1e-3 of the
                 official 1-bit self layer those nearest to 0 would get most of it
     deep_embed  DeepEmbed: the output of channel mixing is multiplied by a learned vector of the token, in each block
@@ -46,6 +46,6 @@ class RosaConfig(ModelConfig):
         return self.model_type == "x080"
 
     def idle(self, name: str) -> str:
-        if name == "rosa_tau" and self.rosa_grad == "soft" and self.rosa_tau != RosaConfig.rosa_tau:
-            return "--rosa_grad is soft"
+        if name == "rosa_tau" and self.rosa_grad != "flip" and self.rosa_tau != RosaConfig.rosa_tau:
+            return f"--rosa_grad is {self.rosa_grad}"
         return ""

@@ -104,7 +104,7 @@ class TrainConfig:
     attention_window: int = of_hybrid(-1, "tokens that a token's attention sees, which bounds the memory of generation; 0: all", unset="0")
     # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
     rosa_bits: int = of_rosa(-1, "channels that make a symbol together, 1 or 4", unset="4")
-    rosa_grad: str = of_rosa("", "gradient of a bit: exact, by flipping it, or a soft surrogate; a tenth of it reaches the residual stream", ("", *GRADS), unset="flip")
+    rosa_grad: str = of_rosa("", "gradient of a bit: exact, by flipping it, or a soft surrogate, of which a tenth reaches the residual stream; none: q, k and v stay as they are, for less time", ("", *GRADS), unset="flip")
     rosa_tau: float = of_rosa(-1.0, "least size of an activation in the gradient of its bit", unset="0.1")
     deep_embed: int = of_rosa(-1, "1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed)", unset="0")
 

@@ -59,7 +59,8 @@ class RosaQKV(nn.Module):
 class RosaMix(nn.Module):
     """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: the branch of a block that mixes tokens by exact recall.
 
-    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream.
+    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream. With --rosa_grad none there is no such gradient: the
+    symbols are those of projections that stay as they are, and only what is made of the output is trained.
     """
 
     def __init__(self, config: RosaConfig) -> None:
@@ -67,7 +68,10 @@ class RosaMix(nn.Module):
         C = config.n_embd
         self.x_q, self.x_k, self.x_v = (nn.Parameter(torch.empty(1, 1, C)) for _ in range(3))
         self.q, self.k, self.v = (nn.Linear(C, C) for _ in range(3))
-        self.rosa_qkv = RosaQKV(C, config.rosa_bits, config.rosa_tau, config.rosa_grad)
+        self.fixed = config.rosa_grad == "none"
+        if self.fixed:
+            self.requires_grad_(False)
+        self.rosa_qkv = RosaQKV(C, config.rosa_bits, config.rosa_tau, "flip" if self.fixed else config.rosa_grad)
         self.o = nn.Linear(C, C)
 
     def forward(
@@ -76,7 +80,7 @@ class RosaMix(nn.Module):
         """x: [B, T, C], the residual stream, which norm leads in; packed: documents in one row. Returns x, the output [B, T, C] for it, and the new state or None."""
         last, seen = state if state is not None else (None, None)
         x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v], packed.bounds if packed is not None else None)
-        xq, xk, xv = map(_Damped.apply, (xq, xk, xv))
+        xq, xk, xv = (t.detach() if self.fixed else _Damped.apply(t) for t in (xq, xk, xv))
         y, seen = self.rosa_qkv(self.q(xq), self.k(xk), self.v(xv), seen, return_state, packed)
         return x, self.o(y), RosaMixState(last, seen) if return_state else None
 

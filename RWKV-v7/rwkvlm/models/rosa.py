@@ -49,6 +49,8 @@ class RosaBlock(nn.Module):
         self.ln3 = NormMix(C)
         self.att = TimeMix(config, layer) if config.has_time_mixing else None
         self.rosa = RosaMix(config)
+        if self.rosa.fixed:
+            self.ln3.requires_grad_(False)  # which leads nowhere else
         self.ffn = (DeepChannelMix if config.deep_embed else ChannelMix)(config)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> RosaBlockState:

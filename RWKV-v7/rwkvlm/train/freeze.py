@@ -39,4 +39,5 @@ def freeze(model: nn.Module, patterns: str) -> None:
     """Takes the named parameters out of training; before the optimizer is made."""
     names = frozen_names(patterns, [name for name, _ in model.named_parameters()])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in names)
+        if name in names:
+            parameter.requires_grad_(False)
