@@ -33,6 +33,9 @@ def parameters(sizes: ModelConfig) -> int:
         return count_parameters(build(sizes))
 
 
+UNUSED = 256 * (1 + 2 * 32)  # v0, v1, v2 of block 0, which are not trained
+
+
 @pytest.mark.parametrize(
     "flags, run, parts",
     [
@@ -50,10 +53,21 @@ def parameters(sizes: ModelConfig) -> int:
 )
 def test_bytes_for_each_parameter(flags, run, parts):
     P = parameters(SIZES)
-    memory = estimate(SIZES, TrainConfig(**flags), run, Activations(0, 0), program=1 << 30)
+    T, memory = P - UNUSED, estimate(SIZES, TrainConfig(**flags), run, Activations(0, 0), program=1 << 30)
     bucket = 2_000_000 if "ds_bucket_mb" in flags else 0
-    got = (memory.parameters / P, (memory.gradients - bucket) / P, memory.optimizer / P)
+    got = (memory.parameters / P, (memory.gradients - bucket) / T, memory.optimizer / T)
     assert got == pytest.approx(parts, abs=1e-3) and memory.program == memory.saving == 0
+
+
+def test_what_is_not_trained_has_weights_alone():
+    run, config = Launch("cpu", 1, 1, "auto"), TrainConfig(precision="fp32", spike_guard=8.0)
+    for sizes, freeze, untrained in (
+        (SIZES, "emb,head", 2 * 8192 * 256),
+        (model_config("x080", n_layer=4, n_embd=256, vocab_size=8192, rosa_grad="none"), "", 4 * (3 * 256 * 256 + 8 * 256)),  # q, k, v with biases; norm and blends
+    ):
+        memory, P = estimate(sizes, replace(config, freeze=freeze), run, Activations(0, 0), 0), parameters(sizes)
+        T = P - UNUSED - untrained
+        assert (memory.parameters, memory.gradients, memory.optimizer, memory.saving, memory.snapshots) == (4 * P, 4 * T, 8 * T, 12 * T + 2 * P, 24 * T)
 
 
 def test_what_cuda_graphs_hold():
@@ -100,9 +114,11 @@ def test_activations_are_those_that_autograd_keeps():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_snapshots_of_the_spike_guard_are_counted_where_they_lie_in_the_memory_that_is_told(flags, run, parts, precision):
     memory = estimate(SIZES, TrainConfig(precision=precision, **flags), run, Activations(0, 0), 0)
-    assert memory.snapshots == parts * parameters(SIZES) and ("snapshots" in str(memory)) == bool(parts)
-    saving = 12 // run.world_size + 2 if run.accelerator == "cpu" else 0  # each process's share of the state, and whole weights
-    assert memory.saving == saving * parameters(SIZES)
+    P = parameters(SIZES)
+    T = P - UNUSED
+    assert memory.snapshots == parts * T and ("snapshots" in str(memory)) == bool(parts)
+    saving = 12 * T // run.world_size + 2 * P if run.accelerator == "cpu" else 0  # each process's share of the state, and whole weights
+    assert memory.saving == saving
 
 
 def test_less_with_grad_cp_and_with_smaller_batches():
@@ -117,7 +133,7 @@ def test_less_with_grad_cp_and_with_smaller_batches():
 
 def test_on_a_cpu_the_optimizer_has_nowhere_else_to_go():
     config, (offload, plain) = TrainConfig(precision="bf16"), (Launch("cpu", 2, 1, f"deepspeed_stage_2{end}") for end in ("_offload", ""))
-    assert estimate(SIZES, config, offload, Activations(0, 0), 0).optimizer == estimate(SIZES, config, plain, Activations(0, 0), 0).optimizer == 6 * parameters(SIZES)
+    assert estimate(SIZES, config, offload, Activations(0, 0), 0).optimizer == estimate(SIZES, config, plain, Activations(0, 0), 0).optimizer == 6 * (parameters(SIZES) - UNUSED)
 
 
 def test_what_a_process_has_in_memory_is_what_the_system_says():

@@ -9,16 +9,18 @@ import torch
 from .. import models
 from ..config import HybridConfig, ModelConfig, PhantomConfig
 
-# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets (without sparsity); the first of which all words are in the device's name counts.
+# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets, without sparsity (RTX 4090 D: by its multiprocessors, 114 of 128); the first of which all words are in the device's
+# name counts.
 PEAK = {
-    "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
-    "A40": 150, "A30": 165, "A10": 125, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119.5, "L4": 121,
+    "A40": 150, "A30": 165, "A10": 125, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090 D": 147, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 
 
 def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
     """Of forward and backward in a long text, nothing recomputed: 6 for each weight of a matrix product whenever it is used, 27 N C for each layer's state.
 
+    2 where nothing is trained, nor anything below: q, k and v with --rosa_grad none. (--freeze, which is no matter of sizes, does not count.)
     Embeddings are not multiplied, DeepEmbed's no more than the first one; ROSA compares bits, which is no arithmetic of this kind.
     The recurrence takes 9 N^2 a head: decay 1, and 2 each for S a, its product with b, v k and S r; the backward pass twice that.
     That of RWKV-4 takes 11 a channel beside its exponentials: two weighted means of numerator and denominator, and their quotient.
@@ -26,7 +28,8 @@ def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
     """
     with torch.device("meta"):
         named = dict(models.build(sizes).named_parameters())
-    weights = {name: p.numel() for name, p in named.items() if p.dim() == 2 and not name.startswith("emb.") and not name.endswith(("r_k", "enn.weight")) and ".ttt." not in name}
+    products = {name: p for name, p in named.items() if p.dim() == 2 and not name.startswith("emb.") and not name.endswith(("r_k", "enn.weight")) and ".ttt." not in name}
+    weights = {name: p.numel() * (6 if p.requires_grad else 2) for name, p in products.items()}
     head = weights.pop("head.weight")
     layer = 33 * sizes.n_embd if sizes.model_type == "x040" else 27 * sizes.head_size * sizes.n_embd  # 0 without heads
     passes = 1
@@ -36,7 +39,7 @@ def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
     if isinstance(sizes, HybridConfig):
         states -= len(sizes.attention) * layer
         seen = round(12 * sizes.n_embd * len(sizes.attention) * sizes.seen(ctx_len))
-    return 6 * head + passes * (6 * sum(weights.values()) + states) + seen
+    return head + passes * (sum(weights.values()) + states) + seen
 
 
 def _of_test_time_training(sizes: PhantomConfig) -> int:

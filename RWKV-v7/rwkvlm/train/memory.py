@@ -1,15 +1,15 @@
 """An estimate of the memory that a training process will take: counted from sizes, with the activations of a block measured on one.
 
-Terms, for P trained parameters, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
+Terms, for P trained parameters of A in all, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
 
-    parameters   b P; ZeRO-3: b P / W, and whole in turn, of which up to a thousand million stay
+    parameters   b A; ZeRO-3: b A / W, and whole in turn, of which up to a thousand million stay
     gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P; the optimizer in plain PyTorch copies them, 4 P.
                  ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
     activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
     graphs       CUDA graphs: gradients where they are written, b P of the blocks, and in each block those of x and v_first
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
-    saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 P (weights, the first process)
+    saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 A (weights, the first process)
     snapshots    on a CPU: those that --spike_guard goes back to, 12 P each; ZeRO: 12 P / W (on a GPU they lie in the host's memory, which is not told)
 """
 
@@ -24,6 +24,7 @@ import torch
 from .. import models
 from ..config import HybridConfig, ModelConfig, TrainConfig
 from ..config.volume import volume
+from .freeze import freeze
 from .health import SNAPSHOTS
 from .strategy import Launch, param_dtype
 
@@ -114,11 +115,16 @@ def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.d
     return Activations(share * attention + (1 - share) * time_mixing, both - attention - time_mixing)
 
 
+def trained(part: torch.nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters() if p.requires_grad)
+
+
 def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: Activations, program: int, copies: bool = False) -> Memory:
     """Of each process; `program`: bytes of a process before there is a model; copies: whether the optimizer copies gradients (outside DeepSpeed)."""
     with torch.device("meta"):
         model = models.build(sizes)
-    P, in_blocks = models.count_parameters(model), sum(p.numel() for p in model.blocks.parameters())
+    freeze(model, config.freeze)
+    A, P, in_blocks = models.count_parameters(model), trained(model), trained(model.blocks)
     C, V, W, b = sizes.n_embd, sizes.vocab_size, run.world_size, param_dtype(config).itemsize
     stage = int(run.strategy.split("_")[2]) if run.strategy.startswith("deepspeed") else 0
     cpu, offload = run.accelerator == "cpu", run.strategy.endswith("_offload")
@@ -141,12 +147,12 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
         gradients += max(0, 4 * P - int(kept) - head)  # made when the activations are gone
     return Memory(
         program=program if cpu else 0,
-        parameters=b * P // W + b * min(P, LIVE) if stage == 3 else b * P,
+        parameters=b * A // W + b * min(A, LIVE) if stage == 3 else b * A,
         gradients=gradients,
         optimizer=0 if offload and not cpu else optimizer,
         activations=int(kept),
         graphs=b * (in_blocks + 2 * sizes.n_layer * C * tokens) if config.cuda_graphs else 0,
         head=head,
-        saving=12 * P // W + 2 * P if cpu else 0,
+        saving=12 * P // W + 2 * A if cpu else 0,
         snapshots=SNAPSHOTS * 12 * P // (W if stage else 1) if cpu and config.spike_guard else 0,
     )
