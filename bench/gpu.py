@@ -36,6 +36,7 @@ ROSA = "8x512x768,8x4096x768"  # B x T x C, symbols of 4 bits
 OPERATORS = ("norm_mix", "token_mix", "time_mix_inputs", "time_mix_output", "relu_square", "loss", "adamw")
 MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096")  # layers, width, samples, tokens of a sample
 PHANTOMS = ("P12-D768x16x512", "P12-D768x2x4096")  # the first two with test-time training
+WITH_ROSA = ("X12-D768x16x512", "X12-D768x2x4096")
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile, for the blocks: gpu_step.py --compile
 LONG = ("1x32768x32x64", "1x4096x32x64")  # B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
 GRACE = 90.0  # seconds from SIGTERM to SIGKILL: training writes its state meanwhile
@@ -100,8 +101,9 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     if step == "step":
         models = options.models.split(",") if options.models else ["L2-D64x2x64"] if small else MODELS
         modes = ("default",) if small else MODES
-        eager = [*models, *([] if options.models else ["P2-D64x2x128"] if small else PHANTOMS)]
-        runs = [(m, "", []) for m in eager] + [(m, " graphs", ["--graphs"]) for m in eager if not cpu]  # a rehearsal has no GPU to make graphs of
+        eager = [*models, *([] if options.models else ["P2-D64x2x128", "X2-D64x2x128"] if small else (*PHANTOMS, *WITH_ROSA))]
+        runs = [(m, "", []) for m in eager] + [(m, " rosa_grad none", ["--rosa_grad", "none"]) for m in eager if m.startswith("X")]
+        runs += [(m, " graphs", ["--graphs"]) for m in eager if not cpu]  # a rehearsal has no GPU to make graphs of
         runs += [(m, f" compile {mode}", ["--compile", mode]) for mode in modes for m in models]
         return [Item(f"{m}{how}", [python, str(BENCH / "gpu_step.py"), m, *device, *words], read=last_json) for m, how, words in runs]
     folder = options.out / "demo"

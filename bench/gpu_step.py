@@ -6,9 +6,10 @@
     python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them; other modes of torch.compile:
                                                     reduce-overhead is --compile 1 --cuda_graphs 1
     python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state: beside L, its price
+    python bench/gpu_step.py X12-D768x16x512        X: x080, RWKV-7 with ROSA beside it; --rosa_grad none: without a gradient of its bits
 
 Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and gradients of a small model
-against plain PyTorch in float64; exit code 1, and nothing is timed, where they are wrong. Steps are timed between events without waiting in between.
+against plain PyTorch in float64 (x080's in fp32: rounded to bf16, ROSA's bits would be others); exit code 1, and nothing is timed, where they are wrong. Steps are timed between events without waiting in between.
 mfu: of the arithmetic that the model needs (train/flops.py) and the chip's data sheet; share_of_gemm: of the rate of a large matrix product,
 measured in the same run. --device cpu is a rehearsal.
 """
@@ -30,7 +31,7 @@ from torch.autograd import DeviceType
 
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, TrainConfig, model_config
-from rwkvlm.models.phantom import TABLE
+from rwkvlm.models import phantom, rosa
 from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
 from rwkvlm.train.compiled import GRAPHED, MODES, compile_blocks
@@ -45,16 +46,18 @@ LIMIT = 2e-2  # relative: loss and the whole gradient in bf16, against float64
 WARM_UP = 5  # steps. With CUDA graphs the first of them run without, then they are recorded
 
 
-def model_sizes(kind: str, **sizes: int) -> ModelConfig:
-    """L: RWKV-7; P: RWKV-7 TTT Phantom, all of whose matrices are RWKV-7's."""
+def model_sizes(kind: str, rosa_grad: str, **sizes: int) -> ModelConfig:
+    """L: RWKV-7; P: RWKV-7 TTT Phantom, all of whose matrices are RWKV-7's; X: RWKV-7 with ROSA."""
+    if kind == "X":
+        return model_config("x080", **sizes, rosa_grad=rosa_grad)
     return model_config("phantom", **sizes, core_ratio=1.0) if kind == "P" else ModelConfig(**sizes)
 
 
 class Training(train_step.Training):
     """A model with random matrices, made where it trains."""
 
-    def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace) -> None:
-        where = dict(accelerator="gpu" if options.device == "cuda" else "cpu", devices="1", precision="bf16")
+    def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace, precision: str = "bf16") -> None:
+        where = dict(accelerator="gpu" if options.device == "cuda" else "cpu", devices="1", precision=precision)
         how = dict(grad_cp=options.grad_cp, compile=int(bool(options.compile)), cuda_graphs=int(options.graphs or options.compile == GRAPHED))
         config = TrainConfig(**where, **how, weight_decay=0.001, lr_init=1e-4)
         strategy = make_strategy(config)
@@ -64,9 +67,9 @@ class Training(train_step.Training):
         # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them. Twice as large, they make a
         # model in which roundings of bf16 grow, in some to 5 or 10 percent of the gradient, in plain PyTorch as well.
         rng = torch.Generator(options.device).manual_seed(0)
-        matrices = "|".join(re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k"))
+        matrices = "|".join(re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k") and ".rosa." not in name)
         random = Row(matrices, lambda s: torch.randn(s.shape, generator=rng, device=options.device) * 0.5 / s.shape[1] ** 0.5)
-        init_from_table(model, [random, *TABLE], 0)
+        init_from_table(model, [random, *(rosa.TABLE if sizes.model_type == "x080" else phantom.TABLE)], 0)
         self.model = model.to(param_dtype(config))
         self.module.attach(self.model)
         if options.compile:
@@ -81,11 +84,12 @@ class Training(train_step.Training):
 
 def errors(kind: str, kernel: str, options: argparse.Namespace) -> dict[str, float]:
     """Of loss and gradient of a small model, against plain PyTorch in float64 from the same rounded weights; the worst of as many passes as warm up."""
-    training = Training(model_sizes(kind, n_layer=3, n_embd=128, vocab_size=1000, head_size=64), 2, 100, options)
+    small = model_sizes(kind, options.rosa_grad, n_layer=3, n_embd=128, vocab_size=1000, head_size=64)
+    training = Training(small, 2, 100, options, "fp32" if kind == "X" else "bf16")
 
     def results(idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss = training.loss(idx)
-        grads = torch.autograd.grad(loss, list(training.module.model.parameters()))
+        grads = torch.autograd.grad(loss, [p for p in training.module.model.parameters() if p.requires_grad])
         return loss.detach().double(), torch.cat([g.double().flatten() for g in grads])
 
     batches = training.batches[: WARM_UP if options.compile or options.graphs else 1]
@@ -157,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--compile", choices=("", *MODES), default="", help="the blocks through torch.compile in this mode")
     parser.add_argument("--graphs", action="store_true", help="the blocks in CUDA graphs")
+    parser.add_argument("--rosa_grad", choices=("flip", "none"), default="flip", help="of x080")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--kernel", default="", help="torch: to compare with plain PyTorch; else by itself, which is an error here where it is not the native one")
     options = parser.parse_args(arguments)
@@ -168,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--compile reduce-overhead recomputes nothing, and training refuses it with --grad_cp 1; use --grad_cp 0")
     if options.small:
         options.vocabulary, options.steps = 1000, 3
-    kind, *numbers = re.fullmatch(r"([LP])(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups()
+    kind, *numbers = re.fullmatch(r"([LPX])(\d+)-D(\d+)x(\d+)x(\d+)", options.model).groups()
     layers, width, batch, ctx = map(int, numbers)
     kernel = options.kernel or ("cuda" if options.device == "cuda" else "")
     backend.set_kernel(kernel)
@@ -176,13 +181,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not max(found.values()) <= LIMIT:
         print(f"error: of a small model {found}, more than {LIMIT:g}; nothing is timed on wrong results", file=sys.stderr)
         return 1
-    sizes = model_sizes(kind, n_layer=layers, n_embd=width, vocab_size=options.vocabulary)
+    sizes = model_sizes(kind, options.rosa_grad, n_layer=layers, n_embd=width, vocab_size=options.vocabulary)
     training = Training(sizes, batch, ctx, options)
     warm_up = step_ms(training, WARM_UP, options.device)
     times = step_ms(training, options.steps, options.device)
     ms, tokens = statistics.median(times), batch * ctx
     flops, peak, gemm = flops_per_token(sizes) * tokens / ms * 1e3, peak_flops(torch.device(options.device)), gemm_flops(options)
-    row = {"model": options.model, "kernel": kernel or "auto", "grad_cp": options.grad_cp, "compile": options.compile, "graphs": options.graphs}
+    row = {"model": options.model, "kernel": kernel or "auto", "rosa_grad": options.rosa_grad if kind == "X" else "", "grad_cp": options.grad_cp, "compile": options.compile, "graphs": options.graphs}
     row |= {"warm_up_s": round(sum(warm_up) / 1e3, 1), "errors": found, "steps": len(times), "ms": round(ms, 3), "ms_fastest": round(min(times), 3)}
     row |= {"tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
     row |= {"mfu": round(flops / peak, 4) if peak else None, "gemm_tflops": round(gemm / 1e12, 2), "share_of_gemm": round(flops / gemm, 4)}

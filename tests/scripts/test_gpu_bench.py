@@ -208,7 +208,7 @@ def test_a_wrong_kernel_of_ours_is_not_timed(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: relu_square: result 0 is off by")
 
 
-@pytest.mark.parametrize("model", ["L1-D64x2x32", "P1-D64x2x100"])
+@pytest.mark.parametrize("model", ["L1-D64x2x32", "P1-D64x2x100", "X1-D64x2x100"])
 def test_the_step_is_checked_and_timed(capsys, monkeypatch, model):
     assert gpu_step.main([model, *REHEARSAL]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -247,10 +247,11 @@ def test_the_step_in_graphs_is_what_is_checked(capsys, monkeypatch):
             gpu_step.main(["L1-D64x2x32", *REHEARSAL, *flags])
         assert said in capsys.readouterr().err
     monkeypatch.setattr(gpu_step, "graph_blocks", record_wrongly)
-    options = type("Options", (), dict(device="cpu", graphs=True, compile="", grad_cp=1, small=True))
+    options = type("Options", (), dict(device="cpu", graphs=True, compile="", grad_cp=1, small=True, rosa_grad="flip"))
     assert max(gpu_step.errors("L", "", options).values()) > gpu_step.LIMIT and asked == [(2, 100, True)]
     items = gpu.items_of("step", type("Options", (), dict(device="cuda", small=False, models="")))
     assert [item.command[2:] for item in items if item.name == "P12-D768x16x512 graphs"] == [["P12-D768x16x512", "--device", "cuda", "--graphs"]]
+    assert [item.command[2:] for item in items if item.name == "X12-D768x16x512 rosa_grad none"] == [["X12-D768x16x512", "--device", "cuda", "--rosa_grad", "none"]]
 
 
 def test_a_kernel_counts_once_and_not_for_its_operator_too():
