@@ -19,7 +19,7 @@ from rwkvlm.ops.cross_entropy import chunked, cuda as loss_cuda, head_cross_entr
 from rwkvlm.ops.fused import cuda as fused_cuda, native as fused_native
 from rwkvlm.ops.rosa import cuda as rosa_cuda, native as rosa_native
 from rwkvlm.ops.wkv7 import cuda as recurrence_cuda
-from rwkvlm.train import graphs
+from rwkvlm.train import graphs, selfcheck
 from rwkvlm.train.compiled import compile_blocks
 
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # relative: the gradient as a whole
@@ -102,6 +102,16 @@ def test_loss_and_gradients(device, kind, dtype, monkeypatch):
     want = loss_and_gradient(model.double(), idx)
     assert abs(got[0] / want[0] - 1) < LIMIT[dtype] / 10
     assert ((got[1] - want[1]).norm() / want[1].norm()).item() < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("kind, dtype", [("x070", torch.float32), ("x070", torch.bfloat16), ("phantom", torch.bfloat16), ("x080", torch.float32)])
+def test_the_check_before_the_first_step_passes_with_room(device, kind, dtype, monkeypatch):
+    sizes = selfcheck.small(MODELS[kind])
+    model, idx = selfcheck.spread(sizes).to(device, dtype), selfcheck.tokens(sizes).to(device)
+    got = selfcheck.loss_and_gradients(model, idx)
+    in_plain_pytorch(monkeypatch)
+    part, off, most = selfcheck.worst(got, selfcheck.loss_and_gradients(model, idx), selfcheck.loss_and_gradients(model.float(), idx))
+    assert off < most / 3, part
 
 
 def test_loss_and_gradients_of_a_phantom(device, monkeypatch):

@@ -32,6 +32,7 @@ from .module import TrainModule
 from .network import choose_interface
 from .plan import TOKENIZER, Plan, check_data, check_folder, hold, make_plan, refuse_if_held
 from .planner import dry_run
+from .selfcheck import check_kernels
 from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite, what_goes_on
 from .strategy import lightning_precision, make_strategy, param_dtype, start_timeout
 from .watch import Watch
@@ -189,6 +190,7 @@ class PlannedModule(TrainModule):
 
     def setup(self, stage: str) -> None:
         plan, start = self.plan, self.plan.start
+        together(lambda: check_kernels(start.model, param_dtype(plan.config), self.trainer.strategy.root_device))
         if start.fresh:
             together(self.hold)
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})

@@ -1,0 +1,103 @@
+"""Before the first step: the kernels of a run, on its device, against plain PyTorch.
+
+They are built on the machine where they run, by its compiler and for its processor, a pair that may be the first of its kind; and what a wrong one does to
+a model may show in nothing but a loss that falls more slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+
+import torch
+
+from .. import models
+from ..config import ModelConfig, UserError, env
+from ..ops import backend
+from ..ops.cross_entropy import head_cross_entropy
+
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative, of the loss and of each parameter's gradient; the kernels have up to 1e-5 and 0.07,
+ROUNDING = 4.0  # and where a sum cancels more, but no more than so many times what plain PyTorch has in the same dtype
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def check_kernels(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """UserError where loss and gradient of a small model of this kind are not what plain PyTorch makes of the same weights, or a kernel fails."""
+    if backend.requested() == "torch":
+        return
+    dtype = backend.computed_in(dtype)
+    if has_rosa(sizes):  # in fp32, whose roundings turn no bit; what is beside ROSA as the run has it
+        _check(small(sizes), torch.float32, device)
+        sizes = ModelConfig(head_size=sizes.head_size or 64)
+    _check(small(sizes), dtype, device)
+
+
+def small(sizes: ModelConfig) -> ModelConfig:
+    """The same kind of model, two blocks of two heads, all of its sizes as they are derived from these."""
+    derived = {name: 0 for name in ("dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "attention_kv_heads", "memory_dim", "memory_rows")}
+    own = derived | dict(ranks="", core_ratios="", dropout=0.0, attention_layers="1", n_layer=2, n_embd=2 * max(sizes.head_size, 32), vocab_size=200)
+    if has_rosa(sizes):
+        own |= dict(head_size=32, n_embd=64)  # plain PyTorch takes its time for ROSA
+    return sizes.with_(**{f.name: own[f.name] for f in fields(sizes) if f.name in own})
+
+
+def has_rosa(sizes: ModelConfig) -> bool:
+    return sizes.model_type in ("x080", "rosa")
+
+
+@functools.cache
+def _check(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Once in a process."""
+    cure = f"`python -m rwkvlm doctor` asks each by itself; delete {env.cache_dir() / 'native'} to build them again, or use --kernel torch, which is slower"
+    try:
+        part, off, most = worst(*answers(sizes, dtype, device))
+    except RuntimeError as error:
+        raise UserError(f"a kernel fails on this machine: {str(error).splitlines()[0]}; {cure}") from error
+    if not off < most:
+        raise UserError(f"a kernel is wrong on this machine: in a small {sizes.model_type} in {NAMES[dtype]}, {part} is off by {off:.1e} of itself; {cure}")
+
+
+def answers(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Loss and gradients of a model with the kernels, in plain PyTorch, and in plain PyTorch with the same weights in fp32."""
+    model, idx = spread(sizes).to(device, dtype), tokens(sizes).to(device)
+    found = [loss_and_gradients(model, idx)]
+    with backend.asked_for("torch"):
+        return [*found, loss_and_gradients(model, idx), loss_and_gradients(model.float(), idx)]
+
+
+def worst(got: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[str, float, float]:
+    """What is furthest off, by how much of itself, and by how much it may be; all are tensors of one dtype, but for `wanted`, in fp32."""
+
+    def off(name: str, x: torch.Tensor) -> float:
+        return ((x.float() - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-30)).item()
+
+    found = [(name, off(name, x), LIMITS[x.dtype] + ROUNDING * off(name, rounded[name])) for name, x in got.items()]
+    return max(found, key=lambda row: row[1] / row[2] if row[1] == row[1] else float("inf"))
+
+
+def tokens(sizes: ModelConfig) -> torch.Tensor:
+    """[2, T + 1], the same eleven over and over."""
+    T = 30 if has_rosa(sizes) else max(100, 2 * getattr(sizes, "ttt_chunk", 0) + 10)  # two chunks of wkv7's, two steps of test-time training
+    return torch.randint(sizes.vocab_size, (2, 11), generator=torch.Generator().manual_seed(1)).repeat(1, T // 11 + 1)[:, : T + 1]
+
+
+def spread(sizes: ModelConfig) -> models.LanguageModel:
+    """Initial weights, but matrices of random numbers in place of zeros, which would hide what comes before them."""
+    with torch.device("meta"):  # which draws no random numbers
+        model = models.build(sizes)
+    models.init_weights(model.to_empty(device="cpu"), 0)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2 and not p.any():
+                p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
+    return model
+
+
+def loss_and_gradients(model: models.LanguageModel, idx: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Those of the trained parameters, by name; idx: [B, T + 1]."""
+    x, terms = model.for_training(idx[:, :-1].contiguous())
+    loss = sum((weight * value for weight, value in terms.values()), start=head_cross_entropy(x, model.head.weight, idx[:, 1:].contiguous()))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    return {"the loss": loss.detach().to(gradients[0].dtype)} | {f"the gradient of {name}": g for name, g in zip(trained, gradients)}

@@ -1,0 +1,93 @@
+"""The check of the kernels before the first step: right ones pass in every kind of model, one that is wrong in a single gradient stops the run with its cure."""
+
+import pytest
+import torch
+
+from rwkvlm import native
+from rwkvlm.config import UserError, model_config
+from rwkvlm.ops import wkv7 as recurrence
+from rwkvlm.ops.fused import reference as fused
+from rwkvlm.train import run as training, selfcheck
+from rwkvlm.train.selfcheck import answers, check_kernels, small, worst
+
+CPU = torch.device("cpu")
+LARGE = dict(n_layer=12, n_embd=768, vocab_size=65536)
+MODELS = {
+    "x070": ("x070", {}),
+    "heads of 128": ("x070", dict(head_size=128)),
+    "compressed": ("x070", dict(ranks="att.key=16")),
+    "phantom": ("phantom", dict(ghost_permuted=True, dropout=0.5)),
+    "in depth": ("phantom", dict(ttt_meta=True, ttt_chunk=128, max_depth_iter=2, core_ratio=0.5, core_ratios="att.key=0.3")),
+    "memory": ("phantom", dict(ttt_kind="memory")),
+    "hybrid": ("hybrid", dict(attention_layers="1,3,5", attention_kv_heads=3, attention_window=64)),
+    "x080": ("x080", dict(deep_embed=True)),
+    "no gradient of bits": ("x080", dict(rosa_grad="none", rosa_bits=1)),
+    "rosa": ("rosa", {}),
+    "x040": ("x040", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    """What has been found in this process is forgotten."""
+    selfcheck._check.cache_clear()
+    yield
+    selfcheck._check.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_right_kernels_pass_and_draw_no_random_numbers(name, dtype):
+    kind, settings = MODELS[name]
+    sizes, before = model_config(kind, **LARGE, **settings), torch.get_rng_state()
+    check_kernels(sizes, dtype, CPU)
+    assert torch.equal(before, torch.get_rng_state())
+    if dtype == torch.float32 or not selfcheck.has_rosa(sizes):
+        part, off, most = worst(*answers(small(sizes), dtype, CPU))
+        assert off < most / 3, part
+
+
+def turned(form, place):
+    """An operator whose gradient of one input has the wrong sign."""
+
+    def wrong(*inputs, **settings):
+        x = inputs[place].view_as(inputs[place])
+        x.register_hook(torch.neg)
+        return form(*inputs[:place], x, *inputs[place + 1 :], **settings)
+
+    return wrong
+
+
+@pytest.mark.parametrize("place", range(6), ids="rwkvab")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_single_wrong_gradient_of_wkv7_is_found(monkeypatch, dtype, place):
+    """One side of the comparison is made wrong: that in plain PyTorch."""
+    monkeypatch.setattr(recurrence, "wkv7_chunked", turned(recurrence.wkv7_chunked, place))
+    with pytest.raises(UserError, match="a kernel is wrong on this machine: in a small x070 in .*, the gradient of .* is off by .* of itself; .*rwkvlm doctor.* or use --kernel torch"):
+        check_kernels(model_config("x070", **LARGE), dtype, CPU)
+
+
+def test_a_kernel_that_fails_has_its_cure(monkeypatch):
+    def fail(x):
+        raise RuntimeError("an illegal instruction\nand much besides")
+
+    monkeypatch.setattr(fused, "relu_square", fail)
+    with pytest.raises(UserError, match="a kernel fails on this machine: an illegal instruction; "):
+        check_kernels(model_config("x040", **LARGE), torch.float32, CPU)
+
+
+@pytest.mark.skipif(not native.available("wkv7")[0], reason="no C++ compiler")
+def test_a_run_stops_before_it_has_written_weights_and_goes_on_in_plain_pytorch(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recurrence, "wkv7_chunked", turned(recurrence.wkv7_chunked, 1))
+    assert run(tmp_path / "out", kernel="auto", max_steps=1) == 2
+    assert "error: a kernel is wrong on this machine" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.pth"))
+    monkeypatch.undo()
+    assert run(tmp_path / "out", kernel="torch", max_steps=1) == 0
+
+
+def test_it_is_asked_for_the_model_the_dtype_and_the_device_of_the_run(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "check_kernels", lambda *what: asked.append(what))
+    assert run(tmp_path, precision="bf16", max_steps=1) == 0
+    assert [(sizes.n_embd, dtype, device) for sizes, dtype, device in asked] == [(64, torch.bfloat16, CPU)]
