@@ -52,19 +52,8 @@ from rwkvlm.ops import backend  # noqa: E402
 from rwkvlm.train.module import TrainModule  # noqa: E402
 from rwkvlm.train.norms import GradientNorms  # noqa: E402
 from rwkvlm.train.optimizer import make_optimizer  # noqa: E402
+from rwkvlm.train.selfcheck import spread  # noqa: E402
 from rwkvlm.train.strategy import make_strategy, param_dtype  # noqa: E402
-
-
-def filled(sizes: ModelConfig) -> models.LanguageModel:
-    """Initial weights, with the matrices that begin as zeros at the scale of training."""
-    model = models.build(sizes)
-    models.init_weights(model, 0)
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2 and not p.any():
-                p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
-    return model
 
 
 class Training:
@@ -74,7 +63,7 @@ class Training:
         config = TrainConfig(accelerator="cpu", precision=precision, weight_decay=0.001, lr_init=1e-4)
         strategy = make_strategy(config)
         self.module = TrainModule(config)
-        self.model = filled(sizes).to(param_dtype(config))
+        self.model = spread(sizes).to(param_dtype(config))
         self.module.attach(self.model)
         self.optimizer = make_optimizer(self.model, config, strategy)
         self.norms = GradientNorms(self.model)
