@@ -76,6 +76,19 @@ def test_a_kernel_that_fails_has_its_cure(monkeypatch):
         check_kernels(model_config("x040", **LARGE), torch.float32, CPU)
 
 
+def test_a_parameter_that_nothing_reads_is_no_fault(monkeypatch):
+    """As a model of one's own may have one, and a memory that a short text never writes to."""
+    spread = selfcheck.spread
+
+    def with_one_more(sizes):
+        model = spread(sizes)
+        model.unread = torch.nn.Parameter(torch.ones(3))
+        return model
+
+    monkeypatch.setattr(selfcheck, "spread", with_one_more)
+    check_kernels(model_config("x070", **LARGE), torch.float32, CPU)
+
+
 @pytest.mark.skipif(not native.available("wkv7")[0], reason="no C++ compiler")
 def test_a_run_stops_before_it_has_written_weights_and_goes_on_in_plain_pytorch(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recurrence, "wkv7_chunked", turned(recurrence.wkv7_chunked, 1))
