@@ -1,8 +1,8 @@
 """What bench/gpu.sh runs: the steps, what has been done of them, and the time that is left. Standard library, and torch for the chip's name.
 
 A step is a list of items, each a process of its own with its own log. An item that succeeded is not run again, one that failed is, the next time;
-an item that is still running when the minutes are over is stopped (SIGTERM first: training saves). results.json is written after every item. It
-belongs to one commit, one chip and one torch: with another of them the file is set aside and a new one begun.
+an item that is still running when the minutes are over is stopped (SIGTERM first: training saves), and one that hangs (MOST) has failed. results.json is
+written after every item. It belongs to one commit, one chip and one torch: with another of them the file is set aside and a new one begun.
 
 Exit codes: 0 all that was asked for is done, 1 something failed, 2 it cannot start, 3 time is over: the same command goes on; 130 and 143 after
 Ctrl-C and SIGTERM, with which what is running is stopped too.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -29,7 +30,8 @@ import plot_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(__file__).resolve().parent
-STEPS = ("tests", "sanitize", "kernels", "step", "train")
+STEPS = ("tests", "sanitize", "kernels", "step", "train", "others")
+ON_GPU = ("operator", "ttt_operator", "fused", "loss", "adamw", "wkv4", "rosa", "model", "graphs")  # files of tests/cuda that have a form for a GPU
 FIRST_TESTS = ("cuda", "ops", "layers", "models", "infer")  # those that touch the GPU most
 WKV4 = "16x512x768,8x4096x768,8x4096x4096"  # B x T x C
 ROSA = "8x512x768,8x4096x768"  # B x T x C, symbols of 4 bits
@@ -41,6 +43,7 @@ MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch
 LONG = ("1x32768x32x64", "1x4096x32x64")  # B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
 GRACE = 90.0  # seconds from SIGTERM to SIGKILL: training writes its state meanwhile
 LEAST = 5.0  # seconds without which no item is begun
+MOST = 600.0  # seconds after which an item hangs: a kernel that waits for ever would take the minutes of all others
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Item:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     read: Callable[[str], dict] = lambda log: {}
+    most: float = MOST
 
 
 def last_json(log: str) -> dict:
@@ -71,13 +75,15 @@ def sanitizer_errors(log: str) -> dict:
 def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     python, cpu, small = sys.executable, options.device == "cpu", options.small
     device = ["--device", "cpu" if cpu else "cuda", *(["--small"] if small else [])]
-    if step == "tests":
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if step == "tests" and not cpu:  # a process for each file: behind an illegal address nothing works any more in the process that had it
+        files = [f"tests/cuda/test_{name}.py" for name in ON_GPU]
+        return [Item(f"{name} on the GPU", [*pytest, name, "-k", "gpu"], read=pytest_counts) for name in files]
+    if step in ("tests", "others"):
         files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda p: (*(p.parent.name != n for n in FIRST_TESTS), str(p)))
-        files = [p for p in files if not small or p.name == "test_backend.py"]
+        files = [p for p in files if not (small or step == "tests") or p.name == "test_backend.py"]
         names = [str(p.relative_to(ROOT)) for p in files]
-        pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        first = [] if cpu else [Item("tests/cuda on the GPU", [*pytest, "tests/cuda", "-k", "gpu"], read=pytest_counts)]  # two minutes; all of the files, an hour
-        return first + [Item(n, [*pytest, n], read=pytest_counts) for n in names]
+        return [Item(n, [*pytest, n], read=pytest_counts) for n in names]
     if step == "sanitize":
         work = [python, str(BENCH / "gpu_kernels.py"), "once", *device]
         if cpu:
@@ -117,7 +123,7 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
     knobs = {name: os.environ.get(name) or value for name, value in knobs.items()}
     met = subprocess.run([python, "RWKV-v7/requirements_met.py", "requirements.txt"], cwd=ROOT, capture_output=True).returncode == 0
     command = [str(ROOT / "demo-training-run.sh")] if met else [python, str(BENCH / "gpu_train.py")]
-    return [Item("demo", command, knobs, lambda log: loss_curve(Path(knobs["PROJ_DIR"])))]
+    return [Item("demo", command, knobs, lambda log: loss_curve(Path(knobs["PROJ_DIR"])), math.inf)]
 
 
 def chosen(step: str, options: argparse.Namespace) -> list[Item]:
@@ -212,7 +218,7 @@ def run(item: Item, log: Path, seconds: float) -> dict:
         except OSError as error:
             return {"ok": False, "error": f"{item.command[0]}: {error.strerror}"}
         try:
-            process.wait(seconds)
+            process.wait(min(seconds, item.most))
         except subprocess.TimeoutExpired:
             stopped = True
         finally:  # also where this process is to end: in a session of its own the item would go on
@@ -223,9 +229,11 @@ def run(item: Item, log: Path, seconds: float) -> dict:
         result |= item.read(text)
     except Exception as error:  # a log that is not as expected is a failed item, and no reason to lose the others
         result |= {"ok": False, "error": f"its log cannot be read: {error!r}"}
-    if stopped:
+    if stopped and seconds <= item.most:
         result["stopped"] = "time was over"
-    elif not result["ok"]:
+    elif stopped:
+        result["error"] = f"it was still running after {item.most:g} s"
+    if not result["ok"] and "stopped" not in result:
         result["last_lines"] = text.splitlines()[-15:]
     return result
 

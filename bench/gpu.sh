@@ -1,5 +1,6 @@
 #!/bin/sh
-# Everything that only a machine with a GPU can tell: bench/gpu.sh STEP... with the steps tests, sanitize, kernels, step, train (none: all of them).
+# Everything that only a machine with a GPU can tell: bench/gpu.sh STEP... with the steps tests, sanitize, kernels, step, train, others
+# (none: all of them). tests: what has a form for a GPU; others: all test files, for an hour.
 #
 #   bench/gpu.sh --minutes 25                        all steps, as far as 25 minutes go; the same command goes on where it stopped
 #   bench/gpu.sh kernels --peer fla=/src/flash-linear-attention --peer wind=/src/wind_rwkv --peer official=/src/RWKV-LM/RWKV-v7/train_temp

@@ -1,12 +1,13 @@
 // Runs CUDA kernels on the host: g++ compiles the very .cu file that nvcc compiles, with this header in the place of the CUDA runtime.
 //
-// It finds: wrong maths, wrong fragment layouts, barriers that are missing or that part of a block skips, warp collectives that diverge, reads
-// of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async data before its wait and copies over data still in
-// use (one schedule copies at the wait, the other at once), addresses that ldmatrix and cp.async do not take and, built with
-// -fsanitize=address,undefined, accesses out of bounds and misaligned ones. Races between warps or lanes show when the two schedules
-// (emulation_reverse) give different bits; built with -fsanitize=thread, whether they do or not: races.h. __shared__ is left undefined: kernels
-// take dynamic shared memory, which it can poison.
-// It cannot find: wgmma, TMA and proxy fences (not emulated), bank conflicts, register pressure, anything about speed. The mma sums in the
+// It finds: wrong maths, wrong fragment layouts, barriers that are missing, that part of a block skips or that are not those of one line for all, warp
+// collectives that diverge or name a part of a warp, reads of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async
+// data before its wait and copies over data still in use (one schedule copies at the wait, the other at once), addresses that ldmatrix and cp.async do
+// not take and, built with -fsanitize=address,undefined, accesses out of bounds and misaligned ones. Races between warps or lanes show when the two
+// schedules (emulation_reverse) give different bits; built with -fsanitize=thread, whether they do or not: races.h. __shared__ is left undefined:
+// kernels take dynamic shared memory, which it can poison.
+// It cannot find: wgmma, TMA and proxy fences (not emulated), bank conflicts, more threads than __launch_bounds__, what fast
+// instructions (ex2.approx, __fdividef) lose, register pressure, anything about speed. The mma sums in the
 // order k = 0..15 in fp32, hardware in an order of its own.
 //
 // How: one fiber per CUDA thread. In one schedule a warp runs until each of its lanes waits at the block barrier or has ended, then the next warp
@@ -77,6 +78,7 @@ struct Fiber {
     void* fake_stack = nullptr;  // AddressSanitizer's
     uint3 thread{};
     Wait wait = Wait::none;
+    int line = 0;  // of the __syncthreads at which it waits
     std::vector<std::vector<PendingCopy>> groups;  // cp.async groups in flight, oldest first; the last one is still open
     int waits = 0;  // for them, so far
 };
@@ -254,7 +256,14 @@ inline void run_block() {
                       std::to_string(done) + " have ended, the rest wait in a warp collective";
             return;
         }
-        for (int i = 0; i < m.count; ++i) m.fibers[i].wait = Wait::none;
+        for (int i = 0; i < m.count; ++i) {
+            m.fibers[i].wait = Wait::none;
+            if (m.fibers[i].line != m.fibers[0].line) {
+                m.error = "threads 0 and " + std::to_string(i) + " wait at the __syncthreads of different lines: " + std::to_string(m.fibers[0].line) + ", " +
+                          std::to_string(m.fibers[i].line);
+                return;
+            }
+        }
         pass_block_barrier();
     }
 }
@@ -263,7 +272,7 @@ inline int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void
     Machine& m = machine;
     m.block = block, m.body = std::move(body), m.error.clear();
     m.count = block.x * block.y * block.z;
-    if (m.count < 1 || m.count > 1024 || grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535)
+    if (m.count < 1 || m.count > 1024 || grid.x < 1 || grid.x > INT32_MAX || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535)
         m.error = "invalid launch configuration";
     if (shared_bytes > m.shared_limit)
         m.error = "a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory of " + std::to_string(m.shared_limit);
@@ -395,8 +404,15 @@ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
     });
 }
 
+// On a GPU a lane that a mask leaves out must not be there, and one that it names must.
+inline void all_lanes(const char* site, unsigned mask) {
+    const Unwatched here;
+    if (mask != ~0u) fail(std::string(site) + " of a part of a warp: the emulation knows whole ones");
+}
+
 template <class T>
-inline T shuffle(const char* site, T value, int source) {  // source: whose value this lane receives
+inline T shuffle(const char* site, unsigned lanes, T value, int source) {  // source: whose value this lane receives
+    all_lanes(site, lanes);
     struct Operands { T in, out; int source; } mine{value, value, source};
     collective(site, mine, [](Operands** lane) {
         for (int l = 0; l < 32; ++l) lane[l]->out = lane[lane[l]->source]->in;
@@ -411,23 +427,25 @@ inline int own_lane() { return machine.current % 32; }
 #define blockIdx (emulation::machine.block_index)
 #define blockDim (emulation::machine.block)
 
-inline void __syncthreads() {
+inline void __syncthreads(int line = __builtin_LINE()) {
     const emulation::Unwatched here;
-    emulation::machine.fibers[emulation::machine.current].wait = emulation::Wait::block;
+    emulation::Fiber& mine = emulation::machine.fibers[emulation::machine.current];
+    mine.wait = emulation::Wait::block, mine.line = line;
     emulation::to_scheduler();
 }
-inline void __syncwarp(unsigned = ~0u) {
+inline void __syncwarp(unsigned mask = ~0u) {
     struct Operands {} none;
+    emulation::all_lanes("__syncwarp", mask);
     emulation::collective("__syncwarp", none, [](Operands**) { emulation::pass_warp_barrier(emulation::machine.current / 32); });
 }
 template <class T>
-inline T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle("__shfl_xor_sync", value, emulation::own_lane() ^ mask); }
+inline T __shfl_xor_sync(unsigned lanes, T value, int mask) { return emulation::shuffle("__shfl_xor_sync", lanes, value, emulation::own_lane() ^ mask); }
 template <class T>
-inline T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle("__shfl_sync", value, source); }
+inline T __shfl_sync(unsigned lanes, T value, int source) { return emulation::shuffle("__shfl_sync", lanes, value, source); }
 template <class T>
-inline T __shfl_up_sync(unsigned, T value, int distance) {
+inline T __shfl_up_sync(unsigned lanes, T value, int distance) {
     const int lane = emulation::own_lane();
-    return emulation::shuffle("__shfl_up_sync", value, lane < distance ? lane : lane - distance);
+    return emulation::shuffle("__shfl_up_sync", lanes, value, lane < distance ? lane : lane - distance);
 }
 
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }

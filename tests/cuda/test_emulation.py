@@ -34,6 +34,13 @@ __global__ void places(float* out, int own) {
     out[threadIdx.x] = sum;
 }
 __global__ void half_a_barrier(float*, int) { if (threadIdx.x < 32) __syncthreads(); }
+__global__ void two_barriers(float*, int one) {
+    if (threadIdx.x < 32 || one)
+        __syncthreads();
+    else
+        __syncthreads();
+}
+__global__ void a_mask(float* out, int whole) { out[threadIdx.x] = __shfl_xor_sync(whole ? ~0u : 0xffffu, 1.f, 1); }
 __global__ void half_a_warp(float* out, int) { if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.f, 1); }
 __global__ void copy(float* out, int wait) {
     float* x = reinterpret_cast<float*>(shared_memory());
@@ -98,6 +105,8 @@ __global__ void highest(float* out, int atomic) {
 ENTRY(exchange, 64, 256)
 ENTRY(places, 64, 256)
 ENTRY(half_a_barrier, 64, 0)
+ENTRY(two_barriers, 64, 0)
+ENTRY(a_mask, 32, 0)
 ENTRY(half_a_warp, 32, 0)
 ENTRY(copy, 32, 512)
 ENTRY(product, 32, 768)
@@ -152,6 +161,13 @@ def test_warps_that_take_turns_meet_in_places_that_are_not_their_own(library: ct
 def test_divergence_is_an_error_and_not_a_hang(library: ctypes.CDLL, name: str) -> None:
     code, _ = run(library, name)
     assert code == 1 and b"deadlock" in library.emulation_error()
+
+
+@pytest.mark.parametrize(("name", "said"), [("two_barriers", b"different lines"), ("a_mask", b"a part of a warp")])
+def test_what_hardware_leaves_undefined_is_an_error(library: ctypes.CDLL, name: str, said: bytes) -> None:
+    """A barrier under a condition on which the block does not agree; a mask that leaves out lanes that are there."""
+    assert run(library, name, 1)[0] == 0
+    assert run(library, name, 0)[0] == 1 and said in library.emulation_error()
 
 
 def test_a_missing_wait_for_an_asynchronous_copy_shows(library: ctypes.CDLL) -> None:

@@ -104,7 +104,7 @@ def test_a_match_that_begins_inside_the_one_that_won_and_outlasts_it(device):
 @pytest.mark.parametrize("T, bits", [(80, 1), (80, 2)])
 def test_rows_whose_lags_do_not_fit_into_shared_memory(in_cpp, device, T, bits, request):
     if device.type == "cuda":
-        x, slopes = structured(40000)[:, : 2 * bits].unsqueeze(0), torch.ones(1, 40000, 2 * bits)
+        x, slopes = structured(40000)[:, : 2 * bits].contiguous().unsqueeze(0), torch.ones(1, 40000, 2 * bits)
         cases = [(slopes, x, *others, -slopes[0, 0], slopes[0, 0], bits, True, 1.0, True) for others in ((x, x), (None, None))]
         in_cpp = [(arguments, torch.ops.rwkvlm.rosa_backward(*arguments)) for arguments in cases]
     else:

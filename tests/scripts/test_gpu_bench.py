@@ -114,6 +114,23 @@ def test_what_is_running_ends_with_it(tmp_path, number, code):
         os.kill(int(log.read_text()), 0)
 
 
+def test_an_item_that_hangs_has_failed_and_takes_no_time_of_the_others(bench):
+    hanging = python("import time; print('began', flush=True); time.sleep(60)", "hanging", most=3.0)
+    code, results = bench({"tests": [hanging, python("pass", "next")]})
+    found = results["steps"]["tests"]
+    assert code == 1 and not found["hanging"]["ok"] and found["next"]["ok"]
+    assert found["hanging"]["error"] == "it was still running after 3 s" and found["hanging"]["last_lines"] == ["began"]
+
+
+def test_all_files_that_have_a_form_for_a_gpu_run_first_each_in_a_process_of_its_own():
+    """Of tests/cuda: those with tests that take the device, or that need a GPU. pytest takes a file of which -k leaves nothing for a failure."""
+    files = {p.stem.removeprefix("test_") for p in (ROOT / "tests" / "cuda").glob("test_*.py") if re.search(r"^def test_\w*(_gpu\w*\(|\(.*\bdevice\b)", p.read_text(), re.M)}
+    assert files == set(gpu.ON_GPU)
+    options = type("Options", (), dict(device="cuda", small=False))
+    assert [item.command[-3:] for item in gpu.items_of("tests", options)] == [[f"tests/cuda/test_{name}.py", "-k", "gpu"] for name in gpu.ON_GPU]
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")} == {item.name for item in gpu.items_of("others", options)}
+
+
 def test_results_of_another_commit_are_set_aside(bench, tmp_path, capsys):
     bench({"step": [python("pass")]})
     path = tmp_path / "results.json"
