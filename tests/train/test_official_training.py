@@ -19,7 +19,7 @@ import torch
 from oracles import official_trainer
 
 from rwkvlm import models
-from rwkvlm.checkpoint.pth import official_order
+from rwkvlm.checkpoint.pth import ordered
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.data.binidx import BinIdx
 from rwkvlm.data.dataset import RankBatches, TrainingSamples
@@ -291,7 +291,7 @@ def test_rwkv4_in_float64(official_4, data):
     ours = models.build(model_config("x040", **SHAPE_4))
     models.init_weights(ours, 1)
     theirs = model.state_dict()
-    assert list(theirs) == official_order(ours.state_dict())
+    assert list(theirs) == ordered(ours.state_dict())
     for name, x in ours.state_dict().items():
         if name.endswith(("emb.weight", "value.weight", "key.weight", "head.weight")) and x.any():
             assert x.std().item() == pytest.approx(theirs[name].std().item(), rel=0.03), name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,12 +24,18 @@ from .place import sync_folder
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
-FIRST_OF_BLOCK = ["ln1", "ln2", "ln0"] + [f"att.{x}" for x in "x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()]
+TRAINED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()  # how a block begins in the official trainer's files
 INIT = -1  # the place of rwkv-init.pth among the mini-epochs
 
 
-def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], flag: str = "--proj_dir", before_rename: Callable[[Path], None] | None = None) -> None:
-    """Writes tensors as bfloat16, in the official order, all or nothing: under a temporary name, flushed to disk, renamed.
+def save_weights(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    flag: str = "--proj_dir",
+    before_rename: Callable[[Path], None] | None = None,
+    first: Sequence[str] = TRAINED,
+) -> None:
+    """Writes tensors as bfloat16, ordered, all or nothing: under a temporary name, flushed to disk, renamed.
 
     The temporary name does not end in .pth, so a scan for rwkv-*.pth never sees half a file. before_rename(temporary path)
     is called when the content is safe and not yet visible. Raises UserError when the file cannot be written; flag: that which chooses the place.
@@ -39,7 +45,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], flag: st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({name: _plain(tensors[name]) for name in official_order(tensors)}, file)
+            torch.save({name: _plain(tensors[name]) for name in ordered(tensors, first)}, file)
             file.flush()
             os.fsync(file.fileno())
         if before_rename is not None:
@@ -52,14 +58,17 @@ def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], flag: st
         raise UserError(f"cannot write {path}: {ranks.describe(error)}; free some space or choose another {flag}") from error
 
 
-def official_order(names: Iterable[str]) -> list[str]:
-    """A model's names as the official trainer writes them. A reader that takes a layer's weights one after the other needs it: RWKV-LM's rwkv_v7_numpy.py."""
+def ordered(names: Iterable[str], first: Sequence[str] = TRAINED) -> list[str]:
+    """A model's names as the official trainer writes them, or with another beginning of each block.
+
+    A program that takes a layer's weights one after the other needs it: RWKV-LM's rwkv_v7_numpy.py.
+    """
     blocks: dict[str, int] = {}
 
     def place(name: str) -> tuple[int, int]:
         block = match[0] if (match := re.match(r"blocks\.\d+\.", name)) else name
-        part = name.removeprefix(block).removesuffix(".weight").removesuffix(".bias")
-        return blocks.setdefault(block, len(blocks)), FIRST_OF_BLOCK.index(part) if part in FIRST_OF_BLOCK else len(FIRST_OF_BLOCK)
+        part = re.sub(r"^att\.|\.(weight|bias)$", "", name.removeprefix(block))
+        return blocks.setdefault(block, len(blocks)), first.index(part) if part in first else len(first)
 
     return sorted(names, key=place)
 

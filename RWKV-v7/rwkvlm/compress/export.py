@@ -17,6 +17,7 @@ from ..config.phantom import CARRIED
 from ..models import read_config
 from .weights import whole
 
+RELEASED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w0 r_k w1 w2 a1 a2 a0 g1 g2 v2 v1 v0 k_k k_a".split()  # as RWKV-LM's rwkv_v7_numpy.py takes them
 OF_MATRIX = re.compile(rf"(blocks\.\d+\.(?:{'|'.join(map(re.escape, MATRICES))}))\..+")
 
 
@@ -30,7 +31,7 @@ def export_file(path: str | Path, out: str | Path) -> None:
     if reason := _not_rwkv7(weights):
         raise UserError(f"--model {path} {reason}: programs for RWKV-7 would compute something else; only this one can run it")
     model_from(weights, "cpu", torch.bfloat16)  # refuses a file that does not fit together
-    save_weights(out, released(weights), "--out")
+    save_weights(out, released(weights), "--out", first=RELEASED)
 
 
 def _not_rwkv7(weights: Mapping[str, torch.Tensor]) -> str:
