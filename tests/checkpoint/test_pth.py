@@ -11,6 +11,14 @@ from rwkvlm.config import ModelConfig, UserError
 SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=16, dim_ffn=96, rank_w=8, rank_a=12, rank_v=20, rank_g=24)
 
 
+ATT = ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w1", "w2", "w0", "a1", "a2", "a0", "v1", "v2", "v0", "g1", "g2", "k_k", "k_a", "r_k"]
+ATT += [f"{name}.weight" for name in ("receptance", "key", "value", "output", "ln_x")] + ["ln_x.bias"]
+BLOCK = [*(f"{norm}.{part}" for norm in ("ln1", "ln2", "ln0") for part in ("weight", "bias")), *(f"att.{x}" for x in ATT), "ffn.x_k", "ffn.key.weight", "ffn.value.weight"]
+OFFICIAL_ORDER = [
+    "emb.weight", *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK if i == 0 or "ln0" not in name), "ln_out.weight", "ln_out.bias", "head.weight"
+]  # fmt: skip
+
+
 def build(config=SIZES, seed=0):
     model = models.build(config)
     models.init_weights(model, seed)
@@ -28,11 +36,10 @@ def one_line(caught) -> str:
     return str(caught.value)
 
 
-def test_round_trip_is_the_official_format(file):
+def test_round_trip_is_the_official_format_and_order(file):
     tensors = load_weights(file)
     model = build()
-    assert list(tensors) == list(model.state_dict())
-    assert {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2", "blocks.0.ln0.weight", "head.weight"} <= set(tensors)
+    assert list(tensors) == OFFICIAL_ORDER
     for name, tensor in model.state_dict().items():
         assert tensors[name].dtype == torch.bfloat16
         assert torch.equal(tensors[name], tensor.bfloat16()), name

@@ -1,4 +1,4 @@
-"""What we save, the ecosystem loads: the PyPI package `rwkv` reads our file and computes our logits."""
+"""RWKV-7 files in both directions: the PyPI package `rwkv` computes our logits from our file, and we its from a file with the released layout."""
 
 import importlib
 
@@ -7,6 +7,7 @@ import torch
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.config import ModelConfig
+from rwkvlm.infer.engine import load_engine
 from rwkvlm.models import build, init_weights, read_config
 
 
@@ -53,3 +54,38 @@ def test_logits_at_every_position(official, saved):
     assert ours.std() > 0.1, "a trivial output would prove nothing"
     assert (ours - whole).abs().max() < 2e-4
     assert (ours - torch.stack(steps)).abs().max() < 2e-4
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A file with the names, shapes and order of the released ones, made without our model: no v0, v1, v2 in block 0, and ranks (of 2.9B) that our trainer would not choose."""
+    g, C, H = torch.Generator().manual_seed(21), 128, 2
+    normal = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    ranks = dict(w=96, a=96, g=320, v=64)
+    tensors = {"emb.weight": 0.1 * normal(400, C)}
+    for i in range(3):
+        at = f"blocks.{i}."
+        for norm in ("ln1", "ln2", *["ln0"] * (i == 0)):
+            tensors |= {f"{at}{norm}.weight": 1 + 0.1 * normal(C), f"{at}{norm}.bias": 0.1 * normal(C)}
+        tensors |= {f"{at}att.x_{x}": torch.rand(1, 1, C, generator=g) for x in "rwkvag"}
+        tensors |= {f"{at}att.w0": normal(1, 1, C) - 3, f"{at}att.r_k": 0.1 * normal(H, 64)}
+        for x, parts in (("w", "12"), ("a", "120"), ("g", "12"), ("v", "210" if i else "")):
+            shapes = {"0": (1, 1, C), "1": (C, ranks[x]), "2": (ranks[x], C)}
+            tensors |= {f"{at}att.{x}{part}": normal(*shapes[part]) / shapes[part][0] ** 0.5 for part in parts}
+        tensors |= {f"{at}att.k_k": 0.8 + 0.1 * normal(1, 1, C), f"{at}att.k_a": 1 + 0.1 * normal(1, 1, C)}
+        tensors |= {f"{at}att.{name}.weight": normal(C, C) / C**0.5 for name in ("receptance", "key", "value", "output")}
+        tensors |= {f"{at}att.ln_x.weight": 1 + 0.1 * normal(C), f"{at}att.ln_x.bias": 0.1 * normal(C), f"{at}ffn.x_k": torch.rand(1, 1, C, generator=g)}
+        tensors |= {f"{at}ffn.key.weight": normal(4 * C, C) / C**0.5, f"{at}ffn.value.weight": normal(C, 4 * C) / C}
+    tensors |= {"ln_out.weight": 1 + 0.1 * normal(C), "ln_out.bias": 0.1 * normal(C), "head.weight": normal(400, C) / C**0.5}
+    path = tmp_path_factory.mktemp("released") / "rwkv7-released.pth"
+    torch.save({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_a_released_file_as_it_is(official, released):
+    tokens = torch.randint(400, (24,), generator=torch.Generator().manual_seed(22)).tolist()
+    with torch.no_grad():
+        ours = load_engine(released, device="cpu", dtype=torch.float32).model(torch.tensor([tokens]))[0]
+        theirs, _ = official(str(released.with_suffix("")), "cpu fp32").forward(tokens, None, full_output=True)
+    assert ours.std() > 0.1, "a trivial output would prove nothing"
+    assert (ours - theirs).abs().max() < 2e-4

@@ -63,7 +63,7 @@ def test_the_file_says_what_the_shapes_do_not(phantom):
     assert (config.model_type, config.core_ratio, config.ttt_chunk, config.n_layer) == ("phantom", 0.5, 16, 2)
     model = build(config)
     load_into(model, tensors)
-    assert list(load_engine(phantom / "rwkv-final.pth", device="cpu").model.state_dict()) == list(tensors)
+    assert load_engine(phantom / "rwkv-final.pth", device="cpu").model.state_dict().keys() == tensors.keys()
 
 
 def test_stopped_and_gone_on_it_is_the_same_run(run, phantom, losses, tmp_path):

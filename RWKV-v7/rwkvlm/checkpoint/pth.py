@@ -1,14 +1,15 @@
 """Weights in the official format: a flat state dict of bfloat16 tensors in one .pth file.
 
-Names and shapes are those of RWKV-LM, RWKV-v7/train_temp. Block 0's v0, v1, v2, which nothing uses, are written and may be
-absent when read. Everything that can be wrong with a file is a UserError of one line.
+Names, shapes and order are those of RWKV-LM, RWKV-v7/train_temp. Block 0's v0, v1, v2, which nothing uses, are written, as that
+trainer requires them, and may be absent when read, as they are in released files. Everything that can be wrong with a file is a UserError of one line.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,11 +24,18 @@ from .place import sync_folder
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
+TRAINED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()  # how a block begins in the official trainer's files
 INIT = -1  # the place of rwkv-init.pth among the mini-epochs
 
 
-def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], flag: str = "--proj_dir", before_rename: Callable[[Path], None] | None = None) -> None:
-    """Writes tensors as bfloat16, all or nothing: under a temporary name, flushed to disk, renamed.
+def save_weights(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    flag: str = "--proj_dir",
+    before_rename: Callable[[Path], None] | None = None,
+    first: Sequence[str] = TRAINED,
+) -> None:
+    """Writes tensors as bfloat16, ordered, all or nothing: under a temporary name, flushed to disk, renamed.
 
     The temporary name does not end in .pth, so a scan for rwkv-*.pth never sees half a file. before_rename(temporary path)
     is called when the content is safe and not yet visible. Raises UserError when the file cannot be written; flag: that which chooses the place.
@@ -37,7 +45,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], flag: st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({name: _plain(tensor) for name, tensor in tensors.items()}, file)
+            torch.save({name: _plain(tensors[name]) for name in ordered(tensors, first)}, file)
             file.flush()
             os.fsync(file.fileno())
         if before_rename is not None:
@@ -48,6 +56,21 @@ def save_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], flag: st
         with suppress(OSError):
             temporary.unlink()
         raise UserError(f"cannot write {path}: {ranks.describe(error)}; free some space or choose another {flag}") from error
+
+
+def ordered(names: Iterable[str], first: Sequence[str] = TRAINED) -> list[str]:
+    """A model's names as the official trainer writes them, or with another beginning of each block.
+
+    A program that takes a layer's weights one after the other needs it: RWKV-LM's rwkv_v7_numpy.py.
+    """
+    blocks: dict[str, int] = {}
+
+    def place(name: str) -> tuple[int, int]:
+        block = match[0] if (match := re.match(r"blocks\.\d+\.", name)) else name
+        part = re.sub(r"^att\.|\.(weight|bias)$", "", name.removeprefix(block))
+        return blocks.setdefault(block, len(blocks)), first.index(part) if part in first else len(first)
+
+    return sorted(names, key=place)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,58 @@
+"""From a weight file to one as RWKV-7's releases are: no tensors that nothing reads, a dense matrix in the place of factors and Ghost layers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.place import check_file
+from ..checkpoint.pth import UNUSED, load_weights, model_from, save_weights
+from ..config import PhantomConfig, UserError
+from ..config.model import MATRICES
+from ..config.phantom import CARRIED
+from ..models import read_config
+from .weights import whole
+
+RELEASED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w0 r_k w1 w2 a1 a2 a0 g1 g2 v2 v1 v0 k_k k_a".split()  # as RWKV-LM's rwkv_v7_numpy.py takes them
+OF_MATRIX = re.compile(rf"(blocks\.\d+\.(?:{'|'.join(map(re.escape, MATRICES))}))\..+")
+
+
+def export_file(path: str | Path, out: str | Path) -> None:
+    """Writes the model of `path` to `out` for programs that know RWKV-7 only. Raises UserError for a model that is none and for files that cannot be read or written."""
+    path, out = Path(path), Path(out)
+    if out.exists() and path.exists() and os.path.samefile(path, out):
+        raise UserError(f"--out {out} is the model itself; choose another name")
+    check_file(out, "--out")
+    weights = load_weights(path)
+    if reason := _not_rwkv7(weights):
+        raise UserError(f"--model {path} {reason}: programs for RWKV-7 would compute something else; only this one can run it")
+    model_from(weights, "cpu", torch.bfloat16)  # refuses a file that does not fit together
+    save_weights(out, released(weights), "--out", first=RELEASED)
+
+
+def _not_rwkv7(weights: Mapping[str, torch.Tensor]) -> str:
+    """Why no RWKV-7 can compute what this model does; "" where one can."""
+    config = read_config(weights)
+    if not isinstance(config, PhantomConfig):
+        return "" if config.model_type == "x070" else f"holds a model of type {config.model_type}"
+    for name, value in (("ttt_enabled", False), ("ghost_activation", "identity"), ("max_depth_iter", 1), ("layer_norm_eps", 1e-5)):
+        if getattr(config, name) != value:
+            return f"holds a Phantom with {name} {getattr(config, name)}"
+    return ""
+
+
+def released(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the same model in the released form; its matrices in bfloat16, rounded where they are products."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        if name in UNUSED or name == CARRIED:
+            continue
+        if not (match := OF_MATRIX.fullmatch(name)):
+            found[name] = tensor
+        elif (matrix := f"{match[1]}.weight") not in found:
+            found[matrix] = whole(weights, match[1]).bfloat16()
+    return found
