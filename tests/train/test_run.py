@@ -175,7 +175,7 @@ def test_ctrl_c_before_the_first_step_just_ends(run, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     assert run(tmp_path / "out") == 130
     signal.signal(signal.SIGINT, before)  # Lightning has it ignored
-    assert files(tmp_path / "out") == ["rwkv-init.pth", "state", "train_log.txt"]
+    assert files(tmp_path / "out") == [".holder", "rwkv-init.pth", "state"]
 
 
 def test_sigusr1_saves_and_goes_on(run, whole, losses, tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_new_weights_from_elsewhere_outrank_the_state(run, whole, losses, tmp_pa
 def test_stage_1_writes_the_weights_with_which_stage_3_begins(run, whole, losses, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(out, train_stage=1, epoch_samples=99) == 0
-    assert files(out) == ["rwkv-init.pth", "state"] and "166528 M parameters" in capsys.readouterr().out
+    assert files(out) == [".holder", "rwkv-init.pth", "state"] and "166528 M parameters" in capsys.readouterr().out
     assert same_weights(out / "rwkv-init.pth", whole / "rwkv-init.pth")
     sizes = dict.fromkeys(("n_layer", "n_embd", "head_size", "vocab_size"))
     assert run(out, max_steps=3, **sizes) == 0  # sizes come from the checkpoint
