@@ -60,7 +60,7 @@ def load(name: str) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise NativeBuildError(f"native kernel {name}: {library} does not load: {_one_line(str(error))}") from None
+        raise NativeBuildError(_not_loaded(f"native kernel {name}", error.__cause__ or error)) from None  # torch's own error does not say why
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def _cached(what: str, file: str, make: Callable[[Path], None]) -> Path:
     """The library of this name in the cache; `make` compiles it where it is not there, in one process at a time."""
     stem = file.rpartition("-")[0]
     try:
-        cache = env.cache_dir() / "native"
+        cache = env.cache_dir(file) / "native"
         cache.mkdir(parents=True, exist_ok=True)
         library = cache / file
         if not library.exists():
@@ -166,7 +166,14 @@ def _opened(what: str, path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise NativeBuildError(f"{what}: {path} does not load: {_one_line(str(error))}") from None
+        raise NativeBuildError(_not_loaded(what, error)) from None
+
+
+def _not_loaded(what: str, error: BaseException) -> str:
+    """The linker's message names the file."""
+    reason = _one_line(str(error))
+    noexec = "; its folder may be mounted noexec: set RWKV_CACHE_DIR to one that is not" if "failed to map segment" in reason else ""
+    return f"{what} does not load: {reason}{noexec}"
 
 
 def _registers(name: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkvlm import cli
 from rwkvlm.cli import commands, main
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import TrainConfig, UserError
@@ -86,7 +87,8 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["--micro_bsz", "3x"], "argument --micro_bsz: '3x' is not a whole number"),
         (["--lr_init", "fast"], "argument --lr_init: 'fast' is not a number"),
         (["--enable_progress_bar", "maybe"], "'maybe' is not True or False"),
-        (["--micro_bsz"], "argument --micro_bsz: expected one argument"),
+        (["--micro_bsz"], "argument --micro_bsz: expected one argument; --help lists all flags"),
+        (["--proj_dir", "-x", "--micro_bsz", "2"], "argument --proj_dir: expected one argument; write --proj_dir=-x, since -x looks like a flag; a path may also be ./-x"),
         (["stray"], "unexpected argument 'stray'"),
         (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
         (["--my_exit_tokens", "-5"], "--my_exit_tokens -5 must be at least 0"),
@@ -232,6 +234,7 @@ def test_commands_are_found_by_name(capsys):
 
 PARSED = """
 import sys
+from rwkvlm import cli
 from rwkvlm.cli import commands, main
 
 for name in commands():
@@ -261,3 +264,29 @@ def test_a_reader_that_has_enough_is_no_error():
     process.stdout.read(1)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 141
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (MemoryError(), "error: out of memory; free some, or give the command less at a time (its --help says how)"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried 2 GiB.\nmore"), "error: out of memory: CUDA out of memory. Tried 2 GiB.; free some, or "),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory; free some"),
+        (RuntimeError("can't start new thread"), "error: no further thread or process may be started (can't start new thread); raise the limit (ulimit -u, or the container's"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "error: no further thread or process may be started ([Errno 11] Resource temporarily unavailable); raise"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
+    def command(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_command", lambda name: command)
+    assert main(["generate"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_command", lambda name: lambda argv: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["generate"])

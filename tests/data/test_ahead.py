@@ -1,6 +1,7 @@
 """Reading ahead: the same batches in the same order, errors where they belong, threads that end, a disk that is told the right places."""
 
 import mmap
+import os
 import threading
 import time
 
@@ -58,6 +59,29 @@ def test_an_error_comes_with_its_batch(samples):
     with pytest.raises(UserError, match="a.bin holds token 50000 at position 50000"):
         next(loader)
     assert all_ended()
+
+
+@pytest.mark.parametrize("size", [4096, 200000])
+def test_a_file_that_is_overwritten_while_it_is_read_ends_in_an_error(samples, size):
+    """As by `cp other.bin data.bin`. What was cut off cannot be read: the kernel would kill the process."""
+    path = samples.data.bin_path
+    before = path.stat().st_size
+    batches = iter(Ahead(samples, RankBatches(0, 1, 4, 100)))
+    next(batches)
+    os.truncate(path, size)
+    with pytest.raises(UserError, match=f"^{path} has {size} bytes, and had {before} when this began; put the whole file back, then start again$"):
+        list(batches)
+    assert all_ended()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_whole_until_the_end(samples, tmp_path):
+    expected = [x for x, _ in Ahead(samples, RankBatches(0, 1, 4, 50))]
+    batches = iter(Ahead(samples, RankBatches(0, 1, 4, 50)))
+    got = [next(batches)[0]]
+    with BinIdxWriter(tmp_path / "a") as out:
+        out.add(np.zeros(100))
+    got += [x for x, _ in batches]
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_an_abandoned_loader_ends_its_threads(samples):

@@ -104,6 +104,34 @@ def test_where_there_is_no_home_kernels_are_built_among_the_temporary_files(monk
         env.cache_dir()
 
 
+def test_a_home_that_cannot_be_written_to_serves_the_kernels_that_it_has(toy, monkeypatch, tmp_path):
+    """As after one start by root, in an image, or on a home mounted read-only."""
+    monkeypatch.delenv("RWKV_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    built, own, access = tmp_path / "home" / ".cache" / "rwkvlm" / "native", tmp_path / f"rwkvlm-{os.getuid()}" / "native", os.access
+    there = native.build("toy")
+    assert there.parent == built
+    monkeypatch.setattr(os, "access", lambda path, mode: path != built and access(path, mode))
+    assert native.build("toy") == there
+    there.unlink()
+    assert native.build("toy") == own / there.name
+
+
+def test_a_folder_from_which_nothing_may_be_executed_is_named_with_the_cure(toy, tmp_path, monkeypatch):
+    """Mounting one needs root's rights; the message is the linker's own, which torch hides behind one of its own."""
+
+    def load(path):
+        raise OSError(f"Could not load this library: {path}") from OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    built = native.build("toy")
+    assert native.available("toy") == (
+        False,
+        f"native kernel toy does not load: {built}: failed to map segment from shared object; its folder may be mounted noexec: set RWKV_CACHE_DIR to one that is not",
+    )
+
+
 def test_an_unknown_kernel_and_an_unusable_cache_are_one_line(toy, tmp_path, monkeypatch):
     with pytest.raises(native.NativeBuildError, match="native kernel other: no sources"):
         native.build("other")

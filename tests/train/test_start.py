@@ -15,10 +15,12 @@ from rwkvlm.checkpoint import ranks
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
+from rwkvlm.config.locks import try_lock
 from rwkvlm.models import build, init_weights
 from rwkvlm.train import matmul
 from rwkvlm.train import plan as planning
 from rwkvlm.train import signals
+from rwkvlm.train.hold import HELD
 from rwkvlm.train.position import Position
 from rwkvlm.train.signals import Agreement, Signals
 from rwkvlm.train.start import build_model, find_start, initial_weights
@@ -160,6 +162,15 @@ def test_steps_are_counted_on_with_batches_of_another_size(run, tmp_path):
     assert (position.step, position.samples) == (3, 12)
 
 
+@contextlib.contextmanager
+def held(out):
+    """While another run has the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / HELD, "a") as file:
+        assert try_lock(file)
+        yield
+
+
 def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_path, monkeypatch):
     """Two runs within a second: what one has put into the folder is seen by some processes of the other."""
     out = tmp_path / "new" / "out"
@@ -171,10 +182,10 @@ def test_processes_that_begin_apart_because_of_another_run_are_told_so(run, tmp_
     with pytest.raises(UserError, match="begin at different places .*--proj_dir must be shared"):
         planning.checked(plan)
     assert not out.exists()
-    with planning.hold(out), pytest.raises(UserError, match=f"another run is writing to {out}"):
+    with held(out), pytest.raises(UserError, match=f"another run is writing to {out}"):
         planning.checked(plan)
     monkeypatch.setattr(ranks, "rank", lambda: 1)  # the first process alone asks: they would hold it against each other
-    with planning.hold(out), pytest.raises(UserError, match="begin at different places"):
+    with held(out), pytest.raises(UserError, match="begin at different places"):
         planning.checked(plan)
 
 

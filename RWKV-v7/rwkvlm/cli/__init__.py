@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..config import UserError, env
 
-USAGE_ERROR = 2
+MACHINE_ERROR, USAGE_ERROR = 1, 2
 UNSEEN = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # there even the question whether a file exists is an error
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
@@ -55,10 +55,22 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` for example, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return BROKEN_PIPE
-    except OSError as error:
-        if error.filename is None or error.errno not in UNSEEN:
-            raise
-        return _refused(f"{error.filename}: {error.strerror}; check the name and its permissions")
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and error.errno in UNSEEN:
+            return _refused(f"{error.filename}: {error.strerror}; check the name and its permissions")
+        if lacking := _lacking(error):
+            return _refused(lacking, MACHINE_ERROR)
+        raise
+
+
+def _lacking(error: Exception) -> str:
+    """What this machine has too little of, with the cure; "" for any other error. torch may not have been imported, and its errors have no class of their own."""
+    told = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in told:
+        return f"out of memory{': ' * bool(told)}{told}; free some, or give the command less at a time (its --help says how)"
+    if "can't start new thread" in told or isinstance(error, BlockingIOError):
+        return f"no further thread or process may be started ({told}); raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
+    return ""
 
 
 def _open_what_is_closed() -> None:
@@ -72,9 +84,9 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 
-def _refused(why: str) -> int:
+def _refused(why: str, code: int = USAGE_ERROR) -> int:
     print(f"error{'' if env.first_process() else ' in another process'}: {why}", file=sys.stderr, flush=True)
-    return USAGE_ERROR
+    return code
 
 
 def _command(name: str):

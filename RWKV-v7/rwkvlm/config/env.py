@@ -20,14 +20,19 @@ def kernel() -> str:
     return os.environ.get("RWKV_KERNEL", "")
 
 
-def cache_dir() -> Path:
-    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm, and where no home can be written to, as in some containers, a folder of the
-    user's own among the temporary files."""
+def cache_dir(library: str = "") -> Path:
+    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm, and where that cannot be written to, as in some containers, a folder of the
+    user's own among the temporary files. library: in a home that has this file of native/ already nothing needs to be written."""
     if given := os.environ.get("RWKV_CACHE_DIR"):
         return Path(given)
     try:
         own = Path.home() / ".cache" / "rwkvlm"
-        own.mkdir(parents=True, exist_ok=True)
+        built = own / "native"
+        if library and (built / library).exists():
+            return own
+        built.mkdir(parents=True, exist_ok=True)
+        if not os.access(built, os.W_OK):
+            raise PermissionError(built)
         return own
     except (OSError, RuntimeError):  # RuntimeError: the user has no home
         temporary = Path(tempfile.gettempdir()) / f"rwkvlm-{os.getuid()}"

@@ -60,6 +60,7 @@ class _Chunks(Samples):
 
     def __init__(self, data: Tokens | str | Path, ctx_len: int, vocab_size: int = 0) -> None:
         self.data = data if isinstance(data, Tokens) else BinIdx(data)
+        self.data.refuse_if_cut()
         self.name = self.data.prefix
         self.ctx_len = ctx_len
         self.vocab_size = vocab_size
@@ -68,6 +69,7 @@ class _Chunks(Samples):
         raise NotImplementedError
 
     def windows(self, ii: np.ndarray) -> np.ndarray:
+        self.data.refuse_if_cut()
         starts = self._chunks_of(ii) * self.ctx_len
         windows = sliding_window_view(self.data.tokens, self.ctx_len + 1)[starts]
         if self.vocab_size and not 0 <= int(windows.min()) <= int(windows.max()) < self.vocab_size:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +68,21 @@ class Tokens:
                 first = begin + start * self.tokens.itemsize
                 page = first - first % mmap.PAGESIZE
                 mapping.madvise(mmap.MADV_WILLNEED, page, first + n * self.tokens.itemsize - page)
+
+    @cached_property
+    def _mapped(self) -> os.stat_result:
+        return os.stat(self.file)
+
+    def refuse_if_cut(self) -> None:
+        """UserError where the file has another size than when this was first called: to read what was cut off would end the process without a word.
+
+        One that was replaced, as make_data.py does it, is whole here as long as it is mapped.
+        """
+        then = self._mapped
+        with suppress(OSError):
+            now = os.stat(self.file)
+            if self._mapping is not None and (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino) and now.st_size != then.st_size:
+                raise UserError(f"{self.file} has {now.st_size} bytes, and had {then.st_size} when this began; put the whole file back, then start again")
 
     def like(self, prefix: str) -> Tokens:
         """Another file of the same format and vocabulary."""

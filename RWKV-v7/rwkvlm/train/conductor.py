@@ -14,6 +14,7 @@ from ..config import UserError
 from .banner import show_plan
 from .diagnosis import diagnose
 from .health import Health
+from .hold import Hold
 from .logs import make_logs
 from .logs.report import NAME as REPORT
 from .meter import Meter
@@ -33,8 +34,8 @@ class Conductor(pl.Callback):
     All processes decide the same at every step: what differs between them (signals, clocks) goes through an Agreement.
     """
 
-    def __init__(self, plan: Plan, watch: Watch | None) -> None:
-        self.plan, self.watch = plan, watch
+    def __init__(self, plan: Plan, watch: Watch | None, hold: Hold) -> None:
+        self.plan, self.watch, self.hold = plan, watch, hold
         self.exit_code = 0
         self.steps_made = 0
         self.signals = Signals()
@@ -109,6 +110,7 @@ class Conductor(pl.Callback):
         last = bool(stop) or ended or self.steps_made == plan.steps
         state = last or bool(save) or self.saver.state_due(mini_epoch_ends)
         if weights or state:
+            self.hold.check()
             self.meter.drain()
             if self.health.fit_to_save():
                 self.saver.save(weights, state, last)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -16,7 +15,6 @@ from ..checkpoint import ranks
 from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
 from ..config import PhantomConfig, TrainConfig, UserError, env
-from ..config.locks import try_lock
 from ..data.binidx import idx_path
 from ..data.dataset import Samples
 from ..data.formats import FORMATS
@@ -29,11 +27,11 @@ from ..ops.precision import bf16_is_faster
 from .compiled import check_compile
 from .freeze import check_freeze
 from .graphs import check_graphs
+from .hold import refuse_if_held
 from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype, started_apart
 
-HELD = "train_log.txt"  # is appended to only, never replaced
 TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
 LOOKS, BETWEEN_LOOKS = 7, 10.0  # seconds: until a node sees what another one has just written; NFS remembers for up to a minute what was not there
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
@@ -201,22 +199,6 @@ def check_folder(config: TrainConfig) -> None:
         try_folder(folder)
     except OSError as error:
         raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
-
-
-def hold(proj_dir: Path) -> IO:
-    """Until this file is closed no other run writes to proj_dir. Two at once would take each other's files for their own."""
-    proj_dir.mkdir(parents=True, exist_ok=True)
-    file = open(proj_dir / HELD, "a")
-    if not try_lock(file):
-        file.close()
-        raise UserError(f"another run is writing to {proj_dir}; wait for its end or stop it, or choose another --proj_dir")
-    return file
-
-
-def refuse_if_held(proj_dir: Path) -> None:
-    """UserError while another run writes to proj_dir. Makes nothing."""
-    if (proj_dir / HELD).exists():
-        hold(proj_dir).close()
 
 
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:

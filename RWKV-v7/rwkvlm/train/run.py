@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import IO
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +16,7 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 
 from ..checkpoint.ledger import publish_weights
 from ..checkpoint.place import write_atomically
-from ..checkpoint.ranks import describe, rank, say, together
+from ..checkpoint.ranks import describe, rank, say
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, env
 from ..data.ahead import Ahead
@@ -27,10 +26,11 @@ from ..models import count_parameters
 from .compiled import GRAPHED, compile_blocks
 from .conductor import Conductor
 from .graphs import graph_blocks
+from .hold import Hold, refuse_if_held
 from .matmul import settle_fp32_products
 from .module import TrainModule
 from .network import choose_interface
-from .plan import TOKENIZER, Plan, check_data, check_folder, hold, make_plan, refuse_if_held
+from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
 from .planner import dry_run
 from .selfcheck import check_kernels
 from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite, what_goes_on
@@ -84,11 +84,15 @@ def write_init(config: TrainConfig) -> int:
         data.check_token_range(sizes.vocab_size)
     tell(config.own_without_effect(sizes))
     if env.first_process():
-        weights = initial_weights(config, sizes)
-        if not config.dry_run:
-            if data is not None:
-                save_tokenizer(config, data)
-            publish_weights(config.proj_dir, INIT_NAME, weights)
+        with closing(Hold(Path(config.proj_dir))) as hold:
+            if not config.dry_run:
+                hold.take()
+                refuse_to_overwrite(config)  # what another process has put there in the meantime
+            weights = initial_weights(config, sizes)
+            if not config.dry_run:
+                if data is not None:
+                    save_tokenizer(config, data)
+                publish_weights(config.proj_dir, INIT_NAME, weights)
         done = "would write" if config.dry_run else "wrote"
         print(f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters")
     return 0
@@ -129,9 +133,10 @@ def train(plan: Plan, strategy: Strategy) -> int:
     # Its observer kills everything, without a word, some seconds after a process that it started has ended; the Watch says which and why.
     subprocess_script._launch_process_observer = lambda processes: None
     watch = watch_over(trainer, config)
-    conductor = Conductor(plan, watch)
+    hold = Hold(plan.proj_dir)
+    conductor = Conductor(plan, watch, hold)
     trainer.callbacks.append(conductor)
-    module = PlannedModule(plan)
+    module = PlannedModule(plan, hold)
     try:
         trainer.fit(module)
     except SystemExit as stop:  # what Lightning makes of a Ctrl-C before the first step; later ones are the Conductor's
@@ -145,7 +150,7 @@ def train(plan: Plan, strategy: Strategy) -> int:
         return 1
     finally:
         conductor.signals.restore()
-        module.release()
+        hold.close()
     if watch is None:
         return conductor.exit_code
     watch.close()
@@ -183,32 +188,23 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
 class PlannedModule(TrainModule):
     """Builds model and data of a plan inside the processes that train, after they have been launched."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, hold: Hold) -> None:
         super().__init__(plan.config)
-        self.plan = plan
-        self.held: IO | None = None
+        self.plan, self.hold = plan, hold
 
     def setup(self, stage: str) -> None:
         plan, start = self.plan, self.plan.start
         together(lambda: check_kernels(start.model, param_dtype(plan.config), self.trainer.strategy.root_device))
         if start.fresh:
-            together(self.hold)
+            self.hold.take()
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
-        together(self.hold)
+        self.hold.take()
         save_tokenizer(plan.config, plan.data)
         if start.state is None:
             set_aside(plan.proj_dir)
         if plan.config.compile:
             compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
-
-    def hold(self) -> None:
-        if rank() == 0 and self.held is None:
-            self.held = hold(self.plan.proj_dir)
-
-    def release(self) -> None:
-        if self.held is not None:
-            self.held.close()
 
     def on_train_start(self) -> None:
         """After the Conductor's, which loads the training state: the model lies where it stays."""
