@@ -16,7 +16,7 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 
 from ..checkpoint.ledger import publish_weights
 from ..checkpoint.place import write_atomically
-from ..checkpoint.ranks import describe, rank, say
+from ..checkpoint.ranks import describe, rank, say, together
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, env
 from ..data.ahead import Ahead

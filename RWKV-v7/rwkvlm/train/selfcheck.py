@@ -51,6 +51,8 @@ def _check(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> None
     cure = f"`python -m rwkvlm doctor` asks each by itself; delete {env.cache_dir() / 'native'} to build them again, or use --kernel torch, which is slower"
     try:
         part, off, most = worst(*answers(sizes, dtype, device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise UserError(f"a kernel fails on this machine: {str(error).splitlines()[0]}; {cure}") from error
     if not off < most:
