@@ -76,6 +76,13 @@ def test_a_kernel_that_fails_has_its_cure(monkeypatch):
         check_kernels(model_config("x040", **LARGE), torch.float32, CPU)
 
 
+def test_rounding_of_a_gradient_that_should_be_zero_is_no_fault_and_a_nan_is():
+    zero = {"the loss": torch.ones(1), "a gradient": torch.zeros(3)}
+    for found, fault in ((torch.full((3,), 1e-9), False), (torch.tensor([0.0, float("nan"), 0.0]), True)):
+        part, off, most = worst(zero | {"a gradient": found}, zero, zero)
+        assert (not off < most) == fault, part
+
+
 def test_a_parameter_that_nothing_reads_is_no_fault(monkeypatch):
     """As a model of one's own may have one, and a memory that a short text never writes to."""
     spread = selfcheck.spread

@@ -33,7 +33,7 @@ def check_kernels(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def small(sizes: ModelConfig) -> ModelConfig:
-    """The same kind of model, two blocks of two heads, all of its sizes as they are derived from these."""
+    """The same kind of model, two blocks of a few heads, all of its sizes as they are derived from these."""
     derived = {name: 0 for name in ("dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "attention_kv_heads", "memory_dim", "memory_rows")}
     own = derived | dict(ranks="", core_ratios="", dropout=0.0, attention_layers="1", n_layer=2, n_embd=2 * max(sizes.head_size, 32), vocab_size=200)
     if has_rosa(sizes):
@@ -68,10 +68,14 @@ def answers(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> lis
 
 
 def worst(got: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[str, float, float]:
-    """What is furthest off, by how much of itself, and by how much it may be; all are tensors of one dtype, but for `wanted`, in fp32."""
+    """What is furthest off, by how much of itself, and by how much it may be; all are tensors of one dtype, but for `wanted`, in fp32.
+
+    Of what should be 0 any rounding would be infinitely much: it may be anything that is a number.
+    """
 
     def off(name: str, x: torch.Tensor) -> float:
-        return ((x.float() - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-30)).item()
+        exact = wanted[name]
+        return ((x.float() - exact).norm() / exact.norm()).item() if exact.any() else x.float().sum().item() * 0
 
     found = [(name, off(name, x), LIMITS[x.dtype] + ROUNDING * off(name, rounded[name])) for name, x in got.items()]
     return max(found, key=lambda row: row[1] / row[2] if row[1] == row[1] else float("inf"))
