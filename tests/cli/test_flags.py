@@ -290,3 +290,14 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_command", lambda name: lambda argv: {}["missing"])
     with pytest.raises(KeyError):
         main(["generate"])
+
+
+def test_a_slow_reader_is_no_lack_of_processes(monkeypatch):
+    """Of output that does not wait, as of a terminal that another program has set so: a write that is cut short tells how much it wrote."""
+
+    def command(argv):
+        raise BlockingIOError(11, "write could not complete without blocking", 4096)
+
+    monkeypatch.setattr(cli, "_command", lambda name: command)
+    with pytest.raises(BlockingIOError):
+        main(["generate"])
