@@ -89,6 +89,8 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["--enable_progress_bar", "maybe"], "'maybe' is not True or False"),
         (["--micro_bsz"], "argument --micro_bsz: expected one argument; --help lists all flags"),
         (["--proj_dir", "-x", "--micro_bsz", "2"], "argument --proj_dir: expected one argument; write --proj_dir=-x, since -x looks like a flag; a path may also be ./-x"),
+        (["--random_seed", "-1", "--micro_bsz"], "argument --micro_bsz: expected one argument; --help lists all flags"),
+        (["--random_seed", "-1", "--lr_init", "fast"], "argument --lr_init: 'fast' is not a number; --help lists all flags"),
         (["stray"], "unexpected argument 'stray'"),
         (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
         (["--my_exit_tokens", "-5"], "--my_exit_tokens -5 must be at least 0"),
