@@ -126,6 +126,18 @@ def test_a_kernel_that_fails_has_its_cure(monkeypatch):
         check_kernels(model_config("x040", **LARGE), torch.float32, CPU)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_fault_of_a_kernel(run, tmp_path, monkeypatch, capsys, error):
+    """As where another program has the GPU."""
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(selfcheck, "answers", full)
+    assert run(tmp_path / "out", kernel="auto", max_steps=1) == 1
+    assert f"error: out of memory: {error}; --dry_run tells what fits" in capsys.readouterr().err
+
+
 def test_a_parameter_that_nothing_reads_is_no_fault(monkeypatch):
     """As a model of one's own may have one, and a memory that a short text never writes to."""
     spread = selfcheck.spread

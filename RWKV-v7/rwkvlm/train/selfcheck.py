@@ -53,9 +53,9 @@ def _check(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> None
     for draw in range(DRAWS):
         try:
             part, off, most = worst(*answers(sizes, dtype, device, draw))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                raise
             raise UserError(f"a kernel fails on this machine: {str(error).splitlines()[0]}; {CURE}") from error
         if off < most:
             return
