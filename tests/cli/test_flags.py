@@ -89,6 +89,8 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["--enable_progress_bar", "maybe"], "'maybe' is not True or False"),
         (["--micro_bsz"], "argument --micro_bsz: expected one argument; --help lists all flags"),
         (["--proj_dir", "-x", "--micro_bsz", "2"], "argument --proj_dir: expected one argument; write --proj_dir=-x, since -x looks like a flag; a path may also be ./-x"),
+        (["--random_seed", "-1", "--micro_bsz"], "argument --micro_bsz: expected one argument; --help lists all flags"),
+        (["--random_seed", "-1", "--lr_init", "fast"], "argument --lr_init: 'fast' is not a number; --help lists all flags"),
         (["stray"], "unexpected argument 'stray'"),
         (["--micro_bsz", "0"], "--micro_bsz 0 must be at least 1"),
         (["--my_exit_tokens", "-5"], "--my_exit_tokens -5 must be at least 0"),
@@ -289,4 +291,15 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
 def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_command", lambda name: lambda argv: {}["missing"])
     with pytest.raises(KeyError):
+        main(["generate"])
+
+
+def test_a_slow_reader_is_no_lack_of_processes(monkeypatch):
+    """Of output that does not wait, as of a terminal that another program has set so: a write that is cut short tells how much it wrote."""
+
+    def command(argv):
+        raise BlockingIOError(11, "write could not complete without blocking", 4096)
+
+    monkeypatch.setattr(cli, "_command", lambda name: command)
+    with pytest.raises(BlockingIOError):
         main(["generate"])

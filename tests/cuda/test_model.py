@@ -110,7 +110,7 @@ def test_the_check_before_the_first_step_passes_with_room(device, kind, dtype, m
     model, idx = selfcheck.spread(sizes).to(device, dtype), selfcheck.tokens(sizes).to(device)
     got = selfcheck.loss_and_gradients(model, idx)
     in_plain_pytorch(monkeypatch)
-    part, off, most = selfcheck.worst(got, selfcheck.loss_and_gradients(model, idx), selfcheck.loss_and_gradients(model.float(), idx))
+    part, off, most = selfcheck.worst(got, selfcheck.loss_and_gradients(model, idx), selfcheck.loss_and_gradients(model.double(), idx))
     assert off < most / 3, part
 
 

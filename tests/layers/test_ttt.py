@@ -142,7 +142,7 @@ def test_against_kernel_and_steps_in_turns():
     assert end.seen.tolist() == [8, 8]
 
 
-@pytest.mark.parametrize(("rows", "length", "settings"), [(2, 70, {}), (1, 33, {}), (2, 32, {"ttt_head": False})], ids=["head", "one row", "identity"])
+@pytest.mark.parametrize(("rows", "length", "settings"), [(2, 70, {}), (1, 33, {}), (2, 32, {"ttt_head": False}), (2, 40, {"ttt_target": "value"})], ids=["head", "one row", "identity", "values as targets"])
 def test_all_segments_at_once(monkeypatch, rows, length, settings):
     """What trains is the loop over segments, its outputs and all its derivatives."""
     if backend_for(torch.device("cpu"), torch.float32) == "torch":

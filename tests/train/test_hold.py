@@ -118,6 +118,23 @@ def test_without_locks_the_run_that_began_last_has_the_folder(run, losses, tmp_p
     assert run(out, max_steps=2) == 0 and len(losses(out)) == 4, "it goes on from step 2"
 
 
+def test_a_note_that_could_not_be_read_at_first_is_ones_own(tmp_path, monkeypatch):
+    mine = Hold(tmp_path)
+    with monkeypatch.context() as at_first:
+        at_first.setattr(hold, "_holder", lambda proj_dir: "")
+        mine.take()
+    mine.check()
+    other = Hold(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "getpid", lambda: 4242)
+    other.take()
+    with pytest.raises(UserError, match="another run has begun .*process 4242"):
+        mine.check()
+    other.check()
+    for each in (mine, other):
+        each.close()
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
 def test_a_note_that_is_gone_or_cannot_be_read_ends_no_run(tmp_path, content):
     mine = Hold(tmp_path)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvlm import native
-from rwkvlm.config import UserError, model_config
+from rwkvlm.config import UserError, env, model_config
 from rwkvlm.ops import wkv7 as recurrence
 from rwkvlm.ops.fused import reference as fused
 from rwkvlm.train import run as training, selfcheck
@@ -17,6 +18,7 @@ MODELS = {
     "heads of 128": ("x070", dict(head_size=128)),
     "compressed": ("x070", dict(ranks="att.key=16")),
     "phantom": ("phantom", dict(ghost_permuted=True, dropout=0.5)),
+    "values as targets": ("phantom", dict(ttt_target="value", ttt_core_ratio=1.0)),
     "in depth": ("phantom", dict(ttt_meta=True, ttt_chunk=128, max_depth_iter=2, core_ratio=0.5, core_ratios="att.key=0.3")),
     "memory": ("phantom", dict(ttt_kind="memory")),
     "hybrid": ("hybrid", dict(attention_layers="1,3,5", attention_kv_heads=3, attention_window=64)),
@@ -45,6 +47,54 @@ def test_right_kernels_pass_and_draw_no_random_numbers(name, dtype):
     if dtype == torch.float32 or not selfcheck.has_rosa(sizes):
         part, off, most = worst(*answers(small(sizes), dtype, CPU))
         assert off < most / 3, part
+
+
+class Tf32(TorchDispatchMode):
+    """Matrix products of fp32 as --precision tf32 has them on a GPU: of factors with 10 bits behind the point."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        at = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(function.overloadpacket.__name__)
+        if at is not None and args[0].dtype == torch.float32:
+            args = (*args[:at], *((x.contiguous().view(torch.int32) + (1 << 12) & -1 << 13).view(torch.float32) for x in args[at:]))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["x070", "phantom", "hybrid", "x040"])
+def test_right_kernels_pass_beside_products_in_tf32(name):
+    """The operators in plain PyTorch have such products, their kernels have not."""
+    kind, settings = MODELS[name]
+    with Tf32():
+        check_kernels(model_config(kind, **LARGE, **settings), torch.float32, CPU)
+        part, off, most = worst(*answers(small(model_config(kind, **LARGE, **settings)), torch.float32, CPU))
+    assert 3e-4 < off < most, "they are in tf32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_gradient_that_is_zero_but_for_roundings_is_no_fault(dtype):
+    """Queries and keys of an attention that sees one token."""
+    check_kernels(model_config("hybrid", **LARGE, attention_window=1), dtype, CPU)
+
+
+def test_what_is_off_in_one_draw_alone_is_no_fault(monkeypatch):
+    """As where a rounding turns a ReLU."""
+    drawn = []
+
+    def off_at_first(sizes, dtype, device, draw):
+        drawn.append(draw)
+        got, *others = answers(sizes, dtype, device, draw)
+        return [{name: x + (draw == 0) for name, x in got.items()}, *others]
+
+    monkeypatch.setattr(selfcheck, "answers", off_at_first)
+    check_kernels(model_config("x040", **LARGE), torch.float32, CPU)
+    assert drawn == [0, 1]
+
+
+def test_without_a_place_for_kernels_plain_pytorch_passes(monkeypatch):
+    def nowhere(*_):
+        raise UserError("neither the home folder nor another can be used")
+
+    monkeypatch.setattr(env, "cache_dir", nowhere)
+    check_kernels(model_config("x040", **LARGE), torch.float32, CPU)
 
 
 def turned(form, place):
@@ -83,12 +133,24 @@ def test_rounding_of_a_gradient_that_should_be_zero_is_no_fault_and_a_nan_is():
         assert (not off < most) == fault, part
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_fault_of_a_kernel(run, tmp_path, monkeypatch, capsys, error):
+    """As where another program has the GPU."""
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(selfcheck, "answers", full)
+    assert run(tmp_path / "out", kernel="auto", max_steps=1) == 1
+    assert f"error: out of memory: {error}; --dry_run tells what fits" in capsys.readouterr().err
+
+
 def test_a_parameter_that_nothing_reads_is_no_fault(monkeypatch):
     """As a model of one's own may have one, and a memory that a short text never writes to."""
     spread = selfcheck.spread
 
-    def with_one_more(sizes):
-        model = spread(sizes)
+    def with_one_more(sizes, draw):
+        model = spread(sizes, draw)
         model.unread = torch.nn.Parameter(torch.ones(3))
         return model
 

@@ -68,7 +68,8 @@ def _lacking(error: Exception) -> str:
     told = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in told:
         return f"out of memory{': ' * bool(told)}{told}; free some, or give the command less at a time (its --help says how)"
-    if "can't start new thread" in told or isinstance(error, BlockingIOError):
+    no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")  # that of a write has it: the reader is slow
+    if "can't start new thread" in told or no_process:
         return f"no further thread or process may be started ({told}); raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
     return ""
 

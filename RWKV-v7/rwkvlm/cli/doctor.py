@@ -21,6 +21,7 @@ SPACE = 20 << 30  # bytes free that a run should find: states of a small model
 PROBE = 64 << 20  # bytes written to time the disk
 SLOW = 50e6  # bytes a second
 RANKS_TIMEOUT = 120.0  # seconds
+AGAIN = "set RWKV_CACHE_DIR to an empty folder to build it again"  # it may lie where nothing can be deleted
 STALE = 600.0  # seconds without a change after which a lock of torch's builder holds nobody's work
 
 RANK = """
@@ -195,7 +196,7 @@ def kernel_tokenizer() -> str:
     native, plain = NativeWorldTokenizer(path), WorldTokenizer(path)
     text = "".join(map(chr, range(32, 0xD800, 7))) + " the same ids" * 9
     if native.encode(text) != plain.encode(text):
-        raise UserError(f"C++ differs from the reference; delete {env.cache_dir() / 'native'} to build it again")
+        raise UserError(f"C++ differs from the reference; {AGAIN}")
     return f"C++, the ids of the reference for {len(text)} characters"
 
 
@@ -233,7 +234,7 @@ def _compared(name: str, made_by: str, device, got: list, wanted: list, limit: f
 
     worst = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in zip(got, wanted, strict=True))
     if not worst < limit:
-        raise UserError(f"{made_by} differs from the reference by {worst:.0e}; delete {env.cache_dir() / 'native'} to build it again, or use --kernel torch")
+        raise UserError(f"{made_by} differs from the reference by {worst:.0e}; {AGAIN}, or use --kernel torch")
     if made_by == "torch":
         built, reason = (native.cuda_available if device.type == "cuda" else native.available)(name)
         if not built:

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             if word[:2] == "--" != word and word.partition("=")[0] not in self._option_string_actions:
                 raise self._unknown(word)
         for flag, word in zip(self.given, self.given[1:]):
-            if flag in self._option_string_actions and word[:1] == "-" and word not in self._option_string_actions:
+            if message == f"argument {flag}: expected one argument" and word[:1] == "-" and word not in self._option_string_actions:
                 raise UserError(f"{message}; write {flag}={word}, since {word} looks like a flag; a path may also be ./{word}")
         raise UserError(f"{message}; {self.cure}")
 

@@ -199,9 +199,9 @@ class StateTTT(nn.Module):
             U = U + torch.relu(U @ self.w1.to(U.dtype).mT) @ self.w2.to(U.dtype).mT
         return U - V
 
-    @torch.no_grad()
     def _targets(self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """z [B, T, H, c]: v, or what the delta rule has stored for the key, v (k . kk)."""
+        """z [B, T, H, c], without a gradient: v, or what the delta rule has stored for the key, v (k . kk)."""
+        k, v, keys = k.detach(), v.detach(), keys.detach()
         return v if self.config.ttt_target == "value" else v * (k * keys).sum(-1, keepdim=True)
 
 

@@ -25,7 +25,7 @@ class Hold:
     def __init__(self, proj_dir: Path) -> None:
         self.proj_dir = proj_dir
         self._file: IO | None = None
-        self._own = ""
+        self._own: set[str] = set()
 
     def take(self) -> None:
         """From now on no other run writes there. Collective. UserError while one does."""
@@ -44,13 +44,14 @@ class Hold:
         if rank() == 0 and self._file is None:
             self.proj_dir.mkdir(parents=True, exist_ok=True)
             self._file = _locked(self.proj_dir)
+            who = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
             with suppress(OSError):  # a full disk: the lock needs no room
                 self._file.truncate(0)
-                self._file.write(f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
-            self._own = _holder(self.proj_dir)
+                self._file.write(f"{who}\n".encode())
+            self._own = {who, _holder(self.proj_dir)}  # what is there where the disk was full; it may also be unreadable for a moment
 
     def _check(self) -> None:
-        if self._file is not None and (now := _holder(self.proj_dir)) and now != self._own:
+        if self._file is not None and (now := _holder(self.proj_dir)) and now not in self._own:
             raise UserError(f"another run has begun in {self.proj_dir} ({now}) and goes on from what was saved there; this one has ended without saving")
 
 

@@ -158,7 +158,8 @@ def train(plan: Plan, strategy: Strategy) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Also one that `together` has made a UserError of."""
+    return any(isinstance(e, (MemoryError, torch.OutOfMemoryError)) for e in (error, error.__cause__)) or "DefaultCPUAllocator" in str(error)
 
 
 def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
