@@ -195,7 +195,8 @@ class PlannedModule(TrainModule):
 
     def setup(self, stage: str) -> None:
         plan, start = self.plan, self.plan.start
-        together(lambda: check_kernels(start.model, param_dtype(plan.config), self.trainer.strategy.root_device))
+        if plan.config.check_kernels and not plan.finished:
+            together(lambda: check_kernels(start.model, param_dtype(plan.config), self.trainer.strategy.root_device))
         if start.fresh:
             self.hold.take()
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})

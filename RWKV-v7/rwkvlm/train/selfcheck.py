@@ -19,7 +19,7 @@ from ..ops.cross_entropy import head_cross_entropy
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative, of the loss and of each parameter's gradient; the kernels have up to 1e-5 and 0.07,
 ROUNDING = 4.0  # and where a sum cancels, or products are in tf32, more, but no more than so many times what plain PyTorch has in the same dtype
 DRAWS = 3  # of weights and tokens: a wrong kernel is wrong in all of them; in one, a rounding may have turned a ReLU, or the few numbers of a gradient be far off
-CURE = "`python -m rwkvlm doctor` asks each by itself; set RWKV_CACHE_DIR to an empty folder to build them again, or use --kernel torch, which is slower"
+CURE = "`python -m rwkvlm doctor` asks each by itself; set RWKV_CACHE_DIR to an empty folder to build them again, or use --kernel torch, which is slower (--check_kernels 0: train all the same)"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -30,7 +30,9 @@ def check_kernels(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) 
     dtype = backend.computed_in(dtype)
     if has_rosa(sizes):  # in fp32, whose roundings turn no bit; what is beside ROSA as the run has it
         _check(small(sizes), torch.float32, device)
-        sizes = ModelConfig(head_size=sizes.head_size or 64)
+        if sizes.model_type == "rosa":
+            return
+        sizes = ModelConfig(head_size=sizes.head_size)
     _check(small(sizes), dtype, device)
 
 
