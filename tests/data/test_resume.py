@@ -296,8 +296,7 @@ def test_what_is_tokenised_is_kept_whatever_happens_then(here, monkeypatch):
 
     monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
     monkeypatch.setattr(pack, "shuffled", fails)
-    with pytest.raises(MemoryError):
-        cli(["make_data", "a.jsonl", "1", "16", "--out", "x", "--skip_bad"])
+    assert cli(["make_data", "a.jsonl", "1", "16", "--out", "x", "--skip_bad"]) == 1
     assert Path("x.unfinished/progress.json").exists()
 
 
