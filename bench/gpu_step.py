@@ -9,9 +9,9 @@
     python bench/gpu_step.py X12-D768x16x512        X: x080, RWKV-7 with ROSA beside it; --rosa_grad none: without a gradient of its bits
 
 Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and gradients of a small model
-against plain PyTorch in float64 (x080's in fp32: rounded to bf16, ROSA's bits would be others); exit code 1, and nothing is timed, where they are wrong. Steps are timed between events without waiting in between.
-mfu: of the arithmetic that the model needs (train/flops.py) and the chip's data sheet; share_of_gemm: of the rate of a large matrix product,
-measured in the same run. --device cpu is a rehearsal.
+against plain PyTorch in float64 (x080's in fp32: rounded to bf16, ROSA's bits would be others); exit code 1, and nothing is timed, where they are
+wrong. Steps are timed between events without waiting in between. mfu: of the arithmetic that the model needs (train/flops.py) and the chip's data
+sheet; share_of_gemm: of the rate of a large matrix product, measured in the same run. --device cpu is a rehearsal.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from rwkvlm.train import run as training, selfcheck
 from rwkvlm.train.selfcheck import answers, check_kernels, small, worst
 
 CPU = torch.device("cpu")
+compiled = pytest.mark.skipif(not native.available("wkv7")[0], reason="no C++ compiler")  # both sides are plain PyTorch then
 LARGE = dict(n_layer=12, n_embd=768, vocab_size=65536)
 MODELS = {
     "x070": ("x070", {}),
@@ -108,6 +109,7 @@ def turned(form, place):
     return wrong
 
 
+@compiled
 @pytest.mark.parametrize("place", range(6), ids="rwkvab")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_single_wrong_gradient_of_wkv7_is_found(monkeypatch, dtype, place):
@@ -158,7 +160,7 @@ def test_a_parameter_that_nothing_reads_is_no_fault(monkeypatch):
     check_kernels(model_config("x070", **LARGE), torch.float32, CPU)
 
 
-@pytest.mark.skipif(not native.available("wkv7")[0], reason="no C++ compiler")
+@compiled
 def test_a_run_stops_before_it_has_written_weights_and_goes_on_in_plain_pytorch(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recurrence, "wkv7_chunked", turned(recurrence.wkv7_chunked, 1))
     assert run(tmp_path / "out", kernel="auto", max_steps=1) == 2
