@@ -229,9 +229,21 @@ def test_a_wrong_kernel_of_ours_is_not_timed(monkeypatch, capsys):
 def test_the_step_is_checked_and_timed(capsys, monkeypatch, model):
     assert gpu_step.main([model, *REHEARSAL]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert row["tokens_per_s"] > 0 and row["mfu"] is None and row["by_kernel"] and max(row["errors"].values()) < gpu_step.LIMIT
+    assert row["tokens_per_s"] > 0 and row["mfu"] is None and row["by_kernel"] and row["errors"]["gradient"] < gpu_step.LIMIT and row["errors"]["parameter"] < row["errors"]["at most"] / 3
     monkeypatch.setattr(gpu_step, "LIMIT", 0.0)
     assert gpu_step.main([model, *REHEARSAL]) == 1
+
+
+def test_a_wrong_gradient_that_is_small_beside_the_others_is_found(capsys, monkeypatch):
+    """That of the bonus r_k, turned: of all gradients together it is less than the limit."""
+
+    def turned(model):
+        for block in model.blocks:
+            block.att.r_k.register_hook(torch.neg)
+
+    monkeypatch.setattr(gpu_step, "compile_blocks", lambda model, mode: turned(model))
+    assert gpu_step.main(["L1-D64x2x32", *REHEARSAL, "--compile", "default"]) == 1
+    assert "'of which': 'the gradient of blocks." in capsys.readouterr().err
 
 
 def test_the_compiled_step_is_what_is_checked(capsys, monkeypatch):
@@ -265,7 +277,7 @@ def test_the_step_in_graphs_is_what_is_checked(capsys, monkeypatch):
         assert said in capsys.readouterr().err
     monkeypatch.setattr(gpu_step, "graph_blocks", record_wrongly)
     options = type("Options", (), dict(device="cpu", graphs=True, compile="", grad_cp=1, small=True, rosa_grad="flip"))
-    assert max(gpu_step.errors("L", "", options).values()) > gpu_step.LIMIT and asked == [(2, 100, True)]
+    assert gpu_step.errors("L", "", options)["gradient"] > gpu_step.LIMIT and asked == [(2, 100, True)]
     items = gpu.items_of("step", type("Options", (), dict(device="cuda", small=False, models="")))
     assert [item.command[2:] for item in items if item.name == "P12-D768x16x512 graphs"] == [["P12-D768x16x512", "--device", "cuda", "--graphs"]]
     assert [item.command[2:] for item in items if item.name == "X12-D768x16x512 rosa_grad none"] == [["X12-D768x16x512", "--device", "cuda", "--rosa_grad", "none"]]

@@ -109,6 +109,11 @@ def loss_and_gradients(model: models.LanguageModel, idx: torch.Tensor) -> dict[s
     """Those of the trained parameters, by name; idx: [B, T + 1]."""
     x, terms = model.for_training(idx[:, :-1].contiguous())
     loss = sum((weight * value for weight, value in terms.values()), start=head_cross_entropy(x, model.head.weight, idx[:, 1:].contiguous()))
+    return with_gradients(model, loss)
+
+
+def with_gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A loss and its gradients, as `worst` compares them."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, materialize_grads=True)
     return {"the loss": loss.detach().to(gradients[0].dtype)} | {f"the gradient of {name}": g for name, g in zip(trained, gradients)}
