@@ -26,7 +26,7 @@ knob BETA_2        0.99    0.99
 knob ADAM_EPS      1e-18   1e-18
 knob GRAD_CP       0       -1 # 1 => slower, save VRAM; 0 => faster, more VRAM; -1 => 0 where the VRAM is enough
 knob COMPILE       0       0 # 1 => the blocks through torch.compile, which takes a while at the start
-knob CUDA_GRAPHS   0       0 # 1 => each block as a CUDA graph: a small model waits less for Python, takes more VRAM; a GPU only; with COMPILE=1 tried on one
+knob CUDA_GRAPHS   0       -1 # 1 => each block as a CUDA graph: a small model waits less for Python, takes more VRAM; a GPU only; -1 => where it helps, on one GPU, once compared; 0 => not
 knob HEAD_CHUNK    0       0 # tokens per chunk of LM head and loss; 0 => chosen by itself; smaller => slower, less VRAM
 knob KERNEL        ""      "@rwkv3" # "" and "@rwkv3" => automatic; cuda, cpu, torch => this one or an error
 knob PRECISION     auto    bf16 # auto => bf16 or fp32, whichever is faster here

@@ -134,7 +134,7 @@ CASES = {
         lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, max_depth_iter=2, precision="bf16", accumulate_grad_batches=2, micro_bsz=2),
         "use --accumulate_grad_batches 1, or leave --cuda_graphs out",
     ),
-    "CUDA graphs 2": (lambda d, f: dict(cuda_graphs=2), "--cuda_graphs 2 is not known; use 0 or 1"),
+    "CUDA graphs 2": (lambda d, f: dict(cuda_graphs=2), "--cuda_graphs 2 is not known; use 0, 1, or -1 (where it helps)"),
     "kernel that cannot run": (lambda d, f: dict(kernel="cuda"), "--kernel cuda: "),
     "width and head size": (lambda d, f: dict(n_embd=80), "--n_embd 80 is not a multiple of --head_size 32"),
     "dim_att": (lambda d, f: dict(dim_att=32), "--dim_att 32 differs from --n_embd 64"),

@@ -13,7 +13,7 @@ from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy
 from rwkvlm.train import graphs, plan
 from rwkvlm.train.freeze import freeze
-from rwkvlm.train.graphs import check_graphs, graph_blocks
+from rwkvlm.train.graphs import check_graphs, decide_graphs, graph_blocks, try_graphs
 from rwkvlm.train.strategy import Launch
 
 SIZES = dict(n_embd=64, vocab_size=97, head_size=32)
@@ -201,24 +201,74 @@ def test_hooks_of_parameters_do_not_run_while_blocks_are_recorded():
     assert sorted(called) == sorted(name for name, _ in model.named_parameters() if name != "head.weight")
 
 
-def test_a_block_that_cannot_be_recorded_is_one_line():
-    class Refusing(Tape):
-        def record(self, work):
-            raise error
-
-    error = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.OutOfMemoryError):  # of which run.py says what fits
-        graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
-    error = RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+def test_a_block_that_cannot_be_recorded_is_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"a block cannot be recorded here: CUDA error: operation not permitted when stream is capturing; leave --cuda_graphs out$"):
         graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
+    monkeypatch.setattr(Refusing, "error", torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):  # of which run.py says what fits
+        graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
+
+
+class Refusing(Tape):
+    """As where a graph cannot be recorded."""
+
+    error: Exception = RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+
+    def record(self, work):
+        raise self.error
+
+
+class Idle(Tape):
+    """Graphs that leave what was there before."""
+
+    def _run(self, number: int) -> None:
+        self.ran.append(number)
+
+
+def everything(model) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(x.clone() for x in model.state_dict().values())]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "grad_cp"])
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_that_are_tried_have_been_compared_and_stay(name, recompute):
+    """Of a new model, most of whose gradients would be zero. Weights and random numbers are what they were."""
+    model, tape = build(MODELS[name]).to(torch.bfloat16), Tape(MODELS[name].n_layer, recompute)
+    init_weights(model, 1)
+    before, n = everything(model), len(model.blocks)
+    assert try_graphs(model, 2, 40, recompute, tape) == ""
+    assert tape.ran == 2 * list(range(2 * n)) and all("forward" in vars(block) for block in model.blocks)
+    assert all(map(torch.equal, everything(model), before)) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "tape, error, reason",
+    [
+        (Idle, None, "they give other numbers with them"),
+        (Refusing, Refusing.error, "a block cannot be recorded here: CUDA error: operation not permitted when stream is capturing"),
+        (Refusing, torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),
+    ],
+)
+def test_graphs_that_do_not_work_are_not_used(monkeypatch, tape, error, reason):
+    monkeypatch.setattr(Refusing, "error", error)
+    model = build(MODELS["x070"])
+    init_weights(model, 1)
+    before = everything(model)
+    assert try_graphs(model, 2, 40, recorder=tape(3)) == reason
+    assert all(map(torch.equal, everything(model), before)) and not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_of_blocks_that_are_frozen_no_graphs_are_tried():
+    model = build(MODELS["x070"])
+    freeze(model, "blocks")
+    assert try_graphs(model, 2, 40, recorder=Refusing(3)) == "nothing in them is trained"
 
 
 @pytest.fixture
 def taped(monkeypatch):
     """Runs of the trainer with tapes for graphs; the list of them."""
     made = []
-    monkeypatch.setattr(plan, "check_graphs", lambda *_: None)
+    monkeypatch.setattr(plan, "decide_graphs", lambda config, *_: config.cuda_graphs)
     monkeypatch.setattr(graphs, "Recorder", lambda: made.append(Tape(2)) or made[-1])
     return made
 
@@ -246,6 +296,45 @@ def test_a_run_has_the_bits_of_one_without_and_so_has_a_resumed_one(run, losses,
     assert all(torch.equal(x, other[key]) for key, x in (last[0].items() if last else ()) for other in last[1:])
     passes = 14 * flags.get("accumulate_grad_batches", 1)
     assert len(taped) == 3 and sum(len(tape.ran) for tape in taped) == 2 * 4 * passes
+
+
+def test_a_run_tries_them(run, losses, taped, tmp_path, monkeypatch, capsys):
+    """And goes on without where they do not work."""
+    flags = dict(precision="bf16", kernel="auto", max_steps=6)
+    assert run(tmp_path / "eager", **flags) == 0
+    assert run(tmp_path / "tried", **flags, cuda_graphs=-1) == 0
+    assert len(taped) == 1 and len(taped[0].ran) == 2 * 4 + 4 * 6
+    said = capsys.readouterr()
+    assert ", blocks in CUDA graphs, " in said.out and "without CUDA graphs" not in said.err
+    monkeypatch.setattr(graphs, "Recorder", lambda: Refusing(2))
+    assert run(tmp_path / "refused", **flags, cuda_graphs=-1) == 0
+    assert "the blocks run without CUDA graphs: a block cannot be recorded here: CUDA error" in capsys.readouterr().err
+    assert losses(tmp_path / "tried") == losses(tmp_path / "refused") == losses(tmp_path / "eager")
+
+
+@pytest.mark.parametrize(
+    "found, change",
+    [
+        (-1, {}),
+        (-1, dict(strategy="deepspeed_stage_2")),
+        (-1, dict(n_layer=24, n_embd=1024)),
+        (0, dict(n_layer=24, n_embd=2048)),  # does not wait for Python
+        (-1, dict(n_layer=24, n_embd=2048, micro_bsz=2)),
+        (0, dict(peak=None)),
+        (0, dict(devices=2)),
+        (0, dict(compile=1)),
+        (0, dict(doc_reset=1)),
+        (0, dict(strategy="deepspeed_stage_3")),
+        (0, dict(kernel="torch")),
+        (0, dict(accelerator="cpu")),
+    ],
+)
+def test_where_they_are_tried(monkeypatch, found, change):
+    given = dict(strategy="auto", kernel="cuda", accelerator="gpu", devices=1, peak=989e12, n_layer=12, n_embd=768, micro_bsz=16, compile=0, doc_reset=0) | change
+    monkeypatch.setattr(graphs, "peak_flops", lambda device: given["peak"])
+    config = TrainConfig(cuda_graphs=-1, ctx_len=512, micro_bsz=given["micro_bsz"], compile=given["compile"], doc_reset=given["doc_reset"])
+    model = ModelConfig(n_layer=given["n_layer"], n_embd=given["n_embd"], vocab_size=65536)
+    assert decide_graphs(config, Launch(given["accelerator"], given["devices"], 1, given["strategy"]), model, given["kernel"]) == found
 
 
 def check(kernel="cuda", strategy="auto", model=ModelConfig(n_layer=2, n_embd=64), **flags):

@@ -139,7 +139,7 @@ class TrainConfig:
     strategy: str = flag("auto", "how the training is spread over devices", STRATEGIES)
     grad_cp: int = flag(0, "1: recompute activations in the backward pass (less memory, slower); -1: only where the memory would not be enough otherwise")
     compile: int = flag(0, "1: the blocks through torch.compile; not with deepspeed_stage_3, test-time training and plain PyTorch's wkv7")
-    cuda_graphs: int = flag(0, "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with doc_reset, deepspeed_stage_3, dropout and ttt_meta")
+    cuda_graphs: int = flag(0, "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with doc_reset, deepspeed_stage_3, dropout and ttt_meta; -1: where it helps, on one GPU, and compared with the blocks as they are")
     head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
     kernel: str = flag("", 'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is', KERNELS)
     check_kernels: int = flag(1, "0: the kernels are not compared with plain PyTorch before the first step")
@@ -203,7 +203,9 @@ class TrainConfig:
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
         if self.grad_cp not in (-1, 0, 1):
             raise UserError(f"--grad_cp {self.grad_cp} is not known; use 0, 1, or -1 (decided by the memory there is)")
-        for name in ("compile", "cuda_graphs", "tensorboard", "doc_reset", "load_partial", "check_kernels"):
+        if self.cuda_graphs not in (-1, 0, 1):
+            raise UserError(f"--cuda_graphs {self.cuda_graphs} is not known; use 0, 1, or -1 (where it helps)")
+        for name in ("compile", "tensorboard", "doc_reset", "load_partial", "check_kernels"):
             if getattr(self, name) not in (0, 1):
                 raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:

@@ -33,7 +33,7 @@ def show_plan(plan: Plan) -> None:
         "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
         "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epoch{'s' * (mini_epochs != 1)}, {rate}, warm-up {schedule.warmup_steps} steps",
-        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * config.cuda_graphs}, {recurrence(model)} in {KERNELS[plan.kernel]}",
+        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * bool(config.cuda_graphs)}, {recurrence(model)} in {KERNELS[plan.kernel]}",
         "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go",
         "output": f"{plan.proj_dir}",
     }

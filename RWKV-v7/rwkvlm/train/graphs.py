@@ -15,6 +15,7 @@ All graphs have their memory in common, as on the way through the blocks one's i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -24,10 +25,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from ..models import LanguageModel
+from .flops import flops_per_token, peak_flops
 from .strategy import Launch
 
 T = TypeVar("T")
 WARM_UP = 3  # passes before a block is recorded, as in torch.cuda.make_graphed_callables
+SHORT = 1.3e-3  # seconds of arithmetic a block, at the GPU's peak: what it takes then, twice that or more, is less than Python's 3 ms (records/2026-11-26-gpu)
+LIMIT = 1e-2  # relative: what blocks may be off by in graphs, where the same kernels run
 
 
 class Recorder:
@@ -184,6 +188,77 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
         raise UserError(f"--cuda_graphs 1: a block cannot be recorded here: {str(error).splitlines()[0][:200]}; leave --cuda_graphs out") from error
     for graphs in made:
         graphs.block.forward = graphs.forward
+
+
+@torch.enable_grad()
+def try_graphs(model: LanguageModel, batch: int, tokens: int, recompute: bool = False, recorder: Recorder | None = None) -> str:
+    """graph_blocks where it can be done and gives what the blocks give: the features of random tokens, and the gradient of each parameter of the blocks.
+
+    "", or why the blocks are left as they were.
+    """
+    weight = model.emb.weight
+    rng = torch.Generator(weight.device).manual_seed(0)
+    idx = torch.randint(len(weight), (batch, tokens), generator=rng, device=weight.device)
+    slope = torch.randn(batch, tokens, weight.shape[1], generator=rng, device=weight.device).to(weight.dtype)
+    trained = [p for p in model.blocks.parameters() if p.requires_grad]
+    zeros = [p for p in trained if p.dim() == 2 and not p.any()]  # of a new model, which would hide what comes before them
+    on_gpu = weight.device.type == "cuda"
+    if not trained:
+        return "nothing in them is trained"
+
+    def answers() -> list[Tensor]:
+        x = model.features(idx, grad_cp=recompute)
+        return [x.detach(), *torch.autograd.grad(x, trained, slope, materialize_grads=True)]
+
+    try:
+        with torch.no_grad():
+            for p in zeros:
+                p.normal_(std=0.3 / p.shape[1] ** 0.5, generator=rng)
+        expected = answers()
+        if on_gpu:
+            torch.cuda.empty_cache()  # the graphs have memory of their own
+        graph_blocks(model, batch, tokens, recompute, recorder)
+        for _ in range(2):  # the second reads memory that the first has used
+            if not all(map(_near, answers(), expected)):
+                return _as_they_were(model, "they give other numbers with them")
+        return ""
+    except torch.OutOfMemoryError:
+        reason = "too little memory"
+    except (UserError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].removeprefix("--cuda_graphs 1: ").removesuffix("; leave --cuda_graphs out")
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
+    if on_gpu:
+        torch.cuda.synchronize()  # what is broken for good shall be said here
+        torch.cuda.empty_cache()
+    return _as_they_were(model, reason)
+
+
+def _near(got: Tensor, wanted: Tensor) -> bool:
+    return bool((got - wanted).double().norm() <= LIMIT * wanted.double().norm())
+
+
+def _as_they_were(model: LanguageModel, reason: str) -> str:
+    for block in model.blocks:
+        vars(block).pop("forward", None)
+    return reason
+
+
+def decide_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> int:
+    """--cuda_graphs, of -1 what is left of it: 0 where graphs would not work or not help, -1 where they are to be tried. UserError for a 1 that would not work."""
+    if config.cuda_graphs != -1:
+        check_graphs(config, run, model, kernel)
+        return config.cuda_graphs
+    try:
+        check_graphs(replace(config, cuda_graphs=1), run, model, kernel)
+    except UserError:
+        return 0
+    peak = peak_flops(run.device)
+    if config.compile or run.world_size > 1 or peak is None:
+        return 0
+    return -1 if flops_per_token(model, config.ctx_len) * config.micro_bsz * config.ctx_len / model.n_layer < SHORT * peak else 0
 
 
 def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> None:

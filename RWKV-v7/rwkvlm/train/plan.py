@@ -26,7 +26,7 @@ from ..ops import backend
 from ..ops.precision import bf16_is_faster
 from .compiled import check_compile
 from .freeze import check_freeze
-from .graphs import check_graphs
+from .graphs import decide_graphs
 from .hold import refuse_if_held
 from .schedule import Schedule
 from .start import Start, find_start
@@ -39,7 +39,7 @@ SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a s
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with precision decided. kernel: who computes the model's recurrence. batch: samples per optimizer step, all devices and micro batches together."""
+    """config: with precision and cuda_graphs decided. kernel: who computes the model's recurrence. batch: samples per optimizer step, all devices and micro batches together."""
 
     config: TrainConfig
     launch: Launch
@@ -114,7 +114,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
     kernel = models.kernel_of(start.model, run.device, param_dtype(config))
-    check_graphs(config, run, start.model, kernel)
+    config = replace(config, cuda_graphs=decide_graphs(config, run, start.model, kernel))
     check_compile(config, run, start.model, kernel)
     batch = run.world_size * config.micro_bsz * config.accumulate_grad_batches
     if start.state is None:  # weights know mini-epochs only

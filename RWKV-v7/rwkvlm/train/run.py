@@ -25,7 +25,7 @@ from ..data.mixture import Mixture
 from ..models import count_parameters
 from .compiled import GRAPHED, compile_blocks
 from .conductor import Conductor
-from .graphs import graph_blocks
+from .graphs import graph_blocks, try_graphs
 from .hold import Hold, refuse_if_held
 from .matmul import settle_fp32_products
 from .module import TrainModule
@@ -211,8 +211,13 @@ class PlannedModule(TrainModule):
     def on_train_start(self) -> None:
         """After the Conductor's, which loads the training state: the model lies where it stays."""
         config = self.plan.config
-        if config.cuda_graphs and not config.compile and not self.plan.finished:
-            graph_blocks(self.model, config.micro_bsz, config.ctx_len, bool(config.grad_cp))
+        if config.compile or self.plan.finished:
+            return
+        batches = config.micro_bsz, config.ctx_len, bool(config.grad_cp)
+        if config.cuda_graphs == 1:
+            graph_blocks(self.model, *batches)
+        elif config.cuda_graphs == -1 and (reason := try_graphs(self.model, *batches)):
+            say(f"the blocks run without CUDA graphs: {reason}")
 
     def train_dataloader(self) -> Ahead:
         plan, trainer = self.plan, self.trainer
