@@ -21,7 +21,7 @@ from forked import World  # noqa: E402  (first: it settles the environment)
 import torch  # noqa: E402
 
 from oracles.tape import Tape  # noqa: E402
-from rwkvlm.train import graphs, plan  # noqa: E402
+from rwkvlm.train import graphs  # noqa: E402
 from rwkvlm.train.module import TrainModule  # noqa: E402
 from rwkvlm.train.run import PlannedModule  # noqa: E402
 
@@ -38,7 +38,7 @@ def forget(proj_dir: Path, steps: int, batch: int) -> None:
 def tape_in_place_of_graphs(blocks: int, told: Path) -> None:
     """In this process; told: how many recordings its steps have run, for the first process."""
     tape = Tape(blocks)
-    plan.check_graphs = lambda *_: None
+    graphs.check_graphs = lambda *_: None
     graphs.Recorder = lambda: tape
     ended = TrainModule.on_train_end
     TrainModule.on_train_end = lambda module: (told.write_text(str(len(tape.ran))), ended(module))[1]

@@ -12,7 +12,7 @@ from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError, mo
 from rwkvlm.models import build, init_weights
 from rwkvlm.native import available
 from rwkvlm.ops.cross_entropy import head_cross_entropy
-from rwkvlm.train import compiled, plan
+from rwkvlm.train import compiled, graphs
 from rwkvlm.train.compiled import check_compile, compile_blocks
 from rwkvlm.train.strategy import Launch
 
@@ -91,9 +91,9 @@ def test_with_cuda_graphs_each_pass_is_announced(run, losses, tmp_path, monkeypa
     compile_block = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: asked.append(how["options"]) or compile_block(block, **how))
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: passes.append(torch.is_grad_enabled()))
-    monkeypatch.setattr(plan, "check_graphs", lambda *_: None)
-    for name, graphs in (("graphs", 1), ("none", 0)):
-        assert run(tmp_path / name, n_layer=2, max_steps=6, cuda_graphs=graphs, **COMPILED) == 0
+    monkeypatch.setattr(graphs, "check_graphs", lambda *_: None)
+    for name, graphed in (("graphs", 1), ("none", 0)):
+        assert run(tmp_path / name, n_layer=2, max_steps=6, cuda_graphs=graphed, **COMPILED) == 0
     assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
     assert [how["triton.cudagraphs"] for how in asked] == [True, True, False, False]
     assert passes.count(True) == 6 and passes.count(False) > 0
