@@ -357,3 +357,12 @@ def test_a_minipile_run_is_stopped_when_its_losses_are_there(tmp_path):
     begin = time.monotonic()
     assert minipile_losses.train(tmp_path, 3, command) == 0
     assert time.monotonic() - begin < 30 and len(minipile_losses.losses(tmp_path)) >= 3
+
+
+def test_what_a_step_costs_the_host():
+    """In a process of its own, where CPU tensors go the way of a GPU's."""
+    command = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--layers", "1", "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT / "RWKV-v7")})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["layers"] == 1 and min(found["ms"].values()) > 0

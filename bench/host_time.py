@@ -1,0 +1,85 @@
+"""What a step of training costs the host, on any machine: the CUDA operators over a library whose functions return at once.
+
+    python bench/host_time.py --layers 12
+
+A GPU whose kernels take less than that waits for Python (--cuda_graphs). Tensors are small and lie on the CPU. The products are
+real ones, of 16 tokens and 64 features in fp32: what they take is counted, and what it takes to start a kernel of a GPU is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from environment import ROOT
+from train_step import Training
+
+from rwkvlm.config import ModelConfig
+from rwkvlm.ops import adamw, backend, cross_entropy, fused, wkv7
+
+FOLDERS = ("adamw", "fused", "loss", "wkv7")
+
+
+def idle_library(folder: Path) -> ctypes.CDLL:
+    """Every function of the api.cuh: success, or where it is asked for a size, a few."""
+    text = "".join((ROOT / "cuda" / name / "api.cuh").read_text() for name in FOLDERS)
+    functions = re.findall(r"^(int|int64_t) (\w+)\(", text, re.M)
+    (folder / "idle.c").write_text("".join(f"long long {name}() {{ return {0 if kind == 'int' else 64}; }}\n" for kind, name in functions))
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "idle.c", "-o", "idle.so"], cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "idle.so"))
+
+
+def register(library: ctypes.CDLL) -> torch.library.Library:
+    """From now on CPU tensors go the way of a GPU's."""
+    backend.set_kernel("cpu")
+    assert not fused.native.why_not((torch.float32,), 64) and not adamw.native.why_not()  # they define the operators
+    registration = torch.library.Library("rwkvlm", "IMPL")
+    for module in (fused.cuda, cross_entropy.cuda, adamw.cuda):
+        module.register(registration, library, "CPU")
+    machine = wkv7.cuda.Machine(wkv7.cuda.prototypes(library), (9, 0), 132)
+    wkv7.cuda.machine = lambda device: machine
+    wkv7.backend_for = lambda device, dtype: "cuda"
+    fused._in_one = lambda *inputs: fused._form(*inputs) is fused.native
+    cross_entropy._form = lambda device, dtype, n_embd: cross_entropy.cuda
+    return registration
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Warning only once for all operators")
+    with tempfile.TemporaryDirectory() as folder:
+        kept = register(idle_library(Path(folder)))
+    training = Training(ModelConfig(n_layer=options.layers, n_embd=64, vocab_size=64, head_size=64), "fp32", 1, 16)
+    times = {"forward": [], "backward": [], "optimizer": []}
+    for _ in range(options.steps + 5):
+        training.optimizer.zero_grad()
+        begin = time.perf_counter()
+        loss = training.loss(training.batches[0])
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        training.optimizer.clip(training.norms.measure(), 1.0)
+        training.optimizer.step()
+        for name, t in zip(times, (forward - begin, backward - forward, time.perf_counter() - backward)):
+            times[name].append(t * 1e3)
+    del kept
+    found = {name: round(statistics.median(values[5:]), 2) for name, values in times.items()}
+    print(json.dumps({"layers": options.layers, "ms": found | {"step": round(sum(found.values()), 2)}}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
