@@ -169,15 +169,16 @@ def test_tensorboard_has_every_number(run, tmp_path, records):
     assert [e.step for e in events.Scalars("val_loss")] == [0, 4, 8]
 
 
-def test_a_run_outlives_tensorboard(run, tmp_path, records, monkeypatch, capfd):
+@pytest.mark.parametrize("method", ["add_scalar", "__init__"])
+def test_a_run_outlives_tensorboard(run, tmp_path, records, monkeypatch, capfd, method):
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    def full(self, key, value, step):
-        if step == 3:
+    def full(self, *arguments, **more):
+        if arguments[-1] == 3 or method == "__init__":  # add_scalar: the step
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    monkeypatch.setattr(SummaryWriter, method, full)
     assert run(tmp_path / "out", tensorboard=1, max_steps=5) == 0
     assert capfd.readouterr().err.count("TensorBoard fails (No space left on device); this run goes on without it") == 1 and len(records(tmp_path / "out")) == 5
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...checkpoint.ranks import describe, say
+
+T = TypeVar("T")
 
 
 class Log:
@@ -27,19 +30,26 @@ class Log:
 
 
 class Foreign(Log):
-    """A log that another library keeps. Where it fails, on a full disk or because its service is gone, a line says so, and training goes on without it."""
+    """A log that another library keeps. Where it fails, on a full disk or because its service is gone, a line says so, and training goes on without it.
 
-    def __init__(self, name: str, log: Log) -> None:
+    begin: makes the log, which may fail too.
+    """
+
+    def __init__(self, name: str, begin: Callable[[], Log]) -> None:
         self.name = name
-        self.log: Log | None = log
+        self.log: Log | None = self._try(begin)
 
     def _tell(self, what: str, *arguments: Any) -> None:
         if self.log is not None:
-            try:
-                getattr(self.log, what)(*arguments)
-            except Exception as error:  # whatever that library raises
-                say(f"{self.name} fails ({describe(error)}); this run goes on without it")
-                self.log = None
+            self._try(getattr(self.log, what), *arguments)
+
+    def _try(self, call: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return call(*arguments)
+        except Exception as error:  # whatever that library raises
+            say(f"{self.name} fails ({describe(error)}); this run goes on without it")
+            self.log = None
+            return None
 
     def step(self, record: dict[str, Any]) -> None:
         self._tell("step", record)
