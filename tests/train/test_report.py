@@ -118,6 +118,13 @@ def test_a_step_done_again_counts_once():
     assert data["series"]["hours"][-1] == pytest.approx(12 / 3600, rel=1e-5)  # time of both processes
 
 
+def test_a_run_that_goes_on_with_another_batch_goes_on_at_its_tokens():
+    again = begin(5)
+    again["settings"]["real_bsz"] = 2
+    data = curves(begin(), *(step(n) for n in range(1, 6)), again, {**step(6), "tokens": 550})
+    assert [(event["step"], event["tokens"]) for event in data["events"]] == [(5, 500)] and data["series"]["tokens"] == [100, 200, 300, 400, 500, 550]
+
+
 def test_long_runs_are_averaged_and_stay_small():
     data = curves(begin(), *(step(n, n / 1000) for n in range(1, 5001)))
     points = data["series"]["step"]
