@@ -16,8 +16,12 @@ T = TypeVar("T")
 class Log:
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: step, tokens, loss, lr, grad_norm and grad_norms by part of the model (None: unknown), tokens_per_s,
-        tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. And where it
-        was so, meta_loss (a Phantom's other term, without its weight, not part of loss), "skipped": True (a number was not finite), "undone_to": the step whose weights the spike guard has gone back to."""
+        tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. Only some steps have
+
+            meta_loss   a Phantom's other term, without its weight; not part of loss
+            skipped     True: a number was not finite, and the step has changed nothing
+            undone_to   the step whose weights the spike guard has gone back to
+        """
 
     def mini_epoch(self, number: int, loss: float, lr: float) -> None:
         """A mini-epoch has ended. loss: mean over its steps; lr: of its last step."""
