@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from rwkvlm.checkpoint.pth import load_into, load_weights, newest_weights
+from rwkvlm.checkpoint.pth import load_into, load_weights
 from rwkvlm.config import PhantomConfig, TrainConfig, UserError
 from rwkvlm.config.phantom import core_ratio_of
 from rwkvlm.infer.engine import PREFILL
@@ -179,7 +179,7 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
 
     With use_svd_compression or use_sparsity that is the model of rwkv-compressed.pth, made from the last weights and beside them.
     flags: those of train.py (lr_init=..., strategy="deepspeed_stage_2", ...). Called again, it goes on where it stopped. Raises UserError
-    for what does not fit, and RuntimeError when training was stopped before its end by a signal, or memory ran out.
+    for what does not fit, and RuntimeError when training has not come to its end: by a signal, by max_steps, or because memory ran out.
     """
     from rwkvlm.train.run import run  # Lightning takes seconds to import
 
@@ -196,9 +196,10 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
         raise RuntimeError("training ended because memory ran out: less micro_bsz, or grad_cp=1; the same call goes on from the last state")
     if code:
         raise RuntimeError(f"training was stopped by {signal.Signals(code - 128).name}; its state is saved in {output_dir}, the same call goes on from it")
-    final, newest = Path(output_dir) / "rwkv-final.pth", newest_weights(output_dir)
-    trained = final if final.exists() or newest is None else newest[0]
-    return load_pretrained_rwkv7(_compressed(trained, config) if config.use_svd_compression or config.use_sparsity else trained, config)
+    final = Path(output_dir) / "rwkv-final.pth"
+    if not final.exists():  # the newest rwkv-{n}.pth may be the one that training began with
+        raise RuntimeError(f"training ended before its last token, as max_steps (or dry_run, or train_stage 1) asks; the call without it goes on from what is saved in {output_dir}")
+    return load_pretrained_rwkv7(_compressed(final, config) if config.use_svd_compression or config.use_sparsity else final, config)
 
 
 def _compressed(trained: Path, config: RWKV7PhantomConfig) -> Path:

@@ -180,6 +180,8 @@ def test_train_model(tmp_path):
         writer.add(walk.astype(np.uint16))
     flags = dict(ctx_len=32, micro_bsz=4, my_exit_tokens=12 * 4 * 32, epoch_samples=24, lr_init=3e-3, accelerator="cpu", precision="fp32", kernel="torch",
                  random_seed=1, enable_progress_bar=False)  # fmt: skip
+    with pytest.raises(RuntimeError, match="max_steps"):  # and no model: the one that is there is the initial one
+        train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags, max_steps=2)
     model = train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags)
     assert not (tmp_path / "out" / "rwkv-compressed.pth").exists()
     assert backend.requested() == "", "kernel is what the run asked for, not what the process does from now on"

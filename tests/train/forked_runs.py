@@ -1,7 +1,7 @@
 """Run by the tests: train.py in two processes under one set of flags after another, forked from one that has imported everything
 
 argv[1]: a JSON file, a list of jobs: flags; and if wanted nan_in (numbers of samples whose loss shall be NaN), terminate (the rank that gets
-SIGTERM just before training begins), tape (of how many blocks: in the place of CUDA graphs) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
+SIGTERM just before training begins), validating (as many batches of validation later rank 1 gets SIGTERM), tape (of how many blocks: in the place of CUDA graphs) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
 that the samples in between are never read).
 Writes beside it results.json: exit codes and what was said, job by job.
 """
@@ -56,12 +56,20 @@ def nan_in_the_loss_of(samples: list[int]) -> None:
     TrainModule.loss = loss
 
 
-def train(flags: dict, log: Path, nan_in: list[int], terminate: int | None, tape: int) -> dict:
+def terminate_validating(batches: int) -> None:
+    """This process, in its batch of this number."""
+    step, left = TrainModule.validation_step, iter(range(batches - 1, -1, -1))
+    TrainModule.validation_step = lambda *given: (next(left, 1) or os.kill(os.getpid(), signal.SIGTERM), step(*given))[1]
+
+
+def train(flags: dict, log: Path, nan_in: list[int], terminate: int | None, validating: int, tape: int) -> dict:
     def before(rank: int) -> None:
         if tape:
             tape_in_place_of_graphs(tape, Path(flags["proj_dir"]) / "taped")
         if nan_in:
             nan_in_the_loss_of(nan_in)
+        if validating and rank == 1:
+            terminate_validating(validating)
         if rank == terminate:
             loader = PlannedModule.train_dataloader
             PlannedModule.train_dataloader = lambda module: (os.kill(os.getpid(), signal.SIGTERM), loader(module))[1]
@@ -79,5 +87,5 @@ if __name__ == "__main__":
             forget(Path(job["flags"]["proj_dir"]), job["forget"], batch=4)
             results.append({"codes": [0, 0], "said": ""})
         else:
-            results.append(train(job["flags"], file.with_name("log"), job.get("nan_in", []), job.get("terminate"), job.get("tape", 0)))
+            results.append(train(job["flags"], file.with_name("log"), job.get("nan_in", []), job.get("terminate"), job.get("validating", 0), job.get("tape", 0)))
     file.with_name("results.json").write_text(json.dumps(results))

@@ -118,6 +118,10 @@ CASES = {
         lambda d, f: NEW | dict(load_model=without(f, "blocks.1.ln1.weight"), n_embd=32, head_size=16),
         "the checkpoint lacks blocks.1.ln1.weight (1 missing in all); use --load_partial 1",
     ),
+    "RWKV-7 for a Phantom lacks a matrix": (
+        lambda d, f: NEW | dict(load_model=without(f, "blocks.1.att.key.weight"), n_embd=32, head_size=16, my_testing="phantom", ttt_enabled=0),
+        "the checkpoint lacks blocks.1.att.key.order (3 missing in all); use --load_partial 1",
+    ),
     "checkpoint in proj_dir of another width": (lambda d, f: held(f, "rwkv-3.pth") | dict(n_embd=64), "--n_embd 64, but"),
     "unknown my_testing": (lambda d, f: dict(my_testing="x060"), "choose one of: x070"),
     "unknown strategy": (lambda d, f: dict(strategy="ddp_spawn"), "choose one of: auto, ddp, deepspeed_stage_1"),

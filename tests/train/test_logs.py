@@ -5,6 +5,7 @@ import re
 import resource
 import sys
 import time
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from rwkvlm.config import ModelConfig, TrainConfig
 from rwkvlm.train.logs.log import LogFile
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.logs.progress import Progress, clock
+from rwkvlm.train.logs.weights_and_biases import WeightsAndBiases
 from rwkvlm.train.position import Position
 from rwkvlm.train.schedule import Schedule
 
@@ -90,8 +92,6 @@ def test_elsewhere_a_line_every_ten_seconds(tmp_path, capsys, monkeypatch, steps
 
 
 def test_json_has_no_nan(tmp_path):
-    from datetime import datetime
-
     log = Metrics(plan(tmp_path), datetime(2026, 11, 21))
     log.step(record(1, float("nan")))
     log.close()
@@ -116,6 +116,41 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(run, tmp_path, monkey
     content = written[0].read_bytes()
     for key in (b"loss", b"lr", b"wd", b"Gtokens", b"kt/s", b"256 ctx32 L2 D64 20"):
         assert key in content
+
+
+def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, capsys):
+    """Online. A training from its beginning has a new run, and so has each process offline, whose runs `wandb sync` would put in each other's place."""
+    begun, modes = [], []
+
+    class Error(Exception):
+        pass
+
+    def init(**asked):
+        begun.append(asked)
+        if asked["id"] == "gone":
+            raise Error("run gone was deleted")
+        return SimpleNamespace(id=asked["id"] or f"run{len(begun)}")
+
+    settings = SimpleNamespace(api_key="key")
+    fake = SimpleNamespace(init=init, setup=lambda: SimpleNamespace(settings=settings), Settings=dict, errors=SimpleNamespace(Error=Error))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def begin(step: int, mode: str = "online") -> dict:
+        settings.mode = mode
+        this = plan(tmp_path, wandb="Test")
+        this.start.position.step = step
+        WeightsAndBiases(this, datetime(2026, 11, 21))
+        modes.append(begun[-1]["mode"])
+        return begun[-1]
+
+    assert begin(5)["id"] is None, "nothing is known of an earlier one"
+    assert begin(0)["id"] is None and begun[-1]["name"] == "256 ctx100 L2 D64 2026-11-21-00-00-00"
+    for _ in range(2):
+        found = begin(5)
+        assert (found["id"], found["resume"], found["name"]) == ("run2", "allow", None), "under its own name"
+    assert begin(5, "offline")["id"] is None and begin(0)["id"] is None and begin(9)["id"] == "run6"
+    (tmp_path / "wandb" / "run_id").write_text("gone")
+    assert begin(9)["id"] is None and modes[-1] == "offline" and "run gone was deleted; logging offline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package, flags", [("wandb", dict(wandb="Test")), ("tensorboard", dict(tensorboard=1))])

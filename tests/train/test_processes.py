@@ -129,6 +129,16 @@ def test_a_signal_before_the_first_step_ends_all_of_them(forked, tmp_path, victi
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_validation_in_all(forked, records, losses, tmp_path):
+    """After the same batch of the four at step 10 (under ZeRO-3 each is collective); made when the run goes on, the loss is the same."""
+    flags = TWO | dict(strategy="deepspeed_stage_3", val_batches=8)
+    a, b = tmp_path / "a", tmp_path / "b"
+    _, stopped, after = forked((flags | dict(proj_dir=a), {}), (flags | dict(proj_dir=b), dict(validating=5)), (flags | dict(proj_dir=b), {}))
+    assert stopped["codes"] == [143, 143] and "stopped by SIGTERM at step 10; the training state is saved" in stopped["said"] and after["codes"] == [0, 0], (stopped, after)
+    assert losses(b) == losses(a) and records(b, "val_loss") == records(a, "val_loss")
+
+
+@pytest.mark.slow
 def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
     """torchrun: every process exits by itself; errors of the user are one line of ours."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]

@@ -118,6 +118,13 @@ def test_a_step_done_again_counts_once():
     assert data["series"]["hours"][-1] == pytest.approx(12 / 3600, rel=1e-5)  # time of both processes
 
 
+def test_a_run_that_goes_on_with_another_batch_goes_on_at_its_tokens():
+    again = begin(5)
+    again["settings"]["real_bsz"] = 2
+    data = curves(begin(), *(step(n) for n in range(1, 6)), again, {**step(6), "tokens": 550})
+    assert [(event["step"], event["tokens"]) for event in data["events"]] == [(5, 500)] and data["series"]["tokens"] == [100, 200, 300, 400, 500, 550]
+
+
 def test_long_runs_are_averaged_and_stay_small():
     data = curves(begin(), *(step(n, n / 1000) for n in range(1, 5001)))
     points = data["series"]["step"]
@@ -169,15 +176,16 @@ def test_tensorboard_has_every_number(run, tmp_path, records):
     assert [e.step for e in events.Scalars("val_loss")] == [0, 4, 8]
 
 
-def test_a_run_outlives_tensorboard(run, tmp_path, records, monkeypatch, capfd):
+@pytest.mark.parametrize("method", ["add_scalar", "__init__"])
+def test_a_run_outlives_tensorboard(run, tmp_path, records, monkeypatch, capfd, method):
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    def full(self, key, value, step):
-        if step == 3:
+    def full(self, *arguments, **more):
+        if arguments[-1] == 3 or method == "__init__":  # add_scalar: the step
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    monkeypatch.setattr(SummaryWriter, method, full)
     assert run(tmp_path / "out", tensorboard=1, max_steps=5) == 0
     assert capfd.readouterr().err.count("TensorBoard fails (No space left on device); this run goes on without it") == 1 and len(records(tmp_path / "out")) == 5
 

@@ -133,6 +133,28 @@ def test_signals_save_and_stop(run, whole, losses, tmp_path, monkeypatch, capsys
     assert losses(tmp_path / "out") == losses(whole)
 
 
+def test_a_signal_stops_validation_between_batches(run, whole, losses, records, tmp_path, monkeypatch, capsys):
+    """It is made when the run goes on, before the next step; that at the end of a run goes to its own. Two batches each."""
+    step, passes = TrainModule.validation_step, []
+
+    def stopping(self, batch, batch_idx):
+        passes.append(1)
+        if len(passes) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainModule, "validation_step", stopping)
+    for at, code, made, saved in ((1, 143, 1, None), (3, 143, 3, "step10"), (1, 143, 1, "step10"), (5, 0, 6, "step30")):
+        passes.clear()
+        assert run(tmp_path / "out") == code and len(passes) == made
+        latest = tmp_path / "out" / "state" / "latest"
+        assert (latest.read_text() if latest.exists() else None) == saved
+    said = capsys.readouterr().err
+    assert said.count("by SIGTERM at step 0; no step has been made, the same command goes on from it") == 1 and said.count("at step 10; no step has been made") == 1
+    assert losses(tmp_path / "out") == losses(whole) and same_weights(tmp_path / "out" / "rwkv-final.pth", whole / "rwkv-final.pth")
+    assert records(tmp_path / "out", "val_loss") == records(whole, "val_loss")
+
+
 @pytest.mark.parametrize("stage, goes_on", [(0, "the same command with --train_stage 3"), (3, "the same command")])
 @pytest.mark.parametrize("kind", ["GPU", "CPU", "numpy"])
 def test_memory_that_runs_out_is_one_line(run, tmp_path, monkeypatch, capsys, kind, stage, goes_on):

@@ -24,8 +24,8 @@ class Packed(NamedTuple):
 
 
 def by_document(run: Callable, packed: Packed | None, *inputs: torch.Tensor, dim: int = 1):
-    """run(*inputs), tensors with T along `dim`, of which it makes such a tensor or several. Of packed documents each is a call of its own, and what they
-    give lies one behind the other.
+    """run(*inputs): from tensors with T along `dim` to one such tensor, or several. For packed documents run is called for each document alone, and its
+    results are concatenated along `dim`.
 
     No module may be called in it: under ZeRO-3 that is a collective, and other ranks have other numbers of documents.
     """

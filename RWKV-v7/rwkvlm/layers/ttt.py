@@ -189,15 +189,10 @@ class StateTTT(nn.Module):
 
         Relative, so that its weight in the outer loss means the same for every model: |z|^2 itself is in the hundreds.
         """
-        miss = self._miss(S[:, :, : self.rows], K, V)
-        return miss.square().sum((1, 2, 3)) / V.square().sum((1, 2, 3)).clamp(min=1e-6)
-
-    def _miss(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """P(u_t) - z_t for every token, [..., n, c]."""
-        U = K @ core.mT
+        U = K @ S[:, :, : self.rows].mT
         if self.has_head:
             U = U + torch.relu(U @ self.w1.to(U.dtype).mT) @ self.w2.to(U.dtype).mT
-        return U - V
+        return (U - V).square().sum((1, 2, 3)) / V.square().sum((1, 2, 3)).clamp(min=1e-6)
 
     def _targets(self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """z [B, T, H, c], without a gradient: v, or what the delta rule has stored for the key, v (k . kk)."""

@@ -78,7 +78,7 @@ def costs(config: HybridConfig) -> list[str]:
 
 
 def _key(s: Slot) -> torch.Tensor:
-    """A normalised key does not tell how large the matrix is, but an optimizer step moves a small one further."""
+    """Attention normalises its keys, so the size of the matrix is not seen in them; but an optimizer step turns a small matrix further."""
     return orthogonal(1.0 if s.layer in s.config.attention else 0.1)(s)
 
 

@@ -98,5 +98,5 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As they are computed; among others, float16 stays what it is, for the contract to refuse."""
+    """The tensors in the dtype that they are computed in. Where their dtypes differ they stay as they are, for the contract to refuse."""
     return tuple(x.to(computed_in(x.dtype)) for x in tensors) if all(x.dtype == tensors[0].dtype for x in tensors) else tensors

@@ -68,8 +68,8 @@ class Conductor(pl.Callback):
         if plan.finished:  # only rwkv-final.pth is missing
             self.saver.save([FINAL_NAME], state=False, last=True)
             trainer.should_stop = True
-        elif plan.start.state is None:
-            self._validate()
+        elif plan.start.state is None or self.position.unvalidated:
+            self._stop(trainer, self._validate())  # what the run begins with is there already
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: TrainModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.plan.config.accumulate_grad_batches:
@@ -102,8 +102,10 @@ class Conductor(pl.Callback):
 
         if mini_epoch_ends or ended:
             self.meter.close_mini_epoch(mini_epoch)
-        if self.validation.due(position.step, mini_epoch_ends) or ended:
-            self._validate()
+        if ended:
+            self._validate(to_its_end=True)
+        elif self.validation.due(position.step, mini_epoch_ends):
+            stop = self._validate() or stop
         weights = [f"rwkv-{mini_epoch}.pth"] if mini_epoch_ends and plan.config.epoch_save and mini_epoch % plan.config.epoch_save == 0 else []
         if ended:
             weights.append(FINAL_NAME)
@@ -116,14 +118,22 @@ class Conductor(pl.Callback):
                 self.saver.save(weights, state, last)
             elif last:
                 self._give_up(trainer, module)
-        if stop and not ended:
+        if not ended:
+            self._stop(trainer, stop)
+
+    def _stop(self, trainer: pl.Trainer, stop: int) -> None:
+        """By the signal of this number; 0: goes on."""
+        if stop:
             self.exit_code = 128 + stop
             trainer.should_stop = True
 
-    def _validate(self) -> None:
-        loss = self.validation.loss()
+    def _validate(self, to_its_end: bool = False) -> int:
+        """The signal that has stopped it before its end; 0: none."""
+        loss, stop = self.validation.loss(lambda: 0 if to_its_end else self.signals.stop)
+        self.position.unvalidated = bool(stop)
         if loss is not None:
             self.meter.validated(loss)
+        return stop
 
     def _give_up(self, trainer: pl.Trainer, module: TrainModule) -> None:
         """Nothing is saved: whatever has gone wrong, the newest state is from before it, or from between steps that changed nothing."""
@@ -144,7 +154,8 @@ class Conductor(pl.Callback):
         self.meter.close()
         self.signals.restore()
         if self.exit_code:
-            say(f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; the training state is saved, {what_goes_on(self.plan.config)} goes on from it")
+            saved = "the training state is saved" if self.steps_made else "no step has been made"
+            say(f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; {saved}, {what_goes_on(self.plan.config)} goes on from it")
         elif not self.plan.schedule.finished(self.position.samples * self.plan.config.ctx_len):
             say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")
         else:

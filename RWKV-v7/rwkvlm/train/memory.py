@@ -2,7 +2,7 @@
 
 Terms, for P trained parameters of A in all, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
 
-    parameters   b A; ZeRO-3: b A / W, and whole in turn, of which up to a thousand million stay
+    parameters   b A; ZeRO-3: b A / W, and those that are gathered at a time, up to LIVE numbers
     gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P; the optimizer in plain PyTorch copies them, 4 P.
                  ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions

@@ -14,6 +14,7 @@ class Position:
     epoch_loss, epoch_steps: sum of the losses and number of steps of the current mini-epoch, those with a finite loss.
     skipped, undone: steps that changed nothing because a number was not finite, and that the spike guard took back.
     loss_mean, loss_variance, loss_steps: running statistics for the spike guard.
+    unvalidated: a signal has stopped the validation after this step, which is made when the run goes on.
     """
 
     step: int = 0
@@ -26,6 +27,7 @@ class Position:
     loss_mean: float = 0.0
     loss_variance: float = 0.0
     loss_steps: int = 0
+    unvalidated: bool = False
 
     def advance(self, samples: int) -> None:
         self.step += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 
 from .module import on_device
 from .plan import Plan
+from .signals import Agreement
 
 
 class Validation:
@@ -19,6 +22,7 @@ class Validation:
 
     def __init__(self, plan: Plan, trainer: pl.Trainer) -> None:
         self.plan, self.trainer = plan, trainer
+        self.agreement = Agreement(plan.config.dist_timeout)
         self.n_batches = 0
         if plan.held_out is not None:
             self.batch = min(plan.config.micro_bsz, len(plan.held_out))
@@ -30,22 +34,30 @@ class Validation:
         return step % every == 0 if every else mini_epoch_ends
 
     @torch.no_grad()
-    def loss(self) -> float | None:
-        """Collective; None without held-out data."""
+    def loss(self, asked: Callable[[], int]) -> tuple[float | None, int]:
+        """The loss, None without held-out data; or None and the signal by which it was stopped between two batches. Collective.
+
+        asked: the number of the signal that asks this process to stop; 0: none.
+        """
         if not self.n_batches:
-            return None
+            return None, 0
         rank, world = self.trainer.global_rank, self.trainer.world_size
         device = self.trainer.strategy.root_device
         self.trainer.strategy.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=device)
+        stop = 0
         for first in range(0, self.n_batches, world):  # every process makes as many passes: under ZeRO-3 each pass is collective
+            (stop,) = self.agreement.exchange(asked())
+            if stop:
+                break
             number = first + rank
             ii = 1 + (min(number, self.n_batches - 1) * self.batch + np.arange(self.batch)) * self.stride
             batch = on_device(self.plan.held_out[ii], device)
             part = self.trainer.strategy.validation_step(batch, 0)
             if number < self.n_batches:
                 total += part
+        self.agreement.finish()
         if world > 1:
             dist.all_reduce(total)
         self.trainer.strategy.model.train()
-        return total.item() / self.n_batches
+        return (None if stop else total.item() / self.n_batches), stop

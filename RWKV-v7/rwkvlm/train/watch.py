@@ -244,7 +244,7 @@ class Watch:
         if not any(kind == k and rank == r for k, _, r, _ in self._causes):
             self._since = self._since or time.monotonic()
             self._causes.append((kind, len(self._causes), rank, what))
-            if self.rank != 0 or rank == 0:
+            if self.rank != 0 or rank == 0:  # rank 0 keeps what others report for its verdict
                 self._tell_all(cause=[kind, rank, what])
 
     def _wait_for_others(self, rank: int, line: str) -> None:

@@ -38,8 +38,6 @@ def gradient_norms(grads: list[Tensor]) -> Tensor:
 
 def backend_for(device: torch.device) -> str:
     """Who computes it here: "cuda", "cpu", or "torch" (its own fused step); builds what is missing. UserError for a kernel asked for that cannot run."""
-    if device.type not in ("cpu", "cuda"):
-        return "torch"
     return backend.choose("adamw", device, {"cuda": cuda.why_not, "cpu": native.why_not})
 
 

@@ -28,5 +28,6 @@ def adamw_(
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:
-    check_gradients([grad.contiguous() for grad in grads])
+    grads = [grad.contiguous() for grad in grads]
+    check_gradients(grads)
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))

@@ -75,8 +75,6 @@ def _form(device: torch.device, dtype: torch.dtype, n_embd: int):
 
 def backend_for(device: torch.device, dtype: torch.dtype, n_embd: int) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
-    if device.type not in ("cpu", "cuda"):
-        return "torch"
     supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype, n_embd)}
     return backend.choose("head_cross_entropy", device, supported)
 

@@ -22,9 +22,9 @@ def make_logs(plan: Plan, strategy: Strategy) -> list[Log]:
     now = datetime.now()
     logs: list[Log] = [TrainLog(plan, getattr(strategy, "config", None), now), Metrics(plan, now), Report(plan.proj_dir)]
     if plan.config.wandb:
-        logs.append(Foreign("wandb", WeightsAndBiases(plan, now)))
+        logs.append(Foreign("wandb", lambda: WeightsAndBiases(plan, now)))
     if plan.config.tensorboard:
-        logs.append(Foreign("TensorBoard", TensorBoard(plan)))
+        logs.append(Foreign("TensorBoard", lambda: TensorBoard(plan)))
     if plan.config.enable_progress_bar:
         logs.append(Progress(plan))
     return logs

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...checkpoint.ranks import describe, say
+
+T = TypeVar("T")
 
 
 class Log:
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: step, tokens, loss, lr, grad_norm and grad_norms by part of the model (None: unknown), tokens_per_s,
-        tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. And where it
-        was so, meta_loss (a Phantom's other term, without its weight, not part of loss), "skipped": True (a number was not finite), "undone_to": the step whose weights the spike guard has gone back to."""
+        tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. Only some steps have
+
+            meta_loss   a Phantom's other term, without its weight; not part of loss
+            skipped     True: a number was not finite, and the step has changed nothing
+            undone_to   the step whose weights the spike guard has gone back to
+        """
 
     def mini_epoch(self, number: int, loss: float, lr: float) -> None:
         """A mini-epoch has ended. loss: mean over its steps; lr: of its last step."""
@@ -27,19 +34,26 @@ class Log:
 
 
 class Foreign(Log):
-    """A log that another library keeps. Where it fails, on a full disk or because its service is gone, a line says so, and training goes on without it."""
+    """A log that another library keeps. Where it fails, on a full disk or because its service is gone, a line says so, and training goes on without it.
 
-    def __init__(self, name: str, log: Log) -> None:
+    begin: makes the log, which may fail too.
+    """
+
+    def __init__(self, name: str, begin: Callable[[], Log]) -> None:
         self.name = name
-        self.log: Log | None = log
+        self.log: Log | None = self._try(begin)
 
     def _tell(self, what: str, *arguments: Any) -> None:
         if self.log is not None:
-            try:
-                getattr(self.log, what)(*arguments)
-            except Exception as error:  # whatever that library raises
-                say(f"{self.name} fails ({describe(error)}); this run goes on without it")
-                self.log = None
+            self._try(getattr(self.log, what), *arguments)
+
+    def _try(self, call: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return call(*arguments)
+        except Exception as error:  # whatever that library raises
+            say(f"{self.name} fails ({describe(error)}); this run goes on without it")
+            self.log = None
+            return None
 
     def step(self, record: dict[str, Any]) -> None:
         self._tell("step", record)

@@ -52,9 +52,14 @@ class Curves:
         self.buckets = {key: bucket for key, bucket in self.buckets.items() if key * self.width < step}
         self.validations = {key: value for key, value in self.validations.items() if key <= step}
         self.events = [event for event in self.events if event["step"] <= step]
-        self.hours_before = self.hours = max((bucket["hours"][0] / bucket["hours"][1] for bucket in self.buckets.values()), default=0.0)
-        if step:
-            self._event("start", step, step * self.settings.get("real_bsz", 0) * self.settings.get("ctx_len", 0), f"went on at {record['run']}")
+
+        def furthest(key: str, default: float) -> float:
+            return max((bucket[key][0] / bucket[key][1] for bucket in self.buckets.values()), default=default)
+
+        self.hours_before = self.hours = furthest("hours", 0.0)
+        if step:  # in tokens it may be anywhere: until now the batch may have been another one
+            tokens = furthest("tokens", step * self.settings.get("real_bsz", 0) * self.settings.get("ctx_len", 0))
+            self._event("start", step, round(tokens), f"went on at {record['run']}")
 
     def _step(self, record: dict[str, Any]) -> None:
         self.last = record

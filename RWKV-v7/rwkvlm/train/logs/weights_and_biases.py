@@ -10,7 +10,15 @@ from ..plan import Plan
 from .log import Log
 
 
+RUN_ID = "run_id"  # in proj_dir/wandb
+
+
 class WeightsAndBiases(Log):
+    """A training that goes on from an earlier step goes on in the same run of wandb, which leaves out the steps that it has already.
+
+    Offline each process has a run of its own: of several with one id, `wandb sync` would leave the last (https://github.com/wandb/wandb/issues/5865).
+    """
+
     def __init__(self, plan: Plan, now: datetime) -> None:
         import wandb
 
@@ -21,10 +29,15 @@ class WeightsAndBiases(Log):
             mode = "offline"
             say(f"wandb: nobody is logged in; logging offline into {plan.proj_dir}/wandb (to upload: wandb login, then wandb sync)")
 
-        def begin(mode: str):
+        place = plan.proj_dir / "wandb" / RUN_ID
+        known = place.read_text() if mode == "online" and plan.start.position.step and place.exists() else None
+
+        def begin(mode: str, known: str | None = None):
             return wandb.init(
                 project=config.wandb,
-                name=f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {now:%Y-%m-%d-%H-%M-%S}",
+                name=None if known else f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {now:%Y-%m-%d-%H-%M-%S}",
+                id=known,
+                resume="allow" if known else None,
                 config=plan.settings(),
                 dir=str(plan.proj_dir),
                 mode=mode,
@@ -32,10 +45,14 @@ class WeightsAndBiases(Log):
             )
 
         try:
-            self.run = begin(mode)
+            self.run = begin(mode, known)
         except wandb.errors.Error as error:
             say(f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb")
             self.run = begin("offline")
+        else:
+            if mode == "online":
+                place.parent.mkdir(exist_ok=True)
+                place.write_text(self.run.id)
 
     def step(self, record: dict[str, Any]) -> None:
         numbers = {"loss": record["loss"], "lr": record["lr"], "wd": self.wd, "Gtokens": record["tokens"] / 1e9, "kt/s": record["tokens_per_s"] / 1000}
