@@ -227,7 +227,8 @@ def test_types_come_from_the_dataclass():
 def test_commands_are_found_by_name(capsys):
     assert {"train", "generate"} <= set(commands())
     assert main([]) == 2 and main(["--help"]) == 0
-    capsys.readouterr()
+    assert "\n  generate     text from a checkpoint, token by token.\n" in capsys.readouterr().out
+    assert all(commands().values()), "each says what it is for"
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"
     assert main(["xyz"]) == 2

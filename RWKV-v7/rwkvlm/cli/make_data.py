@@ -16,7 +16,7 @@ from ..config.volume import volume
 from ..data.binidx import BinIdx
 from ..data.documents import PACKED, STDIN, expand, kind
 from ..data.pack import Packed, Stage, pack
-from ..data.sampler import magic_prime, mini_epochs
+from ..data.sampler import magic_prime
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from .flags import Parser
 
@@ -98,7 +98,7 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
     except UserError as error:
         print(f"too short to train on: {error}")
         return
-    print(f"{(n := mini_epochs(made.tokens, ctx_len))} mini-epoch{'s' * (n != 1)} of {MINI_EPOCH} samples ({made.tokens / (ctx_len * MINI_EPOCH):.3f})")
+    print(f"{made.tokens / (ctx_len * MINI_EPOCH):.3f} mini-epochs of {MINI_EPOCH} samples")
     print(f"\n--my_exit_tokens {made.tokens} --magic_prime {prime} --ctx_len {ctx_len}\n")
 
 
