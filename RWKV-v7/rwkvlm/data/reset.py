@@ -19,6 +19,7 @@ class ResetSamples(Samples):
 
     def __init__(self, samples: Samples) -> None:
         self.samples, self.name = samples, samples.name
+        samples.starts(np.array([1]))  # UserError, before a run has begun, for data that do not say where documents begin
 
     def __len__(self) -> int:
         return len(self.samples)
