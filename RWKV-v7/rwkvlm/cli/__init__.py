@@ -75,7 +75,8 @@ def _lacking(error: Exception) -> str:
 
 
 def _open_what_is_closed() -> None:
-    """Who closes standard input or output (`>&-`) wants nothing of it. Left closed, its number would go to some file, which what C libraries print ends up in."""
+    """/dev/null in the place of standard input, output and error that the caller has closed (`>&-`). Left closed, the next file that is opened would
+    get the number, and what C libraries print would end up in it."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)

@@ -188,10 +188,6 @@ class BinIdx(Tokens):
         return self.index.dtype
 
     @property
-    def sizes(self) -> np.ndarray:
-        return self.index.sizes
-
-    @property
     def n_docs(self) -> int:
         return self.index.n_docs
 

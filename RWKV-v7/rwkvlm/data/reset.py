@@ -24,9 +24,6 @@ class ResetSamples(Samples):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def windows(self, ii: np.ndarray) -> np.ndarray:
-        return self.samples.windows(ii)
-
     def ask_for(self, ii: np.ndarray) -> None:
         self.samples.ask_for(ii)
 

@@ -233,10 +233,9 @@ class WorldTokenizer(Tokenizer):
         return b"".join([tokens[i] if 0 < i < n else b"\xef\xbf\xbd" for i in ids])
 
     def settled(self, ids: np.ndarray, n_bytes: int) -> tuple[int, int]:
-        """A match that begins n bytes before the end has not seen more than those n: it stands if no token is longer.
+        """Where a match begins so far from the end that the longest token would fit, what follows could not have made it longer.
 
-        So the ids that stand are those of every text that begins with these bytes: each begins where the one before ends, and each was the
-        longest match among all that such a text can hold there.
+        So the ids up to the last such match stand: each begins where the one before ends, and is the longest match whatever text follows.
         """
         n, end = len(ids), n_bytes
         while n and (begin := end - self._length[ids[n - 1]]) > n_bytes - self._longest:
