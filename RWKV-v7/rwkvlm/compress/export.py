@@ -30,8 +30,8 @@ def export_file(path: str | Path, out: str | Path) -> None:
     weights = load_weights(path)
     if reason := _not_rwkv7(weights):
         raise UserError(f"--model {path} {reason}: programs for RWKV-7 would compute something else; only this one can run it")
-    model_from(weights, "cpu", torch.bfloat16)  # refuses a file that does not fit together
-    save_weights(out, released(weights), "--out", first=RELEASED)
+    own = model_from(weights, "cpu", torch.bfloat16).state_dict()  # refuses a file that does not fit together
+    save_weights(out, released({name: tensor.reshape(own[name].shape) for name, tensor in weights.items()}), "--out", first=RELEASED)
 
 
 def _not_rwkv7(weights: Mapping[str, torch.Tensor]) -> str:
