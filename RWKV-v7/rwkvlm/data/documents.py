@@ -25,6 +25,7 @@ import orjson
 
 from .. import native
 from ..config import UserError
+from ..config.errors import pip_install
 from .parquet import Damage, read_rows
 from .tokenizer import Texts, utf8
 
@@ -105,7 +106,7 @@ def expand(inputs: Sequence[str]) -> list[Path]:
             raise UserError(f"input {path}: its kind is not known; use .jsonl or .txt, also with .gz or .zst behind it, or .parquet")
         needs = PACKED.get(path.suffix) or ("pyarrow" if path.suffix == ".parquet" else None)
         if needs and importlib.util.find_spec(needs) is None:
-            raise UserError(f"input {path} needs the package {needs}; run: pip install {needs}")
+            raise UserError(f"input {path} needs the package {needs}; run: {pip_install(needs)}")
     if files.count(STDIN) > 1:
         raise UserError("standard input (-) can be read once only")
     return files
