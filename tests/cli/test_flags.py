@@ -188,6 +188,10 @@ def test_a_misspelt_flag_of_any_command_gets_the_nearest(capsys):
     assert capsys.readouterr().err == "error: unknown flag --modle; did you mean --model?\n"
     assert main(["data", "merge", "a", "--ou=b"]) == 2
     assert capsys.readouterr().err == "error: unknown flag --ou; did you mean --out?\n"
+    assert main(["data", "verify", "a", "--vocabsize", "3"]) == 2
+    assert capsys.readouterr().err == "error: unknown flag --vocabsize; did you mean --vocab_size?\n"
+    assert main(["data", "mrge", "a", "--out", "b"]) == 2
+    assert "invalid choice: 'mrge' (choose from " in capsys.readouterr().err, "its flags are none of `data`, and right"
 
 
 def test_help_lists_every_flag(capsys):

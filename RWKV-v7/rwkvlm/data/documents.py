@@ -239,7 +239,7 @@ def _line_blocks(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: i
 def _whole_characters(data: bytes) -> int:
     """How many bytes there are before a character that is cut at the end; all of them where none is."""
     for k in range(1, min(4, len(data) + 1)):
-        if data[-k] >= 0xC0:
+        if data[-k] >= 0xC0:  # begins a character of 2 bytes, or of 3 or 4
             return len(data) - k if k < 2 + (data[-k] >= 0xE0) + (data[-k] >= 0xF0) else len(data)
         if data[-k] < 0x80:
             break
