@@ -28,8 +28,11 @@ class Hold:
         self._own: set[str] = set()
 
     def take(self, planned_after: str | None = None) -> None:
-        """From now on no other run writes there. Collective. UserError while one does, and, with planned_after, where another one than that which
-        `last_holder` named has begun since: what was planned by its files may be undone by now."""
+        """From now on no other run writes there. Collective. UserError while one does.
+
+        planned_after: what `last_holder` said before this run was planned. UserError too where another one has begun since then, even if it has
+        ended: the files that the plan was made from may be others now.
+        """
         together(lambda: self._take(planned_after))
 
     def check(self) -> None:
