@@ -79,7 +79,7 @@ def test_factors_and_ghosts_become_matrices(plain, tmp_path, made):
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        (dict(model_type="x040"), "a model of type x040"),
+        (dict(model_type="x040"), "holds an RWKV-4, whose files are as released ones are: programs for RWKV-4 take this one as it is"),
         (dict(model_type="hybrid"), "a model of type hybrid"),
         (dict(model_type="x080"), "a model of type x080"),
         (dict(model_type="phantom", core_ratio=1.0, ttt_chunk=16), "a Phantom with ttt_enabled True"),
