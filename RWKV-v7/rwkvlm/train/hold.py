@@ -48,7 +48,8 @@ class Hold:
         if rank() == 0 and self._file is None:
             self.proj_dir.mkdir(parents=True, exist_ok=True)
             self._file = _locked(self.proj_dir)
-            if planned_after not in (None, now := last_holder(self.proj_dir)):
+            now = last_holder(self.proj_dir)
+            if planned_after is not None and planned_after != now:
                 raise UserError(f"another run has been in {self.proj_dir} ({now}) since this one looked there; start this one again: it goes on from what is there now")
             who = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
             with suppress(OSError):  # a full disk: the lock needs no room
