@@ -310,7 +310,7 @@ def locks() -> str:
 def main(argv: list[str]) -> int:
     """Exit code 0 when everything is well, 1 otherwise."""
     parser = Parser(prog="python -m rwkvlm doctor", description="Is this machine ready to train? One line each, ok or the cure.")
-    parser.add_argument("--proj_dir", type=Path, default=Path("out"), help="where runs will be kept")
+    parser.add_argument("--proj_dir", type=Path, default=Path("out"), help="where runs will be kept [out]")
     folder = parser.parse_args(argv).proj_dir
     checks = {"python": python, "compiler": compiler, "gpu": gpu, "nvcc": nvcc, **KERNELS, "ranks": ranks, "disk": lambda: disk(folder), "locks": locks}
     well = True
