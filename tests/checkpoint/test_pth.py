@@ -6,7 +6,7 @@ import torch
 from rwkvlm import models
 from rwkvlm.checkpoint.gather import full_weights
 from rwkvlm.checkpoint.pth import load_into, load_weights, model_from, newest_weights, save_weights
-from rwkvlm.config import ModelConfig, UserError
+from rwkvlm.config import ModelConfig, UserError, model_config
 
 SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=16, dim_ffn=96, rank_w=8, rank_a=12, rank_v=20, rank_g=24)
 
@@ -73,6 +73,20 @@ def test_config_of_one_layer_without_the_unused_tensors():
         del tensors[f"blocks.0.att.{name}"]
     assert models.read_config(tensors) == config
     assert load_into(build(config), tensors) == [f"blocks.0.att.{v}" for v in ("v0", "v1", "v2")]
+
+
+@pytest.mark.parametrize("config", [SIZES, model_config("x040", n_layer=2, n_embd=64, vocab_size=50)], ids=lambda config: config.model_type)
+def test_ones_in_front_of_a_shape_do_not_count(config):
+    """Some tools make [C] of the official [1, 1, C]; a transposed matrix is another one all the same."""
+    model = build(config)
+    tensors = full_weights(model)
+    squeezed = {name: tensor.squeeze() for name, tensor in tensors.items()}
+    assert sum(squeezed[name].shape != tensor.shape for name, tensor in tensors.items()) > 2
+    loaded = model_from(squeezed, "cpu", torch.float32)
+    assert all(torch.equal(tensor, tensors[name].float()) for name, tensor in loaded.state_dict().items())
+    assert load_into(build(config, seed=1), {name: tensor[None] if tensor.dim() == 1 else tensor for name, tensor in tensors.items()}) == []
+    with pytest.raises(UserError, match=r"ffn.key.weight has shape \["):
+        load_into(model, tensors | {"blocks.0.ffn.key.weight": tensors["blocks.0.ffn.key.weight"].T})
 
 
 @pytest.mark.parametrize("prefix", ["_forward_module.", "module.", "_forward_module.module.", "_orig_mod.", "module._orig_mod."])

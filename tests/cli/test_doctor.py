@@ -60,6 +60,14 @@ def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
     assert lines["wkv7"].endswith("division by zero") and lines["loss"].startswith("ok ")
 
 
+def test_packages_that_are_missing_or_of_another_version_are_named(tmp_path, monkeypatch):
+    lacking = tmp_path / "requirements.txt"
+    lacking.write_text("torch>=2\nnot-there>=1\nnumpy>=99\n")
+    monkeypatch.setattr(doctor, "REQUIREMENTS", lacking)
+    with pytest.raises(UserError, match=rf"lacks not-there>=1 \(not installed\), numpy>=99 \(installed: .*\); run: .*python.* -m pip install -r {lacking}"):
+        doctor.python()
+
+
 def test_every_native_kernel_is_asked():
     assert set(doctor.KERNELS) == {source.parent.name for source in native.SOURCE_DIR.glob("*/*.cpp")}
 

@@ -188,6 +188,10 @@ def test_a_misspelt_flag_of_any_command_gets_the_nearest(capsys):
     assert capsys.readouterr().err == "error: unknown flag --modle; did you mean --model?\n"
     assert main(["data", "merge", "a", "--ou=b"]) == 2
     assert capsys.readouterr().err == "error: unknown flag --ou; did you mean --out?\n"
+    assert main(["data", "verify", "a", "--vocabsize", "3"]) == 2
+    assert capsys.readouterr().err == "error: unknown flag --vocabsize; did you mean --vocab_size?\n"
+    assert main(["data", "mrge", "a", "--out", "b"]) == 2
+    assert "invalid choice: 'mrge' (choose from " in capsys.readouterr().err, "its flags are none of `data`, and right"
 
 
 def test_help_lists_every_flag(capsys):
@@ -227,7 +231,8 @@ def test_types_come_from_the_dataclass():
 def test_commands_are_found_by_name(capsys):
     assert {"train", "generate"} <= set(commands())
     assert main([]) == 2 and main(["--help"]) == 0
-    capsys.readouterr()
+    assert "\n  generate     text from a checkpoint, token by token.\n" in capsys.readouterr().out
+    assert all(commands().values()), "each says what it is for"
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean train?\n"
     assert main(["xyz"]) == 2

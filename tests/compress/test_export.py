@@ -52,6 +52,13 @@ def test_an_rwkv7_loses_what_nothing_reads_and_nothing_else(plain):
     assert torch.equal(logits(plain), logits(plain.with_name("exported.pth")))
 
 
+def test_shapes_become_the_official_ones(plain, tmp_path):
+    before = load_weights(plain)
+    torch.save({name: tensor.flatten() if tensor.dim() == 3 else tensor for name, tensor in before.items()}, tmp_path / "flat.pth")
+    after = load_weights(export(tmp_path / "flat.pth"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
 @pytest.mark.parametrize("made", ["factors", "factors and fewer units", "ghosts", "ghosts of factors"])
 def test_factors_and_ghosts_become_matrices(plain, tmp_path, made):
     path = tmp_path / "small.pth"
@@ -72,7 +79,7 @@ def test_factors_and_ghosts_become_matrices(plain, tmp_path, made):
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        (dict(model_type="x040"), "a model of type x040"),
+        (dict(model_type="x040"), "holds an RWKV-4, whose files are as released ones are: programs for RWKV-4 take this one as it is"),
         (dict(model_type="hybrid"), "a model of type hybrid"),
         (dict(model_type="x080"), "a model of type x080"),
         (dict(model_type="phantom", core_ratio=1.0, ttt_chunk=16), "a Phantom with ttt_enabled True"),

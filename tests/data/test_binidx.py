@@ -64,7 +64,7 @@ def test_reader_of_files_by_hand(tmp_path, code):
     data = BinIdx(tmp_path / "a")
     assert data.n_docs == 52 and data.n_tokens == sum(map(len, docs))
     assert [data.doc(i).tolist() for i in range(52)] == docs and data.doc(-1).tolist() == docs[-1]
-    assert data.tokens.tolist() == [t for d in docs for t in d] and data.sizes.tolist() == [len(d) for d in docs]
+    assert data.tokens.tolist() == [t for d in docs for t in d] and data.index.sizes.tolist() == [len(d) for d in docs]
     assert not data.tokens.flags.writeable
     with pytest.raises(IndexError):
         data.doc(52)

@@ -153,7 +153,7 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     for name, package in [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")]:
         assert run(name, 1, 4) == 2
-        assert capsys.readouterr().err == f"error: input {name} needs the package {package}; run: pip install {package}\n"
+        assert capsys.readouterr().err == f"error: input {name} needs the package {package}; run: {sys.executable} -m pip install {package}\n"
 
 
 def test_standard_input_and_report(tmp_path):

@@ -78,11 +78,17 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def get(server, tmp_path):
-    def get(n_tokens=200_000, say=lambda line: None):
-        return fetch(Remote("mini", server.url, n_tokens), tmp_path / "data" / "mini", say, pause=0.0)
+def said(monkeypatch):
+    """The lines for the screen."""
+    lines = []
+    monkeypatch.setattr(module, "_say", lines.append)
+    return lines
 
-    return get
+
+@pytest.fixture
+def get(server, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    return lambda n_tokens=200_000: fetch(Remote("mini", server.url, n_tokens), tmp_path / "data" / "mini")
 
 
 def origin(server):
@@ -99,16 +105,15 @@ def test_plain_download_and_nothing_the_second_time(server, get, tmp_path):
     assert get().n_docs == 40 and len(server.log) == 2 and not (tmp_path / "data" / "mini.download").exists()
 
 
-def test_dropped_connections_are_resumed(server, get, tmp_path):
+def test_dropped_connections_are_resumed(server, get, said, tmp_path):
     server.faults = [("drop", 100), 503, None, ("drop", 150_000), ("drop", 1000), 500, ("drop", 0), 429]
-    said = []
-    assert np.array_equal(get(say=said.append).tokens, origin(server)) and left(tmp_path) == ["mini.bin", "mini.idx"]
+    assert np.array_equal(get().tokens, origin(server)) and left(tmp_path) == ["mini.bin", "mini.idx"]
     ranges = [r for p, r in server.log if p.endswith("bin")]
     assert ranges == [None, "bytes=150000-", "bytes=151000-", "bytes=151000-", "bytes=151000-", "bytes=151000-"]
     assert any("ended at byte 150000 of 400000" in line for line in said) and any("503" in line for line in said)
 
 
-def test_a_network_that_fails_while_bytes_come_is_no_full_disk(server, get, monkeypatch):
+def test_a_network_that_fails_while_bytes_come_is_no_full_disk(server, get, said, monkeypatch):
     real = http.client.HTTPResponse.read
     errors = [ssl.SSLError(1, "bad record mac"), OSError(errno.EHOSTUNREACH, "No route to host")]
 
@@ -118,8 +123,7 @@ def test_a_network_that_fails_while_bytes_come_is_no_full_disk(server, get, monk
         return real(self, *size)
 
     monkeypatch.setattr(http.client.HTTPResponse, "read", read)
-    said = []
-    assert np.array_equal(get(say=said.append).tokens, origin(server))
+    assert np.array_equal(get().tokens, origin(server))
     assert "No route to host; trying again" in said[0] and "bad record mac" in said[1]
 
 
@@ -191,10 +195,9 @@ def test_the_same_file_goes_on(server, get, etag):
     assert [wanted for path, wanted in server.log if path.endswith("bin")] == [None, "bytes=200000-", "bytes=250000-"]
 
 
-def test_a_server_that_sends_another_part(server, get):
+def test_a_server_that_sends_another_part(server, get, said):
     server.shift, server.faults = -1000, [None, ("drop", 200_000)]
-    said = []
-    assert np.array_equal(get(say=said.append).tokens, origin(server))
+    assert np.array_equal(get().tokens, origin(server))
     assert any("was asked for byte 200000 and sends bytes 199000-399999/400000" in line for line in said)
     assert [wanted for path, wanted in server.log if path.endswith("bin")] == [None, "bytes=200000-", None]
 
@@ -207,10 +210,10 @@ def test_tokens_outside_the_vocabulary(server, tmp_path):
     server.files["/mirror/mini.bin"] = bytes(wrong)
     remote = Remote("mini", server.url, 200_000, 65530)
     with pytest.raises(UserError, match="does not hold mini: .*mini.bin holds token 65530 at position 61728.*it was removed") as caught:
-        fetch(remote, tmp_path / "data" / "mini", lambda line: None, pause=0.0)
+        fetch(remote, tmp_path / "data" / "mini")
     assert "\n" not in str(caught.value) and left(tmp_path) == ["mini.download/mini.idx"]
     server.files["/mirror/mini.bin"] = good
-    assert fetch(remote, tmp_path / "data" / "mini", lambda line: None, pause=0.0).n_tokens == 200_000
+    assert fetch(remote, tmp_path / "data" / "mini").n_tokens == 200_000
 
 
 def test_a_file_that_shrank_is_fetched_anew(server, get, tmp_path):

@@ -70,7 +70,7 @@ def test_the_official_call(here, capsys):
     out = capsys.readouterr().out
     n = BinIdx("demo").n_tokens
     assert BinIdx("demo").dtype == np.uint16 and f"--my_exit_tokens {n} --magic_prime " in out and "--ctx_len 16" in out
-    assert "document 0" in out and "document 899" in out and "1 mini-epoch of" in out and "--vocab_size 65536" in out
+    assert "document 0" in out and "document 899" in out and f"{n / (16 * 40320):.3f} mini-epochs of" in out and "--vocab_size 65536" in out
 
 
 def test_the_only_document_is_shown_once(here, capsys):

@@ -63,7 +63,7 @@ def test_parts_of_pairs_are_drawn_by_the_seed(tmp_path):
     assert all(doc in at for doc in half)  # in their order
     assert drawn(2.5, 7)[:4000] == [d.tolist() for d in a] * 2 and 900 < len(drawn(2.5, 7)) - 4000 < 1100
     shorter = write(tmp_path / "shorter", a[:1000])
-    assert listed(merge([(shorter, 0.5)], str(tmp_path / "c"), 7)) == half[: len(merge([(shorter, 0.5)], str(tmp_path / "c"), 7).sizes)]
+    assert listed(merge([(shorter, 0.5)], str(tmp_path / "c"), 7)) == half[: merge([(shorter, 0.5)], str(tmp_path / "c"), 7).n_docs]
     both = listed(merge([(prefix, 0.5), (shorter, 0.5)], str(tmp_path / "c"), 7))
     assert both[: len(half)] == half and both[len(half) :] != half[: len(both) - len(half)]  # each input draws its own
 

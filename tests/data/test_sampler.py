@@ -11,7 +11,7 @@ from rwkvlm.config import UserError
 from rwkvlm.data.ahead import Ahead
 from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.data.dataset import HeldOutSamples, RankBatches, TrainingSamples
-from rwkvlm.data.sampler import check_magic_prime, chunk_of, chunks_of, is_prime, magic_prime, mini_epochs, order_hash
+from rwkvlm.data.sampler import check_magic_prime, chunk_of, chunks_of, is_prime, magic_prime, order_hash
 
 MINIPILE, PILE = 1498226207, 332115325534
 
@@ -99,10 +99,6 @@ def test_the_token_after_the_last_chunk_must_exist():
     check_magic_prime(101, 101 * 64 + 1, 64)
     with pytest.raises(UserError, match="past the end"):
         check_magic_prime(101, 101 * 64, 64)
-
-
-def test_mini_epochs():
-    assert mini_epochs(MINIPILE, 512) == 73 and mini_epochs(512 * 40320, 512) == 1
 
 
 def test_the_order_of_minipile_stays_what_it_is():

@@ -102,7 +102,7 @@ def test_lone_surrogate_is_named():
 
 def test_missing_or_damaged_vocabulary(tmp_path, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install rwkv"):
+    with pytest.raises(UserError, match="-m pip install rwkv"):
         module.vocabulary_path()
     lines = VOCABULARY.read_text(encoding="utf-8").splitlines(keepends=True)
     for k, (at, line) in enumerate([(300, "garbage\n"), (300, "301 'abc' 4\n"), (300, "7 'abc' 3\n"), (300, "301 __import__('os') 3\n")]):

@@ -319,7 +319,7 @@ def test_bad_numbers_are_named_without_the_command_line_too(known, jsonl, task, 
 
 def test_without_the_library_one_line_says_how_to_get_it(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match="needs the package lm_eval.*run: pip install lm-eval"):
+    with pytest.raises(UserError, match="needs the package lm_eval.*run: .*python.* -m pip install lm-eval"):
         command.main(["--model", str(checkpoint), "--device", "cpu", "--tasks", "piqa"])
 
 

@@ -91,7 +91,7 @@ def regular_file(folder: Path) -> Path:
 CASES = {
     "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
     "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
-    "a text as data": (text, "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one: then give {folder}/my"),
+    "a text as data": (text, "of a .jsonl, .txt or .parquet python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one: then give {folder}/my"),
     "the .bin as data": (lambda d, f: dict(data_file=f"{d}.bin"), "tiny.bin.idx does not exist; give {data}, without .bin"),
     "truncated .bin": (truncated, "data.bin is truncated:"),
     "truncated .idx": (cut_index, "copy or make it again"),
@@ -141,6 +141,7 @@ CASES = {
     "CUDA graphs 2": (lambda d, f: dict(cuda_graphs=2), "--cuda_graphs 2 is not known; use 0, 1, or -1 (where it helps)"),
     "kernel that cannot run": (lambda d, f: dict(kernel="cuda"), "--kernel cuda: "),
     "width and head size": (lambda d, f: dict(n_embd=80), "--n_embd 80 is not a multiple of --head_size 32"),
+    "documents of data without any": (lambda d, f: dict(data_file=f"{d}.bin", data_type="bytes", doc_reset=1), "tiny.bin does not say where documents begin; use --data_type binidx"),
     "dim_att": (lambda d, f: dict(dim_att=32), "--dim_att 32 differs from --n_embd 64"),
     "proj_dir below a file": (lambda d, f: dict(proj_dir=regular_file(f) / "out"), "cannot be written: "),
     "proj_dir is a file": (lambda d, f: dict(proj_dir=regular_file(f)), "cannot be written: "),

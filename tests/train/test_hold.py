@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,28 @@ def test_two_runs_never_write_to_one_folder(run, losses, tmp_path, monkeypatch, 
     assert len(errors) == 3 and all(re.fullmatch(f"error: {refused(out)}", line) for line in errors), errors
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(out, max_steps=1) == 0 and len(losses(out)) == 3
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["an empty folder", "a run that has begun"])
+def test_a_run_is_not_planned_over_another_one_that_came_in_between(run, losses, tmp_path, monkeypatch, capsys, begun):
+    """The other one begins and ends between the plan, made from the newest state, and the lock: what it saved would be trained over."""
+    out, setup, files = tmp_path / "out", PlannedModule.setup, {}
+    if begun:
+        assert run(out, max_steps=1) == 0
+
+    def planned(self, stage):
+        monkeypatch.setattr(PlannedModule, "setup", setup)
+        with monkeypatch.context() as other:  # another process has another number
+            other.setattr(os, "getpid", lambda: 4242)
+            assert run(out, max_steps=1) == 0
+        files.update({path: path.read_bytes() for path in out.rglob("*") if path.is_file()})
+        return setup(self, stage)
+
+    monkeypatch.setattr(PlannedModule, "setup", planned)
+    assert run(out, max_steps=1) == 2
+    assert re.search(rf"error: another run has been in {re.escape(str(out))} \({WHO}\) since this one looked there; start this one again", capsys.readouterr().err)
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(out, max_steps=1) == 0 and len(losses(out)) == 2 + begun
 
 
 @pytest.mark.parametrize("moment", ["while it writes", "before it writes"])
@@ -104,6 +127,8 @@ def test_without_locks_the_run_that_began_last_has_the_folder(run, losses, tmp_p
     def watched(self, record):
         step(self, record)
         if record["step"] == 3:
+            while not (latest := out / "state" / "latest").exists() or latest.read_text() != "step2":
+                time.sleep(0.01)  # it is written beside the training
             other = Hold(out)
             monkeypatch.setattr(os, "getpid", lambda: 4242)
             other.take()
@@ -121,7 +146,7 @@ def test_without_locks_the_run_that_began_last_has_the_folder(run, losses, tmp_p
 def test_a_note_that_could_not_be_read_at_first_is_ones_own(tmp_path, monkeypatch):
     mine = Hold(tmp_path)
     with monkeypatch.context() as at_first:
-        at_first.setattr(hold, "_holder", lambda proj_dir: "")
+        at_first.setattr(hold, "last_holder", lambda proj_dir: "")
         mine.take()
     mine.check()
     other = Hold(tmp_path)

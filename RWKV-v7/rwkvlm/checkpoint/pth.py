@@ -6,6 +6,7 @@ trainer requires them, and may be absent when read, as they are in released file
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import zipfile
@@ -112,21 +113,21 @@ def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bo
     """Copies checkpoint tensors into the model, cast to its dtype; returns the names that kept their values.
 
     partial: names missing in the checkpoint keep their values; otherwise only block 0's unused v0, v1, v2 may be missing.
-    Raises UserError naming the first wrong shape, missing or unknown name; the model is unchanged then.
+    Ones in front of a shape do not count. Raises UserError naming the first wrong shape, missing or unknown name; the model is unchanged then.
     """
     own = model.state_dict(keep_vars=True)
     if misfit := _misfit(own, tensors, partial):
         raise UserError("; ".join(misfit))
     for name, tensor in own.items():
         if name in tensors:
-            tensor.copy_(tensors[name])
+            tensor.copy_(tensors[name].reshape(tensor.shape))
     return [name for name in own if name not in tensors]
 
 
 def _misfit(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], partial: bool) -> tuple[str, str] | None:
     """The first thing that is wrong, and the cure in training."""
     for name, tensor in own.items():
-        if name in tensors and tensors[name].shape != tensor.shape:
+        if name in tensors and _plain_shape(tensors[name]) != _plain_shape(tensor):
             what = f"the checkpoint's {name} has shape {list(tensors[name].shape)}, the model's has {list(tensor.shape)}"
             return what, "leave out --n_layer, --n_embd, --vocab_size and the other sizes to take them from the checkpoint"
     required = [name for name in own if name not in tensors and name not in UNUSED]
@@ -136,6 +137,11 @@ def _misfit(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
         if name not in own:
             return f"the checkpoint's {name} is unknown to this model of {len(own)} tensors", "check --my_testing and --n_layer"
     return None
+
+
+def _plain_shape(tensor: torch.Tensor) -> list[int]:
+    """Without ones in front: some tools make [C] of the official [1, 1, C]."""
+    return [*itertools.dropwhile(lambda size: size == 1, tensor.shape)]
 
 
 def model_from(tensors: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> LanguageModel:

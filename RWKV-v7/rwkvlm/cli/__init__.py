@@ -22,12 +22,12 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells co
 
 
 def commands() -> dict[str, str]:
-    """Names of the commands with the first line of their documentation, read without importing them."""
+    """Names of the commands with what they are for: the first line of their documentation behind the call, read without importing them."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text())
         if path.stem != "__init__" and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+            found[path.stem] = ast.get_docstring(tree).partition("\n")[0].partition("`: ")[2]
     return found
 
 
@@ -75,7 +75,8 @@ def _lacking(error: Exception) -> str:
 
 
 def _open_what_is_closed() -> None:
-    """Who closes standard input or output (`>&-`) wants nothing of it. Left closed, its number would go to some file, which what C libraries print ends up in."""
+    """/dev/null in the place of standard input, output and error that the caller has closed (`>&-`). Left closed, the next file that is opened would
+    get the number, and what C libraries print would end up in it."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)

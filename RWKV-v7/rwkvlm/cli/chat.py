@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--length", type=int, default=1000, help="most tokens of an answer [1000]")
     parser.add_argument("--paragraphs", action="store_true", help="an answer may have blank lines: only a next turn of the user ends it (RWKV-7 G1 models)")
     parser.add_argument("--seed", type=int, default=None, help="same seed and messages, same answers; default: new ones each time")
-    parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json')
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json [world]')
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     args = parser.parse_args(argv)
     from ..infer import load_engine  # torch takes seconds to import: wrong flags are answered before
     from ..infer.chat import UNDO, Chat

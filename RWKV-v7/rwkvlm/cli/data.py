@@ -13,7 +13,7 @@ from ..config import MINI_EPOCH, UserError
 from ..data.binidx import BinIdx
 from ..data.download import KNOWN, check_is
 from ..data.rewrite import merge, split
-from ..data.sampler import magic_prime, mini_epochs
+from ..data.sampler import magic_prime
 from ..data.survey import Survey, guess_tokenizer, survey
 from ..data.tokenizer import END_OF_DOCUMENT, load_tokenizer
 from .flags import Parser
@@ -104,7 +104,7 @@ def _info(args: argparse.Namespace) -> None:
             sizes = f"{1 << bits >> 1} to {(1 << bits) - 1}" if bits > 1 else str(bits)
             print(f"  {sizes:>22}  {count:>12}  {'#' * -(-BAR * count // max(seen.lengths))}")
     for ctx_len, prime in orders.items():
-        known = f"--magic_prime {prime}, {(n := mini_epochs(data.n_tokens, ctx_len))} mini-epoch{'s' * (n != 1)} of {MINI_EPOCH} samples" if isinstance(prime, int) else f"too short: {prime}"
+        known = f"--magic_prime {prime}, {data.n_tokens / (ctx_len * MINI_EPOCH):.3f} mini-epochs of {MINI_EPOCH} samples" if isinstance(prime, int) else f"too short: {prime}"
         print(f"ctx_len {ctx_len}: {known}")
 
 

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import UserError, env
+from ..config.errors import pip_install
 from ..config.volume import volume
 from .flags import Parser
 from .machine import check_torch_sees_gpus, listed_gpus
 
+ROOT = Path(__file__).resolve().parents[3]
+REQUIREMENTS = ROOT / "requirements.txt"
 SPACE = 20 << 30  # bytes free that a run should find: states of a small model
 PROBE = 64 << 20  # bytes written to time the disk
 SLOW = 50e6  # bytes a second
@@ -37,10 +40,13 @@ dist.destroy_process_group()
 
 
 def python() -> str:
-    import torch
-
     if sys.version_info < (3, 10):
         raise UserError(f"Python {sys.version.split()[0]} is too old; use 3.10 or newer")
+    asked = subprocess.run([sys.executable, ROOT / "RWKV-v7" / "requirements_met.py", REQUIREMENTS], capture_output=True, text=True, timeout=60)
+    if asked.returncode:
+        raise UserError(f"{sys.executable} lacks {', '.join(asked.stdout.splitlines())}; run: {pip_install(f'-r {REQUIREMENTS}')}")
+    import torch
+
     return f"{sys.version.split()[0]}, torch {torch.__version__}"
 
 
@@ -304,7 +310,7 @@ def locks() -> str:
 def main(argv: list[str]) -> int:
     """Exit code 0 when everything is well, 1 otherwise."""
     parser = Parser(prog="python -m rwkvlm doctor", description="Is this machine ready to train? One line each, ok or the cure.")
-    parser.add_argument("--proj_dir", type=Path, default=Path("out"), help="where runs will be kept")
+    parser.add_argument("--proj_dir", type=Path, default=Path("out"), help="where runs will be kept [out]")
     folder = parser.parse_args(argv).proj_dir
     checks = {"python": python, "compiler": compiler, "gpu": gpu, "nvcc": nvcc, **KERNELS, "ranks": ranks, "disk": lambda: disk(folder), "locks": locks}
     well = True

@@ -1,4 +1,4 @@
-"""`python -m rwkvlm export`: a model as released RWKV-7 files are, for the programs that accept no other form"""
+"""`python -m rwkvlm export`: a model as released RWKV-7 files are, for the programs that accept no other form."""
 
 from __future__ import annotations
 

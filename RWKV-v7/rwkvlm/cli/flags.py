@@ -25,19 +25,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **how)  # a mistyped flag must not become another one
 
     def parse_known_args(self, args=None, namespace=None):
+        """Nothing unknown is left over; a command within a command refuses it here, where its own flags are known."""
         self.given = args or ()
-        return super().parse_known_args(args, namespace)
-
-    def parse_args(self, args=None, namespace=None):
-        values, unknown = self.parse_known_args(args, namespace)
+        values, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise self._unknown(unknown[0])
-        return values
+        return values, unknown
 
     def error(self, message: str) -> NoReturn:
         """A misspelt flag first: another one may only be missing for it."""
-        for word in self.given:
-            if word[:2] == "--" != word and word.partition("=")[0] not in self._option_string_actions:
+        for word in self.given if self._subparsers is None else ():  # a command's flags come after its name
+            if word.startswith("--") and word != "--" and word.partition("=")[0] not in self._option_string_actions:
                 raise self._unknown(word)
         for flag, word in zip(self.given, self.given[1:]):
             if message == f"argument {flag}: expected one argument" and word[:1] == "-" and word not in self._option_string_actions:

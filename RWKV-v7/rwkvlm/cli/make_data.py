@@ -16,7 +16,7 @@ from ..config.volume import volume
 from ..data.binidx import BinIdx
 from ..data.documents import PACKED, STDIN, expand, kind
 from ..data.pack import Packed, Stage, pack
-from ..data.sampler import magic_prime, mini_epochs
+from ..data.sampler import magic_prime
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from .flags import Parser
 
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("epochs", type=int, metavar="COPIES", help="copies of the data in the output, each shuffled anew")
     parser.add_argument("ctx_len", type=int, metavar="CTX_LEN", help="context length that magic_prime is computed for")
     parser.add_argument("--out", default="", metavar="PREFIX", help="output prefix; default: the name of the one input, in the current folder")
-    parser.add_argument("--text_key", default="text", help="key of the text in .jsonl (default: text)")
+    parser.add_argument("--text_key", default="text", help="key of the text in .jsonl, column of it in .parquet (default: text)")
     parser.add_argument("--tokenizer", default="world", help="world, or the path of a Hugging Face tokenizer.json (default: world)")
     parser.add_argument("--val_split", type=float, default=0.0, help="hold out: below 1 a fraction of the tokens, else a number of documents; to PREFIX.val.bin/.idx")
     parser.add_argument("--seed", type=int, default=0, help="seed of shuffling and held-out documents (default: 0)")
@@ -98,7 +98,7 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
     except UserError as error:
         print(f"too short to train on: {error}")
         return
-    print(f"{(n := mini_epochs(made.tokens, ctx_len))} mini-epoch{'s' * (n != 1)} of {MINI_EPOCH} samples ({made.tokens / (ctx_len * MINI_EPOCH):.3f})")
+    print(f"{made.tokens / (ctx_len * MINI_EPOCH):.3f} mini-epochs of {MINI_EPOCH} samples")
     print(f"\n--my_exit_tokens {made.tokens} --magic_prime {prime} --ctx_len {ctx_len}\n")
 
 

@@ -29,20 +29,23 @@ def export_file(path: str | Path, out: str | Path) -> None:
     check_file(out, "--out")
     weights = load_weights(path)
     if reason := _not_rwkv7(weights):
-        raise UserError(f"--model {path} {reason}: programs for RWKV-7 would compute something else; only this one can run it")
-    model_from(weights, "cpu", torch.bfloat16)  # refuses a file that does not fit together
-    save_weights(out, released(weights), "--out", first=RELEASED)
+        raise UserError(f"--model {path} {reason}")
+    own = model_from(weights, "cpu", torch.bfloat16).state_dict()  # refuses a file that does not fit together
+    save_weights(out, released({name: tensor.reshape(own[name].shape) for name, tensor in weights.items()}), "--out", first=RELEASED)
 
 
 def _not_rwkv7(weights: Mapping[str, torch.Tensor]) -> str:
     """Why no RWKV-7 can compute what this model does; "" where one can."""
-    config = read_config(weights)
-    if not isinstance(config, PhantomConfig):
-        return "" if config.model_type == "x070" else f"holds a model of type {config.model_type}"
-    for name, value in (("ttt_enabled", False), ("ghost_activation", "identity"), ("max_depth_iter", 1), ("layer_norm_eps", 1e-5)):
-        if getattr(config, name) != value:
-            return f"holds a Phantom with {name} {getattr(config, name)}"
-    return ""
+    config, what = read_config(weights), ""
+    if config.model_type == "x040":
+        return "holds an RWKV-4, whose files are as released ones are: programs for RWKV-4 take this one as it is"
+    if isinstance(config, PhantomConfig):
+        for name, value in (("ttt_enabled", False), ("ghost_activation", "identity"), ("max_depth_iter", 1), ("layer_norm_eps", 1e-5)):
+            if getattr(config, name) != value:
+                what = f"Phantom with {name} {getattr(config, name)}"
+    elif config.model_type != "x070":
+        what = f"model of type {config.model_type}"
+    return what and f"holds a {what}: programs for RWKV-7 would compute something else; only this one can run it"
 
 
 def released(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

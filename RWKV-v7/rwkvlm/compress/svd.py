@@ -40,7 +40,7 @@ def factorise_matrices(weights: Weights, config: ModelConfig, ratio: float) -> t
     smaller, errors, ranks = dict(weights), {}, config.rank_of()
     for name, (inputs, outputs) in config.parts().items():
         rank = rank_for(ratio, inputs, outputs)
-        if not 0 < rank < ranks.get(name, rank + 1):
+        if not 0 < rank < ranks.get(name, rank + 1):  # nothing is saved, or it is in two factors as small already
             continue
         squares = []
         for layer in range(config.n_layer):

@@ -148,7 +148,7 @@ def _cure(given: Path) -> str:
         return f"give {given.with_suffix('')}, without {given.suffix}"
     if os.path.isfile(given):
         prefix = given.with_name(given.name.partition(".")[0])
-        return f"{given} is no such pair; if it is text, python make_data.py {given} 1 512 --out {prefix} makes one: then give {prefix}"
+        return f"{given} is no such pair; of a .jsonl, .txt or .parquet python make_data.py {given} 1 512 --out {prefix} makes one: then give {prefix}"
     return "give the path without .bin/.idx of a pair made by make_data.py"
 
 
@@ -186,10 +186,6 @@ class BinIdx(Tokens):
     @property
     def dtype(self) -> np.dtype:
         return self.index.dtype
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return self.index.sizes
 
     @property
     def n_docs(self) -> int:

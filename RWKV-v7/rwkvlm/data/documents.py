@@ -25,10 +25,12 @@ import orjson
 
 from .. import native
 from ..config import UserError
+from ..config.errors import pip_install
 from .parquet import Damage, read_rows
 from .tokenizer import Texts, utf8
 
 STDIN = Path("-")
+KINDS = (".jsonl", ".txt", ".parquet")
 PACKED = {".gz": None, ".zst": "zstandard"}  # the package that it needs
 NOT_READ = {".xz": "unpack it first: unxz", ".bz2": "unpack it first: bunzip2", ".zip": "unpack it first: unzip"}
 BLOCK = 1 << 20  # bytes
@@ -100,11 +102,11 @@ def expand(inputs: Sequence[str]) -> list[Path]:
             raise UserError(f"input {path} is not a file but a pipe or a device; give JSON lines from a pipe as standard input (-)")
         if path.suffix in NOT_READ:
             raise UserError(f"input {path}: {path.suffix} is not read; {NOT_READ[path.suffix]}")
-        if kind(path) not in (".jsonl", ".txt", ".parquet") or (kind(path) == ".parquet" and path.suffix in PACKED):
+        if kind(path) not in KINDS or (kind(path) == ".parquet" and path.suffix in PACKED):
             raise UserError(f"input {path}: its kind is not known; use .jsonl or .txt, also with .gz or .zst behind it, or .parquet")
         needs = PACKED.get(path.suffix) or ("pyarrow" if path.suffix == ".parquet" else None)
         if needs and importlib.util.find_spec(needs) is None:
-            raise UserError(f"input {path} needs the package {needs}; run: pip install {needs}")
+            raise UserError(f"input {path} needs the package {needs}; run: {pip_install(needs)}")
     if files.count(STDIN) > 1:
         raise UserError("standard input (-) can be read once only")
     return files
@@ -235,9 +237,9 @@ def _line_blocks(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: i
 
 
 def _whole_characters(data: bytes) -> int:
-    """So many bytes of it do not end inside a character; all, if the last bytes are no beginning of one."""
+    """How many bytes there are before a character that is cut at the end; all of them where none is."""
     for k in range(1, min(4, len(data) + 1)):
-        if data[-k] >= 0xC0:
+        if data[-k] >= 0xC0:  # begins a character of 2 bytes, or of 3 or 4
             return len(data) - k if k < 2 + (data[-k] >= 0xE0) + (data[-k] >= 0xF0) else len(data)
         if data[-k] < 0x80:
             break

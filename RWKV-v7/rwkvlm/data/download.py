@@ -7,7 +7,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from .binidx import BinIdx, Index, bin_path, check_room, idx_path
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 8  # in a row without a new byte
-LONGEST_PAUSE = 30.0
+PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before the second attempt, doubled for each further one; at most
 SAY_EVERY = 10.0
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 NETWORK = (OSError, http.client.HTTPException)  # what a connection raises; the disk, which is never asked in the same place, raises OSError as well
@@ -47,12 +47,11 @@ def minipile() -> Remote:
     return replace(MINIPILE, url=env.minipile_url().rstrip("/") or MINIPILE.url)
 
 
-def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print, pause: float = 1.0) -> BinIdx:
+def fetch(remote: Remote, prefix: str | Path) -> BinIdx:
     """{prefix}.bin/.idx, downloaded unless they are there, checked in size, index and number of tokens.
 
-    Until all is checked, every token included, the files rest in the folder {prefix}.download, from where the next call goes on. `pause`:
-    seconds before the second attempt, doubled for each further one. UserError when the server does not deliver, or delivers something
-    else, which is removed.
+    Until all is checked, every token included, the files rest in the folder {prefix}.download, from where the next call goes on.
+    UserError when the server does not deliver, or delivers something else, which is removed.
     """
     prefix = Path(prefix)
     if idx_path(prefix).exists() and bin_path(prefix).exists():
@@ -66,12 +65,12 @@ def fetch(remote: Remote, prefix: str | Path, say: Callable[[str], None] = print
     try:
         folder.mkdir(parents=True, exist_ok=True)
         here = folder / remote.name
-        download(f"{remote.url}/{remote.name}.idx", idx_path(here), None, say, pause)
+        download(f"{remote.url}/{remote.name}.idx", idx_path(here), None)
         with _removed_if_wrong(idx_path(here), remote):
             index = Index(idx_path(here))
             _check_count(index.n_bytes // index.dtype.itemsize, remote)
-        download(f"{remote.url}/{remote.name}.bin", bin_path(here), index.n_bytes, say, pause)
-        say(f"checking {bin_path(here)}")
+        download(f"{remote.url}/{remote.name}.bin", bin_path(here), index.n_bytes)
+        _say(f"checking {bin_path(here)}")
         with _removed_if_wrong(bin_path(here), remote):
             BinIdx(here).check_token_range(remote.vocab_size, index.n_bytes)
         bin_path(here).replace(bin_path(prefix))
@@ -110,7 +109,11 @@ class _Interrupted(Exception):
     """The transfer broke off in a way that another attempt may mend."""
 
 
-def download(url: str, path: Path, size: int | None, say: Callable[[str], None] = print, pause: float = 1.0) -> None:
+def _say(line: str) -> None:
+    print(line, flush=True)  # soon, also into a file or a pipe
+
+
+def download(url: str, path: Path, size: int | None) -> None:
     """The file at `url`, of `size` bytes if given, goes to `path` by way of {path}.partial, from which a later attempt goes on.
 
     It goes on only with the same file, as far as the server can tell (ETag). Nothing is done if `path` exists with that size. UserError after
@@ -124,14 +127,14 @@ def download(url: str, path: Path, size: int | None, say: Callable[[str], None] 
     while True:
         before = partial.stat().st_size
         try:
-            _attempt(url, partial, size, say)
+            _attempt(url, partial, size)
             break
         except _Interrupted as reason:
             fruitless = fruitless + 1 if partial.stat().st_size <= before else 0
             if fruitless == ATTEMPTS:
                 raise UserError(f"{url} cannot be downloaded ({reason}); start again to go on from byte {before}, or set another mirror (MINIPILE_URL)") from None
-            say(f"{url}: {reason}; trying again")
-            time.sleep(min(pause * 2**fruitless, LONGEST_PAUSE))
+            _say(f"{url}: {reason}; trying again")
+            time.sleep(min(PAUSE * 2**fruitless, LONGEST_PAUSE))
     partial.replace(path)
     _etag(partial).unlink(missing_ok=True)
 
@@ -141,7 +144,7 @@ def _etag(partial: Path) -> Path:
     return partial.with_name(partial.name + ".etag")
 
 
-def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], None]) -> None:
+def _attempt(url: str, partial: Path, size: int | None) -> None:
     """One request for what is missing. Returns when the file is complete; raises _Interrupted or UserError."""
     have = partial.stat().st_size
     if size is not None and have == size:
@@ -174,7 +177,7 @@ def _attempt(url: str, partial: Path, size: int | None, say: Callable[[str], Non
             raise UserError(f"{url} is {total} bytes long and should be {size}: not the right file; try another mirror (MINIPILE_URL)")
         if total is not None:
             check_room(partial, total - have)
-        _receive(answer, partial, have, total, url, say)
+        _receive(answer, partial, have, total, url)
 
 
 def _request(url: str, partial: Path, have: int) -> urllib.request.Request:
@@ -195,7 +198,7 @@ def _said(error: Exception) -> str:
     return str(getattr(error, "reason", error)) or type(error).__name__
 
 
-def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, total: int | None, url: str, say: Callable[[str], None]) -> None:
+def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, total: int | None, url: str) -> None:
     started, first, last = time.monotonic(), have, time.monotonic()
     with open(partial, "r+b") as file:
         file.truncate(have)
@@ -207,6 +210,6 @@ def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, total: 
                 last = now
                 rate = (have - first) / (now - started)
                 left = f" of {volume(total)}, {(total - have) / rate:.0f} s left" if total else ""
-                say(f"{url}: {volume(have)}{left} ({volume(rate)}/s)")
+                _say(f"{url}: {volume(have)}{left} ({volume(rate)}/s)")
     if total is not None and have < total:
         raise _Interrupted(f"the connection ended at byte {have} of {total}")

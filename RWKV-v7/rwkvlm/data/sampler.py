@@ -115,8 +115,3 @@ def order_hash(prime: int) -> str:
     """Sixteen hex digits that name the order of the first official mini-epoch's samples, for logs: equal means equal order."""
     chunks = chunks_of(np.arange(1, MINI_EPOCH + 1), prime)
     return hashlib.sha256(chunks.astype("<i8").tobytes()).hexdigest()[:16]
-
-
-def mini_epochs(exit_tokens: int, ctx_len: int) -> int:
-    """How many official mini-epochs a run of exit_tokens takes, the last one counted whole."""
-    return -(-exit_tokens // (ctx_len * MINI_EPOCH))

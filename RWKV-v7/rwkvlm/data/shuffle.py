@@ -237,19 +237,22 @@ def _sorted(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.
     order = order[keep(everything.numbers[order])]
     portions = np.cumsum(everything.sizes[order], dtype=np.int64) * pile.dtype.itemsize // PORTION
     for chosen in np.split(order, np.flatnonzero(np.diff(portions)) + 1):
-        for k, some in enumerate(np.split(chosen, empty := np.flatnonzero(everything.sizes[chosen] == 0))):
-            if k:
-                yield longs[int(everything.numbers[chosen[empty[k - 1]]])]
-                some = some[1:]
-            if len(some):
-                yield everything.take(some)
+        first = 0
+        for at in np.flatnonzero(everything.sizes[chosen] == 0):  # where a Long has its place
+            if first < at:
+                yield everything.take(chosen[first:at])
+            yield longs[int(everything.numbers[chosen[at]])]
+            first = at + 1
+        if first < len(chosen):
+            yield everything.take(chosen[first:])
 
 
 def draw(blocks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], share: float, seed: int) -> tuple[int, int]:
     """(largest key of the documents drawn, how many they are): those with the smallest keys, until they are enough.
 
     share: below 1 the part of all tokens that they have at least, from 1 on their number. blocks: gives (sizes, numbers) of all documents, some at a
-    time, as Pile.sizes does. Memory does not depend on the number of documents.
+    time, as Pile.sizes does. Memory does not depend on the number of documents: the first pass counts them by the leading 16 bits of their
+    keys, which says in which of these cells the last one drawn lies, and the second one sorts the keys of this cell alone.
     """
     weighed = share < 1
     histogram, total = np.zeros(1 << 16), 0

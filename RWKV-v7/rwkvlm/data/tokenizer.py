@@ -24,6 +24,7 @@ import numpy as np
 
 from .. import native
 from ..config import UserError
+from ..config.errors import pip_install
 
 END_OF_DOCUMENT = 0
 REPLACEMENT = "\ufffd"
@@ -154,7 +155,7 @@ def vocabulary_path() -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder) / VOCABULARY).is_file():
             return path
-    raise UserError(f"the World vocabulary ({VOCABULARY}) is missing: it comes with the package rwkv; run: pip install rwkv")
+    raise UserError(f"the World vocabulary ({VOCABULARY}) is missing: it comes with the package rwkv; run: {pip_install('rwkv')}")
 
 
 def _read_vocabulary(path: Path) -> list[bytes]:
@@ -170,10 +171,10 @@ def _read_vocabulary(path: Path) -> list[bytes]:
             if (int(index), int(length)) != (number, len(token)):
                 raise ValueError
         except (ValueError, SyntaxError, IndexError):
-            raise UserError(f"{path}, line {number} is damaged: {line[:60]!r}; run: pip install --force-reinstall rwkv") from None
+            raise UserError(f"{path}, line {number} is damaged: {line[:60]!r}; run: {pip_install('--force-reinstall rwkv')}") from None
         tokens.append(token)
     if not set(bytes([b]) for b in range(256)) <= set(tokens):
-        raise UserError(f"{path} lacks some of the 256 single bytes; run: pip install --force-reinstall rwkv")
+        raise UserError(f"{path} lacks some of the 256 single bytes; run: {pip_install('--force-reinstall rwkv')}")
     return tokens
 
 
@@ -233,10 +234,9 @@ class WorldTokenizer(Tokenizer):
         return b"".join([tokens[i] if 0 < i < n else b"\xef\xbf\xbd" for i in ids])
 
     def settled(self, ids: np.ndarray, n_bytes: int) -> tuple[int, int]:
-        """A match that begins n bytes before the end has not seen more than those n: it stands if no token is longer.
+        """Where a match begins so far from the end that the longest token would fit, what follows could not have made it longer.
 
-        So the ids that stand are those of every text that begins with these bytes: each begins where the one before ends, and each was the
-        longest match among all that such a text can hold there.
+        So the ids up to the last such match stand: each begins where the one before ends, and is the longest match whatever text follows.
         """
         n, end = len(ids), n_bytes
         while n and (begin := end - self._length[ids[n - 1]]) > n_bytes - self._longest:
@@ -314,7 +314,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             from tokenizers import Tokenizer as Engine
         except ImportError:
-            raise UserError(f"tokenizer {path} needs the package tokenizers; run: pip install tokenizers") from None
+            raise UserError(f"tokenizer {path} needs the package tokenizers; run: {pip_install('tokenizers')}") from None
         if not path.is_file():
             raise UserError(f"tokenizer file {path} does not exist; use world, or the path of a Hugging Face tokenizer file (.json)")
         try:

@@ -74,9 +74,9 @@ class Tokens:
         return os.stat(self.file)
 
     def refuse_if_cut(self) -> None:
-        """UserError where the file has another size than when this was first called: to read what was cut off would end the process without a word.
+        """UserError where the file has another size than when this was first called: a process that reads a mapped file behind its end is killed (SIGBUS).
 
-        One that was replaced, as make_data.py does it, is whole here as long as it is mapped.
+        A file that was replaced by another one, as make_data.py does it, is no problem: the old one stays whole as long as it is mapped.
         """
         then = self._mapped
         with suppress(OSError):

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import UserError
+from ..config.errors import pip_install
 from ..data.tokenizer import END_OF_DOCUMENT
 from ..infer.engine import Engine
 from ..infer.stops import StopText
 from .score import continuations, scores
 
-CURE = "run: pip install lm-eval"
 LONGEST = 256  # tokens that are generated where a task names no number, as the library's own models do
 
 
@@ -105,4 +105,4 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"--tasks needs the package lm_eval, which cannot be imported ({error}); {CURE}") from None
+        raise UserError(f"--tasks needs the package lm_eval, which cannot be imported ({error}); run: {pip_install('lm-eval')}") from None

@@ -10,11 +10,9 @@ import numpy as np
 
 from ..config import UserError
 from ..data.binidx import BinIdx
-from ..data.documents import Block, expand, kind, parse, read_blocks, where
+from ..data.documents import KINDS, Block, expand, kind, parse, read_blocks, where
 from ..data.tokenizer import END_OF_DOCUMENT, PART
 from ..infer.engine import Engine
-
-FILES = (".txt", ".jsonl", ".parquet")
 
 
 class Document(NamedTuple):
@@ -24,13 +22,9 @@ class Document(NamedTuple):
     n_bytes: int | None
 
 
-def is_text(source: str) -> bool:
-    return source == "-" or kind(Path(source)) in FILES
-
-
 def documents(engine: Engine, source: str, text_key: str = "text") -> Iterator[Document]:
-    """Of a .txt (one document), .jsonl or .parquet, or of a .bin/.idx pair. UserError names the file and what is wrong in it, tokens outside the vocabulary too."""
-    found = _of_text(engine, source, text_key) if is_text(source) else _of_tokens(engine, source)
+    """Of a .txt (one document), .jsonl or .parquet, of JSON lines from standard input ("-"), or of a .bin/.idx pair. UserError names the file and what is wrong in it, tokens outside the vocabulary too."""
+    found = _of_text(engine, source, text_key) if kind(Path(source)) in KINDS else _of_tokens(engine, source)
     vocab_size = engine.model.config.vocab_size
     for document in found:
         if len(bad := document.tokens[(document.tokens < 0) | (document.tokens >= vocab_size)]):

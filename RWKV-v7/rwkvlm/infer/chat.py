@@ -22,8 +22,8 @@ class Chat:
     """Turns of "User: message", blank line, "Assistant: answer", blank line, after the beginning of a document and, if there is one, "System: text".
 
     state: after the last turn, as if its answer and one blank line had been read, however the answer ended: by itself, by the beginning of
-    another turn, by its length or by the user. The tokens of the answer are read as they were chosen, but for one that holds the beginning of the
-    stop too, of which only the text before it counts. paragraphs: blank lines are part of an answer, and only a turn of the user ends it.
+    another turn, by its length or by the user. The tokens of the answer are read as they were chosen; of one that holds the beginning of the stop
+    too, the text before the stop is read in its place. paragraphs: blank lines are part of an answer, and only a turn of the user ends it.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class Chat:
 
 
 def _shorten(trail: deque, given: int) -> None:
-    """Leaves out what was read before the last character that is part of the answer for certain: the first state with so many characters becomes
-    the first of the trail, and those that have read a part of the next character stay behind it."""
+    """Drops states from the front that the answer can no longer end at. First is then, of those that have read no more than `given` characters, the
+    one that has read the most; where several have, the earliest, since the later ones have read a part of the next character too."""
     read = max(count for count, _ in trail if count <= given)
     while trail[0][0] < read:
         trail.popleft()

@@ -27,7 +27,7 @@ class StopText:
         return held[:cut]
 
     def _begun(self, text: str) -> int:
-        """So many characters at the end of the text are the beginning of a stop."""
+        """How many characters at the end of the text may be the beginning of a stop."""
         return max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
     def finish(self) -> str:

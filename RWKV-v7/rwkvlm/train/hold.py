@@ -27,9 +27,13 @@ class Hold:
         self._file: IO | None = None
         self._own: set[str] = set()
 
-    def take(self) -> None:
-        """From now on no other run writes there. Collective. UserError while one does."""
-        together(self._take)
+    def take(self, planned_after: str | None = None) -> None:
+        """From now on no other run writes there. Collective. UserError while one does.
+
+        planned_after: what `last_holder` said before this run was planned. UserError too where another one has begun since then, even if it has
+        ended: the files that the plan was made from may be others now.
+        """
+        together(lambda: self._take(planned_after))
 
     def check(self) -> None:
         """UserError when another run has begun there since. Collective."""
@@ -40,18 +44,21 @@ class Hold:
             self._file.close()
             self._file = None
 
-    def _take(self) -> None:
+    def _take(self, planned_after: str | None) -> None:
         if rank() == 0 and self._file is None:
             self.proj_dir.mkdir(parents=True, exist_ok=True)
             self._file = _locked(self.proj_dir)
+            now = last_holder(self.proj_dir)
+            if planned_after is not None and planned_after != now:
+                raise UserError(f"another run has been in {self.proj_dir} ({now}) since this one looked there; start this one again: it goes on from what is there now")
             who = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
             with suppress(OSError):  # a full disk: the lock needs no room
                 self._file.truncate(0)
                 self._file.write(f"{who}\n".encode())
-            self._own = {who, _holder(self.proj_dir)}  # what is there where the disk was full; it may also be unreadable for a moment
+            self._own = {who, last_holder(self.proj_dir)}  # what is there where the disk was full; it may also be unreadable for a moment
 
     def _check(self) -> None:
-        if self._file is not None and (now := _holder(self.proj_dir)) and now not in self._own:
+        if self._file is not None and (now := last_holder(self.proj_dir)) and now not in self._own:
             raise UserError(f"another run has begun in {self.proj_dir} ({now}) and goes on from what was saved there; this one has ended without saving")
 
 
@@ -65,11 +72,11 @@ def _locked(proj_dir: Path) -> IO:
     file = open(proj_dir / HELD, "ab", buffering=0)
     if not try_lock(file):
         file.close()
-        raise UserError(f"another run is writing to {proj_dir} ({_holder(proj_dir) or 'it does not say which'}); wait for its end or stop it, or choose another --proj_dir")
+        raise UserError(f"another run is writing to {proj_dir} ({last_holder(proj_dir) or 'it does not say which'}); wait for its end or stop it, or choose another --proj_dir")
     return file
 
 
-def _holder(proj_dir: Path) -> str:
+def last_holder(proj_dir: Path) -> str:
     """What the run that took proj_dir last has written; "" when that cannot be read."""
     with suppress(OSError, ValueError):
         return (proj_dir / HELD).read_text().strip()

@@ -27,7 +27,7 @@ from ..ops.precision import bf16_is_faster
 from .compiled import check_compile
 from .freeze import check_freeze
 from .graphs import decide_graphs
-from .hold import refuse_if_held
+from .hold import last_holder, refuse_if_held
 from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype, started_apart
@@ -52,6 +52,7 @@ class Plan:
     token_ranges: tuple[TokenRange, ...] | None  # one a file; the first process alone has them
     batch: int
     schedule: Schedule
+    last_holder: str  # of proj_dir when this was planned (hold.py)
 
     @property
     def proj_dir(self) -> Path:
@@ -96,6 +97,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
 
     damaged: training states that are not to be used.
     """
+    holder = last_holder(Path(config.proj_dir))  # before anything else is read there
     config, data = check_data(config)
     check_folder(config)
     if config.wandb and importlib.util.find_spec("wandb") is None:
@@ -134,6 +136,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
         schedule=Schedule(
             config.lr_init, config.lr_final, start.warmup_steps, exit_tokens, batch * config.ctx_len, config.lr_schedule, config.wsd_decay
         ),
+        last_holder=holder,
     )
 
 

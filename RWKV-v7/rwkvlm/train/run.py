@@ -198,10 +198,10 @@ class PlannedModule(TrainModule):
         if plan.config.check_kernels and not plan.finished:
             together(lambda: check_kernels(start.model, param_dtype(plan.config), self.trainer.strategy.root_device))
         if start.fresh:
-            self.hold.take()
+            self.hold.take(plan.last_holder)
             publish_weights(plan.proj_dir, INIT_NAME, initial_weights(plan.config, start.model) if rank() == 0 else {})
         self.attach(build_model(plan.config, start.model, start.path).to(param_dtype(plan.config)))
-        self.hold.take()
+        self.hold.take(plan.last_holder)
         save_tokenizer(plan.config, plan.data)
         if start.state is None:
             set_aside(plan.proj_dir)
