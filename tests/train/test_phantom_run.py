@@ -88,6 +88,14 @@ def rwkv7(folder):
     return folder / "rwkv7.pth"
 
 
+def test_the_masks_of_dropout_are_those_of_the_seed(run, losses, tmp_path):
+    """Whatever random numbers this process has drawn before."""
+    for name in ("a", "b"):
+        torch.rand(7)
+        assert run(tmp_path / name, my_testing="phantom", ttt_enabled=0, dropout=0.3, max_steps=3, random_seed=5) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
 def test_rwkv7_is_loaded_as_a_phantom(run, losses, tmp_path):
     path = rwkv7(tmp_path)
     flags = dict(SHORT, train_stage=0, load_model=path, max_steps=3)

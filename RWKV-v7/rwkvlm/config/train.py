@@ -117,7 +117,7 @@ class TrainConfig:
     my_exit_tokens: int = flag(0, "tokens at which the schedule and the training end; 0: one pass over the data")
     epoch_begin: int = flag(0, "first mini-epoch; found by itself with train_stage 2 or 3")
     epoch_save: int = flag(5, "save rwkv-{n}.pth every so many mini-epochs; 0: only at the end")
-    random_seed: int = flag(-1, "seed of the initial weights; -1: a new one each time, printed")
+    random_seed: int = flag(-1, "seed of the initial weights, and of dropout; -1: new weights each time, their seed printed")
 
     # optimizer and schedule
     lr_init: float = flag(6e-4, "learning rate after warm-up")
