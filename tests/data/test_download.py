@@ -248,6 +248,8 @@ def test_mirror_variable_and_command(server, tmp_path, monkeypatch, capsys):
     assert main(["download", "--out", str(tmp_path / "m")]) == 0
     assert "200000 tokens, 40 documents, uint16" in capsys.readouterr().out
     assert BinIdx(tmp_path / "m").n_tokens == 200_000
+    assert main(["download", "--out", f"{tmp_path}/"]) == 2
+    assert "/ is a folder; add a name, for example " in capsys.readouterr().err
     monkeypatch.setenv("MINIPILE_URL", "nonsense")
     assert main(["download", "--out", str(tmp_path / "n")]) == 2
     assert capsys.readouterr().err.startswith("error: nonsense/mini.idx is not a web address")

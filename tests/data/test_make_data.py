@@ -234,6 +234,7 @@ def test_bad_files(here, capsys):
         (["demo.jsonl", "1", "16", "--out", "demo.jsonl/x"], "cannot write demo.jsonl/x.bin"),
         (["demo.jsonl", "1", "16", "--out", "/"], "--out / is a folder"),
         (["demo.jsonl", "1", "16", "--out", "x.bin"], "--out x.bin is to be without .bin"),
+        (["demo.jsonl", "1", "16", "--out", "x/"], "--out x/ is a folder; add a name, for example x/demo"),
         (["demo.jsonl", "1", "16", "--report", "demo.jsonl/facts.json"], "--report demo.jsonl/facts.json cannot be written: Not a directory"),
         (["demo.jsonl", "1", "16", "--report", "."], "--report . is a folder; give the name of a file"),
         (["demo.jsonl", "1000000000000", "16"], "demo needs "),

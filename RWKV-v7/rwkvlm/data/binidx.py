@@ -44,6 +44,14 @@ def bin_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.bin")
 
 
+def check_prefix(out: str | Path) -> None:
+    """UserError for an --out that is no prefix of a new pair."""
+    if not Path(out).name or str(out).endswith("/"):
+        raise UserError(f"--out {out} is a folder; add a name, for example {Path(out) / 'demo'}")
+    if (suffix := Path(out).suffix) in (".bin", ".idx"):
+        raise UserError(f"--out {out} is to be without {suffix}: .bin and .idx are put behind it")
+
+
 def check_room(out: str | Path, n_bytes: int) -> None:
     """UserError if the disk that `out` is to lie on has less free than so many bytes."""
     folder = Path(out).parent

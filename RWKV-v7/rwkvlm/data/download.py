@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config import UserError, env
 from ..config.volume import volume
-from .binidx import BinIdx, Index, bin_path, check_room, idx_path
+from .binidx import BinIdx, Index, bin_path, check_prefix, check_room, idx_path
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 8  # in a row without a new byte
@@ -53,6 +53,7 @@ def fetch(remote: Remote, prefix: str | Path) -> BinIdx:
     Until all is checked, every token included, the files rest in the folder {prefix}.download, from where the next call goes on.
     UserError when the server does not deliver, or delivers something else, which is removed.
     """
+    check_prefix(prefix)
     prefix = Path(prefix)
     if idx_path(prefix).exists() and bin_path(prefix).exists():
         try:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..config import UserError
 from ..config.cgroups import cpus
-from .binidx import INDEX_BYTES, BinIdxWriter, bin_path, check_room, idx_path
+from .binidx import INDEX_BYTES, BinIdxWriter, bin_path, check_prefix, check_room, idx_path
 from .documents import STDIN, BadInput, Block, kind, parse, read_blocks, where
 from .shuffle import Documents, Long, draw, keys, shuffled
 from .tokenizer import Texts, Tokenizer
@@ -83,11 +83,8 @@ def pack(
     file, line and cause of the first bad input (with skip_bad: of none), or if a document does not come back from its tokens; then
     no output is made. A run that was killed, interrupted or stopped by bad input is taken up by the next call with the same inputs.
     """
+    check_prefix(prefix)
     prefix = Path(prefix)
-    if not prefix.name:
-        raise UserError(f"--out {prefix} is a folder; add a name, for example {prefix / 'demo'}")
-    if prefix.suffix in (".bin", ".idx"):
-        raise UserError(f"--out {prefix} is to be without {prefix.suffix}: .bin and .idx are put behind it")
     val_prefix = prefix.with_name(prefix.name + ".val")
     _check_arguments(epochs, val_split, val_prefix)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
-from .binidx import INDEX_BYTES, BinIdx, BinIdxWriter, check_room
+from .binidx import INDEX_BYTES, BinIdx, BinIdxWriter, check_prefix, check_room
 from .shuffle import draw, keys
 from .survey import DOCUMENTS, TOKENS, Say, runs
 
@@ -27,6 +27,7 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
     copies: 2 writes all documents twice, 0.5 about half of them, drawn by the seed, 1.5 all and then half of them. Tokens are written as
     uint16 where all fit, so that int32 files shrink. UserError for a bad input, and when the disk is too small.
     """
+    check_prefix(out)
     data = [(BinIdx(prefix), copies) for prefix, copies in inputs]
     for one, copies in data:
         if not 0 < copies < 1e6:
@@ -52,6 +53,7 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
 
     val: below 1 the share of the documents that is held out, about; from 1 on their number, exactly. UserError if one part were empty.
     """
+    check_prefix(out)
     data = BinIdx(prefix)
     if not 0 <= val < math.inf or (val >= 1 and val != int(val)):
         raise UserError(f"--val {val:g} must be a share of the documents, between 0 and 1, or a whole number of them")
