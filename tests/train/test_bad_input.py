@@ -170,7 +170,7 @@ def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
 def test_deepspeed_where_there_is_none(run, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert run(tmp_path / "out", strategy="deepspeed_stage_2") == 2
-    assert capfd.readouterr() == ("", "error: --strategy deepspeed_stage_2: deepspeed is not installed; pip install deepspeed, or use --strategy ddp or auto\n")
+    assert capfd.readouterr() == ("", f"error: --strategy deepspeed_stage_2: deepspeed is not installed; run: {sys.executable} -m pip install deepspeed, or use --strategy ddp or auto\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -160,7 +160,7 @@ def test_a_package_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     assert run(tmp_path / "out", **flags) == 2
-    assert f"--{package} {flags[package]}: {package} is not installed; pip install {package}" in capfd.readouterr().err
+    assert f"--{package} {flags[package]}: {package} is not installed; run: {sys.executable} -m pip install {package}, or leave" in capfd.readouterr().err
 
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):

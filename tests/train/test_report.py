@@ -196,4 +196,4 @@ def test_tensorboard_that_is_not_installed_is_said_at_once(run, tmp_path, monkey
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "tensorboard" else find(name, *rest))
     assert run(tmp_path / "out", tensorboard=1) == 2
-    assert "--tensorboard 1: tensorboard is not installed; pip install tensorboard, or leave --tensorboard out" in capfd.readouterr().err
+    assert f"--tensorboard 1: tensorboard is not installed; run: {sys.executable} -m pip install tensorboard, or leave --tensorboard out" in capfd.readouterr().err

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo  # not part of torch until it is asked for
 
 from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError, env
+from ..config.errors import pip_install
 from ..models import LanguageModel, recurrence
 from .strategy import Launch
 
@@ -56,7 +57,7 @@ def _why_not(device: torch.device) -> str:
     """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install triton, in the version that torch asks for"
+            return f"triton is not installed; run: {pip_install('triton')}, in the version that torch asks for"
         if not any(map(shutil.which, (env.cc(), "gcc", "clang"))) or not Path(sysconfig.get_path("include"), "Python.h").exists():
             return "triton needs a C compiler and Python's headers (apt-get install gcc python3-dev)"
         return ""

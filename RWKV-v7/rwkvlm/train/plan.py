@@ -15,6 +15,7 @@ from ..checkpoint import ranks
 from ..checkpoint.place import try_folder
 from ..checkpoint.state import check, say_damaged
 from ..config import PhantomConfig, TrainConfig, UserError, env
+from ..config.errors import pip_install
 from ..data.binidx import idx_path
 from ..data.dataset import Samples
 from ..data.formats import FORMATS
@@ -101,9 +102,9 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     config, data = check_data(config)
     check_folder(config)
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {config.wandb}: wandb is not installed; pip install wandb, or leave --wandb out")
+        raise UserError(f"--wandb {config.wandb}: wandb is not installed; run: {pip_install('wandb')}, or leave --wandb out")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard 1: tensorboard is not installed; pip install tensorboard, or leave --tensorboard out")
+        raise UserError(f"--tensorboard 1: tensorboard is not installed; run: {pip_install('tensorboard')}, or leave --tensorboard out")
     run = launch(config)
     backend.set_kernel(config.kernel)
     identity = data.identity()

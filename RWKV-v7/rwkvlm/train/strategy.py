@@ -26,6 +26,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from ..checkpoint import ranks
 from ..config import TrainConfig, UserError, env
+from ..config.errors import pip_install
 
 START_TIMEOUT = 1800.0  # seconds: processes may take long to come, to build kernels and to read their files; --dist_timeout counts from the first step
 CPU_PROCESS = 1 << 28  # bytes, at least: libraries alone
@@ -200,7 +201,7 @@ def _deepspeed(config: TrainConfig, run: Launch) -> DeepSpeedStrategy:
     try:
         import deepspeed  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"--strategy {config.strategy}: {error.name} is not installed; pip install deepspeed, or use --strategy ddp or auto") from error
+        raise UserError(f"--strategy {config.strategy}: {error.name} is not installed; run: {pip_install('deepspeed')}, or use --strategy ddp or auto") from error
     except Exception as error:  # its checks of CUDA, compilers and accelerators run at import
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--strategy {config.strategy}: deepspeed does not work here ({reason}); reinstall it, or use --strategy ddp or auto") from error
