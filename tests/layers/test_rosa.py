@@ -114,8 +114,8 @@ def test_the_block_is_the_official_one_with_its_names():
     assert torch.equal(same, x) and torch.allclose(out, want, atol=1e-10)
 
 
-def test_the_stream_gets_a_tenth_of_what_trains_the_bits():
-    """Of the gradients of q, k and v as they are put into the operator; q, k and v themselves get the whole of it."""
+def test_the_stream_gets_a_tenth_of_what_trains_the_bits_and_queries_and_keys_a_fiftieth_of_their_difference():
+    """Of the gradients of q, k and v as they are put into the operator; q, k and v themselves get the whole of it, but for that difference."""
     mix, norm, x, weight = RosaMix(RosaConfig(n_embd=32, head_size=16)).double(), NormMix(32).double(), numbers(2, 12, 32, seed=50), numbers(2, 12, 32, seed=51)
     with torch.no_grad():
         for n, p in enumerate([*mix.parameters(), *norm.parameters()]):
@@ -126,9 +126,13 @@ def test_the_stream_gets_a_tenth_of_what_trains_the_bits():
     _, _, mixed = norm(again, None, None, [mix.x_q, mix.x_k, mix.x_v])
     parts = [linear(m) for linear, m in zip((mix.q, mix.k, mix.v), mixed)]
     y, _ = mix.rosa_qkv(*parts)
-    wanted = [again, mix.x_k, norm.weight, mix.k.weight, mix.v.bias, mix.o.weight]
-    whole = torch.autograd.grad((mix.o(y) * weight).sum(), wanted)
-    for p, share, want in zip([x, *wanted[1:]], [0.1] * 3 + [1.0] * 3, whole):
+    y = mix.o(y)
+    *of_parts, of_o = torch.autograd.grad((y * weight).sum(), [*parts, mix.o.weight], retain_graph=True)
+    q, k, v = of_parts
+    assert (q - k).abs().max() > 1e-3
+    wanted = [again, mix.x_k, norm.weight, mix.q.weight, mix.k.weight, mix.k.bias, mix.v.bias]
+    whole = torch.autograd.grad(parts, wanted, [(q + k) / 2 + 0.02 * (q - k) / 2, (q + k) / 2 - 0.02 * (q - k) / 2, v])
+    for p, share, want in zip([x, *wanted[1:], mix.o.weight], [0.1] * 3 + [1.0] * 5, [*whole, of_o]):
         assert want.abs().max() > 0 and torch.allclose(p.grad, share * want, rtol=1e-9, atol=1e-12)
 
 

@@ -84,10 +84,12 @@ def shifted(x):
 
 
 def rosa_mix(p, x, M, tau):
-    """x: [T, C]. A tenth of the gradient of q, k and v goes on to what they are made of."""
+    """x: [T, C]. Of their gradients q and k get half the sum, and a fiftieth of what each has beside it; a tenth goes on to what q, k and v are made of."""
     xx = shifted(x) - x
     mixed = (x + xx * p[f"x_{c}"].flatten() for c in "qkv")
     q, k, v = ((0.1 * m + 0.9 * m.detach()) @ p[f"{c}.weight"].T + p[f"{c}.bias"] for c, m in zip("qkv", mixed))
+    towards_q, towards_k = 0.51 * q + 0.49 * k, 0.49 * q + 0.51 * k
+    q, k = (towards + (x - towards).detach() for x, towards in ((q, towards_q), (k, towards_k)))
     return Recall.apply(q, k, v, p["rosa_qkv.emb"].flatten(), M, tau) @ p["o.weight"].T + p["o.bias"]
 
 

@@ -17,6 +17,7 @@ from .norm_mix import NormMix
 from .packed import Packed, by_document
 
 TO_STREAM = 0.1  # of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
+APART = 0.02  # of what would train queries and keys to differ, for a query that has moved by itself no longer finds the keys of its like (records/2026-11-28-rosa-rates)
 
 
 class _Damped(torch.autograd.Function):
@@ -29,6 +30,19 @@ class _Damped(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         return grad * TO_STREAM
+
+
+class _Together(torch.autograd.Function):
+    """q and k themselves; the mean of their gradients for both, and APART of what each has beside it."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return q.view_as(q), k.view_as(k)
+
+    @staticmethod
+    def backward(ctx, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, beside = (q + k) / 2, (q - k) * (APART / 2)
+        return mean + beside, mean - beside
 
 
 class RosaMixState(NamedTuple):
@@ -59,7 +73,7 @@ class RosaQKV(nn.Module):
 class RosaMix(nn.Module):
     """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: the branch of a block that mixes tokens by exact recall.
 
-    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream. With --rosa_grad none there is no such gradient: the
+    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream; q and k learn mostly together. With --rosa_grad none there is no such gradient: the
     symbols are those of projections that stay as they are, and only what is made of the output is trained.
     """
 
@@ -81,7 +95,8 @@ class RosaMix(nn.Module):
         last, seen = state if state is not None else (None, None)
         x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v], packed.bounds if packed is not None else None)
         xq, xk, xv = (t.detach() if self.fixed else _Damped.apply(t) for t in (xq, xk, xv))
-        y, seen = self.rosa_qkv(self.q(xq), self.k(xk), self.v(xv), seen, return_state, packed)
+        q, k = _Together.apply(self.q(xq), self.k(xk))
+        y, seen = self.rosa_qkv(q, k, self.v(xv), seen, return_state, packed)
         return x, self.o(y), RosaMixState(last, seen) if return_state else None
 
 
