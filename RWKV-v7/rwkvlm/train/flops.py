@@ -12,7 +12,7 @@ from ..config import HybridConfig, ModelConfig, PhantomConfig
 # Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets, without sparsity (RTX 4090 D: by its multiprocessors, 114 of 128). The first that stands in the device's name, as
 # whole words, counts.
 PEAK = {
-    "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119.5, "L4": 121,
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119.5, "L4": 121,
     "A40": 150, "A30": 165, "A10": 125, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090 D": 147, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 
