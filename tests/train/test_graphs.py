@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +208,27 @@ def test_a_block_that_cannot_be_recorded_is_one_line(monkeypatch):
     monkeypatch.setattr(Refusing, "error", torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):  # of which run.py says what fits
         graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
+
+
+def test_the_stream_is_the_one_before_where_a_recording_fails(monkeypatch):
+    """torch.cuda.graph with torch's own Python, on streams that are numbers: the end of a recording that has failed raises."""
+
+    def fail(self):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    current = [SimpleNamespace(device="cuda:0")]
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "_get_device_index", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), dict(capture_begin=lambda *_, **__: None, capture_end=fail)))
+    recorder = object.__new__(graphs.Recorder)
+    recorder.stream, recorder.pool = SimpleNamespace(device="cuda:0"), None
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        recorder.record(lambda: None)
+    assert recorder.stream in current and current[-1] is current[0]
 
 
 class Refusing(Tape):

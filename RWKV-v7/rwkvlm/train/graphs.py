@@ -50,8 +50,9 @@ class Recorder:
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """What runs it again, and its results, which lie where each run writes them. Other threads may go on, with NCCL's events and pinned memory."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            results = work()
+        with torch.cuda.stream(self.stream):  # where a recording fails, torch.cuda.graph leaves its stream the current one: this gives back the one before
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                results = work()
         return graph.replay, results
 
 
