@@ -1,6 +1,7 @@
 """--cuda_graphs 1 without a GPU: everything around the graphs, with a tape in their place (tests/oracles/tape.py); on a GPU: tests/cuda/test_graphs.py"""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from oracles.tape import Tape
 from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy
-from rwkvlm.train import graphs, plan
+from rwkvlm.train import graphs, plan, run as training
 from rwkvlm.train.freeze import freeze
 from rwkvlm.train.graphs import check_graphs, decide_graphs, graph_blocks, try_graphs
 from rwkvlm.train.strategy import Launch
@@ -332,6 +333,17 @@ def test_a_run_tries_them(run, losses, taped, tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "refused", **flags, cuda_graphs=-1) == 0
     assert "the blocks run without CUDA graphs: a block cannot be recorded here: CUDA error" in capsys.readouterr().err
     assert losses(tmp_path / "tried") == losses(tmp_path / "refused") == losses(tmp_path / "eager")
+
+
+def test_a_gpu_that_fails_when_they_are_tried_is_one_line(run, taped, tmp_path, monkeypatch, capsys):
+    """Nothing on it works after an access to memory that is not there, also without graphs."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(training, "try_graphs", broken)
+    assert run(tmp_path / "out", kernel="auto", cuda_graphs=-1) == 2
+    assert re.search(r"^error: --cuda_graphs -1: the GPU has failed while .*: an illegal memory access was encountered.*; use --cuda_graphs 0$", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(

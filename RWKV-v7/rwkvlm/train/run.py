@@ -18,7 +18,7 @@ from ..checkpoint.ledger import publish_weights
 from ..checkpoint.place import write_atomically
 from ..checkpoint.ranks import describe, rank, say, together
 from ..checkpoint.state import set_aside
-from ..config import TrainConfig, env
+from ..config import TrainConfig, UserError, env
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
@@ -217,8 +217,13 @@ class PlannedModule(TrainModule):
         batches = config.micro_bsz, config.ctx_len, bool(config.grad_cp)
         if config.cuda_graphs == 1:
             graph_blocks(self.model, *batches)
-        elif config.cuda_graphs == -1 and (reason := try_graphs(self.model, *batches)):
-            say(f"the blocks run without CUDA graphs: {reason}")
+        elif config.cuda_graphs == -1:
+            try:
+                reason = try_graphs(self.model, *batches)
+            except RuntimeError as error:
+                raise UserError(f"--cuda_graphs -1: the GPU has failed while CUDA graphs were tried: {describe(error)}; use --cuda_graphs 0") from error
+            if reason:
+                say(f"the blocks run without CUDA graphs: {reason}")
 
     def train_dataloader(self) -> Ahead:
         plan, trainer = self.plan, self.trainer
