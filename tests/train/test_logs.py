@@ -149,6 +149,8 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, c
         found = begin(5)
         assert (found["id"], found["resume"], found["name"]) == ("run2", "allow", None), "under its own name"
     assert begin(5, "offline")["id"] is None and begin(0)["id"] is None and begin(9)["id"] == "run6"
+    (tmp_path / "wandb" / "run_id").write_text("")
+    assert begin(9)["id"] is None and modes[-1] == "online", "the disk was full"
     (tmp_path / "wandb" / "run_id").write_text("gone")
     assert begin(9)["id"] is None and modes[-1] == "offline" and "run gone was deleted; logging offline" in capsys.readouterr().err
 

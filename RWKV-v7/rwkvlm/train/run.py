@@ -212,7 +212,7 @@ class PlannedModule(TrainModule):
     def on_train_start(self) -> None:
         """After the Conductor's, which loads the training state: the model lies where it stays."""
         config = self.plan.config
-        if config.compile or self.plan.finished:
+        if config.compile or self.trainer.should_stop:
             return
         batches = config.micro_bsz, config.ctx_len, bool(config.grad_cp)
         if config.cuda_graphs == 1:
