@@ -321,9 +321,10 @@ def test_a_run_has_the_bits_of_one_without_and_so_has_a_resumed_one(run, losses,
     assert len(taped) == 3 and sum(len(tape.ran) for tape in taped) == 2 * 4 * passes
 
 
-def test_a_run_tries_them(run, losses, taped, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
+def test_a_run_tries_them(run, losses, taped, tmp_path, monkeypatch, capsys, strategy):
     """And goes on without where they do not work."""
-    flags = dict(precision="bf16", kernel="auto", max_steps=6)
+    flags = dict(precision="bf16", kernel="auto", max_steps=6, strategy=strategy)
     assert run(tmp_path / "eager", **flags) == 0
     assert run(tmp_path / "tried", **flags, cuda_graphs=-1) == 0
     assert len(taped) == 1 and len(taped[0].ran) == 2 * 4 + 4 * 6
