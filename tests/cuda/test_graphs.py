@@ -15,6 +15,7 @@ from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops import backend
 from rwkvlm.ops.cross_entropy import head_cross_entropy
+from rwkvlm.train.flops import peak_flops
 from rwkvlm.train.graphs import graph_blocks
 from rwkvlm.train.optimizer import MasterAdamW
 
@@ -113,7 +114,7 @@ def test_what_is_made_again_takes_no_memory_of_the_gpu():
 
 
 @pytest.mark.parametrize("compiled", [0, 1], ids=["", "compiled"])
-def test_a_run_on_a_gpu(tmp_path, compiled):
+def test_a_run_on_a_gpu(tmp_path, capsys, compiled):
     """Its losses with graphs, without, and with graphs after an interruption; and with those that are tried first."""
     with BinIdxWriter(tmp_path / "data", np.uint16) as writer:
         for document in np.array_split(np.cumsum(np.random.default_rng(1).integers(0, 7, 20000)) % 256, 20):
@@ -133,3 +134,5 @@ def test_a_run_on_a_gpu(tmp_path, compiled):
     assert len(curves[0]) == 16 and curves[1] == curves[2]
     for curve in (curves[1], curves[3]):
         assert curve == (pytest.approx(curves[0], rel=1e-3) if compiled else curves[0])
+    said = capsys.readouterr()
+    assert "run without CUDA graphs" not in said.err and said.out.count(", blocks in CUDA graphs, ") == 3 + (not compiled and peak_flops(torch.device(DEVICE)) is not None)

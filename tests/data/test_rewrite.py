@@ -104,6 +104,7 @@ def test_few_of_many_documents(tmp_path, monkeypatch):
         (lambda p, t: merge([(write(f"{t}/neg", [np.array([-5, 1 << 40], np.int64)]), 1.0)], f"{t}/c"), "do not fit into int32: -5 to 1099511627776"),
         (lambda p, t: merge([(p, 1.0)], f"{t}/a.bin/c"), "cannot write"),
         (lambda p, t: merge([(p, 1.0)], f"{t}/c/"), "c/ is a folder; add a name, for example "),
+        (lambda p, t: merge([(p, 1.0)], f"{t}/c/.."), "c/.. is a folder; add a name, for example "),
         (lambda p, t: split(p, f"{t}/c.idx", 0.1), "c.idx is to be without .idx"),
         (lambda p, t: split(p, p, 0.1), "is one of the inputs"),
         (lambda p, t: split(write(f"{t}/neg.val", documents(6)), f"{t}/neg", 0.1), "neg.val is one of the inputs"),

@@ -1,7 +1,9 @@
 """--cuda_graphs 1 without a GPU: everything around the graphs, with a tape in their place (tests/oracles/tape.py); on a GPU: tests/cuda/test_graphs.py"""
 
 import json
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from oracles.tape import Tape
 from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy
-from rwkvlm.train import graphs, plan
+from rwkvlm.train import graphs, plan, run as training
 from rwkvlm.train.freeze import freeze
 from rwkvlm.train.graphs import check_graphs, decide_graphs, graph_blocks, try_graphs
 from rwkvlm.train.strategy import Launch
@@ -209,6 +211,27 @@ def test_a_block_that_cannot_be_recorded_is_one_line(monkeypatch):
         graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
 
 
+def test_the_stream_is_the_one_before_where_a_recording_fails(monkeypatch):
+    """torch.cuda.graph with torch's own Python, on streams that are numbers: the end of a recording that has failed raises."""
+
+    def fail(self):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    current = [SimpleNamespace(device="cuda:0")]
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "_get_device_index", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), dict(capture_begin=lambda *_, **__: None, capture_end=fail)))
+    recorder = object.__new__(graphs.Recorder)
+    recorder.stream, recorder.pool = SimpleNamespace(device="cuda:0"), None
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        recorder.record(lambda: None)
+    assert recorder.stream in current and current[-1] is current[0]
+
+
 class Refusing(Tape):
     """As where a graph cannot be recorded."""
 
@@ -298,9 +321,10 @@ def test_a_run_has_the_bits_of_one_without_and_so_has_a_resumed_one(run, losses,
     assert len(taped) == 3 and sum(len(tape.ran) for tape in taped) == 2 * 4 * passes
 
 
-def test_a_run_tries_them(run, losses, taped, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
+def test_a_run_tries_them(run, losses, taped, tmp_path, monkeypatch, capsys, strategy):
     """And goes on without where they do not work."""
-    flags = dict(precision="bf16", kernel="auto", max_steps=6)
+    flags = dict(precision="bf16", kernel="auto", max_steps=6, strategy=strategy)
     assert run(tmp_path / "eager", **flags) == 0
     assert run(tmp_path / "tried", **flags, cuda_graphs=-1) == 0
     assert len(taped) == 1 and len(taped[0].ran) == 2 * 4 + 4 * 6
@@ -310,6 +334,17 @@ def test_a_run_tries_them(run, losses, taped, tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "refused", **flags, cuda_graphs=-1) == 0
     assert "the blocks run without CUDA graphs: a block cannot be recorded here: CUDA error" in capsys.readouterr().err
     assert losses(tmp_path / "tried") == losses(tmp_path / "refused") == losses(tmp_path / "eager")
+
+
+def test_a_gpu_that_fails_when_they_are_tried_is_one_line(run, taped, tmp_path, monkeypatch, capsys):
+    """Nothing on it works after an access to memory that is not there, also without graphs."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(training, "try_graphs", broken)
+    assert run(tmp_path / "out", kernel="auto", cuda_graphs=-1) == 2
+    assert re.search(r"^error: --cuda_graphs -1: the GPU has failed while .*: an illegal memory access was encountered.*; use --cuda_graphs 0$", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(

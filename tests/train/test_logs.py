@@ -120,7 +120,7 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(run, tmp_path, monkey
 
 def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, capsys):
     """Online. A training from its beginning has a new run, and so has each process offline, whose runs `wandb sync` would put in each other's place."""
-    begun, modes = [], []
+    begun, modes, logged = [], [], []
 
     class Error(Exception):
         pass
@@ -129,7 +129,7 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, c
         begun.append(asked)
         if asked["id"] == "gone":
             raise Error("run gone was deleted")
-        return SimpleNamespace(id=asked["id"] or f"run{len(begun)}")
+        return SimpleNamespace(id=asked["id"] or f"run{len(begun)}", step=6 if asked["id"] else 0, log=lambda numbers, step: logged.append(step))
 
     settings = SimpleNamespace(api_key="key")
     fake = SimpleNamespace(init=init, setup=lambda: SimpleNamespace(settings=settings), Settings=dict, errors=SimpleNamespace(Error=Error))
@@ -139,7 +139,7 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, c
         settings.mode = mode
         this = plan(tmp_path, wandb="Test")
         this.start.position.step = step
-        WeightsAndBiases(this, datetime(2026, 11, 21))
+        WeightsAndBiases(this, datetime(2026, 11, 21)).validation({"val_loss": 3.0, "step": step})
         modes.append(begun[-1]["mode"])
         return begun[-1]
 
@@ -148,7 +148,10 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, c
     for _ in range(2):
         found = begin(5)
         assert (found["id"], found["resume"], found["name"]) == ("run2", "allow", None), "under its own name"
+    assert logged == [5, 0, 6, 6], "wandb takes no step that is behind it"
     assert begin(5, "offline")["id"] is None and begin(0)["id"] is None and begin(9)["id"] == "run6"
+    (tmp_path / "wandb" / "run_id").write_text("")
+    assert begin(9)["id"] is None and modes[-1] == "online", "the disk was full"
     (tmp_path / "wandb" / "run_id").write_text("gone")
     assert begin(9)["id"] is None and modes[-1] == "offline" and "run gone was deleted; logging offline" in capsys.readouterr().err
 

@@ -88,12 +88,16 @@ def rwkv7(folder):
     return folder / "rwkv7.pth"
 
 
-def test_the_masks_of_dropout_are_those_of_the_seed(run, losses, tmp_path):
-    """Whatever random numbers this process has drawn before."""
-    for name in ("a", "b"):
-        torch.rand(7)
-        assert run(tmp_path / name, my_testing="phantom", ttt_enabled=0, dropout=0.3, max_steps=3, random_seed=5) == 0
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+def test_the_masks_of_dropout_are_those_of_the_seed(run, losses, tmp_path, monkeypatch):
+    """Whatever random numbers this process has drawn before, also where it goes on from a state of another number of processes, whose random numbers are not its own."""
+    monkeypatch.setattr("rwkvlm.checkpoint.state._set_random_states", lambda states: None)
+    flags = dict(my_testing="phantom", ttt_enabled=0, dropout=0.3, max_steps=3, load_model=rwkv7(tmp_path), train_stage=0)
+    for name, seed in (("a", 5), ("b", 5), ("other", 6)):
+        for stage in (0, 3):
+            torch.manual_seed(ord(name[0]))
+            assert run(tmp_path / name, **flags | dict(train_stage=stage), random_seed=seed) == 0
+    first, same, other = (losses(tmp_path / name) for name in ("a", "b", "other"))
+    assert len(first) == 6 and first == same and not {*first} & {*other}
 
 
 def test_rwkv7_is_loaded_as_a_phantom(run, losses, tmp_path):

@@ -18,7 +18,7 @@ from rwkvlm.train import planner, run as training
 from rwkvlm.train.memory import Activations, estimate, measure_activations, resident
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.plan import make_plan
-from rwkvlm.train.planner import ROOM, decide_grad_cp, expected_seconds, memory_available, probe, probe_flags
+from rwkvlm.train.planner import ROOM, decide_by_memory, expected_seconds, memory_available, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
 from rwkvlm.train.start import model_sizes
 from rwkvlm.train.strategy import Launch
@@ -230,12 +230,12 @@ def test_processes_recompute_together(run, tmp_path, monkeypatch):
     monkeypatch.setattr(planner, "memory_available", lambda plan: 2**40)
     monkeypatch.setattr(planner.ranks, "gather", lambda value: [value, False])
     plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", grad_cp=-1), "train.py"))
-    assert decide_grad_cp(plan).config.grad_cp == 1
+    assert decide_by_memory(plan).config.grad_cp == 1
     monkeypatch.setattr(planner.ranks, "gather", lambda value: [value])
-    assert decide_grad_cp(plan).config.grad_cp == 0
+    assert decide_by_memory(plan).config.grad_cp == 0
     monkeypatch.setattr(planner, "memory_available", lambda plan: 1)
-    assert decide_grad_cp(plan).config.grad_cp == 1
-    decided = {given: decide_grad_cp(replace(plan, config=replace(plan.config, compile=given[0], cuda_graphs=given[1]))).config.grad_cp for given in ((1, 0), (0, 1), (1, 1))}
+    assert decide_by_memory(plan).config.grad_cp == 1
+    decided = {given: decide_by_memory(replace(plan, config=replace(plan.config, compile=given[0], cuda_graphs=given[1]))).config.grad_cp for given in ((1, 0), (0, 1), (1, 1))}
     assert decided == {(1, 0): 1, (0, 1): 1, (1, 1): 0}
 
 
@@ -248,7 +248,26 @@ def test_recomputing_begins_where_the_run_as_it_is_would_leave_no_room(run, tmp_
     assert max(of(4, 1).total, of(3, 0).total) < 0.95 * need
     for room, decided in ((1.01, 0), (0.99, 1)):
         monkeypatch.setattr(planner, "memory_available", lambda plan: room * need / ROOM)
-        assert decide_grad_cp(plan).config.grad_cp == decided
+        assert decide_by_memory(plan).config.grad_cp == decided
+
+
+@pytest.mark.parametrize("given", [0, 1, -1], ids=["grad_cp 0", "grad_cp 1", "grad_cp -1"])
+def test_graphs_that_are_to_be_tried_take_no_room_that_the_run_needs(run, tmp_path, monkeypatch, given):
+    """They are left out before anything is recomputed for them, and before the first step runs out of memory. Asked for they stay."""
+    monkeypatch.setattr(planner, "resident", lambda: 1 << 20)
+    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **LARGER, micro_bsz=4), "train.py"))
+
+    def decided(graphs: int, room: float) -> tuple[int, int]:
+        monkeypatch.setattr(planner, "memory_available", lambda plan: room / ROOM)
+        config = decide_by_memory(replace(plan, config=replace(plan.config, grad_cp=given, cuda_graphs=graphs))).config
+        return config.grad_cp, config.cuda_graphs
+
+    cp = max(given, 0)
+    of = planner._estimator(replace(plan, config=replace(plan.config, cuda_graphs=1)))
+    need, graphs = of(4, cp).total, of(4, cp).graphs
+    assert graphs > 0
+    assert decided(-1, need + 1) == (cp, -1) and decided(-1, need - 1) == (cp, 0) and decided(-1, need - graphs + 1) == (cp, 0)
+    assert decided(1, need - 1) == (given if given != -1 else 1, 1)
 
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch):

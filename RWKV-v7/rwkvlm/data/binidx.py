@@ -46,7 +46,7 @@ def bin_path(prefix: str | Path) -> Path:
 
 def check_prefix(out: str | Path) -> None:
     """UserError for an --out that is no prefix of a new pair."""
-    if not Path(out).name or str(out).endswith("/"):
+    if Path(out).name in ("", "..") or str(out).endswith("/"):
         raise UserError(f"--out {out} is a folder; add a name, for example {Path(out) / 'demo'}")
     if (suffix := Path(out).suffix) in (".bin", ".idx"):
         raise UserError(f"--out {out} is to be without {suffix}: .bin and .idx are put behind it")

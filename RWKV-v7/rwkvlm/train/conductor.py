@@ -20,7 +20,7 @@ from .logs.report import NAME as REPORT
 from .meter import Meter
 from .module import TrainModule
 from .plan import Plan, checked
-from .planner import decide_grad_cp
+from .planner import decide_by_memory
 from .saver import Saver
 from .signals import Agreement, Signals
 from .start import FINAL_NAME, what_goes_on
@@ -44,7 +44,7 @@ class Conductor(pl.Callback):
         """Before the model is built; the processes can talk to each other."""
         if self.watch is not None:
             self.watch.connect(trainer.strategy.cluster_environment.main_address, one_node=trainer.num_nodes == 1)
-        module.plan = self.plan = plan = decide_grad_cp(checked(self.plan))
+        module.plan = self.plan = plan = decide_by_memory(checked(self.plan))
         module.config = plan.config
         self.position = replace(plan.start.position)
         if trainer.is_global_zero:

@@ -30,7 +30,7 @@ from .strategy import Launch
 
 T = TypeVar("T")
 WARM_UP = 3  # passes before a block is recorded, as in torch.cuda.make_graphed_callables
-SHORT = 1.3e-3  # seconds of arithmetic a block, at the GPU's peak: what it takes then, twice that or more, is less than Python's 3 ms (records/2026-11-26-gpu)
+SHORT = 1.3e-3  # seconds of a block's arithmetic at the GPU's peak, up to which graphs are tried: its kernels take twice that or more, Python 2 to 3 ms (records/2026-11-26-gpu, -27-host-time)
 LIMIT = 1e-2  # relative: what blocks may be off by in graphs, where the same kernels run
 
 
@@ -50,8 +50,9 @@ class Recorder:
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """What runs it again, and its results, which lie where each run writes them. Other threads may go on, with NCCL's events and pinned memory."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            results = work()
+        with torch.cuda.stream(self.stream):  # where a recording fails, torch.cuda.graph leaves its stream the current one: this gives back the one before
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                results = work()
         return graph.replay, results
 
 
@@ -194,7 +195,7 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
 def try_graphs(model: LanguageModel, batch: int, tokens: int, recompute: bool = False, recorder: Recorder | None = None) -> str:
     """graph_blocks where it can be done and gives what the blocks give: the features of random tokens, and the gradient of each parameter of the blocks.
 
-    "", or why the blocks are left as they were.
+    "", or why the blocks are left as they were. RuntimeError where the GPU cannot be used any more.
     """
     weight = model.emb.weight
     rng = torch.Generator(weight.device).manual_seed(0)
@@ -218,10 +219,9 @@ def try_graphs(model: LanguageModel, batch: int, tokens: int, recompute: bool = 
         if on_gpu:
             torch.cuda.empty_cache()  # the graphs have memory of their own
         graph_blocks(model, batch, tokens, recompute, recorder)
-        for _ in range(2):  # the second reads memory that the first has used
-            if not all(map(_near, answers(), expected)):
-                return _as_they_were(model, "they give other numbers with them")
-        return ""
+        if all(all(map(_near, answers(), expected)) for _ in range(2)):  # the second reads memory that the first has used
+            return ""
+        reason = "they give other numbers with them"
     except torch.OutOfMemoryError:
         reason = "too little memory"
     except (UserError, RuntimeError) as error:
@@ -230,20 +230,16 @@ def try_graphs(model: LanguageModel, batch: int, tokens: int, recompute: bool = 
         with torch.no_grad():
             for p in zeros:
                 p.zero_()
+    for block in model.blocks:
+        vars(block).pop("forward", None)  # and with it the graphs and their memory
     if on_gpu:
         torch.cuda.synchronize()  # what is broken for good shall be said here
         torch.cuda.empty_cache()
-    return _as_they_were(model, reason)
+    return reason
 
 
 def _near(got: Tensor, wanted: Tensor) -> bool:
     return bool((got - wanted).double().norm() <= LIMIT * wanted.double().norm())
-
-
-def _as_they_were(model: LanguageModel, reason: str) -> str:
-    for block in model.blocks:
-        vars(block).pop("forward", None)
-    return reason
 
 
 def decide_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> int:

@@ -1,4 +1,4 @@
-"""Estimates of a run's memory and time before it starts: they decide --grad_cp -1, and train.py --dry_run prints them. Nothing is left behind."""
+"""Estimates of a run's memory and time before it starts: they decide --grad_cp -1 and take part in deciding --cuda_graphs -1, and train.py --dry_run prints them. Nothing is left behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dry_run(plan: Plan) -> int:
         return 0
     _load_libraries(plan)
     show_plan(plan)  # before the memory is measured, which of a large model takes a while
-    plan = decide_grad_cp(plan)
+    plan = decide_by_memory(plan)
     memory, available = _memories(plan), memory_available(plan)
     fits = memory[plan.config.micro_bsz, plan.config.grad_cp].total <= FULL * available
     lines = {
@@ -56,15 +56,26 @@ def dry_run(plan: Plan) -> int:
     return 0 if fits else 1
 
 
-def decide_grad_cp(plan: Plan) -> Plan:
-    """The plan with --grad_cp -1 decided: activations are recomputed where the run would otherwise take more than ROOM of what is free. Collective."""
-    if plan.config.grad_cp != -1:
+def decide_by_memory(plan: Plan) -> Plan:
+    """The plan with --grad_cp -1 decided: activations are recomputed where the run would otherwise take more than ROOM of what is free; and without
+    the graphs of --cuda_graphs -1 where the run would take more than that with them. Collective."""
+    config = plan.config
+    if config.grad_cp != -1 and config.cuda_graphs != -1:
         return plan
-    compiled_graphs = plan.config.compile and plan.config.cuda_graphs  # which recompute nothing (graphs.py)
+    compiled_graphs = config.compile and config.cuda_graphs  # which recompute nothing (graphs.py)
     gpus = [torch.cuda.current_device()] if plan.device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):  # what is built to be measured draws random numbers
-        fits = compiled_graphs or _estimator(plan)(plan.config.micro_bsz, 0).total <= ROOM * memory_available(plan)
-    return replace(plan, config=replace(plan.config, grad_cp=int(not all(ranks.gather(bool(fits))))))
+        of, room = _estimator(plan), ROOM * memory_available(plan)
+
+    def fits(grad_cp: int, graphs: bool) -> bool:
+        memory = of(config.micro_bsz, grad_cp)
+        return all(ranks.gather(memory.total - (0 if graphs else memory.graphs) <= room))
+
+    if config.grad_cp == -1:
+        config = replace(config, grad_cp=int(not (compiled_graphs or fits(0, config.cuda_graphs == 1))))
+    if config.cuda_graphs == -1 and not fits(config.grad_cp, True):
+        config = replace(config, cuda_graphs=0)
+    return replace(plan, config=config)
 
 
 def memory_available(plan: Plan) -> int:

@@ -18,7 +18,7 @@ from ..checkpoint.ledger import publish_weights
 from ..checkpoint.place import write_atomically
 from ..checkpoint.ranks import describe, rank, say, together
 from ..checkpoint.state import set_aside
-from ..config import TrainConfig, env
+from ..config import TrainConfig, UserError, env
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
@@ -205,20 +205,25 @@ class PlannedModule(TrainModule):
         save_tokenizer(plan.config, plan.data)
         if start.state is None:
             set_aside(plan.proj_dir)
-            torch.manual_seed(max(plan.config.random_seed, 0) * self.trainer.world_size + rank())  # of dropout, other masks in each process
+        torch.manual_seed(max(plan.config.random_seed, 0) * self.trainer.world_size + rank())  # of dropout, other masks in each process; a state of as many processes has its own
         if plan.config.compile:
             compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
 
     def on_train_start(self) -> None:
         """After the Conductor's, which loads the training state: the model lies where it stays."""
         config = self.plan.config
-        if config.compile or self.plan.finished:
+        if config.compile or self.trainer.should_stop:
             return
         batches = config.micro_bsz, config.ctx_len, bool(config.grad_cp)
         if config.cuda_graphs == 1:
             graph_blocks(self.model, *batches)
-        elif config.cuda_graphs == -1 and (reason := try_graphs(self.model, *batches)):
-            say(f"the blocks run without CUDA graphs: {reason}")
+        elif config.cuda_graphs == -1:
+            try:
+                reason = try_graphs(self.model, *batches)
+            except RuntimeError as error:
+                raise UserError(f"--cuda_graphs -1: the GPU has failed while CUDA graphs were tried: {describe(error)}; use --cuda_graphs 0") from error
+            if reason:
+                say(f"the blocks run without CUDA graphs: {reason}")
 
     def train_dataloader(self) -> Ahead:
         plan, trainer = self.plan, self.trainer

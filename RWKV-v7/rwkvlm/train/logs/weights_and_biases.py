@@ -30,13 +30,13 @@ class WeightsAndBiases(Log):
             say(f"wandb: nobody is logged in; logging offline into {plan.proj_dir}/wandb (to upload: wandb login, then wandb sync)")
 
         place = plan.proj_dir / "wandb" / RUN_ID
-        known = place.read_text() if mode == "online" and plan.start.position.step and place.exists() else None
+        known = place.read_text() if mode == "online" and plan.start.position.step and place.exists() else ""  # also of a full disk
 
-        def begin(mode: str, known: str | None = None):
+        def begin(mode: str, known: str = ""):
             return wandb.init(
                 project=config.wandb,
                 name=None if known else f"{model.vocab_size} ctx{config.ctx_len} L{model.n_layer} D{model.n_embd} {now:%Y-%m-%d-%H-%M-%S}",
-                id=known,
+                id=known or None,
                 resume="allow" if known else None,
                 config=plan.settings(),
                 dir=str(plan.proj_dir),
@@ -59,7 +59,7 @@ class WeightsAndBiases(Log):
         self.run.log(numbers, step=record["step"])
 
     def validation(self, record: dict[str, Any]) -> None:
-        self.run.log({"val_loss": record["val_loss"]}, step=record["step"])
+        self.run.log({"val_loss": record["val_loss"]}, step=max(record["step"], self.run.step))  # of a resumed run, one further: there a validation that was stopped is made
 
     def close(self) -> None:
         self.run.finish()
