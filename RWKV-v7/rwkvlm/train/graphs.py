@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from ..checkpoint.ranks import describe
 from ..config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from ..models import LanguageModel
 from .flops import flops_per_token, peak_flops
@@ -186,7 +187,7 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise UserError(f"--cuda_graphs 1: a block cannot be recorded here: {str(error).splitlines()[0][:200]}; leave --cuda_graphs out") from error
+        raise UserError(f"--cuda_graphs 1: a block cannot be recorded here: {describe(error)[:200]}; leave --cuda_graphs out") from error
     for graphs in made:
         graphs.block.forward = graphs.forward
 
@@ -225,7 +226,7 @@ def try_graphs(model: LanguageModel, batch: int, tokens: int, recompute: bool = 
     except torch.OutOfMemoryError:
         reason = "too little memory"
     except (UserError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].removeprefix("--cuda_graphs 1: ").removesuffix("; leave --cuda_graphs out")
+        reason = describe(error).removeprefix("--cuda_graphs 1: ").removesuffix("; leave --cuda_graphs out")
     finally:
         with torch.no_grad():
             for p in zeros:

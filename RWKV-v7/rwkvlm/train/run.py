@@ -205,7 +205,8 @@ class PlannedModule(TrainModule):
         save_tokenizer(plan.config, plan.data)
         if start.state is None:
             set_aside(plan.proj_dir)
-        torch.manual_seed(max(plan.config.random_seed, 0) * self.trainer.world_size + rank())  # of dropout, other masks in each process; a state of as many processes has its own
+        seed = max(plan.config.random_seed, 0) * self.trainer.world_size + rank()
+        torch.manual_seed(seed % 2**63)  # of dropout, other masks in each process; a state of as many processes has its own
         if plan.config.compile:
             compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
 
