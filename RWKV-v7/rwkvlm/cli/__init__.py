@@ -27,7 +27,7 @@ def commands() -> dict[str, str]:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text())
         if path.stem != "__init__" and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem] = ast.get_docstring(tree).partition("\n")[0].partition("`: ")[2]
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0].partition("`: ")[2]
     return found
 
 
