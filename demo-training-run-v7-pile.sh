@@ -18,12 +18,12 @@ DATA=pile
 : "${EPOCH_SAVE:=50}" # save every 50 "miniepochs" (1 miniepoch = 40320 * ctx_len tokens) => decrease if your GPU is weak
 : "${EPOCH_SAMPLES:=40320}"
 : "${EXIT_TOKENS:=332115325534}"
-: "${STRATEGY:=deepspeed_stage_2}"
 : "${PRECISION:=bf16}"
 : "${PROMPT:=}" # no sample: the Pile's vocabulary is another one
 #
 : "${ACCELERATOR:=gpu}"
 : "${N_NODE:=1}"       # number of nodes
 : "${GPU_PER_NODE:=8}" # number of GPUs per node
+[ "$N_NODE $GPU_PER_NODE" = "1 1" ] || : "${STRATEGY:=deepspeed_stage_2}"
 #
 . "$(dirname "$(readlink -f "$0")")/demo-training-run.sh"

@@ -17,6 +17,7 @@
 #
 [ "$DATA" != demo ] || : "${EPOCH_SAMPLES:=500}" # it has no 40320 samples
 [ "${N_NODE:-1}" = 1 ] || : "${PRECISION:=bf16}" # auto would be measured by each node for itself
+[ "${N_NODE:-1} ${GPU_PER_NODE:-1}" != "1 1" ] || : "${STRATEGY:=auto}" # one GPU has nothing to share out, and DeepSpeed more than doubles what a step costs the host: records/2026-11-28-host-time
 #    name          CPU     GPU
 knob M_BSZ         8       16 # samples per step and device; 16 takes ~9G VRAM (GRAD_CP=1: ~5G, estimated) => reduce this to save VRAM, increase this for faster speed
 knob LR_INIT       2e-3    6e-4
@@ -30,7 +31,7 @@ knob CUDA_GRAPHS   0       -1 # 1 => each block as a CUDA graph: a small model w
 knob HEAD_CHUNK    0       0 # tokens per chunk of LM head and loss; 0 => chosen by itself; smaller => slower, less VRAM
 knob KERNEL        ""      "@rwkv3" # "" and "@rwkv3" => automatic; cuda, cpu, torch => this one or an error
 knob PRECISION     auto    bf16 # auto => bf16 or fp32, whichever is faster here
-knob STRATEGY      auto    deepspeed_stage_2
+knob STRATEGY      auto    deepspeed_stage_2 # of several GPUs; ddp => a small model waits less for Python, each GPU keeps the whole optimizer
 knob EPOCH_SAMPLES 500     40320 # samples in a "miniepoch": a line in train_log.txt, a validation, a full training state
 knob EPOCH_SAVE    1       10 # save rwkv-*.pth every so many "miniepochs" => decrease if your GPU is weak
 knob SAVE_MINUTES  1       10 # also save the full training state after so many minutes

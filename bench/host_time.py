@@ -1,16 +1,19 @@
 """What a step of training costs the host, on any machine: the CUDA operators over a library whose functions return at once.
 
     python bench/host_time.py --layers 12
+    python bench/host_time.py --layers 12 --strategy deepspeed_stage_2      # of a whole run of train.py in bf16, one process
 
-A GPU whose kernels take less than that waits for Python (--cuda_graphs). Tensors are small and lie on the CPU. The products are
-real ones, of 16 tokens and 64 features in fp32: what they take is counted, and what it takes to start a kernel of a GPU is not.
+A GPU whose kernels take less than that waits for Python (--cuda_graphs, --strategy). Tensors are small and lie on the CPU. The products
+are real ones, of 16 tokens and 64 features: what they take is counted, and what it takes to start a kernel of a GPU is not.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -23,7 +26,9 @@ import torch
 from environment import ROOT
 from train_step import Training
 
+from rwkvlm.cli import train
 from rwkvlm.config import ModelConfig
+from rwkvlm.config.train import STRATEGIES
 from rwkvlm.ops import adamw, backend, cross_entropy, fused, wkv7
 
 FOLDERS = ("adamw", "fused", "loss", "wkv7")
@@ -53,15 +58,35 @@ def register(library: ctypes.CDLL) -> torch.library.Library:
     return registration
 
 
+def whole_run(folder: Path, layers: int, steps: int, strategy: str) -> float:
+    """Milliseconds of a step. What no kernel writes is 0 here, so that no step is skipped for its numbers."""
+    torch.Tensor.new_empty, torch.empty_like = torch.Tensor.new_zeros, torch.zeros_like
+    fused.cuda._like = functools.partial(torch.zeros_like, memory_format=torch.contiguous_format)
+    (folder / "text").write_bytes(os.urandom(16 * steps + 1000))
+    sizes = dict(n_layer=layers, n_embd=64, head_size=64, vocab_size=256, ctx_len=16, micro_bsz=1, precision="bf16")
+    place = dict(data_file=folder / "text", data_type="bytes", proj_dir=folder / "out", accelerator="cpu", devices=1, strategy=strategy, kernel="cpu", check_kernels=0)
+    flags = sizes | place | dict(train_stage=3, random_seed=1, my_exit_tokens=16 * steps, epoch_samples=steps, enable_progress_bar=False)
+    assert train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]) == 0
+    records = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    made = [record for record in records if "loss" in record]
+    assert len(made) == steps and not any("skipped" in record for record in made)
+    return statistics.median(1e3 * 16 / record["tokens_per_s"] for record in made[steps // 8 :])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--strategy", choices=STRATEGIES, help="the whole step of a run of train.py with this one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Warning only once for all operators")
     with tempfile.TemporaryDirectory() as folder:
         kept = register(idle_library(Path(folder)))
+        if options.strategy:
+            found = whole_run(Path(folder), options.layers, options.steps, options.strategy)
+            print(json.dumps({"layers": options.layers, "strategy": options.strategy, "ms": {"step": round(found, 2)}}))
+            return 0
     training = Training(ModelConfig(n_layer=options.layers, n_embd=64, vocab_size=64, head_size=64), "fp32", 1, 16)
     times = {"forward": [], "backward": [], "optimizer": []}
     for _ in range(options.steps + 5):

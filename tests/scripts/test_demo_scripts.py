@@ -140,14 +140,22 @@ def test_official_minipile_recipe_on_a_gpu(demo):
     demo.run("demo-training-run.sh")
     download, init, train, sample = demo.calls()
     assert download == ["download", "--out", "data/minipile"]
-    official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run.sh
+    official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run.sh, but for the strategy: on one GPU ZeRO has nothing to share out
         "--n_layer": "12", "--n_embd": "768", "--ctx_len": "512", "--vocab_size": "65536", "--my_testing": "x070", "--proj_dir": "out/L12-D768-x070",
         "--micro_bsz": "16", "--lr_init": "6e-4", "--lr_final": "6e-5", "--warmup_steps": "10", "--beta1": "0.9", "--beta2": "0.99", "--adam_eps": "1e-18",
         "--weight_decay": "0.001", "--epoch_save": "10", "--head_size": "64", "--head_chunk": "0", "--kernel": "@rwkv3", "--grad_cp": "-1",
-        "--accelerator": "gpu", "--devices": "1", "--num_nodes": "1", "--precision": "bf16", "--strategy": "deepspeed_stage_2", "--train_stage": "3",
+        "--accelerator": "gpu", "--devices": "1", "--num_nodes": "1", "--precision": "bf16", "--strategy": "auto", "--train_stage": "3",
         "--my_exit_tokens": "1498226207", "--data_file": "data/minipile", "--data_type": "binidx", "--load_model": "0", "--epoch_samples": "40320",
     }  # fmt: skip
     assert {name: flags(train).get(name) for name in official} == official
+
+
+@pytest.mark.parametrize("knobs", [dict(GPU_PER_NODE="2"), dict(N_NODE="2", NODE_RANK="0")])
+def test_several_gpus_share_out_the_optimizer(demo, knobs):
+    demo.add_gpu()
+    demo.run("demo-training-run.sh", **knobs)
+    (train,) = [call for call in demo.calls() if flags(call).get("--train_stage") == "3"]
+    assert flags(train)["--strategy"] == "deepspeed_stage_2"
 
 
 def test_data(demo):

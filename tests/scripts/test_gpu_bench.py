@@ -359,10 +359,11 @@ def test_a_minipile_run_is_stopped_when_its_losses_are_there(tmp_path):
     assert time.monotonic() - begin < 30 and len(minipile_losses.losses(tmp_path)) >= 3
 
 
-def test_what_a_step_costs_the_host():
+@pytest.mark.parametrize("run", [[], ["--strategy", "auto"], ["--strategy", "deepspeed_stage_2"]], ids=" ".join)
+def test_what_a_step_costs_the_host(run):
     """In a process of its own, where CPU tensors go the way of a GPU's."""
-    command = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--layers", "1", "--steps", "3"]
+    command = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--layers", "1", "--steps", "3", *run]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT / "RWKV-v7")})
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["layers"] == 1 and min(found["ms"].values()) > 0
