@@ -233,7 +233,7 @@ def test_which_blocks():
     assert [layers(n, "1/4") for n in (2, 4, 9, 12)] == [(1,), (3,), (3, 7), (3, 7, 11)]
     assert layers(6, "1/2") == (1, 3, 5) and layers(9, "5,2,5") == (2, 5)
     line = costs(HybridConfig(**SIZES, attention_kv_heads=2, attention_window=8))
-    assert line == ["attention in block 2, 4 heads on 2 of keys and values, window 8: 64 numbers more with each token, up to it"]
+    assert line == ["attention in block 2, 4 heads (2 of keys and values), window 8: 64 numbers more with each token, up to it"]
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):

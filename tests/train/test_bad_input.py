@@ -131,6 +131,7 @@ CASES = {
     "compiled CUDA graphs and micro batches": (lambda d, f: dict(cuda_graphs=1, compile=1, kernel="auto", accumulate_grad_batches=2, micro_bsz=2), "use --accumulate_grad_batches 1, or leave --compile out"),
     "compiled CUDA graphs and recomputing": (lambda d, f: dict(cuda_graphs=1, compile=1, kernel="auto", grad_cp=1), "use --grad_cp 0, or leave --compile out"),
     "CUDA graphs and documents": (lambda d, f: dict(cuda_graphs=1, doc_reset=1), "with --doc_reset 1 they differ; leave one of the two out"),
+    "a timeout beyond all clocks": (lambda d, f: dict(dist_timeout=1e12), "--dist_timeout 1e+12 must be above 0 and at most 1e8 seconds"),
     "CUDA graphs and ZeRO-3": (lambda d, f: dict(cuda_graphs=1, strategy="deepspeed_stage_3"), "use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"),
     "CUDA graphs and dropout": (lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, dropout=0.1), "use --dropout 0, or leave --cuda_graphs out"),
     "CUDA graphs and the meta loss": (lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, ttt_meta=1), "use --ttt_meta 0, or leave --cuda_graphs out"),
@@ -203,6 +204,7 @@ def test_the_newest_checkpoint_unreadable_the_one_before_is_used(run, tmp_path, 
     assert run(out, max_steps=1, my_exit_tokens=60000) == 0
     out_text, err = capfd.readouterr()
     assert "rwkv-2.pth is truncated" in err and "trying the one before it" in err and "rwkv-1.pth; " in out_text
+    assert " steps to go, 1 of them now (--max_steps)\n" in out_text
 
 
 def test_flags_without_effect_are_one_line_each(run, tmp_path, capfd):

@@ -44,7 +44,7 @@ def hybrid(tiny, tmp_path_factory):
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("hybrid") / "out"
     said = in_a_process(tiny, folder, **HYBRID, **SHORT)
-    assert "hybrid L3 D64" in said and "attention in block 2, 2 heads on 1 of keys and values, window 9" in said
+    assert "hybrid L3 D64" in said and "attention in block 2, 2 heads (1 of keys and values), window 9" in said
     return folder
 
 

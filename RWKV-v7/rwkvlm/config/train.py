@@ -197,8 +197,8 @@ class TrainConfig:
             self._at_least(name, 0)
         for name in ("warmup_steps", "random_seed"):
             self._at_least(name, -1)
-        if self.dist_timeout <= 0:
-            raise UserError(f"--dist_timeout {self.dist_timeout} must be above 0 seconds")
+        if not 0 < self.dist_timeout <= 1e8:  # torch's timers overflow far beyond that
+            raise UserError(f"--dist_timeout {self.dist_timeout:g} must be above 0 and at most 1e8 seconds")
         if self.train_stage not in (0, 1, 2, 3):
             raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
         if self.grad_cp not in (-1, 0, 1):

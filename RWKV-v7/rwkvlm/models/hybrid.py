@@ -74,7 +74,7 @@ def costs(config: HybridConfig) -> list[str]:
     grows = f"{2 * heads * N * len(config.attention):,} numbers more with each token"
     memory = f"window {config.attention_window}: {grows}, up to it" if config.attention_window else f"whole context: {grows}"
     blocks, own = "s" * (len(config.attention) > 1), "s" * (config.n_head > 1)
-    return [f"attention in block{blocks} {config.attention_layers}, {config.n_head} head{own} on {heads} of keys and values, {memory}"]
+    return [f"attention in block{blocks} {config.attention_layers}, {config.n_head} head{own} ({heads} of keys and values), {memory}"]
 
 
 def _key(s: Slot) -> torch.Tensor:

@@ -34,7 +34,7 @@ def show_plan(plan: Plan) -> None:
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
         "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epoch{'s' * (mini_epochs != 1)}, {rate}, warm-up {schedule.warmup_steps} steps",
         "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * bool(config.cuda_graphs)}, {recurrence(model)} in {KERNELS[plan.kernel]}",
-        "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go",
+        "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go{f', {plan.steps:,} of them now (--max_steps)' * (plan.steps < left)}",
         "output": f"{plan.proj_dir}",
     }
     for name, text in lines.items():
