@@ -1,4 +1,4 @@
-"""ROSA's layers: the official rules for hits and misses, every gradient against running the layer again with one bit flipped, and states."""
+"""ROSA's layers: the official rules for hits and misses, every gradient against running the layer again with one bit flipped."""
 
 import pytest
 import torch
