@@ -1,4 +1,4 @@
-"""ROSA layers: what followed the last occurrence of the longest suffix seen before, of symbols made from the inputs or of the tokens themselves.
+"""ROSA as a layer: what followed the last occurrence of the longest suffix seen before, of symbols made from the inputs.
 
 Names, starting values and what a miss gives are those of the official files (RWKV-LM, RWKV-v8).
 """
