@@ -3,8 +3,8 @@
     python bench/gpu_step.py L12-D768x16x512        layers, width x samples x tokens of a sample; bf16, vocabulary 65536, nothing recomputed
     python bench/gpu_step.py L24-D2048x4x4096 --grad_cp 1
     python bench/gpu_step.py L12-D768x16x512 --graphs               the blocks in CUDA graphs, as --cuda_graphs 1 of training has them
-    python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them; other modes of torch.compile:
-                                                    reduce-overhead is --compile 1 --cuda_graphs 1
+    python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them;
+                                                    reduce-overhead: as --compile 1 --cuda_graphs 1
     python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state: beside L, its price
     python bench/gpu_step.py X12-D768x16x512        X: x080, RWKV-7 with ROSA beside it; --rosa_grad none: without a gradient of its bits
 
@@ -26,6 +26,7 @@ from collections.abc import Iterable
 
 import torch
 import train_step
+from gpu import MODES
 from gpu_kernels import timed
 from torch.autograd import DeviceType
 
@@ -34,7 +35,7 @@ from rwkvlm.config import ModelConfig, TrainConfig, model_config
 from rwkvlm.models import phantom, rosa
 from rwkvlm.models.table import Row, init_from_table
 from rwkvlm.ops import backend
-from rwkvlm.train.compiled import GRAPHED, MODES, compile_blocks
+from rwkvlm.train.compiled import compile_blocks
 from rwkvlm.train.flops import flops_per_token, peak_flops
 from rwkvlm.train.graphs import graph_blocks
 from rwkvlm.train.module import TrainModule
@@ -44,6 +45,7 @@ from rwkvlm.train.selfcheck import DRAWS, with_gradients, worst
 from rwkvlm.train.strategy import make_strategy, param_dtype
 
 LIMIT = 2e-2  # relative: loss and the whole gradient in bf16, against float64, in every pass; of each parameter by itself as before a run, in one of the last
+GRAPHED = MODES[1]
 WARM_UP = 5  # steps. With CUDA graphs the first of them run without, then they are recorded
 
 
@@ -74,7 +76,7 @@ class Training(train_step.Training):
         self.model = model.to(param_dtype(config))
         self.module.attach(self.model)
         if options.compile:
-            compile_blocks(self.model, mode=options.compile)
+            compile_blocks(self.model, graphs=options.compile == GRAPHED)
         if options.graphs:
             graph_blocks(self.model, batch, ctx, bool(options.grad_cp))
         self.optimizer = make_optimizer(self.model, config, strategy)

@@ -33,8 +33,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkvlm.config import UserError, model_config
-from rwkvlm.layers.rosa import RosaEmbedding, RosaSelf
 from rwkvlm.models import build, init_weights, param_groups
+from rwkvlm.ops.rosa import rosa_self, rosa_tokens
 
 SEPARATOR = 10  # behind the digits
 HELD_OUT = 128  # sequences
@@ -108,6 +108,32 @@ def reverse(B: int, rng: torch.Generator, done: float | None = None, most: int =
         row[: 2 * n + 1] = torch.cat([number, torch.tensor([10]), number.flip(0)])
         ask[n : 2 * n + 1] = True
     return Batch(tokens[:, :-1], tokens[:, 1:], asked)
+
+
+class RosaSelf(nn.Module):
+    """The official self layer: the input's own symbols as queries, keys and values, [B, T, C] -> [B, T, C]: emb0 or emb1 for each bit of what
+    followed; a miss gives 0 (1 bit) or emb0 (4 bits)."""
+
+    def __init__(self, width: int, bits: int) -> None:
+        super().__init__()
+        self.settings = dict(bits=bits, miss="zero" if bits == 1 else "low")
+        self.emb0 = nn.Parameter(torch.full((1, 1, width), -1e-5))
+        self.emb1 = nn.Parameter(torch.full((1, 1, width), 1e-5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rosa_self(x, self.emb0.flatten(), self.emb1.flatten(), **self.settings)
+
+
+class RosaEmbedding(nn.Module):
+    """The embedding of the token that ROSA of the tokens themselves expects, [B, T] -> [B, T, C]; 0 on a miss."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(vocab_size, width)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        expected = rosa_tokens(idx)
+        return self.emb(expected.clamp(min=0)).masked_fill((expected < 0).unsqueeze(-1), 0.0)
 
 
 class Stack(nn.Module):

@@ -185,10 +185,10 @@ def test_compiles_into_one_graph(device, compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["x070", "x080"])
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_blocks_compiled_as_for_training(device, mode, kind):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_blocks_compiled_as_for_training(device, graphs, kind):
     """Two graphs for four blocks; with CUDA graphs the passes after the first ones are replays, each of which must see its own tokens."""
-    if device == "cpu" and mode != "default":
+    if device == "cpu" and graphs:
         pytest.skip("CUDA graphs need a GPU")
     torch._dynamo.reset()
     counters.clear()
@@ -196,7 +196,7 @@ def test_blocks_compiled_as_for_training(device, mode, kind):
     batches = [(idx + shift) % 97 for shift in range(5)]
     eager = [loss_and_gradients(model, idx) for idx in batches]
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # what compile_blocks sets ends here
-        compile_blocks(model, mode=mode)
+        compile_blocks(model, graphs=graphs)
         for idx, want in zip(batches, eager):
             torch.compiler.cudagraph_mark_step_begin()
             for (name, got), exact in zip(loss_and_gradients(model, idx).items(), want.values(), strict=True):

@@ -1,4 +1,4 @@
-"""ROSA's layers: the official rules for hits and misses, every gradient against running the layer again with one bit flipped, and states."""
+"""ROSA's layers: the official rules for hits and misses, every gradient against running the layer again with one bit flipped."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from oracles import x080 as oracle
 
 from rwkvlm.config import RosaConfig
 from rwkvlm.layers.norm_mix import NormMix
-from rwkvlm.layers.rosa import RosaEmbedding, RosaMix, RosaQKV, RosaSelf
-from rwkvlm.ops.rosa import rosa, rosa_self
+from rwkvlm.layers.rosa import RosaMix, RosaQKV
+from rwkvlm.ops.rosa import rosa
 
 B, T, C = 2, 12, 8
 
@@ -34,29 +34,14 @@ def test_qkv_gives_plus_or_minus_emb_and_what_the_official_layer_gives_on_a_miss
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-def test_self_gives_emb0_or_emb1_and_what_the_official_layer_gives_on_a_miss(bits):
-    layer = RosaSelf(C, bits)
-    assert torch.equal(layer.emb1, torch.full((1, 1, C), 1e-5)) and torch.equal(layer.emb0, -layer.emb1) and layer.settings["tau"] == 1e-3
-    layer.double()
-    with torch.no_grad():
-        layer.emb0.copy_(numbers(1, 1, C, seed=8))
-        layer.emb1.copy_(numbers(1, 1, C, seed=9))
-    x = numbers(B, T, C)
-    out = layer(x)
-    assert torch.equal(out, by_definition(x, x, x, layer.emb0, layer.emb1, bits, bits == 4))
-    assert torch.equal(out[:, 0], (layer.emb0[0] if bits == 4 else torch.zeros(1, C, dtype=torch.float64)).expand(B, C))
-
-
-@pytest.mark.parametrize("bits", [1, 4])
-@pytest.mark.parametrize("kind", ["qkv", "self"])
-def test_every_gradient_is_what_flipping_the_bit_does_to_the_whole_sequence(kind, bits):
-    layer = RosaQKV(C, bits, 0.3, "flip").double() if kind == "qkv" else RosaSelf(C, bits, tau=0.3).double()
+def test_every_gradient_is_what_flipping_the_bit_does_to_the_whole_sequence(bits):
+    layer = RosaQKV(C, bits, 0.3, "flip").double()
     with torch.no_grad():
         for n, p in enumerate(layer.parameters()):
             p.copy_(numbers(1, 1, C, seed=20 + n))
-    inputs = [numbers(B, T, C, seed=30 + n).requires_grad_() for n in range(3 if kind == "qkv" else 1)]
+    inputs = [numbers(B, T, C, seed=30 + n).requires_grad_() for n in range(3)]
     weight = numbers(B, T, C, seed=40)
-    run = lambda xs: layer(*xs)[0] if kind == "qkv" else layer(*xs)  # noqa: E731
+    run = lambda xs: layer(*xs)[0]  # noqa: E731
     (run(inputs) * weight).sum().backward()
     with torch.no_grad():
         for n, x in enumerate(inputs):
@@ -78,19 +63,16 @@ def test_every_gradient_is_what_flipping_the_bit_does_to_the_whole_sequence(kind
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-@pytest.mark.parametrize("kind", ["qkv", "self"])
-def test_how_bits_are_trained_is_as_asked(kind, bits):
-    inputs = [numbers(B, T, C, seed=n).requires_grad_() for n in range(3 if kind == "qkv" else 1)]
+def test_how_bits_are_trained_is_as_asked(bits):
+    inputs = [numbers(B, T, C, seed=n).requires_grad_() for n in range(3)]
     weight, found = numbers(B, T, C, seed=9), {}
     for grad in ("flip", "soft"):
-        layer = (RosaQKV(C, bits, 0.1, grad) if kind == "qkv" else RosaSelf(C, bits, 0.1, grad)).double()
+        layer = RosaQKV(C, bits, 0.1, grad).double()
         ends = [torch.full((C,), -0.5).double(), torch.full((C,), 0.5).double()]
         with torch.no_grad():
-            for p, end in zip(layer.parameters(), ends[-len(list(layer.parameters())) :]):
-                p.copy_(end)
-        out = layer(*inputs)[0] if kind == "qkv" else layer(*inputs)
-        operator, miss = (rosa, "low" if bits == 1 else "zero") if kind == "qkv" else (rosa_self, "zero" if bits == 1 else "low")
-        want = operator(*inputs, *ends, bits, miss, 0.1, grad)
+            layer.emb.copy_(ends[1])
+        out = layer(*inputs)[0]
+        want = rosa(*inputs, *ends, bits, "low" if bits == 1 else "zero", 0.1, grad)
         found[grad], expected = (torch.autograd.grad(y, inputs, weight) for y in (out, want))
         assert all(map(torch.equal, found[grad], expected))
     assert not any(map(torch.allclose, found["flip"], found["soft"]))
@@ -134,25 +116,3 @@ def test_the_stream_gets_a_tenth_of_what_trains_the_bits_and_queries_and_keys_a_
     whole = torch.autograd.grad(parts, wanted, [(q + k) / 2 + 0.02 * (q - k) / 2, (q + k) / 2 - 0.02 * (q - k) / 2, v])
     for p, share, want in zip([x, *wanted[1:], mix.o.weight], [0.1] * 3 + [1.0] * 5, [*whole, of_o]):
         assert want.abs().max() > 0 and torch.allclose(p.grad, share * want, rtol=1e-9, atol=1e-12)
-
-
-def test_embedding_of_the_expected_token():
-    layer = RosaEmbedding(5, 3).double()
-    idx = torch.tensor([[4, 1, 2, 4, 1, 3, 1], [0, 0, 0, 0, 0, 0, 0]])
-    with torch.no_grad():
-        out = layer(idx)
-    expected = [[-1, -1, -1, 1, 2, -1, 3], [-1, 0, 0, 0, 0, 0, 0]]  # 4 1 -> 2, the longer suffix; 1 -> 3, the latest
-    for b in range(2):
-        for t, token in enumerate(expected[b]):
-            assert torch.equal(out[b, t], layer.emb.weight[token] if token >= 0 else torch.zeros(3, dtype=torch.float64)), (b, t)
-
-
-@pytest.mark.parametrize("bits", [1, 4])
-def test_a_self_layer_reads_on_where_it_stopped(bits):
-    layer, x = RosaSelf(C, bits).double(), numbers(B, T, C)
-    with torch.no_grad():
-        seen, parts = None, []
-        for piece in x.split([1, 4, 7], 1):
-            part, seen = layer(piece, seen, return_state=True)
-            parts.append(part)
-        assert torch.equal(torch.cat(parts, 1), layer(x))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import x080 as oracle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import rosa_tasks  # noqa: E402
@@ -129,3 +130,27 @@ def test_a_record_of_a_task(tmp_path, capsys):
 def test_an_unknown_task_is_said(tmp_path):
     with pytest.raises(UserError, match="no task is called sort; choose of: counting, embedding only, "):
         rosa_tasks.main(["--out", str(tmp_path / "r.json"), "sort"])
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_the_self_layer_gives_emb0_or_emb1_and_what_the_official_layer_gives_on_a_miss(bits):
+    layer, x = rosa_tasks.RosaSelf(8, bits), torch.randn(2, 12, 8, generator=rng(), dtype=torch.float64)
+    assert torch.equal(layer.emb1, torch.full((1, 1, 8), 1e-5)) and torch.equal(layer.emb0, -layer.emb1)
+    layer.double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(generator=rng(1))
+    low, high = layer.emb0.flatten().tolist(), layer.emb1.flatten().tolist()
+    want = [oracle.layer(row, row, row, low, high, bits, bits == 4) for row in (x > 0).long().tolist()]
+    assert torch.equal(layer(x), torch.tensor(want, dtype=torch.float64))
+
+
+def test_embedding_of_the_expected_token():
+    layer = rosa_tasks.RosaEmbedding(5, 3).double()
+    idx = torch.tensor([[4, 1, 2, 4, 1, 3, 1], [0, 0, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        out = layer(idx)
+    expected = [[-1, -1, -1, 1, 2, -1, 3], [-1, 0, 0, 0, 0, 0, 0]]  # 4 1 -> 2, the longer suffix; 1 -> 3, the latest
+    for b in range(2):
+        for t, token in enumerate(expected[b]):
+            assert torch.equal(out[b, t], layer.emb.weight[token] if token >= 0 else torch.zeros(3, dtype=torch.float64)), (b, t)

@@ -39,8 +39,8 @@ def flag(default: Any, help: str, choices: tuple[str, ...] | None = None, of: st
     return field(default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle, "unset": unset})
 
 
-def no_effect(default: Any, why: str) -> Any:
-    return flag(default, f"no effect: {why}", idle=why)
+def no_effect(why: str) -> Any:
+    return flag(0, f"no effect: {why}", idle=why)
 
 
 of_phantom, of_hybrid, of_rosa = (partial(flag, of=name) for name in OWNERS)
@@ -166,12 +166,12 @@ class TrainConfig:
     dist_timeout: float = flag(1800.0, "seconds after which a collective operation with a silent rank gives up")
 
     # accepted for older scripts, without effect
-    epoch_steps: int = no_effect(0, "follows from epoch_samples and the batch")
-    epoch_count: int = no_effect(0, "the end is set by my_exit_tokens")
+    epoch_steps: int = no_effect("follows from epoch_samples and the batch")
+    epoch_count: int = no_effect("the end is set by my_exit_tokens")
     my_pile_stage: int = flag(0, "older name of train_stage")
-    my_pile_edecay: int = no_effect(0, "the decay of the learning rate follows my_exit_tokens")
-    pre_ffn: int = no_effect(0, "not part of RWKV-7")
-    head_qk: int = no_effect(0, "not part of RWKV-7")
+    my_pile_edecay: int = no_effect("the decay of the learning rate follows my_exit_tokens")
+    pre_ffn: int = no_effect("not part of RWKV-7")
+    head_qk: int = no_effect("not part of RWKV-7")
     head_size_a: int = flag(0, "older name of head_size")
     local_rank: int = flag(-1, "what the deepspeed launcher adds to every command; its variables say the same")
 

@@ -1,4 +1,4 @@
-"""ROSA layers: what followed the last occurrence of the longest suffix seen before, of symbols made from the inputs or of the tokens themselves.
+"""ROSA as a layer: what followed the last occurrence of the longest suffix seen before, of symbols made from the inputs.
 
 Names, starting values and what a miss gives are those of the official files (RWKV-LM, RWKV-v8).
 """
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config.rosa import RosaConfig
-from ..ops.rosa import RosaState, rosa, rosa_self, rosa_tokens
+from ..ops.rosa import RosaState, rosa
 from .norm_mix import NormMix
 from .packed import Packed, by_document
 
@@ -98,29 +98,3 @@ class RosaMix(nn.Module):
         q, k = _Together.apply(self.q(xq), self.k(xk))
         y, seen = self.rosa_qkv(q, k, self.v(xv), seen, return_state, packed)
         return x, self.o(y), RosaMixState(last, seen) if return_state else None
-
-
-class RosaSelf(nn.Module):
-    """The input's own symbols as queries, keys and values, [B, T, C] -> [B, T, C]: emb0 or emb1 for each bit of what followed; a miss gives 0
-    (1 bit) or emb0 (4 bits)."""
-
-    def __init__(self, width: int, bits: int = 1, tau: float = 1e-3, grad: str = "flip") -> None:
-        super().__init__()
-        self.settings = dict(bits=bits, miss="zero" if bits == 1 else "low", tau=tau, grad=grad)
-        self.emb0 = nn.Parameter(torch.full((1, 1, width), -1e-5))
-        self.emb1 = nn.Parameter(torch.full((1, 1, width), 1e-5))
-
-    def forward(self, x: torch.Tensor, seen: RosaState | None = None, return_state: bool = False) -> torch.Tensor | tuple[torch.Tensor, RosaState]:
-        return rosa_self(x, self.emb0.flatten(), self.emb1.flatten(), **self.settings, state=seen, return_state=return_state)
-
-
-class RosaEmbedding(nn.Module):
-    """The embedding of the token that ROSA of the tokens themselves expects, [B, T] -> [B, T, C]; 0 on a miss."""
-
-    def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(vocab_size, width)
-
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        expected = rosa_tokens(idx)
-        return self.emb(expected.clamp(min=0)).masked_fill((expected < 0).unsqueeze(-1), 0.0)

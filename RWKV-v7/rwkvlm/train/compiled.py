@@ -15,23 +15,21 @@ from ..config.errors import pip_install
 from ..models import LanguageModel, recurrence
 from .strategy import Launch
 
-GRAPHED = "reduce-overhead"  # compiled, and in CUDA graphs
-MODES = ("default", GRAPHED, "max-autotune-no-cudagraphs")  # of torch.compile
 GRAPHS = 64  # compilations at most: of the first block and of the others, in training and validation, and of blocks that --freeze makes different
 
 
-def compile_blocks(model: LanguageModel, lengths_vary: bool = False, mode: str = "default") -> None:
+def compile_blocks(model: LanguageModel, lengths_vary: bool = False, graphs: bool = False) -> None:
     """In place, names stay as they are; the compiler runs when a block is called first. lengths_vary: from batch to batch, as packed documents do.
+    graphs: compiled, and in CUDA graphs.
 
     Whole blocks only: what cannot be traced, and more than GRAPHS kinds of them, is an error and not a silent way back to Python. Shapes are
     either known or symbols from the first batch on, so that a resumed run has the same kernels as one that was not interrupted.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.optimize_ddp = False  # would cut the blocks at DDP's buckets; gradients are handed over block by block as it is
-    # deterministic: no kernel is chosen by timing it, where that would change the bits
-    how = {"mode": mode} if mode.startswith("max-autotune") else {"options": {"deterministic": True, "triton.cudagraphs": mode == GRAPHED}}
+    options = {"deterministic": True, "triton.cudagraphs": graphs}  # deterministic: no kernel is chosen by timing it, where that would change the bits
     for block in model.blocks:
-        block.compile(fullgraph=True, dynamic=lengths_vary, **how)
+        block.compile(fullgraph=True, dynamic=lengths_vary, options=options)
 
 
 def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> None:

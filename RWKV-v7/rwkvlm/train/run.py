@@ -23,7 +23,7 @@ from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
 from ..models import count_parameters
-from .compiled import GRAPHED, compile_blocks
+from .compiled import compile_blocks
 from .conductor import Conductor
 from .graphs import graph_blocks, try_graphs
 from .hold import Hold, refuse_if_held
@@ -208,7 +208,7 @@ class PlannedModule(TrainModule):
         seed = max(plan.config.random_seed, 0) * self.trainer.world_size + rank()
         torch.manual_seed(seed % 2**63)  # of dropout, other masks in each process; a state of as many processes has its own
         if plan.config.compile:
-            compile_blocks(self.model, bool(plan.config.doc_reset), GRAPHED if plan.config.cuda_graphs else "default")
+            compile_blocks(self.model, bool(plan.config.doc_reset), bool(plan.config.cuda_graphs))
 
     def on_train_start(self) -> None:
         """After the Conductor's, which loads the training state: the model lies where it stays."""

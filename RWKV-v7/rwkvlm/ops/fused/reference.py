@@ -34,7 +34,9 @@ def time_mix_inputs(
     w_low: Tensor, k: Tensor, a_low: Tensor, v: Tensor, v_first: Tensor | None, v_low: Tensor | None,
     w0: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, v0: Tensor | None, head_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    whole, C = tuple(k.shape), _heads("time_mix_inputs", k, head_size)
+    whole, C = tuple(k.shape), _sequences("time_mix_inputs", k)[2]
+    if head_size < 1 or C % head_size:
+        raise ValueError(f"time_mix_inputs: expected a head_size that divides the {C} channels, got {head_size}")
     _check("time_mix_inputs", k=k, w_low=(w_low, whole), a_low=(a_low, whole), v=(v, whole), v_first=(v_first, whole), v_low=(v_low, whole))
     _check("time_mix_inputs", k=k, w0=(w0, C), k_k=(k_k, C), k_a=(k_a, C), a0=(a0, C), v0=(v0, C))
     if len({x is None for x in (v_first, v_low, v0)}) > 1:
@@ -76,10 +78,3 @@ def _sequences(op: str, x: Tensor) -> torch.Size:
     if x.dim() != 3 or not x.numel():
         raise ValueError(f"{op}: expected [B, T, C], none of them 0, got {list(x.shape)}")
     return x.shape
-
-
-def _heads(op: str, k: Tensor, head_size: int) -> int:
-    C = _sequences(op, k)[2]
-    if head_size < 1 or C % head_size:
-        raise ValueError(f"{op}: expected a head_size that divides the {C} channels, got {head_size}")
-    return C

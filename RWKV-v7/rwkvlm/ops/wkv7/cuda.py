@@ -14,6 +14,7 @@ from rwkvlm import native
 
 from ..launch import address, given, launch
 from .arguments import NAMES, sequence_bounds
+from .passing_on import passing_on
 
 TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
 FEW_PAIRS, MANY_CHUNKS = 64, 64  # of (sequence, head), and in a sequence: where the chunked scans run in segments
@@ -104,7 +105,7 @@ def wkv7_cuda(
         cu_seqlens = cu_seqlens.to(r.device, torch.int32, non_blocking=True)
     inputs = (r, w, k, v, a, b, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    operator = _PassingOn.apply if pass_on else torch.ops.rwkvlm.wkv7_cuda_forward
+    operator = _passing_on if pass_on else torch.ops.rwkvlm.wkv7_cuda_forward
     y, state, _, *passed = operator(*inputs, cu_seqlens, save)
     return y, state, *passed
 
@@ -250,15 +251,4 @@ def _gradients(ctx, dy, d_final_state, _saved, *more):
 torch.library.register_autograd("rwkvlm::wkv7_cuda_forward", _gradients, setup_context=_save)
 
 
-class _PassingOn(torch.autograd.Function):
-    """The operator, and then r, k and v as they came, for what reads them afterwards: what these uses give arrives with dy, and the backward kernel adds
-    it to what it stores. Otherwise autograd would add up two tensors each."""
-
-    @staticmethod
-    def forward(ctx, r, w, k, v, *others):
-        inputs = (r, w, k, v, *others)
-        output = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs)
-        _save(ctx, inputs, output)
-        return *output, r, k, v
-
-    backward = staticmethod(_gradients)
+_passing_on = passing_on("wkv7_cuda_forward", _save, _gradients)

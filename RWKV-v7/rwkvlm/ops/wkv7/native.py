@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from rwkvlm import native
 
 from .arguments import sequence_bounds
+from .passing_on import passing_on
 
 CHECKPOINT = 64  # tokens from one saved state to the next; kCheckpoint of cpu.h
 
@@ -37,7 +38,7 @@ def wkv7_native(
         sequence_bounds(cu_seqlens, r.shape[1])  # under torch.compile the kernel itself refuses wrong values
     inputs = (r, w, k, v, a, b, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    operator = _PassingOn.apply if pass_on else torch.ops.rwkvlm.wkv7_forward
+    operator = _passing_on if pass_on else torch.ops.rwkvlm.wkv7_forward
     y, state, _, _, *passed = operator(*inputs, cu_seqlens, save)
     return y, state, *passed
 
@@ -92,14 +93,4 @@ def _backward(ctx, dy, d_final, _removed, _checkpoints, *more):
     return *grads, d_initial if ctx.has_initial_state else None, None, None
 
 
-class _PassingOn(torch.autograd.Function):
-    """As that of cuda.py."""
-
-    @staticmethod
-    def forward(ctx, r, w, k, v, *others):
-        inputs = (r, w, k, v, *others)
-        output = torch.ops.rwkvlm.wkv7_forward(*inputs)
-        _save(ctx, inputs, output)
-        return *output, r, k, v
-
-    backward = staticmethod(_backward)
+_passing_on = passing_on("wkv7_forward", _save, _backward)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from ..launch import address, launch
 from . import cuda
 from .arguments import check_arguments
+from .passing_on import passing_on
 
 MOST_HIDDEN = 32  # units of the head, a bit each
 
@@ -43,7 +44,7 @@ def wkv7_ttt(
     inputs = (r, w, k, v, a, b)
     check_arguments(inputs, initial_state, None)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state, rate, head))
-    operator = _PassingOn.apply if pass_on else torch.ops.rwkvlm.wkv7_ttt_cuda_forward
+    operator = _passing_on if pass_on else torch.ops.rwkvlm.wkv7_ttt_cuda_forward
     y, state, _, *passed = operator(*inputs, initial_state, rate, head, rows, segment, stored, save)
     return y, state, *passed
 
@@ -153,14 +154,4 @@ def _gradients(ctx, dy, d_final_state, _saved, *more):
 torch.library.register_autograd("rwkvlm::wkv7_ttt_cuda_forward", _gradients, setup_context=_save)
 
 
-class _PassingOn(torch.autograd.Function):
-    """As that of cuda.py."""
-
-    @staticmethod
-    def forward(ctx, r, w, k, v, *others):
-        inputs = (r, w, k, v, *others)
-        output = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*inputs)
-        _save(ctx, inputs, output)
-        return *output, r, k, v
-
-    backward = staticmethod(_gradients)
+_passing_on = passing_on("wkv7_ttt_cuda_forward", _save, _gradients)
