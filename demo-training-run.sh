@@ -68,5 +68,5 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
 
 if [ -n "$PROMPT" ] && [ "${NODE_RANK:-${SLURM_PROCID:-${RANK:-0}}}" = 0 ]; then # the first of all nodes alone
     "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 ||
-        echo "no sample; the training has ended well" # a prompt outside the vocabulary, say
+        echo "no sample; the training has ended well" >&2 # a prompt outside the vocabulary, say
 fi

@@ -146,19 +146,23 @@ knob() { # NAME VALUE_ON_CPU VALUE_ON_GPU: an exported variable, unless the envi
 }
 
 forward_signals() { # runs a command to its end; SIGTERM and SIGINT go on to it, so that it can save; returns its exit status
+    asked= child=
+    trap 'asked=TERM; pass_on' TERM HUP # before the command is there: without it this shell would end and leave the command alone
+    trap 'asked=INT; pass_on' INT
     "$@" &
     child=$!
-    trap 'kill -TERM $child' TERM HUP
-    trap 'kill -INT $child' INT
-    wait $child
-    status=$?
-    while kill -0 $child 2>/dev/null; do # a signal ends wait, not the command
+    pass_on
+    while :; do
+        asked=
         wait $child
         status=$?
+        [ -n "$asked" ] || break # a signal ends wait, not the command
     done
     trap - TERM HUP INT
     return $status
 }
+
+pass_on() { [ -z "$asked" ] || [ -z "$child" ] || kill -$asked $child 2>/dev/null; } # it may have ended meanwhile
 
 find_python
 PYTHONPATH=$ROOT/RWKV-v7${PYTHONPATH:+:$PYTHONPATH}

@@ -281,6 +281,8 @@ def test_a_reader_that_has_enough_is_no_error():
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory; free some"),
         (RuntimeError("can't start new thread"), "error: no further thread or process may be started (can't start new thread); raise the limit (ulimit -u, or the container's"),
         (BlockingIOError(11, "Resource temporarily unavailable"), "error: no further thread or process may be started ([Errno 11] Resource temporarily unavailable); raise"),
+        (OSError(28, "No space left on device"), "error: cannot write standard output, or a file: No space left on device; free some space, or choose another place, then start again\n"),
+        (OSError(122, "Disk quota exceeded", "x.json"), "error: cannot write x.json: Disk quota exceeded; free some space, or choose another place, then start again\n"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
@@ -291,6 +293,16 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
     assert main(["generate"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [1, 10**5])
+def test_a_full_disk_under_the_output_is_one_line(size):
+    """`python -m rwkvlm ... > log`, also where nothing is written before the end."""
+    code = f"import sys; from rwkvlm import cli; cli._command = lambda name: lambda argv: print('x' * {size}); sys.exit(cli.main(['generate']))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
+    assert done.returncode == 1 and done.stderr.startswith("error: cannot write standard output, or a file: No space left on device; ") and done.stderr.count("\n") == 1
 
 
 def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):

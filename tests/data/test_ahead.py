@@ -32,7 +32,7 @@ def threads():
 
 
 def all_ended():
-    for _ in range(200):
+    for _ in range(6000):
         if not threads():
             return True
         time.sleep(0.01)
@@ -70,7 +70,7 @@ def test_a_file_that_is_overwritten_while_it_is_read_ends_in_an_error(samples, s
     before = path.stat().st_size
     batches = iter(Ahead(samples, RankBatches(0, 1, 4, 100)))
     next(batches)
-    for _ in range(1000):  # between two batches
+    for _ in range(6000):  # between two batches
         if len(done) == 1 + module.BATCHES:
             break
         time.sleep(0.01)
@@ -104,7 +104,7 @@ def test_it_reads_ahead_and_not_too_far(samples, monkeypatch):
     loader = iter(Ahead(samples, RankBatches(0, 1, 4, 1000)))
     for k in range(3):
         next(loader)
-    for _ in range(200):
+    for _ in range(6000):
         if len(read) == 3 + module.BATCHES:
             break
         time.sleep(0.01)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rwkvlm import native
@@ -98,7 +98,7 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allo
 
 
 @needs_native
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.dictionaries(st.text(), VALUES, max_size=4), st.text(), st.booleans(), st.sampled_from([None, 1]))))
 def test_everything_that_python_writes_is_read(records):
     lines = [json.dumps(extra | {"text": text}, ensure_ascii=ascii_only, indent=None, separators=(",", ":") if pad else None) for extra, text, ascii_only, pad in records]

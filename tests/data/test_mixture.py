@@ -7,7 +7,7 @@ from math import floor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rwkvlm.config import UserError
@@ -44,7 +44,7 @@ def slowly(shares: list[Fraction], n: int) -> list[tuple[int, int]]:
     return turns
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(1, 2000))
 def test_turns_against_the_definition(weights, n):
     shares = [Fraction(w, sum(weights)) for w in weights]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rwkvlm.cli import main as cli
@@ -85,7 +85,7 @@ def test_every_cut_of_the_longest_tokens(plain):
     assert plain.settled([], 0) == (0, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text() | st.text(alphabet="= -\n"), st.integers(1, 40), st.integers(1, 20))
 def test_the_reader_cuts_between_characters_only(tmp_path_factory, text, repeat, block):
     path = tmp_path_factory.getbasetemp() / "parts.txt"

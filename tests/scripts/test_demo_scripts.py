@@ -183,7 +183,7 @@ def test_a_finished_training_is_0_whatever_becomes_of_the_sample(demo, shell):
     (command,) = demo.root.rglob("generate.py")
     command.write_text(command.read_text().replace("return 0", "return 2"))
     done = demo.run("demo-training-run.sh", shell)
-    assert done.returncode == 0 and done.stdout.endswith("no sample; the training has ended well\n") and demo.calls()[-1][0] == "generate"
+    assert done.returncode == 0 and done.stderr.endswith("no sample; the training has ended well\n") and demo.calls()[-1][0] == "generate"
 
 
 def test_failing_preparation_stops(demo):

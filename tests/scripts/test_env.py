@@ -1,6 +1,7 @@
 """RWKV-v7/env.sh: which interpreter it takes, what it installs, and what it says when it cannot."""
 
 import fcntl
+import shutil
 import subprocess
 import sys
 import time
@@ -226,6 +227,21 @@ def test_signals_reach_the_command_and_its_status_comes_back(world, shell, signa
     subprocess.run(["sh", "-c", f"kill -{signal} {process.pid}"], check=True)
     rest = process.communicate(timeout=20)[0]
     assert rest == f"saved\nstatus {status}\n" and process.returncode == status
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+@pytest.mark.parametrize("moment", ["child=*) kill -TERM $$ ;;", "wait* | 'kill -0'*) [ ! -e ready ] || sleep 1 ;;"])
+def test_signals_at_any_moment(world, moment):
+    """Before the shell knows the command that it has started, which went on alone then; and one that has ended before the shell waits again, whose status was lost."""
+    world.install_requirements()
+    (world.root / "child.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "pathlib.Path('ready').touch(); os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)\n"
+    )
+    script = f". RWKV-v7/env.sh\nset -T\ntrap 'case $BASH_COMMAND in {moment.replace(chr(39), chr(34))} esac' DEBUG\nforward_signals $PYTHON child.py\n"
+    done = subprocess.run(["bash", "-c", script], cwd=world.root, env={"PATH": str(world.bin)}, timeout=60)
+    assert done.returncode in ((7, 143) if "child" in moment else (7,))
 
 
 def test_exit_status_passes_through_without_signals(world):

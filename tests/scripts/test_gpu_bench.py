@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,29 @@ def bench(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def over_when_it_says(tmp_path, monkeypatch):
+    """over_when_it_says("ready"): the time of an item is over as soon as it has printed this, however slow the machine is. Once."""
+    now, wait, over = [0.0], subprocess.Popen.wait, []
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def use(word: str) -> None:
+        def waiting(process, timeout=None):
+            end = time.monotonic() + 60
+            while not over and process.poll() is None:
+                if any(word in log.read_text() for log in tmp_path.glob("logs/*")):
+                    over.append(word)
+                    now[0] += timeout
+                    raise subprocess.TimeoutExpired(process.args, timeout)
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            return wait(process, timeout)
+
+        monkeypatch.setattr(subprocess.Popen, "wait", waiting)
+
+    return use
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so():
     done = subprocess.run([ROOT / "bench" / "gpu.sh", "kernels"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
@@ -67,14 +91,13 @@ def test_what_is_done_is_kept_and_what_failed_is_done_again(bench, tmp_path, cap
     assert bench(items, "--again")[0] == 0 and (tmp_path / "runs").read_text() == "xxxxx"
 
 
-def test_the_minutes_end_an_item_politely_and_the_next_call_goes_on(bench, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST", 0.5)
-    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143))); time.sleep(60)"
+def test_the_minutes_end_an_item_politely_and_the_next_call_goes_on(bench, tmp_path, capsys, over_when_it_says):
+    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143))); print('ready', flush=True); time.sleep(60)"
+    over_when_it_says("ready")
     items = {"tests": [python("pass", "quick")], "train": [python(slow, "slow")], "step": [python("pass", "never")]}
-    begin = time.monotonic()
-    code, results = bench(items, "--minutes", "0.05")
-    assert code == 3 and time.monotonic() - begin < 30
-    assert "train: 0 of 1 items; 0.05 minutes are over: the same command goes on" in capsys.readouterr().out
+    code, results = bench(items, "--minutes", "0.5")
+    assert code == 3
+    assert "train: 0 of 1 items; 0.5 minutes are over: the same command goes on" in capsys.readouterr().out
     stopped = results["steps"]["train"]["slow"]
     assert not stopped["ok"] and stopped["exit_code"] == 143 and "saved" in (tmp_path / "logs" / "train-slow.log").read_text()
     assert "step" not in results["steps"]
@@ -89,22 +112,36 @@ def test_only_what_is_asked_for(bench):
     assert code == 0 and results["steps"]["tests"].keys() == {"tests/cuda/a", "tests/ops/c"}
 
 
-def test_an_item_that_ignores_the_end_is_killed(bench, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST", 0.1)
+def test_an_item_that_ignores_the_end_is_killed(bench, monkeypatch, over_when_it_says):
     monkeypatch.setattr(gpu, "GRACE", 0.2)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    code, results = bench({"train": [python(deaf)]}, "--minutes", "0.02")
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    over_when_it_says("ready")
+    code, results = bench({"train": [python(deaf)]}, "--minutes", "0.5")
     assert code == 3 and results["steps"]["train"]["item"]["exit_code"] == -9
+
+
+RUNNER = """
+import gpu, pathlib, subprocess
+wait = subprocess.Popen.wait
+def waits(process, timeout=None):
+    pathlib.Path({waits!r}).touch()  # before, Python may still be starting the item
+    return wait(process, timeout)
+def items(*_):
+    subprocess.Popen.wait = waits
+    return [gpu.Item("item", {item!r})]
+gpu.items_of = items
+raise SystemExit(gpu.main(["step", "--out", {out!r}, "--device", "cpu"]))
+"""
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_is_running_ends_with_it(tmp_path, number, code):
     item = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
-    runner = f"import gpu; gpu.items_of = lambda *_: [gpu.Item('item', {[sys.executable, '-c', item]!r})]; raise SystemExit(gpu.main(['step', '--out', {str(tmp_path)!r}, '--device', 'cpu']))"
+    runner = RUNNER.format(item=[sys.executable, "-c", item], waits=str(tmp_path / "waits"), out=str(tmp_path))
     log = tmp_path / "logs" / "step-item.log"
     with subprocess.Popen([sys.executable, "-c", runner], env=os.environ | {"PYTHONPATH": f"{ROOT / 'bench'}:{ROOT / 'RWKV-v7'}"}) as process:
         deadline = time.monotonic() + 60
-        while not (log.exists() and log.read_text()):
+        while not ((tmp_path / "waits").exists() and log.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(number)
@@ -113,7 +150,8 @@ def test_what_is_running_ends_with_it(tmp_path, number, code):
         os.kill(int(log.read_text()), 0)
 
 
-def test_an_item_that_hangs_has_failed_and_takes_no_time_of_the_others(bench):
+def test_an_item_that_hangs_has_failed_and_takes_no_time_of_the_others(bench, over_when_it_says):
+    over_when_it_says("began")
     hanging = python("import time; print('began', flush=True); time.sleep(60)", "hanging", most=3.0)
     code, results = bench({"tests": [hanging, python("pass", "next")]})
     found = results["steps"]["tests"]

@@ -1,8 +1,10 @@
 """Logs by themselves: what a person and what wandb see."""
 
 import io
+import os
 import re
 import resource
+import subprocess
 import sys
 import time
 from datetime import datetime
@@ -73,6 +75,15 @@ def test_training_outlives_its_terminal(tmp_path, monkeypatch):
     bar.step(record(1))
     bar.mini_epoch(0, 3.0, 1e-3)
     bar.close()
+
+
+def test_output_that_nobody_takes_does_not_change_the_exit_code():
+    """What a full disk, or a reader that is gone, has left in Python's buffer."""
+    code = "import sys; from rwkvlm.train.logs.progress import Progress; bar = Progress.__new__(Progress); bar.terminal, bar.watched = False, True; bar._note('x'); bar._note('y'); sys.exit(143)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
+    assert (done.returncode, done.stderr) == (143, "")
 
 
 @pytest.mark.parametrize("steps, left", [(20, "0:18"), (12, "0:02")])

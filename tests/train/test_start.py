@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -270,8 +269,8 @@ def test_alone_the_agreement_is_immediate():
     assert Agreement(10).exchange(15, 0) == [15, 0]
 
 
-def _agree(rank: int, port: int, results) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _agree(rank: int, meeting: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     agreement = Agreement(60)
     wishes = [(0, 0), (15 * rank, 1 - rank), (0, 0)]
     results.put((rank, [tuple(agreement.exchange(*w)) for w in wishes]))
@@ -279,13 +278,10 @@ def _agree(rank: int, port: int, results) -> None:
     ranks.leave()
 
 
-def test_two_processes_agree_one_step_later():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_two_processes_agree_one_step_later(tmp_path):
     context = mp.get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=_agree, args=(rank, port, results)) for rank in range(2)]
+    processes = [context.Process(target=_agree, args=(rank, str(tmp_path / "meeting"), results)) for rank in range(2)]
     for process in processes:
         process.start()
     seen = dict(results.get(timeout=60) for _ in processes)

@@ -47,18 +47,21 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(line_buffering=True, write_through=False)  # lines whole, with PYTHONUNBUFFERED too: the processes of a run say things at the same moment
     try:
-        return _command(argv[0])(argv[1:])
+        code = _command(argv[0])(argv[1:])
+        sys.stdout.flush()  # at exit a disk that is full would be a traceback
+        return code
     except UserError as error:
         return _refused(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` for example, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        _drop_what_cannot_be_written()
         return BROKEN_PIPE
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None and error.errno in UNSEEN:
             return _refused(f"{error.filename}: {error.strerror}; check the name and its permissions")
         if lacking := _lacking(error):
+            _drop_what_cannot_be_written()
             return _refused(lacking, MACHINE_ERROR)
         raise
 
@@ -68,10 +71,20 @@ def _lacking(error: Exception) -> str:
     told = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in told:
         return f"out of memory{': ' * bool(told)}{told}; free some, or give the command less at a time (its --help says how)"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write {error.filename or 'standard output, or a file'}: {error.strerror}; free some space, or choose another place, then start again"
     no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")  # that of a write has it: the reader is slow
     if "can't start new thread" in told or no_process:
         return f"no further thread or process may be started ({told}); raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
     return ""
+
+
+def _drop_what_cannot_be_written() -> None:
+    """What standard output still holds, where nobody takes it: Python would try again at exit, complain, and end with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_what_is_closed() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from ..plan import Plan
@@ -62,8 +64,10 @@ class Progress(Log):
         if self.watched:
             try:
                 print(text, end="", flush=True)
-            except OSError:  # the terminal or the reader of the pipe is gone: training goes on
+            except OSError:  # the terminal or the reader of the pipe is gone, or the disk full: training goes on
                 self.watched = False
+                with suppress(OSError):  # at exit Python would try the rest again, and the exit code of a finished training be 120
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def mini_epoch(self, number: int, loss: float, lr: float) -> None:
         self._note(f"mini-epoch {number}: mean loss {loss:.4f}")
