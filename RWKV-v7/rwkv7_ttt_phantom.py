@@ -13,7 +13,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,8 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     flags: those of train.py (lr_init=..., strategy="deepspeed_stage_2", ...). Called again, it goes on where it stopped. Raises UserError
     for what does not fit, and RuntimeError when training has not come to its end: by a signal, by max_steps, or because memory ran out.
     """
-    from rwkvlm.train.run import run  # Lightning takes seconds to import
+    from rwkvlm.train.plan import make_plan  # Lightning takes seconds to import
+    from rwkvlm.train.run import run
 
     config = config or RWKV7PhantomConfig()
     given = {f.name for f in fields(TrainConfig)}
@@ -190,14 +191,18 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim, "memory_rows": sizes.memory_rows, "ttt_head": sizes.has_ttt_head}
     settings |= {} if config.use_cuda_kernel else {"kernel": "torch"}
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
+    asked = TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags)
+    final = Path(output_dir) / "rwkv-final.pth"
     with backend.restored():
-        code = run(TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags))
+        code = run(asked)
+        ended = code == 0 and final.exists()
+        if ended and (asked.max_steps or asked.dry_run):  # of a finished run that is trained longer, the file of before is there until the new end
+            ended = make_plan(replace(asked, train_stage=3, load_model="", epoch_begin=0)).finished
     if code == 1:
         raise RuntimeError("training ended because memory ran out: less micro_bsz, or grad_cp=1; the same call goes on from the last state")
     if code:
         raise RuntimeError(f"training was stopped by {signal.Signals(code - 128).name}; its state is saved in {output_dir}, the same call goes on from it")
-    final = Path(output_dir) / "rwkv-final.pth"
-    if not final.exists():  # the newest rwkv-{n}.pth may be the one that training began with
+    if not ended:  # the newest rwkv-{n}.pth may be the one that training began with
         raise RuntimeError(f"training ended before its last token, as max_steps (or dry_run, or train_stage 1) asks; the call without it goes on from what is saved in {output_dir}")
     return load_pretrained_rwkv7(_compressed(final, config) if config.use_svd_compression or config.use_sparsity else final, config)
 

@@ -130,7 +130,7 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(run, tmp_path, monkey
 
 
 def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, capsys):
-    """Online. A training from its beginning has a new run, and so has each process offline, whose runs `wandb sync` would put in each other's place."""
+    """Online. A training from its beginning or from weights has a new run, and so has each process offline, whose runs `wandb sync` would put in each other's place."""
     begun, modes, logged = [], [], []
 
     class Error(Exception):
@@ -146,10 +146,10 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, c
     fake = SimpleNamespace(init=init, setup=lambda: SimpleNamespace(settings=settings), Settings=dict, errors=SimpleNamespace(Error=Error))
     monkeypatch.setitem(sys.modules, "wandb", fake)
 
-    def begin(step: int, mode: str = "online") -> dict:
+    def begin(step: int, mode: str = "online", state: bool = True) -> dict:
         settings.mode = mode
         this = plan(tmp_path, wandb="Test")
-        this.start.position.step = step
+        this.start.position.step, this.start.state = step, object() if state and step else None
         WeightsAndBiases(this, datetime(2026, 11, 21)).validation({"val_loss": 3.0, "step": step})
         modes.append(begun[-1]["mode"])
         return begun[-1]
@@ -161,10 +161,13 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, c
         assert (found["id"], found["resume"], found["name"]) == ("run2", "allow", None), "under its own name"
     assert logged == [5, 0, 6, 6], "wandb takes no step that is behind it"
     assert begin(5, "offline")["id"] is None and begin(0)["id"] is None and begin(9)["id"] == "run6"
+    assert begin(3, state=False)["id"] is None, "it would leave out the steps that it has"
     (tmp_path / "wandb" / "run_id").write_text("")
     assert begin(9)["id"] is None and modes[-1] == "online", "the disk was full"
     (tmp_path / "wandb" / "run_id").write_text("gone")
-    assert begin(9)["id"] is None and modes[-1] == "offline" and "run gone was deleted; logging offline" in capsys.readouterr().err
+    assert begin(9)["id"] is None and modes[-1] == "offline"
+    said = capsys.readouterr().err
+    assert "run gone was deleted; logging offline" in said and f"(if run gone is gone for good, remove {tmp_path}/wandb/run_id:" in said
 
 
 @pytest.mark.parametrize("package, flags", [("wandb", dict(wandb="Test")), ("tensorboard", dict(tensorboard=1))])

@@ -155,7 +155,7 @@ def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys):
     assert main_with_bare_flag(run, tmp_path / "there" / "not" / "yet") == 0
     out = capsys.readouterr().out
     told = {line.split()[0]: line for line in out.splitlines()}
-    assert {"model", "data", "schedule", "epoch", "memory", "advice", "time"} <= set(told)
+    assert {"model", "data", "schedule", "epoch", "memory", "advice", "time"} <= set(told) and [*told][-2:] == ["probe", "time"]
     assert "1,280 tokens in a mini-epoch, 10 steps" in told["epoch"] and "fits" in told["memory"] and "iB (program" in told["memory"]
     assert "for 30 steps" in told["time"] and " kt/s in a probe" in told["time"]
     assert [*tmp_path.rglob("*")] == [tmp_path / "there"]

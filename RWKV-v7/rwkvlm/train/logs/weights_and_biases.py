@@ -14,7 +14,8 @@ RUN_ID = "run_id"  # in proj_dir/wandb
 
 
 class WeightsAndBiases(Log):
-    """A training that goes on from an earlier step goes on in the same run of wandb, which leaves out the steps that it has already.
+    """A training that goes on from a training state goes on in the same run of wandb, which leaves out the steps that it has already. From weights,
+    which may lie far behind that run's last step and train otherwise than it did, there is a new one.
 
     Offline each process has a run of its own: of several with one id, `wandb sync` would leave the last (https://github.com/wandb/wandb/issues/5865).
     """
@@ -30,7 +31,7 @@ class WeightsAndBiases(Log):
             say(f"wandb: nobody is logged in; logging offline into {plan.proj_dir}/wandb (to upload: wandb login, then wandb sync)")
 
         place = plan.proj_dir / "wandb" / RUN_ID
-        known = place.read_text() if mode == "online" and plan.start.position.step and place.exists() else ""  # also of a full disk
+        known = place.read_text() if mode == "online" and plan.start.state is not None and place.exists() else ""  # also of a full disk
 
         def begin(mode: str, known: str = ""):
             return wandb.init(
@@ -47,7 +48,7 @@ class WeightsAndBiases(Log):
         try:
             self.run = begin(mode, known)
         except wandb.errors.Error as error:
-            say(f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb")
+            say(f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb{f' (if run {known} is gone for good, remove {place}: the next start has a new one)' * bool(known)}")
             self.run = begin("offline")
         else:
             if mode == "online":
