@@ -24,6 +24,5 @@ DATA=pile
 : "${ACCELERATOR:=gpu}"
 : "${N_NODE:=1}"       # number of nodes
 : "${GPU_PER_NODE:=8}" # number of GPUs per node
-[ "$N_NODE $GPU_PER_NODE" = "1 1" ] || : "${STRATEGY:=deepspeed_stage_2}"
 #
 . "$(dirname "$(readlink -f "$0")")/demo-training-run.sh"

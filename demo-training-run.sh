@@ -17,7 +17,10 @@
 #
 [ "$DATA" != demo ] || : "${EPOCH_SAMPLES:=500}" # it has no 40320 samples
 [ "${N_NODE:-1}" = 1 ] || : "${PRECISION:=bf16}" # auto would be measured by each node for itself
-[ "${N_NODE:-1} ${GPU_PER_NODE:-1}" != "1 1" ] || : "${STRATEGY:=auto}" # one GPU has nothing to share out, and DeepSpeed more than doubles what a step costs the host: records/2026-11-28-host-time
+case "${N_NODE:-1} ${GPU_PER_NODE:-1} ${PRECISION:-}" in # one GPU has nothing to share out, and ZeRO-2 doubles what a step costs the host: records/2026-11-28-host-time
+"1 1 fp16") ;; # its loss is scaled by DeepSpeed
+"1 1 "*) : "${STRATEGY:=auto}" ;;
+esac
 #    name          CPU     GPU
 knob M_BSZ         8       16 # samples per step and device; 16 takes ~9G VRAM (GRAD_CP=1: ~5G, estimated) => reduce this to save VRAM, increase this for faster speed
 knob LR_INIT       2e-3    6e-4

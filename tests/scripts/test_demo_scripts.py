@@ -150,12 +150,22 @@ def test_official_minipile_recipe_on_a_gpu(demo):
     assert {name: flags(train).get(name) for name in official} == official
 
 
-@pytest.mark.parametrize("knobs", [dict(GPU_PER_NODE="2"), dict(N_NODE="2", NODE_RANK="0")])
-def test_several_gpus_share_out_the_optimizer(demo, knobs):
+@pytest.mark.parametrize(
+    "knobs, strategy",
+    [
+        (dict(GPU_PER_NODE="2"), "deepspeed_stage_2"),
+        (dict(N_NODE="2", NODE_RANK="0"), "deepspeed_stage_2"),
+        (dict(PRECISION="fp16"), "deepspeed_stage_2"),  # needs DeepSpeed
+        (dict(PRECISION="tf32"), "auto"),
+        (dict(STRATEGY="deepspeed_stage_2_offload"), "deepspeed_stage_2_offload"),
+    ],
+    ids=str,
+)
+def test_deepspeed_where_there_is_something_for_it_to_do(demo, shell, knobs, strategy):
     demo.add_gpu()
-    demo.run("demo-training-run.sh", **knobs)
+    demo.run("demo-training-run.sh", shell, **knobs)
     (train,) = [call for call in demo.calls() if flags(call).get("--train_stage") == "3"]
-    assert flags(train)["--strategy"] == "deepspeed_stage_2"
+    assert flags(train)["--strategy"] == strategy
 
 
 def test_data(demo):
@@ -273,7 +283,8 @@ def test_pile(demo):
     assert done.returncode == 2 and "has 664230651066 bytes, not 664230651068" in done.stderr
     pile_files(demo)
     assert demo.run("demo-training-prepare-v7-pile.sh").returncode == 0
-    assert demo.run("demo-training-run-v7-pile.sh", ACCELERATOR="cpu").returncode == 0
+    demo.add_gpu()
+    assert demo.run("demo-training-run-v7-pile.sh").returncode == 0
     init, train = demo.calls()
     official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh
         "--vocab_size": "50304", "--ctx_len": "4096", "--micro_bsz": "30", "--lr_init": "8e-4", "--lr_final": "3e-5", "--weight_decay": "0.1",
