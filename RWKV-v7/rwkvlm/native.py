@@ -2,7 +2,8 @@
 
 Every *.cpp of the folder is compiled once, except cpu.cpp, which is compiled once per instruction set of the machine's family
 (see cuda/common/isa.h). The compiler is called directly, since torch.utils.cpp_extension.load takes half a minute for what the
-stable ABI of torch makes a matter of seconds. Nothing is built at import. Threads are torch's own (torch::stable::parallel_for):
+stable ABI of torch makes a matter of seconds. Where that does not reach, derivatives and launches (autograd.cpp, gpu.cpp), a file takes
+twenty. Nothing is built at import. Threads are torch's own (torch::stable::parallel_for):
 no second OpenMP runtime enters the process, none is needed to build, and torch.set_num_threads is obeyed.
 
 A folder without op.cpp has nothing to do with torch: a plain C interface, for commands that should not wait for torch to load.
@@ -65,7 +66,7 @@ def load(name: str) -> None:
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """The C functions of cuda/<name>/, a folder without op.cpp; built on the first use ever, torch is not imported. NativeBuildError."""
+    """The C functions of the *.cpp of cuda/<name>/; built on the first use ever. Torch is not imported: a folder with op.cpp needs it to be. NativeBuildError."""
     return _opened(f"native kernel {name}", build(name))
 
 
@@ -272,12 +273,12 @@ def _workshop(what: str, takes: str, library: Path) -> Iterator[Path]:
 
 def _compile(name: str, compiler: str, library: Path) -> None:
     what, sources = f"native kernel {name}", _sources(name, "*.cpp")
-    with _workshop(what, "about 10 s", library) as work:
+    with _workshop(what, "10 to 20 s", library) as work:
         common, linked = [compiler, *FLAGS], []
         if _registers(name):
             root = Path(importlib.util.find_spec("torch").origin).parent
             common.append(f"-I{root / 'include'}")
-            linked = [f"-L{root / 'lib'}", "-ltorch_cpu"]
+            linked = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         jobs = []
         for source in sources:
             variants = INSTRUCTION_SETS if source.name == "cpu.cpp" else {"": []}

@@ -202,32 +202,16 @@ Tensor relu_square_backward(Tensor dy, Tensor y) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
-  m.def("token_mix(Tensor x, Tensor? last, Tensor[] mixes) -> Tensor[]");
-  m.def("token_mix_backward(Tensor[] douts, Tensor x, Tensor? last, Tensor[] mixes) -> (Tensor dx, Tensor dlast, Tensor sums)");
-  m.def(
-      "time_mix_inputs(Tensor w_low, Tensor k, Tensor a_low, Tensor v, Tensor? v_first, Tensor? v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0,"
-      " Tensor? v0, int head_size) -> Tensor[]");
-  m.def(
-      "time_mix_inputs_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Tensor? dv_out, Tensor w_low, Tensor k, Tensor a_low, Tensor v,"
-      " Tensor? v_first, Tensor? v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Tensor? v0, int head_size, Tensor? more_dv_first=None) -> Tensor[]");
-  m.def("time_mix_output(Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, Tensor bias, Tensor r_k, int head_size, float eps) -> Tensor");
-  m.def(
-      "time_mix_output_backward(Tensor dout, Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, Tensor bias, Tensor r_k, int head_size,"
-      " float eps) -> Tensor[]");
-  m.def("relu_square(Tensor x) -> Tensor");
-  m.def("relu_square_backward(Tensor dy, Tensor y) -> Tensor");
-  m.def("fused_limit_isa(int level) -> int");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) { m.def("fused_limit_isa(int level) -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkvlm, CPU, m) {
-  m.impl("token_mix", TORCH_BOX(&token_mix));
+  m.impl("token_mix_forward", TORCH_BOX(&token_mix));
   m.impl("token_mix_backward", TORCH_BOX(&token_mix_backward));
-  m.impl("time_mix_inputs", TORCH_BOX(&prepare));
+  m.impl("time_mix_inputs_forward", TORCH_BOX(&prepare));
   m.impl("time_mix_inputs_backward", TORCH_BOX(&prepare_backward));
-  m.impl("time_mix_output", TORCH_BOX(&finish));
+  m.impl("time_mix_output_forward", TORCH_BOX(&finish));
   m.impl("time_mix_output_backward", TORCH_BOX(&finish_backward));
-  m.impl("relu_square", TORCH_BOX(&relu_square));
+  m.impl("relu_square_forward", TORCH_BOX(&relu_square));
   m.impl("relu_square_backward", TORCH_BOX(&relu_square_backward));
 }
 

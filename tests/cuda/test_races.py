@@ -15,7 +15,7 @@ from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import AROUND, RACES, Kernels, compile_kernels, make_case
 from rwkvlm.ops.adamw import cuda as adamw
 from rwkvlm.ops.cross_entropy import cuda as loss
-from rwkvlm.ops.fused import cuda as fused
+from rwkvlm.ops.fused import cuda as fused, native
 from rwkvlm.ops.rosa import cuda as rosa
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,8 @@ def test_each_barrier_of_wkv7(wkv7: Path, name: str) -> None:
 @pytest.mark.parametrize("name", AROUND_WKV7)
 def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_limit: Callable[[ctypes.CDLL, int], None]) -> None:
     library = ctypes.CDLL(str(around))
-    block, optimizer, matches = fused.Kernels(fused.prototypes(library)), adamw.Kernels(adamw.prototypes(library)), rosa.Kernels(rosa.prototypes(library))
+    assert native.why_not((torch.float32,), 16) == ""  # defines the operators
+    ops, optimizer, matches = torch.ops.rwkvlm, adamw.Kernels(adamw.prototypes(library)), rosa.Kernels(rosa.prototypes(library))
     torch.manual_seed(0)
     symbols, ends, logits, gradients = torch.randn(1, 6, 1).sign(), torch.randn(2, 1), torch.randn(1, 600), [torch.randn(9000)]
 
@@ -129,28 +130,29 @@ def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_lim
 
     def norm_mix() -> None:
         x, branch, weight, bias, last, *mixes = inputs("norm_mix", 120 if "wide" in name else 30, 5)
-        stream, newest, moments, *out = block.norm_mix(x, branch, weight, bias, 1e-5, last, mixes, None)
-        block.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
+        stream, newest, moments, *out = ops.norm_mix_forward(x, branch, weight, bias, 1e-5, last, mixes, None)
+        ops.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
 
     def time_mix_inputs() -> None:
         tensors = inputs("time_mix_inputs", 17, 2)
-        block.time_mix_inputs_backward(*block.time_mix_inputs(*tensors, 64), *tensors, 64, None)
+        ops.time_mix_inputs_backward(*ops.time_mix_inputs_forward(*tensors, 64), *tensors, 64, None)
 
     def time_mix_output() -> None:
         tensors = inputs("time_mix_output", 17, 2)
-        block.time_mix_output_backward(block.time_mix_output(*tensors, 64, 1e-5), *tensors, 64, 1e-5)
+        ops.time_mix_output_backward(ops.time_mix_output_forward(*tensors, 64, 1e-5), *tensors, 64, 1e-5)
 
     work = {
         "norm_mix": norm_mix,
         "wide_norm_mix": norm_mix,
         "time_mix_inputs": time_mix_inputs,
         "time_mix_output": time_mix_output,
-        "loss": lambda: torch.ops.rwkvlm.loss_of_logits(logits.clone(), torch.tensor([0]), torch.empty(1), 1.0, 0.1, True),
+        "loss": lambda: ops.loss_of_logits(logits.clone(), torch.tensor([0]), torch.empty(1), 1.0, 0.1, True),
         "norms": lambda: optimizer.gradient_norms(gradients),
         "rosa": lambda: matches.rosa(symbols, symbols, symbols, *ends, 1, False, 0.1, False, None, None, None, True),
         "rosa_backward": lambda: matches.rosa_backward(symbols, symbols, None, None, *ends, 1, False, 0.1, True),
     }[name]
     shared_limit(library, 8192 if "wide" in name else 227 * 1024)
     with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        loss.register(registration, library, "CPU")
+        for module in (fused, loss):
+            module.register(registration, library, "CPU")
         assert without_each(library, work) == AROUND_WKV7[name]

@@ -191,16 +191,16 @@ def test_the_operators_are_well_formed(form, dtype, residual):
         return [None if t is None else t.detach() for t in Case(name, T=5, dtype=dtype, **sizes).inputs]
 
     x, last, *mixes = tensors("token_mix", state=residual)
-    torch.library.opcheck(ops.token_mix.default, (x, last, mixes), test_utils=tests)
+    torch.library.opcheck(ops.token_mix_forward.default, (x, last, mixes), test_utils=tests)
     torch.library.opcheck(ops.token_mix_backward.default, ([torch.randn_like(x) for _ in mixes], x, last, mixes), test_utils=tests)
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
-    torch.library.opcheck(ops.time_mix_inputs.default, (*inputs, 32), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_inputs_forward.default, (*inputs, 32), test_utils=tests)
     torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]), test_utils=tests)
     inputs = tensors("time_mix_output")
-    torch.library.opcheck(ops.time_mix_output.default, (*inputs, 32, 1e-5), test_utils=tests)
+    torch.library.opcheck(ops.time_mix_output_forward.default, (*inputs, 32, 1e-5), test_utils=tests)
     torch.library.opcheck(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5), test_utils=tests)
-    torch.library.opcheck(ops.relu_square.default, (x,), test_utils=tests)
+    torch.library.opcheck(ops.relu_square_forward.default, (x,), test_utils=tests)
     torch.library.opcheck(ops.relu_square_backward.default, (x, x.square()), test_utils=tests)
 
 
@@ -245,33 +245,33 @@ def test_what_reaches_an_operator_itself_is_looked_at(form):
     plain = [*inputs[:4], None, None, *inputs[6:10], None]  # without a value residual
     calls = {
         "token_mix": [
-            ("at most 8 mixes", lambda: ops.token_mix(whole, None, [row] * 9)),
-            ("expected x \\[B, T, C\\]", lambda: ops.token_mix(whole[0], None, [row])),
-            ("expected last \\[B, C\\]", lambda: ops.token_mix(whole, torch.ones(C, B), [row])),
-            ("or another dtype", lambda: ops.token_mix(whole, None, [wider])),
-            ("expected contiguous", lambda: ops.token_mix(apart, None, [row])),
+            ("at most 8 mixes", lambda: ops.token_mix_forward(whole, None, [row] * 9)),
+            ("expected x \\[B, T, C\\]", lambda: ops.token_mix_forward(whole[0], None, [row])),
+            ("expected last \\[B, C\\]", lambda: ops.token_mix_forward(whole, torch.ones(C, B), [row])),
+            ("or another dtype", lambda: ops.token_mix_forward(whole, None, [wider])),
+            ("expected contiguous", lambda: ops.token_mix_forward(apart, None, [row])),
             ("a gradient for each mix", lambda: ops.token_mix_backward([whole], whole, None, [row] * 2)),
             ("of one shape", lambda: ops.token_mix_backward([other], whole, None, [row])),
         ],
         "relu_square": [
-            ("bfloat16 or float32", lambda: ops.relu_square(wide)),
-            ("bfloat16 or float32", lambda: ops.relu_square(whole.half())),
-            ("multiple of 16", lambda: ops.relu_square(whole[..., :24].contiguous())),
-            ("none 0", lambda: ops.relu_square(whole[:0])),
+            ("bfloat16 or float32", lambda: ops.relu_square_forward(wide)),
+            ("bfloat16 or float32", lambda: ops.relu_square_forward(whole.half())),
+            ("multiple of 16", lambda: ops.relu_square_forward(whole[..., :24].contiguous())),
+            ("none 0", lambda: ops.relu_square_forward(whole[:0])),
             ("of one shape", lambda: ops.relu_square_backward(other, whole)),
             ("or another dtype", lambda: ops.relu_square_backward(wide, whole)),
         ],
         "time_mix_inputs": [
-            *(("multiple of 16 wide and divide C", lambda N=N: ops.time_mix_inputs(*inputs, N)) for N in (0, 8, 64)),
-            ("come together", lambda: ops.time_mix_inputs(*inputs[:5], None, *inputs[6:], 16)),
-            ("come together", lambda: ops.time_mix_inputs(*inputs[:10], None, 16)),
+            *(("multiple of 16 wide and divide C", lambda N=N: ops.time_mix_inputs_forward(*inputs, N)) for N in (0, 8, 64)),
+            ("come together", lambda: ops.time_mix_inputs_forward(*inputs[:5], None, *inputs[6:], 16)),
+            ("come together", lambda: ops.time_mix_inputs_forward(*inputs[:10], None, 16)),
             ("a gradient for each output", lambda: ops.time_mix_inputs_backward(*[whole] * 4, None, *inputs, 16)),
             ("a gradient for each output", lambda: ops.time_mix_inputs_backward(*[whole] * 5, *plain, 16)),
         ],
         "time_mix_output": [
-            *(("multiple of 16 wide and divide C", lambda N=N: ops.time_mix_output(*output, N, 1e-5)) for N in (0, 8, 64)),
+            *(("multiple of 16 wide and divide C", lambda N=N: ops.time_mix_output_forward(*output, N, 1e-5)) for N in (0, 8, 64)),
             ("of one shape", lambda: ops.time_mix_output_backward(other, *output, 16, 1e-5)),
-            ("16 elements instead of 32", lambda: ops.time_mix_output(*output[:7], row[:16], 16, 1e-5)),
+            ("16 elements instead of 32", lambda: ops.time_mix_output_forward(*output[:7], row[:16], 16, 1e-5)),
         ],
     }
     for name, several in calls.items():

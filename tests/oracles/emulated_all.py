@@ -13,7 +13,7 @@ from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import WRONG_BOUNDS, Kernels, make_case, with_bounds
 from rwkvlm.ops.adamw import cuda as adamw
 from rwkvlm.ops.cross_entropy import cuda as loss
-from rwkvlm.ops.fused import cuda
+from rwkvlm.ops.fused import cuda as fused, native
 from rwkvlm.ops.rosa import cuda as rosa
 from rwkvlm.ops.wkv4 import cuda as wkv4
 
@@ -40,37 +40,39 @@ def run_wkv7(path: Path) -> None:
 def run_around_wkv7(path: Path) -> None:
     """path: a library of all other kernels. Buffers have exactly the right size. RuntimeError where a launch fails."""
     library = ctypes.CDLL(str(path))
-    kernels = cuda.Kernels(cuda.prototypes(library))
+    assert native.why_not((torch.float32,), 16) == ""  # defines the operators
     optimizer = adamw.Kernels(adamw.prototypes(library))
     matches = rosa.Kernels(rosa.prototypes(library))
     recurrence = wkv4.Kernels(wkv4.prototypes(library))
     with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        loss.register(registration, library, "CPU")
+        for module in (fused, loss):
+            module.register(registration, library, "CPU")
         for reverse in (0, 1):
             library.emulation_reverse(reverse)
-            _around_wkv7(kernels, optimizer, matches, recurrence)
+            _around_wkv7(optimizer, matches, recurrence)
 
 
-def _around_wkv7(kernels: cuda.Kernels, optimizer: adamw.Kernels, matches: rosa.Kernels, recurrence: wkv4.Kernels) -> None:
+def _around_wkv7(optimizer: adamw.Kernels, matches: rosa.Kernels, recurrence: wkv4.Kernels) -> None:
+    ops = torch.ops.rwkvlm
     for dtype in (torch.float32, torch.bfloat16):
         for bounds in (None, torch.tensor([0, 1, 16, 17, 18, 40], dtype=torch.int32)):  # 132 channels: the last warp has one lane's
             x, weight, mix = torch.randn(1, 40, 132, dtype=dtype), torch.randn(132, dtype=dtype), torch.randn(132, dtype=dtype)
-            _, newest, moments, out = kernels.norm_mix(x, None, weight, weight, 1e-5, None, [mix], bounds)
-            kernels.norm_mix_backward(None, None, [out], x, moments, weight, weight, None, [mix])
+            _, newest, moments, out = ops.norm_mix_forward(x, None, weight, weight, 1e-5, None, [mix], bounds)
+            ops.norm_mix_backward(None, None, [out], x, moments, weight, weight, None, [mix])
         for sizes in (dict(B=1, T=17, H=5, N=64), dict(B=3, T=2, H=1, N=16, state=True, mixes=1), dict(B=1, T=33, H=2, N=128, residual=False)):
             inputs = lambda name: [t if t is None else t.detach() for t in Case(name, dtype=dtype, **sizes).inputs]
             x, last, *mixes = inputs("token_mix")
-            kernels.token_mix_backward(kernels.token_mix(x, last, mixes), x, last, mixes)
+            ops.token_mix_backward(ops.token_mix_forward(x, last, mixes), x, last, mixes)
             x, branch, weight, bias, last, *mixes = inputs("norm_mix")
-            stream, newest, moments, *out = kernels.norm_mix(x, branch, weight, bias, 1e-5, last, mixes, None)
-            kernels.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
+            stream, newest, moments, *out = ops.norm_mix_forward(x, branch, weight, bias, 1e-5, last, mixes, None)
+            ops.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
             tensors = inputs("time_mix_inputs")
-            grads = kernels.time_mix_inputs(*tensors, sizes["N"])
+            grads = ops.time_mix_inputs_forward(*tensors, sizes["N"])
             for more in (None, *grads[4:]):
-                kernels.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"], more)
+                ops.time_mix_inputs_backward(*grads, *[None] * (5 - len(grads)), *tensors, sizes["N"], more)
             tensors = inputs("time_mix_output")
-            kernels.time_mix_output_backward(kernels.time_mix_output(*tensors, sizes["N"], 1e-5), *tensors, sizes["N"], 1e-5)
-            kernels.relu_square_backward(x, kernels.relu_square(x))
+            ops.time_mix_output_backward(ops.time_mix_output_forward(*tensors, sizes["N"], 1e-5), *tensors, sizes["N"], 1e-5)
+            ops.relu_square_backward(x, ops.relu_square_forward(x))
         for sizes in (dict(B=1, T=1, C=16), dict(T=67, C=16), dict(B=1, T=33, C=144, state=False)):
             case = wkv4_cases.Case(dtype=dtype, **sizes)
             _, _, starts = recurrence.forward(*case.inputs, True)
@@ -84,7 +86,7 @@ def _around_wkv7(kernels: cuda.Kernels, optimizer: adamw.Kernels, matches: rosa.
             _, *state = matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, None, None, True)
             matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, *state, True)
         for V in (1, 7, 600, 5001):
-            torch.ops.rwkvlm.loss_of_logits(torch.randn(3, V).to(dtype), torch.tensor([0, V - 1, V]), torch.empty(3), 1.0, 0.1, True)
+            ops.loss_of_logits(torch.randn(3, V).to(dtype), torch.tensor([0, V - 1, V]), torch.empty(3), 1.0, 0.1, True)
         sizes = (0, 1, 3, 767, 2048, 2051, 8191, 8192, 100003, *[7] * 600)
         masters, grads, averages, squares = ([torch.rand(size) for size in sizes] for _ in range(4))
         grads, rounded = [g.to(dtype) for g in grads], [p.bfloat16() for p in masters]

@@ -35,6 +35,15 @@ def _registered(name: str, register: Register) -> torch.library.Library:
     return registration  # kept: it lives as long as the operators
 
 
+def register_in_cpp(name: str, registration: torch.library.Library, library: ctypes.CDLL, key: str) -> None:
+    """As a `Register`, of operators that cuda/<name>/gpu.cpp launches: gone with the registration, as all others are."""
+    cpp = native.library(name)
+    register, unregister = getattr(cpp, f"{name}_register"), getattr(cpp, f"{name}_unregister")
+    register.restype, register.argtypes, unregister.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p], [ctypes.c_void_p]
+    forms = register(library._handle, key.encode())
+    registration._registration_handles.append(torch._library.utils.RegistrationHandle(lambda: unregister(forms)))
+
+
 def given(op: str, first: str, like: Tensor) -> Place:
     """For the tensors that an operator was given: at(name, x, shape) is the address of x, once its shape, dtype and device have been looked at.
 

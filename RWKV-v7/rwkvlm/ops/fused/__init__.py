@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import cuda, native, norm, reference
+from . import cuda, native, reference
 
 __all__ = ["backend_for", "norm_mix", "relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
 
@@ -30,8 +30,8 @@ def norm_mix(
     is padding, for which the normalised token is zeros. Returns x + branch, the last normalised token [B, C], and a [B, T, C] for each mix.
     One kernel on a GPU for as many mixes as RWKV-7 has; else its parts.
     """
-    if len(mixes) in norm.COUNTS and _in_one(x, weight, bias, *mixes, *(t for t in (branch, last) if t is not None)):
-        return norm.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds)
+    if len(mixes) in native.NORM_MIXES and _in_one(x, weight, bias, *mixes, *(t for t in (branch, last) if t is not None)):
+        return native.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds)
     return reference.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds, token_mix)
 
 
