@@ -108,11 +108,11 @@ def copy_gb_s(options: argparse.Namespace) -> float:
 @contextlib.contextmanager
 def in_segments(chunks: int) -> Iterator[None]:
     """Meanwhile the chunked CUDA scans run in segments of so many chunks, whatever the rule says; 0: not in segments."""
-    rule, wkv7_kernels.segment_chunks = wkv7_kernels.segment_chunks, lambda *shape: chunks
+    wkv7_kernels.ask_for_segments(chunks)
     try:
         yield
     finally:
-        wkv7_kernels.segment_chunks = rule
+        wkv7_kernels.ask_for_segments(-1)
 
 
 def recurrence_inputs(B: int, T: int, H: int, N: int, dtype: torch.dtype, device: str, kind: str = "usual", seed: int = 0) -> list[Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from oracles.emulated_wkv7 import emulated_machine
 from oracles.tape import Tape
 from rwkvlm import native as build
 from rwkvlm.config import ModelConfig, model_config
@@ -44,7 +45,8 @@ def device(request, monkeypatch):
     assert fused_native.why_not((torch.float32,), 64) == rosa_native.why_not(torch.float32) == ""  # defines the operators
     for module in (recurrence, ttt):
         monkeypatch.setattr(module, "backend_for", lambda device, dtype: "cuda")
-    monkeypatch.setattr(recurrence_cuda, "machine", lambda device: recurrence_cuda.Machine(recurrent.library, (9, 0), 132))
+    machine = emulated_machine(recurrent.library)
+    monkeypatch.setattr(recurrence_cuda, "machine", lambda device: machine)
     monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
     with torch.library._scoped_library("rwkvlm", "IMPL") as registration:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from oracles.emulated_wkv7 import Case, Kernels, errors, make_case
+from oracles.emulated_wkv7 import Case, Kernels, Shape, emulated_machine, errors, make_case, prototypes
 from rwkvlm import native
 from rwkvlm.config import ModelConfig, UserError
 from rwkvlm.models import build, init_weights
@@ -32,7 +32,8 @@ def device(request, monkeypatch):
     else:
         kernels: Kernels = request.getfixturevalue("kernels")
         kernels.library.emulation_reverse(0)
-        monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(kernels.library, (9, 0), 132))
+        machine = emulated_machine(kernels.library)
+        monkeypatch.setattr(cuda, "machine", lambda device: machine)
         yield torch.device("cpu")
     torch.use_deterministic_algorithms(False)
 
@@ -70,13 +71,14 @@ def test_outputs_and_gradients_are_those_of_float64(device, options):
     assert max(worst.values()) < limit, worst
 
 
-def test_scans_in_segments(device, monkeypatch):
+def test_scans_in_segments(device):
     case = make_case(T=200, H=1)
     plain = run(case, device)
-    asked = []
-    monkeypatch.setattr(cuda, "segment_chunks", lambda *shape: asked.append(shape) or 1)
-    cut = run(case, device)
-    assert len(asked) == 2 and asked[0][:4] == (1, 200, 1, 64) and asked[0][4] > 0
+    cuda.ask_for_segments(1)
+    try:
+        cut = run(case, device)
+    finally:
+        cuda.ask_for_segments(-1)
     worst = errors(cut, case.expected())
     assert max(worst.values()) < LIMITS[BF16] and not torch.equal(cut["final_state"], plain["final_state"]), worst
 
@@ -90,18 +92,19 @@ def test_repeated_runs_give_the_same_bits(device):
 def test_inference_saves_nothing_and_gives_the_same(device):
     case = make_case(T=70, H=1)
     inputs = [x.to(device) for x in case.inputs]
-    y, _, saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, None, None, False)
-    again, _, kept = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, None, None, True)
+    machine = cuda.number_of(device)
+    y, _, saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, None, None, False, machine)
+    again, _, kept = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, None, None, True, machine)
     assert torch.equal(y, again) and saved.numel() == 0 and kept.numel() > 0
     with pytest.raises(RuntimeError, match="what a forward with save has left"):
-        torch.ops.rwkvlm.wkv7_cuda_backward(y, None, *inputs, None, None, saved, False)
+        torch.ops.rwkvlm.wkv7_cuda_backward(y, None, *inputs, None, None, saved, False, machine)
 
 
 def test_the_sizes_told_to_fake_tensors_are_the_librarys(device):
-    library = cuda.machine(device).library
+    library = prototypes(cuda.machine(device).library)
     for B, T, H, N, documents in ((2, 100, 3, 64, 0), (1, 1, 1, 16, 0), (1, 200, 2, 32, 7), (2, 100, 3, 128, 0)):
         bounds = torch.zeros(documents + 1, dtype=torch.int32)
-        shape = cuda.Shape(B, T, H, N, documents, bounds.data_ptr() if documents else None)
+        shape = Shape(B, T, H, N, documents, bounds.data_ptr() if documents else None)
         for form in ("chunked", "sequential"):
             assert getattr(library, f"wkv7_{form}_saved_bytes")(shape) == cuda.saved_bytes(form, B, T, H, N, documents)
 
@@ -109,16 +112,14 @@ def test_the_sizes_told_to_fake_tensors_are_the_librarys(device):
 @pytest.mark.parametrize("options", [dict(T=9), dict(T=9, dtype=FP32), dict(T=9, states=False), dict(T=12, documents=[4, 8])], ids=str)
 def test_opcheck(device, options):
     case = make_case(N=16, **options)
-    inputs = [x.to(device).requires_grad_() for x in case.inputs]
-    state = None if case.initial_state is None else case.initial_state.to(device).requires_grad_()
+    inputs, machine = [x.to(device) for x in case.inputs], cuda.number_of(device)
+    state = None if case.initial_state is None else case.initial_state.to(device)
     bounds = None if case.cu_seqlens is None else case.cu_seqlens.to(device)
-    torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_forward, (*inputs, state, bounds, True))
-    inputs = [x.detach() for x in inputs]
-    state = None if state is None else state.detach()
-    torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_forward, (*inputs, state, bounds, False))
-    _, final_state, saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, state, bounds, True)
+    for save in (True, False):
+        torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_forward, (*inputs, state, bounds, save, machine))
+    _, final_state, saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, state, bounds, True, machine)
     for slope in (None, torch.randn_like(final_state)):
-        given = (case.dy.to(device), slope, *inputs, state, bounds, saved, slope is not None)
+        given = (case.dy.to(device), slope, *inputs, state, bounds, saved, slope is not None, machine)
         torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_backward, given)
     torch.library.opcheck(torch.ops.rwkvlm.wkv7_cuda_backward, (*given, inputs[0], None, inputs[2]))
 
@@ -241,7 +242,14 @@ def test_tensors_that_lie_askew_are_put_right(device):
 def test_what_reaches_the_operator_itself_is_looked_at(device):
     case = make_case(T=12, N=16)
     inputs, state, dy = [x.to(device) for x in case.inputs], case.initial_state.to(device), case.dy.to(device)
-    forward, backward = torch.ops.rwkvlm.wkv7_cuda_forward, torch.ops.rwkvlm.wkv7_cuda_backward
+    machine = cuda.number_of(device)
+
+    def forward(*x):
+        return torch.ops.rwkvlm.wkv7_cuda_forward(*x, machine)
+
+    def backward(dy, d_final, *x, more=()):
+        return torch.ops.rwkvlm.wkv7_cuda_backward(dy, d_final, *x, machine, *more)
+
     _, final, saved = forward(*inputs, state, None, True)
     bounds, whole = torch.tensor([0, 4, 12], device=device), dict(enumerate(inputs))
 
@@ -261,7 +269,7 @@ def test_what_reaches_the_operator_itself_is_looked_at(device):
         ("dy must have the shape", lambda: backward(dy[:, 1:], None, *inputs, state, None, saved, False)),
         ("dy must be torch.bfloat16", lambda: backward(dy.float(), None, *inputs, state, None, saved, False)),
         ("d_final_state must have the shape", lambda: backward(dy, final[:, :1], *inputs, state, None, saved, False)),
-        ("a gradient must have the shape", lambda: backward(dy, final, *inputs, state, None, saved, False, dy[:, 1:], None, None)),
+        ("a gradient must have the shape", lambda: backward(dy, final, *inputs, state, None, saved, False, more=(dy[:, 1:], None, None))),
     ):
         with pytest.raises(ValueError, match=message):
             pytest.fail(f"instead of '{message}': {call()}")

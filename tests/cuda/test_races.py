@@ -13,7 +13,7 @@ from oracles.elementwise import Case
 from oracles.emulated_all import run_around_wkv7, run_wkv7
 from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import AROUND, RACES, Kernels, compile_kernels, make_case
-from rwkvlm.ops.adamw import cuda as adamw
+from rwkvlm.ops.adamw import cuda as adamw, native as adamw_native
 from rwkvlm.ops.cross_entropy import cuda as loss
 from rwkvlm.ops.fused import cuda as fused, native
 from rwkvlm.ops.rosa import cuda as rosa
@@ -120,8 +120,8 @@ def test_each_barrier_of_wkv7(wkv7: Path, name: str) -> None:
 @pytest.mark.parametrize("name", AROUND_WKV7)
 def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_limit: Callable[[ctypes.CDLL, int], None]) -> None:
     library = ctypes.CDLL(str(around))
-    assert native.why_not((torch.float32,), 16) == ""  # defines the operators
-    ops, optimizer, matches = torch.ops.rwkvlm, adamw.Kernels(adamw.prototypes(library)), rosa.Kernels(rosa.prototypes(library))
+    assert native.why_not((torch.float32,), 16) == adamw_native.why_not() == ""  # defines the operators
+    ops, matches = torch.ops.rwkvlm, rosa.Kernels(rosa.prototypes(library))
     torch.manual_seed(0)
     symbols, ends, logits, gradients = torch.randn(1, 6, 1).sign(), torch.randn(2, 1), torch.randn(1, 600), [torch.randn(9000)]
 
@@ -147,12 +147,12 @@ def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_lim
         "time_mix_inputs": time_mix_inputs,
         "time_mix_output": time_mix_output,
         "loss": lambda: ops.loss_of_logits(logits.clone(), torch.tensor([0]), torch.empty(1), 1.0, 0.1, True),
-        "norms": lambda: optimizer.gradient_norms(gradients),
+        "norms": lambda: ops.gradient_norms(gradients),
         "rosa": lambda: matches.rosa(symbols, symbols, symbols, *ends, 1, False, 0.1, False, None, None, None, True),
         "rosa_backward": lambda: matches.rosa_backward(symbols, symbols, None, None, *ends, 1, False, 0.1, True),
     }[name]
     shared_limit(library, 8192 if "wide" in name else 227 * 1024)
     with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        for module in (fused, loss):
+        for module in (adamw, fused, loss):
             module.register(registration, library, "CPU")
         assert without_each(library, work) == AROUND_WKV7[name]

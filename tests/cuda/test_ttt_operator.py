@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from oracles.emulated_ttt import TttCase, make_ttt_case
-from oracles.emulated_wkv7 import errors
+from oracles.emulated_wkv7 import StepsOfTtt, Shape, emulated_machine, errors, prototypes
 from rwkvlm.config import model_config
 from rwkvlm.layers import ttt as layer
 from rwkvlm.models import build, init_weights
@@ -30,13 +30,14 @@ def device(request, monkeypatch):
     else:
         kernels = request.getfixturevalue("kernels")
         kernels.library.emulation_reverse(0)
-        monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(kernels.library, (9, 0), 132))
+        machine = emulated_machine(kernels.library)
+        monkeypatch.setattr(cuda, "machine", lambda device: machine)
         yield torch.device("cpu")
     torch.use_deterministic_algorithms(False)
 
 
 def arguments(given: TttCase, device: torch.device, gradients: bool = True) -> list:
-    """Of the operator's forward, without `save`; on a GPU the first time."""
+    """Of the operator's forward, without `save` and the machine; on a GPU the first time."""
     ttt, case = given.ttt, given.case
     rate = (2 * torch.sigmoid(ttt.rate.detach()) / ttt.config.ttt_chunk).float()
     head = torch.stack([ttt.w1.detach(), ttt.w2.detach().mT]).float() if ttt.has_head else None
@@ -44,11 +45,16 @@ def arguments(given: TttCase, device: torch.device, gradients: bool = True) -> l
     return [*leaves, ttt.rows, ttt.config.ttt_chunk, ttt.config.ttt_target == "stored"]
 
 
+def detached(asked: list) -> list:
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in asked]
+
+
 @pytest.mark.parametrize("options", [dict(T=130), dict(T=140, N=32, rows=8, B=2, head=False, target="value"), dict(T=70, N=128, rows=32, segment=32, states=False)], ids=str)
 def test_outputs_and_gradients_are_those_of_float64(device, options):
     given = make_ttt_case(**options)
     asked = arguments(given, device)
-    y, final_state, saved = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, True)
+    saved = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*detached(asked), True, cuda.number_of(device))[2]
+    y, final_state = torch.ops.rwkvlm.wkv7_ttt_cuda(*asked, False, cuda.number_of(device))
     leaves, B, T, H = [x for x in asked[:9] if x is not None], *y.shape[:3]
     outputs, slopes = [y], [given.case.dy.to(device)]
     if given.case.d_final_state is not None:
@@ -65,38 +71,38 @@ def test_outputs_and_gradients_are_those_of_float64(device, options):
 def test_opcheck(device):
     for options in (dict(T=70), dict(T=130, states=False, head=False, target="value")):
         given = make_ttt_case(N=16, rows=8, H=1, **options)
-        asked = arguments(given, device)
-        torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_forward, (*asked, True))
-        asked = arguments(given, device, gradients=False)
-        torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_forward, (*asked, False))
-        _, final_state, saved = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, True)
+        asked, machine = arguments(given, device, gradients=False), cuda.number_of(device)
+        for save in (True, False):
+            torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_forward, (*asked, save, machine))
+        _, final_state, saved = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, True, machine)
         for slope in (None, torch.randn_like(final_state)):
-            wanted = (given.case.dy.to(device), slope, *asked[:6], *asked[7:9], saved, *asked[9:], slope is not None)
+            wanted = (given.case.dy.to(device), slope, *asked[:6], *asked[7:9], saved, *asked[9:], slope is not None, machine)
             torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_backward, wanted)
         torch.library.opcheck(torch.ops.rwkvlm.wkv7_ttt_cuda_backward, (*wanted, asked[0], None, asked[2]))
 
 
 def test_a_second_derivative_is_an_error(device):
     asked = arguments(make_ttt_case(T=70, N=16, rows=8, H=1), device)
-    y = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, True)[0]
+    y = torch.ops.rwkvlm.wkv7_ttt_cuda(*asked, False, cuda.number_of(device))[0]
     (slope,) = torch.autograd.grad(y.square().sum(), asked[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         slope.square().sum().backward()
 
 
 def test_the_sizes_told_to_fake_tensors_are_the_librarys(device):
-    library = cuda.machine(device).library
+    library = prototypes(cuda.machine(device).library)
     for B, T, H, N, rows, hidden, segment in ((2, 200, 3, 64, 16, 4, 64), (1, 64, 1, 16, 8, 2, 64), (2, 100, 1, 128, 128, 0, 32)):
-        sizes = cuda.Shape(B, T, H, N, 0, None, 0), cuda.StepsOfTtt(rows, hidden, segment, 1, None, None)
-        assert library.wkv7_ttt_saved_bytes(*sizes) == ttt_cuda.saved_bytes(B, T, H, N, rows, hidden, segment)
+        sizes = Shape(B, T, H, N, 0, None, 0), StepsOfTtt(rows, hidden, segment, 1, None, None)
+        assert library.wkv7_ttt_saved_bytes(*sizes) == cuda.ttt_saved_bytes(B, T, H, N, rows, hidden, segment)
 
 
 def test_a_backward_needs_what_the_forward_has_saved(device):
     given = make_ttt_case(T=70, N=16, rows=8, H=1)
     asked = arguments(given, device, gradients=False)
-    y, _, saved = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, False)
+    machine = cuda.number_of(device)
+    y, _, saved = torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, False, machine)
     with pytest.raises(RuntimeError, match="what a forward with save has left"):
-        torch.ops.rwkvlm.wkv7_ttt_cuda_backward(y, None, *asked[:6], *asked[7:9], saved, *asked[9:], False)
+        torch.ops.rwkvlm.wkv7_ttt_cuda_backward(y, None, *asked[:6], *asked[7:9], saved, *asked[9:], False, machine)
 
 
 def test_what_the_kernels_do_not_take_is_an_error(device):
@@ -117,7 +123,7 @@ def test_what_the_kernels_do_not_take_is_an_error(device):
         with pytest.raises(ValueError, match=message):
             ttt_cuda.wkv7_ttt(*asked[:place], other, *asked[place + 1 :])
     with pytest.raises(ValueError, match="expected bfloat16 and a GPU with"):
-        torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*(x.float() for x in asked[:6]), *asked[6:], False)
+        torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*(x.float() for x in asked[:6]), *asked[6:], False, cuda.number_of(device))
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -184,7 +184,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 )
 def test_what_computes_all_segments_at_once(monkeypatch, kernel, dtype, settings, form):
     monkeypatch.setattr(module, "backend_for", lambda device, dtype: kernel)
-    monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(None, (9, 0), 132))
+    monkeypatch.setattr(cuda, "machine", lambda device: cuda.Machine(None, (9, 0), 0))
     ttt, r = make(**{"ttt_chunk": 64, "ttt_lr": 0.01} | settings), torch.zeros(2, 70, H, N, dtype=dtype)
     found = ttt._at_once(r)
     assert (found and found.__name__) == form

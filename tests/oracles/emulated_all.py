@@ -11,7 +11,7 @@ from oracles import wkv4_cases
 from oracles.elementwise import Case
 from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import WRONG_BOUNDS, Kernels, make_case, with_bounds
-from rwkvlm.ops.adamw import cuda as adamw
+from rwkvlm.ops.adamw import cuda as adamw, native as adamw_native
 from rwkvlm.ops.cross_entropy import cuda as loss
 from rwkvlm.ops.fused import cuda as fused, native
 from rwkvlm.ops.rosa import cuda as rosa
@@ -40,19 +40,18 @@ def run_wkv7(path: Path) -> None:
 def run_around_wkv7(path: Path) -> None:
     """path: a library of all other kernels. Buffers have exactly the right size. RuntimeError where a launch fails."""
     library = ctypes.CDLL(str(path))
-    assert native.why_not((torch.float32,), 16) == ""  # defines the operators
-    optimizer = adamw.Kernels(adamw.prototypes(library))
+    assert native.why_not((torch.float32,), 16) == adamw_native.why_not() == ""  # defines the operators
     matches = rosa.Kernels(rosa.prototypes(library))
     recurrence = wkv4.Kernels(wkv4.prototypes(library))
     with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        for module in (fused, loss):
+        for module in (adamw, fused, loss):
             module.register(registration, library, "CPU")
         for reverse in (0, 1):
             library.emulation_reverse(reverse)
-            _around_wkv7(optimizer, matches, recurrence)
+            _around_wkv7(matches, recurrence)
 
 
-def _around_wkv7(optimizer: adamw.Kernels, matches: rosa.Kernels, recurrence: wkv4.Kernels) -> None:
+def _around_wkv7(matches: rosa.Kernels, recurrence: wkv4.Kernels) -> None:
     ops = torch.ops.rwkvlm
     for dtype in (torch.float32, torch.bfloat16):
         for bounds in (None, torch.tensor([0, 1, 16, 17, 18, 40], dtype=torch.int32)):  # 132 channels: the last warp has one lane's
@@ -91,10 +90,10 @@ def _around_wkv7(optimizer: adamw.Kernels, matches: rosa.Kernels, recurrence: wk
         masters, grads, averages, squares = ([torch.rand(size) for size in sizes] for _ in range(4))
         grads, rounded = [g.to(dtype) for g in grads], [p.bfloat16() for p in masters]
         for narrow in (rounded, []):
-            scale = optimizer.gradient_norms(grads)[1]
-            optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], scale, scale, 1e-3, 0.9, 0.99, 1e-18, 0.1)
-            optimizer.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
+            scale = ops.gradient_norms(grads)[1]
+            ops.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], scale, scale, 1e-3, 0.9, 0.99, 1e-18, 0.1)
+            ops.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
         for moved in range(5):  # each in turn begins at an odd address
             lists = [[torch.zeros(9000, dtype=kind)[j == moved :][:8999]] for j, kind in enumerate((torch.float32, torch.bfloat16, dtype, *[torch.float32] * 2))]
-            optimizer.gradient_norms(lists[2])
-            optimizer.adamw_(*lists, [torch.zeros(())], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
+            ops.gradient_norms(lists[2])
+            ops.adamw_(*lists, [torch.zeros(())], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracles.emulated_wkv7 import Buffers, Case, Kernels, make_case, pointer
+from oracles.emulated_wkv7 import Buffers, Case, Gradients, Kernels, Pointers, Shape, StepsOfTtt, make_case, pointer
 from rwkvlm.config import PhantomConfig
 from rwkvlm.layers.ttt import StateTTT
 from rwkvlm.ops.wkv7 import wkv7_reference
 from rwkvlm.ops.wkv7.arguments import NAMES
-from rwkvlm.ops.wkv7.cuda import Gradients, Pointers, Shape, StepsOfTtt
 
 
 @dataclass

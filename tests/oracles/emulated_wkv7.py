@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkvlm.ops.wkv7 import wkv7_reference
 from rwkvlm.ops.wkv7.arguments import NAMES
-from rwkvlm.ops.wkv7.cuda import Gradients, Pointers, Shape, prototypes
+from rwkvlm.ops.wkv7.cuda import Machine, machine_over
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
 SOURCES = sorted(x for folder in ("common", "wkv7") for x in (CUDA / folder).glob("*.cu"))
@@ -122,6 +122,57 @@ class Buffers:
 
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+class Shape(ctypes.Structure):
+    """Wkv7Shape of cuda/wkv7/api.cuh."""
+
+    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [("cu_seqlens", ctypes.c_void_p), ("segment_chunks", ctypes.c_int32)]
+
+
+class Pointers(ctypes.Structure):
+    """Wkv7Inputs: six tensors and a state."""
+
+    _fields_ = [(n, ctypes.c_void_p) for n in (*NAMES, "state")]
+
+
+class Gradients(Pointers):
+    """Wkv7Gradients: six tensors and a state to write, and those that r, k and v have from elsewhere."""
+
+    _fields_ = [(f"more_{n}", ctypes.c_void_p) for n in ("dr", "dk", "dv")]
+
+
+class StepsOfTtt(ctypes.Structure):
+    """Wkv7Steps."""
+
+    _fields_ = [(n, ctypes.c_int32) for n in ("rows", "hidden", "segment", "stored")] + [("rate", ctypes.c_void_p), ("head", ctypes.c_void_p)]
+
+
+def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, told the types of its functions: addresses would be cut to 32 bits otherwise."""
+    shape, inputs, out, steps = (ctypes.POINTER(kind) for kind in (Shape, Pointers, Gradients, StepsOfTtt))
+    place = ctypes.c_void_p
+    types = {
+        "sequential_forward": [shape, ctypes.c_int, inputs, place, place, place, place],
+        "sequential_backward": [shape, ctypes.c_int, inputs, place, place, place, out, place],
+        "chunked_forward": [shape, inputs, place, place, place, place, place],
+        "chunked_backward": [shape, inputs, place, place, place, out, place, place],
+        "ttt_forward": [shape, inputs, steps, place, place, place, place, place],
+        "ttt_backward": [shape, inputs, steps, place, place, place, out, place, place, place],
+    }
+    for name, arguments in types.items():
+        getattr(library, f"wkv7_{name}").argtypes = arguments
+    for name in ("sequential_saved", "chunked_saved", "chunked_forward_scratch", "chunked_backward_scratch"):
+        function = getattr(library, f"wkv7_{name}_bytes")
+        function.argtypes, function.restype = [shape], ctypes.c_int64
+    for function in (library.wkv7_ttt_saved_bytes, library.wkv7_ttt_backward_scratch_bytes):
+        function.argtypes, function.restype = [shape, steps], ctypes.c_int64
+    return library
+
+
+def emulated_machine(library: ctypes.CDLL) -> Machine:
+    """As an H100 or H200."""
+    return machine_over(library, (9, 0), 132)
 
 
 class Kernels:

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from rwkvlm import native
 
 from .arguments import sequence_bounds
-from .passing_on import passing_on
 
 CHECKPOINT = 64  # tokens from one saved state to the next; kCheckpoint of cpu.h
 
@@ -38,7 +37,7 @@ def wkv7_native(
         sequence_bounds(cu_seqlens, r.shape[1])  # under torch.compile the kernel itself refuses wrong values
     inputs = (r, w, k, v, a, b, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    operator = _passing_on if pass_on else torch.ops.rwkvlm.wkv7_forward
+    operator = _PassingOn.apply if pass_on else torch.ops.rwkvlm.wkv7_forward
     y, state, _, _, *passed = operator(*inputs, cu_seqlens, save)
     return y, state, *passed
 
@@ -93,4 +92,14 @@ def _backward(ctx, dy, d_final, _removed, _checkpoints, *more):
     return *grads, d_initial if ctx.has_initial_state else None, None, None
 
 
-_passing_on = passing_on("wkv7_forward", _save, _backward)
+class _PassingOn(torch.autograd.Function):
+    """The operator with r, k and v passed on, as they came: what their other uses give arrives with dy, and the backward kernel adds it to what it stores."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, *others):
+        inputs = (r, w, k, v, *others)
+        output = torch.ops.rwkvlm.wkv7_forward(*inputs)
+        _save(ctx, inputs, output)
+        return *output, r, k, v
+
+    backward = _backward
