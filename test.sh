@@ -15,11 +15,12 @@ if [ $# -gt 0 ]; then
     run -m "${among% and }" "$@"
     exit
 fi
-# Most tests keep one core busy. Those that measure time or memory come afterwards, with nothing beside them.
-run -n 2 --dist worksteal -m "${among}not alone"
+# Most tests keep one core busy; a file stays in one process, which makes once what its tests share. Those that measure time come afterwards, with nothing beside them.
+run -n 2 --dist loadfile --no-loadscope-reorder -m "${among}not alone"
 shared=$?
 [ $shared -le 1 ] || exit $shared
-run -m "${among}alone"
+# shellcheck disable=SC2046
+run -m "${among}alone" $(grep -rl --include='*.py' 'mark\.alone' tests) # to collect all files again would take a quarter of a minute
 alone=$?
 [ $alone -ne 5 ] || [ -z "$among" ] || alone=0 # there are none among the fast ones
 exit $((shared ? shared : alone))

@@ -24,7 +24,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_JOB_ID"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v7"))
 
-import deepspeed  # noqa: E402, F401  (imported here for all that will be forked)
+import deepspeed.ops  # noqa: E402  (imported here for all that will be forked)
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (with torch's compiler: two seconds at the first optimizer otherwise)
 import numpy as np  # noqa: E402
 from environment import write_record  # noqa: E402
@@ -32,6 +32,8 @@ from environment import write_record  # noqa: E402
 import rwkvlm.train.run  # noqa: E402, F401
 from rwkvlm.cli import main  # noqa: E402
 from rwkvlm.data.binidx import BinIdxWriter  # noqa: E402
+
+deepspeed.ops.__compatible_ops__  # asked for at the first optimizer, and made by running compilers
 
 SIZES = dict(n_layer=6, n_embd=256, vocab_size=65536, ctx_len=256, micro_bsz=2, strategy="ddp", precision="bf16", kernel="cpu")  # of a measured run
 

@@ -125,7 +125,7 @@ def test_both_ablations_in_miniature(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"def f{n}(x):\n    return x * {n} + {n * n}\n" * 60}) + "\n" for n in range(60)))
     knobs = {
-        "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide", "MEMORY_ROWS": "24", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide", "MEMORY_ROWS": "24", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
         "CORPUS_TOKENS": "8192", "CORPUS_BATCH": "2", "CORPUS_VOCAB": "300", "CORPUS_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 64",
         "RECALL_TOKENS": "4096", "RECALL_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 16", "PAIRS": "8", "KEYS": "16", "VALUES": "8", "SEQUENCES": "8",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Launched as users do: a dead process ends the run with its name, torchrun restarts it, and two nodes train as one."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -141,31 +142,43 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def one_node(tiny, tmp_path_factory):
+    """one_node(strategy): the folder of a run of two processes on one node, made once."""
+
+    @functools.cache
+    def make(strategy: str) -> Path:
+        folder = tmp_path_factory.mktemp("one")
+        process = start([sys.executable, TRAIN, *tiny.argv(folder / "out", devices=2, micro_bsz=2, strategy=strategy)], folder / "log")
+        assert process.wait(300) == 0, (folder / "log").read_text()
+        return folder / "out"
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, strategy", [("torchrun", "ddp"), ("python", "deepspeed_stage_2"), ("slurm", "ddp")])
-def test_two_nodes_train_as_one_with_two_processes(run, whole, losses, tmp_path, launcher, strategy):
+def test_two_nodes_train_as_one_with_two_processes(run, whole, one_node, losses, tmp_path, launcher, strategy):
     """Nodes on loopback: NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it; torchrun; srun's variables."""
-    port, curves = free_port(), []
+    port, out, started = free_port(), tmp_path / "out", []
     slurm = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="1", SLURM_LOCALID="0", SLURM_JOB_ID="4711", SLURM_JOB_NAME="job", SLURM_NODELIST="localhost")
-    for nodes in (1, 2):
-        out, started = tmp_path / str(nodes), []
-        argv = run.argv(out, micro_bsz=2, num_nodes=nodes, devices=2 // nodes, strategy=strategy)
-        for node in range(nodes):
-            where, command = {}, [sys.executable, TRAIN]
-            if nodes == 2 and launcher == "python":
-                where = dict(NODE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            elif nodes == 2 and launcher == "slurm":
-                where = slurm | dict(SLURM_PROCID=str(node), SLURM_NODEID=str(node), MASTER_PORT=port)
-            elif nodes == 2:
-                torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}", "--master_addr=127.0.0.1"]
-                command = [sys.executable, *torchrun, f"--master_port={port}", TRAIN]
-            started.append(start([*command, *argv], tmp_path / f"log{nodes}{node}", **where))
-        assert [process.wait(300) for process in started] == [0] * nodes, "".join(log.read_text() for log in tmp_path.glob(f"log{nodes}*"))
-        curves.append((losses(out), (out / "rwkv-final.pth").read_bytes()))
-    assert curves[0] == curves[1]
-    assert losses(tmp_path / "2") == pytest.approx(losses(whole), rel=1e-5)
-    said = "".join(log.read_text() for log in tmp_path.glob("log2*"))
-    assert said.count("2 nodes x 1 cpu") == 1 and load_weights(tmp_path / "2" / "rwkv-final.pth")
+    argv = run.argv(out, micro_bsz=2, num_nodes=2, devices=1, strategy=strategy)
+    for node in range(2):
+        where, command = {}, [sys.executable, TRAIN]
+        if launcher == "python":
+            where = dict(NODE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        elif launcher == "slurm":
+            where = slurm | dict(SLURM_PROCID=str(node), SLURM_NODEID=str(node), MASTER_PORT=port)
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}", "--master_addr=127.0.0.1"]
+            command = [sys.executable, *torchrun, f"--master_port={port}", TRAIN]
+        started.append(start([*command, *argv], tmp_path / f"log{node}", **where))
+    codes, said = [process.wait(300) for process in started], "".join((tmp_path / f"log{node}").read_text() for node in range(2))
+    assert codes == [0, 0], said
+    one = one_node(strategy)
+    assert losses(out) == losses(one) == pytest.approx(losses(whole), rel=1e-5)
+    assert (out / "rwkv-final.pth").read_bytes() == (one / "rwkv-final.pth").read_bytes() and load_weights(out / "rwkv-final.pth")
+    assert said.count("2 nodes x 1 cpu") == 1
 
 
 @pytest.fixture

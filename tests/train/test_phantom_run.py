@@ -219,24 +219,31 @@ def test_a_run_says_which_flags_of_phantom_have_no_effect(run, phantom, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
 @pytest.mark.parametrize("settings", [dict(ttt_meta=1), dict(ttt_kind="memory", max_depth_iter=2)], ids=["state", "memory"])
-def test_two_processes_give_the_curve_of_one_and_resume(run, losses, tmp_path, strategy, settings):
-    flags = dict(SHORT, **PHANTOM, **settings)
+def test_two_processes_give_the_curve_of_one_and_resume(run, forked, losses, tmp_path, monkeypatch, settings):
+    """Under every strategy."""
+    monkeypatch.setenv("RWKV_FP32_PRODUCTS", "highest")
+    flags, strategies = dict(SHORT, **PHANTOM, **settings), ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
     assert run(tmp_path / "one", **flags) == 0
-    for steps in (4, None):
-        command(run, tmp_path / "two", **flags, devices=2, micro_bsz=2, strategy=strategy, max_steps=steps)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    one, two = (load_weights(tmp_path / name / "rwkv-final.pth") for name in ("one", "two"))
-    assert one.keys() == two.keys() and read_config(one) == read_config(two)
+    jobs = [(flags | dict(devices=2, micro_bsz=2, strategy=s, proj_dir=tmp_path / s, max_steps=stop), {}) for s in strategies for stop in (4, None)]
+    for result in forked(*jobs):
+        assert result["codes"] == [0, 0] and "Traceback" not in result["said"], result
+    for strategy in strategies:
+        assert losses(tmp_path / strategy) == pytest.approx(losses(tmp_path / "one"), rel=1e-5), strategy
+        one, two = (load_weights(tmp_path / name / "rwkv-final.pth") for name in ("one", strategy))
+        assert one.keys() == two.keys() and read_config(one) == read_config(two), strategy
 
 
 @pytest.mark.slow
-def test_demo_script_trains_a_phantom(tmp_path):
+def test_demo_script_trains_a_phantom(data, tmp_path):
+    """On a tiny corpus in the place of the demo's, which scripts/test_demo_run.py makes."""
     from shutil import copy, copytree
 
     for name in ("RWKV-v7", "cuda", "train.py", "make_data.py", "requirements.txt", "constraints.txt", "pyproject.toml", *(p.name for p in ROOT.glob("demo-*.sh"))):
         (copytree if (ROOT / name).is_dir() else copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "data").mkdir()
+    for end in ("bin", "idx", "val.bin", "val.idx"):
+        copy(f"{data}.{end}", tmp_path / "data" / f"demo.{end}")
     knobs = dict(MODEL_TYPE="phantom", N_LAYER="2", N_EMBD="64", CTX_LEN="128", M_BSZ="4", EPOCH_SAMPLES="64", EXIT_TOKENS="16384", RANDOM_SEED="1", PRECISION="fp32",
                  DATA="demo", ACCELERATOR="cpu", PYTHON=sys.executable)  # fmt: skip
     done = subprocess.run(["sh", "demo-training-run.sh"], cwd=tmp_path, env={**os.environ, **knobs}, capture_output=True, text=True, timeout=900)

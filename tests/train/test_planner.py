@@ -362,7 +362,6 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
     """The largest resident size of the first process of a real run, which saves its state while it goes on."""
