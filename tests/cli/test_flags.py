@@ -114,6 +114,16 @@ def test_wrong_flags_are_one_line_and_code_2(argv, said, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err and out == ""
 
 
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert min(columns, 140) - 20 < max(map(len, out.splitlines())) < min(columns, 141)
+    assert "one of binidx, numpy, utf-8, bytes [binidx]" in " ".join(out.split())
+
+
 def test_a_line_is_written_whole():
     """Not its text and then its end, between which another process of the run could speak."""
     here, there = os.pipe2(os.O_DIRECT)  # what is read is what one write has written

@@ -91,7 +91,7 @@ def regular_file(folder: Path) -> Path:
 CASES = {
     "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
     "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
-    "a text as data": (text, "of a .jsonl, .txt or .parquet python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one: then give {folder}/my"),
+    "a text as data": (text, "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one of a .jsonl, .txt or .parquet: then give {folder}/my"),
     "the .bin as data": (lambda d, f: dict(data_file=f"{d}.bin"), "tiny.bin.idx does not exist; give {data}, without .bin"),
     "truncated .bin": (truncated, "data.bin is truncated:"),
     "truncated .idx": (cut_index, "copy or make it again"),
