@@ -83,7 +83,8 @@ def test_merge_split_and_sample(prefix, tmp_path, capsys):
     assert main(["data", "merge", prefix, f"{prefix}:2", "--out", f"{tmp_path}/b"]) == 0
     assert f"{tmp_path}/b.bin/idx: {3 * BinIdx(prefix).n_tokens} tokens, 12 documents, uint16" in capsys.readouterr().out
     assert main(["data", "split", f"{tmp_path}/b", "--val", "5", "--out", f"{tmp_path}/c"]) == 0
-    assert "c.val.bin/idx: " in capsys.readouterr().out and (BinIdx(f"{tmp_path}/c").n_docs, BinIdx(f"{tmp_path}/c.val").n_docs) == (7, 5)
+    told = capsys.readouterr()
+    assert "c.val.bin/idx: " in told.out and "held out are in" in told.err and (BinIdx(f"{tmp_path}/c").n_docs, BinIdx(f"{tmp_path}/c.val").n_docs) == (7, 5)
     assert main(["data", "sample", f"{tmp_path}/b"]) == 0
     out = capsys.readouterr().out
     assert f"--- {tmp_path}/b, document 0: " in out and TEXTS[0] in out and f"document 11: {len(BinIdx(prefix).doc(3))} tokens\n{TEXTS[3]}" in out

@@ -1,7 +1,9 @@
 """doctor: every illness that can be made here, with its cure, and a machine that is well."""
 
+import importlib
 import os
 import re
+import sys
 import time
 
 import pytest
@@ -49,7 +51,7 @@ def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(doctor, "RANK", "raise SystemExit('no route to host')")
     monkeypatch.setattr(doctor, "SPACE", 1 << 60)
-    monkeypatch.setattr(doctor, "KERNELS", dict.fromkeys(KERNELS, lambda: "not here") | {"wkv7": lambda: 1 / 0})
+    monkeypatch.setattr(doctor, "KERNELS", dict.fromkeys(KERNELS, lambda: "not here") | {"wkv7": lambda: 1 / 0, "rosa": lambda: importlib.import_module("torchless")})
     assert main(["doctor", "--proj_dir", str(tmp_path)]) == 1
     lines = told(capsys)
     assert list(lines) == NAMES
@@ -58,6 +60,7 @@ def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
     assert "free some space" in lines["disk"] and "iB free in" in lines["disk"]
     assert lines["locks"].endswith(f"rm {stale}") and str(fresh) not in lines["locks"]
     assert lines["wkv7"].endswith("division by zero") and lines["loss"].startswith("ok ")
+    assert lines["rosa"] == f"-     rosa       not looked at: {sys.executable} has no torchless"
 
 
 def test_packages_that_are_missing_or_of_another_version_are_named(tmp_path, monkeypatch):

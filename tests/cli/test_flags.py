@@ -114,6 +114,16 @@ def test_wrong_flags_are_one_line_and_code_2(argv, said, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err and out == ""
 
 
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert min(columns, 140) - 20 < max(map(len, out.splitlines())) < min(columns, 141)
+    assert "one of binidx, numpy, utf-8, bytes [binidx]" in " ".join(out.split())
+
+
 def test_a_line_is_written_whole():
     """Not its text and then its end, between which another process of the run could speak."""
     here, there = os.pipe2(os.O_DIRECT)  # what is read is what one write has written
@@ -282,6 +292,7 @@ def test_a_reader_that_has_enough_is_no_error():
         (RuntimeError("can't start new thread"), "error: no further thread or process may be started (can't start new thread); raise the limit (ulimit -u, or the container's"),
         (BlockingIOError(11, "Resource temporarily unavailable"), "error: no further thread or process may be started ([Errno 11] Resource temporarily unavailable); raise"),
         (OSError(28, "No space left on device"), "error: cannot write standard output, or a file: No space left on device; free some space, or choose another place, then start again\n"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), f"error: {sys.executable} has no torch; use .venv/bin/python, which "),
         (OSError(122, "Disk quota exceeded", "x.json"), "error: cannot write x.json: Disk quota exceeded; free some space, or choose another place, then start again\n"),
     ],
 )
@@ -293,6 +304,11 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
     assert main(["generate"]) == 1
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
+
+
+def test_what_every_command_may_lack_is_what_is_required():
+    required = {re.match("[a-z-]+", line)[0].replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert cli.REQUIRED <= required
 
 
 @pytest.mark.parametrize("size", [1, 10**5])

@@ -207,7 +207,7 @@ def test_bad_files(here, capsys):
     ]:
         assert main(["good.jsonl", name, "1", "1", "--out", "x"]) == 2, name
         err = capsys.readouterr().err
-        assert err.startswith("error: " + words) and err.count("\n") == 1, err
+        assert err.startswith("error: " + words) and err.count("\n") == 1 and ("iconv -t UTF-8" in err) == ("UTF-8" in words), err
         assert sorted(os.listdir()) == before
     assert main(["empty.jsonl", "latin.txt", "plain.jsonl.gz", "good.jsonl", "1", "1", "--out", "x", "--skip_bad"]) == 0
     assert texts_of("x") == ["good"]
@@ -249,6 +249,13 @@ def test_bad_arguments(here, capsys, arguments, words):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
     assert os.listdir() == ["demo.jsonl"]
+
+
+def test_one_document_cannot_be_divided(here, capsys):
+    """A book as one .txt: neither fewer nor more of it could be held out."""
+    Path("book.txt").write_text("some text")
+    assert main(["book.txt", "1", "16", "--val_split", "0.01"]) == 2
+    assert "--val_split 0.01 would hold out all 1 document; leave it out, or divide the text into several files" in capsys.readouterr().err
 
 
 def test_a_failing_round_trip_is_exit_code_2(here, capsys, monkeypatch):

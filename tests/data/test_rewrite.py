@@ -184,3 +184,15 @@ def test_a_document_too_large_for_memory_is_copied_in_parts(tmp_path, monkeypatc
     parts = split(prefix, str(tmp_path / "s"), 4, seed=1)
     found = [[part.doc(i).tolist() for i in range(part.n_docs)] for part in parts]
     assert [len(part) for part in found] == [4, 4] and sorted(found[0] + found[1]) == sorted(d.tolist() for d in documents)
+
+
+@pytest.mark.parametrize("compared", [1 << 20, 40])
+def test_copies_on_both_sides_are_told(tmp_path, monkeypatch, compared):
+    """Held out of a pair that make_data.py has copied, a document is trained on all the same."""
+    monkeypatch.setattr(rewrite, "COMPARED", compared)
+    once = [doc for doc in documents(8) if len(doc) > 3] + [np.zeros(1, np.uint16)] * 5  # some texts come again of themselves
+    told: list[str] = []
+    split(write(tmp_path / "once", once), str(tmp_path / "c"), 0.3, warn=told.append)
+    assert not told
+    split(write(tmp_path / "copied", once * 3), str(tmp_path / "d"), 0.3, warn=told.append)
+    assert len(told) == 1 and 80 < int(told[0].partition("%")[0]) <= 100 and f"are in {tmp_path}/d too, as copies" in told[0]

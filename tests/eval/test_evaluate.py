@@ -34,6 +34,7 @@ def engine():
         for p in model.parameters():
             p.copy_((p + torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5).bfloat16())
     tokenizer = SimpleNamespace(encode=WORLD.encode, decode_bytes=WORLD.decode_bytes, stream=WORLD.stream, vocab_size=VOCAB, largest_text=0, settled=WORLD.settled)
+    tokenizer.comes_back = WORLD.comes_back
     return Engine(model.double(), tokenizer)
 
 
@@ -90,6 +91,15 @@ def test_the_same_for_any_batch_and_window_of_a_short_text(engine, jsonl, monkey
     short, long = (text_loss(engine, one, ctx_len=ctx_len)["perplexity"] for ctx_len in (100, 100000))
     assert short == long, "a window that holds all of the text"
     assert text_loss(engine, jsonl(), limit=2)["documents"] == 2
+
+
+def test_a_text_that_the_tokenizer_does_not_keep_is_told_once(engine, jsonl, capsys, monkeypatch):
+    text_loss(engine, jsonl())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text: WORLD.encode(text[1:]))  # as a vocabulary of characters that lacks some
+    text_loss(engine, jsonl())
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and ", line 1: the text does not come back from its tokens; the figures are of what " in told
 
 
 def test_tokens_of_a_pair_are_measured_as_their_text(engine, jsonl, tmp_path, monkeypatch):

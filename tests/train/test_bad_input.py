@@ -91,12 +91,16 @@ def regular_file(folder: Path) -> Path:
 CASES = {
     "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
     "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
-    "a text as data": (text, "of a .jsonl, .txt or .parquet python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one: then give {folder}/my"),
+    "a text as data": (text, "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one of a .jsonl, .txt or .parquet: then give {folder}/my"),
     "the .bin as data": (lambda d, f: dict(data_file=f"{d}.bin"), "tiny.bin.idx does not exist; give {data}, without .bin"),
     "truncated .bin": (truncated, "data.bin is truncated:"),
     "truncated .idx": (cut_index, "copy or make it again"),
     "token >= vocab_size": (large_token, "holds token 300 at position 1234, outside the vocabulary (--vocab_size 256)"),
     "held-out token >= vocab_size": (large_held_out_token, "holds token 300 at position 1234, outside the vocabulary (--vocab_size 256)"),
+    "epoch_begin behind the end": (
+        lambda d, f: dict(epoch_begin=7, my_exit_tokens=1000),
+        "--epoch_begin 7 begins after 8960 tokens, and the training ends at 1000: nothing would be trained; use --epoch_begin 0, or",
+    ),
     "vocab_size too small": (lambda d, f: dict(vocab_size=200), "outside the vocabulary (--vocab_size 200)"),
     "ctx_len > data": (lambda d, f: dict(ctx_len=30000), "--ctx_len 30000 needs at least 60001 tokens and the data have 20000"),
     "ctx_len > half the data": (lambda d, f: dict(ctx_len=15000), "--ctx_len 15000 needs at least 30001 tokens"),
@@ -208,7 +212,7 @@ def test_the_newest_checkpoint_unreadable_the_one_before_is_used(run, tmp_path, 
 
 
 def test_flags_without_effect_are_one_line_each(run, tmp_path, capfd):
-    assert run(tmp_path / "out", max_steps=1, epoch_count=999999, pre_ffn=1, epoch_begin=7) == 0
+    assert run(tmp_path / "out", max_steps=1, epoch_count=999999, pre_ffn=1, epoch_begin=1) == 0
     err = capfd.readouterr().err
     assert "--epoch_count 999999 has no effect: the end is set by my_exit_tokens\n--pre_ffn 1 has no effect" in err
     assert "--val_batches" not in err

@@ -59,7 +59,10 @@ def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, data_t
     assert f"vocabulary {vocabulary}, " in told and f"held out {tmp_path}/val.txt" in told and records(tmp_path / "out", "val_loss")
     model, tokenizer = str(tmp_path / "out" / "rwkv-final.pth"), str(tmp_path / "out" / "tokenizer.json")
     assert main(["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
-    assert capfd.readouterr().out.startswith("größ")
+    told = capfd.readouterr()
+    assert told.out.startswith("größ") and "does not know" not in told.err
+    assert main(["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ€", "--length", "5", "--device", "cpu"]) == 0
+    assert ("the tokenizer does not know all of the prompt: the model reads 'größ" in capfd.readouterr().err) == (data_type == "utf-8")
 
 
 def test_other_characters_are_not_mixed_into_a_run(run, tmp_path, capfd):

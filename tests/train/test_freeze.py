@@ -52,9 +52,12 @@ def check(whole, out, patterns) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_frozen_parts_stay_and_have_no_optimizer_state(run, whole, losses, tmp_path, precision):
+def test_frozen_parts_stay_and_have_no_optimizer_state(run, whole, losses, tmp_path, precision, capsys):
     flags = dict(freeze="emb,head,*.att.key", precision=precision)
     assert run(tmp_path / "a", **flags) == 0
+    weights = load_weights(tmp_path / "a" / "rwkv-final.pth")
+    share = sum(weights[name].numel() for name in frozen_names(flags["freeze"], list(weights)))
+    assert f" M parameters, {share / 1e6:.6f} M of them frozen\n" in capsys.readouterr().out
     check(whole, tmp_path / "a", flags["freeze"])
     saved = torch.load(next((tmp_path / "a" / "state").glob("step30/rank*")))["tensors"]
     assert {name for name, entry in saved.items() if "exp_avg" not in entry} > {"emb.weight", "head.weight", "blocks.1.att.key.weight"}

@@ -65,6 +65,20 @@ def test_in_a_terminal_one_line_is_rewritten(tmp_path, monkeypatch):
     assert "validation loss 2.5000 at step 11" in drawn and "step 11/20" in drawn and "mini-epoch 2" in drawn
 
 
+def test_a_narrow_terminal_shows_whole_numbers(tmp_path, monkeypatch):
+    """The end was cut off where it stood: of "left 2:46:06" on 80 columns "left 2:46" was there to read."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    whole = ["step 1/10001", "mini-epoch 0  20%", "loss 3.0000", "lr 1.00e-03", "0.50 kt/s", "left 5:33:20"]
+    for columns, shown in ((100, whole), (80, [*whole[:3], *whole[4:]]), (60, [whole[0], whole[2], *whole[4:]]), (40, [whole[0], whole[2], whole[5]])):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        long = plan(tmp_path)
+        long.steps = 10_001
+        screen.seek(0), screen.truncate()
+        Progress(long).step(record(1))
+        assert screen.getvalue() == "\r" + "  ".join(shown) + "\x1b[K" and len("  ".join(shown)) < columns
+
+
 def test_training_outlives_its_terminal(tmp_path, monkeypatch):
     class Gone(Terminal):
         def write(self, text: str) -> int:

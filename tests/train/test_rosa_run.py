@@ -102,7 +102,8 @@ def test_from_weights_alone_and_how_bits_are_trained_may_change(run, trained, tm
     own = dict(SHORT, train_stage=0, load_model=folder / "rwkv-final.pth", max_steps=1)
     assert run(tmp_path / "a", **own | flags) == 0
     assert run(tmp_path / "b", **own | dict(my_testing=flags["my_testing"], head_size=None, rosa_grad="soft", rosa_tau=0.5)) == 0
-    assert capfd.readouterr().err.count("--rosa_tau 0.5 has no effect: --rosa_grad is soft\n") == 1
+    told = capfd.readouterr()
+    assert told.err.count("--rosa_tau 0.5 has no effect: --rosa_grad is soft\n") == 1 and " (--rosa_grad soft), vocabulary " in told.out
     other = 5 - flags.get("rosa_bits", 4)
     for more, said in (
         (dict(rosa_bits=other), f"--rosa_bits {other}, but"),

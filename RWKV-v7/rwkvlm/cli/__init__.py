@@ -18,6 +18,7 @@ from ..config import UserError, env
 
 MACHINE_ERROR, USAGE_ERROR = 1, 2
 UNSEEN = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # there even the question whether a file exists is an error
+REQUIRED = {"torch", "deepspeed", "pytorch_lightning", "numpy", "orjson", "tokenizers"}  # what requirements.txt brings and commands import
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
 
@@ -76,6 +77,8 @@ def _lacking(error: Exception) -> str:
     no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")  # that of a write has it: the reader is slow
     if "can't start new thread" in told or no_process:
         return f"no further thread or process may be started ({told}); raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:  # `python train.py`, as officially, beside the .venv
+        return f"{sys.executable} has no {error.name}; use .venv/bin/python, which ./test.sh and the demo scripts make, or pip install -r requirements.txt"
     return ""
 
 

@@ -134,7 +134,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _split(args: argparse.Namespace) -> None:
-    for data in split(args.prefix, args.out, args.val, args.seed, _progress()):
+    for data in split(args.prefix, args.out, args.val, args.seed, _progress(), lambda text: print(text, file=sys.stderr, flush=True)):
         print(_line(data))
 
 

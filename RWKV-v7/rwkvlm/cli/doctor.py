@@ -319,5 +319,8 @@ def main(argv: list[str]) -> int:
             print(f"ok    {name:10} {check()}", flush=True)
         except Exception as error:  # a machine may be ill in any way; each deserves its line
             well = False
+            if isinstance(error, ModuleNotFoundError):  # the first line has the cure
+                print(f"-     {name:10} not looked at: {sys.executable} has no {error.name}", flush=True)
+                continue
             print(f"CURE  {name:10} {(str(error).splitlines() or [type(error).__name__])[0]}", flush=True)
     return 0 if well else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from functools import partial
@@ -59,7 +60,8 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
     """
     types = get_type_hints(settings)
     about = (settings.__doc__ or "").partition("\n")[0]
-    wide = partial(argparse.HelpFormatter, max_help_position=40, width=140)
+    width = min(140, shutil.get_terminal_size((142, 24)).columns - 2)  # into a pipe: 140
+    wide = partial(argparse.HelpFormatter, max_help_position=40 if width > 90 else 24, width=width)
     parser = Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=about, formatter_class=wide)
     for f in fields(settings):
         kind = types[f.name]
@@ -70,7 +72,7 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
 
 def _help(f: Field) -> str:
     choices = [c for c in f.metadata.get("choices") or () if c]
-    one_of = f": {', '.join(choices)}" if len(choices) > 1 else ""
+    one_of = f"; one of {', '.join(choices)}" if len(choices) > 1 else ""
     default = f.metadata.get("unset") or ("" if f.metadata.get("of") else f.default)  # what stands for "not given" is no default
     return f"{f.metadata['help']}{one_of}{'' if default == '' else f' [{default}]'}"
 

@@ -12,6 +12,7 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/binidx.py, and Megatron-LM's indexed_dat
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import struct
 from array import array
@@ -156,7 +157,8 @@ def _cure(given: Path) -> str:
         return f"give {given.with_suffix('')}, without {given.suffix}"
     if os.path.isfile(given):
         prefix = given.with_name(given.name.partition(".")[0])
-        return f"{given} is no such pair; of a .jsonl, .txt or .parquet python make_data.py {given} 1 512 --out {prefix} makes one: then give {prefix}"
+        command = shlex.join(["python", "make_data.py", str(given), "1", "512", "--out", str(prefix)])
+        return f"{given} is no such pair; {command} makes one of a .jsonl, .txt or .parquet: then give {prefix}"
     return "give the path without .bin/.idx of a pair made by make_data.py"
 
 

@@ -97,7 +97,8 @@ def pack(
             total = work.progress.documents
             limit, held_out = draw(work.pile.sizes, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
             if held_out >= total:
-                raise UserError(f"--val_split {val_split:g} would hold out all {total} documents; hold out fewer or give more data")
+                cure = "hold out fewer or give more data" if total > 1 else "leave it out, or divide the text into several files or lines of .jsonl: a .txt is one document"
+                raise UserError(f"--val_split {val_split:g} would hold out all {total} document{'s' * (total != 1)}; {cure}")
 
             def kept(numbers: np.ndarray) -> np.ndarray:
                 return keys(numbers, seed ^ HELD_OUT << 32) > np.uint64(limit) if held_out else np.ones(len(numbers), dtype=bool)
@@ -168,7 +169,8 @@ def _tokenise(
     done = work.progress
 
     def refusal(bad: str) -> UserError:
-        return UserError(f"{bad} (--skip_bad passes over such input{', and goes on where this one stopped' if work.saved() else ''})")
+        other = "iconv -t UTF-8 -f ENCODING converts other encodings; " if ": invalid UTF-8 at byte " in bad else ""
+        return UserError(f"{bad} ({other}--skip_bad passes over such input{', and goes on where this one stopped' if work.saved() else ''})")
 
     if done.skipped and not skip_bad:  # by the run that is taken up
         raise refusal(done.first_skipped[0])

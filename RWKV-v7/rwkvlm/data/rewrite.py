@@ -7,7 +7,7 @@ does not change when others are appended.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from .shuffle import draw, keys
 from .survey import DOCUMENTS, TOKENS, Say, runs
 
 ALL = 1 << 64  # keys lie below
+COMPARED = 1 << 20  # about so many documents at most are kept in mind to find copies
+LOOKED_AT = 16  # tokens of each
 
 
 def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress: Say = lambda done, total: None) -> BinIdx:
@@ -48,10 +50,13 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
     return BinIdx(out)
 
 
-def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lambda done, total: None) -> tuple[BinIdx, BinIdx]:
+def split(
+    prefix: str, out: str, val: float, seed: int = 0, progress: Say = lambda done, total: None, warn: Callable[[str], None] = lambda text: None
+) -> tuple[BinIdx, BinIdx]:
     """{out}.bin/.idx and {out}.val.bin/.idx: every document of the pair `prefix` goes to one of them, in order.
 
     val: below 1 the share of the documents that is held out, about; from 1 on their number, exactly. UserError if one part were empty.
+    warn: told when many documents lie in both, since the pair holds copies.
     """
     check_prefix(out)
     data = BinIdx(prefix)
@@ -61,18 +66,26 @@ def split(prefix: str, out: str, val: float, seed: int = 0, progress: Say = lamb
     _not_itself(data, f"{out}.val")
     limit = int(val * ALL) if 0 < val < 1 else _limit(data.n_docs, int(val), seed)
     check_room(out, data.tokens.nbytes + data.n_docs * INDEX_BYTES)
+    seen: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     with _disk(out), ExitStack() as stack:
         writers = [stack.enter_context(BinIdxWriter(name, data.dtype)) for name in (out, f"{out}.val")]
         for first, ends in runs(data):
             held_out = _keys(first, ends, seed) < limit
             _write(writers[0], data, ends, ~held_out)
             _write(writers[1], data, ends, held_out)
+            prints = _prints(data, ends)
+            some = prints % np.uint64(-(-data.n_docs // COMPARED)) == 0  # a document and its copies, or none of them
+            for part, chosen in zip(seen, (~held_out, held_out)):
+                part.append(prints[some & chosen])
             progress(int(ends[-1]), data.n_tokens)
         for writer, what in zip(writers, ("leaves nothing to train on", "holds nothing out")):
             if not writer.n_tokens:
                 raise UserError(f"--val {val:g} {what} of the {data.n_docs} documents of {prefix}; choose another value")
         for writer in writers:
             writer.seal()  # a full disk shows here, before either pair is renamed
+    trained, held = (np.concatenate(part) for part in seen)
+    if (share := np.isin(held, trained).mean() if len(held) else 0.0) > 0.1:  # fewer are the repetitions of any text
+        warn(f"{100 * share:.0f}% of the documents held out are in {out} too, as copies: the validation loss will be that of training data; hold out before copying, with make_data.py --val_split")
     return BinIdx(out), BinIdx(f"{out}.val")
 
 
@@ -108,6 +121,16 @@ def _narrow(data: BinIdx, writer: BinIdxWriter, tokens: np.ndarray) -> np.ndarra
 def _keys(first: int, ends: np.ndarray, *seeds: int) -> np.ndarray:
     """Of the documents between `ends`, whose first has the number `first`."""
     return keys(np.arange(first, first + len(ends) - 1), *seeds)
+
+
+def _prints(data: BinIdx, ends: np.ndarray) -> np.ndarray:
+    """A number for each document, the same for copies: of its size and some of its tokens, evenly spread."""
+    sizes = np.diff(ends)
+    made = keys(sizes, 0)
+    last = np.maximum(sizes - 1, 0)
+    for k in range(LOOKED_AT):
+        made = keys(made ^ np.where(sizes > 0, data.tokens[np.minimum(ends[:-1] + last * k // (LOOKED_AT - 1), data.n_tokens - 1)], 0).astype(np.uint64), k)
+    return made
 
 
 def _limit(n_docs: int, n: int, seed: int) -> int:

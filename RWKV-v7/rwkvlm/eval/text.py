@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def texts(source: str, text_key: str, whole: int = 0) -> Iterator[tuple[bytes, B
 
 def _of_text(engine: Engine, source: str, text_key: str) -> Iterator[Document]:
     tokenizer, dtype = engine.tokenizer, np.min_scalar_type(engine.tokenizer.vocab_size - 1)
-    parts, rest, n_bytes = [], b"", 0
+    parts, rest, n_bytes, kept = [], b"", 0, True
     for text, block, line in texts(source, text_key, tokenizer.largest_text):
         n_bytes += len(text)
         rest += text
@@ -53,6 +54,8 @@ def _of_text(engine: Engine, source: str, text_key: str) -> Iterator[Document]:
             ids = np.array(tokenizer.encode(rest), dtype=dtype)
         except UserError as error:
             raise UserError(f"{where(block.file, line)}: {error}") from None
+        if kept and not (kept := tokenizer.comes_back(rest, ids)):  # characters that a vocabulary lacks; no error, since some tokenizers normalise texts
+            print(f"{where(block.file, line)}: the text does not come back from its tokens; the figures are of what the tokenizer knows of it", file=sys.stderr, flush=True)
         if block.goes_on:
             n, settled = tokenizer.settled(ids, len(rest))
             parts, rest = [*parts, ids[:n]], rest[settled:]

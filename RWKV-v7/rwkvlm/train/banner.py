@@ -6,6 +6,7 @@ import torch
 
 from ..config import RosaConfig
 from ..models import build, costs, count_parameters, recurrence
+from .freeze import frozen_names
 from .plan import Plan
 
 KERNELS = {"cuda": "CUDA", "cpu": "C++", "torch": "plain PyTorch"}
@@ -14,10 +15,12 @@ KERNELS = {"cuda": "CUDA", "cpu": "C++", "torch": "plain PyTorch"}
 def show_plan(plan: Plan) -> None:
     config, model, run, schedule = plan.config, plan.start.model, plan.launch, plan.schedule
     with torch.device("meta"):
-        parameters = count_parameters(build(model))
+        built = build(model)
+    parameters, sizes = count_parameters(built), {name: parameter.numel() for name, parameter in built.named_parameters()}
+    frozen = sum(sizes[name] for name in frozen_names(config.freeze, list(sizes)))
     mixers = [] if "head_size" in model.unused else [f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"]
     if isinstance(model, RosaConfig):
-        mixers.append(f"ROSA of {model.rosa_bits} bit{'s' * (model.rosa_bits > 1)}")
+        mixers.append(f"ROSA of {model.rosa_bits} bit{'s' * (model.rosa_bits > 1)}{f' (--rosa_grad {model.rosa_grad})' * (model.rosa_grad != 'flip')}")
     held_out = f"held out {plan.held_out.name}" if plan.held_out is not None else "nothing held out"
     left = schedule.steps_left(plan.tokens)
     mini_epochs = -(-schedule.exit_tokens // (config.ctx_len * config.epoch_samples))
@@ -27,7 +30,7 @@ def show_plan(plan: Plan) -> None:
     fall = {"cosine": "", "wsd": f" over the last {100 * config.wsd_decay:g}%", "constant": ""}[config.lr_schedule]
     rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
     lines = {
-        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {''.join(f'{mixer}, ' for mixer in mixers)}vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters",
+        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {''.join(f'{mixer}, ' for mixer in mixers)}vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters{f', {frozen / 1e6:.6f} M of them frozen' * (frozen > 0)}",
         **({"costs": f"\n{'':10}".join(table)} if (table := costs(model)) else {}),
         "data": f"{_files(plan)}, {held_out}",
         "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",

@@ -123,6 +123,11 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
     exit_tokens = config.my_exit_tokens if config.my_exit_tokens > 0 else data.chunks * config.ctx_len
+    begins = config.epoch_begin and (start.fresh or (start.state is None and config.load_model and start.path == Path(config.load_model)))
+    if begins and (tokens := start.position.samples * config.ctx_len) >= exit_tokens:  # else untrained weights would become rwkv-final.pth
+        raise UserError(
+            f"--epoch_begin {config.epoch_begin} begins after {tokens} tokens, and the training ends at {exit_tokens}: nothing would be trained; use --epoch_begin 0, or a larger --my_exit_tokens"
+        )
     return Plan(
         config=config,
         launch=run,

@@ -17,6 +17,7 @@ from .log import Log
 IN_TERMINAL_S, ELSEWHERE_S = 0.2, 10.0  # seconds between two lines
 WINDOW_S = 30.0  # speed and time left are averages over so many seconds
 SMOOTH = 0.95  # of the loss, per step
+LESS = (3, 1, 4, 5)  # the line's parts that a narrow terminal does without, in this order: lr, mini-epoch, speed, time left
 
 
 class Progress(Log):
@@ -41,10 +42,15 @@ class Progress(Log):
         left = (self.total - record["step"]) * self.plan.schedule.tokens_per_step / max(rate, 1e-9)
         samples = tokens // self.plan.config.ctx_len
         mini_epoch, into = divmod(samples - 1, self.plan.config.epoch_samples)
-        self.line = (
-            f"step {record['step']}/{self.total}  mini-epoch {mini_epoch} {100 * (into + 1) // self.plan.config.epoch_samples:3d}%  "
-            f"loss {math.nan if self.loss is None else self.loss:.4f}  lr {record['lr']:.2e}  {rate / 1000:.2f} kt/s  left {clock(left)}"
-        )
+        parts = [
+            f"step {record['step']}/{self.total}",
+            f"mini-epoch {mini_epoch} {100 * (into + 1) // self.plan.config.epoch_samples:3d}%",
+            f"loss {math.nan if self.loss is None else self.loss:.4f}",
+            f"lr {record['lr']:.2e}",
+            f"{rate / 1000:.2f} kt/s",
+            f"left {clock(left)}",
+        ]
+        self.line = _fitting(parts, shutil.get_terminal_size().columns - 1) if self.terminal else "  ".join(parts)
         if now - self.shown >= (IN_TERMINAL_S if self.terminal else ELSEWHERE_S):
             self.shown = now
             self._show()
@@ -52,7 +58,7 @@ class Progress(Log):
     def _show(self) -> None:
         self.last_shown = self.line
         if self.terminal:
-            self._print(f"\r{self.line[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+            self._print(f"\r{self.line}\x1b[K")
         else:
             self._print(f"{self.line}\n")
 
@@ -80,6 +86,16 @@ class Progress(Log):
             self._show()
         if self.terminal:
             self._print("\n")
+
+
+def _fitting(parts: list[str], width: int) -> str:
+    """The parts in one line, whole ones: half a number reads as another one."""
+    left_out: set[int] = set()
+    for less in LESS:
+        if len("  ".join(part for k, part in enumerate(parts) if k not in left_out)) <= width:
+            break
+        left_out.add(less)
+    return "  ".join(part for k, part in enumerate(parts) if k not in left_out)[:width]
 
 
 def clock(seconds: float) -> str:
