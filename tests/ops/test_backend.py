@@ -1,5 +1,8 @@
 """The choice of an implementation: by name or by itself."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -75,3 +78,9 @@ def test_set_kernel_outranks_the_environment(monkeypatch):
     monkeypatch.setenv("RWKV_KERNEL", "gpu")
     with pytest.raises(UserError, match="gpu: unknown"):
         backend.requested()
+
+
+def test_a_program_that_compiles_nothing_does_not_wait_for_the_compiler():
+    """torch.compiler's own decorators import it."""
+    code = "import sys, rwkvlm.infer, rwkvlm.models; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -53,7 +53,7 @@ def _layer(name: str) -> int:
 
 @torch.no_grad()
 def init_from_table(model: nn.Module, table: list[Row], seed: int) -> None:
-    """Fills every parameter and buffer in place. Values depend on seed and name only, not on the order of creation."""
+    """Fills every parameter and buffer in place. Values depend on seed and name, not on the order of creation; the last bits of orthogonal ones also on the number of threads."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         row = row_of(table, name)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name.replace(*row.like)}".encode()))  # its seed has 32 bits

@@ -68,7 +68,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+@backend.decided_while_tracing
 def _form(device: torch.device, dtype: torch.dtype, n_embd: int):
     return {"cuda": cuda, "cpu": native, "torch": chunked}[backend_for(device, dtype, n_embd)]
 

@@ -86,7 +86,7 @@ def _in_one(*inputs: Tensor) -> bool:
     return inputs[0].device.type == "cuda" and _form(*inputs) is native
 
 
-@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+@backend.decided_while_tracing
 def backend_for(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
     """Who computes them here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     supported = {"cuda": lambda: cuda.why_not(dtypes, width), "cpu": lambda: native.why_not(dtypes, width)}

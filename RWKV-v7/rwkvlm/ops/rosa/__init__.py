@@ -76,7 +76,7 @@ def _operator(part: str, x: Tensor):
     return getattr(torch.ops.rwkvlm, name + part)
 
 
-@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+@backend.decided_while_tracing
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here, int64 for tokens: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     dtype = backend.computed_in(dtype)

@@ -42,7 +42,7 @@ def wkv4(
     return (y, state) if output_final_state else y
 
 
-@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+@backend.decided_while_tracing
 def backend_for(device: torch.device, dtype: torch.dtype, channels: int = 16) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     dtype = backend.computed_in(dtype)

@@ -54,7 +54,7 @@ def wkv7(
     return out if len(out) > 1 else y
 
 
-@torch.compiler.assume_constant_result  # decided, and built where need be, once while tracing
+@backend.decided_while_tracing
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     dtype = backend.computed_in(dtype)

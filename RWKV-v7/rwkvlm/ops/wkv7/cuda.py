@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvlm import native
 
+from .. import backend
 from .arguments import sequence_bounds
 
 TENSOR_CORES = (8, 0)  # the compute capability from which on bf16 products run on them
@@ -72,7 +73,7 @@ def wkv7_cuda(
     return torch.ops.rwkvlm.wkv7_cuda(r, w, k, v, a, b, initial_state, cu_seqlens, pass_on, number)
 
 
-@torch.compiler.assume_constant_result
+@backend.decided_while_tracing
 def number_of(device: torch.device) -> int:
     return machine(device).number
 

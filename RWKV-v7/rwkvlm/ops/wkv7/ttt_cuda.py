@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backend
 from . import cuda
 from .arguments import check_arguments
 
 
-@torch.compiler.assume_constant_result
+@backend.decided_while_tracing
 def runs_here(device: torch.device, dtype: torch.dtype, N: int, segment: int) -> bool:
     """Whether they take these inputs: bf16 on tensor cores, segments of whole chunks. Only where cuda.why_not has returned "" for this device."""
     return cuda.form_for(dtype, cuda.machine(device).capability) == "chunked" and segment % cuda.chunk_tokens("chunked", N) == 0
