@@ -45,8 +45,8 @@ check_size() { # FILE BYTES
 
 demo_corpus() { # unless it is there: another node may just have made it
     [ -e data/demo.bin ] && [ -e data/demo.idx ] || {
-        "$PYTHON" -m rwkvlm demo_corpus --out data/demo.jsonl &&
-            "$PYTHON" make_data.py data/demo.jsonl 1 "$CTX_LEN" --out data/demo --val_split 0.03
+        forward_signals "$PYTHON" -m rwkvlm demo_corpus --out data/demo.jsonl &&
+            forward_signals "$PYTHON" make_data.py data/demo.jsonl 1 "$CTX_LEN" --out data/demo --val_split 0.03
     }
 }
 
@@ -59,7 +59,7 @@ alone() { # a command that makes files in data/, with one start at a time; where
 
 case $DATA in
 demo) alone demo_corpus ;;
-minipile) alone "$PYTHON" -m rwkvlm download --out data/minipile ;;
+minipile) alone forward_signals "$PYTHON" -m rwkvlm download --out data/minipile ;;
 pile)
     check_size "$DATA_FILE.bin" 664230651068
     check_size "$DATA_FILE.idx" 4212099722
@@ -72,7 +72,7 @@ begun() { # also with weights put there by hand, or by a run whose rwkv-init.pth
 }
 
 if ! begun; then
-    "$PYTHON" train.py --wandb "" --proj_dir "$PROJ_DIR" \
+    forward_signals "$PYTHON" train.py --wandb "" --proj_dir "$PROJ_DIR" \
         --data_file "$DATA_FILE" --data_type "binidx" --vocab_size "$VOCAB_SIZE" --my_testing "$MODEL_TYPE" \
         --ctx_len "$CTX_LEN" --train_stage 1 --head_size "$HEAD_SIZE" --random_seed "$RANDOM_SEED" \
         --n_layer "$N_LAYER" --n_embd "$N_EMBD" --accelerator cpu --devices 1 || exit

@@ -15,13 +15,11 @@
 # Larger model => use smaller LR
 # Finetuning => use very small LR, such as 1e-5
 #
-[ "$DATA" != demo ] || : "${EPOCH_SAMPLES:=500}" # it has no 40320 samples
-[ "${N_NODE:-1}" = 1 ] || : "${PRECISION:=bf16}" # auto would be measured by each node for itself
-case "${N_NODE:-1} ${GPU_PER_NODE:-1} ${PRECISION:-}" in # one GPU has nothing to share out, and ZeRO-2 doubles what a step costs the host: records/2026-11-28-host-time
-"1 1 fp16") ;; # its loss is scaled by DeepSpeed
-"1 1 "*) : "${STRATEGY:=auto}" ;;
-esac
+samples=40320
+[ "$DATA" != demo ] || samples=500 # it has no 40320 samples
 #    name          CPU     GPU
+knob N_NODE        1       1 # number of nodes
+knob GPU_PER_NODE  1       1 # number of GPUs (without GPUs: processes) per node
 knob M_BSZ         8       16 # samples per step and device; 16 takes ~9G VRAM (GRAD_CP=1: ~5G, estimated) => reduce this to save VRAM, increase this for faster speed
 knob LR_INIT       2e-3    6e-4
 knob LR_FINAL      2e-4    6e-5
@@ -34,13 +32,17 @@ knob CUDA_GRAPHS   0       -1 # 1 => each block as a CUDA graph: a small model w
 knob HEAD_CHUNK    0       0 # tokens per chunk of LM head and loss; 0 => chosen by itself; smaller => slower, less VRAM
 knob KERNEL        ""      "@rwkv3" # "" and "@rwkv3" => automatic; cuda, cpu, torch => this one or an error
 knob PRECISION     auto    bf16 # auto => bf16 or fp32, whichever is faster here
-knob STRATEGY      auto    deepspeed_stage_2 # of several GPUs; ddp => a small model waits less for Python, each GPU keeps the whole optimizer
-knob EPOCH_SAMPLES 500     40320 # samples in a "miniepoch": a line in train_log.txt, a validation, a full training state
+[ "$N_NODE" = 1 ] || [ "$ACCELERATOR $PRECISION" != "cpu auto" ] || PRECISION=bf16 # auto would be measured by each node for itself
+case "$N_NODE $GPU_PER_NODE $PRECISION" in
+"1 1 fp16") zero=deepspeed_stage_2 ;; # which scales its loss
+"1 1 "*) zero=auto ;; # one GPU has nothing to share out, and ZeRO-2 doubles what a step costs the host: records/2026-11-28-host-time
+*) zero=deepspeed_stage_2 ;;
+esac
+knob STRATEGY      auto    $zero # ddp => on several GPUs a small model waits less for Python, each GPU keeps the whole optimizer
+knob EPOCH_SAMPLES 500     $samples # samples in a "miniepoch": a line in train_log.txt, a validation, a full training state
 knob EPOCH_SAVE    1       10 # save rwkv-*.pth every so many "miniepochs" => decrease if your GPU is weak
 knob SAVE_MINUTES  1       10 # also save the full training state after so many minutes
 knob EXIT_TOKENS   1000000 $ALL_TOKENS # tokens to train => increase it to train longer; 0 => once through the data
-knob N_NODE        1       1 # number of nodes
-knob GPU_PER_NODE  1       1 # number of GPUs (without GPUs: processes) per node
 knob WANDB         ""      "" # Weights & Biases project
 knob PROMPT        "def "  "The " # beginning of the sample text at the end; "" => no sample
 #

@@ -146,7 +146,7 @@ knob() { # NAME VALUE_ON_CPU VALUE_ON_GPU: an exported variable, unless the envi
 }
 
 forward_signals() { # runs a command to its end; SIGTERM and SIGINT go on to it, so that it can save; returns its exit status
-    asked= child=
+    asked= child= status=
     trap 'asked=TERM; pass_on' TERM HUP # before the command is there: without it this shell would end and leave the command alone
     trap 'asked=INT; pass_on' INT
     "$@" &
@@ -155,7 +155,8 @@ forward_signals() { # runs a command to its end; SIGTERM and SIGINT go on to it,
     while :; do
         asked=
         wait $child
-        status=$?
+        ended=$?
+        [ $ended = 127 ] && [ -n "$status" ] || status=$ended # 127: it had ended when the signal came, and bash as sh knows it no longer
         [ -n "$asked" ] || break # a signal ends wait, not the command
     done
     trap - TERM HUP INT

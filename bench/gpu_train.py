@@ -1,6 +1,6 @@
 """The demo recipe where requirements.txt is not met, which its shell scripts insist on: train.py itself, with the knobs that stand in them.
 
-bench/gpu.sh train runs it in their place when, say, deepspeed is missing; then STRATEGY is auto. Values in the environment count, as for the scripts.
+bench/gpu.sh train runs it in their place when, say, deepspeed is missing. Values in the environment count, as for the scripts.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def knobs(gpu: bool) -> dict[str, str]:
     text = "".join((ROOT / f"demo-training-{name}.sh").read_text() for name in ("prepare", "run"))
     lines = [shlex.split(line, comments=True) for line in re.findall(r"^knob .*$", text, re.M)]
     found = {name: values[-1] if gpu else values[0] for _, name, *values in lines}
-    found |= {"EXIT_TOKENS": "0" if gpu else found["EXIT_TOKENS"], "EPOCH_SAMPLES": "500"}  # as for DATA=demo
-    if importlib.util.find_spec("deepspeed") is None:
-        found["STRATEGY"] = "auto"
+    found |= {"EXIT_TOKENS": "0" if gpu else found["EXIT_TOKENS"], "EPOCH_SAMPLES": "500", "STRATEGY": "auto"}  # as for DATA=demo on one GPU
     return {name: os.environ.get(name) or value for name, value in found.items()}
 
 

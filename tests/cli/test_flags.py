@@ -3,8 +3,10 @@
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -272,6 +274,19 @@ def test_flags_are_answered_without_importing_torch():
 def test_train_py_runs_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--train_stage", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr == "error: --train_stage 9 is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)\n"
+
+
+@pytest.mark.parametrize("command", [[str(ROOT / "make_data.py")], ["-m", "rwkvlm", "make_data"]], ids=" ".join)
+def test_an_interrupt_reaches_a_command_that_a_shell_put_in_the_background(tmp_path, command):
+    """The scripts do, with SIGINT ignored."""
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    argv = [sys.executable, "-c", code, sys.executable, *command, "-", "1", "64", "--out", str(tmp_path / "x")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "x.unfinished" / "lock").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import subprocess
 
 import pytest
@@ -125,6 +126,30 @@ def test_knobs_reach_train_py(demo):
     for knob, (value, flag) in KNOBS.items():
         assert changed[flag] == value, knob
         assert default[flag] != value or knob == "MODEL_TYPE", knob
+
+
+@pytest.mark.parametrize(
+    "lines, gpu, found",
+    [
+        (["STRATEGY auto deepspeed_stage_3"], True, {"--strategy": "deepspeed_stage_3"}),
+        (["GPU_PER_NODE 8 8"], True, {"--strategy": "deepspeed_stage_2", "--devices": "8"}),
+        (["PRECISION auto fp16"], True, {"--strategy": "deepspeed_stage_2", "--precision": "fp16"}),
+        (["N_NODE 2 2", "EPOCH_SAMPLES 800 800"], False, {"--precision": "bf16", "--epoch_samples": "800"}),
+    ],
+    ids=str,
+)
+def test_knobs_changed_in_the_script_count(demo, lines, gpu, found):
+    """Also where a knob's default depends on another one."""
+    if gpu:
+        demo.add_gpu()
+    script = demo.root / "demo-training-run.sh"
+    for line in lines:
+        text, n = re.subn(rf"^knob {line.split()[0]} .*$", f"knob {line}", script.read_text(), flags=re.M)
+        assert n == 1
+        script.write_text(text)
+    demo.run("demo-training-run.sh", NODE_RANK="0")
+    (train,) = [call for call in demo.calls() if flags(call).get("--train_stage") == "3"]
+    assert {name: flags(train)[name] for name in found} == found
 
 
 def test_seed_and_prompt(demo):
@@ -313,3 +338,19 @@ def test_signals_to_the_script_reach_train_py(demo, shell, signal, status):
     assert process.stdout.readline() == "training\n"
     subprocess.run(["sh", "-c", f"kill -{signal} {process.pid}"], check=True)
     assert process.communicate(timeout=20)[0] == "saved\n" and process.returncode == status
+
+
+@pytest.mark.parametrize("signal, status", [("TERM", 143), ("INT", 130)])
+@pytest.mark.parametrize("data, file", [("demo", "RWKV-v7/rwkvlm/cli/demo_corpus.py"), ("demo", "make_data.py"), ("minipile", "RWKV-v7/rwkvlm/cli/download.py"), ("demo", "train.py")])
+def test_signals_to_the_script_reach_the_preparation(demo, shell, data, file, signal, status):
+    """It would go on alone, behind a prompt that has come back."""
+    (demo.root / file).write_text(
+        "import signal, time\n"
+        "def main(argv=()): print('working', flush=True); time.sleep(30)\n"
+        "if __name__ == '__main__': signal.signal(signal.SIGINT, signal.default_int_handler); main()\n"
+    )
+    command, env = [shell, "demo-training-prepare.sh"], {"PATH": str(demo.bin), "DATA": data}
+    process = subprocess.Popen(command, cwd=demo.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "working\n"
+    subprocess.run(["sh", "-c", f"kill -{signal} {process.pid}"], check=True)
+    assert process.communicate(timeout=20)[0] == "" and process.returncode == status

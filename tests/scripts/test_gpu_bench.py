@@ -350,11 +350,11 @@ def test_the_recipe_without_the_scripts_has_their_knobs(monkeypatch):
     used = {flag: knob for flag, knob in used.items() if flag not in {"wandb", "proj_dir", "data_file", "vocab_size", "num_nodes", "accelerator", "devices", "prompt"}}
     assert used == {flag: knob for flag, knob in gpu_train.FLAGS.items() if flag != "random_seed"} and '--warmup_steps 10' in script
     on_gpu, on_cpu = gpu_train.knobs(True), gpu_train.knobs(False)
-    assert (on_gpu["N_LAYER"], on_gpu["M_BSZ"], on_gpu["LR_INIT"], on_gpu["PRECISION"], on_gpu["EXIT_TOKENS"]) == ("12", "16", "6e-4", "bf16", "0")
+    assert (on_gpu["N_LAYER"], on_gpu["M_BSZ"], on_gpu["LR_INIT"], on_gpu["PRECISION"], on_gpu["EXIT_TOKENS"], on_gpu["STRATEGY"]) == ("12", "16", "6e-4", "bf16", "0", "auto")
     assert (on_cpu["N_LAYER"], on_cpu["EXIT_TOKENS"], on_cpu["KERNEL"]) == ("6", "1000000", "")
+    assert not any("$" in found[knob] for found in (on_gpu, on_cpu) for knob in gpu_train.FLAGS.values())
     monkeypatch.setenv("M_BSZ", "32")
-    monkeypatch.setattr(gpu_train.importlib.util, "find_spec", lambda name: None)
-    assert (gpu_train.knobs(True)["M_BSZ"], gpu_train.knobs(True)["STRATEGY"]) == ("32", "auto")
+    assert gpu_train.knobs(True)["M_BSZ"] == "32"
 
 
 def test_what_is_missing_for_the_demo_is_said_in_one_line(tmp_path, monkeypatch, capsys):

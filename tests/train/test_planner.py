@@ -150,7 +150,9 @@ def test_seconds_by_hand():
     assert expected_seconds(plan, 500.0) == pytest.approx(200 + 3 * 4 * 2.0 / 2 / 3)
 
 
-def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys):
+def test_a_dry_run_tells_all_and_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    """As train.py, which needs no PYTHONPATH."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     (tmp_path / "there").mkdir()
     assert main_with_bare_flag(run, tmp_path / "there" / "not" / "yet") == 0
     out = capsys.readouterr().out

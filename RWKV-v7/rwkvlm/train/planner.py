@@ -30,6 +30,7 @@ from .plan import Plan
 from .start import SIZES
 from .strategy import make_strategy
 
+TRAIN = Path(__file__).resolve().parents[3] / "train.py"  # which runs where the package is neither installed nor on the PYTHONPATH
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
@@ -154,7 +155,7 @@ def probe(plan: Plan) -> float:
     """Tokens a second, of all devices: the run itself for a few steps, in a folder of its own that is deleted."""
     env.share_threads(plan.launch.devices)  # the probe finds OMP_NUM_THREADS set, and so shares nothing out
     with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest(plan.proj_dir)) as folder:
-        command = [sys.executable, "-m", "rwkvlm", "train", *probe_flags(plan, folder)]
+        command = [sys.executable, str(TRAIN), *probe_flags(plan, folder)]
         with open(Path(folder) / "said", "w") as said, guarded(command, folder, stdout=subprocess.DEVNULL, stderr=said) as process:
             return _watch(process, Path(folder))
 
