@@ -31,7 +31,7 @@ from .strategy import Launch
 
 T = TypeVar("T")
 WARM_UP = 3  # passes before a block is recorded, as in torch.cuda.make_graphed_callables
-SHORT = 1.3e-3  # seconds of a block's arithmetic at the GPU's peak, up to which graphs are tried: its kernels take twice that or more, Python 2 to 3 ms (records/2026-11-26-gpu, -27-host-time)
+SHORT = 1e-3  # seconds of a block's arithmetic at the GPU's peak, up to which graphs are tried: its kernels take twice that or more, the host 1.2 to 2.3 ms (records/2026-11-26-gpu, -28-cpp-launch)
 LIMIT = 1e-2  # relative: what blocks may be off by in graphs, where the same kernels run
 
 
