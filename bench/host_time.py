@@ -49,7 +49,7 @@ def register(library: ctypes.CDLL) -> torch.library.Library:
     registration = torch.library.Library("rwkvlm", "IMPL")
     for module in (fused.cuda, cross_entropy.cuda, adamw.cuda):
         module.register(registration, library, "CPU")
-    machine = wkv7.cuda.machine_over(library, (9, 0), 132)
+    machine = wkv7.cuda.machine_over(library, torch.device("cpu"), (9, 0), 132)
     wkv7.cuda.machine = lambda device: machine
     wkv7.backend_for = lambda device, dtype: "cuda"
     fused._in_one = lambda *inputs: fused._form(*inputs) is fused.native

@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -36,7 +35,7 @@ from .config.cgroups import cpus
 from .config.locks import try_lock
 
 SOURCE_DIR = Path(__file__).resolve().parents[2] / "cuda"
-FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wno-psabi".split()
+FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -DNDEBUG -ffp-contract=fast -fno-math-errno -Wno-psabi".split()
 INSTRUCTION_SETS = {"plain": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -66,7 +65,7 @@ def load(name: str) -> None:
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """The C functions of the *.cpp of cuda/<name>/; built on the first use ever. Torch is not imported: a folder with op.cpp needs it to be. NativeBuildError."""
+    """The C functions of cuda/<name>/, a folder without op.cpp; built on the first use ever, torch is not imported. NativeBuildError."""
     return _opened(f"native kernel {name}", build(name))
 
 
@@ -177,6 +176,10 @@ def _not_loaded(what: str, error: BaseException) -> str:
     return f"{what} does not load: {reason}{noexec}"
 
 
+def _torch() -> Path:
+    return Path(importlib.util.find_spec("torch").origin).parent
+
+
 def _registers(name: str) -> bool:
     """Whether the folder registers operators with torch."""
     return (SOURCE_DIR / name / "op.cpp").exists()
@@ -225,9 +228,9 @@ def _says(compiler: str, question: str) -> str:
 
 
 def _key(name: str, compiler: str) -> str:
-    torch_version = importlib.metadata.version("torch") if _registers(name) else "none"
-    facts = [_says(compiler, "--version"), platform.machine(), torch_version, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
-    return _digest(facts, name, (".cpp", ".h"))
+    torch_build = (_torch() / "version.py").read_text() if _registers(name) else "none"  # two builds of one version may differ
+    facts = [_says(compiler, "--version"), platform.machine(), torch_build, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
+    return _digest(facts, name, (".cpp", ".h", ".cuh"))  # a gpu.cpp includes api.cuh
 
 
 def _digest(facts: list[str], name: str, suffixes: tuple[str, ...]) -> str:
@@ -276,9 +279,8 @@ def _compile(name: str, compiler: str, library: Path) -> None:
     with _workshop(what, "10 to 20 s", library) as work:
         common, linked = [compiler, *FLAGS], []
         if _registers(name):
-            root = Path(importlib.util.find_spec("torch").origin).parent
-            common.append(f"-I{root / 'include'}")
-            linked = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+            common.append(f"-I{_torch() / 'include'}")
+            linked = [f"-L{_torch() / 'lib'}", "-ltorch_cpu", "-lc10"]
         jobs = []
         for source in sources:
             variants = INSTRUCTION_SETS if source.name == "cpu.cpp" else {"": []}

@@ -74,7 +74,7 @@ void step(const Library& library, TensorList masters, TensorList rounded, Tensor
   task.narrow = narrow.data(), task.exp_avgs = m.data(), task.exp_avg_sqs = v.data(), task.steps = t.data(), task.rates = floats(rates);
   task.scale = scale ? floats(*scale) : nullptr, task.found_inf = found_inf ? floats(*found_inf) : nullptr;
   task.lr = lr, task.beta1 = beta1, task.beta2 = beta2, task.eps = eps, task.weight_decay = weight_decay;
-  launch::Place(library, masters[0])(library.adamw_step, &task);
+  launch::OnDevice(library, masters[0])(library.adamw_step, &task);
 }
 
 Tensor gradient_norms(const Library& library, TensorList grads) {
@@ -85,20 +85,23 @@ Tensor gradient_norms(const Library& library, TensorList grads) {
   const auto places = places_of<const void>(grads);
   const std::vector<uint8_t> narrow = narrow_among(grads);
   const Tensor norms = launch::empty_fp32(grads[0], {n}), parts = launch::empty_fp32(grads[0], {library.adamw_norm_parts.call(n, sizes.data())});
-  launch::Place(library, grads[0])(library.adamw_norms, n, sizes.data(), places.data(), narrow.data(), floats(parts), floats(norms));
+  launch::OnDevice(library, grads[0])(library.adamw_norms, n, sizes.data(), places.data(), narrow.data(), floats(parts), floats(norms));
   return norms;
+}
+
+// Makes the kernels of a library (of dlopen) the operators' form for a dispatch key, until its result is given back.
+int64_t register_forms(int64_t handle, std::string key) {
+  const launch::Quiet quiet;
+  const auto library = std::make_shared<const Library>(handle);
+  auto forms = launch::forms_for(key);
+  forms->impl("adamw_", launch::over(library, step));
+  forms->impl("gradient_norms", launch::over(library, gradient_norms));
+  return launch::kept(std::move(forms));
 }
 
 }  // namespace
 
-// Makes the kernels of a library the operators' form for a dispatch key, until its result is given back.
-extern "C" __attribute__((visibility("default"))) void* adamw_register(void* handle, const char* key) {
-  const launch::Quiet quiet;
-  const auto library = std::make_shared<const Library>(handle);
-  auto* forms = new torch::Library(torch::Library::IMPL, "rwkvlm", c10::parseDispatchKey(key), __FILE__, __LINE__);
-  forms->impl("adamw_", launch::over(library, step));
-  forms->impl("gradient_norms", launch::over(library, gradient_norms));
-  return forms;
+TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
+  m.def("adamw_register(int library, str key) -> int", register_forms);
+  m.def("adamw_unregister(int forms) -> ()", launch::give_back);
 }
-
-extern "C" __attribute__((visibility("default"))) void adamw_unregister(void* forms) { delete static_cast<torch::Library*>(forms); }

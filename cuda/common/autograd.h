@@ -2,12 +2,12 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -45,8 +45,7 @@ Tensors once(const Tensors& gradients, const Work& work) {
   if (!again) return made;
   for (Tensor& x : made)
     if (x.defined()) x = x.detach().set_requires_grad(true);
-  const auto error = std::make_shared<torch::autograd::DelayedError>("trying to differentiate twice an operator that has one derivative", made.size());
-  return error->apply(std::move(made));
+  return torch::autograd::DelayedError("trying to differentiate twice an operator that has one derivative", made.size()).apply(std::move(made));
 }
 
 }  // namespace autograd

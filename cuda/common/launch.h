@@ -10,8 +10,10 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
+#include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -36,16 +38,16 @@ struct Entry {
 struct Library {
   void* handle;  // of dlopen
   Entry<const char* (*)(int)> cuda_message{handle, "cuda_message"};
-  explicit Library(void* handle) : handle(handle) {}
+  explicit Library(int64_t handle) : handle(reinterpret_cast<void*>(handle)) {}
 };
 #define ENTRY(function) \
   launch::Entry<decltype(&::function)> function { handle, #function }
 
 // The device of the operator's tensors is the current one while this lives: the library's own CUDA runtime uses that of the driver's current context.
 // On the CPU (emulated kernels) there is no stream.
-class Place {
+class OnDevice {
  public:
-  Place(const Library& library, const Tensor& like) : library_(library) {
+  OnDevice(const Library& library, const Tensor& like) : library_(library) {
     if (like.is_cpu()) return;
     guard_.reset_device(like.device());
     const c10::impl::VirtualGuardImpl device(like.device().type());
@@ -67,13 +69,15 @@ class Place {
   void* stream_ = nullptr;
 };
 
+inline std::string python_name(ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
+
 // Looks at the tensors that an operator was given: at(name, x, shape) is the address of x. One of them, `first` by name, is bfloat16 or float32; the others are
 // on its device, and of its dtype where at is told no other. The kernels read in order and in pieces of 16 bytes: of a tensor that is not contiguous and
 // aligned a copy is made, which lives as long as this does: until the kernels are on their stream.
 class Given {
  public:
   Given(const char* op, const char* first, const Tensor& like) : op(op), first_(first), device_(like.device()), own_(like.scalar_type()) {
-    TORCH_CHECK_VALUE(own_ == at::kBFloat16 || own_ == at::kFloat, op, ": ", first, " must be torch.bfloat16 or torch.float32, got torch.", python(own_));
+    TORCH_CHECK_VALUE(own_ == at::kBFloat16 || own_ == at::kFloat, op, ": ", first, " must be torch.bfloat16 or torch.float32, got ", python_name(own_));
   }
   void* at(const char* name, const Tensor& x, IntArrayRef shape) { return at(name, x, shape, own_); }
   void* at(const char* name, const Tensor& x, IntArrayRef shape, ScalarType dtype) {
@@ -93,10 +97,9 @@ class Given {
   const char* const op;
 
  private:
-  static std::string python(ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
   void* fitting(const char* name, const Tensor& x, ScalarType dtype) {
     TORCH_CHECK_VALUE(x.device() == device_, op, ": ", name, " must be on ", device_, ", where ", first_, " is, got ", x.device());
-    TORCH_CHECK_VALUE(x.scalar_type() == dtype, op, ": ", name, " must be torch.", python(dtype), ", got torch.", python(x.scalar_type()));
+    TORCH_CHECK_VALUE(x.scalar_type() == dtype, op, ": ", name, " must be ", python_name(dtype), ", got ", python_name(x.scalar_type()));
     void* place = x.data_ptr();
     if (reinterpret_cast<uintptr_t>(place) % 16 == 0 && x.is_contiguous()) return place;
     copies_.push_back(x.clone(at::MemoryFormat::Contiguous));
@@ -125,5 +128,12 @@ template <class Library, class Result, class... Arguments>
 auto over(const std::shared_ptr<const Library>& library, Result (*kernel)(const Library&, Arguments...)) {
   return [library, kernel](Arguments... arguments) -> Result { return kernel(*library, std::forward<Arguments>(arguments)...); };
 }
+
+// The operators' forms for a dispatch key, as a number for Python, and their end.
+inline std::unique_ptr<torch::Library> forms_for(const std::string& key) {
+  return std::make_unique<torch::Library>(torch::Library::IMPL, "rwkvlm", c10::parseDispatchKey(key), __FILE__, __LINE__);
+}
+inline int64_t kept(std::unique_ptr<torch::Library> forms) { return reinterpret_cast<int64_t>(forms.release()); }
+inline void give_back(int64_t forms) { delete reinterpret_cast<torch::Library*>(forms); }
 
 }  // namespace launch

@@ -1,5 +1,5 @@
 // The elementwise parts of a block as operators with derivatives, whatever device they run on: for each X the operators X_forward and X_backward, of which
-// op.cpp has the form for the CPU and gpu.cpp that for a GPU, and X over both. Only inputs are kept for backward; what it needs besides is computed again.
+// op.cpp has the form for the CPU and gpu.cpp that for a GPU, and X over both. Inputs are kept for backward or what replaces them; the rest is computed again.
 #include "../common/autograd.h"
 
 namespace {

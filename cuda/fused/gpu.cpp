@@ -15,10 +15,10 @@ using launch::floats;
 using launch::Given;
 using launch::like;
 using launch::Maybe;
-using launch::Place;
+using launch::OnDevice;
 using Tensors = std::vector<Tensor>;
 
-constexpr size_t kMostMixes = 6;  // what the fields of the tasks hold
+constexpr size_t kMostMixes = std::size(decltype(FusedNormMix::mix){});
 
 struct Library : launch::Library {
   using launch::Library::Library;
@@ -84,7 +84,7 @@ Tensors norm_mix(const Library& library, const Tensor& x, const Maybe& branch, c
   task.newest = out.emplace_back(empty(x, {B, C})).data_ptr();
   task.moments = floats(out.emplace_back(empty_fp32(x, {B, T, 2})));
   add_likes(out, x, task.out, mixes.size());
-  Place(library, x)(library.fused_norm_mix, &task, given.fp32());
+  OnDevice(library, x)(library.fused_norm_mix, &task, given.fp32());
   return out;
 }
 
@@ -101,11 +101,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_mix_backward(const Library& library, con
   task.dstream = given.at("dstream", dstream, stream.sizes()), task.dnewest = given.at("dnewest", dnewest, {B, C});
   mixes_of(given, mixes, C, task.mix);
   douts_of(given, douts, stream, mixes.size(), task.dout);
-  const Place place(library, stream);
+  const OnDevice start(library, stream);
   task.blocks = int32_t(library.fused_norm_parts.call(&task, given.fp32()));
   const Tensor dx = like(stream), dlast = empty(stream, {last ? B : 0, C}), sums = empty(stream, {n + 2, C}), parts = empty_fp32(stream, {task.blocks, n + 2, C});
   task.dx = dx.data_ptr(), task.dlast = last ? dlast.data_ptr() : nullptr, task.sums = sums.data_ptr(), task.parts = floats(parts);
-  place(library.fused_norm_mix_backward, &task, given.fp32());
+  start(library.fused_norm_mix_backward, &task, given.fp32());
   return {dx, dlast, sums};
 }
 
@@ -122,7 +122,7 @@ Tensors token_mix(const Library& library, const Tensor& x, const Maybe& last, Te
   FusedTokenMix task = token_mix_task(given, x, last, mixes);
   Tensors out;
   add_likes(out, x, task.out, mixes.size());
-  Place(library, x)(library.fused_token_mix, &task, given.fp32());
+  OnDevice(library, x)(library.fused_token_mix, &task, given.fp32());
   return out;
 }
 
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> token_mix_backward(const Library& library, Te
   const Tensor dx = like(x), dlast = empty(x, {last ? task.B : 0, task.C}), dmix = empty(x, {task.n, task.C});
   const Tensor parts = empty_fp32(x, {library.fused_parts.call(task.B, task.T), task.n, task.C});
   task.dx = dx.data_ptr(), task.dlast = last ? dlast.data_ptr() : nullptr, task.dmix = dmix.data_ptr(), task.parts = floats(parts);
-  Place(library, x)(library.fused_token_mix_backward, &task, given.fp32());
+  OnDevice(library, x)(library.fused_token_mix_backward, &task, given.fp32());
   return {dx, dlast, dmix};
 }
 
@@ -154,7 +154,7 @@ Tensors time_mix_inputs(const Library& library, const Tensor& w_low, const Tenso
   Given given("time_mix_inputs", "k", k);
   FusedInputs task = inputs_task(given, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size);
   Tensors out = v_first ? likes(k, {&task.w, &task.k_out, &task.a, &task.b, &task.v_out}) : likes(k, {&task.w, &task.k_out, &task.a, &task.b});
-  Place(library, k)(library.fused_time_mix_inputs, &task, given.fp32());
+  OnDevice(library, k)(library.fused_time_mix_inputs, &task, given.fp32());
   return out;
 }
 
@@ -171,7 +171,7 @@ Tensors time_mix_inputs_backward(const Library& library, const Tensor& dw, const
   Tensors out = v_first ? likes(k, {&task.dk, &task.da_low, &task.dv, &task.dv_first, &task.dv_low}) : likes(k, {&task.dk, &task.da_low});
   const Tensor parts = empty_fp32(k, {library.fused_parts.call(1, task.rows), 5, task.C});
   task.sums = out.emplace_back(empty(k, {5, task.C})).data_ptr(), task.parts = floats(parts);
-  Place(library, k)(library.fused_time_mix_inputs_backward, &task, given.fp32());
+  OnDevice(library, k)(library.fused_time_mix_inputs_backward, &task, given.fp32());
   return out;
 }
 
@@ -192,7 +192,7 @@ Tensor time_mix_output(const Library& library, const Tensor& y, const Tensor& r,
   FusedOutput task = output_task(given, y, r, k, v, g, weight, bias, r_k, head_size, eps);
   const Tensor out = like(y);
   task.out = out.data_ptr();
-  Place(library, y)(library.fused_time_mix_output, &task, given.fp32());
+  OnDevice(library, y)(library.fused_time_mix_output, &task, given.fp32());
   return out;
 }
 
@@ -205,31 +205,29 @@ Tensors time_mix_output_backward(const Library& library, const Tensor& dout, con
   Tensors out = likes(y, {&task.dy, &task.dr, &task.dk, &task.dv, &task.dg});
   const Tensor parts = empty_fp32(y, {library.fused_parts.call(1, task.rows), 3, task.C});
   task.sums = out.emplace_back(empty(y, {3, task.C})).data_ptr(), task.parts = floats(parts);
-  Place(library, y)(library.fused_time_mix_output_backward, &task, given.fp32());
+  OnDevice(library, y)(library.fused_time_mix_output_backward, &task, given.fp32());
   return out;
 }
 
 Tensor relu_square(const Library& library, const Tensor& x) {
   Given given("relu_square", "x", x);
   const Tensor y = like(x);
-  Place(library, x)(library.fused_relu_square, given.at("x", x, x.sizes()), y.data_ptr(), x.numel(), given.fp32());
+  OnDevice(library, x)(library.fused_relu_square, given.at("x", x, x.sizes()), y.data_ptr(), x.numel(), given.fp32());
   return y;
 }
 
 Tensor relu_square_backward(const Library& library, const Tensor& dy, const Tensor& y) {
   Given given("relu_square_backward", "y", y);
   const Tensor dx = like(y);
-  Place(library, y)(library.fused_relu_square_backward, given.at("dy", dy, y.sizes()), given.at("y", y, y.sizes()), dx.data_ptr(), y.numel(), given.fp32());
+  OnDevice(library, y)(library.fused_relu_square_backward, given.at("dy", dy, y.sizes()), given.at("y", y, y.sizes()), dx.data_ptr(), y.numel(), given.fp32());
   return dx;
 }
 
-}  // namespace
-
-// Makes the kernels of a library the operators' form for a dispatch key, until its result is given back.
-extern "C" __attribute__((visibility("default"))) void* fused_register(void* handle, const char* key) {
+// Makes the kernels of a library (of dlopen) the operators' form for a dispatch key, until its result is given back.
+int64_t register_forms(int64_t handle, std::string key) {
   const launch::Quiet quiet;
   const auto library = std::make_shared<const Library>(handle);
-  auto* forms = new torch::Library(torch::Library::IMPL, "rwkvlm", c10::parseDispatchKey(key), __FILE__, __LINE__);
+  auto forms = launch::forms_for(key);
   forms->impl("norm_mix_forward", launch::over(library, norm_mix));
   forms->impl("norm_mix_backward", launch::over(library, norm_mix_backward));
   forms->impl("token_mix_forward", launch::over(library, token_mix));
@@ -240,7 +238,12 @@ extern "C" __attribute__((visibility("default"))) void* fused_register(void* han
   forms->impl("time_mix_output_backward", launch::over(library, time_mix_output_backward));
   forms->impl("relu_square_forward", launch::over(library, relu_square));
   forms->impl("relu_square_backward", launch::over(library, relu_square_backward));
-  return forms;
+  return launch::kept(std::move(forms));
 }
 
-extern "C" __attribute__((visibility("default"))) void fused_unregister(void* forms) { delete static_cast<torch::Library*>(forms); }
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
+  m.def("fused_register(int library, str key) -> int", register_forms);
+  m.def("fused_unregister(int forms) -> ()", launch::give_back);
+}

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <mutex>
 #include <tuple>
 
 namespace {
@@ -16,13 +17,13 @@ using launch::floats;
 using launch::Given;
 using launch::like;
 using launch::Maybe;
-using launch::Place;
+using launch::OnDevice;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kFewPairs = 64, kManyChunks = 64;  // of (sequence, head), and in a sequence: where the chunked scans run in segments
 constexpr int64_t kMostHidden = 32;                   // units of the head of test-time training, a bit each
 
-// Where kernels run: a GPU; in tests the emulation on the host. Operators have its number, so that the tensors' device does not decide.
+// Where kernels run: a GPU; in tests the emulation on the host. Operators are given its number: the device of the tensors does not say which library.
 struct Machine : launch::Library {
   ENTRY(wkv7_sequential_saved_bytes);
   ENTRY(wkv7_sequential_forward);
@@ -36,16 +37,19 @@ struct Machine : launch::Library {
   ENTRY(wkv7_ttt_backward_scratch_bytes);
   ENTRY(wkv7_ttt_forward);
   ENTRY(wkv7_ttt_backward);
+  c10::Device device;
   bool tensor_cores;
   int64_t multiprocessors;
-  Machine(void* handle, bool tensor_cores, int64_t multiprocessors)
-      : launch::Library(handle), tensor_cores(tensor_cores), multiprocessors(multiprocessors) {}
+  Machine(int64_t handle, c10::Device device, bool tensor_cores, int64_t multiprocessors)
+      : launch::Library(handle), device(device), tensor_cores(tensor_cores), multiprocessors(multiprocessors) {}
 };
 
-std::deque<Machine> machines;
+std::mutex mutex;
+std::deque<Machine> machines;  // references to them last
 std::atomic<int64_t> segments_asked_for{-1};
 
 const Machine& machine_of(int64_t number) {
+  const std::lock_guard<std::mutex> lock(mutex);
   TORCH_CHECK_VALUE(number >= 0 && number < int64_t(machines.size()), "wkv7: no machine has the number ", number);
   return machines[size_t(number)];
 }
@@ -77,6 +81,7 @@ struct Call {
   Call(const char* op, int64_t number, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
        const Maybe& initial_state, const Maybe& cu_seqlens)
       : machine(machine_of(number)), given(op, "r", r), r(r), chunked(!given.fp32() && machine.tensor_cores) {
+    TORCH_CHECK_VALUE(r.device() == machine.device, op, ": r must be on ", machine.device, ", got ", r.device());
     TORCH_CHECK_VALUE(r.dim() == 4 && r.numel() > 0, op, ": r must be [B, T, H, N], none of them 0, got ", r.sizes());
     const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3), documents = cu_seqlens ? cu_seqlens->numel() - 1 : 0;
     states = {documents ? documents : B, H, N, N};
@@ -118,12 +123,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& r, const Tensor& w, con
                                            const Maybe& initial_state, const Maybe& cu_seqlens, bool save, int64_t machine) {
   Call call("wkv7", machine, r, w, k, v, a, b, initial_state, cu_seqlens);
   const Tensor y = like(r), final_state = empty_fp32(r, call.states), saved = call.bytes(save || call.chunked ? call.saved : 0);
-  const Place place(call.machine, r);
+  const OnDevice start(call.machine, r);
   if (call.chunked) {
     const Tensor scratch = call.bytes(call.machine.wkv7_chunked_forward_scratch_bytes.call(&call.shape));
-    place(call.machine.wkv7_chunked_forward, &call.shape, &call.in, y.data_ptr(), floats(final_state), saved.data_ptr(), scratch.data_ptr());
+    start(call.machine.wkv7_chunked_forward, &call.shape, &call.in, y.data_ptr(), floats(final_state), saved.data_ptr(), scratch.data_ptr());
   } else {
-    place(call.machine.wkv7_sequential_forward, &call.shape, call.dtype(), &call.in, y.data_ptr(), floats(final_state), save ? saved.data_ptr() : nullptr);
+    start(call.machine.wkv7_sequential_forward, &call.shape, call.dtype(), &call.in, y.data_ptr(), floats(final_state), save ? saved.data_ptr() : nullptr);
   }
   return {y, final_state, save ? saved : call.bytes(0)};
 }
@@ -133,12 +138,12 @@ Tensors backward(const Tensor& dy, const Maybe& d_final_state, const Tensor& r, 
                  const Maybe& more_dr, const Maybe& more_dk, const Maybe& more_dv) {
   Call call("wkv7_backward", machine, r, w, k, v, a, b, initial_state, cu_seqlens);
   Backward task(call, saved, dy, d_final_state, state_gradient, more_dr, more_dk, more_dv);
-  const Place place(call.machine, r);
+  const OnDevice start(call.machine, r);
   if (call.chunked) {
     const Tensor scratch = call.bytes(call.machine.wkv7_chunked_backward_scratch_bytes.call(&call.shape));
-    place(call.machine.wkv7_chunked_backward, &call.shape, &call.in, task.saved, task.dy, task.d_final_state, &task.out, scratch.data_ptr());
+    start(call.machine.wkv7_chunked_backward, &call.shape, &call.in, task.saved, task.dy, task.d_final_state, &task.out, scratch.data_ptr());
   } else {
-    place(call.machine.wkv7_sequential_backward, &call.shape, call.dtype(), &call.in, task.saved, task.dy, task.d_final_state, &task.out);
+    start(call.machine.wkv7_sequential_backward, &call.shape, call.dtype(), &call.in, task.saved, task.dy, task.d_final_state, &task.out);
   }
   return task.results;
 }
@@ -150,7 +155,7 @@ struct TttCall : Call {
   TttCall(const char* op, int64_t number, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
           const Maybe& initial_state, const Tensor& rate, const Maybe& head, int64_t rows, int64_t segment, bool stored)
       : Call(op, number, r, w, k, v, a, b, initial_state, std::nullopt) {
-    TORCH_CHECK_VALUE(chunked, op, ": expected bfloat16 and a GPU with bfloat16 tensor cores, got ", r.scalar_type(), " on ", r.device());
+    TORCH_CHECK_VALUE(chunked, op, ": expected bfloat16 and a GPU with bfloat16 tensor cores, got ", launch::python_name(r.scalar_type()), " on ", r.device());
     const int64_t N = r.size(3), chunk = chunk_tokens(N);
     TORCH_CHECK_VALUE(rows >= 8 && rows <= N && rows % 8 == 0 && segment >= chunk && segment % chunk == 0, op, ": expected rows from 8 to ", N,
                       " in steps of 8 and segments of a multiple of ", chunk, " tokens, got ", rows, " and ", segment);
@@ -171,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> ttt_forward(const Tensor& r, const Tensor& w,
   TttCall call("wkv7_ttt", machine, r, w, k, v, a, b, initial_state, rate, head, rows, segment, stored);
   const Tensor y = like(r), final_state = empty_fp32(r, call.states), saved = call.bytes(call.saved);
   const Tensor scratch = call.bytes(call.machine.wkv7_chunked_forward_scratch_bytes.call(&call.shape));
-  Place(call.machine, r)(call.machine.wkv7_ttt_forward, &call.shape, &call.in, &call.steps, y.data_ptr(), floats(final_state), saved.data_ptr(), scratch.data_ptr());
+  OnDevice(call.machine, r)(call.machine.wkv7_ttt_forward, &call.shape, &call.in, &call.steps, y.data_ptr(), floats(final_state), saved.data_ptr(), scratch.data_ptr());
   return {y, final_state, save ? saved : call.bytes(0)};
 }
 
@@ -184,7 +189,7 @@ Tensors ttt_backward(const Tensor& dy, const Maybe& d_final_state, const Tensor&
   const int64_t steps = (r.size(1) - 1) / segment * r.size(0), of_head = head ? head->numel() : 0;
   Tensor sums = empty_fp32(r, {steps, r.size(2), 1 + of_head});
   const Tensor scratch = call.bytes(call.machine.wkv7_ttt_backward_scratch_bytes.call(&call.shape, &call.steps));
-  Place(call.machine, r)(call.machine.wkv7_ttt_backward, &call.shape, &call.in, &call.steps, task.saved, task.dy, task.d_final_state, &task.out, floats(sums),
+  OnDevice(call.machine, r)(call.machine.wkv7_ttt_backward, &call.shape, &call.in, &call.steps, task.saved, task.dy, task.d_final_state, &task.out, floats(sums),
                          scratch.data_ptr());
   sums = sums.sum(0);
   task.results.push_back(sums.select(1, 0).clone());
@@ -192,24 +197,21 @@ Tensors ttt_backward(const Tensor& dy, const Maybe& d_final_state, const Tensor&
   return task.results;
 }
 
-}  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 // The number of a machine, for the operators.
-EXPORT int64_t wkv7_machine(void* library, int tensor_cores, int64_t multiprocessors) {
-  machines.emplace_back(library, tensor_cores != 0, multiprocessors);
+int64_t add_machine(int64_t library, c10::Device device, bool tensor_cores, int64_t multiprocessors) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  machines.emplace_back(library, device, tensor_cores, multiprocessors);
   return int64_t(machines.size()) - 1;
 }
 
-EXPORT int64_t wkv7_segment_chunks(int64_t sequences, int64_t T, int64_t H, int64_t N, int64_t multiprocessors) {
-  return segment_chunks(sequences, T, H, N, multiprocessors);
-}
+void ask_for_segments(int64_t chunks) { segments_asked_for = chunks; }
 
-// For measurements and tests: so many chunks a segment whatever the rule says; -1: by the rule.
-EXPORT void wkv7_ask_for_segments(int64_t chunks) { segments_asked_for = chunks; }
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
+  m.def("wkv7_machine(int library, Device device, bool tensor_cores, int multiprocessors) -> int", add_machine);
+  m.def("wkv7_segment_chunks(int sequences, int T, int H, int N, int multiprocessors) -> int", segment_chunks);
+  m.def("wkv7_ask_for_segments(int chunks) -> ()", ask_for_segments);
   m.def(
       "wkv7_cuda_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens, bool save, int machine)"
       " -> (Tensor, Tensor, Tensor)");

@@ -1,4 +1,4 @@
-// Registration of the WKV7 CPU kernels with torch, on its stable ABI: builds in seconds, loads on any torch >= 2.11.
+// Registration of the WKV7 CPU kernels with torch, on its stable ABI.
 // Fake tensors and autograd are registered in Python (rwkvlm/ops/wkv7/native.py). No maths here.
 #include "../common/torch.h"
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels as torch operators: on this machine's GPU where there is one, and everywhere the same Python code over the emulated kernels."""
+"""The CUDA kernels as torch operators: on this machine's GPU where there is one, and everywhere the same code over the emulated kernels."""
 
 from __future__ import annotations
 
@@ -81,6 +81,27 @@ def test_scans_in_segments(device):
         cuda.ask_for_segments(-1)
     worst = errors(cut, case.expected())
     assert max(worst.values()) < LIMITS[BF16] and not torch.equal(cut["final_state"], plain["final_state"]), worst
+
+
+def test_the_rule_of_the_segments_is_asked(device):
+    """One head of 4096 tokens: segments of 8 chunks on any machine with 16 multiprocessors or more."""
+    inputs = [x.to(device) for x in make_case(T=4096, N=16, H=1, states=False, kind="slow").inputs]
+    finals = []
+    try:
+        for asked in (-1, 8, 0):
+            cuda.ask_for_segments(asked)
+            finals.append(wkv7(*inputs, output_final_state=True)[1])
+    finally:
+        cuda.ask_for_segments(-1)
+    assert torch.equal(finals[0], finals[1]) and not torch.equal(finals[0], finals[2])
+
+
+def test_another_machines_number_is_refused(device):
+    elsewhere = cuda.machine_over(cuda.machine(device).library, torch.device("cuda", 7), (9, 0), 132).number
+    with pytest.raises(ValueError, match="r must be on cuda:7"):
+        torch.ops.rwkvlm.wkv7_cuda(*(x.to(device) for x in make_case(T=3).inputs), None, None, False, elsewhere)
+    with pytest.raises(ValueError, match="no machine has the number"):
+        torch.ops.rwkvlm.wkv7_cuda(*(x.to(device) for x in make_case(T=3).inputs), None, None, False, 10**6)
 
 
 def test_repeated_runs_give_the_same_bits(device):

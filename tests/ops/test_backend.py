@@ -80,6 +80,10 @@ def test_set_kernel_outranks_the_environment(monkeypatch):
         backend.requested()
 
 
+def test_the_mark_is_torchs_own():
+    assert vars(backend.decided_while_tracing(lambda: 0)) == vars(torch.compiler.assume_constant_result(lambda: 0))
+
+
 def test_a_program_that_compiles_nothing_does_not_wait_for_the_compiler():
     """torch.compiler's own decorators import it."""
     code = "import sys, rwkvlm.infer, rwkvlm.models; sys.exit('torch._dynamo' in sys.modules)"

@@ -49,7 +49,10 @@ def test_builds_once_and_again_when_a_source_changes(toy, capfd):
     assert native.build("toy") == library and library.stat().st_mtime_ns == before
     assert capfd.readouterr().err == ""
     (toy.parent / "common" / "new.h").write_text("// changed\n")
-    assert native.build("toy") != library
+    changed = native.build("toy")
+    assert changed != library
+    (toy / "api.cuh").write_text("// what a gpu.cpp shares with the kernels\n")
+    assert native.build("toy") != changed
 
 
 def test_flags_and_compiler_are_part_of_the_key(toy, monkeypatch):

@@ -172,7 +172,7 @@ def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
 
 def emulated_machine(library: ctypes.CDLL) -> Machine:
     """As an H100 or H200."""
-    return machine_over(library, (9, 0), 132)
+    return machine_over(library, torch.device("cpu"), (9, 0), 132)
 
 
 class Kernels:

@@ -31,22 +31,22 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         raise ValueError(f"wkv7: the CUDA kernels need tensors on a GPU, got {device}")
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return machine_over(native.cuda_library("wkv7"), torch.cuda.get_device_capability(device), multiprocessors)
+    return machine_over(native.cuda_library("wkv7"), device, torch.cuda.get_device_capability(device), multiprocessors)
 
 
-def machine_over(library: ctypes.CDLL, capability: tuple[int, int], multiprocessors: int) -> Machine:
+def machine_over(library: ctypes.CDLL, device: torch.device, capability: tuple[int, int], multiprocessors: int) -> Machine:
     """One whose kernels are in this library."""
-    return Machine(library, capability, _cpp().wkv7_machine(library._handle, capability >= TENSOR_CORES, multiprocessors))
+    return Machine(library, capability, _operators().wkv7_machine(library._handle, device, capability >= TENSOR_CORES, multiprocessors))
 
 
 def segment_chunks(sequences: int, T: int, H: int, N: int, multiprocessors: int) -> int:
     """Chunks of a segment of the chunked scans, 0 where they walk whole sequences: the rule of gpu.cpp."""
-    return _cpp().wkv7_segment_chunks(sequences, T, H, N, multiprocessors)
+    return _operators().wkv7_segment_chunks(sequences, T, H, N, multiprocessors)
 
 
 def ask_for_segments(chunks: int) -> None:
     """For measurements and tests: so many chunks a segment whatever the rule says, 0 for whole sequences; -1: by the rule."""
-    _cpp().wkv7_ask_for_segments(chunks)
+    _operators().wkv7_ask_for_segments(chunks)
 
 
 def why_not(dtype: torch.dtype) -> str:
@@ -105,16 +105,12 @@ def ttt_saved_bytes(B: int, T: int, H: int, N: int, rows: int, hidden: int, segm
 
 
 @functools.cache
-def _cpp() -> ctypes.CDLL:
-    """The functions of gpu.cpp; its operators are then known, to fake tensors too."""
+def _operators():
+    """Those of gpu.cpp, known to fake tensors too."""
     native.load("wkv7")
-    library = native.library("wkv7")
-    library.wkv7_machine.argtypes, library.wkv7_machine.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64], ctypes.c_int64
-    library.wkv7_segment_chunks.argtypes, library.wkv7_segment_chunks.restype = [ctypes.c_int64] * 5, ctypes.c_int64
-    library.wkv7_ask_for_segments.argtypes = [ctypes.c_int64]
     for fake in (_wkv7_cuda_forward, _wkv7_cuda_backward, _wkv7_ttt_cuda_forward, _wkv7_ttt_cuda_backward):
         torch.library.register_fake(f"rwkvlm::{fake.__name__[1:]}", fake)
-    return library
+    return torch.ops.rwkvlm
 
 
 def _wkv7_cuda_forward(r, w, k, v, a, b, initial_state, cu_seqlens, save, number):
