@@ -84,7 +84,7 @@ def test_scans_in_segments(device):
 
 
 def test_the_rule_of_the_segments_is_asked(device):
-    """One head of 4096 tokens: segments of 8 chunks on any machine with 16 multiprocessors or more."""
+    """One head of 4096 tokens: segments of 8 chunks on any machine with two multiprocessors or more."""
     inputs = [x.to(device) for x in make_case(T=4096, N=16, H=1, states=False, kind="slow").inputs]
     finals = []
     try:
