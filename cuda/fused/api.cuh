@@ -10,7 +10,7 @@
 enum { FUSED_BF16 = 0, FUSED_FP32 = 1 };
 enum { FUSED_UNSUPPORTED = -1 };
 
-// out[j] = x + (x of the token before - x) * mix[j], for n = 1, 2, 3 or 6
+// out[j] = x + (x of the token before - x) * mix[j], for n = 1, 2, 3, 4 or 6
 struct FusedTokenMix {
     int32_t B, T, C, n;
     const void *x, *last;  // [B, T, C]; [B, C], null: zeros

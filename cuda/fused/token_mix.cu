@@ -93,6 +93,7 @@ template <class T, int n> int backward(const FusedTokenMix& p, void* stream) {
         case 1: return bf16 ? fused::function<fused::bf16, 1>(*task, stream) : fused::function<float, 1>(*task, stream); \
         case 2: return bf16 ? fused::function<fused::bf16, 2>(*task, stream) : fused::function<float, 2>(*task, stream); \
         case 3: return bf16 ? fused::function<fused::bf16, 3>(*task, stream) : fused::function<float, 3>(*task, stream); \
+        case 4: return bf16 ? fused::function<fused::bf16, 4>(*task, stream) : fused::function<float, 4>(*task, stream); \
         case 6: return bf16 ? fused::function<fused::bf16, 6>(*task, stream) : fused::function<float, 6>(*task, stream); \
     }                                                                                                              \
     return FUSED_UNSUPPORTED;

@@ -38,6 +38,7 @@ CASES = {
         dict(T=40, mixes=1),
         dict(T=40, mixes=3, state=True),
         dict(T=40, mixes=2),
+        dict(T=40, mixes=4, state=True),  # of an attention layer
     ],
     "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
     "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
@@ -218,7 +219,7 @@ def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
 
 
 def test_what_the_kernels_do_not_take_is_an_error(device):
-    for case in (Case("norm_mix", mixes=4, device=device), Case("token_mix", mixes=4, device=device), Case("time_mix_output", N=48, device=device)):
+    for case in (Case("norm_mix", mixes=5, device=device), Case("token_mix", mixes=5, device=device), Case("time_mix_output", N=48, device=device)):
         with pytest.raises(ValueError, match="shape or dtype"):
             case.call(fused, *case.inputs)
     for x in (torch.zeros(1, 6), torch.zeros(0, 16)):

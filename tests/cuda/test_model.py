@@ -69,6 +69,7 @@ MODELS = {
     "x070": SIZES,
     "phantom": model_config("phantom", n_layer=2, n_embd=64, vocab_size=97, head_size=32, core_ratio=0.5),
     "x080": model_config("x080", n_layer=2, n_embd=64, vocab_size=97, head_size=32, rosa_bits=4, deep_embed=True),
+    "hybrid": model_config("hybrid", n_layer=2, n_embd=64, vocab_size=97, head_size=32, attention_layers="1"),
 }
 
 
@@ -102,7 +103,7 @@ def assert_right(got, model, idx, monkeypatch):
     assert off < (LIMIT if got[part].dtype == torch.float32 else most / 3), part
 
 
-@pytest.mark.parametrize("kind, dtype", [("x070", torch.float32), ("x070", torch.bfloat16), ("x080", torch.float32)], ids=["fp32", "bf16", "x080"])
+@pytest.mark.parametrize("kind, dtype", [("x070", torch.float32), ("x070", torch.bfloat16), ("x080", torch.float32), ("hybrid", torch.float32)], ids=["fp32", "bf16", "x080", "hybrid"])
 def test_loss_and_gradients(device, kind, dtype, monkeypatch):
     """x080 in fp32 only: what is rounded to bf16 has other bits, and other symbols."""
     model, idx = make_model(device, dtype, MODELS[kind])
