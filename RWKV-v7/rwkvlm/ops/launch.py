@@ -37,6 +37,7 @@ def _registered(name: str, register: Register) -> torch.library.Library:
 
 def register_in_cpp(name: str, registration: torch.library.Library, library: ctypes.CDLL, key: str) -> None:
     """As a `Register`, of operators that cuda/<name>/gpu.cpp launches: gone with the registration, as all others are."""
+    native.load_launches(name)
     register, unregister = (getattr(torch.ops.rwkvlm, f"{name}_{what}") for what in ("register", "unregister"))
     forms = register(library._handle, key)
     registration._registration_handles.append(torch._library.utils.RegistrationHandle(lambda: unregister(forms)))
