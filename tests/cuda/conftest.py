@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from oracles.emulated_wkv7 import CUDA, Kernels, compile_kernels
+from oracles.emulated_all import registered
+from oracles.emulated_wkv7 import AROUND, Kernels, compile_kernels
 from rwkvlm.native import available
 from rwkvlm.ops import backend
 
@@ -21,8 +22,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 @pytest.fixture(scope="session")
 def block_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Those around wkv7: cuda/adamw, cuda/fused, cuda/loss, cuda/rosa and cuda/wkv4."""
-    sources = sorted(x for folder in ("common", "adamw", "fused", "loss", "rosa", "wkv4") for x in (CUDA / folder).glob("*.cu"))
-    return ctypes.CDLL(str(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O1", sources=sources)))
+    return ctypes.CDLL(str(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O1", sources=AROUND)))
 
 
 @pytest.fixture(params=["emulated", "gpu"])
@@ -48,7 +48,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             assert native.why_not(*arguments) == ""  # defines the operators
         kernels = request.getfixturevalue("block_kernels")
         kernels.emulation_reverse(0)
-        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-            cuda.register(registration, kernels, "CPU")
+        with registered(kernels, folder):
             yield torch.device("cpu")
     torch.use_deterministic_algorithms(False)

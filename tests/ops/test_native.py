@@ -17,7 +17,6 @@ import torch
 
 from rwkvlm import native
 from rwkvlm.config import UserError, env
-from rwkvlm.ops.launch import launch
 
 CUDA = native.SOURCE_DIR
 
@@ -288,8 +287,6 @@ def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, 
     assert all(line.count("-gencode") == 2 and "arch=compute_86,code=sm_86" in line and "arch=compute_90a,code=sm_90a" in line for line in compiled)
     assert native.cuda_available("toy") == (True, "")
     assert native.cuda_message(library, -1) == "a shape or dtype that this kernel does not take (-1)"
-    with pytest.raises(RuntimeError, match=r"answer: .* \(42\)"):
-        launch(library, "answer", torch.device("cpu"))
     first = native.build_cuda("toy", ("90a",))
     (toy_cuda / "new.cuh").write_text("// changed\n")
     assert native.build_cuda("toy", ("90a",)) != first
