@@ -2,13 +2,13 @@
 
 Every *.cpp of the folder is compiled once, except cpu.cpp, which is compiled once per instruction set of the machine's family
 (see cuda/common/isa.h). The compiler is called directly, since torch.utils.cpp_extension.load takes half a minute for what the
-stable ABI of torch makes a matter of seconds. Where that does not reach, derivatives and launches (autograd.cpp, gpu.cpp), a file takes
-twenty. Nothing is built at import. Threads are torch's own (torch::stable::parallel_for):
+stable ABI of torch makes a matter of seconds. Nothing is built at import. Threads are torch's own (torch::stable::parallel_for):
 no second OpenMP runtime enters the process, none is needed to build, and torch.set_num_threads is obeyed.
 
 A folder without op.cpp has nothing to do with torch: a plain C interface, for commands that should not wait for torch to load.
 
-The *.cu of a folder become a library of their own (`cuda_library`), by nvcc, for the GPUs of this machine.
+The *.cu of a folder become a library of their own (`cuda_library`), by nvcc, for the GPUs of this machine. What starts them, *gpu.cpp, is
+a third library (`load_launches`), which only they need: it includes what the stable ABI does not have, of which a file takes twenty seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 from .config import UserError, env
 from .config.cgroups import cpus
@@ -43,6 +43,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     }
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC -diag-suppress 177".split()
+LAUNCHES = "*gpu.cpp"
 CUDA_DEFAULT = Path("/usr/local/cuda")
 TIME_OUT = 600.0  # seconds, for the compiler and for another process's build
 
@@ -54,13 +55,13 @@ class NativeBuildError(RuntimeError):
 @functools.cache
 def load(name: str) -> None:
     """Make the operators of cuda/<name>/ available as torch.ops.rwkvlm.*; builds them on the first use ever. NativeBuildError."""
-    import torch
+    _load_operators(f"native kernel {name}", build(name))
 
-    library = build(name)
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        raise NativeBuildError(_not_loaded(f"native kernel {name}", error.__cause__ or error)) from None  # torch's own error does not say why
+
+@functools.cache
+def load_launches(name: str) -> None:
+    """The same for those of its *gpu.cpp, which call the functions of a `cuda_library`, or of another with the same. NativeBuildError."""
+    _load_operators(f"launch of CUDA kernel {name}", build_launches(name))
 
 
 @functools.cache
@@ -81,14 +82,18 @@ def available(name: str) -> tuple[bool, str]:
 
 @functools.cache
 def cuda_library(name: str) -> ctypes.CDLL:
-    """The C functions of the *.cu of cuda/<name>/, built for this machine's GPUs on the first use ever. NativeBuildError.
+    """The C functions of the *.cu of cuda/<name>/, built for this machine's GPUs on the first use ever, and what starts them. NativeBuildError.
 
     It knows nothing of torch, and is called with addresses: x.data_ptr(), torch.cuda.current_stream().cuda_stream. So nvcc needs no
     header of torch, which take it minutes and tie the result to one version; the same library serves every torch, one built for another
     CUDA release included, since it brings its own CUDA runtime, and memory and streams belong to the driver, which all runtimes share.
     Its functions return 0, or an error that `cuda_message` names. The caller makes the tensors' device the current one.
     """
-    found = _opened(f"CUDA kernel {name}", build_cuda(name, _architectures(name)))
+    architectures, _ = _architectures(name), _nvcc_for(name)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        launches = pool.submit(load_launches, name)  # built while nvcc compiles
+        found = _opened(f"CUDA kernel {name}", build_cuda(name, architectures))
+    launches.result()
     code = found.cuda_probe()
     if code:
         raise NativeBuildError(
@@ -123,23 +128,40 @@ def nvcc() -> str | None:
 
 def build(name: str) -> Path:
     """The shared library of cuda/<name>/, compiled if these sources, flags, compiler and torch have not met in this cache yet."""
-    compiler = shutil.which(env.cxx())
-    if compiler is None:
-        raise NativeBuildError(f"native kernel {name}: no C++ compiler ({env.cxx()} is not on the PATH; install g++ or set CXX)")
-    return _cached(f"native kernel {name}", f"{name}-{_key(name, compiler)}.so", lambda library: _compile(name, compiler, library))
+    return _built(f"native kernel {name}", name, name, [x for x in _sources(name, "*.cpp") if not x.match(LAUNCHES)], (".h",))
+
+
+def build_launches(name: str) -> Path:
+    """That of its *gpu.cpp, which share structs with the kernels (api.cuh); needs neither nvcc nor a GPU."""
+    return _built(f"launch of CUDA kernel {name}", f"launch-{name}", name, _sources(name, LAUNCHES), (".h", ".cuh"))
 
 
 def build_cuda(name: str, architectures: tuple[str, ...]) -> Path:
     """The shared library of the *.cu of cuda/<name>/ for these GPUs ("80", "90a"); needs nvcc, but neither torch nor a GPU."""
-    compiler = nvcc()
-    if compiler is None:
-        where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH or in {CUDA_DEFAULT}"
-        raise NativeBuildError(f"CUDA kernel {name}: nvcc is not {where}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it")
+    compiler = _nvcc_for(name)
     targets = _targets(name, compiler, architectures)
     host = shutil.which(env.cxx())
     facts = [_says(compiler, "--version"), _says(host, "--version") if host else "", platform.machine(), *CUDA_FLAGS, *targets]
     key = _digest(facts, name, (".cu", ".cuh", ".h"))
     return _cached(f"CUDA kernel {name}", f"cuda-{name}-{key}.so", lambda library: _compile_cuda(name, compiler, targets, library))
+
+
+def _nvcc_for(name: str) -> str:
+    compiler = nvcc()
+    if compiler is None:
+        where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH or in {CUDA_DEFAULT}"
+        raise NativeBuildError(f"CUDA kernel {name}: nvcc is not {where}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it")
+    return compiler
+
+
+def _built(what: str, stem: str, name: str, sources: list[Path], included: tuple[str, ...]) -> Path:
+    compiler = shutil.which(env.cxx())
+    if compiler is None:
+        raise NativeBuildError(f"{what}: no C++ compiler ({env.cxx()} is not on the PATH; install g++ or set CXX)")
+    torch_build = (_torch() / "version.py").read_text() if _registers(name) else "none"  # two builds of one version may differ
+    facts = [_says(compiler, "--version"), platform.machine(), torch_build, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
+    key = _digest(facts, name, included, sources)
+    return _cached(what, f"{stem}-{key}.so", lambda library: _compile(what, name, sources, compiler, library))
 
 
 def _cached(what: str, file: str, make: Callable[[Path], None]) -> Path:
@@ -160,6 +182,15 @@ def _cached(what: str, file: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise NativeBuildError(f"{what}: {error}; RWKV_CACHE_DIR chooses another place to build in") from None
     return library
+
+
+def _load_operators(what: str, library: Path) -> None:
+    import torch
+
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise NativeBuildError(_not_loaded(what, error.__cause__ or error)) from None  # torch's own error does not say why
 
 
 def _opened(what: str, path: Path) -> ctypes.CDLL:
@@ -227,17 +258,11 @@ def _says(compiler: str, question: str) -> str:
         raise NativeBuildError(f"{compiler} does not run: {error}") from None
 
 
-def _key(name: str, compiler: str) -> str:
-    torch_build = (_torch() / "version.py").read_text() if _registers(name) else "none"  # two builds of one version may differ
-    facts = [_says(compiler, "--version"), platform.machine(), torch_build, *FLAGS, *env.cxx_flags(), repr(INSTRUCTION_SETS)]
-    return _digest(facts, name, (".cpp", ".h", ".cuh"))  # a gpu.cpp includes api.cuh
-
-
-def _digest(facts: list[str], name: str, suffixes: tuple[str, ...]) -> str:
-    """A name for these facts and the folder's sources."""
+def _digest(facts: list[str], name: str, suffixes: tuple[str, ...], sources: Sequence[Path] = ()) -> str:
+    """A name for these facts, the sources, and what of the folder and of the common one has these suffixes."""
     digest = hashlib.sha256("\n".join(facts).encode())
     for folder in ("common", name):
-        for source in sorted(p for p in (SOURCE_DIR / folder).glob("*") if p.suffix in suffixes):
+        for source in sorted(p for p in (SOURCE_DIR / folder).glob("*") if p.suffix in suffixes or p in sources):
             digest.update(f"\n{source.name}\n".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -274,8 +299,7 @@ def _workshop(what: str, takes: str, library: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _compile(name: str, compiler: str, library: Path) -> None:
-    what, sources = f"native kernel {name}", _sources(name, "*.cpp")
+def _compile(what: str, name: str, sources: list[Path], compiler: str, library: Path) -> None:
     with _workshop(what, "10 to 20 s", library) as work:
         common, linked = [compiler, *FLAGS], []
         if _registers(name):

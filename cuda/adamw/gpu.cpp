@@ -89,19 +89,11 @@ Tensor gradient_norms(const Library& library, TensorList grads) {
   return norms;
 }
 
-// Makes the kernels of a library (of dlopen) the operators' form for a dispatch key, until its result is given back.
-int64_t register_forms(int64_t handle, std::string key) {
-  const launch::Quiet quiet;
-  const auto library = std::make_shared<const Library>(handle);
-  auto forms = launch::forms_for(key);
-  forms->impl("adamw_", launch::over(library, step));
-  forms->impl("gradient_norms", launch::over(library, gradient_norms));
-  return launch::kept(std::move(forms));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
-  m.def("adamw_register(int library, str key) -> int", register_forms);
-  m.def("adamw_unregister(int forms) -> ()", launch::give_back);
+  launch::define_registration<Library>(m, "adamw", [](const auto& add) {
+    add("adamw_", step);
+    add("gradient_norms", gradient_norms);
+  });
 }

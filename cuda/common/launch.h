@@ -1,5 +1,5 @@
 // Calling the functions of a CUDA library (native.cuda_library) with tensors: their addresses, their device's stream, their error codes.
-// What rwkvlm/ops/launch.py is to operators in Python, for those that every block calls: from C++ they start in a third of the time.
+// And what makes them the operators' form for a GPU. In C++, since from Python an operator takes three times as long to start.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -81,25 +81,35 @@ class Given {
   }
   void* at(const char* name, const Tensor& x, IntArrayRef shape) { return at(name, x, shape, own_); }
   void* at(const char* name, const Tensor& x, IntArrayRef shape, ScalarType dtype) {
-    TORCH_CHECK_VALUE(x.sizes() == shape, op, ": ", name, " must have the shape ", shape, ", got ", x.sizes());
-    return fitting(name, x, dtype);
+    check(name, x, shape, dtype);
+    return readable(x);
   }
   void* at(const char* name, const Maybe& x, IntArrayRef shape) { return x ? at(name, *x, shape, own_) : nullptr; }
   void* at(const char* name, const Maybe& x, IntArrayRef shape, ScalarType dtype) { return x ? at(name, *x, shape, dtype) : nullptr; }
   // A vector of so many numbers, in any shape.
   void* vector(const char* name, const Tensor& x, int64_t count) {
     TORCH_CHECK_VALUE(x.numel() == count, op, ": ", name, " must have ", count, " elements, got ", x.sizes());
-    return fitting(name, x, own_);
+    check(name, x, x.sizes(), own_);
+    return readable(x);
   }
   void* vector(const char* name, const Maybe& x, int64_t count) { return x ? vector(name, *x, count) : nullptr; }
+  // A result that the caller has made: it is written to as it lies.
+  void* to_write(const char* name, const Tensor& x, IntArrayRef shape, ScalarType dtype) {
+    check(name, x, shape, dtype);
+    TORCH_CHECK_VALUE(x.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", x.strides(), "; call .contiguous() first");
+    return x.data_ptr();
+  }
   bool fp32() const { return own_ == at::kFloat; }
 
   const char* const op;
 
  private:
-  void* fitting(const char* name, const Tensor& x, ScalarType dtype) {
+  void check(const char* name, const Tensor& x, IntArrayRef shape, ScalarType dtype) const {
+    TORCH_CHECK_VALUE(x.sizes() == shape, op, ": ", name, " must have the shape ", shape, ", got ", x.sizes());
     TORCH_CHECK_VALUE(x.device() == device_, op, ": ", name, " must be on ", device_, ", where ", first_, " is, got ", x.device());
     TORCH_CHECK_VALUE(x.scalar_type() == dtype, op, ": ", name, " must be ", python_name(dtype), ", got ", python_name(x.scalar_type()));
+  }
+  void* readable(const Tensor& x) {
     void* place = x.data_ptr();
     if (reinterpret_cast<uintptr_t>(place) % 16 == 0 && x.is_contiguous()) return place;
     copies_.push_back(x.clone(at::MemoryFormat::Contiguous));
@@ -129,11 +139,18 @@ auto over(const std::shared_ptr<const Library>& library, Result (*kernel)(const 
   return [library, kernel](Arguments... arguments) -> Result { return kernel(*library, std::forward<Arguments>(arguments)...); };
 }
 
-// The operators' forms for a dispatch key, as a number for Python, and their end.
-inline std::unique_ptr<torch::Library> forms_for(const std::string& key) {
-  return std::make_unique<torch::Library>(torch::Library::IMPL, "rwkvlm", c10::parseDispatchKey(key), __FILE__, __LINE__);
+// Defines NAME_register, which makes the kernels of a library (of dlopen) their operators' form for a dispatch key, and NAME_unregister, the end of what the
+// first returned. forms(add) calls add("operator", kernel) for each; a kernel takes the Library, and then what its operator takes.
+template <class Library, class Forms>
+void define_registration(torch::Library& m, const std::string& name, Forms forms) {
+  m.def((name + "_register(int library, str key) -> int").c_str(), [forms](int64_t handle, std::string key) {
+    const Quiet quiet;
+    const auto library = std::make_shared<const Library>(handle);
+    auto made = std::make_unique<torch::Library>(torch::Library::IMPL, "rwkvlm", c10::parseDispatchKey(key), __FILE__, __LINE__);
+    forms([&](const char* op, auto kernel) { made->impl(op, over(library, kernel)); });
+    return reinterpret_cast<int64_t>(made.release());
+  });
+  m.def((name + "_unregister(int forms) -> ()").c_str(), [](int64_t forms) { delete reinterpret_cast<torch::Library*>(forms); });
 }
-inline int64_t kept(std::unique_ptr<torch::Library> forms) { return reinterpret_cast<int64_t>(forms.release()); }
-inline void give_back(int64_t forms) { delete reinterpret_cast<torch::Library*>(forms); }
 
 }  // namespace launch

@@ -223,27 +223,19 @@ Tensor relu_square_backward(const Library& library, const Tensor& dy, const Tens
   return dx;
 }
 
-// Makes the kernels of a library (of dlopen) the operators' form for a dispatch key, until its result is given back.
-int64_t register_forms(int64_t handle, std::string key) {
-  const launch::Quiet quiet;
-  const auto library = std::make_shared<const Library>(handle);
-  auto forms = launch::forms_for(key);
-  forms->impl("norm_mix_forward", launch::over(library, norm_mix));
-  forms->impl("norm_mix_backward", launch::over(library, norm_mix_backward));
-  forms->impl("token_mix_forward", launch::over(library, token_mix));
-  forms->impl("token_mix_backward", launch::over(library, token_mix_backward));
-  forms->impl("time_mix_inputs_forward", launch::over(library, time_mix_inputs));
-  forms->impl("time_mix_inputs_backward", launch::over(library, time_mix_inputs_backward));
-  forms->impl("time_mix_output_forward", launch::over(library, time_mix_output));
-  forms->impl("time_mix_output_backward", launch::over(library, time_mix_output_backward));
-  forms->impl("relu_square_forward", launch::over(library, relu_square));
-  forms->impl("relu_square_backward", launch::over(library, relu_square_backward));
-  return launch::kept(std::move(forms));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
-  m.def("fused_register(int library, str key) -> int", register_forms);
-  m.def("fused_unregister(int forms) -> ()", launch::give_back);
+  launch::define_registration<Library>(m, "fused", [](const auto& add) {
+    add("norm_mix_forward", norm_mix);
+    add("norm_mix_backward", norm_mix_backward);
+    add("token_mix_forward", token_mix);
+    add("token_mix_backward", token_mix_backward);
+    add("time_mix_inputs_forward", time_mix_inputs);
+    add("time_mix_inputs_backward", time_mix_inputs_backward);
+    add("time_mix_output_forward", time_mix_output);
+    add("time_mix_output_backward", time_mix_output_backward);
+    add("relu_square_forward", relu_square);
+    add("relu_square_backward", relu_square_backward);
+  });
 }

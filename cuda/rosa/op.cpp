@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, T
   const Shape s(q, bits);
   const int64_t L = old_k ? old_k->size(2) : 0, n = L + s.T;
   STD_TORCH_CHECK(k.has_value() == v.has_value() && n < INT32_MAX, "rosa: k and v come together");
+  STD_TORCH_CHECK(L == 0 || (old_runs && (old_v || !v)), "rosa: expected old_k, old_v and old_runs, or none of them");
   const Tensor new_q = k ? symbols_of(s, q, std::nullopt) : Tensor(), all_k = symbols_of(s, k ? *k : q, old_k), all_v = v ? symbols_of(s, *v, old_v) : all_k;
   const uint8_t *ks = bytes(all_k, s.rows * n), *vs = bytes(all_v, s.rows * n), *qs = k ? bytes(new_q, s.rows * s.T) : nullptr;
   const int32_t* before = L ? ints(*old_runs, s.rows * L) : nullptr;
@@ -214,6 +215,7 @@ Tensors backward(Tensor dout, Tensor q, Maybe k, Maybe v, Tensor low, Tensor hig
 std::tuple<Tensor, Tensor, Tensor> tokens(Tensor x, Maybe old, Maybe old_runs, bool with_state) {
   const int64_t B = x.size(0), T = x.size(1), L = old ? old->size(1) : 0, n = L + T;
   STD_TORCH_CHECK(n < INT32_MAX, "rosa_tokens: too long");
+  STD_TORCH_CHECK(L == 0 || old_runs, "rosa_tokens: expected old and old_runs, or neither");
   const int64_t* const from = data<int64_t>(x, ScalarType::Long, B * T);
   Tensor all = torch::stable::new_empty(x, {B, n}), y = torch::stable::empty_like(x);
   Tensor after = torch::stable::new_empty(x, {B, with_state ? n : 0}, ScalarType::Int);

@@ -1,5 +1,5 @@
-// Registration of the WKV4 CPU kernels with torch, on its stable ABI; their CUDA forms are registered in Python (rwkvlm/ops/wkv4/cuda.py), as are
-// fake tensors and autograd (native.py). No maths here.
+// Registration of the WKV4 CPU kernels with torch, on its stable ABI; their CUDA forms: gpu.cpp; fake tensors and autograd: rwkvlm/ops/wkv4/native.py.
+// No maths here.
 #include "../common/torch.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // The CUDA kernels as operators: which of them runs, looks at the tensors, makes memory, starts the kernel. Fake tensors: rwkvlm/ops/wkv7/cuda.py; derivatives:
-// autograd.cpp. No maths here.
+// autograd_gpu.cpp. No maths here.
 #include "../common/launch.h"
 #include "api.cuh"
 

@@ -1,28 +1,42 @@
-"""The CUDA kernels, compiled once a session for the host."""
+"""The CUDA kernels, compiled once a run of the tests for the host."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from oracles.emulated_wkv7 import CUDA, Kernels, compile_kernels
+from oracles.emulated_all import registered
+from oracles.emulated_wkv7 import AROUND, SOURCES, Kernels, compile_kernels
 from rwkvlm.native import available
 from rwkvlm.ops import backend
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O2"))
+    return Kernels(compiled(tmp_path_factory, "emulated_wkv7", "-O2", SOURCES))
 
 
 @pytest.fixture(scope="session")
 def block_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Those around wkv7: cuda/adamw, cuda/fused, cuda/loss, cuda/rosa and cuda/wkv4."""
-    sources = sorted(x for folder in ("common", "adamw", "fused", "loss", "rosa", "wkv4") for x in (CUDA / folder).glob("*.cu"))
-    return ctypes.CDLL(str(compile_kernels(tmp_path_factory.mktemp("emulation"), "-O1", sources=sources)))
+    return ctypes.CDLL(str(compiled(tmp_path_factory, "emulated_around_wkv7", "-O1", AROUND)))
+
+
+def compiled(tmp_path_factory: pytest.TempPathFactory, name: str, flag: str, sources: list[Path]) -> Path:
+    """By one worker of pytest-xdist, for all."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "kernels.so"
+        return made if made.exists() else compile_kernels(folder, flag, sources=sources)
 
 
 @pytest.fixture(params=["emulated", "gpu"])
@@ -48,7 +62,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             assert native.why_not(*arguments) == ""  # defines the operators
         kernels = request.getfixturevalue("block_kernels")
         kernels.emulation_reverse(0)
-        with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-            cuda.register(registration, kernels, "CPU")
+        with registered(kernels, folder):
             yield torch.device("cpu")
     torch.use_deterministic_algorithms(False)

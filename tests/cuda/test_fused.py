@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oracles.elementwise import Case, close, misfits, squarable
+from oracles.emulated_all import registered
 from rwkvlm.cli import doctor
 from rwkvlm.ops import fused
 from rwkvlm.ops.fused import cuda, native, reference
@@ -323,8 +324,7 @@ def test_the_emulated_kernels_have_run(block_kernels):
     if native.why_not((FP32,), 16):
         pytest.skip("no C++ kernels")
     x = torch.randn(2, 3, 20)
-    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        cuda.register(registration, block_kernels, "CPU")
+    with registered(block_kernels, "fused"):
         assert torch.equal(torch.ops.rwkvlm.relu_square_forward(x), x.clamp_min(0) ** 2)
     with pytest.raises(ValueError, match="multiple of 16"):
         torch.ops.rwkvlm.relu_square_forward(x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from oracles.emulated_all import registered
 from oracles.emulated_wkv7 import emulated_machine
 from oracles.tape import Tape
 from rwkvlm import native as build
@@ -17,8 +18,8 @@ from rwkvlm.layers.packed import Packed
 from rwkvlm.models import build as build_model, init_weights
 from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
 from rwkvlm.ops.cross_entropy import chunked, cuda as loss_cuda, head_cross_entropy
-from rwkvlm.ops.fused import cuda as fused_cuda, native as fused_native
-from rwkvlm.ops.rosa import cuda as rosa_cuda, native as rosa_native
+from rwkvlm.ops.fused import native as fused_native
+from rwkvlm.ops.rosa import native as rosa_native
 from rwkvlm.ops.wkv7 import cuda as recurrence_cuda
 from rwkvlm.train import graphs, selfcheck
 from rwkvlm.train.compiled import compile_blocks
@@ -49,10 +50,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(recurrence_cuda, "machine", lambda device: machine)
     monkeypatch.setattr(fused, "_in_one", lambda *inputs: True)
     monkeypatch.setattr(cross_entropy, "_form", lambda device, dtype, n_embd: loss_cuda)
-    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        fused_cuda.register(registration, others, "CPU")
-        loss_cuda.register(registration, others, "CPU")
-        rosa_cuda.register(registration, others, "CPU")
+    with registered(others, "fused", "loss", "rosa"):
         yield "cpu"
 
 

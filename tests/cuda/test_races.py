@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from oracles.elementwise import Case
-from oracles.emulated_all import run_around_wkv7, run_wkv7
+from oracles.emulated_all import registered, run_around_wkv7, run_wkv7
 from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import AROUND, RACES, Kernels, compile_kernels, make_case
-from rwkvlm.ops.adamw import cuda as adamw, native as adamw_native
-from rwkvlm.ops.cross_entropy import cuda as loss
-from rwkvlm.ops.fused import cuda as fused, native
-from rwkvlm.ops.rosa import cuda as rosa
+from rwkvlm.ops.adamw import native as adamw
+from rwkvlm.ops.fused import native as fused
+from rwkvlm.ops.rosa import native as rosa
 
 pytestmark = pytest.mark.slow
 
@@ -120,8 +119,8 @@ def test_each_barrier_of_wkv7(wkv7: Path, name: str) -> None:
 @pytest.mark.parametrize("name", AROUND_WKV7)
 def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_limit: Callable[[ctypes.CDLL, int], None]) -> None:
     library = ctypes.CDLL(str(around))
-    assert native.why_not((torch.float32,), 16) == adamw_native.why_not() == ""  # defines the operators
-    ops, matches = torch.ops.rwkvlm, rosa.Kernels(rosa.prototypes(library))
+    assert fused.why_not((torch.float32,), 16) == adamw.why_not() == rosa.why_not(torch.float32) == ""  # defines the operators
+    ops = torch.ops.rwkvlm
     torch.manual_seed(0)
     symbols, ends, logits, gradients = torch.randn(1, 6, 1).sign(), torch.randn(2, 1), torch.randn(1, 600), [torch.randn(9000)]
 
@@ -148,11 +147,9 @@ def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_lim
         "time_mix_output": time_mix_output,
         "loss": lambda: ops.loss_of_logits(logits.clone(), torch.tensor([0]), torch.empty(1), 1.0, 0.1, True),
         "norms": lambda: ops.gradient_norms(gradients),
-        "rosa": lambda: matches.rosa(symbols, symbols, symbols, *ends, 1, False, 0.1, False, None, None, None, True),
-        "rosa_backward": lambda: matches.rosa_backward(symbols, symbols, None, None, *ends, 1, False, 0.1, True),
+        "rosa": lambda: ops.rosa(symbols, symbols, symbols, *ends, 1, False, 0.1, False, None, None, None, True),
+        "rosa_backward": lambda: ops.rosa_backward(symbols, symbols, None, None, *ends, 1, False, 0.1, True),
     }[name]
     shared_limit(library, 8192 if "wide" in name else 227 * 1024)
-    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        for module in (adamw, fused, loss):
-            module.register(registration, library, "CPU")
+    with registered(library, "adamw", "fused", "loss", "rosa"):
         assert without_each(library, work) == AROUND_WKV7[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from oracles.emulated_all import registered
 from oracles.wkv4_cases import Case, errors
 from rwkvlm.cli import doctor
 from rwkvlm.ops.wkv4 import cuda, native, wkv4_native
@@ -81,19 +82,17 @@ def test_the_operators_are_well_formed(device):
     torch.library.opcheck(torch.ops.rwkvlm.wkv4_backward, (*case.slopes, *inputs[:4], checkpoints))
 
 
-def test_the_emulated_kernels_have_run(block_kernels, monkeypatch):
-    """The seam is not empty: with it, a call reaches the library; without it, the C++ kernels, which agree."""
+def test_the_emulated_kernels_have_run(block_kernels):
+    """The seam is not empty: with it, a call reaches the library; without it, the C++ kernels, which agree, and take no 20 channels."""
     if native.why_not(FP32, 16):
         pytest.skip("no C++ kernels")
-    calls, run = [], cuda.Kernels.run
-    monkeypatch.setattr(cuda.Kernels, "run", lambda self, direction, *args, **tensors: calls.append(direction) or run(self, direction, *args, **tensors))
-    case = Case()
-    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        cuda.register(registration, block_kernels, "CPU")
+    case, other = Case(), Case(C=20)
+    with registered(block_kernels, "wkv4"):
         emulated = case.run(wkv4_native)
-    assert calls == ["forward", "backward"]
-    plain = case.run(wkv4_native)
-    assert len(calls) == 2 and max(errors(emulated, [x.double() for x in plain]).values()) < 5e-6
+        assert max(errors(other.run(wkv4_native), other.exact()).values()) < 5e-6
+    assert max(errors(emulated, [x.double() for x in case.run(wkv4_native)]).values()) < 5e-6
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        other.run(wkv4_native)
 
 
 def test_the_doctor_asks_for_what_the_kernels_take(device, monkeypatch):

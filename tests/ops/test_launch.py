@@ -1,112 +1,109 @@
-"""What the CUDA operators are given: which tensor reaches a kernel, which is copied, which is refused."""
+"""What the CUDA operators are given (cuda/common/launch.h): which tensor reaches a kernel, which is copied, which is refused; and what its error code becomes."""
 
-import contextlib
 import ctypes
+import subprocess
 
 import pytest
 import torch
 
 from rwkvlm import native
-from rwkvlm.ops.launch import ask, given, launch
+from rwkvlm.ops import cross_entropy  # noqa: F401  (defines loss_of_logits)
+from rwkvlm.ops.launch import register
 
-FP32, BF16 = torch.float32, torch.bfloat16
-
-
-class OnGpu(torch.Tensor):
-    """Numbers of the host that say that they lie on another device."""
-
-    number = 1
-
-    @staticmethod
-    def made(x, number):
-        x = x.as_subclass(OnGpu)
-        x.number = number
-        return x
-
-    device = property(lambda self: torch.device("cuda", self.number))
-
-    def get_device(self):
-        return self.number
+FP32, ROWS = torch.float32, 4
+OPERATOR = torch.ops.rwkvlm.loss_of_logits.default
+LIBRARY = """
+int answer;
+void *given_logits, *given_targets, *given_losses;
+long long seen[4];
+int loss_of_logits(void* x, long long* t, void* l, long long rows) {
+    given_logits = x, given_targets = t, given_losses = l;
+    for (int i = 0; i < rows; i++) seen[i] = t[i];
+    return answer;
+}
+const char* cuda_message(int code) { return code < 0 ? "not taken" : "broken"; }
+"""
 
 
-def test_a_tensor_that_fits_is_taken_as_it_lies():
-    x = torch.zeros(3, 4)
-    at = given("op", "x", x)
-    assert at("x", x, x.shape) == at("x", x, (3, 4)) == at("x", x, 12) == x.data_ptr() and at("y", None, (3, 4)) is None
-    numbers = torch.zeros(5, dtype=torch.int32)
-    assert at("numbers", numbers, (5,), torch.int32) == numbers.data_ptr()
+def compiled(folder, text):
+    (folder / "library.c").write_text(text)
+    subprocess.run([native.env.cxx(), "-x", "c", "-O1", "-shared", "-fPIC", "library.c", "-o", "library.so"], cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "library.so"))
 
 
-@pytest.mark.parametrize("kind", ["begins between two pieces of 16 bytes", "has gaps", "is transposed"])
-def test_one_that_the_kernels_cannot_read_is_copied(kind):
-    rows = torch.arange(32.0).view(4, 8)
-    x = {"begins between two pieces of 16 bytes": torch.arange(33.0)[1:].view(4, 8), "has gaps": rows[:, ::2], "is transposed": rows.t()}[kind]
-    at = given("op", "x", x)
-    place = at("x", x, x.shape)
-    others = [torch.full(x.shape, 99.0) for _ in range(20)]  # the copy's memory is not free yet
-    assert place % 16 == 0 and place != x.data_ptr() and others
-    assert list((ctypes.c_float * x.numel()).from_address(place)) == x.flatten().tolist()
+@pytest.fixture
+def library(tmp_path):
+    """In the place of that of cuda/loss: it says what it was given."""
+    try:
+        native.load_launches("loss")
+    except native.NativeBuildError as error:
+        pytest.skip(str(error))
+    library = compiled(tmp_path, LIBRARY)
+    forms = register("loss", library, "CPU")
+    yield library
+    torch.ops.rwkvlm.loss_unregister(forms)
+    with pytest.raises(NotImplementedError):
+        call()
+
+
+def call(logits=None, targets=None, losses=None):
+    logits = torch.zeros(ROWS, 3) if logits is None else logits
+    targets = torch.zeros(ROWS, dtype=torch.int64) if targets is None else targets
+    losses = torch.zeros(ROWS) if losses is None else losses
+    OPERATOR.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), logits, targets, losses, 1.0, 0.1, True)
+    return logits, targets, losses
+
+
+def given(library):
+    return [ctypes.c_void_p.in_dll(library, f"given_{name}").value for name in ("logits", "targets", "losses")]
+
+
+def test_a_tensor_that_fits_is_taken_as_it_lies(library):
+    logits, targets, losses = call(targets=torch.arange(ROWS))
+    assert given(library) == [logits.data_ptr(), targets.data_ptr(), losses.data_ptr()]
+
+
+@pytest.mark.parametrize("kind", ["begins between two pieces of 16 bytes", "has gaps"])
+def test_one_that_the_kernels_cannot_read_is_copied(library, kind):
+    numbers = torch.arange(1, 2 * ROWS + 1)
+    targets = numbers[1 : ROWS + 1] if kind.startswith("begins") else numbers[::2]
+    call(targets=targets)
+    assert given(library)[1] % 16 == 0 and given(library)[1] != targets.data_ptr()
+    assert list((ctypes.c_longlong * ROWS).in_dll(library, "seen")) == targets.tolist()
+
+
+def test_a_result_is_written_to_where_it_lies(library):
+    losses = torch.zeros(ROWS + 1)[1:]
+    call(losses=losses)
+    assert given(library)[2] == losses.data_ptr() and losses.data_ptr() % 16
 
 
 @pytest.mark.parametrize(
-    "x, shape, message",
+    "wrong, message",
     [
-        (torch.zeros(4, 3), (3, 4), r"op: y must have the shape \[3, 4\], got \[4, 3\]"),
-        (torch.zeros(3), 4, r"op: y must have 4 elements, got \[3\]"),
-        (torch.zeros(3, 4, dtype=BF16), (3, 4), "op: y must be torch.float32, got torch.bfloat16"),
-        (OnGpu.made(torch.zeros(3, 4), 0), (3, 4), "op: y must be on cpu, where x is, got cuda:0"),
+        (dict(targets=torch.zeros(3, dtype=torch.int64)), r"loss_of_logits: targets must have the shape \[4\], got \[3\]"),
+        (dict(targets=torch.zeros(ROWS)), "loss_of_logits: targets must be torch.int64, got torch.float32"),
+        (dict(targets=torch.zeros(ROWS, dtype=torch.int64, device="meta")), "loss_of_logits: targets must be on cpu, where logits is, got meta"),
+        (dict(losses=torch.zeros(2 * ROWS)[::2]), r"loss_of_logits: losses must be contiguous, got strides \[2\]; call .contiguous\(\) first"),
+        (dict(logits=torch.zeros(ROWS, 3, dtype=torch.int32)), "loss_of_logits: logits must be torch.bfloat16 or torch.float32, got torch.int32"),
     ],
 )
-def test_what_does_not_fit_is_a_value_error_that_says_what_was_expected(x, shape, message):
+def test_what_does_not_fit_is_a_value_error_that_says_what_was_expected(library, wrong, message):
     with pytest.raises(ValueError, match=message):
-        given("op", "x", torch.zeros(3, 4))("y", x, shape)
+        call(**wrong)
+    assert given(library) == [None] * 3
 
 
-@pytest.mark.parametrize("elsewhere, where", [(OnGpu.made(torch.zeros(4), 0), "cuda:0"), (torch.zeros(4), "cpu")], ids=["another GPU", "the host"])
-def test_one_device(elsewhere, where):
-    x = OnGpu.made(torch.zeros(4), 1)
-    at = given("op", "x", x)
-    assert at("x", x, (4,)) == x.data_ptr()
-    with pytest.raises(ValueError, match=f"op: y must be on cuda:1, where x is, got {where}"):
-        at("y", elsewhere, (4,))
+def test_an_error_of_the_caller_and_one_of_the_gpu(library):
+    code = ctypes.c_int.in_dll(library, "answer")
+    for code.value, kind, message in ((-1, ValueError, r"not taken \(-1\)"), (700, RuntimeError, r"broken \(700\)")):
+        with pytest.raises(kind, match=f"loss_of_logits: {message}"):
+            call()
+    code.value = 0
+    call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])
-def test_dtypes_that_no_kernel_reads(dtype):
-    with pytest.raises(ValueError, match=f"op: x must be torch.bfloat16 or torch.float32, got {dtype}"):
-        given("op", "x", torch.zeros(3, dtype=dtype))
-
-
-def test_an_error_of_the_caller_and_one_of_the_gpu(monkeypatch):
-    class Library:
-        code = 0
-
-        def work(self, *_):
-            return self.code
-
-    library = Library()
-    monkeypatch.setattr(native, "cuda_message", lambda library, code: f"what it was ({code})")
-    launch(library, "work", torch.device("cpu"))
-    for library.code, kind in ((-1, ValueError), (700, RuntimeError)):
-        with pytest.raises(kind, match=r"work: what it was \(-?\d+\)"):
-            launch(library, "work", torch.device("cpu"))
-
-
-@pytest.mark.parametrize("index", [0, 1], ids=["the current GPU", "another one"])
-def test_the_gpu_of_the_tensors_is_the_current_one_meanwhile(monkeypatch, index):
-    """Kernels ask how many multiprocessors and how much shared memory it has, for sizes that a launch must find again."""
-    current, found = [0], []
-
-    @contextlib.contextmanager
-    def device(which):
-        before, current[0] = current[0], which.index
-        yield
-        current[0] = before
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
-    library = type("Library", (), {"work": staticmethod(lambda *arguments: found.append(current[0]) or arguments[-1] - 70 - index)})
-    launch(library, "work", torch.device("cuda", index), 5)
-    assert found == [index] and current == [0]
-    assert ask(library, "work", torch.device("cuda", index), 90) == 20 - index and found == [index, index]
+def test_a_library_that_lacks_a_function_is_refused(library, tmp_path_factory):
+    with pytest.raises(RuntimeError, match="loss_of_logits is not in the library"):
+        register("loss", compiled(tmp_path_factory.mktemp("other"), 'const char* cuda_message(int code) { return ""; }\n'), "CPU")
+    call()

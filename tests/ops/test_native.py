@@ -17,7 +17,6 @@ import torch
 
 from rwkvlm import native
 from rwkvlm.config import UserError, env
-from rwkvlm.ops.launch import launch
 
 CUDA = native.SOURCE_DIR
 
@@ -51,8 +50,6 @@ def test_builds_once_and_again_when_a_source_changes(toy, capfd):
     (toy.parent / "common" / "new.h").write_text("// changed\n")
     changed = native.build("toy")
     assert changed != library
-    (toy / "api.cuh").write_text("// what a gpu.cpp shares with the kernels\n")
-    assert native.build("toy") != changed
 
 
 def test_flags_and_compiler_are_part_of_the_key(toy, monkeypatch):
@@ -193,12 +190,31 @@ def test_nothing_is_built_at_import(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"RWKV_CACHE_DIR": str(tmp_path / "cache")}, timeout=120).returncode == 0
 
 
+def test_what_starts_cuda_kernels_is_a_library_of_its_own(toy, capfd):
+    """Which a machine without a GPU does not wait for."""
+    (toy / "gpu.cpp").write_text("int f( {\n")
+    (toy / "autograd_gpu.cpp").write_text('extern "C" __attribute__((visibility("default"))) int launched() { return 7; }\n')
+    library = native.build("toy")
+    assert ctypes.CDLL(str(library)).answer() == len(native.INSTRUCTION_SETS)
+    with pytest.raises(native.NativeBuildError, match="^launch of CUDA kernel toy does not compile: .*gpu.cpp:1.*error") as caught:
+        native.build_launches("toy")
+    assert "\n" not in str(caught.value)
+    (toy / "gpu.cpp").write_text("")
+    capfd.readouterr()
+    launches = native.build_launches("toy")
+    assert ctypes.CDLL(str(launches)).launched() == 7 and native.build("toy") == library
+    assert capfd.readouterr().err == "building launch of CUDA kernel toy (once, 10 to 20 s)\n"
+    (toy / "api.cuh").write_text("// what they share with the kernels\n")
+    assert native.build_launches("toy") != launches and native.build("toy") == library
+
+
 @pytest.fixture
 def toy_cuda(toy):
     """A kernel folder with a .cu: one function that needs no GPU."""
     shutil.rmtree(toy.parent / "common")
     shutil.copytree(CUDA / "common", toy.parent / "common")
     os.symlink(CUDA / "emulation", toy.parent / "emulation")
+    (toy / "gpu.cpp").write_text("")
     (toy / "toy.cu").write_text('#include "../common/device.cuh"\nextern "C" int answer() { return device::ceil_div(125, 3); }\n')
     return toy
 
@@ -208,8 +224,8 @@ def gpu(monkeypatch, *capabilities):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
-    native.cuda_library.cache_clear()
-    native.cuda_available.cache_clear()
+    for function in (native.cuda_library, native.cuda_available, native.load_launches):
+        function.cache_clear()
 
 
 def test_without_a_gpu_the_reason_leads_to_the_doctor(toy_cuda, monkeypatch):
@@ -244,9 +260,8 @@ def test_what_nvcc_says_is_one_line(toy_cuda, tmp_path, monkeypatch):
     assert "\n" not in reason
 
 
-def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, capfd):
-    """nvcc's place is taken by g++ and the emulation: what is built and loaded is real, the GPU is not."""
-    gpu(monkeypatch, (9, 0), (8, 6), (9, 0))
+def emulating_nvcc(tmp_path, monkeypatch):
+    """nvcc's place is taken by g++ and the emulation: what is built and loaded is real, the GPU is not. Where its calls are written down."""
     log = tmp_path / "log"
     stand_in(
         tmp_path,
@@ -256,6 +271,14 @@ def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, 
         '*" -c "*) while [ "$1" != -c ]; do shift; done; exec g++ -std=c++17 -fPIC -Wno-unknown-pragmas -x c++ "$@";;\n'
         '*) while [ "${1%.o}" = "$1" ]; do shift; done; exec g++ -shared "$@";; esac\n',
     )
+    return log
+
+
+def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, capfd):
+    gpu(monkeypatch, (9, 0), (8, 6), (9, 0))
+    log = emulating_nvcc(tmp_path, monkeypatch)
+    native.build_launches("toy")
+    capfd.readouterr()
     library = native.cuda_library("toy")
     assert library.answer() == 42
     assert capfd.readouterr().err == "building CUDA kernel toy (once, a minute or two)\n"
@@ -264,11 +287,29 @@ def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, 
     assert all(line.count("-gencode") == 2 and "arch=compute_86,code=sm_86" in line and "arch=compute_90a,code=sm_90a" in line for line in compiled)
     assert native.cuda_available("toy") == (True, "")
     assert native.cuda_message(library, -1) == "a shape or dtype that this kernel does not take (-1)"
-    with pytest.raises(RuntimeError, match=r"answer: .* \(42\)"):
-        launch(library, "answer", torch.device("cpu"))
     first = native.build_cuda("toy", ("90a",))
     (toy_cuda / "new.cuh").write_text("// changed\n")
     assert native.build_cuda("toy", ("90a",)) != first
+
+
+def test_the_launches_are_compiled_while_nvcc_works(toy_cuda, tmp_path, monkeypatch, capfd):
+    gpu(monkeypatch, (9, 0))
+    built = f"{env.cache_dir()}/native/launch-toy-*.so"
+    waiting = f"for _ in $(seq 300); do ls {built} >/dev/null 2>&1 && echo they are there >&2 && exit 1; sleep 0.1; done; exit 1"
+    stand_in(tmp_path, monkeypatch, f'[ "$1" = --version ] || {{ {waiting}; }}\n')
+    assert native.cuda_available("toy")[1] == "CUDA kernel toy does not compile: they are there"
+    assert sorted(capfd.readouterr().err.splitlines()) == ["building CUDA kernel toy (once, a minute or two)", "building launch of CUDA kernel toy (once, 10 to 20 s)"]
+    assert list((env.cache_dir() / "native").glob("launch-toy-*.so"))
+
+
+def test_launches_that_do_not_compile_are_the_reason_why_not(toy_cuda, tmp_path, monkeypatch):
+    """Of the CUDA kernels alone."""
+    gpu(monkeypatch, (9, 0))
+    emulating_nvcc(tmp_path, monkeypatch)
+    (toy_cuda / "gpu.cpp").write_text("int f( {\n")
+    can, reason = native.cuda_available("toy")
+    assert not can and reason.startswith("launch of CUDA kernel toy does not compile: ") and "gpu.cpp:1" in reason and "\n" not in reason
+    native.build("toy")
 
 
 @pytest.mark.parametrize(

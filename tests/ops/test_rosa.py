@@ -365,6 +365,16 @@ def test_what_it_does_not_take_is_an_error(rng):
             call()
 
 
+def test_an_operator_of_which_half_a_state_is_asked_says_so():
+    if not build.available("rosa")[0]:
+        pytest.skip(build.available("rosa")[1])
+    x, end, old, tokens = torch.zeros(1, 3, 2), torch.zeros(2), torch.zeros(1, 2, 4, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="expected old_k, old_v and old_runs, or none"):
+        torch.ops.rwkvlm.rosa(x, None, None, end, end, 1, False, 0.1, False, old, None, None, False)
+    with pytest.raises(RuntimeError, match="expected old and old_runs, or neither"):
+        torch.ops.rwkvlm.rosa_tokens(tokens, tokens, None, False)
+
+
 def test_other_dtypes_run_in_plain_pytorch_or_in_float32(rng):
     x, (low, high) = torch.randn(1, 9, 2, generator=rng), ends(2, rng)
     for dtype in (torch.float16, torch.float64):

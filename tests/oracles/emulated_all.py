@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,11 +13,22 @@ from oracles import wkv4_cases
 from oracles.elementwise import Case
 from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import WRONG_BOUNDS, Kernels, make_case, with_bounds
-from rwkvlm.ops.adamw import cuda as adamw, native as adamw_native
-from rwkvlm.ops.cross_entropy import cuda as loss
-from rwkvlm.ops.fused import cuda as fused, native
-from rwkvlm.ops.rosa import cuda as rosa
-from rwkvlm.ops.wkv4 import cuda as wkv4
+from rwkvlm.ops.adamw import native as adamw
+from rwkvlm.ops.cross_entropy import cuda as _  # noqa: F401  (defines loss_of_logits)
+from rwkvlm.ops.fused import native as fused
+from rwkvlm.ops.launch import register
+from rwkvlm.ops.rosa import native as rosa
+from rwkvlm.ops.wkv4 import native as wkv4
+
+
+@contextlib.contextmanager
+def registered(library: ctypes.CDLL, *folders: str) -> Iterator[None]:
+    """Within it the operators of these folders of cuda/, which are defined, have the library's kernels for CPU tensors."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            forms = register(folder, library, "CPU")
+            stack.callback(getattr(torch.ops.rwkvlm, f"{folder}_unregister"), forms)
+        yield
 
 
 def run_wkv7(path: Path) -> None:
@@ -40,18 +53,15 @@ def run_wkv7(path: Path) -> None:
 def run_around_wkv7(path: Path) -> None:
     """path: a library of all other kernels. Buffers have exactly the right size. RuntimeError where a launch fails."""
     library = ctypes.CDLL(str(path))
-    assert native.why_not((torch.float32,), 16) == adamw_native.why_not() == ""  # defines the operators
-    matches = rosa.Kernels(rosa.prototypes(library))
-    recurrence = wkv4.Kernels(wkv4.prototypes(library))
-    with torch.library._scoped_library("rwkvlm", "IMPL") as registration:
-        for module in (adamw, fused, loss):
-            module.register(registration, library, "CPU")
+    fp32 = torch.float32
+    assert fused.why_not((fp32,), 16) == adamw.why_not() == rosa.why_not(fp32) == wkv4.why_not(fp32, 16) == ""  # defines the operators
+    with registered(library, "adamw", "fused", "loss", "rosa", "wkv4"):
         for reverse in (0, 1):
             library.emulation_reverse(reverse)
-            _around_wkv7(matches, recurrence)
+            _around_wkv7()
 
 
-def _around_wkv7(matches: rosa.Kernels, recurrence: wkv4.Kernels) -> None:
+def _around_wkv7() -> None:
     ops = torch.ops.rwkvlm
     for dtype in (torch.float32, torch.bfloat16):
         for bounds in (None, torch.tensor([0, 1, 16, 17, 18, 40], dtype=torch.int32)):  # 132 channels: the last warp has one lane's
@@ -74,16 +84,17 @@ def _around_wkv7(matches: rosa.Kernels, recurrence: wkv4.Kernels) -> None:
             ops.relu_square_backward(x, ops.relu_square_forward(x))
         for sizes in (dict(B=1, T=1, C=16), dict(T=67, C=16), dict(B=1, T=33, C=144, state=False)):
             case = wkv4_cases.Case(dtype=dtype, **sizes)
-            _, _, starts = recurrence.forward(*case.inputs, True)
-            recurrence.backward(*case.slopes, *case.inputs[:4], starts)
+            inputs = [x if x is None else x.detach() for x in case.inputs]
+            _, _, starts = ops.wkv4_forward(*inputs, True)
+            ops.wkv4_backward(*case.slopes, *inputs[:4], starts)
         for T, bits in ((1, 1), (37, 1), (9, 3), (140, 1)):
             q, ends = torch.randn(2, T, 2 * bits).to(dtype), torch.randn(2, 2 * bits).to(dtype)
             for k in (q, None):
-                _, *state = matches.rosa(q, k, k, *ends, bits, False, 0.1, False, None, None, None, True)
-                matches.rosa(q, k, k, *ends, bits, True, 0.1, False, *state, False)
-                matches.rosa_backward(q, q, k, k, *ends, bits, False, 0.1, True)
-            _, *state = matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, None, None, True)
-            matches.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, *state, True)
+                _, *state = ops.rosa(q, k, k, *ends, bits, False, 0.1, False, None, None, None, True)
+                ops.rosa(q, k, k, *ends, bits, True, 0.1, False, *state, False)
+                ops.rosa_backward(q, q, k, k, *ends, bits, False, 0.1, True)
+            _, *state = ops.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, None, None, True)
+            ops.rosa_tokens(torch.arange(2 * T).view(2, T) % 3, *state, True)
         for V in (1, 7, 600, 5001):
             ops.loss_of_logits(torch.randn(3, V).to(dtype), torch.tensor([0, V - 1, V]), torch.empty(3), 1.0, 0.1, True)
         sizes = (0, 1, 3, 767, 2048, 2051, 8191, 8192, 100003, *[7] * 600)

@@ -395,7 +395,7 @@ def test_a_minipile_run_is_stopped_when_its_losses_are_there(tmp_path):
     assert time.monotonic() - begin < 30 and len(minipile_losses.losses(tmp_path)) >= 3
 
 
-@pytest.mark.parametrize("run", [[], ["--strategy", "auto"], ["--strategy", "deepspeed_stage_2"]], ids=" ".join)
+@pytest.mark.parametrize("run", [[], ["--model", "x080"], ["--model", "x040"], ["--strategy", "auto"], ["--strategy", "deepspeed_stage_2"]], ids=" ".join)
 def test_what_a_step_costs_the_host(run):
     """In a process of its own, where CPU tensors go the way of a GPU's."""
     command = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--layers", "1", "--steps", "3", *run]

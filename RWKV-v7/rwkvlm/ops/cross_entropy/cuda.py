@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor
-from ..launch import given, launch, why_not_built
+from ..launch import why_not_built
 
 LOGITS = 1 << 30  # bytes that a chunk of logits may take, about
 
@@ -17,7 +14,7 @@ def why_not(dtype: torch.dtype) -> str:
     """"" when the kernel runs here on inputs of this dtype (it is then built and registered), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
-    return why_not_built("loss", register)
+    return why_not_built("loss")
 
 
 torch.library.define("rwkvlm::loss_of_logits", "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, float scale, float wrap, bool gradient) -> ()")
@@ -26,21 +23,6 @@ torch.library.define("rwkvlm::loss_of_logits", "(Tensor(a!) logits, Tensor targe
 @torch.library.register_fake("rwkvlm::loss_of_logits")
 def _fake(logits, targets, losses, scale, wrap, gradient):
     pass
-
-
-def register(registration: torch.library.Library, library: ctypes.CDLL, key: str) -> None:
-    """Makes the library's kernel the operator's form for the dispatch key: "CUDA"; in tests "CPU", with the emulated kernel."""
-    library.loss_of_logits.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float] * 2 + [ctypes.c_int] * 2 + [ctypes.c_void_p]
-
-    def loss_of_logits(logits: Tensor, targets: Tensor, losses: Tensor, scale: float, wrap: float, gradient: bool) -> None:
-        if logits.dim() != 2 or not logits.is_contiguous():
-            raise ValueError(f"loss_of_logits: logits must be [rows, V] and contiguous, got {list(logits.shape)} with strides {list(logits.stride())}")
-        at, (rows, V) = given("loss_of_logits", "logits", logits), logits.shape
-        check_tensor("loss_of_logits", "losses", losses, (rows,), (torch.float32,), "logits", logits.device)
-        places = logits.data_ptr(), at("targets", targets, (rows,), torch.int64), losses.data_ptr()
-        launch(library, "loss_of_logits", logits.device, *places, rows, V, scale, wrap, gradient, int(logits.dtype == torch.float32))
-
-    registration.impl("loss_of_logits", loss_of_logits, key)
 
 
 def auto_chunk(vocab_size: int, itemsize: int) -> int:

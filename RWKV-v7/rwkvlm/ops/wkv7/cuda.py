@@ -1,4 +1,4 @@
-"""The CUDA kernels as torch operators: where they run, and what fake tensors need to know. Launch and derivatives are in C++: cuda/wkv7/gpu.cpp and autograd.cpp."""
+"""The CUDA kernels as torch operators: where they run, and what fake tensors need to know. Launch and derivatives are in C++: cuda/wkv7/gpu.cpp and autograd_gpu.cpp."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def why_not(dtype: torch.dtype) -> str:
     """"" when kernels run here on inputs of this dtype (they are then built), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
-    return native.cuda_available("wkv7")[1] or native.available("wkv7")[1]  # a machine with nvcc has a C++ compiler
+    return native.cuda_available("wkv7")[1]
 
 
 def wkv7_cuda(
@@ -107,7 +107,7 @@ def ttt_saved_bytes(B: int, T: int, H: int, N: int, rows: int, hidden: int, segm
 @functools.cache
 def _operators():
     """Those of gpu.cpp, known to fake tensors too."""
-    native.load("wkv7")
+    native.load_launches("wkv7")
     for fake in (_wkv7_cuda_forward, _wkv7_cuda_backward, _wkv7_ttt_cuda_forward, _wkv7_ttt_cuda_backward):
         torch.library.register_fake(f"rwkvlm::{fake.__name__[1:]}", fake)
     return torch.ops.rwkvlm
