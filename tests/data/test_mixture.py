@@ -185,7 +185,7 @@ def test_what_cannot_be_meant_is_one_line(files, given, said):
 
 
 def test_magic_prime_is_for_one_file(files):
-    assert open_mixture(f"{files}/a", CTX, 53).parts[0].prime == 53
+    assert open_mixture(f"{files}/a", 4, 227).parts[0].prime == 227 != open_mixture(f"{files}/a", 4).parts[0].prime
     with pytest.raises(UserError, match="--magic_prime 59 orders one file, and --data_file names 2; leave it out"):
         open_mixture(f"{files}/a,{files}/b", CTX, 59)
 
