@@ -24,6 +24,7 @@ knob DATA        demo  minipile
 knob MODEL_TYPE  x070  x070 # x070 => rwkv-7; phantom => rwkv-7 TTT Phantom; hybrid => rwkv-7 with attention; x080 => rwkv-8 (ROSA); rosa => ROSA alone; x040 => rwkv-4
 knob N_LAYER     6     12
 knob N_EMBD      256   768
+case $MODEL_TYPE in x040 | rosa) : "${HEAD_SIZE=0}" ;; esac # they have none
 knob HEAD_SIZE   64    64
 knob CTX_LEN     256   512
 knob RANDOM_SEED -1    -1 # of the initial weights; -1 => a new one each time

@@ -1,4 +1,4 @@
-"""What bench/gpu.sh runs: the steps, what has been done of them, and the time that is left. Standard library, and torch for the chip's name.
+"""What bench/gpu.sh runs: the steps, what has been done of them, and the time that is left. Standard library, torch for the chip's name, and the package's guarded processes.
 
 A step is a list of items, each a process of its own with its own log. An item that succeeded is not run again, one that failed is, the next time;
 an item that is still running when the minutes are over is stopped (SIGTERM first: training saves), and one that hangs (MOST) has failed. results.json is
@@ -21,12 +21,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import plot_loss
+
+from rwkvlm.train.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(__file__).resolve().parent
@@ -212,17 +215,14 @@ def run(item: Item, log: Path, seconds: float) -> dict:
     """One item, for so many seconds at most. ok: it ended by itself, with exit code 0."""
     log.parent.mkdir(parents=True, exist_ok=True)
     begin, stopped = time.monotonic(), False
-    with log.open("w") as file:
-        try:
-            process = subprocess.Popen(item.command, cwd=ROOT, env=os.environ | item.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as error:
-            return {"ok": False, "error": f"{item.command[0]}: {error.strerror}"}
-        try:
-            process.wait(min(seconds, item.most))
-        except subprocess.TimeoutExpired:
-            stopped = True
-        finally:  # also where this process is to end: in a session of its own the item would go on
-            end(process)
+    with log.open("w") as file, tempfile.TemporaryDirectory() as empty:  # whatever ends this process, and when: the item does not go on
+        with guarded(item.command, empty, cwd=ROOT, env=os.environ | item.environment, stdout=file, stderr=subprocess.STDOUT) as process:
+            try:
+                process.wait(min(seconds, item.most))
+            except subprocess.TimeoutExpired:
+                stopped = True
+            finally:
+                end(process)
     text = log.read_text(errors="replace")
     result = {"ok": process.returncode == 0 and not stopped, "seconds": round(time.monotonic() - begin, 1), "exit_code": process.returncode}
     try:

@@ -145,6 +145,12 @@ def test_hugging_face_tokenizer(here, capsys):
     tok, data = load_tokenizer("tok.json"), BinIdx("demo")
     assert Counter(tok.decode(data.doc(i)[:-1]) for i in range(20)) == Counter(words(20))
 
+    jsonl("end.jsonl", [*["fine"] * 41, "Fine!"])  # behind the first documents few are decoded again
+    assert tok.encode("!") == [0] and main(["end.jsonl", "1", "4", "--tokenizer", "tok.json"]) == 2
+    assert "end.jsonl, line 42: the tokenizer makes token 0, which ends a document, of a part of the text; use one that keeps it for that (" in capsys.readouterr().err
+    engine.add_special_tokens(["!"])  # its name, as <|endoftext|> would be
+    engine.save("ends.json")
+    assert main(["end.jsonl", "1", "4", "--tokenizer", "ends.json"]) == 0
     engine.normalizer = tokenizers.normalizers.Lowercase()
     engine.save("lower.json")
     jsonl("caps.jsonl", ["fine", "Not fine"])
@@ -239,7 +245,9 @@ def test_bad_files(here, capsys):
         (["demo.jsonl", "1", "16", "--report", "."], "--report . is a folder; give the name of a file"),
         (["demo.jsonl", "1000000000000", "16"], "demo needs "),
         (["/dev/null", "1", "16"], "input /dev/null is not a file but a pipe or a device; give JSON lines from a pipe as standard input (-)"),
-        (["demo.jsonl", "demo.jsonl", "1", "16"], "2 input files need --out"),
+        (["demo.jsonl", "-", "1", "16"], "2 input files need --out"),
+        (["-", "-", "1", "16", "--out", "x"], "input - is named twice; name it once"),
+        (["demo.jsonl", "*.jsonl", "1", "16", "--out", "x"], "input demo.jsonl is named twice; name it once"),
         (["demo.jsonl", "1", "16", "--bogus"], "bogus"),
     ],
 )
@@ -249,6 +257,16 @@ def test_bad_arguments(here, capsys, arguments, words):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
     assert os.listdir() == ["demo.jsonl"]
+
+
+def test_an_input_that_is_written_to_meanwhile(here, capsys, monkeypatch):
+    """A download that has not ended, say: of a .txt, or at the end of a line, nothing else tells."""
+    Path("book.txt").write_text("some text")
+    add = pack_module._add
+    monkeypatch.setattr(pack_module, "_add", lambda *args: (add(*args), Path("book.txt").open("a").write(" and more")))
+    assert main(["book.txt", "1", "2"]) == 2
+    assert capsys.readouterr().err == "error: input book.txt has been written to while it was read: what is in it now may be missing; start again when it is complete\n"
+    assert os.listdir() == ["book.txt"]
 
 
 def test_one_document_cannot_be_divided(here, capsys):

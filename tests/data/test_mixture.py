@@ -155,11 +155,11 @@ def test_the_files_share_the_bytes_that_are_looked_through(files, monkeypatch):
 
 
 def test_held_out_files_one_after_the_other(files):
-    samples = held_out([BinIdx(files / "c"), BinIdx(files / "a")], CTX, 1 << 16)
-    assert len(samples) == 31 + 62
-    x, _ = samples[np.array([1, 31, 32, 93, 94])]
-    assert x[:, 0].tolist() == [30000, 30000 + 30 * CTX, 10000, 10000 + 61 * CTX, 30000]
-    assert samples.name == f"{files}/c, {files}/a" and len(held_out([BinIdx(files / "c")], CTX, 1 << 16)) == 31
+    samples = held_out([BinIdx(files / "c"), BinIdx(files / "b")], CTX, 1 << 16)
+    assert len(samples) == 31 + 187
+    x, _ = samples[np.array([1, 31, 32, 218, 219])]
+    assert x[:, 0].tolist() == [30000, 30000 + 30 * CTX, 20000, 20000 + 186 * CTX, 30000]
+    assert samples.name == f"{files}/c, {files}/b" and len(held_out([BinIdx(files / "c")], CTX, 1 << 16)) == 31
     with pytest.raises(UserError, match="c.bin holds token 30001 at position 1, outside the vocabulary"):
         held_out([BinIdx(files / "c")], CTX, 30001)[np.array([1])]
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_meant_is_one_line(files, given, said):
 
 
 def test_magic_prime_is_for_one_file(files):
-    assert open_mixture(f"{files}/a", CTX, 53).parts[0].prime == 53
+    assert open_mixture(f"{files}/a", 4, 227).parts[0].prime == 227 != open_mixture(f"{files}/a", 4).parts[0].prime
     with pytest.raises(UserError, match="--magic_prime 59 orders one file, and --data_file names 2; leave it out"):
         open_mixture(f"{files}/a,{files}/b", CTX, 59)
 

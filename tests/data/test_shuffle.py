@@ -81,11 +81,12 @@ def test_keys_are_distinct_and_fair():
     assert keys(np.arange(3), 7, 1).tolist() == [keys(np.array([k]), 7, 1)[0] for k in range(3)]
 
 
+@pytest.mark.parametrize("documents", [300, 300_000])  # of so many, several have keys that begin alike
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.97, 1, 2, 77, 299])
-def test_drawing(tmp_path, share):
-    sizes = np.random.default_rng(3).integers(1, 400, 300)
-    limit, n = draw(make(tmp_path / "all", sizes.tolist()).sizes, share, 9)
-    all_keys = keys(np.arange(300), 9)
+def test_drawing(documents, share):
+    sizes, numbers = np.random.default_rng(3).integers(1, 400, documents), np.arange(documents)
+    limit, n = draw(lambda: zip(np.array_split(sizes, 3), np.array_split(numbers, 3)), share, 9)
+    all_keys = keys(numbers, 9)
     drawn = all_keys <= limit
     assert drawn.sum() == n
     if share >= 1:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -294,6 +295,7 @@ def test_command_line(checkpoint, jsonl, tmp_path, capsys):
     assert found["model_type"] == "x070" and found["dtype"] == "float32" and found["results"]["lambada"]["passages"] == 2
     assert found["results"]["data"]["loss"] == pytest.approx(math.log(65536), rel=0.05), "it has learned nothing"
     assert f"{found['results']['data']['loss']:.6f}  nats a token" in shown and "LAMBADA, 2 passages" in shown
+    assert re.search(r"^perplexity +\d\.\d{4}e\+\d\d$", shown, re.M), "its perplexity of words is 65536 to the power of their tokens"
     assert command.main([*argv, "--dtype", "bf16", "--batch", "1", "--ctx_len", "4"]) == 0
     assert json.loads(out.read_text())["dtype"] == "bfloat16"
 

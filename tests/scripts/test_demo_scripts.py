@@ -9,6 +9,7 @@ import pytest
 
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import TrainConfig
+from rwkvlm.config.model import MODEL_TYPES
 
 
 @pytest.fixture
@@ -86,6 +87,13 @@ def test_train_py_takes_every_flag(demo, script, gpu):
     assert [config.train_stage for config in configs] == [1, 3]
     for config in configs:
         assert config.flags_without_effect() == []
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_nothing_is_said_of_flags_that_the_user_has_not_given(demo, model_type):
+    """Of the size of its heads, by models that have none."""
+    assert demo.run("demo-training-run.sh", MODEL_TYPE=model_type).returncode == 0
+    assert [parse_flags(TrainConfig, call[1:], "train.py").flags_without_effect() for call in demo.calls() if call[0] == "train"] == [[], []]
 
 
 KNOBS = {

@@ -150,6 +150,42 @@ def test_what_is_running_ends_with_it(tmp_path, number, code):
         os.kill(int(log.read_text()), 0)
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_signal_while_an_item_is_being_started(tmp_path, at):
+    """Python has made the process and not handed it over yet: it went on alone."""
+    item = [sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]
+    starts = f"""
+import gpu, os, signal, subprocess
+begun, start = 0, subprocess.Popen._execute_child
+def starts(*arguments):
+    global begun
+    start(*arguments)
+    begun += 1
+    if begun == {at}:
+        os.kill(os.getpid(), signal.SIGTERM)
+def items(*_):
+    subprocess.Popen._execute_child = starts
+    return [gpu.Item("item", {item!r})]
+gpu.items_of = items
+raise SystemExit(gpu.main(["step", "--out", {str(tmp_path)!r}, "--device", "cpu"]))
+"""
+    done = subprocess.run([sys.executable, "-c", starts], env=os.environ | {"PYTHONPATH": f"{ROOT / 'bench'}:{ROOT / 'RWKV-v7'}"}, timeout=60)
+    assert done.returncode == 143
+    for _ in range(200):  # what has to see first that nobody is there any more
+        left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(tmp_path) in content(path)]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has ended
+        return b""
+
+
 def test_an_item_that_hangs_has_failed_and_takes_no_time_of_the_others(bench, over_when_it_says):
     over_when_it_says("began")
     hanging = python("import time; print('began', flush=True); time.sleep(60)", "hanging", most=3.0)
@@ -181,7 +217,8 @@ def test_results_of_another_commit_are_set_aside(bench, tmp_path, capsys):
 def test_a_tool_that_is_missing_and_a_log_that_is_odd_are_failures(bench):
     items = {"sanitize": [gpu.Item("memcheck", ["/nowhere/compute-sanitizer"]), python("print('{odd')", "odd", read=gpu.last_json)]}
     code, results = bench(items)
-    assert code == 1 and results["steps"]["sanitize"]["memcheck"]["error"] == "/nowhere/compute-sanitizer: No such file or directory"
+    missing = results["steps"]["sanitize"]["memcheck"]
+    assert code == 1 and missing["exit_code"] == 127 and "/nowhere/compute-sanitizer: not found" in missing["last_lines"][-1]
     assert not results["steps"]["sanitize"]["odd"]["ok"] and "cannot be read" in results["steps"]["sanitize"]["odd"]["error"]
 
 

@@ -108,6 +108,7 @@ CASES = {
     "magic_prime 1 mod 3": (lambda d, f: dict(magic_prime=619), "use --magic_prime 617"),
     "magic_prime too large": (lambda d, f: dict(magic_prime=641), "reads past the end of the data"),
     "magic_prime too small": (lambda d, f: dict(magic_prime=101), "use --magic_prime 617"),
+    "magic_prime of another ctx_len, at stage 1": (lambda d, f: dict(magic_prime=1249, train_stage=1), "reads past the end of the data"),
     "missing val_file": (lambda d, f: dict(val_file=f / "held"), "held.idx does not exist"),
     "nameless val_file": (lambda d, f: dict(val_file=",,"), "--val_file ',,' has an empty name in it"),
     "weighed val_file": (lambda d, f: dict(val_file=f"{d}:0.5"), "held-out files are read one after the other, and have no weights; leave them out"),

@@ -1,5 +1,6 @@
 """Runs on several files and on data that are not binidx: what they say, that they resume exactly, what they refuse."""
 
+import io
 import os
 import random
 import shutil
@@ -48,7 +49,7 @@ def test_a_mixture_resumes_to_the_same_losses(run, mixed, losses, tmp_path, capf
 
 
 @pytest.mark.parametrize("data_type", ["utf-8", "bytes"])
-def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, data_type):
+def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, monkeypatch, data_type):
     rng = random.Random(0)
     (tmp_path / "text.txt").write_text("".join(rng.choice(["der ", "die ", "das ", "größte ", "→\n"]) for _ in range(3000)))
     (tmp_path / "val.txt").write_text("der größte→\n" * 20)
@@ -63,6 +64,10 @@ def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, data_t
     assert told.out.startswith("größ") and "does not know" not in told.err
     assert main(["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ€", "--length", "5", "--device", "cpu"]) == 0
     assert ("the tokenizer does not know all of the prompt: the model reads 'größ" in capfd.readouterr().err) == (data_type == "utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("größ\ndas €\n"))
+    assert main(["chat", "--model", model, "--tokenizer", tokenizer, "--length", "5", "--device", "cpu", "--system", "die €"]) == 0
+    misread = [line for line in capfd.readouterr().err.splitlines() if "does not know" in line]
+    assert misread == [f"[the tokenizer does not know all of this: the model reads {read!r}]" for read in ("die", "das")] * (data_type == "utf-8")
 
 
 def test_other_characters_are_not_mixed_into_a_run(run, tmp_path, capfd):

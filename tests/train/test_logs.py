@@ -116,6 +116,18 @@ def test_elsewhere_a_line_every_ten_seconds(tmp_path, capsys, monkeypatch, steps
     assert lines[-1].endswith(f"0.50 kt/s  left {left}")  # 1000 tokens a step, at 500 a second
 
 
+def test_the_loss_is_smoothed_from_the_first_step_on(tmp_path, capsys, monkeypatch):
+    """After a resume the single loss of the first step made a third of what was shown even twenty steps later."""
+    monkeypatch.setattr("rwkvlm.train.logs.progress.ELSEWHERE_S", 0.0)
+    bar = Progress(plan(tmp_path))
+    bar.step(record(1, float("nan")) | {"skipped": True})
+    for step in range(2, 22):
+        bar.step(record(step, 3.0 + step % 2))
+    bar.step(record(22, 13.5))
+    shown = re.findall(r"loss (\S+)", capsys.readouterr().out)
+    assert shown[:5] == ["nan", "3.0000", "3.5000", "3.3333", "3.5000"] and shown[20:] == ["3.5000", "4.0000"]
+
+
 def test_json_has_no_nan(tmp_path):
     log = Metrics(plan(tmp_path), datetime(2026, 11, 21))
     log.step(record(1, float("nan")))

@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
 from rwkvlm.config.locks import try_lock
+from rwkvlm.data.binidx import BinIdx, BinIdxWriter
 from rwkvlm.models import build, init_weights
 from rwkvlm.train import matmul
 from rwkvlm.train import plan as planning
@@ -218,7 +220,8 @@ def test_precision_auto_is_not_measured_where_processes_would_not_tell_each_othe
 
 def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
     """A --proj_dir that is another folder on each node: told after a minute, in which NFS would have shown what is new."""
-    plan, waited = SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=None), []
+    plan = SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=None, data=SimpleNamespace(order=617), identity=[])
+    waited = []
     monkeypatch.setattr(planning.time, "sleep", waited.append)
     monkeypatch.setattr(planning, "make_plan", lambda config, damaged: plan)
     monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, value])
@@ -227,6 +230,19 @@ def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"different places .fresh weights, to be saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes"):
         planning.checked(plan)
     assert 60 < sum(waited) < 120
+
+
+def test_nodes_with_other_data_do_not_begin(run, tmp_path, monkeypatch):
+    """Data on the disk of each node, one of which has an older copy: each trained on its own, in its own order."""
+    seen = []
+    with BinIdxWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add(np.roll(BinIdx(run.data).tokens, 1))  # as many
+    for data in (run.data, tmp_path / "data"):
+        monkeypatch.setattr(ranks, "gather", lambda value, group=None: seen.append(value) or [value, value])
+        planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", data_file=data), "train.py")))
+    monkeypatch.setattr(ranks, "gather", lambda value, group=None: [seen[0], value])
+    with pytest.raises(UserError, match=f"--data_file {tmp_path}/data holds other tokens for rank 1 than for rank 0; copy the same files to all nodes"):
+        planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", data_file=tmp_path / "data"), "train.py")))
 
 
 def test_a_process_that_looked_before_another_had_written_looks_again(run, tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     engine = load_engine(args.model, args.tokenizer, args.device)
     chat = Chat(engine, args.system, args.temperature, args.top_p, args.top_k, penalties, args.seed, args.length, args.paragraphs)
     engine.prepare()
+    _say_what_is_misread(chat, args.system)
     _talk(chat, HELP.format(undo=UNDO), terminal=sys.stdin.isatty() and sys.stdout.isatty())
     return 0
 
@@ -75,6 +76,7 @@ def _talk(chat: Chat, help_text: str, terminal: bool) -> None:
         elif message.startswith("/") and " " not in message and "/" not in message[1:]:
             _say(f"[{message} is no command; /help lists them]")
         elif message:
+            _say_what_is_misread(chat, message)
             _answer(chat, message, terminal)
 
 
@@ -125,6 +127,11 @@ def _interrupts() -> Iterator[list[int]]:
 def _say(note: str) -> None:
     """Beside the conversation: through a pipe come answers alone."""
     print(note, file=sys.stderr, flush=True)
+
+
+def _say_what_is_misread(chat: Chat, text: str) -> None:
+    if (read := chat.engine.misread(text)) is not None:
+        _say(f"[the tokenizer does not know all of this: the model reads {_short(read)!r}]")
 
 
 def _short(text: str) -> str:

@@ -99,11 +99,16 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
         "",
         f"{found['data']}: {found['documents']:,} document{'s' * (found['documents'] != 1)}, {found['tokens']:,} tokens{size}; {how}",
         f"{'loss':20} {found['loss']:12.6f}  nats a token",
-        f"{'perplexity':20} {found['perplexity']:12.4f}",
+        f"{'perplexity':20} {_perplexity(found)}",
         f"{'bits a byte':20} {found['bits_per_byte']:12.6f}" if found["bits_per_byte"] else f"{'bits a byte':20} {'unknown':>12}  --tokenizer is not this model's",
         f"{'tokens read':20} {'loss':>12} {'tokens':>14}",
     ]
     return lines + [f"{span['from']:>9,} to {span['to']:>7,} {span['loss']:12.4f} {span['tokens']:14,}" for span in found["loss_by_tokens_read"]]
+
+
+def _perplexity(found: dict[str, Any]) -> str:
+    """That of words, by an untrained model, has dozens of digits."""
+    return f"{found['perplexity']:12.{'4f' if found['perplexity'] < 1e7 else '4e'}}"
 
 
 def _lambada_lines(found: dict[str, Any]) -> list[str]:
@@ -111,7 +116,7 @@ def _lambada_lines(found: dict[str, Any]) -> list[str]:
         "",
         f"{found['data']}: LAMBADA, {found['passages']:,} passages",
         f"{'accuracy':16} {found['accuracy']:12.2%}",
-        f"{'perplexity':16} {found['perplexity']:12.4f}",
+        f"{'perplexity':16} {_perplexity(found)}",
     ]
 
 

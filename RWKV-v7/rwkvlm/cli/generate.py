@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     engine = load_engine(args.model, args.tokenizer, args.device)
     tokens = engine.tokens(args.prompt, args.length, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
     engine.prepare()
-    if (read := engine.tokenizer.decode(engine.encode(args.prompt))).strip() != args.prompt.strip():
+    if (read := engine.misread(args.prompt)) is not None:
         print(f"the tokenizer does not know all of the prompt: the model reads {read!r}", file=sys.stderr)
     made = 0
 

@@ -107,8 +107,11 @@ def expand(inputs: Sequence[str]) -> list[Path]:
         needs = PACKED.get(path.suffix) or ("pyarrow" if path.suffix == ".parquet" else None)
         if needs and importlib.util.find_spec(needs) is None:
             raise UserError(f"input {path} needs the package {needs}; run: {pip_install(needs)}")
-    if files.count(STDIN) > 1:
-        raise UserError("standard input (-) can be read once only")
+    named = set()
+    for path in files:
+        if (file := path.resolve()) in named:
+            raise UserError(f"input {path} is named twice; name it once (COPIES repeats all documents, `python -m rwkvlm data merge a:2 b` those of some files)")
+        named.add(file)
     return files
 
 

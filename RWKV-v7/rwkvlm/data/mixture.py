@@ -19,7 +19,7 @@ import numpy as np
 from ..config import UserError
 from .binidx import BinIdx, idx_path
 from .dataset import HeldOutSamples, Samples, TrainingSamples
-from .sampler import magic_prime
+from .sampler import check_magic_prime, magic_prime
 from .tokens import SCAN_LIMIT, TokenRange, Tokens
 
 Places = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -175,6 +175,8 @@ def open_mixture(data_file: str, ctx_len: int, prime: int = 0, form: type[Tokens
     data += [data[0].like(prefix) for prefix in others]
     if prime and len(data) > 1:
         raise UserError(f"--magic_prime {prime} orders one file, and --data_file names {len(data)}; leave it out: each file gets its own")
+    if prime:
+        check_magic_prime(prime, data[0].n_tokens, ctx_len)
     primes = [prime or magic_prime(one.n_tokens, ctx_len) for one in data]
     sizes = [Fraction(p) if weight is None else weight for p, weight in zip(primes, weights.values())]
     mixture = Mixture(tuple(Part(*part) for part in zip(data, primes, (size / sum(sizes) for size in sizes))), ctx_len)

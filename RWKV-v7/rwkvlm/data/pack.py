@@ -24,7 +24,7 @@ from ..config.cgroups import cpus
 from .binidx import INDEX_BYTES, BinIdxWriter, bin_path, check_prefix, check_room, idx_path
 from .documents import STDIN, BadInput, Block, kind, parse, read_blocks, where
 from .shuffle import Documents, Long, draw, keys, shuffled
-from .tokenizer import Texts, Tokenizer
+from .tokenizer import END_OF_DOCUMENT, Texts, Tokenizer
 from .unfinished import LISTED, Progress, Unfinished
 
 ROUND_TRIPS = 200  # every so many-th document, or part of one, is decoded again and compared
@@ -195,6 +195,8 @@ def _tokenise(
             work.save()
             text_bytes = done.text_bytes + done.open_bytes - started
             progress(Stage("reading", (sum(sizes[:number]) + found.block.consumed) / max(1, sum(sizes)), done.documents, text_bytes, resumed))
+        if _identity(files[number]) != work.job["files"][number]:
+            raise UserError(f"input {files[number]} has been written to while it was read: what is in it now may be missing; start again when it is complete")
         done.file, done.at, done.line = number + 1, 0, 1
     if not done.documents:
         raise UserError(f"no document in {', '.join(where(path, 0) for path in files)}" + (f" ({done.skipped} bad ones skipped)" if done.skipped else ""))
@@ -263,14 +265,18 @@ def _bad(found: _Encoded, done: Progress) -> list[BadInput]:
 
 
 def _check_round_trips(found: _Encoded, tokenizer: Tokenizer, documents: int, parts: int) -> None:
-    """Documents, or parts of one, chosen by their number, must come back from their tokens."""
+    """Documents, or parts of one, chosen by their number, and all that seem to end before their end, must come back from their tokens."""
+    zeros = np.flatnonzero(found.ids == END_OF_DOCUMENT)
+    inside = set() if len(zeros) <= len(found.ends) else set(np.searchsorted(found.ends, np.setdiff1d(zeros, found.ends - 1), side="right").tolist())
     for k in range(len(found.ends)):
         number = parts or documents + k
-        if number % ROUND_TRIPS and (parts or number >= FIRST):
+        if number % ROUND_TRIPS and (parts or number >= FIRST) and k not in inside:
             continue
+        place = where(found.block.file, int(found.lines[k]))
+        if k in inside and not tokenizer.zero_is_kept:
+            raise UserError(f"{place}: the tokenizer makes token {END_OF_DOCUMENT}, which ends a document, of a part of the text; use one that keeps it for that (--tokenizer world)")
         ids = found.ids[found.ends[k - 1] if k else 0 : found.ends[k] - (not found.block.goes_on)]
         if not tokenizer.comes_back(found.texts[k], ids):
-            place = where(found.block.file, int(found.lines[k]))
             raise UserError(f"{place}: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)")
 
 

@@ -68,11 +68,13 @@ class Tokenizer(ABC):
     """`vocab_size` is the size of the embedding that a model needs: every id lies below it. `identity` tells apart what gives other ids.
 
     largest_text: bytes of a text that are encoded at once; 0: any number, and `settled` knows how to encode a text in parts.
+    zero_is_kept: token 0 comes out of no text, but for one in which its name stands, as <|endoftext|>.
     """
 
     vocab_size: int
     identity: str
     largest_text = 0
+    zero_is_kept = True
 
     @abstractmethod
     def encode(self, text: str | bytes) -> list[int]:
@@ -326,6 +328,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._engine.no_padding()
         self._engine.no_truncation()
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=0)
+        self.zero_is_kept = END_OF_DOCUMENT in self._engine.get_added_tokens_decoder()
 
     def encode(self, text: str | bytes) -> list[int]:
         if isinstance(text, bytes):

@@ -58,7 +58,7 @@ class Unfinished:
 
     def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:
         self.folder = prefix.with_name(prefix.name + ".unfinished")
-        self._job, self._kept, self.dtype = job, kept, np.dtype(dtype)
+        self.job, self._kept, self.dtype = job, kept, np.dtype(dtype)
         self.progress = Progress()
         self.seen, self._open_seen = (np.zeros(vocab_size, dtype=bool) for _ in range(2))
         self.pile = Pile(self.folder / "all", self.dtype, numbered=False, memory=LEAF)
@@ -86,7 +86,7 @@ class Unfinished:
             sizes = [path.stat().st_size for path in self.pile.paths]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if saved["job"] != self._job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
+        if saved["job"] != self.job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
             return False
         self.progress, self.seen, self._open_seen = progress, seen, open_seen
         if sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize:  # dropped since: it is found bad again, from its beginning
@@ -139,7 +139,7 @@ class Unfinished:
         self._saved = time.monotonic()
         self.pile.flush()
         seen = [np.packbits(ids).tobytes().hex() for ids in (self.seen, self._open_seen)]
-        text = json.dumps({"job": self._job, "progress": asdict(self.progress), "seen": seen})
+        text = json.dumps({"job": self.job, "progress": asdict(self.progress), "seen": seen})
         self._saving = self._saver.submit(self._write, text)
 
     def saved(self) -> bool:

@@ -88,6 +88,11 @@ class Engine:
         """Token ids of the text; UserError for tokens outside the model's vocabulary."""
         return self._known(self.tokenizer.encode(text))
 
+    def misread(self, text: str) -> str | None:
+        """What the model reads in the place of a text that the tokenizer does not know all of; None where it does, but for spaces around it."""
+        read = self.tokenizer.decode(self.encode(text))
+        return read if read.strip() != text.strip() else None
+
     def _known(self, ids: list[int]) -> list[int]:
         vocab_size = self.model.config.vocab_size
         if unknown := [token for token in ids if not 0 <= token < vocab_size]:

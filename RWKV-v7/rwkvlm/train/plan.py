@@ -149,8 +149,11 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
 def checked(plan: Plan) -> Plan:
     """The plan, once the processes together have read the checksums of its training state; where these are wrong, one that begins before it.
 
-    Collective. Raises UserError when processes do not see the same files.
+    Collective. Raises UserError when processes do not see the same files, or other data under one name: each would train on samples of its own order.
     """
+    data = ranks.gather((plan.data.order, *((part["tokens"], part["documents"]) for part in plan.identity)))
+    if others := [number for number, seen in enumerate(data) if seen != data[0]]:
+        raise UserError(f"--data_file {plan.config.data_file} holds other tokens for rank {others[0]} than for rank 0; copy the same files to all nodes")
     damaged: list[Path] = []
     looks = 0
     while True:

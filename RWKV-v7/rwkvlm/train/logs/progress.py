@@ -16,7 +16,7 @@ from .log import Log
 
 IN_TERMINAL_S, ELSEWHERE_S = 0.2, 10.0  # seconds between two lines
 WINDOW_S = 30.0  # speed and time left are averages over so many seconds
-SMOOTH = 0.95  # of the loss, per step
+STEPS = 20  # the loss that is shown is the mean of so many, then smoothed over about as many
 LESS = (3, 1, 4, 5)  # the line's parts that a narrow terminal does without, in this order: lr, mini-epoch, speed, time left
 
 
@@ -26,14 +26,15 @@ class Progress(Log):
         self.terminal, self.watched = sys.stdout.isatty(), True
         self.total = plan.start.position.step + plan.steps
         self.times: deque[tuple[float, int]] = deque()
-        self.loss: float | None = None
+        self.loss, self.losses = 0.0, 0
         self.shown = -ELSEWHERE_S
         self.line = self.last_shown = ""
 
     def step(self, record: dict[str, Any]) -> None:
         now, tokens = time.monotonic(), record["tokens"]
-        loss = self.loss if record.get("skipped") else record["loss"]  # of a skipped step it may be NaN
-        self.loss = loss if self.loss is None or loss is None else SMOOTH * self.loss + (1 - SMOOTH) * loss
+        if not record.get("skipped"):  # of a skipped step it may be NaN
+            self.losses = min(self.losses + 1, STEPS)
+            self.loss += (record["loss"] - self.loss) / self.losses
         self.times.append((now, tokens))
         while now - self.times[0][0] > WINDOW_S and len(self.times) > 2:
             self.times.popleft()
@@ -45,7 +46,7 @@ class Progress(Log):
         parts = [
             f"step {record['step']}/{self.total}",
             f"mini-epoch {mini_epoch} {100 * (into + 1) // self.plan.config.epoch_samples:3d}%",
-            f"loss {math.nan if self.loss is None else self.loss:.4f}",
+            f"loss {self.loss if self.losses else math.nan:.4f}",
             f"lr {record['lr']:.2e}",
             f"{rate / 1000:.2f} kt/s",
             f"left {clock(left)}",
