@@ -28,8 +28,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t sh
     kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
     return cudaGetLastError();
 #else
-    (void)stream;
-    return emulation::launch(grid, threads, shared_bytes, [=] { kernel(arguments...); });
+    return emulation::on_stream(stream, [=] { return emulation::launch(grid, threads, shared_bytes, [=] { kernel(arguments...); }); });
 #endif
 }
 

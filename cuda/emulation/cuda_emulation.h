@@ -294,6 +294,17 @@ inline int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void
     return 0;
 }
 
+// Whom a launch is handed to, with its stream (tests/fake_gpu); nobody: it runs at once.
+inline void (*submit)(void* stream, const std::function<void()>& work) = nullptr;
+
+inline int on_stream(void* stream, const std::function<int()>& work) {
+    if (!submit) return work();
+    submit(stream, [=] {
+        if (work()) std::fprintf(stderr, "emulated kernel: %s\n", machine.error.c_str()), std::abort();
+    });
+    return 0;
+}
+
 // All 32 lanes meet; the last to come runs compute(operands of lane 0..31) for all.
 template <class Operands, class Compute>
 inline void collective(const char* site, Operands& mine, Compute compute) {
@@ -481,4 +492,5 @@ inline T load_relaxed(const T* at) {
 // For the tests: which schedule, how much shared memory a block may have, and what went wrong in the last launch.
 extern "C" inline __attribute__((used)) void emulation_reverse(int reverse) { emulation::machine.reverse = reverse != 0; }
 extern "C" inline __attribute__((used)) void emulation_shared_limit(size_t bytes) { emulation::machine.shared_limit = bytes; }
+extern "C" inline __attribute__((used)) void emulation_submit(void (*to)(void*, const std::function<void()>&)) { emulation::submit = to; }
 extern "C" inline __attribute__((used)) const char* emulation_error() { return emulation::machine.error.c_str(); }
