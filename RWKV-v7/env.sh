@@ -31,7 +31,14 @@ lacking() { "$1" RWKV-v7/requirements_met.py $REQUIREMENTS; } # prints what is m
 
 lacks_torch() { "$1" RWKV-v7/requirements_met.py requirements.txt | grep '^torch[<>=!]' >/dev/null; } # missing, or out of range
 
-gpu_listed() { [ "${ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; }
+gpu_listed() {
+    [ "${ACCELERATOR:-}" != cpu ] || return 1
+    if command -v nvidia-smi >/dev/null; then
+        nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
+    else
+        [ -e /dev/nvidia0 ] # a container without the driver's tools
+    fi
+}
 
 stamp() { echo "$(cat pyproject.toml constraints.txt "$@" | cksum) $* $ROOT"; } # files of requirements
 

@@ -69,6 +69,17 @@ def test_a_driver_that_hangs(monkeypatch, tmp_path):
     assert machine.main(["--accelerator", "cpu"]) == 0
 
 
+def test_without_nvidia_smi_the_devices_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert machine.listed_gpus() == 0
+    for name in ("nvidia0", "nvidia11"):
+        (tmp_path / name).touch()
+    assert machine.listed_gpus() == 2
+
+
 def test_answers(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", fake_torch("13.0"))
     monkeypatch.setattr(machine, "listed_gpus", lambda: 1)

@@ -1,6 +1,6 @@
 """`python -m rwkvlm machine`: what there is to train on, as a line KEY=value for the shell (RWKV-v7/env.sh).
 
-torch is imported only where nvidia-smi lists a GPU, so that the answer costs a tenth of a second elsewhere.
+torch is imported only where there is a GPU, so that the answer costs a tenth of a second elsewhere.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from ..config import UserError
 from .flags import Parser
 
 PATIENCE = 60  # seconds for nvidia-smi
+DEVICES = Path("/dev")
 
 
 def listed_gpus() -> int:
-    """GPUs that nvidia-smi lists; 0 where there is no nvidia-smi, or no driver behind it."""
+    """GPUs that nvidia-smi lists, 0 where there is no driver behind it; where it is missing, as in containers that get the driver's libraries alone, those in /dev."""
     if not shutil.which("nvidia-smi"):
-        return 0
+        return sum(bool(re.fullmatch(r"nvidia\d+", device.name)) for device in DEVICES.iterdir())
     try:
         answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -48,10 +50,10 @@ def check_torch_sees_gpus() -> int:
     otherwise = "; or train on the CPU with ACCELERATOR=cpu"
     version = f"torch {torch.__version__} of {sys.executable}"
     if torch.version.cuda is None:
-        raise UserError(f"nvidia-smi lists a GPU, but {version} is built without CUDA; install a CUDA build: {pip}cu130{otherwise}")
+        raise UserError(f"there is a GPU, but {version} is built without CUDA; install a CUDA build: {pip}cu130{otherwise}")
     if not torch.cuda.is_available():
         raise UserError(
-            f"nvidia-smi lists a GPU, but {version} cannot use it: CUDA_VISIBLE_DEVICES hides it, or the driver is older than"
+            f"there is a GPU, but {version} cannot use it: CUDA_VISIBLE_DEVICES hides it, or the driver is older than"
             f" CUDA {torch.version.cuda} (nvidia-smi shows its version); update the driver or install an older CUDA build: {pip}cu126{otherwise}"
         )
     for index in range(torch.cuda.device_count()):
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"ACCELERATOR={wanted} is not known; use auto, cpu or gpu")
     gpus = 0 if wanted == "cpu" else listed_gpus()
     if wanted == "gpu" and not gpus:
-        raise UserError("ACCELERATOR=gpu, but nvidia-smi lists no GPU; check the driver, or use ACCELERATOR=cpu")
+        raise UserError("ACCELERATOR=gpu, but there is no GPU (nvidia-smi -L, /dev/nvidia0); check the driver, or use ACCELERATOR=cpu")
     if gpus:
         check_torch_sees_gpus()
     print(f"ACCELERATOR={'gpu' if gpus else 'cpu'}")
