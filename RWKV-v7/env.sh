@@ -36,7 +36,8 @@ gpu_listed() {
     if command -v nvidia-smi >/dev/null; then
         nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
     else
-        [ -e /dev/nvidia0 ] # a container without the driver's tools
+        for device in /dev/nvidia[0-9]*; do [ ! -e "$device" ] || return 0; done # a container without the driver's tools
+        return 1
     fi
 }
 

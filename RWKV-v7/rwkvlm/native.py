@@ -9,6 +9,7 @@ A folder without op.cpp has nothing to do with torch: a plain C interface, for c
 
 The *.cu of a folder become a library of their own (`cuda_library`), by nvcc, for the GPUs of this machine. What starts them, *gpu.cpp, is
 a third library (`load_launches`), which only they need: it includes what the stable ABI does not have, of which a file takes twenty seconds.
+So does fused/autograd.cpp, which the CPU's operators need.
 """
 
 from __future__ import annotations

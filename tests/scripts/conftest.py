@@ -102,6 +102,7 @@ class World:
         self.base = folder / "base" / self.packages
         (folder / "pip").mkdir()
         (folder / "pip" / "__main__.py").write_text(FAKE_PIP.format(log=str(self.pip_log), offline=str(self.offline)))
+        self.command("nvidia-smi", "#!/bin/sh\nexit 9\n")  # without it the machine's /dev would be looked at
         self.command("python3", PYTHON3.format(python=folder / "base" / "bin" / "python", pip=folder / "pip", packages=self.packages))
 
     def add_scripts(self) -> None:

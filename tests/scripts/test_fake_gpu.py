@@ -49,7 +49,7 @@ except RuntimeError:
 raise SystemExit("a wait in a capture passed")
 """
 TOGETHER = """
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import socket, torch, torch.distributed as dist, torch.multiprocessing as mp
 def of_rank(rank, port):
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -58,8 +58,9 @@ def of_rank(rank, port):
     dist.all_reduce(x)
     assert x.tolist() == [3, 8] and parts.tolist() == [0, 7, 1, 7]
 if __name__ == "__main__":
-    from torch.distributed import TCPStore
-    mp.spawn(of_rank, (TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port + 1,), 2)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    mp.spawn(of_rank, (port,), 2)
 """
 
 AT_ONCE, LAZY = {}, {"FAKE_GPU_LAZY": "1"}

@@ -77,6 +77,8 @@ def test_without_nvidia_smi_the_devices_count(tmp_path, monkeypatch):
     assert machine.listed_gpus() == 0
     for name in ("nvidia0", "nvidia11"):
         (tmp_path / name).touch()
+    assert machine.listed_gpus() == 0  # nobody drives them
+    monkeypatch.setattr(machine, "has_driver", lambda: True)
     assert machine.listed_gpus() == 2
 
 

@@ -220,7 +220,7 @@ def test_precision_auto_is_not_measured_where_processes_would_not_tell_each_othe
 
 def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
     """A --proj_dir that is another folder on each node: told after a minute, in which NFS would have shown what is new."""
-    plan = SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=None, data=SimpleNamespace(order=617), identity=[])
+    plan = SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=None, data=SimpleNamespace(order=617), identity=[], held_out=None)
     waited = []
     monkeypatch.setattr(planning.time, "sleep", waited.append)
     monkeypatch.setattr(planning, "make_plan", lambda config, damaged: plan)
@@ -241,8 +241,9 @@ def test_nodes_with_other_data_do_not_begin(run, tmp_path, monkeypatch):
         monkeypatch.setattr(ranks, "gather", lambda value, group=None: seen.append(value) or [value, value])
         planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", data_file=data), "train.py")))
     monkeypatch.setattr(ranks, "gather", lambda value, group=None: [seen[0], value])
-    with pytest.raises(UserError, match=f"--data_file {tmp_path}/data holds other tokens for rank 1 than for rank 0; copy the same files to all nodes"):
-        planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", data_file=tmp_path / "data"), "train.py")))
+    for flags in (dict(data_file=tmp_path / "data"), dict(data_file=run.data, val_file=tmp_path / "data")):
+        with pytest.raises(UserError, match=f"--data_file {flags['data_file']} holds other data, or has others held out, for rank 1 than for rank 0; copy the same files to all nodes"):
+            planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **flags), "train.py")))
 
 
 def test_a_process_that_looked_before_another_had_written_looks_again(run, tmp_path, monkeypatch):

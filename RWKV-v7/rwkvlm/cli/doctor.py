@@ -59,7 +59,7 @@ def compiler() -> str:
 
 def gpu() -> str:
     if not listed_gpus():
-        return "none (nvidia-smi -L, /dev/nvidia0): training runs on the CPU"
+        return "none (nvidia-smi -L, /dev/nvidia*): training runs on the CPU"
     import torch
 
     count = check_torch_sees_gpus()

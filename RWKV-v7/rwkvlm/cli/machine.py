@@ -5,6 +5,7 @@ torch is imported only where there is a GPU, so that the answer costs a tenth of
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -21,12 +22,20 @@ DEVICES = Path("/dev")
 def listed_gpus() -> int:
     """GPUs that nvidia-smi lists, 0 where there is no driver behind it; where it is missing, as in containers that get the driver's libraries alone, those in /dev."""
     if not shutil.which("nvidia-smi"):
-        return sum(bool(re.fullmatch(r"nvidia\d+", device.name)) for device in DEVICES.iterdir())
+        return 0 if not has_driver() else sum(bool(re.fullmatch(r"nvidia\d+", device.name)) for device in DEVICES.iterdir())
     try:
         answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise UserError(f"nvidia-smi does not answer within {PATIENCE} s: the driver hangs; restart the machine, or train on the CPU with ACCELERATOR=cpu") from None
     return len(re.findall(r"^GPU \d+:", answer.stdout, re.MULTILINE))
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def covers(arch_list: list[str], capability: tuple[int, int]) -> bool:
@@ -74,7 +83,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"ACCELERATOR={wanted} is not known; use auto, cpu or gpu")
     gpus = 0 if wanted == "cpu" else listed_gpus()
     if wanted == "gpu" and not gpus:
-        raise UserError("ACCELERATOR=gpu, but there is no GPU (nvidia-smi -L, /dev/nvidia0); check the driver, or use ACCELERATOR=cpu")
+        raise UserError("ACCELERATOR=gpu, but there is no GPU (nvidia-smi -L, /dev/nvidia*); check the driver, or use ACCELERATOR=cpu")
     if gpus:
         check_torch_sees_gpus()
     print(f"ACCELERATOR={'gpu' if gpus else 'cpu'}")

@@ -149,11 +149,12 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
 def checked(plan: Plan) -> Plan:
     """The plan, once the processes together have read the checksums of its training state; where these are wrong, one that begins before it.
 
-    Collective. Raises UserError when processes do not see the same files, or other data under one name: each would train on samples of its own order.
+    Collective. Raises UserError when processes do not see the same files, or other data under one name: each would train on samples of its own order, or wait in a validation that others do not make.
     """
-    data = ranks.gather((plan.data.order, *((part["tokens"], part["documents"]) for part in plan.identity)))
+    held_out = 0 if plan.held_out is None else len(plan.held_out)
+    data = ranks.gather((plan.data.order, *((part["tokens"], part["documents"]) for part in plan.identity), held_out))
     if others := [number for number, seen in enumerate(data) if seen != data[0]]:
-        raise UserError(f"--data_file {plan.config.data_file} holds other tokens for rank {others[0]} than for rank 0; copy the same files to all nodes")
+        raise UserError(f"--data_file {plan.config.data_file} holds other data, or has others held out, for rank {others[0]} than for rank 0; copy the same files to all nodes")
     damaged: list[Path] = []
     looks = 0
     while True:
