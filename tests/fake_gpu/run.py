@@ -1,6 +1,6 @@
 """A GPU that computes on the CPU: `python tests/fake_gpu/run.py COMMAND...` runs COMMAND with it. For what else runs on a GPU only.
 
-torch has to be a build for CUDA (2.11 tried), as it is on a login node; a toolkit's headers are needed (CUDA_HOME, /usr/local/cuda), a driver or a GPU is not.
+torch has to be a build for CUDA 13 (2.11 tried), as it is on a login node; that toolkit's headers are needed (CUDA_HOME, /usr/local/cuda), a driver or a GPU is not.
 Allocator, streams, events, graphs, dispatch, autograd's threads, DDP, DeepSpeed and NCCL's calls are torch's own: runtime.cpp, libraries.cpp and
 operators.cpp stand below them. The package's kernels are those of cuda/ in emulation. Hundreds of times slower than a GPU, and nothing about speed;
 torch.compile, attention's own kernels and opcheck do not work with it.
@@ -71,8 +71,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    if torch.version.cuda is None or len(sys.argv) < 2:
-        sys.exit(f"usage: {Path(sys.argv[0]).name} COMMAND..., with a torch that is built for CUDA; this one is {torch.__version__}")
+    if not (torch.version.cuda or "").startswith("13.") or len(sys.argv) < 2:  # runtimes before name their functions otherwise
+        sys.exit(f"usage: {Path(sys.argv[0]).name} COMMAND..., with a torch that is built for CUDA 13; this one is {torch.__version__}")
     sources = sorted([*HERE.iterdir(), *CUDA.rglob("*")])
     digest = hashlib.sha256("".join([torch.__version__, *(f"{x.name}{x.read_bytes()}" for x in sources if x.is_file())]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("RWKV_CACHE_DIR") or Path.home() / ".cache" / "rwkvlm") / f"fake-gpu-{digest}"

@@ -1,4 +1,4 @@
-"""tests/fake_gpu, where torch is built for CUDA: results, late streams, graphs, what a capture forbids, NCCL between two processes."""
+"""tests/fake_gpu, where torch is built for CUDA 13: results, late streams, graphs, what a capture forbids, NCCL between two processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 RUN = Path(__file__).resolve().parents[1] / "fake_gpu" / "run.py"
-pytestmark = pytest.mark.skipif(torch.version.cuda is None or shutil.which("g++") is None or shutil.which("nvcc") is None, reason="needs a torch built for CUDA, g++ and CUDA's headers")
+BUILT = (torch.version.cuda or "").startswith("13.") and shutil.which("g++") and shutil.which("nvcc")
+pytestmark = pytest.mark.skipif(not BUILT, reason="needs a torch built for CUDA 13, g++ and CUDA's headers")
 
 COMPUTES = """
 import torch
