@@ -72,14 +72,15 @@ def test_a_driver_that_hangs(monkeypatch, tmp_path):
 def test_without_nvidia_smi_the_devices_count(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "DEVICES", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(machine, "has_driver", lambda: True)
     for name in ("nvidiactl", "nvidia-uvm", "null"):
         (tmp_path / name).touch()
     assert machine.listed_gpus() == 0
     for name in ("nvidia0", "nvidia11"):
         (tmp_path / name).touch()
-    assert machine.listed_gpus() == 0  # nobody drives them
-    monkeypatch.setattr(machine, "has_driver", lambda: True)
-    assert machine.listed_gpus() == 2
+    for driver, gpus in ((False, 0), (True, 2)):
+        monkeypatch.setattr(machine, "has_driver", lambda: driver)
+        assert machine.listed_gpus() == gpus
 
 
 def test_answers(monkeypatch, capsys):
