@@ -53,8 +53,8 @@ class RWKV7PhantomConfig:
     ghost_activation: str = "identity"
     ttt_enabled: bool = True
     ttt_kind: str = "state"
-    ttt_chunk: int = 0
-    ttt_lr: float = 0.01
+    ttt_chunk: int = 64
+    ttt_lr: float | None = None
     ttt_steps: int = 1
     ttt_core_ratio: float = 0.25
     ttt_head: bool = True
@@ -63,8 +63,7 @@ class RWKV7PhantomConfig:
     ttt_second_order: bool = True
     ttt_meta: bool = False
     ttt_loss_weight: float = 0.1
-    memory_dim: int = 0
-    memory_rows: int = 0
+    ttt_features: int = 0
     max_depth_iter: int = 1
     use_svd_compression: bool = False
     svd_rank_ratio: float = 0.5
@@ -84,7 +83,7 @@ class RWKV7PhantomConfig:
         ratio = core_ratio_of(self.core_ratio, self.ghost_ratio)
         object.__setattr__(self, "core_ratio", PhantomConfig.core_ratio if ratio is None else ratio)
         object.__setattr__(self, "ghost_ratio", 1 - self.core_ratio)
-        self.sizes()
+        object.__setattr__(self, "ttt_lr", self.sizes().ttt_lr)
 
     def sizes(self, **changes: Any) -> PhantomConfig:
         """The same for the package. Raises UserError for what does not fit together."""
@@ -186,9 +185,9 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
 
     config = config or RWKV7PhantomConfig()
     given = {f.name for f in fields(TrainConfig)}
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name in given - {"ghost_ratio", "ttt_chunk", "memory_dim", "memory_rows"}}
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name in given - {"ghost_ratio"}}
     sizes = config.sizes()
-    settings |= {"ttt_chunk": sizes.ttt_chunk, "memory_dim": sizes.memory_dim, "memory_rows": sizes.memory_rows, "ttt_head": sizes.has_ttt_head}
+    settings |= {"ttt_lr": sizes.ttt_lr, "ttt_features": sizes.ttt_features, "ttt_head": sizes.has_ttt_head}
     settings |= {} if config.use_cuda_kernel else {"kernel": "torch"}
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
     asked = TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags)

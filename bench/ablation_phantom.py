@@ -8,7 +8,7 @@
 plan: RWKV-7 has the sizes that are given. Every other variant gets the width n_embd and the dim_ffn with which it has as many parameters, all but the
 embedding counted, dim_ffn / n_embd being as near as possible to RWKV-7's; more than 2 % of difference is an error (exit code 2).
 FLOPs per token of forward and backward: torch's own count of the matrix products of one pass over a whole sample (each segment of test-time
-training included), and the formula of train/flops.py for the head and the recurrence.
+training included), and the formulas of train/flops.py for the head and for what the kernels of wkv7 compute.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from rwkvlm import models
 from rwkvlm.config import ModelConfig, UserError, model_config
 
 TOLERANCE = 0.02
-GRAIN = 16  # dim_ffn is a multiple, as the fused operations want it
+GRAIN = 8  # dim_ffn is a multiple
 PALETTE = (*COLOURS, "#8c564b", "#17becf", "#7f7f7f")  # one for each variant
 OFF = {"core_ratio": 1.0, "ttt_enabled": False}
 Curve = list[tuple[float, float]]
 
 
-def variants(core_ratio: float, ttt_chunk: int, memory_lr: float = 0.01, memory_rows: int = 64) -> dict[str, dict[str, object]]:
-    """Phantom's settings by variant; none is RWKV-7 itself. memory_lr and memory_rows are those of memory_fast and memory_wide."""
+def variants(core_ratio: float, ttt_chunk: int, features: int = 64) -> dict[str, dict[str, object]]:
+    """Phantom's settings by variant; none is RWKV-7 itself. features are those of memory_wide."""
     ghost = {**OFF, "core_ratio": core_ratio}
-    state, memory = ({**OFF, "ttt_enabled": True, "ttt_kind": kind, "ttt_chunk": ttt_chunk} for kind in ("state", "memory"))
+    state, memory = ({**OFF, "ttt_enabled": True, "ttt_kind": kind} for kind in ("state", "memory"))
+    state["ttt_chunk"] = ttt_chunk
     return {
         "rwkv7": {},
         "ghost": ghost,
         "state": state,
         "memory": memory,
-        "memory_fast": memory | {"ttt_lr": memory_lr},
-        "memory_wide": memory | {"ttt_lr": memory_lr, "memory_rows": memory_rows},
+        "memory_wide": memory | {"ttt_features": features},
         "ghost_state": state | ghost | {"ttt_enabled": True},
         "ghost_memory": memory | ghost | {"ttt_enabled": True},
     }
@@ -99,7 +99,8 @@ def flops(config: ModelConfig, ctx_len: int) -> int:
     models.init_weights(model, 0)
     with FlopCounterMode(display=False) as counter:
         model.features(torch.zeros(1, ctx_len, dtype=torch.int64)).sum().backward()
-    return counter.get_total_flops() // ctx_len + 6 * config.n_embd * config.vocab_size + 27 * config.head_size * config.n_embd * config.n_layer
+    in_kernels = 27 * config.head_size * config.n_embd + (3 * config.memory_flops // 2 if getattr(config, "has_memory", False) else 0)
+    return counter.get_total_flops() // ctx_len + 6 * config.n_embd * config.vocab_size + in_kernels * config.n_layer
 
 
 def state_numbers(config: ModelConfig) -> int:
@@ -112,12 +113,12 @@ def state_numbers(config: ModelConfig) -> int:
 def plan(options: argparse.Namespace) -> None:
     sizes = {name: getattr(options, name) for name in ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")}
     base = ModelConfig(**sizes)
-    known = variants(options.core_ratio, options.ttt_chunk, options.memory_lr, options.memory_rows)
+    known = variants(options.core_ratio, options.ttt_chunk, options.features)
     if unknown := set(options.variants) - set(known):
         raise UserError(f"--variants {' '.join(sorted(unknown))} not known; choose of: {' '.join(known)}")
     configs = {"rwkv7": base} | {name: fitted(base, known[name]) for name in options.variants if name != "rwkv7"}
     check_equal(configs)
-    whole = {key: value for key, value in vars(options).items() if key not in ("command", "out", "variants", "memory_lr", "memory_rows")}
+    whole = {key: value for key, value in vars(options).items() if key not in ("command", "out", "variants", "features")}
     rows = earlier(options.out, whole)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
@@ -270,8 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, default in (("n_layer", 4), ("n_embd", 128), ("vocab_size", 2048), ("head_size", 32), ("dim_ffn", 0), ("ctx_len", 512), ("ttt_chunk", 64), ("epoch_samples", 0), ("tokens", 0)):
         make.add_argument(f"--{name}", type=int, default=default)
     make.add_argument("--core_ratio", type=float, default=0.5, help="of the Ghost variants")
-    make.add_argument("--memory_lr", type=float, default=0.01, help="ttt_lr of memory_fast and memory_wide")
-    make.add_argument("--memory_rows", type=int, default=64, help="hidden units per head of memory_wide")
+    make.add_argument("--features", type=int, default=64, help="of each key of memory_wide")
     make.add_argument("--variants", nargs="+", default=list(variants(0.5, 64)))
     make.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     make.add_argument("--conditions", default="", help="what else all runs have in common; a folder takes only one")

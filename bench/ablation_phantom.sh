@@ -1,6 +1,6 @@
 #!/bin/sh
 # The Phantom ablation: RWKV-7; Ghost layers; TTT on the state; TTT with a memory; both. Equal parameters (within 2 %), tokens and data; three seeds each.
-# memory_fast is the memory with MEMORY_LR as first step size, memory_wide besides with MEMORY_ROWS hidden units a head.
+# memory has as many features of each key as a head has channels, memory_wide MEMORY_FEATURES.
 #
 #   corpus   the demo corpus in 2048 byte pairs trained on its own text: of the World tokenizer's 65536 rows a model of a million parameters would spend
 #            nearly all of its arithmetic in the head, which no variant touches. Held-out loss
@@ -20,8 +20,7 @@ knob TASKS         "corpus recall" "corpus recall"
 knob SEEDS         "1 2 3" "1 2 3"
 knob VARIANTS      "rwkv7 ghost state memory memory_wide ghost_state ghost_memory" "rwkv7 ghost state memory memory_wide ghost_state ghost_memory"
 knob CORE_RATIO    0.5 0.5 # of the Ghost variants
-knob MEMORY_LR     0.01 0.01 # 2 recalls better and is far worse on text: records/2026-11-26-phantom-recall
-knob MEMORY_ROWS   64 64
+knob MEMORY_FEATURES 64 64
 knob MINI_EPOCHS   10 10 # points of each curve
 knob PRECISION     fp32 fp32
 knob CORPUS_TEXT   data/demo.jsonl data/demo.jsonl
@@ -50,7 +49,7 @@ run_all() { # TASK CTX_LEN TOKENS BATCH VOCABULARY MODEL RATES DATA: plans, trai
     tokens=$((epoch_samples * MINI_EPOCHS * ctx_len))
     # shellcheck disable=SC2086
     "$PYTHON" bench/ablation_phantom.py plan "$OUT/$task" $model --ctx_len $ctx_len --vocab_size "$vocabulary" --core_ratio "$CORE_RATIO" \
-        --memory_lr "$MEMORY_LR" --memory_rows "$MEMORY_ROWS" \
+        --features "$MEMORY_FEATURES" \
         --epoch_samples $epoch_samples --tokens $tokens --variants $VARIANTS --seeds $SEEDS \
         --conditions "batch $batch, lr $7, $PRECISION, $8" || exit
     for seed in $SEEDS; do # one seed of every variant before the next seed of any

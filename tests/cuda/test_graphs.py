@@ -25,7 +25,7 @@ MODELS = {
     "x070": ModelConfig(n_layer=3, **SIZES),
     "phantom": model_config("phantom", n_layer=2, core_ratio=0.5, **SIZES),  # in bf16 one operator, in fp32 a loop
     "x080": model_config("x080", n_layer=2, rosa_bits=4, deep_embed=True, **SIZES),
-    "memory": model_config("phantom", n_layer=2, ttt_kind="memory", ttt_chunk=64, max_depth_iter=2, **SIZES),
+    "memory": model_config("phantom", n_layer=2, ttt_kind="memory", max_depth_iter=2, **SIZES),
 }
 
 

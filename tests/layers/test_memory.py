@@ -1,120 +1,109 @@
-"""The fast-weight memory: its gradient against autograd, derivatives through its step, and that it learns while reading."""
+"""The memory beside the recurrence: against its formulas token by token, derivatives through its steps, and that it learns while reading."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from rwkvlm.config import PhantomConfig
-from rwkvlm.layers.memory import Memory, _Gradient, _Read
-from rwkvlm.models.phantom import TABLE
-from rwkvlm.models.table import init_from_table
+from rwkvlm.layers.memory import Memory
+from rwkvlm.ops.wkv7 import wkv7
 
-B, C, N = 2, 32, 16
-CONFIG = PhantomConfig(n_layer=1, n_embd=C, head_size=N, vocab_size=8, ttt_kind="memory", ttt_chunk=16, memory_dim=32, ttt_lr=0.1)
+B, H, N = 2, 2, 16
 
 
-class Holder(torch.nn.Module):
-    """Gives the memory the name that it has in a model, for the table."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = CONFIG
-        self.blocks = torch.nn.ModuleList([torch.nn.Module()])
-        self.blocks[0].mem = Memory(CONFIG)
-
-
-def make(noise=0.3, dtype=torch.float64):
-    holder = Holder().to(dtype)
-    init_from_table(holder, TABLE, 0)
+def make(features=0, eta=0.7):
+    memory = Memory(PhantomConfig(n_layer=1, n_embd=H * N, head_size=N, vocab_size=8, ttt_kind="memory", ttt_features=features)).double()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in holder.parameters():
-            p.add_(noise * torch.randn(p.shape, generator=g, dtype=torch.float64) / p.shape[-1] ** 0.5)
-    return holder.blocks[0].mem
+        memory.features.copy_(torch.randn(memory.features.shape, generator=g, dtype=torch.float64))
+        memory.rate.copy_(torch.logit(torch.tensor([eta, 0.3]).double() / 2))
+        memory.gain.copy_(torch.randn(memory.gain.shape, generator=g, dtype=torch.float64))
+    return memory
 
 
-def random(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def inputs(T, batch=B, seed=1):
+    """r, w, k, v, a, b as time mixing gives them."""
+    r, w, k, v, iclr = (torch.randn(batch, T, H, N, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64) for i in range(5))
+    kk = F.normalize(k, dim=-1)
+    return r, w, k, v, -kk, kk * torch.sigmoid(iclr)
 
 
-def test_gradient_is_that_of_the_inner_loss():
-    memory = make()
-    fast = memory._fast(B).detach().clone().requires_grad_()
-    K, V = random(B, 2, 7, N), random(B, 2, 7, N, seed=2)
-    (want,) = torch.autograd.grad(-(_Read.apply(fast, K) * V).sum(), fast)
-    assert torch.allclose(_Gradient.apply(fast, K, V), want, rtol=1e-11, atol=1e-13)
+def slowly(memory, r, w, k, v, a, b):
+    """y and the fast weights at the end, each step by autograd from the loss that it goes down."""
+    y = wkv7(r, w, k, v, a, b)
+    W1, W3 = memory.features.detach()
+
+    def f(x):
+        z = (W1 @ x) * torch.sigmoid(W1 @ x) * (W3 @ x)
+        return z / z.norm()
+
+    fast = torch.zeros(r.shape[0], H, N, W1.shape[0], dtype=torch.float64)
+    for i in range(r.shape[0]):
+        for h in range(H):
+            for t in range(r.shape[1]):
+                M = fast[i, h].clone().requires_grad_()
+                (grad,) = torch.autograd.grad((M @ f(-a[i, t, h]) - v[i, t, h]).square().sum() / 2, M)
+                fast[i, h] -= 2 * torch.sigmoid(memory.rate[h].detach()) * grad
+                y[i, t, h] += memory.gain[h].detach() * (fast[i, h] @ f(r[i, t, h] / r[i, t, h].norm()))
+    return y, fast
 
 
-def test_derivatives_that_are_written_out():
-    fast, Q, K, V = (random(B, 2, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(((3, 6, 4), (5, 4), (5, 4), (5, 4))))
-    assert torch.autograd.gradcheck(_Read.apply, (fast, Q))  # 6 hidden units in heads of 4
-    assert torch.autograd.gradcheck(_Gradient.apply, (fast, K, V))
-
-
-def test_derivatives_through_the_step():
-    memory = make()
-    x = random(1, 20, C).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, fast: torch.func.functional_call(memory, {"fast": fast}, (x,))[0], (x, memory.fast), fast_mode=True)
-    early = torch.autograd.grad(memory(x)[0][:, 17:].square().sum(), [memory.key.weight, memory.value.weight, memory.rate.weight])
-    assert all(g.abs().max() > 0 for g in early), "later tokens train what was written"
-
-
-def slowly(memory, x):
-    """What the memory adds to the residual stream x [T, C], token by token and head by head, from the formulas; and its fast weights at the end."""
-    weights = {name: p.detach() for name, p in memory.named_parameters()}
-    x = F.layer_norm(x, (C,), weights["ln.weight"], weights["ln.bias"])
-    before = torch.cat([torch.zeros(1, C, dtype=x.dtype), x[:-1]])
-    q, k, v = (torch.einsum("oi,ti->to", weights[f"{name}.weight"], x + (before - x) * weights[f"x_{name[0]}"][0]).unflatten(1, (-1, N)) for name in ("query", "key", "value"))
-    rate = torch.log1p(torch.exp(torch.einsum("oi,ti->to", weights["rate.weight"], x) + weights["rate.bias"]))
-    fast, read = weights["fast"].clone(), torch.empty_like(v)
-    for start in range(0, len(x), memory.segment):
-        moved = torch.zeros_like(fast)
-        for t in range(start, min(start + memory.segment, len(x))):
-            for h in range(memory.heads):
-                unit = [(y * torch.sigmoid(y)) / (y * torch.sigmoid(y)).norm() for y in (q[t, h], k[t, h])]
-                W1, W3, W2 = (matrix.clone().requires_grad_() for matrix in fast[h])
-                found = [((W1 @ y) * torch.sigmoid(W1 @ y) * (W3 @ y)) @ W2 for y in unit]
-                read[t, h] = found[0].detach()
-                moved[h] += torch.stack(torch.autograd.grad(rate[t, h] * (found[1] @ v[t, h]), (W1, W3, W2)))
-        if t - start + 1 == memory.segment:
-            fast = F.normalize(fast + moved, dim=-1) * weights["fast"].norm(dim=-1, keepdim=True)
-    out = F.group_norm(read.flatten(1), memory.heads, weights["ln_x.weight"], weights["ln_x.bias"], eps=1e-5)
-    return out @ weights["output.weight"].T, fast
-
-
-def test_against_the_formulas():
-    memory = make()
-    x = random(1, 37, C)
+@pytest.mark.parametrize("features", [16, 32])
+def test_against_the_formulas(features):
+    memory, given = make(features), inputs(23)
     with torch.no_grad():
-        y, end = memory(x, None, True)
-    want, fast = slowly(memory, x[0])
-    assert torch.allclose(y[0], want, rtol=1e-9, atol=1e-11) and torch.allclose(end.fast[0], fast, rtol=1e-9) and end.seen.tolist() == [5]
+        y, end, *passed = memory(*given, output_final_state=True, pass_on=True)
+    want, fast = slowly(memory, *given)
+    assert torch.allclose(y, want, rtol=1e-9, atol=1e-11)
+    assert torch.allclose(end.fast.double(), fast, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(*pair) for pair in zip(passed, (given[0], given[2], given[3])))
+    with torch.no_grad():
+        assert torch.equal(memory(*given), y)
+
+
+def test_derivatives_through_the_steps():
+    memory, given = make(), [x.requires_grad_() for x in inputs(5, batch=1)]
+    parameters = dict(memory.named_parameters())
+
+    def run(*values):
+        return torch.func.functional_call(memory, dict(zip(parameters, values)), tuple(values[len(parameters) :]))
+
+    assert torch.autograd.gradcheck(run, (*parameters.values(), *given), fast_mode=True, atol=1e-4)
+    key = given[4]
+    (early,) = torch.autograd.grad(memory(*given)[:, 4:].square().sum(), key)
+    assert early[:, 0].abs().max() > 0, "later tokens train what was written"
 
 
 def test_begins_as_nothing():
-    memory = make(noise=0)
-    assert not memory(random(B, 40, C))[0].any()
-
-
-def test_a_step_recalls_what_was_read():
-    memory = make(noise=0)
+    memory, given = make(), inputs(20)
     with torch.no_grad():
-        fast = memory._fast(B)
-        K, V = F.normalize(random(B, 2, 16, N), dim=-1), random(B, 2, 16, N, seed=2)
-        after = memory._step(fast, _Gradient.apply(fast, K, 0.1 * V))
-        assert ((_Read.apply(after, K) * V).sum() - (_Read.apply(fast, K) * V).sum()) > 1
-        assert torch.allclose(after.norm(dim=-1), memory.fast.double().norm(dim=-1).expand(B, -1, -1, -1))
+        memory.gain.zero_()
+        assert torch.equal(memory(*given), wkv7(*given))
 
 
-def test_every_row_at_its_own_position():
-    memory = make()
-    x = random(B, 50, C)
+def test_more_keys_than_channels_are_told_apart():
+    """24 pairs in heads of 16, read ten times: 64 features hold what no matrix over the keys can."""
+    memory, g = make(64, eta=1.0), torch.Generator().manual_seed(7)
+    keys, values = F.normalize(torch.randn(1, 24, H, N, generator=g, dtype=torch.float64), dim=-1), torch.randn(1, 24, H, N, generator=g, dtype=torch.float64)
+    nothing = torch.zeros_like(keys)
     with torch.no_grad():
-        _, ahead = memory(x[:1, :13], None, True)
-        _, behind = memory(x[1:, :5], None, True)
-        state = type(ahead)(*(torch.cat(pair) for pair in zip(ahead, behind)))
-        got, end = memory(torch.stack([x[0, 13:43], x[1, 5:35]]), state, True)
-        for row, (start, stop) in enumerate(((13, 43), (5, 35))):
-            want, want_end = memory(x[row : row + 1, :stop], None, True)
-            assert torch.allclose(got[row], want[0, start:], rtol=1e-9, atol=1e-10)
-            for a, b in zip(end, want_end):
-                assert torch.allclose(a[row].double(), b[0].double(), rtol=1e-9, atol=1e-10)
+        memory.gain.fill_(1)
+        memory.rate.fill_(0)  # a step of 1
+        _, state = memory(*(x.repeat(1, 10, 1, 1) for x in (keys, nothing, nothing, values, -keys, nothing)), output_final_state=True)
+        memory.rate.fill_(-50)  # none
+        read = memory(keys, nothing, nothing, nothing, -keys, nothing, initial_state=state)
+        missed = (read - values).square().mean()
+        K, V = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        best = (K @ torch.linalg.lstsq(K, V).solution - V).square().mean()
+    assert missed < 0.05 * best, (missed, best)
+
+
+def test_pieces_and_rows_are_what_the_whole_is():
+    memory, given = make(32), inputs(50)
+    with torch.no_grad():
+        whole, end = memory(*given, output_final_state=True)
+        for cut in (1, 17, 49):
+            head, state = memory(*(x[:, :cut].contiguous() for x in given), output_final_state=True)
+            tail, state = memory(*(x[:, cut:].contiguous() for x in given), initial_state=state, output_final_state=True)
+            assert torch.allclose(torch.cat([head, tail], 1), whole, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(state.fast, end.fast, rtol=1e-5, atol=1e-5) and torch.allclose(state.wkv, end.wkv, rtol=1e-5, atol=1e-5)

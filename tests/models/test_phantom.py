@@ -1,5 +1,6 @@
 """Phantom: every mode against every other, RWKV-7 inside it to the bit, its files, its table and what it refuses."""
 
+import json
 import math
 
 import pytest
@@ -23,9 +24,9 @@ VARIANTS = {
     "two passes, segments of 64": dict(max_depth_iter=2),
     "values as targets, no head": dict(ttt_chunk=32, ttt_target="value", ttt_head=False, core_ratio=1.0),
     "ghosts only": dict(ttt_enabled=False),
-    "memory": dict(ttt_kind="memory", ttt_chunk=16),
-    "memory, wide": dict(ttt_kind="memory", ttt_chunk=16, memory_rows=80),
-    "memory, two passes": dict(ttt_kind="memory", ttt_chunk=64, max_depth_iter=2),
+    "memory": dict(ttt_kind="memory"),
+    "memory, wide": dict(ttt_kind="memory", ttt_features=128),
+    "memory, two passes": dict(ttt_kind="memory", max_depth_iter=2),
 }
 SLOW = ("two passes, segments of 64", "memory, two passes")
 EXACT = 2e-5  # far below what a step does (test_a_step_changes_what_comes_after_it_and_only_that)
@@ -43,7 +44,7 @@ def alive(config, dtype=torch.float32, seed=0):
         for name, p in model.named_parameters():
             if name.endswith(("att.key.weight", "att.key.core.weight")):
                 p.mul_(8)
-            elif name.endswith(("ttt.rate", "mem.rate.bias")):
+            elif name.endswith("ttt.rate"):
                 p.fill_(0.2)
     return model.eval()
 
@@ -94,9 +95,11 @@ def test_whole_sequence_pieces_and_single_tokens_agree(variant, more):
             assert relative(torch.cat(parts, 1), whole) < EXACT, pieces
             for block, want in zip(state, end):
                 for one, other in zip(block, want):
-                    assert relative(one.block.att_x, other.block.att_x) < 1e-4
-                    wkv, wkv_want = (getattr(s.block.wkv, "wkv", s.block.wkv) for s in (one, other))
+                    assert relative(one.att_x, other.att_x) < 1e-4
+                    wkv, wkv_want = (getattr(s.wkv, "wkv", s.wkv) for s in (one, other))
                     assert relative(wkv, wkv_want) < 1e-4
+                    if model.config.has_memory:
+                        assert relative(one.wkv.fast, other.wkv.fast) < 1e-4
 
 
 @pytest.mark.parametrize("variant", ["segments of 16", "two passes, segments of 64", "memory", "memory, wide"])
@@ -117,18 +120,18 @@ def test_sequences_at_different_positions_in_one_batch(variant):
             assert relative(torch.cat(parts, 1), want) < EXACT, pieces
 
 
-@pytest.mark.parametrize("variant", ["segments of 16", "memory"])
-def test_a_step_changes_what_comes_after_it_and_only_that(variant):
+@pytest.mark.parametrize("variant, first", [("segments of 16", 16), ("memory", 0)])
+def test_a_step_changes_what_comes_after_it_and_only_that(variant, first):
     settings = dict(SIZES, core_ratio=1.0, **VARIANTS[variant])
     model, idx = alive(model_config("phantom", **settings)), tokens(2, 48)
     with torch.no_grad():
         before = model(idx)
         for name, p in model.named_parameters():
-            if name.endswith(("ttt.rate", "mem.rate.bias")):
+            if name.endswith("ttt.rate"):
                 p.fill_(-30.0)  # a step of size zero
         after = model(idx)
-    assert relative(after[:, :16], before[:, :16]) == 0
-    assert relative(after[:, 16:32], before[:, 16:32]) > 20 * EXACT
+    assert first == 0 or relative(after[:, :first], before[:, :first]) == 0
+    assert relative(after[:, first : first + 16], before[:, first : first + 16]) > 20 * EXACT
 
 
 @pytest.mark.parametrize("kind", ["state", "memory"])
@@ -272,10 +275,13 @@ def test_what_a_file_carries_survives_every_format():
             decode(damaged.tolist())
 
 
-def test_a_file_of_before_memory_rows_means_what_it_meant():
-    config = PhantomConfig(**SIZES, ttt_kind="memory")
-    then = {name: value for name, value in config.carried().items() if name != "memory_rows"}
-    assert model_config("phantom", **SIZES, **then) == config and config.memory_rows == config.head_size
+def test_files_of_before_the_present_memory():
+    """They carry the sizes of one that is gone: steps on the state mean what they meant, that memory is refused."""
+    config = PhantomConfig(**SIZES)
+    then = {name: value for name, value in config.carried().items() if name != "ttt_features"} | {"memory_dim": 32, "memory_rows": 32}
+    assert model_config("phantom", **SIZES, **decode(json.dumps(then).encode())) == config
+    with pytest.raises(UserError, match="use the version that wrote it"):
+        decode(json.dumps(then | {"ttt_kind": "memory"}).encode())
 
 
 def test_rwkv7_becomes_a_phantom_with_the_least_error():
@@ -305,7 +311,7 @@ def test_what_a_phantom_has_besides_begins_as_in_a_new_one():
     init_weights(model, 5)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert load_into(model, adapted(plain.state_dict(), model)) == [], "nothing is missing"
-    assert all(torch.equal(tensor, first[name]) for name, tensor in model.state_dict().items() if ".mem." in name or name == CARRIED)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in model.state_dict().items() if ".ttt." in name or name == CARRIED)
 
 
 def test_core_rows_follow_the_ratios_and_never_cost_more():
@@ -336,14 +342,13 @@ def test_the_table_of_costs_counts_what_the_model_has():
 
 @pytest.mark.parametrize("core_ratio", [1.0, 0.2])
 def test_the_table_of_costs_has_the_memory(core_ratio):
-    config = PhantomConfig(n_layer=1, n_embd=64, head_size=16, vocab_size=8, core_ratio=core_ratio, ttt_kind="memory", ttt_chunk=16, memory_rows=48)
-    model = alive(config)
-    memory = model.blocks[0].mem
+    config = PhantomConfig(n_layer=1, n_embd=64, head_size=16, vocab_size=8, core_ratio=core_ratio, ttt_kind="memory", ttt_features=32)
+    memory = alive(config).blocks[0].att.ttt
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        memory(torch.randn(1, 32, 64), return_state=True)
+        memory._features(torch.randn(1, 32, 8, 16))  # of queries and keys in four heads; four products with the fast weights are as many
     line = costs(config)[-1]
-    assert line.startswith("memory: 2 heads of 16 with 48 hidden units, ")
-    assert f" {sum(p.numel() for p in memory.parameters()):,} parameters and {counter.get_total_flops() // 32:,} FLOPs/token" in line
+    assert line.startswith("memory: 32 features of each key, ")
+    assert f" {sum(p.numel() for p in memory.parameters()):,} parameters and {2 * counter.get_total_flops() // 32:,} FLOPs/token" in line
 
 
 def test_initial_values_keep_the_scale_of_rwkv7():
@@ -370,21 +375,15 @@ def test_step_size_begins_at_its_rate_per_token():
         assert not block.att.ttt.w2.any() and block.att.ttt.w1.any()
 
 
-def test_the_memory_begins_with_the_step_size_that_is_given():
-    for lr in (0.01, 2.0, 1000.0):
-        model = build(PhantomConfig(**SIZES, ttt_kind="memory", ttt_lr=lr))
+def test_the_memory_begins_with_the_step_size_that_is_given_and_as_nothing():
+    for lr, first in ((None, 0.5), (0.01, 0.01), (1.9, 1.9)):
+        model, idx = build(PhantomConfig(**SIZES, ttt_kind="memory", ttt_lr=lr)), tokens(1, 20)
         init_weights(model, 0)
-        assert torch.allclose(F.softplus(model.blocks[1].mem.rate.bias), torch.tensor(lr))
-
-
-def test_a_memory_begins_as_time_mixing_does():
-    model = build(PhantomConfig(**SIZES, ttt_kind="memory", memory_dim=32))
-    init_weights(model, 0)
-    memory, share = model.blocks[1].mem, torch.arange(64) / 64
-    for name in "qkv":
-        torch.testing.assert_close(memory.get_parameter(f"x_{name}").flatten(), 1 - share ** (0.7 * 0.5), rtol=1e-5, atol=1e-6)
-    for matrix in (memory.query.weight, memory.key.weight, memory.value.weight):
-        torch.testing.assert_close(matrix @ matrix.T, torch.eye(32), rtol=0, atol=1e-5)
+        assert torch.allclose(2 * torch.sigmoid(model.blocks[1].att.ttt.rate), torch.tensor(first))
+        with torch.no_grad():
+            before = model(idx)
+            model.blocks[1].att.ttt.rate.fill_(-30)
+            assert torch.equal(model(idx), before)
 
 
 def test_the_meta_term_is_the_mean_error_of_a_segment():
@@ -393,7 +392,7 @@ def test_the_meta_term_is_the_mean_error_of_a_segment():
     with torch.no_grad():
         x, terms = model.for_training(tokens(3, 40))
         same, state = model.features(tokens(3, 40), return_state=True)
-    errors = torch.stack([one.block.wkv.error for block in state for one in block])
+    errors = torch.stack([one.wkv.error for block in state for one in block])
     assert torch.equal(x, same) and errors.shape == (4, 3) and errors.min() > 0
     assert list(terms) == ["meta_loss"] and terms["meta_loss"][0] == 0.3
     assert terms["meta_loss"][1].item() == pytest.approx(errors.sum().item() / (4 * 3 * 2), rel=1e-5)
@@ -402,12 +401,12 @@ def test_the_meta_term_is_the_mean_error_of_a_segment():
 
 def test_groups():
     for kind in ("state", "memory"):
-        groups = param_groups(build(PhantomConfig(**SIZES, ttt_kind=kind, ttt_chunk=16)), 0.1)
+        groups = param_groups(build(PhantomConfig(**SIZES, ttt_kind=kind)), 0.1)
         found = {name: (group["weight_decay"], group["my_lr_scale"]) for group in groups for name in group["names"]}
         for name, (decay, lr) in found.items():
-            fast = name.endswith("att.w0") or ".ttt." in name or ".mem.rate." in name
+            fast = name.endswith("att.w0") or ".ttt." in name and not name.endswith("ttt.features")
             assert lr == (2.0 if fast else 1.0), name
-            matrix = name.endswith(("core.weight", "ghost.weight", "emb.weight", "head.weight")) or ".mem." in name and name.endswith(("query.weight", "key.weight", "value.weight", "output.weight"))
+            matrix = name.endswith(("core.weight", "ghost.weight", "emb.weight", "head.weight"))
             assert decay == (0.1 if matrix else 0.0), name
 
 
@@ -447,10 +446,9 @@ def test_bf16_stays_near():
         (dict(ttt_lr=0.05), "use --ttt_lr below 0.03125"),
         (dict(ttt_kind="other"), "choose one of: state, memory"),
         (dict(ghost_activation="gelu"), "choose one of: identity, relu"),
-        (dict(ttt_kind="memory", ttt_steps=2), "use --ttt_steps 1"),
-        (dict(ttt_kind="memory", ttt_meta=True), "use --ttt_meta 0"),
-        (dict(ttt_kind="memory", memory_dim=40), "--memory_dim 40 is not a multiple of --head_size"),
-        (dict(ttt_kind="memory", memory_rows=-8), "--memory_rows -8 must be at least 1"),
+        (dict(ttt_kind="memory", ttt_lr=2.0), "--ttt_lr 2.0, but steps of 2 and more diverge; use --ttt_lr below 2"),
+        (dict(ttt_kind="memory", ttt_features=48), "--ttt_features 48 does not go with --head_size 32; use one of: 32, 64, 128"),
+        (dict(ttt_kind="memory", ttt_features=16), "--ttt_features 16 does not go with --head_size 32; use one of: 32, 64, 128"),
         (dict(dropout=1.0), "--dropout 1.0 must lie in [0, 1)"),
         (dict(layer_norm_eps=0.0), "--layer_norm_eps 0.0 must be above 0"),
     ],

@@ -30,7 +30,7 @@ def test_variants_are_equal_in_parameters():
         counted = sum(p.numel() for p in model.parameters()) - model.emb.weight.numel()
         unused = 2 * config.n_embd * config.rank_v + config.n_embd  # block 0's value residual, which files have
         assert counted + unused == pytest.approx(tool.parameters(BASE), rel=0.02), name
-        assert config.head_size == 16 and config.n_layer == 2 and config.dim_ffn % 16 == 0
+        assert config.head_size == 16 and config.n_layer == 2 and config.dim_ffn % 8 == 0
 
 
 def test_variants_are_what_they_are_called():
@@ -40,12 +40,12 @@ def test_variants_are_what_they_are_called():
 
     found = {name: parts(settings) for name, settings in tool.variants(0.5, 32).items() if settings}
     assert found == {
-        "ghost": (True, False, False), "state": (False, True, False), "memory": (False, False, True), "memory_fast": (False, False, True), "memory_wide": (False, False, True),
+        "ghost": (True, False, False), "state": (False, True, False), "memory": (False, False, True), "memory_wide": (False, False, True),
         "ghost_state": (True, True, False), "ghost_memory": (True, False, True),
     }  # fmt: skip
-    given = tool.variants(0.5, 32, 0.25, 96)
-    default, fast, wide = (tool.fitted(BASE, given[name]) for name in ("memory", "memory_fast", "memory_wide"))
-    assert [(c.ttt_lr, c.memory_rows) for c in (default, fast, wide)] == [(0.01, 16), (0.25, 16), (0.25, 96)] and wide.dim_ffn < default.dim_ffn
+    given = tool.variants(0.5, 32, 128)
+    default, wide = (tool.fitted(BASE, given[name]) for name in ("memory", "memory_wide"))
+    assert (default.ttt_features, wide.ttt_features) == (16, 128) and wide.dim_ffn < default.dim_ffn
 
 
 def test_unequal_variants_are_refused(capsys, tmp_path):
@@ -77,9 +77,9 @@ def test_a_folder_takes_one_plan(capsys, tmp_path):
     capsys.readouterr()
     assert tool.main(["plan", str(tmp_path), *sizes, "--conditions", "lr 1"]) == 2
     assert "could not be compared" in capsys.readouterr().err
-    assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "memory_fast", "--memory_lr", "0.2"]) == 0
-    assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "memory_fast", "--memory_lr", "0.3"]) == 2
-    assert "was planned with memory_fast as" in capsys.readouterr().err
+    assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "memory_wide", "--features", "32"]) == 0
+    assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "memory_wide", "--features", "64"]) == 2
+    assert "was planned with memory_wide as" in capsys.readouterr().err
 
 
 def test_report_of_runs(tmp_path):
@@ -125,7 +125,7 @@ def test_both_ablations_in_miniature(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"def f{n}(x):\n    return x * {n} + {n * n}\n" * 60}) + "\n" for n in range(60)))
     knobs = {
-        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide", "MEMORY_ROWS": "24", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide", "MEMORY_FEATURES": "32", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
         "CORPUS_TOKENS": "8192", "CORPUS_BATCH": "2", "CORPUS_VOCAB": "300", "CORPUS_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 64",
         "RECALL_TOKENS": "4096", "RECALL_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 16", "PAIRS": "8", "KEYS": "16", "VALUES": "8", "SEQUENCES": "8",
     }  # fmt: skip

@@ -66,7 +66,7 @@ SIZES = dict(n_embd=64, vocab_size=256)
 MODELS = {
     "x070": ModelConfig(n_layer=3, head_size=32, **SIZES),
     "state": model_config("phantom", n_layer=2, head_size=32, core_ratio=0.5, ttt_chunk=16, **SIZES),
-    "memory": model_config("phantom", n_layer=2, head_size=32, ttt_kind="memory", ttt_chunk=16, max_depth_iter=2, **SIZES),
+    "memory": model_config("phantom", n_layer=2, head_size=32, ttt_kind="memory", max_depth_iter=2, **SIZES),
     "hybrid": model_config("hybrid", n_layer=3, head_size=32, attention_layers="1,2", attention_window=16, **SIZES),
     "x080": model_config("x080", n_layer=2, head_size=32, rosa_bits=4, deep_embed=True, **SIZES),
     "rosa": model_config("rosa", n_layer=2, rosa_bits=1, **SIZES),

@@ -28,7 +28,7 @@ MODELS = {
     "x080": model_config("x080", n_layer=3, rosa_bits=4, deep_embed=True, **SIZES),
     "fixed symbols": model_config("x080", n_layer=3, rosa_bits=4, rosa_grad="none", **SIZES),
     "rosa": model_config("rosa", n_layer=3, rosa_bits=1, n_embd=64, vocab_size=97),
-    "memory": model_config("phantom", n_layer=2, ttt_kind="memory", ttt_chunk=16, max_depth_iter=2, **SIZES),
+    "memory": model_config("phantom", n_layer=2, ttt_kind="memory", max_depth_iter=2, **SIZES),
 }
 
 

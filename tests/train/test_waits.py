@@ -20,7 +20,6 @@ EXEMPT = {  # functions that read themselves
     "train/meter.py _numbers",  # as part of it
     "train/module.py on_device",  # before the batch goes to the device
     # what lies on the CPU, and only there:
-    "layers/memory.py _by_segment",
     "layers/ttt.py forward",
     "ops/wkv7/arguments.py sequence_bounds",
     "ops/cross_entropy/__init__.py _check",
@@ -32,12 +31,12 @@ TYPES = {
     "x070 in bf16": dict(precision="bf16", grad_cp=1, accumulate_grad_batches=2),
     "phantom": dict(my_testing="phantom", ttt_chunk=16),
     "phantom with the inner loss": dict(my_testing="phantom", ttt_chunk=16, ttt_meta=1),
-    "phantom with a memory": dict(my_testing="phantom", ttt_chunk=16, ttt_kind="memory"),
+    "phantom with a memory": dict(my_testing="phantom", ttt_kind="memory"),
     "hybrid": dict(my_testing="hybrid", attention_layers="1"),
     "hybrid with documents": dict(my_testing="hybrid", attention_layers="1", doc_reset=1),
     "hybrid with a window and documents": dict(my_testing="hybrid", attention_layers="1", attention_window=8, doc_reset=1, grad_cp=1),
     "phantom with documents": dict(my_testing="phantom", ttt_chunk=16, doc_reset=1),
-    "phantom with a memory and documents": dict(my_testing="phantom", ttt_chunk=16, ttt_kind="memory", doc_reset=1),
+    "phantom with a memory and documents": dict(my_testing="phantom", ttt_kind="memory", doc_reset=1),
     "x080": dict(my_testing="x080"),
     "x080 with documents": dict(my_testing="x080", doc_reset=1),
     "rosa": dict(my_testing="rosa", head_size=None),

@@ -46,7 +46,7 @@ def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forke
 
 def test_other_models_with_documents_of_which_each_process_has_others(run, forked, losses, tmp_path):
     """No module runs document by document: under ZeRO-3 a process would wait for one that has fewer."""
-    kinds = {"state": dict(my_testing="phantom", ttt_chunk=16), "memory": dict(my_testing="phantom", ttt_chunk=16, ttt_kind="memory"), "x080": dict(my_testing="x080")}
+    kinds = {"state": dict(my_testing="phantom", ttt_chunk=16), "memory": dict(my_testing="phantom", ttt_kind="memory"), "x080": dict(my_testing="x080")}
     kinds["fixed symbols"] = dict(my_testing="x080", rosa_grad="none")
     kinds |= {"hybrid": dict(my_testing="hybrid", attention_layers="1"), "x040": dict(my_testing="x040", head_size=None)}
     flags = dict(doc_reset=1, kernel="auto", max_steps=6)

@@ -13,9 +13,10 @@ from .model import MATRICES, ModelConfig
 ACTIVATIONS = ("identity", "relu")
 TTT_KINDS = ("state", "memory")
 TTT_TARGETS = ("stored", "value")
-CHUNKS = {"state": 64, "memory": 256}
-OF_STATE = ("ttt_core_ratio", "ttt_head", "ttt_target", "ttt_anchor", "ttt_loss_weight")
-OF_TTT = (*OF_STATE, "ttt_kind", "ttt_chunk", "ttt_lr", "ttt_steps", "ttt_second_order", "ttt_meta", "memory_dim", "memory_rows")
+FIRST_STEP = {"state": 0.01, "memory": 0.5}
+FEATURES = (16, 32, 64, 128)  # sizes of the heads that wkv7 has
+OF_STATE = ("ttt_chunk", "ttt_steps", "ttt_second_order", "ttt_meta", "ttt_core_ratio", "ttt_head", "ttt_target", "ttt_anchor", "ttt_loss_weight")
+OF_TTT = (*OF_STATE, "ttt_kind", "ttt_lr", "ttt_features")
 TRAINING_ONLY = ("ttt_second_order", "ttt_meta", "ttt_loss_weight", "dropout")
 
 
@@ -27,21 +28,22 @@ class PhantomConfig(ModelConfig):
     core_ratios       other shares for some matrices, as "ffn.key=1,att.output=0.5"
     ghost_activation  between core and ghost. The identity is the default: it lost less than ReLU at equal parameters (first evidence)
     ghost_permuted    rows are stored in another order, as a factorised RWKV-7 needs them
-    ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (a fast-weight network beside it)
-    ttt_chunk         tokens per segment, a multiple of 16; 0: 64 for "state", 256 for "memory"
-    ttt_lr            step size per token at the start. The steps average over the segment, so that eta starts at ttt_lr * ttt_chunk:
-                      0.01 alone moved the state by 0.1 % and did nothing
+    ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (on fast weights beside it, layers/memory.py)
+    ttt_lr            step size per token at the start; None: 0.01 for "state", 0.5 for "memory". The steps on the state average over the segment, so
+                      that eta starts at ttt_lr * ttt_chunk: 0.01 alone moved the state by 0.1 % and did nothing
+    ttt_features      features of each key of the "memory", 16, 32, 64 or 128 and no less than head_size; 0: head_size
+                      The following are of "state" alone; "memory" makes a step after each token
+    ttt_chunk         tokens per segment, a multiple of 16
     ttt_steps         gradient steps per segment
     ttt_core_ratio    share of the state's value rows that are stepped on, rounded up to a multiple of 8
     ttt_head          a small prediction head in the inner loss
     ttt_target        "stored": what the delta rule has stored for a key, v (k . kk); "value": v. The default is "stored": against v
                       alone, which is two to three times smaller, the step mostly shrinks the state
     ttt_anchor        weight of the squared distance from the state before the steps; without effect when ttt_steps is 1
-    memory_dim        width of the "memory"; 0: half of n_embd in whole heads
-    memory_rows       hidden units of each of its heads, three rows of fast weights to each; 0: head_size. Holds more for few more parameters
-    max_depth_iter    passes through each block
     ttt_second_order  False: the inner gradient is a constant to the outer loss
     ttt_meta          adds ttt_loss_weight * the inner loss on the segment after the step
+                      And of both
+    max_depth_iter    passes through each block
     """
 
     model_type: str = "phantom"
@@ -51,15 +53,14 @@ class PhantomConfig(ModelConfig):
     ghost_permuted: bool = False
     ttt_enabled: bool = True
     ttt_kind: str = "state"
-    ttt_chunk: int = 0
-    ttt_lr: float = 0.01
+    ttt_chunk: int = 64
+    ttt_lr: float | None = None
     ttt_steps: int = 1
     ttt_core_ratio: float = 0.25
     ttt_head: bool = True
     ttt_target: str = "stored"
     ttt_anchor: float = 0.01
-    memory_dim: int = 0
-    memory_rows: int = 0
+    ttt_features: int = 0
     max_depth_iter: int = 1
     layer_norm_eps: float = 1e-5
     ttt_second_order: bool = True
@@ -78,6 +79,10 @@ class PhantomConfig(ModelConfig):
         for name in ("ttt_steps", "max_depth_iter"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.ttt_lr is None:
+            object.__setattr__(self, "ttt_lr", self._default("ttt_lr"))
+        if self.ttt_features == 0:
+            object.__setattr__(self, "ttt_features", self._default("ttt_features"))
         for name in ("ttt_lr", "layer_norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)} must be above 0")
@@ -86,36 +91,18 @@ class PhantomConfig(ModelConfig):
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout} must lie in [0, 1)")
-        for name in ("ttt_chunk", "memory_dim", "memory_rows"):
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, self._default(name))
         if self.ttt_chunk < 16 or self.ttt_chunk % 16:
             raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
-        if self.memory_dim < 1 or self.memory_dim % self.head_size:
-            raise UserError(f"--memory_dim {self.memory_dim} is not a multiple of --head_size {self.head_size}; change one of them")
-        if self.memory_rows < 1:
-            raise UserError(f"--memory_rows {self.memory_rows} must be at least 1")
-        if self.ttt_enabled:
-            self._check_ttt()
-
-    def _check_ttt(self) -> None:
-        if self.ttt_kind == "state" and self.ttt_lr * self.ttt_chunk >= 2:
-            raise UserError(
-                f"--ttt_lr {self.ttt_lr} times --ttt_chunk {self.ttt_chunk} is {self.ttt_lr * self.ttt_chunk:g}, but steps of 2 and more diverge; "
-                f"use --ttt_lr below {2 / self.ttt_chunk:g}"
-            )
-        if self.ttt_kind == "memory":
-            for name, value, why in (
-                ("ttt_steps", 1, "its one step sums up gradients as the tokens come"),
-                ("ttt_second_order", True, "otherwise nothing would train its keys and values"),
-                ("ttt_meta", False, "every token reads the memory, so the cross entropy itself trains the step"),
-            ):
-                if getattr(self, name) != value:
-                    raise UserError(f"--{name} {int(getattr(self, name))} does not go with --ttt_kind memory: {why}; use --{name} {int(value)}")
+        if self.has_memory and (self.ttt_features not in FEATURES or self.ttt_features < self.head_size):
+            fitting = [size for size in FEATURES if size >= self.head_size]
+            raise UserError(f"--ttt_features {self.ttt_features} does not go with --head_size {self.head_size}; use one of: {', '.join(map(str, fitting))}")
+        if self.ttt_enabled and self.first_step >= 2:
+            times = f" times --ttt_chunk {self.ttt_chunk} is {self.first_step:g}" if self.steps_on_state else ""
+            raise UserError(f"--ttt_lr {self.ttt_lr}{times}, but steps of 2 and more diverge; use --ttt_lr below {2 * self.ttt_lr / self.first_step:g}")
 
     def _default(self, name: str) -> object:
-        """What a setting is where none is given, 0 resolved."""
-        derived = {"ttt_chunk": CHUNKS[self.ttt_kind], "memory_dim": -(-self.n_head // 2) * self.head_size, "memory_rows": self.head_size}
+        """What a setting is where none is given."""
+        derived = {"ttt_lr": FIRST_STEP[self.ttt_kind], "ttt_features": self.head_size}
         return derived.get(name, getattr(PhantomConfig, name))
 
     @property
@@ -125,6 +112,16 @@ class PhantomConfig(ModelConfig):
     @property
     def has_memory(self) -> bool:
         return self.ttt_enabled and self.ttt_kind == "memory"
+
+    @property
+    def memory_flops(self) -> int:
+        """In a layer, for each token, forward: the features of a query and of a key, and M read by both and changed twice."""
+        return 16 * self.head_size * self.ttt_features * self.n_head
+
+    @property
+    def first_step(self) -> float:
+        """eta, which stays below 2, at the start."""
+        return self.ttt_lr * (self.ttt_chunk if self.steps_on_state else 1)
 
     @property
     def has_ttt_head(self) -> bool:
@@ -177,7 +174,7 @@ class PhantomConfig(ModelConfig):
             return "--ttt_enabled is 0"
         if name in OF_STATE and self.has_memory:
             return "--ttt_kind is memory"
-        if name in ("memory_dim", "memory_rows") and self.steps_on_state:
+        if name == "ttt_features" and self.steps_on_state:
             return "--ttt_kind is state"
         if name == "ttt_anchor" and self.ttt_steps == 1:
             return "--ttt_steps is 1, and before the first step it pulls nowhere"
@@ -208,6 +205,9 @@ def decode(numbers: Iterable[float]) -> dict[str, object]:
     try:
         found = json.loads(bytes(int(n) for n in numbers))
         known = {f.name for f in fields(PhantomConfig)}
+        if "memory_dim" in found and found["ttt_kind"] == "memory":
+            raise UserError("the checkpoint's memory is of a form that there was until November 2026; use the version that wrote it (commit abf24d8)")
+        found = {name: value for name, value in found.items() if name not in ("memory_dim", "memory_rows")}  # of that memory, in all files
         if not isinstance(found, dict) or found.keys() - known:
             raise ValueError
     except (ValueError, OverflowError):

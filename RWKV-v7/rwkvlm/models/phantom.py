@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from ..config.phantom import CARRIED, CARRIED_BYTES, MATRICES, PhantomConfig, en
 from ..layers.channel_mix import ChannelMix
 from ..layers.ghost import GhostLinear, factorise, to_digits
 from ..layers.linear import linear_of
-from ..layers.memory import Memory, MemoryState
+from ..layers.memory import Memory
 from ..layers.packed import Packed
 from ..layers.state import BlockState
 from ..layers.time_mix import TimeMix
@@ -23,47 +22,34 @@ from ..layers.ttt import StateTTT
 from . import rwkv7
 from .block import Block
 from .lm import LanguageModel, Terms
-from .rwkv7 import ATT, BLOCK, FFN, as_wide, constant, orthogonal, shift_mix
+from .rwkv7 import ATT, BLOCK, FFN, as_wide, constant, orthogonal
 from .table import Row, Slot
 
 
-class PhantomState(NamedTuple):
-    """State of one pass through a block: RWKV-7's, and the memory's where there is one."""
-
-    block: BlockState
-    memory: MemoryState | tuple[()]
-
-
 class PhantomBlock(Block):
-    """RWKV-7's block, run max_depth_iter times with the same weights, each time with a state of its own; before it the memory, if any."""
+    """RWKV-7's block, run max_depth_iter times with the same weights, each time with a state of its own."""
 
     def __init__(self, config: PhantomConfig, layer: int) -> None:
         linear = functools.partial(_linear, config)
-        super().__init__(config, layer, TimeMix(config, layer, linear, StateTTT(config) if config.steps_on_state else None), ChannelMix(config, linear))
+        super().__init__(config, layer, TimeMix(config, layer, linear, KINDS[config.ttt_kind](config) if config.ttt_enabled else None), ChannelMix(config, linear))
         self.passes = config.max_depth_iter
-        self.mem = Memory(config) if config.has_memory else None
         if config.dropout:
             for last in (self.att.output, self.ffn.value):
                 last.register_forward_hook(lambda module, _, y: F.dropout(y, config.dropout, module.training))
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> list[PhantomState]:
-        memory = () if self.mem is None else self.mem.init_state(batch, device, dtype)
-        return [PhantomState(super().init_state(batch, device, dtype), memory)] * self.passes
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> list[BlockState]:
+        return [super().init_state(batch, device, dtype)] * self.passes
 
     def forward(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[PhantomState] | None = None, return_state: bool = False, packed: Packed | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, list[PhantomState] | None]:
+        self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[BlockState] | None = None, return_state: bool = False, packed: Packed | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[BlockState] | None]:
         if self.ln0 is not None:
             x = self.ln0(x)
         new_state = []
         for i in range(self.passes):
-            block, memory = state[i] if state is not None else (None, ())
-            if self.mem is not None:
-                read, memory = self.mem(x, memory or None, return_state, packed)
-                x = x + read
-            x, v, block = self.mix(x, v_first, block, return_state, packed)
+            x, v, after = self.mix(x, v_first, state[i] if state is not None else None, return_state, packed)
             v_first = v_first if v_first is not None else v
-            new_state.append(PhantomState(block, memory))
+            new_state.append(after)
         return x, v_first, new_state if return_state else None
 
 
@@ -81,7 +67,7 @@ class Phantom(LanguageModel):
         if not (self.training and config.steps_on_state and config.ttt_meta):
             return super().for_training(idx, grad_cp)
         x, state = self.features(idx, return_state=True, grad_cp=grad_cp)
-        errors = torch.stack([p.block.wkv.error for passes in state for p in passes])
+        errors = torch.stack([p.wkv.error for passes in state for p in passes])
         return x, {"meta_loss": (config.ttt_loss_weight, errors.mean() / steps)}
 
 
@@ -110,7 +96,7 @@ def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dic
         if core and f"{matrix}.weight" in converted:  # what a file lacks load_into names
             core, ghost, order = factorise(converted.pop(f"{matrix}.weight").float(), own.shape[0])
             converted |= {f"{matrix}.core.weight": core, f"{matrix}.ghost.weight": ghost, f"{matrix}.order": to_digits(order)}
-        elif name == CARRIED or ".ttt." in name or ".mem." in name:
+        elif name == CARRIED or ".ttt." in name:
             converted[name] = own
     return converted
 
@@ -132,13 +118,9 @@ def costs(config: PhantomConfig) -> list[str]:
 
 
 def _memory_line(config: PhantomConfig) -> str:
-    """Every fast weight is multiplied by three vectors at each token: read once, computed once and changed once for the step."""
     with torch.device("meta"):
-        memory = Memory(config)
-    fast, projected = memory.fast.numel(), sum(p.numel() for name, p in memory.named_parameters() if p.dim() == 2)
-    heads, _, rows, N = memory.fast.shape
-    parameters = sum(p.numel() for p in memory.parameters())
-    return f"memory: {heads} head{'s' * (heads > 1)} of {N} with {rows} hidden units, {parameters:,} parameters and {2 * (projected + 3 * fast):,} FLOPs/token more in each block"
+        parameters = sum(p.numel() for p in Memory(config).parameters())
+    return f"memory: {config.ttt_features} features of each key, {parameters:,} parameters and {config.memory_flops:,} FLOPs/token more in each block"
 
 
 def _line(name: str, shape: str, core: str, whole: int, parts: int) -> str:
@@ -151,22 +133,17 @@ def _ffn_core(s: Slot) -> torch.Tensor:
 
 
 def _logit_of_step(s: Slot) -> torch.Tensor:
-    """2 sigmoid(rate) = ttt_lr * ttt_chunk."""
-    half = s.config.ttt_lr * s.config.ttt_chunk / 2
+    """2 sigmoid(rate) is the first step."""
+    half = s.config.first_step / 2
     return torch.full(s.shape, math.log(half / (1 - half)))
 
 
-def _softplus_inverse_of_step(s: Slot) -> torch.Tensor:
-    lr = s.config.ttt_lr
-    return torch.full(s.shape, lr + math.log(-math.expm1(-lr)))  # and not log(expm1(lr)), which overflows
-
-
-def _fast(s: Slot) -> torch.Tensor:
+def _features(s: Slot) -> torch.Tensor:
     """Rows of length 1 about."""
     return torch.randn(s.shape, generator=s.generator) / math.sqrt(s.shape[-1])
 
 
-MEM = BLOCK + r"mem\."
+KINDS = {"state": StateTTT, "memory": Memory}
 
 TABLE = [
     Row(CARRIED, lambda s: torch.tensor(encode(s.config), dtype=torch.float32)),
@@ -179,13 +156,7 @@ TABLE = [
     Row(ATT + r"ttt\.rate", _logit_of_step, lr=2.0),
     Row(ATT + r"ttt\.w1", orthogonal(1.0), lr=2.0),
     Row(ATT + r"ttt\.w2", constant(0.0), lr=2.0),
-    Row(MEM + r"ln(?:_x)?\.weight", constant(1.0)),
-    Row(MEM + r"ln(?:_x)?\.bias", constant(0.0)),
-    Row(MEM + r"x_[qkv]", shift_mix(0.7)),
-    Row(MEM + r"(?:query|key|value)\.weight", orthogonal(1.0), decay=True),
-    Row(MEM + r"rate\.weight", constant(0.0), lr=2.0),
-    Row(MEM + r"rate\.bias", _softplus_inverse_of_step, lr=2.0),
-    Row(MEM + r"fast", _fast),
-    Row(MEM + r"output\.weight", constant(0.0), decay=True),
+    Row(ATT + r"ttt\.features", _features),
+    Row(ATT + r"ttt\.gain", constant(0.0), lr=2.0),
     *rwkv7.TABLE,
 ]

@@ -43,10 +43,10 @@ def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
 
 
 def _of_test_time_training(sizes: PhantomConfig) -> int:
-    """In a layer, for each token, a step at the end of its segment taking an equal part of each; the memory's own projections are among the weights."""
+    """In a layer, for each token, a step at the end of its segment taking an equal part of each."""
     N = sizes.head_size
-    if sizes.has_memory:  # in each head W1, W3 and W2 are read by its query, and with key and value their gradient is 6 products
-        return 3 * 18 * sizes.memory_rows * sizes.memory_dim
+    if sizes.has_memory:
+        return 3 * sizes.memory_flops
     if not sizes.steps_on_state:
         return 0
     c, hidden = sizes.ttt_rows, sizes.ttt_rows // 4 if sizes.has_ttt_head else 0

@@ -236,7 +236,7 @@ def _differs(name: str, given: object, there: object, path: Path) -> str:
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if config.dim_att and config.dim_att != model.n_embd:
         raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; --my_testing {config.my_testing} needs them equal (leave --dim_att out)")
-    if isinstance(model, PhantomConfig) and model.ttt_enabled and config.ctx_len <= model.ttt_chunk:
+    if isinstance(model, PhantomConfig) and model.steps_on_state and config.ctx_len <= model.ttt_chunk:
         raise UserError(
             f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: no token would come after a step, and nothing would train it; "
             f"use a longer --ctx_len, {'a smaller --ttt_chunk (16, 32, ...), ' if config.ctx_len > 16 else ''}or --ttt_enabled 0"
