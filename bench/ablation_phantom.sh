@@ -1,6 +1,6 @@
 #!/bin/sh
 # The Phantom ablation: RWKV-7; Ghost layers; TTT on the state; TTT with a memory; both. Equal parameters (within 2 %), tokens and data; three seeds each.
-# memory has as many features of each key as a head has channels, memory_wide MEMORY_FEATURES.
+# memory has the default number of features of each key, twice the head's channels, memory_wide MEMORY_FEATURES.
 #
 #   corpus   the demo corpus in 2048 byte pairs trained on its own text: of the World tokenizer's 65536 rows a model of a million parameters would spend
 #            nearly all of its arithmetic in the head, which no variant touches. Held-out loss

@@ -217,7 +217,7 @@ def test_help_lists_every_flag(capsys):
 
 def test_help_says_what_flags_of_some_models_are_when_they_are_not_given():
     """The models' own defaults, where these are numbers or words."""
-    texts = {"ttt_lr": "0.01 (memory: 0.5)", "ttt_features": "head_size"}
+    texts = {"ttt_lr": "0.01 (memory: 0.5)", "ttt_features": "twice head_size, at most 128"}
     for f in fields(TrainConfig):
         said = f.metadata["unset"]
         if texts.pop(f.name, "") != said:

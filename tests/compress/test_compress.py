@@ -28,7 +28,7 @@ KINDS = {
     "phantom without ghosts": dict(model_type="phantom", core_ratio=1.0, ttt_chunk=16),
     "phantom": dict(model_type="phantom", core_ratio=0.5, ttt_chunk=16),
     "phantom of an rwkv7": dict(model_type="phantom", core_ratios="ffn.key=0.125", ttt_chunk=16, ghost_permuted=True),
-    "phantom, memory, relu": dict(model_type="phantom", core_ratio=0.25, core_ratios="ffn.key=0.125", ttt_kind="memory", ttt_features=64, ghost_activation="relu"),
+    "phantom, memory, relu": dict(model_type="phantom", core_ratio=0.25, core_ratios="ffn.key=0.125", ttt_kind="memory", ttt_features=32, ghost_activation="relu"),
 }
 
 

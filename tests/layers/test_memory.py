@@ -11,7 +11,7 @@ from rwkvlm.ops.wkv7 import wkv7
 B, H, N = 2, 2, 16
 
 
-def make(features=0, eta=0.7):
+def make(features=N, eta=0.7):
     memory = Memory(PhantomConfig(n_layer=1, n_embd=H * N, head_size=N, vocab_size=8, ttt_kind="memory", ttt_features=features)).double()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -25,7 +25,7 @@ VARIANTS = {
     "values as targets, no head": dict(ttt_chunk=32, ttt_target="value", ttt_head=False, core_ratio=1.0),
     "ghosts only": dict(ttt_enabled=False),
     "memory": dict(ttt_kind="memory"),
-    "memory, wide": dict(ttt_kind="memory", ttt_features=128),
+    "memory, narrow": dict(ttt_kind="memory", ttt_features=32),
     "memory, two passes": dict(ttt_kind="memory", max_depth_iter=2),
 }
 SLOW = ("two passes, segments of 64", "memory, two passes")
@@ -102,7 +102,7 @@ def test_whole_sequence_pieces_and_single_tokens_agree(variant, more):
                         assert relative(one.wkv.fast, other.wkv.fast) < 1e-4
 
 
-@pytest.mark.parametrize("variant", ["segments of 16", "two passes, segments of 64", "memory", "memory, wide"])
+@pytest.mark.parametrize("variant", ["segments of 16", "two passes, segments of 64", "memory", "memory, narrow"])
 def test_sequences_at_different_positions_in_one_batch(variant):
     model = alive(model_config("phantom", **SIZES, **VARIANTS[variant]))
     segment = VARIANTS[variant].get("ttt_chunk", 64)

@@ -45,7 +45,7 @@ def test_variants_are_what_they_are_called():
     }  # fmt: skip
     given = tool.variants(0.5, 32, 128)
     default, wide = (tool.fitted(BASE, given[name]) for name in ("memory", "memory_wide"))
-    assert (default.ttt_features, wide.ttt_features) == (16, 128) and wide.dim_ffn < default.dim_ffn
+    assert (default.ttt_features, wide.ttt_features) == (32, 128) and wide.dim_ffn < default.dim_ffn
 
 
 def test_unequal_variants_are_refused(capsys, tmp_path):

@@ -184,12 +184,12 @@ def test_flags_of_phantom_say_when_they_have_no_effect():
 IDLE = [
     (dict(ttt_enabled=0, ttt_steps=2), "--ttt_steps 2 has no effect: --ttt_enabled is 0"),
     (dict(ttt_enabled=0, ttt_meta=1), "--ttt_meta 1 has no effect: --ttt_enabled is 0"),
-    (dict(ttt_enabled=0, ttt_features=64), "--ttt_features 64 has no effect: --ttt_enabled is 0"),
+    (dict(ttt_enabled=0, ttt_features=128), "--ttt_features 128 has no effect: --ttt_enabled is 0"),
     (dict(ttt_kind="memory", ttt_chunk=16), "--ttt_chunk 16 has no effect: --ttt_kind is memory"),
     (dict(ttt_kind="memory", ttt_meta=1), "--ttt_meta 1 has no effect: --ttt_kind is memory"),
     (dict(ttt_kind="memory", ttt_core_ratio=0.5), "--ttt_core_ratio 0.5 has no effect: --ttt_kind is memory"),
     (dict(ttt_kind="memory", ttt_head=0), "--ttt_head 0 has no effect: --ttt_kind is memory"),
-    (dict(ttt_features=64), "--ttt_features 64 has no effect: --ttt_kind is state"),
+    (dict(ttt_features=128), "--ttt_features 128 has no effect: --ttt_kind is state"),
     (dict(ttt_anchor=0.5), "--ttt_anchor 0.5 has no effect: --ttt_steps is 1, and before the first step it pulls nowhere"),
     (dict(ttt_loss_weight=0.5), "--ttt_loss_weight 0.5 has no effect: --ttt_meta is 0"),
     (dict(ttt_head=1, ttt_second_order=0), "--ttt_head 1 has no effect: with --ttt_second_order 0 and without --ttt_meta 1 nothing would train it"),
@@ -198,7 +198,7 @@ IDLE = [
     (dict(core_ratio=0.5, core_ratios=",".join(f"{name}=0.25" for name in MATRICES)), "--core_ratio 0.5 has no effect: --core_ratios names every matrix"),
 ]
 BUSY = [
-    dict(ttt_enabled=0, ttt_steps=1, core_ratio=1), dict(ttt_kind="memory", ttt_features=64, ttt_lr=0.1), dict(ttt_steps=2, ttt_anchor=0.5, ttt_chunk=32, ttt_core_ratio=1),
+    dict(ttt_enabled=0, ttt_steps=1, core_ratio=1), dict(ttt_kind="memory", ttt_features=32, ttt_lr=0.1), dict(ttt_steps=2, ttt_anchor=0.5, ttt_chunk=32, ttt_core_ratio=1),
     dict(ttt_meta=1, ttt_loss_weight=0.5, ttt_second_order=0, ttt_head=0), dict(core_ratio=0.5, ghost_activation="relu", core_ratios="ffn.key=1"), dict(dropout=0.1, max_depth_iter=2),
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ class PhantomConfig(ModelConfig):
     ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (on fast weights beside it, layers/memory.py)
     ttt_lr            step size per token at the start; None: 0.01 for "state", 0.5 for "memory". The steps on the state average over the segment, so
                       that eta starts at ttt_lr * ttt_chunk: 0.01 alone moved the state by 0.1 % and did nothing
-    ttt_features      features of each key of the "memory", 16, 32, 64 or 128 and no less than head_size; 0: head_size
+    ttt_features      features of each key of the "memory", 16, 32, 64 or 128 and no less than head_size; 0: twice head_size, at most 128
                       The following are of "state" alone; "memory" makes a step after each token
     ttt_chunk         tokens per segment, a multiple of 16
     ttt_steps         gradient steps per segment
@@ -102,7 +102,7 @@ class PhantomConfig(ModelConfig):
 
     def _default(self, name: str) -> object:
         """What a setting is where none is given."""
-        derived = {"ttt_lr": FIRST_STEP[self.ttt_kind], "ttt_features": self.head_size}
+        derived = {"ttt_lr": FIRST_STEP[self.ttt_kind], "ttt_features": min(2 * self.head_size, FEATURES[-1])}
         return derived.get(name, getattr(PhantomConfig, name))
 
     @property

@@ -83,7 +83,7 @@ class TrainConfig:
     ttt_enabled: int = of_phantom(-1, "1: test-time training, 0: none", unset="1")
     ttt_kind: str = of_phantom("", "steps on the wkv state, or a memory beside it", ("", *TTT_KINDS), unset="state")
     ttt_lr: float = of_phantom(-1.0, "first step size per token, learned from there", unset="0.01 (memory: 0.5)")
-    ttt_features: int = of_phantom(-1, "features of each key of the memory: 16, 32, 64 or 128", unset="head_size")
+    ttt_features: int = of_phantom(-1, "features of each key of the memory: 16, 32, 64 or 128", unset="twice head_size, at most 128")
     ttt_chunk: int = of_phantom(-1, "tokens between two steps on the state, a multiple of 16", unset="64")
     ttt_steps: int = of_phantom(-1, "steps at each segment's end", unset="1")
     ttt_core_ratio: float = of_phantom(-1.0, "share of the state's value rows that are stepped on", unset="0.25")
