@@ -1,4 +1,5 @@
 #!/bin/sh
+# At commits up to abf24d8: with the memory and the knobs of bench/ablation_phantom.sh that there were then.
 # The grid of this record, from the root of the repository: one seed of everything before the next seed of anything. Finished runs are taken over from the record.
 # FRESH=1 takes nothing over, for other knobs with an OUT of their own.
 export OUT="${OUT:-out/recall-grid}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ACCELERATOR=cpu TASKS=recall MINI_EPOCHS=8 SEQUENCES=256
