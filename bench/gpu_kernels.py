@@ -420,7 +420,7 @@ def measure_adamw(options: argparse.Namespace) -> dict:
 
 
 def once(options: argparse.Namespace) -> dict:
-    """Every kernel, forward and backward, on small shapes; right, besides."""
+    """Every kernel, forward and backward, on small shapes; right, besides. But ROSA's gradient of rows beyond shared memory: of 25,000 symbols, hours in a sanitizer."""
     found: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         options.dtype = dtype
