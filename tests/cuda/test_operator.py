@@ -198,6 +198,14 @@ def test_only_the_final_state_may_be_used(device):
     assert errors({"dk": dk.cpu()}, {"dk": expected})["dk"] < LIMITS[BF16]
 
 
+def test_the_state_alone_may_be_trained(device):
+    case = make_case(T=20, N=16)
+    inputs, state = [x.to(device) for x in case.inputs], case.initial_state.to(device).requires_grad_()
+    outputs = wkv7(*inputs, initial_state=state, output_final_state=True)
+    (gradient,) = torch.autograd.grad(outputs, state, [case.dy.to(device), case.d_final_state.to(device)])
+    assert torch.equal(gradient.cpu(), run(case, device)["d_initial_state"])
+
+
 def block_and_inputs(device, dtype):
     """A block of RWKV-7 with weights that let every gradient through, x and the first block's value."""
     model = build(ModelConfig(n_layer=2, n_embd=64, vocab_size=64, head_size=32))

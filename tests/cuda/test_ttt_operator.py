@@ -68,6 +68,15 @@ def test_outputs_and_gradients_are_those_of_float64(device, options):
     assert all(x < LIMITS[name] for name, x in worst.items()), worst
 
 
+def test_rates_and_head_may_be_trained_alone(device):
+    asked, found = arguments(make_ttt_case(T=130, N=16, rows=8, H=1), device), []
+    for some in (asked, [*detached(asked[:7]), *asked[7:]], [*detached(asked[:8]), *asked[8:]], [*detached(asked[:7]), asked[7], *detached(asked[8:])]):
+        y = torch.ops.rwkvlm.wkv7_ttt_cuda(*some, False, cuda.number_of(device))[0]
+        gradients = torch.autograd.grad(y.float().square().sum(), [x for x in some[7:9] if x.requires_grad])
+        found.append(dict(zip([i for i in (7, 8) if some[i].requires_grad], gradients)))
+    assert all(torch.equal(x, found[0][i]) for one in found for i, x in one.items()) and [*map(len, found)] == [2, 2, 1, 1]
+
+
 def test_scans_in_segments_are_not_asked_for(device):
     """As they are without test-time training, by few heads of a long text."""
     asked, found = detached(arguments(make_ttt_case(T=130, N=16, rows=8, H=1), device)), []

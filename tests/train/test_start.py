@@ -246,6 +246,23 @@ def test_nodes_with_other_data_do_not_begin(run, tmp_path, monkeypatch):
             planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **flags), "train.py")))
 
 
+@pytest.mark.parametrize(
+    "other", [dict(data=SimpleNamespace(order=619)), dict(identity=[(10, 2), (11, 3)]), dict(identity=[(10, 2), (10, 4)]), dict(identity=[(9, 2), (10, 3)]), dict(held_out=range(3))], ids=str
+)
+def test_each_way_in_which_data_may_differ_is_seen(tmp_path, monkeypatch, other):
+    """Of two files: the order of the samples; tokens, or documents, of one of them; what is held out."""
+    told = []
+
+    def plan(data=SimpleNamespace(order=617), identity=((10, 2), (10, 3)), held_out=range(4)):
+        files = [dict(tokens=tokens, documents=documents) for tokens, documents in identity]
+        return SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=SimpleNamespace(data_file="data"), data=data, identity=files, held_out=held_out)
+
+    monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: told.append(value) or [told[0] if isinstance(value, tuple) else value, value])
+    assert planning.checked(plan()).held_out == range(4)
+    with pytest.raises(UserError, match="holds other data, or has others held out, for rank 1"):
+        planning.checked(plan(**other))
+
+
 def test_a_process_that_looked_before_another_had_written_looks_again(run, tmp_path, monkeypatch):
     """A node that comes first, while rank 0 still writes rwkv-init.pth."""
     out = tmp_path / "out"
