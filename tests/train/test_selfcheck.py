@@ -135,6 +135,14 @@ def test_rounding_of_a_gradient_that_should_be_zero_is_no_fault_and_a_nan_is():
         assert (not off < most) == fault, part
 
 
+def test_what_is_furthest_off_is_measured_by_how_far_it_may_be():
+    """One gradient that plain PyTorch rounds as far, and one that is off by less, which no rounding explains."""
+    one = torch.ones(4)
+    got, rounded, wanted = dict(a=1.3 * one, b=1.2 * one), dict(a=1.3 * one, b=one), dict(a=one.double(), b=one.double())
+    part, off, most = worst(got, rounded, wanted)
+    assert part == "b" and off == pytest.approx(0.2) and off > most
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_is_no_fault_of_a_kernel(run, tmp_path, monkeypatch, capsys, error):
     """As where another program has the GPU."""

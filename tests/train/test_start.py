@@ -90,6 +90,12 @@ def test_load_model_and_epoch_begin(tmp_path, stage):
     assert find_start(config(out, train_stage=stage, load_model=str(path)), 101, []).warmup_steps == 0
 
 
+def test_weights_from_elsewhere_that_would_begin_behind_the_end_are_refused(run, tmp_path, capfd):
+    assert run(tmp_path / "other", train_stage=1) == 0
+    assert run(tmp_path / "out", train_stage=0, load_model=tmp_path / "other" / "rwkv-init.pth", epoch_begin=7, my_exit_tokens=1000) == 2
+    assert "--epoch_begin 7 begins after 8960 tokens, and the training ends at 1000: nothing would be trained" in capfd.readouterr().err
+
+
 def test_stage_0_from_a_later_mini_epoch_keeps_the_earlier_files(tmp_path):
     path = put(tmp_path, "rwkv-4.pth")
     assert find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=5), 101, []).path == path
