@@ -204,7 +204,7 @@ def test_what_is_a_copy(tmp_path):
     begins_alike = [np.append(np.arange(60), last).astype(np.uint16) for last in range(100, 200)]
     alike = [np.full(n, 7, np.uint16) for n in range(1, 200)]
     others = [rng.integers(1, 60000, 30).astype(np.uint16) for _ in range(200)]
-    for name, docs in (("alike", begins_alike + alike), ("few", others + others[:12])):
+    for name, docs in (("alike", begins_alike + alike), ("few", [*others, *others[:12], others[0][:0]])):
         split(write(tmp_path / name, docs), str(tmp_path / f"{name}-s"), 0.4, warn=told.append)
         assert not told, name
     twice = others[:120] * 2 + others[120:] + begins_alike
