@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -47,6 +48,7 @@ KINDS = ("usual", "clamp", "repeated")
 HEAD_LIMIT = 2e-2
 AHEAD = 8_000_000  # cycles that the GPU waits before what is timed, about 4 ms: longer than Python takes for any of it
 PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 27, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
+ONE_BLEND = "norm_mix of one blend"  # as before the channel mixing: other kernels than of six
 RATES = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-18, weight_decay=0.1)  # of AdamW
 Work = Callable[[int], object]  # of the n-th set of inputs
 
@@ -154,6 +156,19 @@ def check_recurrence(form: Callable, options: argparse.Namespace, peer: Peer | N
     return found
 
 
+def check_documents(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
+    """Three documents in a row, of which the last has two chunks; r, k and v are read afterwards, and the kernel adds what that gives."""
+    *inputs, dy = recurrence_inputs(*sizes, options.dtype, options.device)
+    bounds = [0, 1, 5, sizes[1]]
+    pieces = [expected([x[:, i:j].cpu() for x in inputs], dy[:, i:j].cpu()) for i, j in itertools.pairwise(bounds)]
+    want = dict(zip(NAMES, (torch.cat(parts, 1) for parts in zip(*pieces))))
+    want |= {name: want[name] + dy.cpu() for name in ("dr", "dk", "dv")}
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y, *passed = wkv7(*leaves, cu_seqlens=torch.tensor(bounds, device=options.device), pass_on=True)
+    got = [y.detach(), *torch.autograd.grad([y, *passed], leaves, [dy] * 4)]
+    return demand({name: rms(x.cpu(), want[name]) for name, x in zip(NAMES, got)}, LIMITS[options.dtype], "wkv7, documents")
+
+
 def check_wkv4(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
     """RWKV-4's recurrence, which bench/wkv4.py times."""
     B, T, H, N = sizes
@@ -219,8 +234,8 @@ def elementwise_inputs(name: str, sizes: tuple[int, ...], dtype: torch.dtype, de
         return (torch.randn(*shape, generator=g, device=device) + shift).to(dtype).requires_grad_()
 
     C = H * N
-    if name == "norm_mix":
-        return [normal(B, T, C), normal(B, T, C), normal(C, shift=1), normal(C), *(normal(1, 1, C) for _ in range(6))]
+    if name in ("norm_mix", ONE_BLEND):
+        return [normal(B, T, C), normal(B, T, C), normal(C, shift=1), normal(C), *(normal(1, 1, C) for _ in range(1 if name == ONE_BLEND else 6))]
     if name == "token_mix":
         return [normal(B, T, C), *(normal(1, 1, C) for _ in range(6))]
     if name == "time_mix_inputs":
@@ -231,7 +246,7 @@ def elementwise_inputs(name: str, sizes: tuple[int, ...], dtype: torch.dtype, de
 
 
 def elementwise_call(name: str, module, sizes: tuple[int, ...]) -> Callable[..., list[Tensor]]:
-    if name == "norm_mix":
+    if name in ("norm_mix", ONE_BLEND):
 
         def call(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *mixes: Tensor) -> list[Tensor]:
             stream, newest, mixed = module.norm_mix(x, branch, weight, bias, 1e-5, None, list(mixes), None)
@@ -261,7 +276,7 @@ def check_elementwise(name: str, options: argparse.Namespace) -> float:
     leaves = [x.detach().cpu().double().requires_grad_() for x in inputs]  # on the CPU, so that a sanitizer looks at no reduction of others
     outputs = elementwise_call(name, reference, sizes)(*leaves)
     want = [*outputs, *torch.autograd.grad(outputs, leaves, [x.cpu().double() for x in slopes])]
-    in_parts = name == "norm_mix" and options.device == "cpu"  # there, what is normalised is rounded too
+    in_parts = name in ("norm_mix", ONE_BLEND) and options.device == "cpu"  # there, what is normalised is rounded too
     return demand({f"result {i}": rms(a.detach().cpu(), b.detach()) for i, (a, b) in enumerate(zip(got, want))}, (2 if in_parts else 1) * LIMITS[options.dtype], name)
 
 
@@ -405,27 +420,34 @@ def measure_adamw(options: argparse.Namespace) -> dict:
 
 
 def once(options: argparse.Namespace) -> dict:
-    """Every kernel, forward and backward, on small shapes; right, besides."""
+    """Every kernel, forward and backward, on small shapes; right, besides. But ROSA's gradient of rows beyond shared memory: of 25,000 symbols, hours in a sanitizer."""
     found: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         options.dtype = dtype
-        for sizes in ((1, 1, 3, 64), (2, 17, 1, 16), (1, 70, 1, 64), (1, 33, 2, 32)):
+        for sizes in ((1, 1, 3, 64), (2, 81, 1, 16), (1, 70, 1, 64), (1, 97, 2, 32), (1, 39, 1, 128)):
             options.sizes = sizes
             *inputs, dy = recurrence_inputs(*sizes, dtype, options.device)
             want = expected([x.cpu() for x in inputs], dy.cpu())  # on the CPU, so that no matrix product of others is looked at
-            for chunks in (0, 1):  # to a segment; of the shapes only one has more than one chunk
+            for chunks in (0, 1):  # to a segment; all shapes but the first have more than one chunk
                 with in_segments(chunks):
                     errors = {n: rms(g.cpu(), w) for n, g, w in zip(NAMES, both(wkv7, inputs, dy), want) if w.norm() > 1e-12}
+                    if sizes[0] == 1 < sizes[1]:
+                        found[f"documents {sizes} {dtype} {chunks}"] = check_documents(sizes, options)
                 found[f"wkv7 {sizes} {dtype} {chunks}"] = demand(errors, LIMITS[dtype], "wkv7")
             found[f"wkv4 {sizes} {dtype}"] = check_wkv4(sizes, options)
-            for name in PASSES:
+            for name in (*PASSES, ONE_BLEND):
                 found[f"{name} {sizes} {dtype}"] = check_elementwise(name, options)
+        options.sizes = (1, 19, 33, 64)  # more than 2048 channels: a kernel of its own
+        for name in ("norm_mix", ONE_BLEND):
+            found[f"wide {name} {dtype}"] = check_elementwise(name, options)
         for sizes in ((2, 140, 2, 64), (1, 70, 1, 16), (1, 130, 1, 32), (1, 70, 1, 128)):
             found[f"ttt {sizes} {dtype}"] = check_steps(sizes, options)
         for V in (7, 5001):
             found[f"loss {V} {dtype}"] = check_logits(V, options)
         found[f"adamw {dtype}"] = check_adamw(dtype, options)
-    found["rosa"] = demand({"gradients": rosa.errors(options.device)}, 1e-4, "rosa")
+    for T in (3, 40):  # the forward pass of so few symbols needs no shared memory for them
+        found[f"rosa {T}"] = demand({"gradients": rosa.errors(options.device, T)}, 1e-4, "rosa")
+    found["rosa of tokens"] = demand({"tokens that are others": rosa.other_tokens(options.device)}, 0, "rosa")
     return {"kernels": len(found), "worst_error": max(found.values())}
 
 

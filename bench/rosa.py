@@ -21,7 +21,7 @@ import torch
 
 from environment import write_record
 from rwkvlm.ops import backend
-from rwkvlm.ops.rosa import rosa, rosa_self
+from rwkvlm.ops.rosa import rosa, rosa_self, rosa_tokens
 
 SHAPES = ((8, 128, 64), (8, 512, 256))
 BARS = {(8, 128, 64, "random"): 0.046, (8, 512, 256, "random"): 2.0, (8, 512, 256, "constant"): 1.1}  # seconds, of the gradient (q = k = v, one bit)
@@ -32,7 +32,7 @@ def inputs(B: int, T: int, C: int, kind: str, count: int) -> list[torch.Tensor]:
     return [torch.randn(B, T, C, generator=rng) if kind == "random" else torch.ones(B, T, C) for _ in range(count)]
 
 
-def errors(device: str = "cpu") -> float:
+def errors(device: str = "cpu", T: int = 40) -> float:
     """The largest relative error of the kernel's gradients, against turning every bit; outputs are the same or it fails."""
     worst = 0.0
     kernel = "cuda" if device == "cuda" else "cpu"
@@ -41,7 +41,7 @@ def errors(device: str = "cpu") -> float:
             for function, count in ((rosa_self, 1), (rosa, 3)):
                 found = {}
                 for form, place in (("torch", "cpu"), (kernel, device)):
-                    leaves = [x.to(place).requires_grad_() for x in (*inputs(1, 40, 8, kind, count), torch.full((8,), -0.7), torch.full((8,), 1.3))]
+                    leaves = [x.to(place).requires_grad_() for x in (*inputs(1, T, 8, kind, count), torch.full((8,), -0.7), torch.full((8,), 1.3))]
                     with backend.asked_for(form):
                         out = function(*leaves, bits)
                         slopes = torch.sin(torch.arange(out.numel())).view(out.shape).to(place)
@@ -51,6 +51,17 @@ def errors(device: str = "cpu") -> float:
                 for got, want in zip(found[kernel][1:], found["torch"][1:]):
                     worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item())
     return worst
+
+
+def other_tokens(device: str) -> int:
+    """How many tokens of ROSA, in two pieces with the state between them, are not those of the plain form."""
+    x = torch.randint(3, (2, 70), generator=torch.Generator().manual_seed(0))
+    with backend.asked_for("torch"):
+        want = rosa_tokens(x)
+    with backend.asked_for("cuda" if device == "cuda" else "cpu"):
+        first, state = rosa_tokens(x[:, :30].to(device), return_state=True)
+        second = rosa_tokens(x[:, 30:].to(device), state)
+    return int((torch.cat([first, second], 1).cpu() != want).sum())
 
 
 def fastest(function: Callable[[], object], rounds: int) -> float:

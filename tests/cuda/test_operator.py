@@ -100,8 +100,18 @@ def test_another_machines_number_is_refused(device):
     elsewhere = cuda.machine_over(cuda.machine(device).library, torch.device("cuda", 7), (9, 0), 132).number
     with pytest.raises(ValueError, match="r must be on cuda:7"):
         torch.ops.rwkvlm.wkv7_cuda(*(x.to(device) for x in make_case(T=3).inputs), None, None, False, elsewhere)
-    with pytest.raises(ValueError, match="no machine has the number"):
-        torch.ops.rwkvlm.wkv7_cuda(*(x.to(device) for x in make_case(T=3).inputs), None, None, False, 10**6)
+    for unknown in (elsewhere + 1, 10**6, -1):
+        with pytest.raises(ValueError, match="no machine has the number"):
+            torch.ops.rwkvlm.wkv7_cuda(*(x.to(device) for x in make_case(T=3).inputs), None, None, False, unknown)
+
+
+def test_without_tensor_cores_it_is_the_sequential_kernels_in_bf16_too(device):
+    inputs, library = [x.to(device) for x in make_case(T=20, N=16).inputs], cuda.machine(device).library
+    older = cuda.machine_over(library, device, (7, 5), 40).number
+    saved = torch.ops.rwkvlm.wkv7_cuda_forward(*inputs, None, None, True, older)[2]
+    assert saved.numel() == cuda.saved_bytes("sequential", *inputs[0].shape, 0) != cuda.saved_bytes("chunked", *inputs[0].shape, 0)
+    with pytest.raises(ValueError, match="expected bfloat16 and a GPU with bfloat16 tensor cores"):
+        torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*inputs, None, torch.ones(2, device=device), None, 8, 64, False, False, older)
 
 
 def test_repeated_runs_give_the_same_bits(device):
@@ -174,6 +184,8 @@ def test_a_second_derivative_is_an_error(device, pass_on):
     (slope,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         slope.square().sum().backward()
+    (slope,) = torch.autograd.grad(wkv7(*leaves).float().sum(), leaves[:1], create_graph=True)  # of gradients that are constants it is one
+    assert not slope.requires_grad
 
 
 def test_only_the_final_state_may_be_used(device):
@@ -184,6 +196,14 @@ def test_only_the_final_state_may_be_used(device):
     wide = [x.double().requires_grad_() for x in case.inputs]
     (expected,) = torch.autograd.grad(package.wkv7_reference(*wide, None)[1].sum(), wide[2])
     assert errors({"dk": dk.cpu()}, {"dk": expected})["dk"] < LIMITS[BF16]
+
+
+def test_the_state_alone_may_be_trained(device):
+    case = make_case(T=20, N=16)
+    inputs, state = [x.to(device) for x in case.inputs], case.initial_state.to(device).requires_grad_()
+    outputs = wkv7(*inputs, initial_state=state, output_final_state=True)
+    (gradient,) = torch.autograd.grad(outputs, state, [case.dy.to(device), case.d_final_state.to(device)])
+    assert torch.equal(gradient.cpu(), run(case, device)["d_initial_state"])
 
 
 def block_and_inputs(device, dtype):
@@ -248,7 +268,7 @@ def test_activation_checkpointing_gives_the_same_bits(device):
 
 
 def test_tensors_that_lie_askew_are_put_right(device):
-    """A gradient that is not contiguous, an input that begins between two lines of 16 bytes."""
+    """A gradient that is not contiguous, an input that begins between two lines of 16 bytes, inputs in another order."""
     case = make_case(T=20, N=16, states=False)
     expected = run(case, device)
     askew = torch.empty(case.inputs[0].numel() + 1, dtype=BF16, device=device)[1:].view(case.inputs[0].shape).copy_(case.inputs[0])
@@ -257,6 +277,10 @@ def test_tensors_that_lie_askew_are_put_right(device):
     y = wkv7(*leaves)
     gradients = torch.autograd.grad(y, leaves, dy)
     for x, name in zip((y, *gradients), ("y", *(f"d{n}" for n in NAMES))):
+        assert torch.equal(x.cpu(), expected[name]), name
+    turned = [x.to(device).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in case.inputs]
+    y = torch.ops.rwkvlm.wkv7_cuda(*turned, None, None, False, cuda.number_of(device))[0]  # wkv7 itself refuses them
+    for x, name in zip((y, *torch.autograd.grad(y, turned, dy)), ("y", *(f"d{n}" for n in NAMES))):
         assert torch.equal(x.cpu(), expected[name]), name
 
 

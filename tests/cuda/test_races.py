@@ -39,6 +39,7 @@ AROUND_WKV7 = {
     "norms": [("R", "", ""), ("R", "", "")],
     "rosa": [(".RRRRRR", "", "")],
     "rosa_backward": [(".RRRRRRRRRRRRRRRRR..", ".RRRRR.R.R.R", "")],
+    "rosa_long_match": [("." + "R" * 104 + ".", "." + "R" * 33 + ".R" * 17, "")],  # which two warps share
 }
 
 
@@ -123,6 +124,7 @@ def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_lim
     ops = torch.ops.rwkvlm
     torch.manual_seed(0)
     symbols, ends, logits, gradients = torch.randn(1, 6, 1).sign(), torch.randn(2, 1), torch.randn(1, 600), [torch.randn(9000)]
+    same = torch.ones(1, 34, 1)
 
     def inputs(operator: str, T: int, H: int) -> list:
         return [t if t is None else t.detach() for t in Case(operator, B=1, T=T, H=H, N=64, dtype=torch.bfloat16).inputs]
@@ -149,6 +151,7 @@ def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_lim
         "norms": lambda: ops.gradient_norms(gradients),
         "rosa": lambda: ops.rosa(symbols, symbols, symbols, *ends, 1, False, 0.1, False, None, None, None, True),
         "rosa_backward": lambda: ops.rosa_backward(symbols, symbols, None, None, *ends, 1, False, 0.1, True),
+        "rosa_long_match": lambda: ops.rosa_backward(same, same, same, same, *ends, 1, False, 0.1, True),
     }[name]
     shared_limit(library, 8192 if "wide" in name else 227 * 1024)
     with registered(library, "adamw", "fused", "loss", "rosa"):

@@ -49,7 +49,7 @@ def detached(asked: list) -> list:
     return [x.detach() if isinstance(x, torch.Tensor) else x for x in asked]
 
 
-@pytest.mark.parametrize("options", [dict(T=130), dict(T=140, N=32, rows=8, B=2, head=False, target="value"), dict(T=70, N=128, rows=32, segment=32, states=False)], ids=str)
+@pytest.mark.parametrize("options", [dict(T=130), dict(T=128, N=16, rows=8, H=1), dict(T=140, N=32, rows=8, B=2, head=False, target="value"), dict(T=70, N=128, rows=32, segment=32, states=False)], ids=str)
 def test_outputs_and_gradients_are_those_of_float64(device, options):
     given = make_ttt_case(**options)
     asked = arguments(given, device)
@@ -66,6 +66,27 @@ def test_outputs_and_gradients_are_those_of_float64(device, options):
     names = ["y", "final_state", *(f"d{n}" for n in NAMES), *(["d_initial_state"] if asked[6] is not None else []), "d_rate", "d_head"]
     worst = errors({name: x.detach().cpu() for name, x in zip(names, [y, final_state, *found])}, expected)
     assert all(x < LIMITS[name] for name, x in worst.items()), worst
+
+
+def test_rates_and_head_may_be_trained_alone(device):
+    asked, found = arguments(make_ttt_case(T=130, N=16, rows=8, H=1), device), []
+    for some in (asked, [*detached(asked[:7]), *asked[7:]], [*detached(asked[:8]), *asked[8:]], [*detached(asked[:7]), asked[7], *detached(asked[8:])]):
+        y = torch.ops.rwkvlm.wkv7_ttt_cuda(*some, False, cuda.number_of(device))[0]
+        gradients = torch.autograd.grad(y.float().square().sum(), [x for x in some[7:9] if x.requires_grad])
+        found.append(dict(zip([i for i in (7, 8) if some[i].requires_grad], gradients)))
+    assert all(torch.equal(x, found[0][i]) for one in found for i, x in one.items()) and [*map(len, found)] == [2, 2, 1, 1]
+
+
+def test_scans_in_segments_are_not_asked_for(device):
+    """As they are without test-time training, by few heads of a long text."""
+    asked, found = detached(arguments(make_ttt_case(T=130, N=16, rows=8, H=1), device)), []
+    try:
+        for chunks in (0, 1):
+            cuda.ask_for_segments(chunks)
+            found.append(torch.ops.rwkvlm.wkv7_ttt_cuda_forward(*asked, False, cuda.number_of(device)))
+    finally:
+        cuda.ask_for_segments(-1)
+    assert all(torch.equal(x, y) for x, y in zip(*found))
 
 
 def test_opcheck(device):

@@ -80,6 +80,12 @@ def test_a_file_that_is_overwritten_while_it_is_read_ends_in_an_error(samples, s
     assert all_ended()
 
 
+def test_a_file_that_is_cut_before_the_first_batch_is_one_too(samples):
+    os.truncate(samples.data.bin_path, 4096)
+    with pytest.raises(UserError, match="has 4096 bytes, and had 120000 when this began"):
+        next(iter(Ahead(samples, RankBatches(0, 1, 4, 100))))
+
+
 def test_a_file_that_is_replaced_while_it_is_read_is_whole_until_the_end(samples, tmp_path):
     expected = [x for x, _ in Ahead(samples, RankBatches(0, 1, 4, 50))]
     batches = iter(Ahead(samples, RankBatches(0, 1, 4, 50)))

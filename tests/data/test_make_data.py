@@ -145,7 +145,7 @@ def test_hugging_face_tokenizer(here, capsys):
     tok, data = load_tokenizer("tok.json"), BinIdx("demo")
     assert Counter(tok.decode(data.doc(i)[:-1]) for i in range(20)) == Counter(words(20))
 
-    jsonl("end.jsonl", [*["fine"] * 41, "Fine!"])  # behind the first documents few are decoded again
+    jsonl("end.jsonl", [*["fine"] * 41, "!Fine!"])  # behind the first documents few are decoded again
     assert tok.encode("!") == [0] and main(["end.jsonl", "1", "4", "--tokenizer", "tok.json"]) == 2
     assert "end.jsonl, line 42: the tokenizer makes token 0, which ends a document, of a part of the text; use one that keeps it for that (" in capsys.readouterr().err
     engine.add_special_tokens(["!"])  # its name, as <|endoftext|> would be
@@ -259,14 +259,24 @@ def test_bad_arguments(here, capsys, arguments, words):
     assert os.listdir() == ["demo.jsonl"]
 
 
-def test_an_input_that_is_written_to_meanwhile(here, capsys, monkeypatch):
+def test_one_file_under_two_names(here, capsys):
+    jsonl("demo.jsonl", ["some text"] * 10)
+    os.symlink("demo.jsonl", "link.jsonl")
+    for other in ("link.jsonl", os.path.abspath("demo.jsonl")):
+        assert main(["demo.jsonl", other, "1", "16", "--out", "x"]) == 2
+        assert f"input {other} is named twice; name it once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inputs", [["book.txt"], ["other.txt", "book.txt"]], ids=str)
+def test_an_input_that_is_written_to_meanwhile(here, capsys, monkeypatch, inputs):
     """A download that has not ended, say: of a .txt, or at the end of a line, nothing else tells."""
-    Path("book.txt").write_text("some text")
+    for name in inputs:
+        Path(name).write_text("some text")
     add = pack_module._add
     monkeypatch.setattr(pack_module, "_add", lambda *args: (add(*args), Path("book.txt").open("a").write(" and more")))
-    assert main(["book.txt", "1", "2"]) == 2
+    assert main([*inputs, "1", "2", *(["--out", "made"] if len(inputs) > 1 else [])]) == 2
     assert capsys.readouterr().err == "error: input book.txt has been written to while it was read: what is in it now may be missing; start again when it is complete\n"
-    assert os.listdir() == ["book.txt"]
+    assert sorted(os.listdir()) == sorted(inputs)
 
 
 def test_one_document_cannot_be_divided(here, capsys):
@@ -274,6 +284,9 @@ def test_one_document_cannot_be_divided(here, capsys):
     Path("book.txt").write_text("some text")
     assert main(["book.txt", "1", "16", "--val_split", "0.01"]) == 2
     assert "--val_split 0.01 would hold out all 1 document; leave it out, or divide the text into several files" in capsys.readouterr().err
+    jsonl("one.jsonl", ["more"])
+    assert main(["book.txt", "one.jsonl", "1", "16", "--out", "two", "--val_split", "2"]) == 2
+    assert "would hold out all 2 documents; hold out fewer or give more data" in capsys.readouterr().err
 
 
 def test_a_failing_round_trip_is_exit_code_2(here, capsys, monkeypatch):

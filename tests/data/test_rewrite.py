@@ -196,3 +196,17 @@ def test_copies_on_both_sides_are_told(tmp_path, monkeypatch, compared):
     assert not told
     split(write(tmp_path / "copied", once * 3), str(tmp_path / "d"), 0.3, warn=told.append)
     assert len(told) == 1 and 80 < int(told[0].partition("%")[0]) <= 100 and f"are in {tmp_path}/d too, as copies" in told[0]
+
+
+def test_what_is_a_copy(tmp_path):
+    """Not what begins alike, nor what has the same tokens in another number; a few that come again are no matter, and where they lie does not count."""
+    rng, told = np.random.default_rng(3), []
+    begins_alike = [np.append(np.arange(60), last).astype(np.uint16) for last in range(100, 200)]
+    alike = [np.full(n, 7, np.uint16) for n in range(1, 200)]
+    others = [rng.integers(1, 60000, 30).astype(np.uint16) for _ in range(200)]
+    for name, docs in (("alike", begins_alike + alike), ("few", [*others, *others[:12], others[0][:0]])):
+        split(write(tmp_path / name, docs), str(tmp_path / f"{name}-s"), 0.4, warn=told.append)
+        assert not told, name
+    twice = others[:120] * 2 + others[120:] + begins_alike
+    split(write(tmp_path / "some", [twice[i] for i in rng.permutation(len(twice))]), str(tmp_path / "e"), 0.4, warn=told.append)
+    assert len(told) == 1 and 15 < int(told[0].partition("%")[0]) < 60, told  # 240 of 420 have a copy, 0.6 of these in the other part

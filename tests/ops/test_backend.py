@@ -72,6 +72,11 @@ def test_set_kernel_outranks_the_environment(monkeypatch):
     assert backend.requested() == "torch"
     with backend.asked_for("cuda"), backend.asked_for(""):
         assert backend.requested() == "cuda"
+    with backend.restored(), backend.asked_for("cuda"):
+        backend.set_kernel("cpu")
+        with backend.asked_for("torch"):
+            assert backend.requested() == "torch"
+        assert backend.requested() == "cuda"
     with pytest.raises(ZeroDivisionError), backend.asked_for("cpu"):
         1 / 0
     assert backend.requested() == "torch"

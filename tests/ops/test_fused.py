@@ -96,6 +96,18 @@ def test_every_instruction_set(form, name, level):
         torch.ops.rwkvlm.fused_limit_isa(2)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_lies_askew_is_put_right(form, name):
+    """Inputs, and gradients of outputs, as views give them. What the kernels read is in order."""
+    case, results = Case(name, T=20, state=True), []
+    turned = [t if t is None or t.dim() < 2 else t.detach().mT.contiguous().mT.requires_grad_() for t in case.inputs]
+    for inputs, order in ((case.inputs, lambda x: x), (turned, lambda x: x.mT.contiguous().mT)):
+        outputs = case.call(fused, *inputs)
+        slopes = [order(torch.linspace(-1, 1, out.numel()).view_as(out)) for out in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, [t for t in inputs if t is not None], slopes)])
+    close(*results, PLAIN_TOLERANCE[torch.float32])
+
+
 def test_keys_of_length_zero_and_tiny_ones(form):
     """As torch.nn.functional.normalize: divided by 1e-12 at least, no NaN."""
     case = Case("time_mix_inputs", T=4)

@@ -13,6 +13,7 @@ from oracles import wkv4_cases
 from oracles.elementwise import Case
 from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import WRONG_BOUNDS, Kernels, make_case, with_bounds
+from oracles.rosa import structured
 from rwkvlm.ops.adamw import native as adamw
 from rwkvlm.ops.cross_entropy import cuda as _  # noqa: F401  (defines loss_of_logits)
 from rwkvlm.ops.fused import native as fused
@@ -87,8 +88,9 @@ def _around_wkv7() -> None:
             inputs = [x if x is None else x.detach() for x in case.inputs]
             _, _, starts = ops.wkv4_forward(*inputs, True)
             ops.wkv4_backward(*case.slopes, *inputs[:4], starts)
-        for T, bits in ((1, 1), (37, 1), (9, 3), (140, 1)):
-            q, ends = torch.randn(2, T, 2 * bits).to(dtype), torch.randn(2, 2 * bits).to(dtype)
+        long = structured(70)[None, :, [1, 4, 11]].repeat(1, 2, 1)  # matches that several warps share
+        for q, bits in (*((torch.randn(2, T, 2 * bits), bits) for T, bits in ((1, 1), (37, 1), (9, 3), (140, 1))), (long, 1)):
+            T, q, ends = q.shape[1], q.to(dtype), torch.randn(2, q.shape[2]).to(dtype)
             for k in (q, None):
                 _, *state = ops.rosa(q, k, k, *ends, bits, False, 0.1, False, None, None, None, True)
                 ops.rosa(q, k, k, *ends, bits, True, 0.1, False, *state, False)

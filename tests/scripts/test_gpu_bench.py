@@ -245,6 +245,27 @@ def test_every_step_has_items_on_a_gpu_and_in_a_rehearsal():
             assert len({item.name for item in items}) == len(items)
 
 
+def test_once_asks_for_every_kernel_that_there_is(monkeypatch, capsys):
+    """What compute-sanitizer never runs it finds nothing in: each size of a head in more than one chunk, documents, one blend or six, wide rows, ROSA of tokens."""
+    asked = {name: [] for name in ("wkv7", "norm_mix", "rosa_self", "rosa_tokens")}
+    for module, name in ((gpu_kernels, "wkv7"), (gpu_kernels.fused, "norm_mix"), (gpu_kernels.rosa, "rosa_self"), (gpu_kernels.rosa, "rosa_tokens")):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *x, call=call, name=name, **options: asked[name].append((x, options)) or call(*x, **options))
+    assert gpu_kernels.main(["once", *REHEARSAL]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] > 100
+    for packed in (False, True):
+        longest = {}
+        for x, options in asked["wkv7"]:
+            if ("cu_seqlens" in options) == packed == ("pass_on" in options):
+                *_, begin, end = options.get("cu_seqlens", torch.tensor([0, x[0].shape[1]])).tolist()
+                longest[x[0].shape[3]] = max(end - begin, longest.get(x[0].shape[3], 0))
+        assert {N for N, T in longest.items() if T > (32 if N == 128 else 64)} == ({32, 64, 128} if packed else {16, 32, 64, 128})
+    norms = {(x[0].dtype, x[0].shape[2] > 2048, len(x[6])) for x, _ in asked["norm_mix"] if x[0].dtype != torch.float64}
+    assert norms == {(dtype, wide, n) for dtype in (torch.float32, torch.bfloat16) for wide in (False, True) for n in (1, 6)}
+    assert {x[0].shape[1] for x, _ in asked["rosa_self"]} == {3, 40}
+    assert any(options.get("return_state") for _, options in asked["rosa_tokens"]) and any(len(x) == 2 for x, _ in asked["rosa_tokens"])
+
+
 @pytest.mark.parametrize("what", ["wkv7", "norm_mix", "relu_square", "loss", "adamw"])
 def test_kernels_are_checked_and_timed(what, capsys):
     assert gpu_kernels.main([what, *REHEARSAL]) == 0

@@ -1,5 +1,6 @@
 """One run a folder: who is refused, who is told that the folder is another's now, and what is no obstacle."""
 
+import errno
 import fcntl
 import os
 import re
@@ -7,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rwkvlm.config import UserError
 from rwkvlm.config.locks import try_lock
 from rwkvlm.train import hold, run as running
-from rwkvlm.train.hold import HELD, Hold
+from rwkvlm.train.hold import HELD, Hold, last_holder
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.run import PlannedModule
 
@@ -158,6 +160,18 @@ def test_a_note_that_could_not_be_read_at_first_is_ones_own(tmp_path, monkeypatc
     other.check()
     for each in (mine, other):
         each.close()
+
+
+def test_a_full_disk_that_keeps_the_note_of_the_run_before_ends_no_run(tmp_path, monkeypatch):
+    (tmp_path / HELD).write_text("process 4242 on another, since yesterday\n")
+
+    def full(content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hold, "_locked", lambda proj_dir: SimpleNamespace(truncate=full, write=full, close=lambda: None))
+    mine = Hold(tmp_path)
+    mine.take(last_holder(tmp_path))
+    mine.check()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])

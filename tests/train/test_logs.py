@@ -70,7 +70,7 @@ def test_a_narrow_terminal_shows_whole_numbers(tmp_path, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     whole = ["step 1/10001", "mini-epoch 0  20%", "loss 3.0000", "lr 1.00e-03", "0.50 kt/s", "left 5:33:20"]
-    for columns, shown in ((100, whole), (80, [*whole[:3], *whole[4:]]), (60, [whole[0], whole[2], *whole[4:]]), (40, [whole[0], whole[2], whole[5]])):
+    for columns, shown in ((100, whole), (80, [*whole[:3], *whole[4:]]), (60, [whole[0], whole[2], *whole[4:]]), (40, [whole[0], whole[2], whole[5]]), (9, ["step 1/1"])):
         monkeypatch.setenv("COLUMNS", str(columns))
         long = plan(tmp_path)
         long.steps = 10_001

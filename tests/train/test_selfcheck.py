@@ -135,6 +135,29 @@ def test_rounding_of_a_gradient_that_should_be_zero_is_no_fault_and_a_nan_is():
         assert (not off < most) == fault, part
 
 
+@pytest.mark.parametrize(
+    "name, dtype, asked",
+    [
+        ("x080", torch.bfloat16, [("x080", torch.float32), ("x070", torch.bfloat16)]),  # ROSA's bits turn with a rounding; what is beside it runs in bf16
+        ("rosa", torch.bfloat16, [("rosa", torch.float32)]),
+        ("x070", torch.float16, [("x070", torch.float32)]),  # as the kernels compute it
+    ],
+)
+def test_what_is_asked_and_in_which_dtype(monkeypatch, name, dtype, asked):
+    found = []
+    monkeypatch.setattr(selfcheck, "_check", lambda sizes, dtype, device: found.append((sizes.model_type, dtype)))
+    check_kernels(model_config(name), dtype, torch.device("cpu"))
+    assert found == asked
+
+
+def test_what_is_furthest_off_is_measured_by_how_far_it_may_be():
+    """One gradient that plain PyTorch rounds as far, and one that is off by less, which no rounding explains."""
+    one = torch.ones(4)
+    got, rounded, wanted = dict(a=1.3 * one, b=1.2 * one), dict(a=1.3 * one, b=one), dict(a=one.double(), b=one.double())
+    part, off, most = worst(got, rounded, wanted)
+    assert part == "b" and off == pytest.approx(0.2) and off > most
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_is_no_fault_of_a_kernel(run, tmp_path, monkeypatch, capsys, error):
     """As where another program has the GPU."""

@@ -90,6 +90,12 @@ def test_load_model_and_epoch_begin(tmp_path, stage):
     assert find_start(config(out, train_stage=stage, load_model=str(path)), 101, []).warmup_steps == 0
 
 
+def test_weights_from_elsewhere_that_would_begin_behind_the_end_are_refused(run, tmp_path, capfd):
+    assert run(tmp_path / "other", train_stage=1) == 0
+    assert run(tmp_path / "out", train_stage=0, load_model=tmp_path / "other" / "rwkv-init.pth", epoch_begin=7, my_exit_tokens=1000) == 2
+    assert "--epoch_begin 7 begins after 8960 tokens, and the training ends at 1000: nothing would be trained" in capfd.readouterr().err
+
+
 def test_stage_0_from_a_later_mini_epoch_keeps_the_earlier_files(tmp_path):
     path = put(tmp_path, "rwkv-4.pth")
     assert find_start(config(tmp_path, train_stage=0, load_model=str(path), epoch_begin=5), 101, []).path == path
@@ -244,6 +250,23 @@ def test_nodes_with_other_data_do_not_begin(run, tmp_path, monkeypatch):
     for flags in (dict(data_file=tmp_path / "data"), dict(data_file=run.data, val_file=tmp_path / "data")):
         with pytest.raises(UserError, match=f"--data_file {flags['data_file']} holds other data, or has others held out, for rank 1 than for rank 0; copy the same files to all nodes"):
             planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **flags), "train.py")))
+
+
+@pytest.mark.parametrize(
+    "other", [dict(data=SimpleNamespace(order=619)), dict(identity=[(10, 2), (11, 3)]), dict(identity=[(10, 2), (10, 4)]), dict(identity=[(9, 2), (10, 3)]), dict(held_out=range(3))], ids=str
+)
+def test_each_way_in_which_data_may_differ_is_seen(tmp_path, monkeypatch, other):
+    """Of two files: the order of the samples; tokens, or documents, of one of them; what is held out."""
+    told = []
+
+    def plan(data=SimpleNamespace(order=617), identity=((10, 2), (10, 3)), held_out=range(4)):
+        files = [dict(tokens=tokens, documents=documents) for tokens, documents in identity]
+        return SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=SimpleNamespace(data_file="data"), data=data, identity=files, held_out=held_out)
+
+    monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: told.append(value) or [told[0] if isinstance(value, tuple) else value, value])
+    assert planning.checked(plan()).held_out == range(4)
+    with pytest.raises(UserError, match="holds other data, or has others held out, for rank 1"):
+        planning.checked(plan(**other))
 
 
 def test_a_process_that_looked_before_another_had_written_looks_again(run, tmp_path, monkeypatch):
