@@ -321,6 +321,26 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
     assert said.startswith(line) and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'pkg_resources'", name="pkg_resources"), TypeError("unexpected keyword"), AttributeError("no such")])
+def test_other_versions_than_are_needed_are_one_line(monkeypatch, capsys, tmp_path, error):
+    """The official trainer wants Lightning 1.9.5, which fails here while it is imported, or in a call."""
+
+    def command(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_command", lambda name: command)
+    for needed, said in (("numpy>=1.0", ""), ("nothing-of-this-name>=2", ""), ("numpy<1.0", "has other versions than are needed: numpy<1.0 (installed: ")):
+        (tmp_path / "requirements.txt").write_text(needed)
+        monkeypatch.setattr("rwkvlm.cli.doctor.REQUIREMENTS", tmp_path / "requirements.txt")
+        if said:
+            assert main(["generate"]) == 1
+            line = capsys.readouterr().err
+            assert said in line and str(error) in line and "use .venv/bin/python" in line and line.count("\n") == 1
+        else:
+            with pytest.raises(type(error)):
+                main(["generate"])
+
+
 def test_what_every_command_may_lack_is_what_is_required():
     required = {re.match("[a-z-]+", line)[0].replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert cli.REQUIRED <= required

@@ -308,6 +308,11 @@ def test_too_short_for_the_context_is_said(here, capsys):
     jsonl("demo.jsonl", ["abc"])
     assert main(["demo.jsonl", "1", "4096"]) == 0
     assert "--ctx_len 4096 needs at least 8193 tokens and the data have 2" in capsys.readouterr().out
+    jsonl("demo.jsonl", words(20))
+    for held_out, told in (("1", True), ("10", False)):  # before a training refuses the pair
+        assert main(["demo.jsonl", "1", "32", "--val_split", held_out]) == 0
+        assert (BinIdx("demo.val").n_tokens < 33) is told
+        assert ("too little to validate with: --ctx_len 32 needs at least 33 tokens" in capsys.readouterr().out) is told
 
 
 @pytest.mark.parametrize("failing", ["demo.idx", "demo.val.idx"])

@@ -151,7 +151,7 @@ def test_held_out_walks_in_order_and_starts_over(prefix):
     assert len(held) == 599
     x, y = held[np.array([1, 2, 599, 600])]
     assert x[:, 0].tolist() == [0, 100, 59800 - 50021, 0] and y[0].tolist() == list(range(1, 101))
-    with pytest.raises(UserError, match="60000 tokens; --ctx_len 60000 needs at least 60001"):
+    with pytest.raises(UserError, match="60000 tokens; --ctx_len 60000 needs at least 60001: hold out more .*--val_split"):
         HeldOutSamples(prefix, 60000)
 
 

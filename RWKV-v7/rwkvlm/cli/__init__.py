@@ -77,8 +77,14 @@ def _lacking(error: Exception) -> str:
     no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")  # that of a write has it: the reader is slow
     if "can't start new thread" in told or no_process:
         return f"no further thread or process may be started ({told}); raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
+    cure = "use .venv/bin/python, which ./test.sh and the demo scripts make, or pip install -r requirements.txt"
     if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:  # `python train.py`, as officially, beside the .venv
-        return f"{sys.executable} has no {error.name}; use .venv/bin/python, which ./test.sh and the demo scripts make, or pip install -r requirements.txt"
+        return f"{sys.executable} has no {error.name}; {cure}"
+    if isinstance(error, (ImportError, AttributeError, TypeError)):  # the same in an environment of the official trainer, which wants Lightning 1.9.5
+        from .doctor import unmet
+
+        if others := [line for line in unmet() if "(installed: " in line]:
+            return f"{sys.executable} has other versions than are needed: {', '.join(others)}; {cure} ({type(error).__name__}: {told})"
     return ""
 
 

@@ -39,12 +39,16 @@ dist.destroy_process_group()
 """
 
 
+def unmet() -> list[str]:
+    """What of requirements.txt this interpreter lacks, or has in another version: each with the reason."""
+    return subprocess.run([sys.executable, ROOT / "RWKV-v7" / "requirements_met.py", REQUIREMENTS], capture_output=True, text=True, timeout=60).stdout.splitlines()
+
+
 def python() -> str:
     if sys.version_info < (3, 10):
         raise UserError(f"Python {sys.version.split()[0]} is too old; use 3.10 or newer")
-    asked = subprocess.run([sys.executable, ROOT / "RWKV-v7" / "requirements_met.py", REQUIREMENTS], capture_output=True, text=True, timeout=60)
-    if asked.returncode:
-        raise UserError(f"{sys.executable} lacks {', '.join(asked.stdout.splitlines())}; run: {pip_install(f'-r {REQUIREMENTS}')}")
+    if lacking := unmet():
+        raise UserError(f"{sys.executable} lacks {', '.join(lacking)}; run: {pip_install(f'-r {REQUIREMENTS}')}")
     import torch
 
     return f"{sys.version.split()[0]}, torch {torch.__version__}"

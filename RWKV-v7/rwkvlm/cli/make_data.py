@@ -92,6 +92,8 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
     print(f"{prefix}.bin/idx: {made.tokens} tokens, {made.documents} document{'s' * (made.documents != 1)}, {made.dtype}")
     if made.val_documents:
         print(f"{prefix}.val.bin/idx: {made.val_tokens} tokens, {made.val_documents} document{'s' * (made.val_documents != 1)} held out")
+        if made.val_tokens <= ctx_len:
+            print(f"too little to validate with: --ctx_len {ctx_len} needs at least {ctx_len + 1} tokens; hold out more with a larger --val_split")
     print(f"largest token id {made.largest}, {made.distinct} distinct ones; --vocab_size {tokenizer.vocab_size}")
     try:
         prime = magic_prime(made.tokens, ctx_len)

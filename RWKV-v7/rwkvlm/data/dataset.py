@@ -120,7 +120,10 @@ class HeldOutSamples(_Chunks):
         super().__init__(data, ctx_len, vocab_size)
         self.n_chunks = (self.data.n_tokens - 1) // ctx_len
         if not self.n_chunks:
-            raise UserError(f"validation data {self.data.prefix} have {self.data.n_tokens} tokens; --ctx_len {ctx_len} needs at least {ctx_len + 1}")
+            raise UserError(
+                f"validation data {self.data.prefix} have {self.data.n_tokens} tokens; --ctx_len {ctx_len} needs at least {ctx_len + 1}: "
+                "hold out more (make_data.py --val_split), give a smaller --ctx_len, or move the held-out files away to do without"
+            )
 
     def __len__(self) -> int:
         return self.n_chunks
