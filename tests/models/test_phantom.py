@@ -46,6 +46,8 @@ def alive(config, dtype=torch.float32, seed=0):
                 p.mul_(8)
             elif name.endswith("ttt.rate"):
                 p.fill_(0.2)
+            elif name.endswith("ttt.gain"):
+                p.fill_(5.0)
     return model.eval()
 
 
