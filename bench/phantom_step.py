@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--head_size", type=int, default=64)
     parser.add_argument("--vocab", type=int, default=65536)
-    parser.add_argument("--chunk", type=int, default=0, help="ttt_chunk; 0: the kind's own")
+    parser.add_argument("--chunk", type=int, default=64, help="ttt_chunk, of steps on the state")
     parser.add_argument("--kind", choices=("state", "memory"), default="state")
     parser.add_argument("--core_ratio", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
