@@ -63,7 +63,7 @@ class RWKV7PhantomConfig:
     ttt_second_order: bool = True
     ttt_meta: bool = False
     ttt_loss_weight: float = 0.1
-    ttt_features: int = 0
+    ttt_features: int | None = None
     max_depth_iter: int = 1
     use_svd_compression: bool = False
     svd_rank_ratio: float = 0.5

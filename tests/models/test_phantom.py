@@ -282,8 +282,15 @@ def test_files_of_before_the_present_memory():
     config = PhantomConfig(**SIZES)
     then = {name: value for name, value in config.carried().items() if name != "ttt_features"} | {"memory_dim": 32, "memory_rows": 32}
     assert model_config("phantom", **SIZES, **decode(json.dumps(then).encode())) == config
-    with pytest.raises(UserError, match="use the version that wrote it"):
+    with pytest.raises(UserError, match="until November 2026"):
         decode(json.dumps(then | {"ttt_kind": "memory"}).encode())
+    decode(json.dumps(then | {"ttt_kind": "memory", "ttt_enabled": False}).encode())  # Ghosts alone
+
+
+@pytest.mark.parametrize("text", ["11", "null", "true", "[]", '"x"', '{"no_such":1}', '{"memory_dim":1'])
+def test_what_no_version_carried_is_refused(text):
+    with pytest.raises(UserError, match="phantom_config cannot be read"):
+        decode(text.encode())
 
 
 def test_rwkv7_becomes_a_phantom_with_the_least_error():
@@ -450,6 +457,7 @@ def test_bf16_stays_near():
         (dict(ghost_activation="gelu"), "choose one of: identity, relu"),
         (dict(ttt_kind="memory", ttt_lr=2.0), "--ttt_lr 2.0, but steps of 2 and more diverge; use --ttt_lr below 2"),
         (dict(ttt_kind="memory", ttt_features=48), "--ttt_features 48 does not go with --head_size 32; use one of: 32, 64, 128"),
+        (dict(ttt_kind="memory", ttt_features=0), "--ttt_features 0 does not go with"),
         (dict(ttt_kind="memory", ttt_features=16), "--ttt_features 16 does not go with --head_size 32; use one of: 32, 64, 128"),
         (dict(dropout=1.0), "--dropout 1.0 must lie in [0, 1)"),
         (dict(layer_norm_eps=0.0), "--layer_norm_eps 0.0 must be above 0"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
-from rwkvlm.config import ModelConfig, TrainConfig, UserError, model_config
+from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
 from rwkvlm.config.phantom import MATRICES
 from rwkvlm.infer import load_engine
 from rwkvlm.models import build, init_weights, read_config
@@ -75,6 +75,23 @@ def test_stopped_and_gone_on_it_is_the_same_run(run, phantom, losses, tmp_path):
     (tmp_path / "weights").mkdir()
     save_weights(tmp_path / "weights" / "rwkv-0.pth", one)
     assert run(tmp_path / "weights", my_testing="phantom", **SHORT, max_steps=1) == 0, "and from weights alone"
+
+
+def test_runs_of_before_the_present_memory_go_on(run, losses, tmp_path, monkeypatch, capfd):
+    """Their states and files have the sizes of the memory that there was; those that used it are refused."""
+    now = PhantomConfig.as_dict
+    for kind in ("state", "memory"):
+        with monkeypatch.context() as then:
+            then.setattr(PhantomConfig, "as_dict", lambda self: {k: v for k, v in now(self).items() if k != "ttt_features"} | {"memory_dim": 32, "memory_rows": 32})
+            then.setattr(PhantomConfig, "carried", lambda self: {k: v for k, v in self.as_dict().items() if k in ("core_ratio", "ttt_kind", "ttt_chunk", "ttt_enabled", "memory_dim", "memory_rows")})
+            assert run(tmp_path / kind, my_testing="phantom", ttt_kind=kind, ttt_chunk=16, **SHORT, max_steps=3) == 0
+        capfd.readouterr()
+        if kind == "state":
+            assert run(tmp_path / kind, my_testing="phantom", **SHORT) == 0 and len(losses(tmp_path / kind)) == 10
+            assert read_config(load_weights(tmp_path / kind / "rwkv-final.pth")).steps_on_state
+        else:
+            assert run(tmp_path / kind, my_testing="phantom", **SHORT) == 2
+            assert "error: the model has the memory that there was until November 2026; use the version that wrote it" in capfd.readouterr().err
 
 
 def rwkv7(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from .errors import UserError
@@ -14,6 +14,7 @@ ACTIVATIONS = ("identity", "relu")
 TTT_KINDS = ("state", "memory")
 TTT_TARGETS = ("stored", "value")
 FIRST_STEP = {"state": 0.01, "memory": 0.5}
+OF_OLDER_MEMORY = ("memory_dim", "memory_rows")
 FEATURES = (16, 32, 64, 128)  # sizes of the heads that wkv7 has
 OF_STATE = ("ttt_chunk", "ttt_steps", "ttt_second_order", "ttt_meta", "ttt_core_ratio", "ttt_head", "ttt_target", "ttt_anchor", "ttt_loss_weight")
 OF_TTT = (*OF_STATE, "ttt_kind", "ttt_lr", "ttt_features")
@@ -31,7 +32,7 @@ class PhantomConfig(ModelConfig):
     ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (on fast weights beside it, layers/memory.py)
     ttt_lr            step size per token at the start; None: 0.01 for "state", 0.5 for "memory". The steps on the state average over the segment, so
                       that eta starts at ttt_lr * ttt_chunk: 0.01 alone moved the state by 0.1 % and did nothing
-    ttt_features      features of each key of the "memory", 16, 32, 64 or 128 and no less than head_size; 0: twice head_size, at most 128
+    ttt_features      features of each key of the "memory", 16, 32, 64 or 128 and no less than head_size; None: twice head_size, at most 128
                       The following are of "state" alone; "memory" makes a step after each token
     ttt_chunk         tokens per segment, a multiple of 16
     ttt_steps         gradient steps per segment
@@ -60,7 +61,7 @@ class PhantomConfig(ModelConfig):
     ttt_head: bool = True
     ttt_target: str = "stored"
     ttt_anchor: float = 0.01
-    ttt_features: int = 0
+    ttt_features: int | None = None
     max_depth_iter: int = 1
     layer_norm_eps: float = 1e-5
     ttt_second_order: bool = True
@@ -79,10 +80,9 @@ class PhantomConfig(ModelConfig):
         for name in ("ttt_steps", "max_depth_iter"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.ttt_lr is None:
-            object.__setattr__(self, "ttt_lr", self._default("ttt_lr"))
-        if self.ttt_features == 0:
-            object.__setattr__(self, "ttt_features", self._default("ttt_features"))
+        for name in ("ttt_lr", "ttt_features"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self._default(name))
         for name in ("ttt_lr", "layer_norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)} must be above 0")
@@ -91,7 +91,7 @@ class PhantomConfig(ModelConfig):
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout {self.dropout} must lie in [0, 1)")
-        if self.ttt_chunk < 16 or self.ttt_chunk % 16:
+        if self.ttt_kind == "state" and (self.ttt_chunk < 16 or self.ttt_chunk % 16):
             raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
         if self.has_memory and (self.ttt_features not in FEATURES or self.ttt_features < self.head_size):
             fitting = [size for size in FEATURES if size >= self.head_size]
@@ -205,14 +205,18 @@ def decode(numbers: Iterable[float]) -> dict[str, object]:
     try:
         found = json.loads(bytes(int(n) for n in numbers))
         known = {f.name for f in fields(PhantomConfig)}
-        if "memory_dim" in found and found["ttt_kind"] == "memory":
-            raise UserError("the checkpoint's memory is of a form that there was until November 2026; use the version that wrote it (commit abf24d8)")
-        found = {name: value for name, value in found.items() if name not in ("memory_dim", "memory_rows")}  # of that memory, in all files
-        if not isinstance(found, dict) or found.keys() - known:
+        if not isinstance(found, dict) or found.keys() - known - set(OF_OLDER_MEMORY):
             raise ValueError
     except (ValueError, OverflowError):
         raise UserError("the checkpoint's phantom_config cannot be read: it is damaged or of a newer version; use the version that wrote it") from None
-    return found
+    return as_now(found)
+
+
+def as_now(found: Mapping[str, object]) -> dict[str, object]:
+    """A model's settings as an older version wrote them, without the sizes of the memory that there was then. UserError where it is used."""
+    if found.keys() & set(OF_OLDER_MEMORY) and found.get("ttt_enabled") and found.get("ttt_kind") == "memory":
+        raise UserError("the model has the memory that there was until November 2026; use the version that wrote it (commit abf24d8)")
+    return {name: value for name, value in found.items() if name not in OF_OLDER_MEMORY}
 
 
 def parse_ratios(text: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from ..config.phantom import PhantomConfig
 from ..ops.wkv7 import wkv7
 from .packed import Packed
 
+LARGEST_STEP = 1.984375  # keys of length 1 in bfloat16 are up to 0.4 % longer: with this they stay below 2 times the square, where M would grow
 NO_DECAY = -30.0  # of which wkv7's decay is 1 but for 6e-14
 
 
@@ -32,7 +33,7 @@ class Memory(nn.Module):
     """The wkv7 operator, and beside it, for each head, a matrix M [N, m] of fast weights over m features of its keys, which begins at zero:
 
         f(x) = z / |z|,  z = silu(W1 x) * W3 x           W1, W3 [m, N], one pair for all heads of a layer
-        M <- M - eta_h grad 1/2 |M f(kk_t) - v_t|^2      after each token; eta = 2 sigmoid(rate) lies below 2, where the steps do not diverge
+        M <- M - eta_h grad 1/2 |M f(kk_t) - v_t|^2      after each token; eta = 2 sigmoid(rate) stays below 2, where the steps do not diverge
         y_t = S_t r_t + gain * M f(r_t / |r_t|)
 
     A key has more features than channels count: they are products of pairs of its coordinates, so that more keys than N are told apart. The step is
@@ -69,11 +70,11 @@ class Memory(nn.Module):
         options = dict(output_final_state=True, cu_seqlens=packed.bounds if packed is not None else None)
         y, wkv, r, k, v = wkv7(r, w, k, v, a, b, wkv, pass_on=True, **options)
         asked, key = self._features(_unit(r)), self._features(-a)
-        step = (2 * torch.sigmoid(self.rate)).to(key.dtype)[:, None] * key
+        step = (2 * torch.sigmoid(self.rate)).clamp(max=LARGEST_STEP).to(key.dtype)[:, None] * key
         N, missing = v.shape[-1], key.shape[-1] - v.shape[-1]  # the operator has as many values as keys
         wide, fast = (v, fast) if not missing else (F.pad(v, (0, missing)), F.pad(fast, (0, 0, 0, missing)) if fast is not None else None)
         read, fast = wkv7(asked, torch.full_like(key, NO_DECAY), step, wide, -key, step, fast, **options)
-        y, fast = torch.addcmul(y, self.gain, read[..., :N]), fast[:, :, :N]
+        y, fast = torch.addcmul(y, self.gain, read[..., :N]), fast[:, :, :N].contiguous()
         out = (y, *([MemoryState(wkv, fast)] if output_final_state else []), *((r, k, v) if pass_on else ()))
         return out if len(out) > 1 else y
 

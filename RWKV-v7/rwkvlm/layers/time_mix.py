@@ -11,6 +11,7 @@ from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
 from .norm_mix import NormMix
 from .packed import Packed
+from .memory import Memory, MemoryState
 from .ttt import StateTTT, TttState
 
 
@@ -32,7 +33,7 @@ class TimeMix(nn.Module):
     linear makes the large matrices. ttt, when given, runs in the place of the wkv7 operator, with a state of its own.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: StateTTT | None = None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linear: Linear = dense, ttt: StateTTT | Memory | None = None) -> None:
         super().__init__()
         C, H, N = config.n_embd, config.n_head, config.head_size
         self.first, self.n_head, self.head_size = layer == 0, H, N
@@ -62,7 +63,7 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(H, C, eps=64e-5)
         self.ttt = ttt
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | TttState:
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | TttState | MemoryState:
         """The state of the recurrence before the first token."""
         wkv = torch.zeros(batch, self.n_head, self.head_size, self.head_size, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return wkv if self.ttt is None else self.ttt.init_state(wkv)

@@ -38,7 +38,7 @@ def check_kernels(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 def small(sizes: ModelConfig) -> ModelConfig:
     """The same kind of model, two blocks of a few heads, all of its sizes as they are derived from these."""
-    derived = {name: 0 for name in ("dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "attention_kv_heads", "ttt_features")}
+    derived = {name: 0 for name in ("dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "attention_kv_heads")}
     own = derived | dict(ranks="", core_ratios="", dropout=0.0, attention_layers="1", n_layer=2, n_embd=2 * max(sizes.head_size, 32), vocab_size=200)
     if has_rosa(sizes):
         own |= dict(head_size=32, n_embd=64)  # plain PyTorch takes its time for ROSA
@@ -88,7 +88,7 @@ def worst(got: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], wanted
 
 def tokens(sizes: ModelConfig, draw: int = 0) -> torch.Tensor:
     """[2, T + 1], the same eleven over and over."""
-    T = 30 if has_rosa(sizes) else max(100, 2 * getattr(sizes, "ttt_chunk", 0) + 10)  # two chunks of wkv7's, two steps of test-time training
+    T = 30 if has_rosa(sizes) else max(100, 2 * sizes.ttt_chunk + 10 if getattr(sizes, "steps_on_state", False) else 0)  # two chunks of wkv7's, two steps of test-time training
     return torch.randint(sizes.vocab_size, (2, 11), generator=torch.Generator().manual_seed(1 + draw)).repeat(1, T // 11 + 1)[:, : T + 1]
 
 

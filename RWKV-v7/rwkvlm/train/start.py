@@ -96,7 +96,7 @@ def _from_state(config: TrainConfig, order: int | str, identity: list[dict], dam
     if (then := info.meta["epoch_samples"]) != config.epoch_samples:
         say(f"--epoch_samples {config.epoch_samples} from here on, and {then} before: mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}")
     _same_data(config, info, identity)
-    model = _agree(config, model_config(**info.meta["model"]), info.path)
+    model = _agree(config, model_config(**phantom.as_now(info.meta["model"])), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
 
 
