@@ -74,7 +74,7 @@ class Memory(nn.Module):
         N, missing = v.shape[-1], key.shape[-1] - v.shape[-1]  # the operator has as many values as keys
         wide, fast = (v, fast) if not missing else (F.pad(v, (0, missing)), F.pad(fast, (0, 0, 0, missing)) if fast is not None else None)
         read, fast = wkv7(asked, torch.full_like(key, NO_DECAY), step, wide, -key, step, fast, **options)
-        y, fast = torch.addcmul(y, self.gain, read[..., :N]), fast[:, :, :N].contiguous()
+        y, fast = torch.addcmul(y, self.gain, read[..., :N]), fast[:, :, :N].clone() if missing else fast
         out = (y, *([MemoryState(wkv, fast)] if output_final_state else []), *((r, k, v) if pass_on else ()))
         return out if len(out) > 1 else y
 
