@@ -22,6 +22,7 @@ MODELS = {
     "values as targets": ("phantom", dict(ttt_target="value", ttt_core_ratio=1.0)),
     "in depth": ("phantom", dict(ttt_meta=True, ttt_chunk=128, max_depth_iter=2, core_ratio=0.5, core_ratios="att.key=0.3")),
     "memory": ("phantom", dict(ttt_kind="memory")),
+    "memory, narrow": ("phantom", dict(ttt_kind="memory", ttt_features=64)),
     "hybrid": ("hybrid", dict(attention_layers="1,3,5", attention_kv_heads=3, attention_window=64)),
     "x080": ("x080", dict(deep_embed=True)),
     "no gradient of bits": ("x080", dict(rosa_grad="none", rosa_bits=1)),
@@ -199,3 +200,8 @@ def test_it_is_asked_for_the_model_the_dtype_and_the_device_of_the_run(run, tmp_
     monkeypatch.setattr(training, "check_kernels", lambda *what: asked.append(what))
     assert run(tmp_path, precision="bf16", max_steps=1) == 0
     assert [(sizes.n_embd, dtype, device) for sizes, dtype, device in asked] == [(64, torch.bfloat16, CPU)]
+
+
+@pytest.mark.parametrize("features", [32, 64, 128])
+def test_a_memory_is_checked_with_the_kernel_that_the_run_has(features):
+    assert small(model_config("phantom", **LARGE, head_size=32, ttt_kind="memory", ttt_features=features)).ttt_features == features

@@ -29,11 +29,13 @@ class PhantomConfig(ModelConfig):
     core_ratios       other shares for some matrices, as "ffn.key=1,att.output=0.5"
     ghost_activation  between core and ghost. The identity is the default: it lost less than ReLU at equal parameters (first evidence)
     ghost_permuted    rows are stored in another order, as a factorised RWKV-7 needs them
+    max_depth_iter    passes through each block
     ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (on fast weights beside it, layers/memory.py)
     ttt_lr            step size per token at the start; None: 0.01 for "state", 0.5 for "memory". The steps on the state average over the segment, so
                       that eta starts at ttt_lr * ttt_chunk: 0.01 alone moved the state by 0.1 % and did nothing
     ttt_features      features of each key of the "memory", 16, 32, 64 or 128 and no less than head_size; None: twice head_size, at most 128
-                      The following are of "state" alone; "memory" makes a step after each token
+
+    Of "state" alone ("memory" makes a step after each token):
     ttt_chunk         tokens per segment, a multiple of 16
     ttt_steps         gradient steps per segment
     ttt_core_ratio    share of the state's value rows that are stepped on, rounded up to a multiple of 8
@@ -43,8 +45,6 @@ class PhantomConfig(ModelConfig):
     ttt_anchor        weight of the squared distance from the state before the steps; without effect when ttt_steps is 1
     ttt_second_order  False: the inner gradient is a constant to the outer loss
     ttt_meta          adds ttt_loss_weight * the inner loss on the segment after the step
-                      And of both
-    max_depth_iter    passes through each block
     """
 
     model_type: str = "phantom"
