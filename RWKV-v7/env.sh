@@ -47,10 +47,18 @@ is_set_up() { [ -x .venv/bin/python ] && grep -qxF "$(stamp $REQUIREMENTS)" .ven
 
 take_lock() { # FILE, what another start is doing: one at a time on all nodes that see FILE; the lock goes with the process that holds it, however that ends
     exec 9>>"$1"
-    flock -n 9 || {
+    lock -n || {
         echo "Waiting for another start that is $2; its lock is $1"
-        flock 9
+        lock
     }
+}
+
+lock() { # what exec has opened as 9; -n: or fails at once
+    if command -v flock >/dev/null; then
+        flock "$@" 9
+    else # macOS: Python locks what this shell has open
+        "${PYTHON:-python3}" -c 'import fcntl, sys; fcntl.flock(9, fcntl.LOCK_EX | (fcntl.LOCK_NB if sys.argv[1:] else 0))' "$@" 2>/dev/null
+    fi
 }
 
 drop_lock() { exec 9>&-; }

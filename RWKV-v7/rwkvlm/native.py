@@ -306,6 +306,8 @@ def _compile(what: str, name: str, sources: list[Path], compiler: str, library: 
         if _registers(name):
             common.append(f"-I{_torch() / 'include'}")
             linked = [f"-L{_torch() / 'lib'}", "-ltorch_cpu", "-lc10"]
+            if sys.platform == "darwin":  # where it does not suffice that the process has them loaded
+                linked.append(f"-Wl,-rpath,{_torch() / 'lib'}")
         jobs = []
         for source in sources:
             variants = INSTRUCTION_SETS if source.name == "cpu.cpp" else {"": []}

@@ -1,6 +1,7 @@
 """Quotas of containers and schedulers: CPUs, threads and memory, in control groups of version 1 and 2"""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,17 @@ def test_memory_of_version_1(machine):
     for name, text in (("limit_in_bytes", 1000), ("usage_in_bytes", 700), ("stat", "cache 5\ntotal_active_file 40\ntotal_inactive_file 60")):
         group(f"memory/memory.{name}", text)  # what a container sees, whose own path is the machine's
     assert cgroups.memory_left() == [400]
+
+
+def test_a_system_without_proc_and_affinity(tmp_path, monkeypatch):
+    """As macOS."""
+    psutil = pytest.importorskip("psutil")
+    assert cgroups.memory_free() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
+    monkeypatch.setattr(cgroups, "MEMORY", tmp_path / "none")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6000))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert (cgroups.cpus_allowed(), cgroups.memory_free()) == (12, 6000)
 
 
 def test_threads_are_no_more_than_a_quota_has_time_for(machine, capsys):

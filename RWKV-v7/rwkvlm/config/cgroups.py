@@ -1,4 +1,4 @@
-"""What control groups leave this process of its machine: the limits of a container or of a scheduler, in version 1 and 2."""
+"""What this process has of its machine: CPUs and memory, and what control groups leave of them, the limits of a container or of a scheduler, in version 1 and 2."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 
 OWN, ALL = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+MEMORY = Path("/proc/meminfo")
+
+
+def cpus_allowed() -> int:
+    """How many CPUs this process may run on; macOS has them all run it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpus() -> int:
     """How many CPUs have time for this process: those that it may run on, or fewer where a group has a quota."""
-    counts = [len(os.sched_getaffinity(0))]
+    counts = [cpus_allowed()]
     for folder in _folders("cpu"):
         for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
             with suppress(OSError, ValueError):  # "max" is no quota
@@ -20,6 +26,17 @@ def cpus() -> int:
                 if quota > 0:
                     counts.append(quota // period)
     return max(1, min(counts))
+
+
+def memory_free() -> int:
+    """Bytes that the machine has for programs."""
+    try:
+        found = dict(line.split(":") for line in MEMORY.read_text().splitlines())
+    except OSError:  # macOS
+        import psutil  # DeepSpeed brings it
+
+        return psutil.virtual_memory().available
+    return int(found["MemAvailable"].split()[0]) * 1024
 
 
 def memory_left() -> list[int]:

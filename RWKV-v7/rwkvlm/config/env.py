@@ -11,7 +11,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from .cgroups import cpus
+from .cgroups import cpus, cpus_allowed
 from .errors import UserError
 
 
@@ -79,7 +79,7 @@ def limit_threads() -> None:
     """OMP_NUM_THREADS, unless it is set, where there is time for fewer CPUs than this process may run on, as in a container with a quota: of more threads
     some would stand still, and the others wait for them. To be called before torch is imported."""
     global _threads
-    if "OMP_NUM_THREADS" not in os.environ and cpus() < len(os.sched_getaffinity(0)):
+    if "OMP_NUM_THREADS" not in os.environ and cpus() < cpus_allowed():
         _threads = cpus()
         os.environ["OMP_NUM_THREADS"] = str(_threads)
 

@@ -83,8 +83,7 @@ def memory_available(plan: Plan) -> int:
     """Bytes for each process: what is free on its GPU, or its share of what this machine, or its container, has free."""
     if plan.device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
-    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return min([int(found["MemAvailable"].split()[0]) * 1024, *cgroups.memory_left()]) // plan.launch.devices
+    return min([cgroups.memory_free(), *cgroups.memory_left()]) // plan.launch.devices
 
 
 def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:
