@@ -53,7 +53,7 @@ class Tokens:
         base = self.tokens
         while isinstance(base, np.ndarray):
             base = base.base
-        if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        if not isinstance(base, mmap.mmap):
             return None
         return base, self.tokens.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
 
