@@ -73,7 +73,7 @@ def gpu() -> str:
 
 
 def nvcc() -> str:
-    """nvcc compiles the CUDA kernels. It need not be of torch's CUDA release, the driver alone must know its: that is seen when they are built."""
+    """nvcc compiles the CUDA kernels. Its CUDA release need not be torch's, but the driver must run it, which shows when they are built."""
     if not listed_gpus():
         return "not needed: there is no GPU"
     import torch

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         return values, unknown
 
     def error(self, message: str) -> NoReturn:
-        """A misspelt flag first: another one may only be missing for it."""
+        """A misspelt flag is named first: it may be why another one is missing."""
         for word in self.given if self._subparsers is None else ():  # a command's flags come after its name
             if word.startswith("--") and word != "--" and word.partition("=")[0] not in self._option_string_actions:
                 raise self._unknown(word)
