@@ -313,12 +313,16 @@ def test_command_line(checkpoint, jsonl, tmp_path, capsys):
         (["--data", "x", "--out", "."], "--out . is a folder"),
         (["--lambada", "BAD"], "line 2: the text has no last word behind a space"),
         (["--data", "BAD", "--text_key", "txt"], "no key 'txt'"),
+        (["--data", "BROKEN"], "line 2: not JSON: .*; correct it or take it out: nothing is passed over here$"),
+        (["--lambada", "BROKEN"], "line 2: not JSON: .*; correct it or take it out: nothing is passed over here$"),
         (["--data", "EMPTY"], "no tokens to predict"),
     ],
     ids=str,
 )
-def test_bad_input_names_what_is_wrong(checkpoint, jsonl, argv, word):
-    argv = [jsonl(["a word", "word"]) if a == "BAD" else jsonl([""]) if a == "EMPTY" else a for a in argv]
+def test_bad_input_names_what_is_wrong(checkpoint, jsonl, tmp_path, argv, word):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a word"}\n{"text": "a w\n')
+    argv = [jsonl(["a word", "word"]) if a == "BAD" else jsonl([""]) if a == "EMPTY" else str(broken) if a == "BROKEN" else a for a in argv]
     with pytest.raises(UserError, match=word):
         command.main(["--model", str(checkpoint), "--device", "cpu", *argv])
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import mmap
 
 import pytest
 import torch
@@ -206,3 +207,13 @@ def test_wrong_states_are_refused():
         engine.read([1], state)
     with pytest.raises(RuntimeError, match="do not fit 3 blocks"):
         engine.read([1], engine.model.init_state(1)[:2])
+
+
+def test_a_kernel_without_large_pages_has_the_same_copies(monkeypatch):
+    class Memory(mmap.mmap):
+        def madvise(self, option):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(rwkv7_step.mmap, "mmap", Memory)
+    matrices = [torch.randn(3, 5), torch.randn(4, 4)]
+    assert all(map(torch.equal, rwkv7_step.on_large_pages(matrices, torch.float32), matrices))

@@ -77,7 +77,7 @@ def share(all_pieces: list[Piece], rank: int, world_size: int) -> list[Piece]:
     return own
 
 
-def write_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def write_back(optimizer: torch.optim.Optimizer) -> None:
     """Makes the model's weights equal to the masters that have been changed. Every rank calls."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer._partition_all_parameters()

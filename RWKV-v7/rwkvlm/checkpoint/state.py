@@ -275,7 +275,7 @@ def load_state(info: StateInfo, model: nn.Module, optimizer: torch.optim.Optimiz
             piece.set_step(step)
 
     ranks.together(fill)
-    write_back(model, optimizer)
+    write_back(optimizer)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def _line(data: BinIdx) -> str:
     return f"{data.prefix}.bin/idx: {data.n_tokens} tokens, {data.n_docs} document{'s' * (data.n_docs != 1)}, {data.dtype.name}"
 
 
-def _found(seen: Survey, data: BinIdx) -> str:
+def _found(seen: Survey) -> str:
     how = "all checked" if seen.whole else f"{seen.tokens} tokens of {seen.documents} documents looked at, evenly spread"
     return f"token ids {seen.smallest} to {seen.largest} ({how}); token {END_OF_DOCUMENT} ends {seen.ended} of {seen.documents} documents and stands {seen.inside} times inside"
 
@@ -96,7 +96,7 @@ def _info(args: argparse.Namespace) -> None:
         print(json.dumps(whole | {"survey": dataclasses.asdict(seen), "tokenizer": guess, "magic_prime": orders}))
         return
     print(_line(data))
-    print(_found(seen, data))
+    print(_found(seen))
     print(f"tokenizer: {guess}")
     print(f"tokens in a document: {seen.shortest} to {seen.longest}, {data.n_tokens / data.n_docs:.1f} on average")
     for bits, count in enumerate(seen.lengths):
@@ -118,7 +118,7 @@ def _verify(args: argparse.Namespace) -> None:
     if seen.smallest < 0 or seen.largest >= vocab_size:
         data.check_token_range(vocab_size, 1 << 62)  # says where
     print(_line(data))
-    print(_found(seen, data))
+    print(_found(seen))
     print(f"ok: header, sizes, pointers and documents of the index agree with each other and with {data.bin_path}, and every token is below {vocab_size}")
 
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from requirements_met import lacking  # beside the package: the shell runs it before anything is installed
+
 from ..config import UserError, env
 from ..config.errors import pip_install
 from ..config.volume import volume
@@ -41,14 +43,14 @@ dist.destroy_process_group()
 
 def unmet() -> list[str]:
     """What of requirements.txt this interpreter lacks, or has in another version: each with the reason."""
-    return subprocess.run([sys.executable, ROOT / "RWKV-v7" / "requirements_met.py", REQUIREMENTS], capture_output=True, text=True, timeout=60).stdout.splitlines()
+    return lacking(REQUIREMENTS.read_text().splitlines())
 
 
 def python() -> str:
     if sys.version_info < (3, 10):
         raise UserError(f"Python {sys.version.split()[0]} is too old; use 3.10 or newer")
-    if lacking := unmet():
-        raise UserError(f"{sys.executable} lacks {', '.join(lacking)}; run: {pip_install(f'-r {REQUIREMENTS}')}")
+    if missing := unmet():
+        raise UserError(f"{sys.executable} lacks {', '.join(missing)}; run: {pip_install(f'-r {REQUIREMENTS}')}")
     import torch
 
     return f"{sys.version.split()[0]}, torch {torch.__version__}"
@@ -71,7 +73,7 @@ def gpu() -> str:
 
 
 def nvcc() -> str:
-    """nvcc compiles the CUDA kernels. It need not be of torch's CUDA release, the driver alone must know its: that is seen when they are built."""
+    """nvcc compiles the CUDA kernels. Its CUDA release need not be torch's, but the driver must run it, which shows when they are built."""
     if not listed_gpus():
         return "not needed: there is no GPU"
     import torch

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from ..config import UserError
 
 Settings = TypeVar("Settings")
+CLOSE = 0.75  # difflib's ratio of two names
 KIND = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         return values, unknown
 
     def error(self, message: str) -> NoReturn:
-        """A misspelt flag first: another one may only be missing for it."""
+        """A misspelt flag is named first: it may be why another one is missing."""
         for word in self.given if self._subparsers is None else ():  # a command's flags come after its name
             if word.startswith("--") and word != "--" and word.partition("=")[0] not in self._option_string_actions:
                 raise self._unknown(word)
@@ -48,7 +49,8 @@ class Parser(argparse.ArgumentParser):
             return UserError(f"unexpected argument {argument!r}; flags are given as --name value")
         flag, names = argument.partition("=")[0], [name.removeprefix("--") for name in self._option_string_actions]
         typed = flag.removeprefix("--")
-        close = [name for name in names if name.startswith(f"{typed}_")] or difflib.get_close_matches(typed, names, 1, cutoff=0.5)  # --lr: lr_init, not ttt_lr
+        # --lr is lr_init, not ttt_lr; names less alike than CLOSE are other flags, as head_size_divisor and head_size_a
+        close = [name for name in names if name.startswith(f"{typed}_")] or difflib.get_close_matches(typed, names, 1, CLOSE)
         return UserError(f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "--help lists all flags"))
 
 

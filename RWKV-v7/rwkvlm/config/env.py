@@ -22,7 +22,7 @@ def kernel() -> str:
 
 def cache_dir(library: str = "") -> Path:
     """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm, and where that cannot be written to, as in some containers, a folder of the
-    user's own among the temporary files. library: in a home that has this file of native/ already nothing needs to be written."""
+    user's own among the temporary files. library: a file of native/; a home folder that has it need not be writable."""
     if given := os.environ.get("RWKV_CACHE_DIR"):
         return Path(given)
     try:

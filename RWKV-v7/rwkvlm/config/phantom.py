@@ -8,17 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from .errors import UserError
-from .model import MATRICES, ModelConfig
+from .model import HEAD_SIZES, MATRICES, ModelConfig
 
 ACTIVATIONS = ("identity", "relu")
 TTT_KINDS = ("state", "memory")
 TTT_TARGETS = ("stored", "value")
 FIRST_STEP = {"state": 0.01, "memory": 0.5}
 OF_OLDER_MEMORY = ("memory_dim", "memory_rows")
-FEATURES = (16, 32, 64, 128)  # sizes of the heads that wkv7 has
 OF_STATE = ("ttt_chunk", "ttt_steps", "ttt_second_order", "ttt_meta", "ttt_core_ratio", "ttt_head", "ttt_target", "ttt_anchor", "ttt_loss_weight")
 OF_TTT = (*OF_STATE, "ttt_kind", "ttt_lr", "ttt_features")
 TRAINING_ONLY = ("ttt_second_order", "ttt_meta", "ttt_loss_weight", "dropout")
+
+
+class Derived(float):
+    """A setting that was not given: it follows from the others, also from those that dataclasses.replace changes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class PhantomConfig(ModelConfig):
     ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (on fast weights beside it, layers/memory.py)
     ttt_lr            step size per token at the start; None: 0.01 for "state", 0.5 for "memory". The steps on the state average over the segment, so
                       that eta starts at ttt_lr * ttt_chunk: 0.01 alone moved the state by 0.1 % and did nothing
-    ttt_features      features of each key of the "memory", 16, 32, 64 or 128 and no less than head_size; None: twice head_size, at most 128
+    ttt_features      features of each key of the "memory", one of HEAD_SIZES and no less than head_size; None: twice head_size, at most 128
 
     Of "state" alone ("memory" makes a step after each token):
     ttt_chunk         tokens per segment, a multiple of 16
@@ -80,9 +83,10 @@ class PhantomConfig(ModelConfig):
         for name in ("ttt_steps", "max_depth_iter"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("ttt_lr", "ttt_features"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self._default(name))
+        if self.ttt_lr is None or isinstance(self.ttt_lr, Derived):
+            object.__setattr__(self, "ttt_lr", Derived(self._default("ttt_lr")))
+        if self.ttt_features is None:
+            object.__setattr__(self, "ttt_features", self._default("ttt_features"))
         for name in ("ttt_lr", "layer_norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)} must be above 0")
@@ -93,8 +97,8 @@ class PhantomConfig(ModelConfig):
             raise UserError(f"--dropout {self.dropout} must lie in [0, 1)")
         if self.ttt_kind == "state" and (self.ttt_chunk < 16 or self.ttt_chunk % 16):
             raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
-        if self.has_memory and (self.ttt_features not in FEATURES or self.ttt_features < self.head_size):
-            fitting = [size for size in FEATURES if size >= self.head_size]
+        if self.has_memory and (self.ttt_features not in HEAD_SIZES or self.ttt_features < self.head_size):
+            fitting = [size for size in HEAD_SIZES if size >= self.head_size]
             raise UserError(f"--ttt_features {self.ttt_features} does not go with --head_size {self.head_size}; use one of: {', '.join(map(str, fitting))}")
         if self.ttt_enabled and self.first_step >= 2:
             times = f" times --ttt_chunk {self.ttt_chunk} is {self.first_step:g}" if self.steps_on_state else ""
@@ -102,7 +106,7 @@ class PhantomConfig(ModelConfig):
 
     def _default(self, name: str) -> object:
         """What a setting is where none is given."""
-        derived = {"ttt_lr": FIRST_STEP[self.ttt_kind], "ttt_features": min(2 * self.head_size, FEATURES[-1])}
+        derived = {"ttt_lr": FIRST_STEP[self.ttt_kind], "ttt_features": min(2 * self.head_size, HEAD_SIZES[-1])}
         return derived.get(name, getattr(PhantomConfig, name))
 
     @property

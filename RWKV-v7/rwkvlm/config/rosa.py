@@ -23,7 +23,7 @@ class RosaConfig(ModelConfig):
     rosa_tau    least size of an activation in the gradient of its bit, which falls with its distance from 0: with the 1e-3 of the
                 official 1-bit self layer those nearest to 0 would get most of it
     deep_embed  DeepEmbed: the output of channel mixing is multiplied by a learned vector of the token, in each block
-    ln0         block 0 normalises the embedding; without it is what a file without it holds, as RWKV-LM's toys: no flag makes one
+    ln0         block 0 normalises the embedding; False only for a file that has no ln0, as RWKV-LM's toys: no flag sets it
     """
 
     model_type: str = "x080"

@@ -34,8 +34,8 @@ MINI_EPOCH = 40320  # samples in an official mini-epoch
 
 
 def flag(default: Any, help: str, choices: tuple[str, ...] | None = None, of: str = "", idle: str = "", unset: str = "") -> Any:
-    """of: whose flag it is alone, of kinds.OWNERS. idle: why it is accepted and changes nothing. unset: what --help says that it is when it is not given, where
-    the default only says that it is not."""
+    """of: the one of kinds.OWNERS whose flag it is, if it is not everybody's. idle: why it is accepted and changes nothing. unset: what --help gives as the
+    default, where the field's own only means "not given"."""
     return field(default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle, "unset": unset})
 
 

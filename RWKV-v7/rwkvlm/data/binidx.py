@@ -78,9 +78,9 @@ class Index:
         with open(path, "rb") as file:
             magic, version, code, n_items, n_entries = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
-            raise UserError(f"{path} is not a binidx index: at byte 0 stands {magic!r}, not {MAGIC!r}")
+            raise UserError(f"{path} is not a binidx index: at byte 0 stands {magic!r}, not {MAGIC!r}; copy or make it again")
         if version != 1:
-            raise UserError(f"{path} has version {version} at byte 9; only version 1 is known")
+            raise UserError(f"{path} has version {version} at byte 9; only version 1 is known; make it again")
         if code not in DTYPES:
             raise UserError(f"{path} has dtype code {code} at byte 17; tokens are integers: one of {sorted(DTYPES)}")
         expected = HEADER.size + 12 * n_items + 8 * n_entries
@@ -188,7 +188,7 @@ class BinIdx(Tokens):
         if size < expected:
             raise UserError(f"{self.bin_path} is truncated: {size} bytes, but {self.idx_path} points up to byte {expected}; copy or make it again")
         if size > expected:
-            raise UserError(f"{self.bin_path} is {size} bytes long, but {self.idx_path} ends at byte {expected}: the two files do not belong together")
+            raise UserError(f"{self.bin_path} is {size} bytes long, but {self.idx_path} ends at byte {expected}: the two files do not belong together; copy or make both again")
         if size == 0:
             raise UserError(f"{self.bin_path} is empty; make it again from text")
         return np.memmap(self.bin_path, mode="r", dtype=self.dtype).view(np.ndarray)

@@ -74,10 +74,7 @@ class _Chunks(Samples):
         windows = sliding_window_view(self.data.tokens, self.ctx_len + 1)[starts]
         if self.vocab_size and not 0 <= int(windows.min()) <= int(windows.max()) < self.vocab_size:
             row, at = np.argwhere(((windows < 0) | (windows >= self.vocab_size)).reshape(-1, self.ctx_len + 1))[0]
-            position = int(starts.reshape(-1)[row] + at)
-            raise UserError(
-                f"{self.data.file} holds token {self.data.tokens[position]} at position {position}, outside the vocabulary (--vocab_size {self.vocab_size})"
-            )
+            raise self.data.outside(int(starts.reshape(-1)[row] + at), self.vocab_size)
         return windows
 
     def ask_for(self, ii: np.ndarray) -> None:

@@ -162,7 +162,7 @@ def _attempt(url: str, partial: Path, size: int | None) -> None:
     except NETWORK as error:
         raise _Interrupted(_said(error)) from None
     except ValueError as error:
-        raise UserError(f"{url} is not a web address: {error}") from None
+        raise UserError(f"{url} is not a web address: {error}; set MINIPILE_URL to one, or unset it") from None
     with answer:
         if answer.status != 206:
             have = 0  # the whole file comes, from its beginning

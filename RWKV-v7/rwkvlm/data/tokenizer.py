@@ -322,7 +322,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._engine = Engine.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a Hugging Face tokenizer file: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path} is not a Hugging Face tokenizer file: {' '.join(str(error).split())}; use world, or a tokenizer.json") from None
         self.identity = _digest(path)
         self._turn = threading.Lock()
         self._engine.no_padding()

@@ -53,7 +53,7 @@ class Tokens:
         base = self.tokens
         while isinstance(base, np.ndarray):
             base = base.base
-        if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        if not isinstance(base, mmap.mmap):
             return None
         return base, self.tokens.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
 
@@ -133,10 +133,13 @@ class Tokens:
         for start, tokens in self.blocks(limit):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= vocab_size:
-                at = start + int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
-                raise UserError(
-                    f"{self.file} holds token {self.tokens[at]} at position {at}, outside the vocabulary (--vocab_size {vocab_size}); "
-                    "set the vocab_size of the tokenizer that made the file"
-                )
+                raise self.outside(start + int(np.argmax((tokens < 0) | (tokens >= vocab_size))), vocab_size)
             smallest, largest, checked = min(smallest, low), max(largest, high), checked + len(tokens)
         return TokenRange(smallest, largest, checked, self.n_tokens)
+
+    def outside(self, at: int, vocab_size: int) -> UserError:
+        """What is said of a token that does not lie in [0, vocab_size)."""
+        return UserError(
+            f"{self.file} holds token {self.tokens[at]} at position {at}, outside the vocabulary (--vocab_size {vocab_size}); "
+            "set the vocab_size of the tokenizer that made the file"
+        )

@@ -39,7 +39,7 @@ def texts(source: str, text_key: str, whole: int = 0) -> Iterator[tuple[bytes, B
         for block in read_blocks(path, text_key, whole=whole):
             parsed = parse(block, text_key)
             if parsed.bad:
-                raise UserError(str(parsed.bad[0]))
+                raise UserError(f"{parsed.bad[0]}; correct it or take it out: nothing is passed over here")
             for text, line in zip(parsed.texts, parsed.lines):
                 yield text, block, int(line)
 

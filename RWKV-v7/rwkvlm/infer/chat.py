@@ -102,8 +102,8 @@ class Chat:
 
 
 def _shorten(trail: deque, given: int) -> None:
-    """Drops states from the front that the answer can no longer end at. First is then, of those that have read no more than `given` characters, the
-    one that has read the most; where several have, the earliest, since the later ones have read a part of the next character too."""
+    """Drops states from the front that the answer can no longer end at. The first one left has read the most of those that have read no more than
+    `given` characters; of several the earliest, since the later ones have read a part of the next character too."""
     read = max(count for count, _ in trail if count <= given)
     while trail[0][0] < read:
         trail.popleft()

@@ -20,8 +20,7 @@ class Segments(torch.autograd.Function):
     def forward(ctx, r, w, k, v, a, b, state, values, rate, w1, w2, segment, steps):
         """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; state [B, H, N, N] or None; values [B, T, H, c], the targets; rate [H] = eta / segment;
         w1 [h, c], w2 [c, h] or None."""
-        (B, T, H, N), c = r.shape, values.shape[3]
-        lengths = [segment] * steps + [T - segment * steps]
+        (B, _, H, N), c = r.shape, values.shape[3]
         save = any(ctx.needs_input_grad)
         K, Z = _by_segment(a, segment, steps).to(values.dtype).neg(), _by_segment(values, segment, steps)  # [steps, B H, segment, .]
         rates = rate.repeat(B)[:, None, None]
@@ -54,7 +53,7 @@ class Segments(torch.autograd.Function):
                 torch.sub(u, z, out=gradient)
             now.baddbmm_(gradient.mT, scaled_key, alpha=-1)
         if save:
-            ctx.sizes = lengths, segment, steps
+            ctx.sizes = segment, steps
             ctx.save_for_backward(K, scaled, cores, rates, w1, w2, *made)
             ctx.pieces, ctx.kept = pieces, saved
         return torch.cat(ys, 1), state
@@ -63,7 +62,7 @@ class Segments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y, d_state):
         K, scaled, cores, rates, w1, w2, U, slope, *head = ctx.saved_tensors
-        lengths, segment, steps = ctx.sizes
+        segment, steps = ctx.sizes
         (_, _, _, c), (B, _, H, _) = U.shape, d_y.shape
         d_cores, d_slope = torch.empty_like(cores), torch.empty_like(U)
         d_U, made = d_slope, [d_slope]

@@ -33,7 +33,7 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     sizes = Sizes(tensors, "an RWKV-4", "x040")
     vocab_size, n_embd = sizes.shape("emb.weight", 2)
     if sizes.shape(DECAY, 1)[0] != n_embd:
-        raise UserError(f"the checkpoint's {DECAY} has shape {list(tensors[DECAY].shape)}, which does not fit the width {n_embd} of emb.weight")
+        raise UserError(f"the checkpoint's {DECAY} has shape {list(tensors[DECAY].shape)}, which does not fit the width {n_embd} of emb.weight; give a complete .pth file of an RWKV-4")
     return model_config("x040", n_layer=sizes.n_layer(), n_embd=n_embd, vocab_size=vocab_size, dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def on_large_pages(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         end += -(-matrix.numel() * dtype.itemsize // LINE) * LINE
         ends.append(end)
     memory = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     copies = []
     for matrix, begin in zip(matrices, [0, *ends]):

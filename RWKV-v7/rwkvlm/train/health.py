@@ -38,7 +38,7 @@ class Snapshot:
                 view.copy_(values[key])
             if piece.adam is not None:
                 piece.set_step(step)
-        write_back(model, optimizer)
+        write_back(optimizer)
 
 
 class Health:

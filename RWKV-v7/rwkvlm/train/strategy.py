@@ -52,7 +52,7 @@ class Launch:
 
 
 def launch(config: TrainConfig) -> Launch:
-    """What accelerator, devices and strategy mean on this machine and under this launcher. Raises UserError for what it has not."""
+    """What accelerator, devices and strategy mean on this machine and under this launcher. Raises UserError for what is not there."""
     gpus = torch.cuda.device_count()
     accelerator = {"auto": "gpu" if gpus else "cpu", "cuda": "gpu"}.get(config.accelerator, config.accelerator)
     if accelerator == "gpu" and not gpus:

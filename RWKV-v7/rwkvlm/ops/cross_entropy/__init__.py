@@ -43,7 +43,7 @@ def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
 def head_scores(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the head says of given tokens: each one's loss in nats, float64, and the likeliest token, int64, [n] both; without gradients.
 
-    x [n, C], weight [V, C], targets [n]: as for `head_cross_entropy`, and as many errors.
+    x [n, C], weight [V, C], targets [n], and the errors: as for `head_cross_entropy`.
     """
     x, weight = backend.widened(x, weight)
     _check(x, weight, targets, 0)
