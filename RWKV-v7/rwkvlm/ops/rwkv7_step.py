@@ -80,7 +80,7 @@ def on_large_pages(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         end += -(-matrix.numel() * dtype.itemsize // LINE) * LINE
         ends.append(end)
     memory = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError, AttributeError):  # a kernel without them, macOS
         memory.madvise(mmap.MADV_HUGEPAGE)
     copies = []
     for matrix, begin in zip(matrices, [0, *ends]):
