@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -166,27 +168,30 @@ WRONG = {
     "a narrow master": (0, torch.zeros(3, dtype=BF16)),
     "a wide rounded": (1, torch.zeros(3)),
     "a gradient in float64": (2, torch.zeros(3, dtype=torch.float64)),
-    "a step on the host": (5, torch.tensor(7.0)),
+    "a step on another device": (5, torch.tensor(7.0)),
     "a view with gaps": (3, torch.zeros(6)[::2]),
 }
 
 
-@pytest.mark.parametrize("kind", [*WRONG, "one too few", "a scale for each"])
+@pytest.mark.parametrize("kind", [*WRONG, "one too few", "one too many", "a scale for each"])
 def test_what_the_kernels_do_not_take_is_an_error(device, kind):
-    state, scale = make(device, sizes=[3, 3]), None
+    state, scale, step = make(device, sizes=[3, 3]), None, torch.ops.rwkvlm.adamw_
     if kind in WRONG:
         place, tensor = WRONG[kind]
-        if kind == "a step on the host" and device.type == "cpu":
-            pytest.skip("there, it is right")
-        state[place][1] = tensor if kind == "a step on the host" else tensor.to(device)
+        state[place][1] = tensor if kind == "a step on another device" else tensor.to(device)
+        if kind == "a step on another device" and device.type == "cpu":  # by itself it would be dispatched to that one
+            state[place][1] = tensor.to("meta")
+            step = functools.partial(step.default.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
         if kind == "a view with gaps":  # a copy has none
             state[place][1] = torch.zeros(6, device=device)[::2]
     elif kind == "one too few":
         state[4].pop()
+    elif kind == "one too many":
+        state[4].append(torch.zeros(3, device=device))
     else:
         scale = torch.ones(2, device=device)
     with pytest.raises(ValueError, match="adamw: expected contiguous tensors of the same sizes"):
-        torch.ops.rwkvlm.adamw_(*state, scale, None, *RATES.values())
+        step(*state, scale, None, *RATES.values())
     with pytest.raises(ValueError, match="gradient_norms: expected contiguous"):
         torch.ops.rwkvlm.gradient_norms([torch.zeros(4, 4, device=device).t()[:2]])
 

@@ -160,6 +160,26 @@ def test_more_rows_than_have_memory_at_once(device):
         close([x.cpu() for x in got], results(rosa, inputs, low, high, tau=0.1), 2e-5)
 
 
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+def test_more_rows_need_no_more_memory_at_once(device):
+    largest = []
+    for rows in (2050, 3000):
+        x, ends = torch.ones(1, 2, rows), torch.ones(2, rows)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            torch.ops.rwkvlm.rosa_backward(x, x, None, None, *ends, 1, False, 0.1, True)
+        largest.append(max(event.self_cpu_memory_usage for event in seen.events() if event.name == "aten::empty"))
+    assert largest[0] == largest[1] > 2 * 8 * 3000  # which the sums have
+
+
+def test_no_state_is_returned_that_nobody_asked_for(device):
+    x, ends = torch.ones(2, 5, 4, device=device), torch.ones(2, 4, device=device)
+    for k in (None, x):
+        _, *state = torch.ops.rwkvlm.rosa(x, k, k, *ends, 2, False, 0.1, False, None, None, None, False)
+        assert [t.shape for t in state] == [(2, 2, 0)] * 3
+    _, *state = torch.ops.rwkvlm.rosa_tokens(torch.ones(2, 5, dtype=torch.int64, device=device), None, None, False)
+    assert [t.shape for t in state] == [(2, 0)] * 2
+
+
 @pytest.mark.parametrize("bits", [1, 3])
 def test_pieces_give_the_whole(device, bits):
     (q, k, v), low, high = case("almost periodic", 2, 40, 2 * bits)
@@ -212,8 +232,10 @@ def test_what_reaches_an_operator_itself_is_looked_at(device):
     short, tokens = q[:, :-1], torch.ones(2, 5, dtype=torch.int64, device=device)
     old, runs = torch.ones(2, 2, 3, dtype=torch.uint8, device=device), torch.ones(2, 2, 3, dtype=torch.int32, device=device)
 
+    options = False, 0.1, False, None, None, None, False
+
     def rosa_of(q=q, k=None, v=None, low=ends, bits=2, old_k=None, old_runs=None):
-        return ops.rosa(q, k, v, low, ends, bits, False, 0.1, False, old_k, None, old_runs, False)
+        return ops.rosa(q, k, v, low, ends, bits, *options[:3], old_k, None, old_runs, False)
 
     for message, call in (
         ("k must have the shape", lambda: rosa_of(k=short, v=q)),
@@ -223,6 +245,8 @@ def test_what_reaches_an_operator_itself_is_looked_at(device):
         ("q must be torch.bfloat16 or torch.float32, got torch.float64", lambda: rosa_of(q=q.double())),
         ("bits from 1 to 8 that divide C", lambda: rosa_of(bits=3)),
         ("bits from 1 to 8 that divide C", lambda: rosa_of(bits=0)),
+        ("bits from 1 to 8 that divide C", lambda: ops.rosa(*[torch.ones(2, 5, 9, device=device)] * 3, *torch.ones(2, 9, device=device), 9, *options)),
+        ("k and v or neither", lambda: rosa_of(k=q)),
         ("old_k must have the shape", lambda: rosa_of(old_k=old[:1], old_runs=runs)),
         ("old_runs must be torch.int32, got torch.int64", lambda: rosa_of(old_k=old, old_runs=runs.long())),
         ("expected old_k, old_v and old_runs, or none", lambda: rosa_of(old_k=old)),

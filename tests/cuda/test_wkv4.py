@@ -47,6 +47,12 @@ def test_the_same_bits_again_and_in_both_schedules(device, request):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+def test_inference_saves_nothing_and_gives_the_same(device):
+    inputs = [x.detach() for x in Case(device=device).inputs]
+    (*outputs, saved), (*again, kept) = (torch.ops.rwkvlm.wkv4_forward(*inputs, save) for save in (False, True))
+    assert saved.numel() == 0 < kept.numel() and all(torch.equal(a, b) for a, b in zip(outputs, again))
+
+
 def test_nan_is_not_hidden(device):
     case = Case(device=device)
     case.inputs[2][0, 3, 5] = float("nan")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rwkvlm import native
-from rwkvlm.ops import cross_entropy  # noqa: F401  (defines loss_of_logits)
+from rwkvlm.ops import cross_entropy, launch  # noqa: F401  (the first defines loss_of_logits)
 from rwkvlm.ops.launch import register
 
 FP32, ROWS = torch.float32, 4
@@ -107,3 +107,13 @@ def test_a_library_that_lacks_a_function_is_refused(library, tmp_path_factory):
     with pytest.raises(RuntimeError, match="loss_of_logits is not in the library"):
         register("loss", compiled(tmp_path_factory.mktemp("other"), 'const char* cuda_message(int code) { return ""; }\n'), "CPU")
     call()
+
+
+def test_what_is_built_for_a_gpu_is_registered_once(monkeypatch):
+    asked, why = [], ""
+    monkeypatch.setattr(native, "cuda_available", lambda name: (not why, why))
+    monkeypatch.setattr(native, "cuda_library", lambda name: f"library of {name}")
+    monkeypatch.setattr(launch, "register", lambda *arguments: asked.append(arguments))
+    assert [launch.why_not_built("toy") for _ in range(2)] == ["", ""] and asked == [("toy", "library of toy", "CUDA")]
+    why = "no GPU"
+    assert launch.why_not_built("another") == "no GPU" and len(asked) == 1

@@ -50,6 +50,9 @@ def test_builds_once_and_again_when_a_source_changes(toy, capfd):
     (toy.parent / "common" / "new.h").write_text("// changed\n")
     changed = native.build("toy")
     assert changed != library
+    with open(toy / "op.cpp", "a") as file:
+        file.write("// changed\n")
+    assert native.build("toy") not in (library, changed)
 
 
 def test_flags_and_compiler_are_part_of_the_key(toy, monkeypatch):
@@ -115,7 +118,7 @@ def test_a_home_that_cannot_be_written_to_serves_the_kernels_that_it_has(toy, mo
     monkeypatch.setattr(os, "access", lambda path, mode: path != built and access(path, mode))
     assert native.build("toy") == there
     there.unlink()
-    assert native.build("toy") == own / there.name
+    assert native.build("toy") == own / there.name and env.cache_dir() == own.parent
 
 
 def test_a_folder_from_which_nothing_may_be_executed_is_named_with_the_cure(toy, tmp_path, monkeypatch):
@@ -206,6 +209,7 @@ def test_what_starts_cuda_kernels_is_a_library_of_its_own(toy, capfd):
     assert capfd.readouterr().err == "building launch of CUDA kernel toy (once, 10 to 20 s)\n"
     (toy / "api.cuh").write_text("// what they share with the kernels\n")
     assert native.build_launches("toy") != launches and native.build("toy") == library
+    assert {path.name for path in library.parent.glob("*.lock")} == {"toy.lock", "launch-toy.lock"}  # nobody waits for who builds the other
 
 
 @pytest.fixture

@@ -215,6 +215,14 @@ def test_no_cpu_build_is_sought_where_there_is_a_gpu(world):
     assert "--index-url" not in world.pip_calls()[0] and time.monotonic() - begin < 20
 
 
+def test_the_cpu_build_is_sought_where_the_gpu_is_not_wanted(world):
+    world.command("nvidia-smi", GPU)
+    (world.root / "web").mkdir()
+    (world.root / "web" / "sitecustomize.py").write_text("import urllib.request\nurllib.request.urlopen = lambda address, timeout: address\n")
+    world.start("exit 0", ACCELERATOR="cpu", PYTHONPATH=str(world.root / "web"))
+    assert "--index-url https://download.pytorch.org/whl/cpu" in world.pip_calls()[0]
+
+
 def test_accelerator_that_is_not_there(world):
     world.install_requirements()
     assert "ACCELERATOR=gpu, but there is no GPU" in world.start(ACCELERATOR="gpu").stderr
@@ -246,10 +254,11 @@ def test_signals_at_any_moment(world, bash, moment):
     """Before the shell knows the command that it has started, which went on alone then; and one that has ended before the shell waits again, whose status was lost;
     and before the shell waits first."""
     world.install_requirements()
+    asks = "" if "child" in moment else "os.kill(os.getppid(), signal.SIGTERM); "
     (world.root / "child.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
-        "pathlib.Path('ready').touch(); os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)\n"
+        f"pathlib.Path('ready').touch(); {asks}time.sleep(30)\n"
     )
     script = f". RWKV-v7/env.sh\nset -T\ntrap 'case $BASH_COMMAND in {moment.replace(chr(39), chr(34))} esac' DEBUG\nforward_signals $PYTHON child.py\n"
     done = subprocess.run([*bash, "-c", script], cwd=world.root, env={"PATH": str(world.bin)}, timeout=60)

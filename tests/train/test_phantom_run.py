@@ -115,6 +115,9 @@ def test_the_masks_of_dropout_are_those_of_the_seed(run, losses, tmp_path, monke
             assert run(tmp_path / name, **flags | dict(train_stage=stage), random_seed=seed) == 0
     first, same, other = (losses(tmp_path / name) for name in ("a", "b", "other"))
     assert len(first) == 6 and first == same and not {*first} & {*other}
+    monkeypatch.setattr("rwkvlm.train.run.rank", lambda: 1)
+    assert run(tmp_path / "beside", **flags, random_seed=5) == 0
+    assert not {*first} & {*losses(tmp_path / "beside")}, "each process has masks of its own"
 
 
 def test_rwkv7_is_loaded_as_a_phantom(run, losses, tmp_path):

@@ -182,7 +182,7 @@ def test_a_run_outlives_tensorboard(run, tmp_path, records, monkeypatch, capfd, 
     from torch.utils.tensorboard import SummaryWriter
 
     def full(self, *arguments, **more):
-        if arguments[-1] == 3 or method == "__init__":  # add_scalar: the step
+        if method == "__init__" or arguments[-1] >= 3:  # add_scalar: the step
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SummaryWriter, method, full)

@@ -1,5 +1,6 @@
 """A whole run on the CPU through the command line: what it writes, and that stopping and going on changes nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -149,10 +150,29 @@ def test_a_signal_stops_validation_between_batches(run, whole, losses, records, 
         assert run(tmp_path / "out") == code and len(passes) == made
         latest = tmp_path / "out" / "state" / "latest"
         assert (latest.read_text() if latest.exists() else None) == saved
+    assert not json.loads((latest.parent / saved / "manifest.json").read_text())["content"]["meta"]["position"]["unvalidated"]
     said = capsys.readouterr().err
     assert said.count("by SIGTERM at step 0; no step has been made, the same command goes on from it") == 1 and said.count("at step 10; no step has been made") == 1
     assert losses(tmp_path / "out") == losses(whole) and same_weights(tmp_path / "out" / "rwkv-final.pth", whole / "rwkv-final.pth")
     assert records(tmp_path / "out", "val_loss") == records(whole, "val_loss")
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().count('"val_loss"') == 4, "of one that was stopped nothing is told"
+
+
+@pytest.mark.parametrize("at, code, said", [(10, 143, "stopped by SIGTERM at step 10"), (15, 0, "finished at step 15")])
+def test_a_signal_at_an_end_of_a_mini_epoch_and_of_the_run(run, data, tmp_path, monkeypatch, capsys, at, code, said):
+    """Nothing is held out: no validation asks for the signal again."""
+    write = Metrics.step
+
+    def step(self, record):
+        write(self, record)
+        if record["step"] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "step", step)
+    for kind in ("bin", "idx"):
+        (tmp_path / f"alone.{kind}").symlink_to(f"{data}.{kind}")
+    assert run(tmp_path / "out", data_file=tmp_path / "alone", my_exit_tokens=15 * 4 * 32) == code
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage, goes_on", [(0, "the same command with --train_stage 3"), (3, "the same command")])

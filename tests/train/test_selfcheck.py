@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvlm import native
 from rwkvlm.config import UserError, env, model_config
-from rwkvlm.ops import wkv7 as recurrence
+from rwkvlm.ops import backend, wkv7 as recurrence
 from rwkvlm.ops.fused import reference as fused
 from rwkvlm.train import run as training, selfcheck
 from rwkvlm.train.selfcheck import answers, check_kernels, small, worst
@@ -120,6 +120,25 @@ def test_a_single_wrong_gradient_of_wkv7_is_found(monkeypatch, dtype, place):
         check_kernels(model_config("x070", **LARGE), dtype, CPU)
 
 
+@compiled
+def test_what_is_wrong_behind_a_chunk_is_found(monkeypatch):
+    right = recurrence.wkv7_chunked
+
+    def wrong(r, w, k, v, *others, **settings):
+        return right(r, w, k, torch.cat([v[:, :64], -v[:, 64:]], 1), *others, **settings)
+
+    monkeypatch.setattr(recurrence, "wkv7_chunked", wrong)
+    with pytest.raises(UserError, match="a kernel is wrong on this machine"):
+        check_kernels(model_config("x070", **LARGE), torch.float32, CPU)
+
+
+def test_a_nan_is_a_fault(monkeypatch):
+    one = {"the loss": torch.ones(1)}
+    monkeypatch.setattr(selfcheck, "answers", lambda *_: [{"the loss": torch.full((1,), float("nan"))}, one, one])
+    with pytest.raises(UserError, match="the loss is off by nan of itself"):
+        check_kernels(model_config("x040", **LARGE), torch.float32, CPU)
+
+
 def test_a_kernel_that_fails_has_its_cure(monkeypatch):
     def fail(x):
         raise RuntimeError("an illegal instruction\nand much besides")
@@ -148,6 +167,9 @@ def test_what_is_asked_and_in_which_dtype(monkeypatch, name, dtype, asked):
     found = []
     monkeypatch.setattr(selfcheck, "_check", lambda sizes, dtype, device: found.append((sizes.model_type, dtype)))
     check_kernels(model_config(name), dtype, torch.device("cpu"))
+    assert found == asked
+    with backend.asked_for("torch"):  # which is what a kernel would be compared with
+        check_kernels(model_config(name), dtype, torch.device("cpu"))
     assert found == asked
 
 
