@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from rwkvlm.checkpoint.pth import load_into, load_weights
 from rwkvlm.config import PhantomConfig, TrainConfig, UserError
-from rwkvlm.config.phantom import Derived, core_ratio_of
+from rwkvlm.config.phantom import core_ratio_of
 from rwkvlm.infer.engine import PREFILL
 from rwkvlm.infer.sampling import check_sampling, sample
 from rwkvlm.models import adapted, init_weights, read_config
@@ -80,11 +80,9 @@ class RWKV7PhantomConfig:
             raise UserError(f"svd_rank_ratio {self.svd_rank_ratio} must lie in (0, 1]")
         if not 0 <= self.sparsity_ratio < 1:
             raise UserError(f"sparsity_ratio {self.sparsity_ratio} must lie in [0, 1)")
-        ratio = core_ratio_of(*(None if isinstance(given, Derived) else given for given in (self.core_ratio, self.ghost_ratio)))
-        ratio = PhantomConfig.core_ratio if ratio is None else ratio
-        for name, value in (("core_ratio", ratio), ("ghost_ratio", 1 - ratio)):
-            if getattr(self, name) is None or isinstance(getattr(self, name), Derived):
-                object.__setattr__(self, name, Derived(value))
+        ratio = core_ratio_of(self.core_ratio, self.ghost_ratio)
+        object.__setattr__(self, "core_ratio", PhantomConfig.core_ratio if ratio is None else ratio)
+        object.__setattr__(self, "ghost_ratio", 1 - self.core_ratio)
         object.__setattr__(self, "ttt_lr", self.sizes().ttt_lr)
 
     def sizes(self, **changes: Any) -> PhantomConfig:

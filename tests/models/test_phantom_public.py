@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +49,6 @@ def test_defaults_are_those_of_the_readme():
     assert (c.use_svd_compression, c.svd_rank_ratio, c.use_sparsity, c.sparsity_ratio) == (False, 0.5, False, 0.3)
     assert (c.dropout, c.layer_norm_eps, c.use_cuda_kernel) == (0, 1e-5, True)
     assert c.sizes().ttt_chunk == 64 and c.sizes().ttt_core_ratio == 0.25 and c.sizes().ttt_second_order
-
-
-def test_a_setting_that_was_not_given_follows_those_that_are_replaced():
-    public, own = RWKV7PhantomConfig(**SMALL), PhantomConfig(n_layer=2, n_embd=64, head_size=32)
-    for config in (public, own):
-        assert [replace(config, ttt_kind=kind).ttt_lr for kind in ("memory", "state")] == [0.5, 0.01]
-        assert replace(replace(config, ttt_kind="memory"), ttt_kind="state").ttt_lr == 0.01
-        assert replace(replace(config, ttt_lr=0.02), ttt_kind="memory").ttt_lr == 0.02
-    assert (replace(public, core_ratio=0.5).ghost_ratio, replace(public, ghost_ratio=0.25).core_ratio) == (0.5, 0.75)
-    with pytest.raises(UserError, match="do not sum to 1"):
-        replace(replace(public, core_ratio=0.5), ghost_ratio=0.25)
 
 
 def test_its_settings_and_the_flags_are_those_of_the_package():

@@ -20,10 +20,6 @@ OF_TTT = (*OF_STATE, "ttt_kind", "ttt_lr", "ttt_features")
 TRAINING_ONLY = ("ttt_second_order", "ttt_meta", "ttt_loss_weight", "dropout")
 
 
-class Derived(float):
-    """A setting that was not given: it follows from the others, also from those that dataclasses.replace changes."""
-
-
 @dataclass(frozen=True)
 class PhantomConfig(ModelConfig):
     """Settings of a Phantom; those of TRAINING_ONLY change how it is trained, all others what it computes.
@@ -83,10 +79,9 @@ class PhantomConfig(ModelConfig):
         for name in ("ttt_steps", "max_depth_iter"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.ttt_lr is None or isinstance(self.ttt_lr, Derived):
-            object.__setattr__(self, "ttt_lr", Derived(self._default("ttt_lr")))
-        if self.ttt_features is None:
-            object.__setattr__(self, "ttt_features", self._default("ttt_features"))
+        for name in ("ttt_lr", "ttt_features"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self._default(name))
         for name in ("ttt_lr", "layer_norm_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)} must be above 0")
