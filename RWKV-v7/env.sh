@@ -57,7 +57,10 @@ lock() { # what exec has opened as 9; -n: or fails at once
     if command -v flock >/dev/null; then
         flock "$@" 9
     else # macOS: Python locks what this shell has open
-        "${PYTHON:-python3}" -c 'import fcntl, sys; fcntl.flock(9, fcntl.LOCK_EX | (fcntl.LOCK_NB if sys.argv[1:] else 0))' "$@" 2>/dev/null
+        [ -n "${PYTHON:-}" ] || find_base
+        "${PYTHON:-$BASE}" -c 'import fcntl, sys
+try: fcntl.flock(9, fcntl.LOCK_EX | (fcntl.LOCK_NB if sys.argv[1:] else 0))
+except BlockingIOError: sys.exit(1)' "$@"
     fi
 }
 

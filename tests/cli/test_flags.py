@@ -87,6 +87,7 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["--lr", "1e-4"], "unknown flag --lr; did you mean --lr_init?"),
         (["--micro_bs=3"], "unknown flag --micro_bs; did you mean --micro_bsz?"),
         (["--qqqqq", "3"], "unknown flag --qqqqq; --help lists all flags"),
+        (["--seed", "3"], "unknown flag --seed; did you mean --random_seed?"),
         (["--head_size_divisor", "8"], "unknown flag --head_size_divisor; --help lists all flags"),  # of RWKV-5 and 6, as the next one
         (["--layerwise_lr", "1"], "unknown flag --layerwise_lr; --help lists all flags"),
         (["--micro_bsz", "3x"], "argument --micro_bsz: '3x' is not a whole number"),

@@ -12,7 +12,7 @@ from rwkvlm.config import cgroups, env
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine of 8 CPUs without groups: group(file, text) makes one a file, own(text) says which this process is in."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
     monkeypatch.setattr(cgroups, "ALL", tmp_path / "all")
     monkeypatch.setattr(env, "_threads", 0)
@@ -70,7 +70,7 @@ def test_a_system_without_proc_and_affinity(tmp_path, monkeypatch):
     assert cgroups.memory_free() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
     monkeypatch.setattr(cgroups, "MEMORY", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6000))
-    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     assert (cgroups.cpus_allowed(), cgroups.memory_free()) == (12, 6000)
 

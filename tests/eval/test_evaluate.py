@@ -312,7 +312,7 @@ def test_command_line(checkpoint, jsonl, tmp_path, capsys):
         (["--data", "x", "--dtype", "fp8"], "fp8"),
         (["--data", "x", "--out", "."], "--out . is a folder"),
         (["--lambada", "BAD"], "line 2: the text has no last word behind a space"),
-        (["--data", "BAD", "--text_key", "txt"], "no key 'txt'"),
+        (["--data", "BAD", "--text_key", "txt"], "no key 'txt' .*; see --text_key$"),
         (["--data", "BROKEN"], "line 2: not JSON: .*; correct it or take it out: nothing is passed over here$"),
         (["--lambada", "BROKEN"], "line 2: not JSON: .*; correct it or take it out: nothing is passed over here$"),
         (["--data", "EMPTY"], "no tokens to predict"),

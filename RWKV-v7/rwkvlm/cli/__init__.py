@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -84,25 +85,23 @@ def _lacking(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:  # `python train.py`, as officially, beside the .venv
         return f"{sys.executable} has no {error.name}; {cure}"
     if isinstance(error, (ImportError, AttributeError, TypeError)):  # the same in an environment of the official trainer, which wants Lightning 1.9.5
-        from .doctor import unmet
+        with suppress(Exception):  # a damaged environment, odd objects at hand: then the error itself has to say it
+            from .doctor import unmet
 
-        others = {re.match(r"[\w.-]+", line)[0]: line for line in unmet() if "(installed: " in line}
-        if not isinstance(error, ImportError):
-            others = {name: line for name, line in others.items() if name in _at_hand(error)}
-        if others:
-            return f"{sys.executable} has other versions than are needed: {', '.join(others.values())}; {cure} ({type(error).__name__}: {told})"
+            others = [line for line in unmet() if "(installed: " in line]
+            if not isinstance(error, ImportError):
+                others = [line for line in others if re.match(r"[\w-]+", line)[0].replace("-", "_") in _at_hand(error)]
+            if others:
+                return f"{sys.executable} has other versions than are needed: {', '.join(others)}; {cure} ({type(error).__name__}: {told})"
     return ""
 
 
 def _at_hand(error: Exception) -> set[str]:
-    """The distributions where the error was raised: that of the code itself, and those of what it has in its variables. Of others it is no sign."""
-    from importlib.metadata import packages_distributions
-
+    """The packages where the error was raised: that of the code itself, and those of what it has in its variables. Of others it is no sign."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     values = [*frame.f_globals.values(), *frame.f_locals.values()]
     modules = [frame.f_globals.get("__name__"), *(getattr(x, "__name__" if isinstance(x, ModuleType) else "__module__", None) for x in values)]
-    packages = {name.partition(".")[0] for name in modules if isinstance(name, str)}
-    return {name for package, names in packages_distributions().items() if package in packages for name in names}
+    return {name.partition(".")[0] for name in modules if isinstance(name, str)}
 
 
 def _drop_what_cannot_be_written() -> None:

@@ -39,7 +39,8 @@ def texts(source: str, text_key: str, whole: int = 0) -> Iterator[tuple[bytes, B
         for block in read_blocks(path, text_key, whole=whole):
             parsed = parse(block, text_key)
             if parsed.bad:
-                raise UserError(f"{parsed.bad[0]}; correct it or take it out: nothing is passed over here")
+                bad = str(parsed.bad[0])
+                raise UserError(bad if bad.endswith("--text_key") else f"{bad}; correct it or take it out: nothing is passed over here")
             for text, line in zip(parsed.texts, parsed.lines):
                 yield text, block, int(line)
 
