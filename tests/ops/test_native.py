@@ -389,3 +389,15 @@ def test_nvcc_builds_a_library_that_needs_no_cuda_runtime_of_others(toy_cuda):
     assert "libcudart" not in needed and "cudaLaunchKernel" not in symbols and "answer" in symbols
     if not torch.cuda.is_available():
         assert "driver" in native.cuda_message(library, library.cuda_probe())
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in native.SOURCE_DIR.glob("*/cpu.cpp")))
+def test_the_plain_path_compiles_for_aarch64(folder, tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no cross compiler (Debian: g++-aarch64-linux-gnu)")
+    flags = [flag for flag in native.FLAGS if flag != "-O3"]
+    source = native.SOURCE_DIR / folder / "cpu.cpp"
+    target = tmp_path / "cpu.o"
+    done = subprocess.run([compiler, *flags, "-DISA=plain", "-c", str(source), "-o", str(target)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and target.stat().st_size, done.stderr[-2000:]
