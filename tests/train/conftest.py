@@ -1,7 +1,10 @@
 """A tiny corpus and a tiny run: what the tests of training share."""
 
+import contextlib
 import json
+import random
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +129,15 @@ def spoilt(tmp_path, data) -> str:
     with BinIdxWriter(tmp_path / "spoilt", np.uint16) as writer:
         writer.add(tokens)
     return str(tmp_path / "spoilt")
+
+
+@pytest.fixture
+def free_port():
+    """A port to meet at: below those that the kernel gives to outgoing connections, one of which might take it before the run listens there."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
 
 
 @pytest.fixture

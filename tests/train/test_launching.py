@@ -137,11 +137,6 @@ def test_torchrun_restarts_a_killed_process(run, losses, tmp_path):
     assert "start     training state" in log.read_text() and losses(tmp_path / "a") == losses(tmp_path / "b") and weights[0] == weights[1]
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return str(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def one_node(tiny, tmp_path_factory):
     """one_node(strategy): the folder of a run of two processes on one node, made once."""
@@ -158,20 +153,20 @@ def one_node(tiny, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, strategy", [("torchrun", "ddp"), ("python", "deepspeed_stage_2"), ("slurm", "ddp")])
-def test_two_nodes_train_as_one_with_two_processes(run, whole, one_node, losses, tmp_path, launcher, strategy):
+def test_two_nodes_train_as_one_with_two_processes(run, whole, one_node, losses, tmp_path, free_port, launcher, strategy):
     """Nodes on loopback: NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it; torchrun; srun's variables."""
-    port, out, started = free_port(), tmp_path / "out", []
+    out, started = tmp_path / "out", []
     slurm = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="1", SLURM_LOCALID="0", SLURM_JOB_ID="4711", SLURM_JOB_NAME="job", SLURM_NODELIST="localhost")
     argv = run.argv(out, micro_bsz=2, num_nodes=2, devices=1, strategy=strategy)
     for node in range(2):
         where, command = {}, [sys.executable, TRAIN]
         if launcher == "python":
-            where = dict(NODE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            where = dict(NODE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port)
         elif launcher == "slurm":
-            where = slurm | dict(SLURM_PROCID=str(node), SLURM_NODEID=str(node), MASTER_PORT=port)
+            where = slurm | dict(SLURM_PROCID=str(node), SLURM_NODEID=str(node), MASTER_PORT=free_port)
         else:
             torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}", "--master_addr=127.0.0.1"]
-            command = [sys.executable, *torchrun, f"--master_port={port}", TRAIN]
+            command = [sys.executable, *torchrun, f"--master_port={free_port}", TRAIN]
         started.append(start([*command, *argv], tmp_path / f"log{node}", **where))
     codes, said = [process.wait(300) for process in started], "".join((tmp_path / f"log{node}").read_text() for node in range(2))
     assert codes == [0, 0], said
@@ -225,10 +220,10 @@ def test_two_hosts_whose_names_mean_loopback(run, whole, losses, tmp_path, two_h
 
 
 @pytest.mark.slow
-def test_the_deepspeed_launcher(run, whole, losses, tmp_path):
+def test_the_deepspeed_launcher(run, whole, losses, tmp_path, free_port):
     """It gives every process a --local_rank of its own."""
     argv = run.argv(tmp_path / "out", **TWO, strategy="deepspeed_stage_2")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}", TRAIN, *argv]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port}", TRAIN, *argv]
     process = start(command, tmp_path / "log", DS_ACCELERATOR="cpu")
     assert process.wait(300) == 0, (tmp_path / "log").read_text()
     assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -145,15 +144,13 @@ def test_micro_batches_give_the_curve_of_the_whole_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_lightning_slurm_and_deepspeed_launches_agree(tmp_path):
+def test_lightning_slurm_and_deepspeed_launches_agree(tmp_path, free_port):
     """Two processes started by Lightning itself, by srun's variables and by the deepspeed launcher's."""
     job = dict(strategy="deepspeed_stage_2", precision="fp32", steps=3, devices="2")
     curves = [train(tmp_path, 1, [job])[0]["losses"]]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
     # Lightning makes the port of the job's number, 15000 and its last four digits.
     slurm = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NAME="job", SLURM_NODEID="0", SLURM_NODELIST="localhost")
-    deepspeed = dict(WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    deepspeed = dict(WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port)
     for common, ranks in ((slurm, ("SLURM_PROCID", "SLURM_LOCALID")), (deepspeed, ("RANK", "LOCAL_RANK"))):
         (tmp_path / "results.json").unlink()
         command = [sys.executable, str(WORKER), str(tmp_path / "jobs.json"), str(tmp_path / "results.json")]
