@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-v7"))
 
-from rwkvlm.cli import main  # noqa: E402  (the package becomes importable in the line above)
+from rwkvlm.cli import main
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts a background command with SIGINT ignored

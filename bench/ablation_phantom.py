@@ -22,11 +22,12 @@ import sys
 from pathlib import Path
 
 import torch
-from plot_loss import COLOURS, RIGHT, TOP, WIDTH, Frame, read, ticks
-from tokenizers import Tokenizer, decoders, models as subwords, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as subwords
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from plot_loss import COLOURS, RIGHT, TOP, WIDTH, Frame, read, ticks
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, UserError, model_config
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from environment import write_record
 from torch.utils.data import DataLoader
 
+from environment import write_record
 from rwkvlm.data.ahead import Ahead
 from rwkvlm.data.binidx import BinIdx, BinIdxWriter
 from rwkvlm.data.dataset import RankBatches, Samples

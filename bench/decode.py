@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from environment import seconds, write_record
 
+from environment import seconds, write_record
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig
 from rwkvlm.infer import Engine, load_engine

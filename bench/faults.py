@@ -28,8 +28,8 @@ from collections import Counter
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 
-from forked import Finished, World, write_tokens  # first: it settles the environment
 from environment import write_record
+from forked import Finished, World, write_tokens  # first: it settles the environment
 from rwkvlm.checkpoint import state
 from rwkvlm.train.module import TrainModule
 

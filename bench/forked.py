@@ -24,14 +24,14 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_JOB_ID"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-v7"))
 
-import deepspeed.ops  # noqa: E402  (imported here for all that will be forked)
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  (with torch's compiler: two seconds at the first optimizer otherwise)
-import numpy as np  # noqa: E402
-from environment import write_record  # noqa: E402
+import deepspeed.ops
+import deepspeed.runtime.zero.muon.muon_optimizer
+import numpy as np
 
-import rwkvlm.train.run  # noqa: E402, F401
-from rwkvlm.cli import main  # noqa: E402
-from rwkvlm.data.binidx import BinIdxWriter  # noqa: E402
+import rwkvlm.train.run  # noqa: F401
+from environment import write_record
+from rwkvlm.cli import main
+from rwkvlm.data.binidx import BinIdxWriter
 
 deepspeed.ops.__compatible_ops__  # asked for at the first optimizer, and made by running compilers
 

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import plot_loss
-
 from rwkvlm.train.guarded import guarded
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,12 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import rosa
 import torch
-from gpu_peers import Peer, load
 from torch import Tensor
 from torch.nn import functional as F
 
+import rosa
+from gpu_peers import Peer, load
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, PhantomConfig
 from rwkvlm.layers.ttt import StateTTT

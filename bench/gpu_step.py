@@ -25,11 +25,11 @@ import time
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import DeviceType
+
 import train_step
 from gpu import MODES
 from gpu_kernels import timed
-from torch.autograd import DeviceType
-
 from rwkvlm import models
 from rwkvlm.config import ModelConfig, TrainConfig, model_config
 from rwkvlm.models import phantom, rosa

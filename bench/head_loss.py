@@ -15,12 +15,12 @@ import argparse
 import ctypes
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
-from environment import as_in_the_demo, memory_mib, seconds, write_record
 
+from environment import as_in_the_demo, memory_mib, seconds, write_record
 from rwkvlm.ops import backend
 from rwkvlm.ops.cross_entropy import head_cross_entropy, native, reference
 

@@ -23,13 +23,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from environment import ROOT
-from train_step import Training
 
+from environment import ROOT
 from rwkvlm.cli import train
 from rwkvlm.config import model_config
 from rwkvlm.config.train import STRATEGIES
 from rwkvlm.ops import adamw, backend, cross_entropy, fused, launch, rosa, wkv4, wkv7
+from train_step import Training
 
 FOLDERS = ("adamw", "fused", "loss", "rosa", "wkv4")
 

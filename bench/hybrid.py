@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from environment import as_in_the_demo, seconds, write_record
 
+from environment import as_in_the_demo, seconds, write_record
 from rwkvlm.config import HybridConfig
 from rwkvlm.models import LanguageModel, build, init_weights
 from rwkvlm.train.strategy import DTYPES

@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 from environment import ROOT, write_record
-
 from rwkvlm.data.binidx import BinIdx
 from rwkvlm.data.documents import parse, read_blocks
 from rwkvlm.data.tokenizer import Texts, WorldTokenizer, load_tokenizer, vocabulary_path

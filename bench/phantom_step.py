@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-from environment import as_in_the_demo, seconds, write_record
 
+from environment import as_in_the_demo, seconds, write_record
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.models import LanguageModel, build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from environment import write_record
 from torch import nn
 from torch.nn import functional as F
 
+from environment import write_record
 from rwkvlm.config import UserError, model_config
 from rwkvlm.models import build, init_weights, param_groups
 from rwkvlm.ops.rosa import rosa_self, rosa_tokens

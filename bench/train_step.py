@@ -43,15 +43,15 @@ if __name__ == "__main__":
     as_in_the_demo()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that torch's profiler writes a line whenever it starts and stops
 
-import torch  # noqa: E402
+import torch
 
-from rwkvlm import models  # noqa: E402
-from rwkvlm.config import ModelConfig, TrainConfig  # noqa: E402
-from rwkvlm.train.module import TrainModule  # noqa: E402
-from rwkvlm.train.norms import GradientNorms  # noqa: E402
-from rwkvlm.train.optimizer import make_optimizer  # noqa: E402
-from rwkvlm.train.selfcheck import answers, spread, worst  # noqa: E402
-from rwkvlm.train.strategy import make_strategy, param_dtype  # noqa: E402
+from rwkvlm import models
+from rwkvlm.config import ModelConfig, TrainConfig
+from rwkvlm.train.module import TrainModule
+from rwkvlm.train.norms import GradientNorms
+from rwkvlm.train.optimizer import make_optimizer
+from rwkvlm.train.selfcheck import answers, spread, worst
+from rwkvlm.train.strategy import make_strategy, param_dtype
 
 
 class Training:

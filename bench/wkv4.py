@@ -20,13 +20,13 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
+
 from environment import write_record
 from gpu_kernels import both
-
 from rwkvlm.ops.wkv4 import backend_for, wkv4, wkv4_chunked, wkv4_reference
 
 KINDS = {"usual": 3e-6, "large": 5e-5, "slow": 2e-5}  # with the largest error in fp32, as in tests/ops/test_wkv4.py

@@ -23,13 +23,13 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
+
 from environment import variables, write_record
 from gpu_kernels import KINDS, both, recurrence_inputs
-
 from rwkvlm.ops.wkv7 import wkv7_chunked, wkv7_native, wkv7_reference
 from rwkvlm.ops.wkv7.native import why_not
 

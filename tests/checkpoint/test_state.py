@@ -4,7 +4,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import zlib
 from types import SimpleNamespace
 
@@ -78,7 +77,7 @@ def test_going_on_gives_the_same_bits(tmp_path, dtype):
     path = state.write(tmp_path, 3, state.capture(model, optimizer), meta, keep_last=1)
     assert path == tmp_path / "state" / "step3" and (tmp_path / "state" / "latest").read_text() == "step3"
     train(model, optimizer, 3)
-    draw = lambda: (torch.rand(2), random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand())  # noqa: E731
+    draw = lambda: (torch.rand(2), random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand())
     after = draw()
 
     other, optimizer2 = build(9, dtype)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from rwkv7_ttt_phantom import RWKV7PhantomConfig, load_pretrained_rwkv7
 
+from rwkv7_ttt_phantom import RWKV7PhantomConfig, load_pretrained_rwkv7
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.cli import main
 from rwkvlm.compress import compress_file, measure
@@ -309,7 +309,6 @@ def test_what_cannot_work_is_said_before_the_work(file, capsys, monkeypatch):
 
 def test_bad_files_are_user_errors(file, capsys):
     path = file("rwkv7")
-    out = path.with_name("out.pth")
     save_weights(path, load_weights(path) | {"blocks.1.att.key.weight": torch.full((64, 64), torch.nan)})
     assert main(["compress", "--model", str(path), "--out", str(path.with_name("nan.pth")), "--svd_rank_ratio", "0.5"]) == 2
     assert "blocks.1.att.key has numbers that are not finite" in capsys.readouterr().err and not path.with_name("nan.pth").exists()

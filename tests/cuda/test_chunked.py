@@ -18,7 +18,7 @@ REPEATED = 3e-2
 def check(kernels: Kernels, **options) -> None:
     case = make_case(**options)
     got = errors(kernels.run("chunked", case), case.expected())
-    limits = {name: REPEATED for name in LIMITS} if options.get("kind") == "repeated" else LIMITS
+    limits = dict.fromkeys(LIMITS, REPEATED) if options.get("kind") == "repeated" else LIMITS
     assert all(got[name] < limits[name] for name in limits), got  # false for NaN, too
 
 

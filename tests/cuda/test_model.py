@@ -15,9 +15,12 @@ from rwkvlm import native as build
 from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.layers import ttt
 from rwkvlm.layers.packed import Packed
-from rwkvlm.models import build as build_model, init_weights
-from rwkvlm.ops import backend, cross_entropy, fused, wkv7 as recurrence
-from rwkvlm.ops.cross_entropy import chunked, cuda as loss_cuda, head_cross_entropy
+from rwkvlm.models import build as build_model
+from rwkvlm.models import init_weights
+from rwkvlm.ops import backend, cross_entropy, fused
+from rwkvlm.ops import wkv7 as recurrence
+from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy
+from rwkvlm.ops.cross_entropy import cuda as loss_cuda
 from rwkvlm.ops.fused import native as fused_native
 from rwkvlm.ops.rosa import native as rosa_native
 from rwkvlm.ops.wkv7 import cuda as recurrence_cuda

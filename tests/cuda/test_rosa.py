@@ -72,7 +72,7 @@ def in_cpp(request):
     def gradients(T, bits):
         """Arguments and results. Weights and slopes are small integers, and all sums are exact: a single turn whose match is another one shows."""
         rng = torch.Generator().manual_seed(T)
-        whole = lambda *shape: torch.randint(-8, 9, shape, generator=rng).float()  # noqa: E731
+        whole = lambda *shape: torch.randint(-8, 9, shape, generator=rng).float()
         x = structured(T)
         for inputs in ([x.repeat(1, 2), torch.cat([x, x.roll(bits, 1)], 1), whole(T, 24).sign()], [x]):
             C = inputs[0].shape[1]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from oracles.emulated_ttt import TttCase, make_ttt_case
-from oracles.emulated_wkv7 import StepsOfTtt, Shape, emulated_machine, errors, prototypes
+from oracles.emulated_wkv7 import Shape, StepsOfTtt, emulated_machine, errors, prototypes
 from rwkvlm.config import model_config
 from rwkvlm.layers import ttt as layer
 from rwkvlm.models import build, init_weights

@@ -114,7 +114,7 @@ def test_inputs_of_all_kinds(here):
     jsonl("a.jsonl", ["one", ""], key="content")
     with gzip.open("b.jsonl.gz", "wt", encoding="utf-8") as f:
         f.write('\ufeff{"content": "two\\u0000"}\r\n\r\n  {"content": "three", "x": NaN}  ')
-    Path("c.txt").write_bytes("four\r\nlines\n".encode())
+    Path("c.txt").write_bytes(b"four\r\nlines\n")
     assert main(["a.jsonl", "[b]*.gz", "c.txt", "1", "2", "--out", "x", "--text_key", "content"]) == 0
     assert sorted(texts_of("x")) == ["", "four\r\nlines\n", "one", "three", "two\0"]
     assert main(["b.jsonl.gz", "1", "2", "--text_key", "content"]) == 0 and Path("b.bin").exists()

@@ -63,7 +63,7 @@ def build(folder: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    first = lambda name, path: {name: os.pathsep.join(filter(None, (str(path), os.environ.get(name))))}  # noqa: E731
+    first = lambda name, path: {name: os.pathsep.join(filter(None, (str(path), os.environ.get(name))))}
     return {
         **os.environ, **first("PATH", folder / "bin"), **first("PYTHONPATH", HERE), **first("LD_LIBRARY_PATH", folder),
         "LD_PRELOAD": str(folder / "runtime.so"), "FAKE_GPU_BUILT": str(folder),

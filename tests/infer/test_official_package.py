@@ -60,7 +60,7 @@ def test_logits_at_every_position(official, saved):
 def released(tmp_path_factory):
     """A file with the names, shapes and order of the released ones, made without our model: no v0, v1, v2 in block 0, and ranks (of 2.9B) that our trainer would not choose."""
     g, C, H = torch.Generator().manual_seed(21), 128, 2
-    normal = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=g)
     ranks = dict(w=96, a=96, g=320, v=64)
     tensors = {"emb.weight": 0.1 * normal(400, C)}
     for i in range(3):

@@ -43,7 +43,7 @@ def ours(path):
 def theirs(path):
     """A file with the names, the shapes and the order of the released ones, made without our model, in fp16 as many of these are."""
     g = torch.Generator().manual_seed(13)
-    normal = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=g)
     tensors = {"emb.weight": 0.1 * normal(VOCAB, C)}
     for i in range(LAYERS):
         at = f"blocks.{i}."

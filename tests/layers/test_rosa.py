@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracles import x080 as oracle
 
+from oracles import x080 as oracle
 from rwkvlm.config import RosaConfig
 from rwkvlm.layers.norm_mix import NormMix
 from rwkvlm.layers.rosa import RosaMix, RosaQKV
@@ -41,7 +41,7 @@ def test_every_gradient_is_what_flipping_the_bit_does_to_the_whole_sequence(bits
             p.copy_(numbers(1, 1, C, seed=20 + n))
     inputs = [numbers(B, T, C, seed=30 + n).requires_grad_() for n in range(3)]
     weight = numbers(B, T, C, seed=40)
-    run = lambda xs: layer(*xs)[0]  # noqa: E731
+    run = lambda xs: layer(*xs)[0]
     (run(inputs) * weight).sum().backward()
     with torch.no_grad():
         for n, x in enumerate(inputs):

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+
 from oracles import hybrid as oracle
 from oracles import x070
-
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.compress.run import compress_file
 from rwkvlm.config import HybridConfig, ModelConfig, UserError
 from rwkvlm.infer import load_engine
 from rwkvlm.layers.attention import attend
-from rwkvlm.models import adapted, build, count_parameters, costs, init_weights, param_groups, read_config
+from rwkvlm.models import adapted, build, costs, count_parameters, init_weights, param_groups, read_config
 from rwkvlm.ops.cross_entropy import head_cross_entropy
 
 SIZES = dict(n_layer=3, n_embd=64, vocab_size=37, head_size=16)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rwkv7_ttt_phantom import RWKV7PhantomConfig, create_model, load_pretrained_rwkv7, load_state, save_state, train_model
 
+from rwkv7_ttt_phantom import RWKV7PhantomConfig, create_model, load_pretrained_rwkv7, load_state, save_state, train_model
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError
 from rwkvlm.data.binidx import BinIdxWriter

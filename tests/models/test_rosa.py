@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from oracles import x080 as oracle
-from oracles import x070
 
+from oracles import x070
+from oracles import x080 as oracle
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
 from rwkvlm.config import ModelConfig, RosaConfig, UserError, model_config
 from rwkvlm.models import adapted, build, count_parameters, init_weights, kernel_of, param_groups, read_config
@@ -128,7 +128,7 @@ def test_without_its_rosa_it_is_rwkv7():
 
 def test_recall_reaches_as_far_back_as_the_text():
     """Two texts that differ in their first six tokens alone, 2000 tokens ago, are told apart by the pure ROSA model, whose state grows with each token."""
-    model, sizes, answers = alive(model_config("rosa", **SIZES)).eval(), [], []
+    model, answers = alive(model_config("rosa", **SIZES)).eval(), []
     filler, query = tokens(1, 2000, vocab=3, seed=6), tokens(1, 6, seed=5)
     with torch.no_grad():
         for seed in (7, 8):
@@ -164,7 +164,7 @@ def test_initial_values(model_type):
                 assert 0.95 * bound < w.abs().max() <= bound and abs(w.std() * math.sqrt(3) / bound - 1) < 0.2
                 of_rosa.add(name)
         assert all(torch.equal(weights[f"blocks.{i}.rosa.k.{part}"], weights[f"blocks.{i}.rosa.q.{part}"]) for part in ("weight", "bias"))
-    names = {"blocks.%d.rosa.%s.weight" % (i, c) for i in range(3) for c in "qvo"}
+    names = {f"blocks.{i}.rosa.{c}.weight" for i in range(3) for c in "qvo"}
     assert len({weights[name][0, 0].item() for name in names}) == 9, "each of the others its own"
     assert weights["rosa_bits"].tolist() == [4.0]
     shared = {name for name in rwkv7 if model_type == "x080" or ".att." not in name and ".ln1." not in name}

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from oracles import x040, x070
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 import rwkv7_ttt_phantom
+from oracles import x040, x070
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.compress.run import compress_file
 from rwkvlm.config import ModelConfig, TrainConfig, UserError

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracles import x070
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from oracles import x070
 from rwkvlm.config import ModelConfig
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy

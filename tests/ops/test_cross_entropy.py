@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkvlm import native
 from rwkvlm.ops import backend
-from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy, head_scores, native as native_form, reference
+from rwkvlm.ops.cross_entropy import chunked, head_cross_entropy, head_scores, reference
+from rwkvlm.ops.cross_entropy import native as native_form
 
 # Against a float64 computation from the same rounded inputs, relative (rms for gradients). In bf16 the C++ form has fp32
 # logits, so that its loss is exact and its gradients carry the rounding of softmax, x and the result (2^-9 at most each);

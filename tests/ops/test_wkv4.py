@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracles.wkv4_cases import Case, errors
 from torch.utils.checkpoint import checkpoint
 
+from oracles.wkv4_cases import Case, errors
 from rwkvlm.config import UserError
 from rwkvlm.ops import backend
 from rwkvlm.ops.wkv4 import EMPTY, native, wkv4, wkv4_chunked, wkv4_native, wkv4_reference
@@ -212,9 +212,9 @@ def test_compiles_into_one_graph_and_under_activation_checkpointing(monkeypatch)
     monkeypatch.setattr(backend, "_requested", "cpu")
     torch._dynamo.reset()
     case = Case()
-    form = lambda *x: wkv4(*x, output_final_state=True)  # noqa: E731
+    form = lambda *x: wkv4(*x, output_final_state=True)
     plain = case.run(form)
     compiled = torch.compile(form, fullgraph=True, backend="aot_eager")
-    again = lambda *x: checkpoint(form, *x, use_reentrant=False)  # noqa: E731
+    again = lambda *x: checkpoint(form, *x, use_reentrant=False)
     for other in (compiled, again):
         assert all(torch.equal(a, b) for a, b in zip(plain, case.run(other)))

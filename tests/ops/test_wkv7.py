@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkvlm.ops.wkv7 import wkv7, wkv7_chunked, wkv7_native, wkv7_reference
 from rwkvlm.ops.wkv7 import native as wkv7_native_module
+from rwkvlm.ops.wkv7 import wkv7, wkv7_chunked, wkv7_native, wkv7_reference
 
 NATIVE_FAILURE = wkv7_native_module.why_not(torch.float32)
 ISA = ["plain", "avx2", "avx512"]
@@ -64,7 +64,7 @@ def run(form, inputs, state, dy, d_state, cu_seqlens=None):
     return [y.detach(), final_state.detach(), *torch.autograd.grad((y, final_state), leaves, (dy, d_state))]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def case(B, T, H, N, kind="usual", dtype=torch.float32):
     """Inputs rounded to dtype, and what the oracle makes of them in float64."""
     inputs = [x.to(dtype) for x in make_inputs(B, T, H, N, kind)]

@@ -15,7 +15,7 @@ from oracles.emulated_ttt import make_ttt_case, run
 from oracles.emulated_wkv7 import WRONG_BOUNDS, Kernels, make_case, with_bounds
 from oracles.rosa import structured
 from rwkvlm.ops.adamw import native as adamw
-from rwkvlm.ops.cross_entropy import cuda as _  # noqa: F401  (defines loss_of_logits)
+from rwkvlm.ops.cross_entropy import cuda as defined  # noqa: F401  (loss_of_logits)
 from rwkvlm.ops.fused import native as fused
 from rwkvlm.ops.launch import register
 from rwkvlm.ops.rosa import native as rosa

@@ -7,10 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def make_case(
     """kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay, w = +8)
     | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay). more: of which tensors there are gradients from elsewhere, "rkv" at most."""
     g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     r, w, k, v, keys, rate = (normal(B, T, H, N) for _ in range(6))
     w, rate = 2 * w - 2, torch.sigmoid(rate)
     if kind == "slow":
@@ -252,7 +252,7 @@ def separate(case: Case) -> Iterator[tuple[Case, slice]]:
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative rms error of each result; NaN where a NaN is left."""
-    rms = lambda x: x.double().square().mean().sqrt()  # noqa: E731
+    rms = lambda x: x.double().square().mean().sqrt()
     return {name: (rms(x.double() - expected[name]) / rms(expected[name]).clamp_min(1e-30)).item() for name, x in got.items()}
 
 

@@ -18,7 +18,7 @@ class Case:
 
     def __init__(self, B=2, T=70, C=48, dtype=torch.float32, state=True, kind="normal", device="cpu", seed=0):
         generator = torch.Generator().manual_seed(seed)
-        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         shift = {"slow": -7.0, "fast": 2.0}.get(kind, -1.0)
         w, u, k, v = -torch.exp(normal(C) + shift), normal(C), normal(B, T, C), normal(B, T, C)
         if kind == "large":

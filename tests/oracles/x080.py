@@ -101,7 +101,7 @@ def logits(params, idx, head_size, M, tau):
         x, v_first = params["emb.weight"][tokens], [None] * len(tokens)
         for i in range(n_layer):
             block, att, rosa, ffn = (x070.sub(params, f"blocks.{i}.{part}") for part in ("", "att.", "rosa.", "ffn."))
-            norm = lambda name, x: x070.layer_norm(x, block[f"{name}.weight"], block[f"{name}.bias"])  # noqa: E731, B023
+            norm = lambda name, x: x070.layer_norm(x, block[f"{name}.weight"], block[f"{name}.bias"])
             if "ln0.weight" in block:
                 x = norm("ln0", x)
             branch = rosa_mix(rosa, norm("ln3", x), M, tau)

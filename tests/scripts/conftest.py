@@ -176,5 +176,5 @@ def shell(request):
 def shell_scripts():
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        return [p for p in [*ROOT.glob("*.sh"), ROOT / "RWKV-v7" / "env.sh", ROOT / ".ci" / "run"]]
+        return [*ROOT.glob("*.sh"), ROOT / "RWKV-v7" / "env.sh", ROOT / ".ci" / "run"]
     return [ROOT / name for name in listed.stdout.split() if os.path.exists(ROOT / name)]

@@ -17,7 +17,7 @@ from rwkvlm.train.flops import flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-import ablation_phantom as tool  # noqa: E402
+import ablation_phantom as tool
 
 sys.path.pop(0)
 BASE = ModelConfig(n_layer=2, n_embd=64, head_size=16, vocab_size=193)

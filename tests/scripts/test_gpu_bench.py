@@ -18,11 +18,11 @@ from rwkvlm.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-import gpu  # noqa: E402
-import gpu_kernels  # noqa: E402
-import gpu_step  # noqa: E402
-import gpu_train  # noqa: E402
-import minipile_losses  # noqa: E402
+import gpu
+import gpu_kernels
+import gpu_step
+import gpu_train
+import minipile_losses
 
 sys.path.pop(0)
 REHEARSAL = ["--device", "cpu", "--small"]

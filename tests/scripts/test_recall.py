@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-import recall  # noqa: E402
+import recall
 
 sys.path.pop(0)
 TASK = recall.Task(pairs=6, keys=9, values=4)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from oracles import x080 as oracle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-import rosa_tasks  # noqa: E402
+import rosa_tasks
 
 sys.path.pop(0)
-from rwkvlm.config import UserError  # noqa: E402
-from rwkvlm.native import available  # noqa: E402
+from rwkvlm.config import UserError
+from rwkvlm.native import available
 
 needs_kernel = pytest.mark.skipif(not available("rosa")[0], reason="minutes without the C++ kernel")
 

@@ -100,7 +100,7 @@ def losses(records):
 
     def read(proj_dir: Path) -> list[float]:
         found = records(proj_dir)
-        assert list(sorted(found)) == list(range(1, len(found) + 1))
+        assert sorted(found) == list(range(1, len(found) + 1))
         return [found[step]["loss"] for step in sorted(found)]
 
     return read

@@ -16,14 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
 
-from forked import World  # noqa: E402  (first: it settles the environment)
+import torch
 
-import torch  # noqa: E402
-
-from oracles.tape import Tape  # noqa: E402
-from rwkvlm.train import graphs  # noqa: E402
-from rwkvlm.train.module import TrainModule  # noqa: E402
-from rwkvlm.train.run import PlannedModule  # noqa: E402
+from forked import World
+from oracles.tape import Tape
+from rwkvlm.train import graphs
+from rwkvlm.train.module import TrainModule
+from rwkvlm.train.run import PlannedModule
 
 
 def forget(proj_dir: Path, steps: int, batch: int) -> None:

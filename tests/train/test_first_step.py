@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracles import hybrid, x070
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
+from oracles import hybrid, x070
 from rwkvlm.config import HybridConfig, ModelConfig, TrainConfig
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy

@@ -13,7 +13,8 @@ from oracles.tape import Tape
 from rwkvlm.config import ModelConfig, PhantomConfig, TrainConfig, UserError, model_config
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops.cross_entropy import head_cross_entropy
-from rwkvlm.train import graphs, plan, run as training
+from rwkvlm.train import graphs, plan
+from rwkvlm.train import run as training
 from rwkvlm.train.freeze import freeze
 from rwkvlm.train.graphs import check_graphs, decide_graphs, graph_blocks, try_graphs
 from rwkvlm.train.strategy import Launch

@@ -14,7 +14,8 @@ import pytest
 
 from rwkvlm.config import UserError
 from rwkvlm.config.locks import try_lock
-from rwkvlm.train import hold, run as running
+from rwkvlm.train import hold
+from rwkvlm.train import run as running
 from rwkvlm.train.hold import HELD, Hold, last_holder
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.run import PlannedModule

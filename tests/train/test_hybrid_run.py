@@ -180,7 +180,7 @@ def test_flags_of_a_hybrid_say_when_they_have_no_effect():
 
 def test_compile_is_refused_with_documents_and_only_then(monkeypatch):
     monkeypatch.setattr(compiled, "_why_not", lambda device: "")
-    check = lambda **flags: check_compile(TrainConfig(my_testing="hybrid", compile=1, **flags), Launch("cpu", 1, 1, "auto"), HybridConfig(n_layer=2, n_embd=64), "cpu")  # noqa: E731
+    check = lambda **flags: check_compile(TrainConfig(my_testing="hybrid", compile=1, **flags), Launch("cpu", 1, 1, "auto"), HybridConfig(n_layer=2, n_embd=64), "cpu")
     check()
     with pytest.raises(UserError, match="--compile 1 does not go with --doc_reset 1 for --my_testing hybrid"):
         check(doc_reset=1)

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracles import official_trainer
 
+from oracles import official_trainer
 from rwkvlm import models
 from rwkvlm.checkpoint.pth import ordered
 from rwkvlm.config import ModelConfig, model_config

@@ -14,7 +14,8 @@ from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import ModelConfig, TrainConfig, cgroups, env, model_config
 from rwkvlm.models import build, count_parameters, init_weights
-from rwkvlm.train import planner, run as training
+from rwkvlm.train import planner
+from rwkvlm.train import run as training
 from rwkvlm.train.memory import Activations, estimate, measure_activations, resident
 from rwkvlm.train.module import TrainModule
 from rwkvlm.train.plan import make_plan

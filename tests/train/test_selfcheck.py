@@ -6,9 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvlm import native
 from rwkvlm.config import UserError, env, model_config
-from rwkvlm.ops import backend, wkv7 as recurrence
+from rwkvlm.ops import backend
+from rwkvlm.ops import wkv7 as recurrence
 from rwkvlm.ops.fused import reference as fused
-from rwkvlm.train import run as training, selfcheck
+from rwkvlm.train import run as training
+from rwkvlm.train import selfcheck
 from rwkvlm.train.selfcheck import answers, check_kernels, small, worst
 
 CPU = torch.device("cpu")

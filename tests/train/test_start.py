@@ -18,9 +18,8 @@ from rwkvlm.config import ModelConfig, TrainConfig, UserError, env
 from rwkvlm.config.locks import try_lock
 from rwkvlm.data.binidx import BinIdx, BinIdxWriter
 from rwkvlm.models import build, init_weights
-from rwkvlm.train import matmul
+from rwkvlm.train import matmul, signals
 from rwkvlm.train import plan as planning
-from rwkvlm.train import signals
 from rwkvlm.train.hold import HELD
 from rwkvlm.train.position import Position
 from rwkvlm.train.signals import Agreement, Signals

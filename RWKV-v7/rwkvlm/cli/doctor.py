@@ -47,7 +47,7 @@ def unmet() -> list[str]:
 
 
 def python() -> str:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (started by hand, under whatever Python there is)
         raise UserError(f"Python {sys.version.split()[0]} is too old; use 3.10 or newer")
     if missing := unmet():
         raise UserError(f"{sys.executable} lacks {', '.join(missing)}; run: {pip_install(f'-r {REQUIREMENTS}')}")

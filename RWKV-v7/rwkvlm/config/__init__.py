@@ -2,8 +2,8 @@
 
 from .errors import UserError
 from .hybrid import HybridConfig
-from .model import HEAD_SIZES, MODEL_TYPES, ModelConfig, low_rank
 from .kinds import model_config
+from .model import HEAD_SIZES, MODEL_TYPES, ModelConfig, low_rank
 from .phantom import PhantomConfig
 from .rosa import RosaConfig
 from .train import MINI_EPOCH, TrainConfig

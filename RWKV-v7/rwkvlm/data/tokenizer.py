@@ -175,7 +175,7 @@ def _read_vocabulary(path: Path) -> list[bytes]:
         except (ValueError, SyntaxError, IndexError):
             raise UserError(f"{path}, line {number} is damaged: {line[:60]!r}; run: {pip_install('--force-reinstall rwkv')}") from None
         tokens.append(token)
-    if not set(bytes([b]) for b in range(256)) <= set(tokens):
+    if not {bytes([b]) for b in range(256)} <= set(tokens):
         raise UserError(f"{path} lacks some of the 256 single bytes; run: {pip_install('--force-reinstall rwkv')}")
     return tokens
 

@@ -9,9 +9,9 @@ from ..config import ModelConfig
 from ..ops.fused import time_mix_inputs, time_mix_output
 from ..ops.wkv7 import wkv7
 from .linear import Linear, dense
+from .memory import Memory, MemoryState
 from .norm_mix import NormMix
 from .packed import Packed
-from .memory import Memory, MemoryState
 from .ttt import StateTTT, TttState
 
 

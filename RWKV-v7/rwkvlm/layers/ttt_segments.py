@@ -94,7 +94,7 @@ class Segments(torch.autograd.Function):
         d_rate = -((K @ d_cores.mT) * slope).sum((0, 2, 3)).view(B, H).sum(0)
         d_w1 = d_w2 = None
         if head:
-            rows = lambda x: x.flatten(0, 2)  # noqa: E731
+            rows = lambda x: x.flatten(0, 2)
             d_w1 = torch.addmm(rows(inner).mT @ rows(d_slope), rows(d_hidden).mT, rows(U))
             d_w2 = torch.addmm(rows(miss).mT @ rows(d_inner), rows(d_miss).mT, rows(hidden))
         d_initial = d_state if ctx.needs_input_grad[6] else None

@@ -78,7 +78,7 @@ def _linear(config: PhantomConfig, name: str, inputs: int, outputs: int) -> nn.M
     rows, linear = config.core_rows(name), linear_of(config.rank_of())
     if not rows:
         return linear(name, inputs, outputs)
-    parts = lambda part, inputs, outputs: linear(f"{name}.{part}", inputs, outputs)  # noqa: E731
+    parts = lambda part, inputs, outputs: linear(f"{name}.{part}", inputs, outputs)
     return GhostLinear(inputs, outputs, rows, config.ghost_activation, config.ghost_permuted, parts)
 
 

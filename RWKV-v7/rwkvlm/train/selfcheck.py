@@ -38,7 +38,7 @@ def check_kernels(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 def small(sizes: ModelConfig) -> ModelConfig:
     """The same kind of model, two blocks of a few heads, all of its sizes as they are derived from these."""
-    derived = {name: 0 for name in ("dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "attention_kv_heads")}
+    derived = dict.fromkeys(("dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "attention_kv_heads"), 0)
     own = derived | dict(ranks="", core_ratios="", dropout=0.0, attention_layers="1", n_layer=2, n_embd=2 * max(sizes.head_size, 32), vocab_size=200)
     if has_rosa(sizes):
         own |= dict(head_size=32, n_embd=64)  # plain PyTorch takes its time for ROSA

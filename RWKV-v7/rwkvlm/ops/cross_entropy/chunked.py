@@ -61,9 +61,10 @@ def loss_and_grads(
 def scores(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `x [n, C]`, `weight [V, C]`, `targets [n]`: each token's loss in nats, float64, and the token with the largest logit; [n] both."""
     nats, likeliest = [], []
-    for x, targets in zip(*(t.split(auto_chunk(len(weight), x.device)) for t in (x, targets))):
-        logits = x @ weight.t()
+    chunk = auto_chunk(len(weight), x.device)
+    for rows, answers in zip(x.split(chunk), targets.split(chunk), strict=True):
+        logits = rows @ weight.t()
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        nats.append((logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]).double())
+        nats.append((logits.logsumexp(-1) - logits.gather(-1, answers[:, None])[:, 0]).double())
         likeliest.append(logits.argmax(-1))
     return torch.cat(nats), torch.cat(likeliest)

@@ -9,7 +9,6 @@ from ...checkpoint.ranks import say
 from ..plan import Plan
 from .log import Log
 
-
 RUN_ID = "run_id"  # in proj_dir/wandb
 
 
