@@ -1,5 +1,7 @@
 """RWKV-7 TTT Phantom as a library: the model's public face over the package rwkvlm.
 
+In short:
+
     from rwkv7_ttt_phantom import create_model
     model = create_model()
     logits, state = model(idx)

@@ -11,7 +11,7 @@ from rwkvlm import native
 
 
 def why_not_built(name: str) -> str:
-    """"" when the CUDA kernels of cuda/<name>/ run here (they are then built, and registered once), else the reason."""
+    """Empty when the CUDA kernels of cuda/<name>/ run here (they are then built, and registered once), else the reason."""
     built, reason = native.cuda_available(name)
     if built:
         _registered(name)

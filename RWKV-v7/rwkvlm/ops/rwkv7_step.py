@@ -33,7 +33,7 @@ LINE = 64  # bytes of a cache line
 
 
 def why_not() -> str:
-    """"" when the step runs here (it is then built and loaded), else the reason."""
+    """Empty when the step runs here (it is then built and loaded), else the reason."""
     return native.available("rwkv7_step")[1]
 
 

@@ -49,7 +49,7 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
 
 
 def _why_not(device: torch.device) -> str:
-    """"" when torch.compile works for the device, else the reason, with the cure.
+    """Empty when torch.compile works for the device, else the reason, with the cure.
 
     On a GPU it is not tried: each process asks before it has chosen its own, and would take half a gigabyte of the one that happens to be current.
     """

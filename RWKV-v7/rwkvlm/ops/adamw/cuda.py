@@ -7,6 +7,6 @@ from . import native
 
 
 def why_not() -> str:
-    """"" when the kernels run here (they are then built and registered), else the reason."""
+    """Empty when the kernels run here (they are then built and registered), else the reason."""
     # The first also defines the operators: a machine with nvcc has a C++ compiler.
     return native.why_not() or why_not_built("adamw")

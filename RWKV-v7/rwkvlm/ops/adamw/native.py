@@ -9,7 +9,7 @@ from rwkvlm import native
 
 
 def why_not() -> str:
-    """"" when the C++ kernels run here (they are then built), else the reason."""
+    """Empty when the C++ kernels run here (they are then built), else the reason."""
     return native.available("adamw")[1]
 
 

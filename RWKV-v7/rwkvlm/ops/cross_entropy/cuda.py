@@ -11,7 +11,7 @@ LOGITS = 1 << 30  # bytes that a chunk of logits may take, about
 
 
 def why_not(dtype: torch.dtype) -> str:
-    """"" when the kernel runs here on inputs of this dtype (it is then built and registered), else the reason."""
+    """Empty when the kernel runs here on inputs of this dtype (it is then built and registered), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
     return why_not_built("loss")

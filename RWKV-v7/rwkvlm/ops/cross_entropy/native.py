@@ -12,7 +12,7 @@ LARGEST_CHUNK = 512
 
 
 def why_not(dtype: torch.dtype, n_embd: int) -> str:
-    """"" when the kernel runs here on such inputs (it is then built and registered), else the reason."""
+    """Empty when the kernel runs here on such inputs (it is then built and registered), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
     if dtype == torch.bfloat16 and n_embd % 2:

@@ -9,6 +9,6 @@ from . import native
 
 
 def why_not(dtype: torch.dtype) -> str:
-    """"" when the kernels run here on inputs of this dtype (they are then built and registered), else the reason."""
+    """Empty when the kernels run here on inputs of this dtype (they are then built and registered), else the reason."""
     # The first also defines the operators: a machine with nvcc has a C++ compiler.
     return native.why_not(dtype) or why_not_built("rosa")

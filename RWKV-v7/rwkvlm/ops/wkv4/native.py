@@ -14,7 +14,7 @@ CHECKPOINT = 32  # tokens from one saved state to the next; kCheckpoint of cpu.h
 
 
 def why_not(dtype: torch.dtype, channels: int) -> str:
-    """"" when the kernel runs here on inputs of this dtype and this many channels (it is then built and registered), else the reason."""
+    """Empty when the kernel runs here on inputs of this dtype and this many channels (it is then built and registered), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
     if channels % 16:

@@ -1,5 +1,7 @@
 """WKV7, the recurrence of RWKV-7: the contract, and the choice of who computes it.
 
+For each head, with a state S [N, N]:
+
     S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   d_t = exp(-exp(-1/2) sigmoid(w_t)),   y_t = S_t r_t
 """
 

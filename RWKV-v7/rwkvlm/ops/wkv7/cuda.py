@@ -50,7 +50,7 @@ def ask_for_segments(chunks: int) -> None:
 
 
 def why_not(dtype: torch.dtype) -> str:
-    """"" when kernels run here on inputs of this dtype (they are then built), else the reason."""
+    """Empty when kernels run here on inputs of this dtype (they are then built), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
     return native.cuda_available("wkv7")[1]

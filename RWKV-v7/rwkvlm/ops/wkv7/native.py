@@ -16,7 +16,7 @@ CHECKPOINT = 64  # tokens from one saved state to the next; kCheckpoint of cpu.h
 
 
 def why_not(dtype: torch.dtype) -> str:
-    """"" when the kernel runs here on inputs of this dtype (it is then built and registered), else the reason."""
+    """Empty when the kernel runs here on inputs of this dtype (it is then built and registered), else the reason."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 or float32, not {dtype}"
     built, reason = native.available("wkv7")
