@@ -197,7 +197,8 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     with backend.restored():
         code = run(asked)
         ended = code == 0 and final.exists()
-        if ended and (asked.max_steps or asked.dry_run):  # of a finished run that is trained longer, the file of before is there until the new end
+        # of a finished run that is trained longer, the file of before is there until the new end
+        if ended and (asked.max_steps or asked.dry_run):
             ended = make_plan(replace(asked, train_stage=3, load_model="", epoch_begin=0)).finished
     if code == 1:
         raise RuntimeError("training ended because memory ran out: less micro_bsz, or grad_cp=1; the same call goes on from the last state")

@@ -35,7 +35,8 @@ from rwkvlm.data.binidx import BinIdxWriter
 
 deepspeed.ops.__compatible_ops__  # asked for at the first optimizer, and made by running compilers
 
-SIZES = dict(n_layer=6, n_embd=256, vocab_size=65536, ctx_len=256, micro_bsz=2, strategy="ddp", precision="bf16", kernel="cpu")  # of a measured run
+# of a measured run
+SIZES = dict(n_layer=6, n_embd=256, vocab_size=65536, ctx_len=256, micro_bsz=2, strategy="ddp", precision="bf16", kernel="cpu")
 
 
 def write_tokens(prefix: Path, n: int, vocab_size: int) -> str:

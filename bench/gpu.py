@@ -33,7 +33,8 @@ from rwkvlm.train.guarded import guarded
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = Path(__file__).resolve().parent
 STEPS = ("tests", "sanitize", "kernels", "step", "train", "others")
-ON_GPU = ("operator", "ttt_operator", "fused", "loss", "adamw", "wkv4", "rosa", "model", "graphs")  # files of tests/cuda that have a form for a GPU
+# files of tests/cuda that have a form for a GPU
+ON_GPU = ("operator", "ttt_operator", "fused", "loss", "adamw", "wkv4", "rosa", "model", "graphs")
 FIRST_TESTS = ("cuda", "ops", "layers", "models", "infer")  # those that touch the GPU most
 WKV4 = "16x512x768,8x4096x768,8x4096x4096"  # B x T x C
 ROSA = "8x512x768,8x4096x768"  # B x T x C, symbols of 4 bits
@@ -42,7 +43,8 @@ MODELS = ("L12-D768x16x512", "L12-D768x2x4096", "L24-D2048x2x4096")  # layers, w
 PHANTOMS = ("P12-D768x16x512", "P12-D768x2x4096")  # the first two with test-time training
 WITH_ROSA = ("X12-D768x16x512", "X12-D768x2x4096")
 MODES = ("default", "reduce-overhead")  # of torch.compile, for the blocks: gpu_step.py --compile
-LONG = ("1x32768x32x64", "1x4096x32x64")  # B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
+# B x T x H x N of which wkv7 can scan segments: where that should gain most, where the rule begins
+LONG = ("1x32768x32x64", "1x4096x32x64")
 GRACE = 90.0  # seconds from SIGTERM to SIGKILL: training writes its state meanwhile
 LEAST = 5.0  # seconds without which no item is begun
 MOST = 600.0  # seconds after which an item hangs: a kernel that waits for ever would take the minutes of all others

@@ -47,7 +47,8 @@ PEER_LIMIT = 5e-2  # of others' kernels, which round where they like
 KINDS = ("usual", "clamp", "repeated")
 HEAD_LIMIT = 2e-2
 AHEAD = 8_000_000  # cycles that the GPU waits before what is timed, about 4 ms: longer than Python takes for any of it
-PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 27, "time_mix_output": 17, "relu_square": 5}  # over the tensor, forward and backward, each read and written once
+# over the tensor, forward and backward, each read and written once
+PASSES = {"norm_mix": 18, "token_mix": 15, "time_mix_inputs": 27, "time_mix_output": 17, "relu_square": 5}
 ONE_BLEND = "norm_mix of one blend"  # as before the channel mixing: other kernels than of six
 RATES = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-18, weight_decay=0.1)  # of AdamW
 Work = Callable[[int], object]  # of the n-th set of inputs
@@ -338,7 +339,8 @@ def check_logits(V: int, options: argparse.Namespace) -> float:
     if options.device == "cpu":
         options.sizes, options.vocabulary, options.rounds, options.warmup = (1, 20, 1, 32), V, 1, 0
         return measure_loss(options)["error"]
-    head_cross_entropy(torch.zeros(1, 16, device="cuda"), torch.zeros(2, 16, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"))  # registers it
+    # registers it
+    head_cross_entropy(torch.zeros(1, 16, device="cuda"), torch.zeros(2, 16, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"))
     logits, targets = torch.randn(3, V).to(options.dtype), torch.tensor([0, V - 1, V // 2])
     losses, result = torch.empty(3, device="cuda"), logits.cuda()
     torch.ops.rwkvlm.loss_of_logits(result, targets.cuda(), losses, 1.0, 0.0, True)

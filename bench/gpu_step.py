@@ -44,7 +44,8 @@ from rwkvlm.train.optimizer import make_optimizer
 from rwkvlm.train.selfcheck import DRAWS, with_gradients, worst
 from rwkvlm.train.strategy import make_strategy, param_dtype
 
-LIMIT = 2e-2  # relative: loss and the whole gradient in bf16, against float64, in every pass; of each parameter by itself as before a run, in one of the last
+# relative: loss and the whole gradient in bf16, against float64, in every pass; of each parameter by itself as before a run, in one of the last
+LIMIT = 2e-2
 GRAPHED = MODES[1]
 WARM_UP = 5  # steps. With CUDA graphs the first of them run without, then they are recorded
 
@@ -91,7 +92,8 @@ def errors(kind: str, kernel: str, options: argparse.Namespace) -> dict:
     "loss", "gradient": the most in any pass; "parameter": what is furthest off in the best of the last passes, which are replays where there are graphs.
     """
     small = model_sizes(kind, options.rosa_grad, n_layer=3, n_embd=128, vocab_size=1000, head_size=64)
-    training = Training(small, 2, 30 if kind == "X" else 100, options, "fp32" if kind == "X" else "bf16")  # plain PyTorch takes its time for ROSA
+    # plain PyTorch takes its time for ROSA
+    training = Training(small, 2, 30 if kind == "X" else 100, options, "fp32" if kind == "X" else "bf16")
 
     batches = training.batches[: DRAWS + (WARM_UP if options.compile or options.graphs else 0)]
 

@@ -30,7 +30,8 @@ def knobs(gpu: bool) -> dict[str, str]:
     text = "".join((ROOT / f"demo-training-{name}.sh").read_text() for name in ("prepare", "run"))
     lines = [shlex.split(line, comments=True) for line in re.findall(r"^knob .*$", text, re.M)]
     found = {name: values[-1] if gpu else values[0] for _, name, *values in lines}
-    found |= {"EXIT_TOKENS": "0" if gpu else found["EXIT_TOKENS"], "EPOCH_SAMPLES": "500", "STRATEGY": "auto"}  # as for DATA=demo on one GPU
+    # as for DATA=demo on one GPU
+    found |= {"EXIT_TOKENS": "0" if gpu else found["EXIT_TOKENS"], "EPOCH_SAMPLES": "500", "STRATEGY": "auto"}
     return {name: os.environ.get(name) or value for name, value in found.items()}
 
 

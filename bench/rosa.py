@@ -24,7 +24,8 @@ from rwkvlm.ops import backend
 from rwkvlm.ops.rosa import rosa, rosa_self, rosa_tokens
 
 SHAPES = ((8, 128, 64), (8, 512, 256))
-BARS = {(8, 128, 64, "random"): 0.046, (8, 512, 256, "random"): 2.0, (8, 512, 256, "constant"): 1.1}  # seconds, of the gradient (q = k = v, one bit)
+# seconds, of the gradient (q = k = v, one bit)
+BARS = {(8, 128, 64, "random"): 0.046, (8, 512, 256, "random"): 2.0, (8, 512, 256, "constant"): 1.1}
 
 
 def inputs(B: int, T: int, C: int, kind: str, count: int) -> list[torch.Tensor]:

@@ -256,7 +256,8 @@ def run(name: str, seed: int, device: str = "cpu", steps: int = 0) -> dict[str, 
     """Trains one task, for so many steps in the place of its own, and says what came of it."""
     task, rng = TASKS[name], torch.Generator().manual_seed(seed)
     model = task.make(seed).to(device)
-    groups = param_groups(model, 0.0) if hasattr(model, "config") else [{"params": list(model.parameters()), "weight_decay": 0.01}]  # torch's, as officially
+    # torch's, as officially
+    groups = param_groups(model, 0.0) if hasattr(model, "config") else [{"params": list(model.parameters()), "weight_decay": 0.01}]
     groups = [{key: value for key, value in group.items() if key in ("params", "weight_decay")} for group in groups]
     begin = time.perf_counter()
     curve = train(model, groups, task, steps or task.steps, rng, device)

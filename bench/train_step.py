@@ -165,7 +165,8 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict:
     own = shares(training.step)
     parameters = sum(p.numel() for p in training.model.parameters())
     small = 2 if precision == "bf16" else 4
-    moved = parameters * (24 + 2 * small + (4 if precision == "bf16" else 0))  # master and moments both ways, gradient twice, bf16 weight both ways
+    # master and moments both ways, gradient twice, bf16 weight both ways
+    moved = parameters * (24 + 2 * small + (4 if precision == "bf16" else 0))
     ideal = 6 * (parameters - training.model.emb.weight.numel()) * tokens / machine.gflops / 1e9
     row = {"model": name, "precision": precision, "parameters": parameters, "tokens": tokens, "gemm_gflops": round(machine.gflops)}
     row |= {"ideal_ms": round(ideal * 1e3, 1), "copy_gb_s": round(machine.copy_gb_s, 1), "memory_ms": round(moved / machine.copy_gb_s / 1e6, 1)}

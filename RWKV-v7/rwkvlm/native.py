@@ -358,5 +358,6 @@ def _run(what: str, command: list[str]) -> None:
 
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    told = (line for line in lines if ("error" in line or "fatal" in line) and not line.startswith("collect2:"))  # which says that ld has said why
+    # which says that ld has said why
+    told = (line for line in lines if ("error" in line or "fatal" in line) and not line.startswith("collect2:"))
     return next(told, lines[0])[:300]

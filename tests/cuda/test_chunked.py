@@ -100,7 +100,8 @@ def test_both_schedules_give_the_same_bits(kernels: Kernels, N: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("N, T, H", [(16, 70, 88), (32, 70, 221), (64, 70, 89), (128, 33, 45)])  # two chunks; more pairs than parts_of_scan (chunk.cuh) divides
+# two chunks; more pairs than parts_of_scan (chunk.cuh) divides
+@pytest.mark.parametrize("N, T, H", [(16, 70, 88), (32, 70, 221), (64, 70, 89), (128, 33, 45)])
 def test_many_heads_take_whole_blocks_in_the_scans(kernels: Kernels, N: int, T: int, H: int) -> None:
     check(kernels, T=T, N=N, B=3, H=H)
 

@@ -56,7 +56,8 @@ def loss_of(model: torch.nn.Module, number: int, batch: int = 2, tokens: int = 3
 def test_steps_of_a_gpu_have_the_bits_of_eager_ones(name, dtype, recompute):
     """Two micro batches a step over other tokens each time, the trainer's optimizer, validation and a batch of another shape in between."""
     pair = [model_of(MODELS[name], dtype) for _ in range(2)]
-    optimizers = [MasterAdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, accumulate=name != "memory") for m in pair]  # with its two passes refused
+    # with its two passes refused
+    optimizers = [MasterAdamW(m.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, accumulate=name != "memory") for m in pair]
     random = torch.cuda.get_rng_state()
     graph_blocks(pair[1], 2, 300, recompute)
     assert torch.equal(torch.cuda.get_rng_state(), random) and all(p.grad is None for p in pair[1].parameters())

@@ -91,7 +91,8 @@ def test_the_rule() -> None:
     assert segment_chunks(1, 32768, 32, 64, 132) == 32 and segment_chunks(1, 32768, 16, 64, 132) == 16  # as many blocks as run at once
     assert segment_chunks(1, 32768, 16, 128, 132) == 128  # one block of 128 channels on a multiprocessor: 8 segments of 1024 chunks
     assert segment_chunks(1, 4096, 1, 64, 132) == segment_chunks(1, 4096, 64, 64, 132) == 8  # no shorter
-    assert segment_chunks(1, 4033, 1, 64, 132) == 8 and segment_chunks(1, 4480, 1, 64, 132) == 9  # a begun chunk counts; the last segment is the shorter one
+    # a begun chunk counts; the last segment is the shorter one
+    assert segment_chunks(1, 4033, 1, 64, 132) == 8 and segment_chunks(1, 4480, 1, 64, 132) == 9
     assert segment_chunks(1, 4096, 64, 64, 64) == 16  # four segments, no fewer
     assert segment_chunks(1, 4032, 64, 64, 132) == segment_chunks(2, 32768, 33, 64, 132) == 0  # short; enough pairs
     assert segment_chunks(1, 32768, 64, 64, 60) == 0  # a small chip is full

@@ -15,7 +15,8 @@ from rwkvlm.ops.wkv7 import cuda, ttt_cuda
 from rwkvlm.ops.wkv7.arguments import NAMES
 
 BF16 = torch.bfloat16
-LIMITS = {"d_rate": 1e-2} | dict.fromkeys(["y", "final_state", *(f"d{n}" for n in NAMES), "d_initial_state", "d_head"], 6.8e-3)  # test_ttt.py has them by result
+# test_ttt.py has them by result
+LIMITS = {"d_rate": 1e-2} | dict.fromkeys(["y", "final_state", *(f"d{n}" for n in NAMES), "d_initial_state", "d_head"], 6.8e-3)
 
 
 @pytest.fixture(params=["emulated", "gpu"])
@@ -192,7 +193,8 @@ def test_what_is_passed_on_has_its_gradients_added_up(device):
         loss = (y * given.case.dy.to(device)).float().sum() + state.sum() + (r.float() ** 2 + 2 * k.float() ** 2 - v.float() ** 2).sum()
         results.append(torch.autograd.grad(loss, leaves))
     for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
-        assert torch.equal(ours, theirs) or i in (0, 2, 3) and (ours - theirs).float().norm() < 4e-3 * theirs.float().norm(), i  # r, k, v: rounded once
+        # r, k, v: rounded once
+        assert torch.equal(ours, theirs) or i in (0, 2, 3) and (ours - theirs).float().norm() < 4e-3 * theirs.float().norm(), i
 
 
 def test_a_phantom_compiles_into_one_graph(device, monkeypatch):

@@ -51,7 +51,8 @@ def test_turns_against_the_definition(weights, n):
     file, number = Turns(shares)(np.arange(1, n + 1))
     assert list(zip(file.tolist(), number.tolist())) == slowly(shares, n)
     for k, share in enumerate(shares):
-        assert number[file == k].tolist() == list(range(1, int((file == k).sum()) + 1))  # every file from its first sample on, none left out
+        # every file from its first sample on, none left out
+        assert number[file == k].tolist() == list(range(1, int((file == k).sum()) + 1))
         assert abs((file == k).sum() - n * share) < len(shares)
 
 

@@ -49,7 +49,8 @@ def here(tmp_path, monkeypatch):
     lines[700] = "bad"
     Path("a.jsonl").write_text("\n".join(lines[:1000]))
     Path("b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[1000:1300]).encode()))
-    Path("long.txt").write_text("".join(rng.choice(["sun", " moon", "中文", "=", "\n"]) * rng.randrange(30) for _ in range(8000)))  # comes in parts
+    # comes in parts
+    Path("long.txt").write_text("".join(rng.choice(["sun", " moon", "中文", "=", "\n"]) * rng.randrange(30) for _ in range(8000)))
     if ZST:
         import zstandard
 

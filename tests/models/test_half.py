@@ -34,7 +34,8 @@ def step(model, idx):
 def test_a_step_in_float16_is_near_that_in_float32(model_type):
     idx = torch.randint(97, (2, 41), generator=torch.Generator().manual_seed(3))
     (loss, grads), (exact, expected) = (step(made(model_type, dtype), idx) for dtype in (torch.float16, torch.float32))
-    loss_near, near = (1e-2, 0.3) if model_type in ("x080", "rosa") else (2e-3, 0.02)  # a number that rounding moves over 0 is another symbol
+    # a number that rounding moves over 0 is another symbol
+    loss_near, near = (1e-2, 0.3) if model_type in ("x080", "rosa") else (2e-3, 0.02)
     assert loss == pytest.approx(exact, rel=loss_near)
     assert grads.keys() == expected.keys() and all(g.isfinite().all() for g in grads.values())
     assert all((grads[name] - g).norm() < near * g.norm() for name, g in expected.items() if name in ("head.weight", "blocks.1.ffn.value.weight"))

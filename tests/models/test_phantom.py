@@ -207,7 +207,8 @@ def test_gradients_against_finite_differences_of_the_whole_model():
 
     loss().backward()
     for name, p in model.named_parameters():
-        if ".ttt." in name or name.endswith(("att.k_k", "att.w0", "att.a0", "att.x_k", "att.key.core.weight")):  # what the targets do not depend on
+        # what the targets do not depend on
+        if ".ttt." in name or name.endswith(("att.k_k", "att.w0", "att.a0", "att.x_k", "att.key.core.weight")):
             direction, eps = torch.randn(p.shape, generator=g, dtype=torch.float64), 1e-6
             with torch.no_grad():
                 values = []

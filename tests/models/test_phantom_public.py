@@ -196,7 +196,8 @@ def test_train_model(tmp_path):
     with torch.no_grad():
         losses = [torch.nn.functional.cross_entropy(m.eval()(idx[:, :-1])[0][0], idx[0, 1:]).item() for m in (model, fresh)]
     assert losses[0] < losses[1] - 0.3, losses
-    train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags, max_steps=2)  # nothing is left to do: the model that is there
+    # nothing is left to do: the model that is there
+    train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags, max_steps=2)
     with pytest.raises(RuntimeError, match="max_steps"):  # longer, and not to its end: rwkv-final.pth is not what was just trained
         train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags | dict(my_exit_tokens=24 * 4 * 32), max_steps=2)
 

@@ -12,7 +12,8 @@ from rwkvlm.config import UserError
 from rwkvlm.ops import backend, fused
 from rwkvlm.ops.fused import native, reference
 
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}  # rms, relative, for each output and gradient: bf16 rounds each once, and plain PyTorch often
+# rms, relative, for each output and gradient: bf16 rounds each once, and plain PyTorch often
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
 PLAIN_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 

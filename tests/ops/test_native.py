@@ -319,7 +319,8 @@ def test_launches_that_do_not_compile_are_the_reason_why_not(toy_cuda, tmp_path,
 @pytest.mark.parametrize(
     "knows, gpus, flags",
     [
-        ((80, 86, 90), ("86", "90a", "120"), ["compute_86,code=sm_86", "compute_90a,code=sm_90a", "compute_90,code=compute_90"]),  # nvcc 12.4
+        # nvcc 12.4
+        ((80, 86, 90), ("86", "90a", "120"), ["compute_86,code=sm_86", "compute_90a,code=sm_90a", "compute_90,code=compute_90"]),
         ((80, 90), ("100a", "120"), ["compute_90,code=compute_90"]),
         ((90, 100, 120), ("103", "120"), ["compute_100,code=compute_100", "compute_120,code=sm_120"]),
         ((), ("100a", "61"), ["compute_100a,code=sm_100a", "compute_61,code=sm_61"]),  # one that does not tell: it is asked

@@ -14,7 +14,8 @@ from rwkvlm.config import env
 
 TESTS = Path(__file__).resolve().parents[1]
 FOLDERS = sorted({path.parent.name for path in native.SOURCE_DIR.glob("*/*.cpp")})
-FILES = {"loss": "ops/test_cross_entropy.py", "rwkv7_step": "infer/test_step.py", "tokenizer": "data/test_native_tokenizer.py"}  # the others: ops/test_NAME*.py
+# the others: ops/test_NAME*.py
+FILES = {"loss": "ops/test_cross_entropy.py", "rwkv7_step": "infer/test_step.py", "tokenizer": "data/test_native_tokenizer.py"}
 ALSO_USED = {"rwkv7_step": ["fused", "wkv7"]}  # by the model with which it is compared
 # -O1, or checks that are no calls, would compile wkv7 for minutes. A vector's indices are looked at too, and its memory behind what is in use.
 FLAGS = (

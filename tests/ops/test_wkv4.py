@@ -121,7 +121,8 @@ def test_gradients_that_nobody_has(form):
 
     def final_alone(function, double=False):
         inputs = [(x.double() if double else x.detach().clone()).requires_grad_() for x in case.inputs]
-        return torch.autograd.grad(function(*inputs)[1][:, :2].square().sum(), inputs, allow_unused=True, materialize_grads=True)  # u has none
+        # u has none
+        return torch.autograd.grad(function(*inputs)[1][:, :2].square().sum(), inputs, allow_unused=True, materialize_grads=True)
 
     for got, want in zip(final_alone(FORMS[form]), final_alone(wkv4_reference, double=True)):
         assert (got.double() - want).norm() < 5e-6 * want.norm() + 1e-12

@@ -78,7 +78,8 @@ def make_ttt_case(T: int, N: int = 64, rows: int = 16, segment: int = 64, head: 
         for name, p in ttt.named_parameters():  # steps that matter, a head that matters, half of its units above zero
             p.copy_((torch.randn(p.shape, generator=g) / (1 if name == "rate" else 0.7 * p.shape[1] ** 0.5)).to(torch.float32))
     case = make_case(T, N, H=H, seed=seed, **options)
-    case.inputs[2] = (case.inputs[2].double() / N**0.5 - 2 * case.inputs[4].double()).to(case.inputs[2].dtype)  # k . kk near 2, as in trained models
+    # k . kk near 2, as in trained models
+    case.inputs[2] = (case.inputs[2].double() / N**0.5 - 2 * case.inputs[4].double()).to(case.inputs[2].dtype)
     return TttCase(case, ttt)
 
 

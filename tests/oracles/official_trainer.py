@@ -243,7 +243,8 @@ def deepspeed_without_cuda():
 
     deepspeed.CUDAAccelerator = CPUAccelerator
     CPUAccelerator.get_parallel_devices = staticmethod(lambda devices: [torch.device("cpu", i) for i in range(devices)])
-    importlib.import_module("deepspeed").ops.__compatible_ops__["deepspeed_shm_comm"] = False  # half a minute of compiling, for inference only
+    # half a minute of compiling, for inference only
+    importlib.import_module("deepspeed").ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def logging_to(path):

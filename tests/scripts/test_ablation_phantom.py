@@ -61,7 +61,8 @@ def test_flops_of_rwkv7_are_those_of_the_formula():
     assert tool.flops(BASE, 64) == pytest.approx(flops_per_token(BASE), rel=0.03)  # block 0's value residual is not computed
     for name in ("memory", "memory_wide"):
         memory = tool.fitted(BASE, tool.variants(0.5, 32)[name])
-        assert 3 * tool.flops(memory, 96) - 2 * tool.flops(memory, 64) == pytest.approx(flops_per_token(memory), rel=1e-4)  # of one segment more
+        # of one segment more
+        assert 3 * tool.flops(memory, 96) - 2 * tool.flops(memory, 64) == pytest.approx(flops_per_token(memory), rel=1e-4)
 
 
 def test_a_folder_takes_one_plan(capsys, tmp_path):

@@ -146,7 +146,8 @@ def test_python_knob_is_checked_and_never_changed(world):
     world.install(torch="2.12.0")
     done = world.start(PYTHON="python3")
     assert done.returncode == 2 and "error: PYTHON=python3 lacks: deepspeed>=" in done.stderr and " torch>=" not in done.stderr
-    assert "; python3 -m pip install -r requirements.txt, or unset PYTHON: .venv is made then" in done.stderr  # no pins: they would replace the torch that is there
+    # no pins: they would replace the torch that is there
+    assert "; python3 -m pip install -r requirements.txt, or unset PYTHON: .venv is made then" in done.stderr
     assert world.pip_calls() == [] and not (world.root / ".venv").exists()
     assert "is not a Python 3.10 or newer" in world.start(PYTHON="/bin/false").stderr
 

@@ -28,7 +28,8 @@ def check(faults: list[dict], kills: int, others: int) -> None:
     counts = Counter(fault["fault"] for fault in faults)
     assert counts["kill -9 of one"] + counts["kill -9 of all"] == kills
     assert all(counts[name] == others for name in OTHERS)
-    assert set(counts) - OTHERS <= {"kill -9 of one", "kill -9 of all", "disk full", "folder read-only"}  # those that need the right to mount
+    # those that need the right to mount
+    assert set(counts) - OTHERS <= {"kill -9 of one", "kill -9 of all", "disk full", "folder read-only"}
     ended = {fault["fault"]: fault["seconds"] for fault in faults if "seconds" in fault}
     assert max(ended.values()) < 60 and ended["SIGTERM"] < 30
 

@@ -29,7 +29,8 @@ from rwkvlm.train.strategy import Launch
 HYBRID = dict(my_testing="hybrid", n_layer=3, attention_layers="1/3", attention_kv_heads=1, attention_window=9)
 SHORT = dict(my_exit_tokens=10 * 4 * 32, epoch_samples=20, epoch_save=1)
 
-SAME = {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}  # where two paths of fp32 products are as fast, each run would choose by itself
+# where two paths of fp32 products are as fast, each run would choose by itself
+SAME = {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}
 
 
 def in_a_process(run, folder, **flags):

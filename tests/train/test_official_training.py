@@ -239,7 +239,8 @@ def test_a_whole_run_in_fp32(run, losses, records, beginning, theirs, tmp_path, 
 
     assert {path.name for path in folder.glob("*.pth")} | {"rwkv-init.pth"} == {path.name for path in out.glob("*.pth")}
     ours, theirs = ((place / "train_log.txt").read_text().splitlines() for place in (out, folder))
-    assert ours[0].startswith("NEW RUN ") and theirs[0].startswith("NEW RUN ") and len(theirs) == 4 and len(ours) == 5  # ours has a line of the last mini-epoch, cut short
+    # ours has a line of the last mini-epoch, cut short
+    assert ours[0].startswith("NEW RUN ") and theirs[0].startswith("NEW RUN ") and len(theirs) == 4 and len(ours) == 5
     for line, their_line in zip(ours[2:4], theirs[2:]):
         a, b = line.split(), their_line.split()
         assert len(a) == len(b) == 7 and [a[i] for i in (0, 3, 6)] == [b[i] for i in (0, 3, 6)]

@@ -20,7 +20,8 @@ SHORT = dict(my_exit_tokens=10 * 4 * 32, epoch_samples=20, epoch_save=1)
 
 
 def command(run, folder, **flags):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}  # which of two paths is faster, each run would find out for itself
+    # which of two paths is faster, each run would find out for itself
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **flags)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stdout
@@ -67,7 +68,8 @@ def test_the_file_says_what_the_shapes_do_not(phantom):
 
 
 def test_stopped_and_gone_on_it_is_the_same_run(run, phantom, losses, tmp_path):
-    command(run, tmp_path / "out", **PHANTOM, **SHORT, ttt_meta=1, max_steps=3)  # with as many threads as the other run: torch's own sums may depend on them
+    # with as many threads as the other run: torch's own sums may depend on them
+    command(run, tmp_path / "out", **PHANTOM, **SHORT, ttt_meta=1, max_steps=3)
     command(run, tmp_path / "out", my_testing="x070_phantom", **SHORT, ttt_meta=1)  # what it is comes from the state
     assert losses(tmp_path / "out") == losses(phantom)
     one, other = (load_weights(folder / "rwkv-final.pth") for folder in (phantom, tmp_path / "out"))

@@ -64,7 +64,8 @@ def test_what_is_not_trained_has_weights_alone():
     run, config = Launch("cpu", 1, 1, "auto"), TrainConfig(precision="fp32", spike_guard=8.0)
     for sizes, freeze, untrained in (
         (SIZES, "emb,head", 2 * 8192 * 256),
-        (model_config("x080", n_layer=4, n_embd=256, vocab_size=8192, rosa_grad="none"), "", 4 * (3 * 256 * 256 + 8 * 256)),  # q, k, v with biases; norm and blends
+        # q, k, v with biases; norm and blends
+        (model_config("x080", n_layer=4, n_embd=256, vocab_size=8192, rosa_grad="none"), "", 4 * (3 * 256 * 256 + 8 * 256)),
     ):
         memory, P = estimate(sizes, replace(config, freeze=freeze), run, Activations(0, 0), 0), parameters(sizes)
         T = P - UNUSED - untrained

@@ -73,7 +73,8 @@ def test_killed_and_resumed_it_is_the_same_run(trained, tiny, losses, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    out, _ = command(tiny, tmp_path / "out", my_testing=flags["my_testing"], head_size=None, save_steps=1)  # what it is comes from the state
+    # what it is comes from the state
+    out, _ = command(tiny, tmp_path / "out", my_testing=flags["my_testing"], head_size=None, save_steps=1)
     assert "training state" in out
     assert losses(tmp_path / "out") == losses(folder)
     one, other = (load_weights(f / "rwkv-final.pth") for f in (folder, tmp_path / "out"))

@@ -160,7 +160,8 @@ def test_rounding_of_a_gradient_that_should_be_zero_is_no_fault_and_a_nan_is():
 @pytest.mark.parametrize(
     "name, dtype, asked",
     [
-        ("x080", torch.bfloat16, [("x080", torch.float32), ("x070", torch.bfloat16)]),  # ROSA's bits turn with a rounding; what is beside it runs in bf16
+        # ROSA's bits turn with a rounding; what is beside it runs in bf16
+        ("x080", torch.bfloat16, [("x080", torch.float32), ("x070", torch.bfloat16)]),
         ("rosa", torch.bfloat16, [("rosa", torch.float32)]),
         ("x070", torch.float16, [("x070", torch.float32)]),  # as the kernels compute it
     ],

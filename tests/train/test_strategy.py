@@ -228,5 +228,6 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
 
 def test_collectives_give_up_after_dist_timeout():
     for name in ("ddp", "deepspeed_stage_2"):
-        for given, meant in ((7777.0, 7777), (20.0, strategy.START_TIMEOUT)):  # until the first step processes may take longer; the Watch counts dist_timeout
+        # until the first step processes may take longer; the Watch counts dist_timeout
+        for given, meant in ((7777.0, 7777), (20.0, strategy.START_TIMEOUT)):
             assert make_strategy(TrainConfig(strategy=name, accelerator="cpu", dist_timeout=given))._timeout.total_seconds() == meant

@@ -25,7 +25,8 @@ from .place import sync_folder
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lightning's DeepSpeed, DDP and torch.compile
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
-TRAINED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()  # how a block begins in the official trainer's files
+# how a block begins in the official trainer's files
+TRAINED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()
 INIT = -1  # the place of rwkv-init.pth among the mini-epochs
 
 

@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # commands show texts of any language on terminals of any encoding
     if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr.reconfigure(line_buffering=True, write_through=False)  # lines whole, with PYTHONUNBUFFERED too: the processes of a run say things at the same moment
+        # lines whole, with PYTHONUNBUFFERED too: the processes of a run say things at the same moment
+        sys.stderr.reconfigure(line_buffering=True, write_through=False)
     try:
         code = _command(argv[0])(argv[1:])
         sys.stdout.flush()  # at exit a disk that is full would be a traceback
@@ -78,13 +79,15 @@ def _lacking(error: Exception) -> str:
         return f"out of memory{': ' * bool(told)}{told}; free some, or give the command less at a time (its --help says how)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write {error.filename or 'standard output, or a file'}: {error.strerror}; free some space, or choose another place, then start again"
-    no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")  # that of a write has it: the reader is slow
+    # that of a write has it: the reader is slow
+    no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")
     if "can't start new thread" in told or no_process:
         return f"no further thread or process may be started ({told}); raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
     cure = "use .venv/bin/python, which ./test.sh and the demo scripts make, or pip install -r requirements.txt"
     if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:  # `python train.py`, as officially, beside the .venv
         return f"{sys.executable} has no {error.name}; {cure}"
-    if isinstance(error, (ImportError, AttributeError, TypeError)):  # the same in an environment of the official trainer, which wants Lightning 1.9.5
+    # the same in an environment of the official trainer, which wants Lightning 1.9.5
+    if isinstance(error, (ImportError, AttributeError, TypeError)):
         with suppress(Exception):  # a damaged environment, odd objects at hand: then the error itself has to say it
             from .doctor import unmet
 

@@ -17,7 +17,8 @@ from ..config.phantom import CARRIED
 from ..models import read_config
 from .weights import whole
 
-RELEASED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w0 r_k w1 w2 a1 a2 a0 g1 g2 v2 v1 v0 k_k k_a".split()  # as RWKV-LM's rwkv_v7_numpy.py takes them
+# as RWKV-LM's rwkv_v7_numpy.py takes them
+RELEASED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w0 r_k w1 w2 a1 a2 a0 g1 g2 v2 v1 v0 k_k k_a".split()
 OF_MATRIX = re.compile(rf"(blocks\.\d+\.(?:{'|'.join(map(re.escape, MATRICES))}))\..+")
 
 

@@ -21,7 +21,8 @@ ATTEMPTS = 8  # in a row without a new byte
 PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before the second attempt, doubled for each further one; at most
 SAY_EVERY = 10.0
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-NETWORK = (OSError, http.client.HTTPException)  # what a connection raises; the disk, which is never asked in the same place, raises OSError as well
+# what a connection raises; the disk, which is never asked in the same place, raises OSError as well
+NETWORK = (OSError, http.client.HTTPException)
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,8 @@ class WorldTokenizer(Tokenizer):
     @cached_property
     def _root(self) -> dict[int, tuple]:
         root: dict[int, tuple] = {}
-        for i, token in sorted(enumerate(self._tokens[1:], 1), key=lambda item: len(item[1])):  # a node's id is known before its children come
+        # a node's id is known before its children come
+        for i, token in sorted(enumerate(self._tokens[1:], 1), key=lambda item: len(item[1])):
             children = root
             for byte in token[:-1]:
                 children = children.setdefault(byte, ({}, 0))[0]

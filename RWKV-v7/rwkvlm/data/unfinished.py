@@ -89,7 +89,8 @@ class Unfinished:
         if saved["job"] != self.job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
             return False
         self.progress, self.seen, self._open_seen = progress, seen, open_seen
-        if sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize:  # dropped since: it is found bad again, from its beginning
+        # dropped since: it is found bad again, from its beginning
+        if sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize:
             progress.at, progress.line = 0, 1
             self._no_document()
         return True

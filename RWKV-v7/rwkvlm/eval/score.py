@@ -13,7 +13,8 @@ from ..infer.engine import Engine, check_finite
 from ..ops.cross_entropy import head_scores
 
 READ_AT_ONCE = 8192  # tokens of all rows together: bounds the memory of long texts, changes no number beyond rounding
-STEP = 16  # the first tokens of contexts are read side by side, as many as the multiple of this that all of them reach; the rest of each with its continuation
+# the first tokens of contexts are read side by side, as many as the multiple of this that all of them reach; the rest of each with its continuation
+STEP = 16
 
 Tokens = Sequence[int] | np.ndarray
 

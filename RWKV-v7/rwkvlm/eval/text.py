@@ -55,7 +55,8 @@ def _of_text(engine: Engine, source: str, text_key: str) -> Iterator[Document]:
             ids = np.array(tokenizer.encode(rest), dtype=dtype)
         except UserError as error:
             raise UserError(f"{where(block.file, line)}: {error}") from None
-        if kept and not (kept := tokenizer.comes_back(rest, ids)):  # characters that a vocabulary lacks; no error, since some tokenizers normalise texts
+        # characters that a vocabulary lacks; no error, since some tokenizers normalise texts
+        if kept and not (kept := tokenizer.comes_back(rest, ids)):
             print(f"{where(block.file, line)}: the text does not come back from its tokens; the figures are of what the tokenizer knows of it", file=sys.stderr, flush=True)
         if block.goes_on:
             n, settled = tokenizer.settled(ids, len(rest))

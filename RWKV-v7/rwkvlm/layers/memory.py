@@ -16,7 +16,8 @@ from ..config.phantom import PhantomConfig
 from ..ops.wkv7 import wkv7
 from .packed import Packed
 
-LARGEST_STEP = 1.984375  # in bfloat16 a key of length 1 may be a little longer, and the step times its square must stay below 2, where M would grow
+# in bfloat16 a key of length 1 may be a little longer, and the step times its square must stay below 2, where M would grow
+LARGEST_STEP = 1.984375
 NO_DECAY = -30.0  # of which wkv7's decay is 1 but for 6e-14
 
 

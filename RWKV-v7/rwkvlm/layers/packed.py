@@ -32,5 +32,6 @@ def by_document(run: Callable, packed: Packed | None, *inputs: torch.Tensor, dim
     if packed is None:
         return run(*inputs)
     lengths = np.diff(packed.on_host).tolist()
-    made = [run(*document) for document in zip(*(x.split(lengths, dim) for x in inputs))]  # not slices, whose backward would pad each to the whole
+    # not slices, whose backward would pad each to the whole
+    made = [run(*document) for document in zip(*(x.split(lengths, dim) for x in inputs))]
     return torch.cat(made, dim) if isinstance(made[0], torch.Tensor) else tuple(torch.cat(parts, dim) for parts in zip(*made))

@@ -16,8 +16,10 @@ from ..ops.rosa import RosaState, rosa
 from .norm_mix import NormMix
 from .packed import Packed, by_document
 
-TO_STREAM = 0.1  # of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
-APART = 0.02  # of what would train queries and keys to differ, for a query that has moved by itself no longer finds the keys of its like (records/2026-11-28-rosa-rates)
+# of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
+TO_STREAM = 0.1
+# of what would train queries and keys to differ, for a query that has moved by itself no longer finds the keys of its like (records/2026-11-28-rosa-rates)
+APART = 0.02
 
 
 class _Damped(torch.autograd.Function):

@@ -17,7 +17,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, att: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
         C = config.n_embd
-        self.ln0 = nn.LayerNorm(C) if layer == 0 else None  # the layer's number is not kept: only blocks with equal attributes share one compilation
+        # the layer's number is not kept: only blocks with equal attributes share one compilation
+        self.ln0 = nn.LayerNorm(C) if layer == 0 else None
         self.ln1 = NormMix(C)
         self.ln2 = NormMix(C)
         self.att = att

@@ -134,7 +134,8 @@ ROSA = BLOCK + r"rosa\."
 # A token's query is its key at first, so each symbol finds where it has been before, as in the official self layers. Where they begin apart only chance
 # brings them together, mostly in one symbol of eight, and what that one cannot tell apart stays so (records/2026-11-27-rosa-copy).
 AS_QUERIES = (".k.", ".q.")
-OF_BITS = 0.1  # of the learning rate: on text the symbols that it begins with are good already, and moved fast they cost 0.05 to 0.1 nats a byte (same record)
+# of the learning rate: on text the symbols that it begins with are good already, and moved fast they cost 0.05 to 0.1 nats a byte (same record)
+OF_BITS = 0.1
 
 TABLE = [
     Row(CARRIED, lambda s: torch.full(s.shape, float(s.config.rosa_bits))),

@@ -15,7 +15,8 @@ from ..config.errors import pip_install
 from ..models import LanguageModel, recurrence
 from .strategy import Launch
 
-GRAPHS = 64  # compilations at most: of the first block and of the others, in training and validation, and of blocks that --freeze makes different
+# compilations at most: of the first block and of the others, in training and validation, and of blocks that --freeze makes different
+GRAPHS = 64
 
 
 def compile_blocks(model: LanguageModel, lengths_vary: bool = False, graphs: bool = False) -> None:
@@ -27,7 +28,8 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, graphs: boo
     """
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.optimize_ddp = False  # would cut the blocks at DDP's buckets; gradients are handed over block by block as it is
-    options = {"deterministic": True, "triton.cudagraphs": graphs}  # deterministic: no kernel is chosen by timing it, where that would change the bits
+    # deterministic: no kernel is chosen by timing it, where that would change the bits
+    options = {"deterministic": True, "triton.cudagraphs": graphs}
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=lengths_vary, options=options)
 

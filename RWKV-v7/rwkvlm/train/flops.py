@@ -64,4 +64,5 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for known, peak in PEAK.items() if re.search(rf"\b{known}\b", name)), None)  # an A10G is no A10, an RTX A4000 no A40
+    # an A10G is no A10, an RTX A4000 no A40
+    return next((1e12 * peak for known, peak in PEAK.items() if re.search(rf"\b{known}\b", name)), None)

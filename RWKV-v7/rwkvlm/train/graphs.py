@@ -31,7 +31,8 @@ from .strategy import Launch
 
 T = TypeVar("T")
 WARM_UP = 3  # passes before a block is recorded, as in torch.cuda.make_graphed_callables
-SHORT = 1e-3  # seconds of a block's arithmetic at the GPU's peak, up to which graphs are tried: its kernels take twice that or more, the host 1.2 to 2.3 ms (records/2026-11-26-gpu, -28-cpp-launch)
+# seconds of a block's arithmetic at the GPU's peak, up to which graphs are tried: its kernels take twice that or more, the host 1.2 to 2.3 ms (records/2026-11-26-gpu, -28-cpp-launch)
+SHORT = 1e-3
 LIMIT = 1e-2  # relative: what blocks may be off by in graphs, where the same kernels run
 
 
@@ -51,7 +52,8 @@ class Recorder:
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """What runs it again, and its results, which lie where each run writes them. Other threads may go on, with NCCL's events and pinned memory."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):  # where a recording fails, torch.cuda.graph leaves its stream the current one: this gives back the one before
+        # where a recording fails, torch.cuda.graph leaves its stream the current one: this gives back the one before
+        with torch.cuda.stream(self.stream):
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 results = work()
         return graph.replay, results

@@ -34,7 +34,8 @@ from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype, started_apart
 
 TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
-LOOKS, BETWEEN_LOOKS = 7, 10.0  # seconds: until a node sees what another one has just written; NFS remembers for up to a minute what was not there
+# seconds: until a node sees what another one has just written; NFS remembers for up to a minute what was not there
+LOOKS, BETWEEN_LOOKS = 7, 10.0
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read
 
 
@@ -160,7 +161,8 @@ def checked(plan: Plan) -> Plan:
     while True:
         starts = ranks.gather(str(plan.start))  # first: only those that have a state read its checksums, which is collective too
         if len(set(starts)) > 1:
-            ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)  # another run, begun at the same moment, has put its files there
+            # another run, begun at the same moment, has put its files there
+            ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)
             if looks == LOOKS:
                 raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
             looks += 1

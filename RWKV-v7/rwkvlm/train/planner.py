@@ -33,7 +33,8 @@ from .strategy import make_strategy
 TRAIN = Path(__file__).resolve().parents[3] / "train.py"  # which runs where the package is neither installed nor on the PYTHONPATH
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
-ROOM = 0.8  # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
+# of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
+ROOM = 0.8
 OWN = [f.name for f in fields(TrainConfig) if f.metadata["of"]]  # flags of some model types only
 
 
@@ -106,7 +107,8 @@ def _load_libraries(plan: Plan) -> None:
     make_strategy(plan.config)
     if plan.launch.strategy.startswith("deepspeed"):
         with suppress(ImportError):
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # its engine looks for this one, and torch's compiler comes with it
+            # its engine looks for this one, and torch's compiler comes with it
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def _advice(plan: Plan, memory: dict[tuple[int, int], Memory], available: int) -> str:

@@ -16,9 +16,12 @@ from ..config import ModelConfig, UserError
 from ..ops import backend
 from ..ops.cross_entropy import head_cross_entropy
 
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative, of the loss and of each parameter's gradient; the kernels have up to 1e-5 and 0.07,
-ROUNDING = 4.0  # and where a sum cancels, or products are in tf32, more, but no more than so many times what plain PyTorch has in the same dtype
-DRAWS = 3  # of weights and tokens: a wrong kernel is wrong in all of them; in one, a rounding may have turned a ReLU, or the few numbers of a gradient be far off
+# relative, of the loss and of each parameter's gradient; the kernels have up to 1e-5 and 0.07,
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# and where a sum cancels, or products are in tf32, more, but no more than so many times what plain PyTorch has in the same dtype
+ROUNDING = 4.0
+# of weights and tokens: a wrong kernel is wrong in all of them; in one, a rounding may have turned a ReLU, or the few numbers of a gradient be far off
+DRAWS = 3
 CURE = "`python -m rwkvlm doctor` asks each by itself; set RWKV_CACHE_DIR to an empty folder to build them again, or use --kernel torch, which is slower (--check_kernels 0: train all the same)"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -88,7 +91,8 @@ def worst(got: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], wanted
 
 def tokens(sizes: ModelConfig, draw: int = 0) -> torch.Tensor:
     """[2, T + 1], the same eleven over and over."""
-    T = 30 if has_rosa(sizes) else max(100, 2 * sizes.ttt_chunk + 10 if getattr(sizes, "steps_on_state", False) else 0)  # two chunks of wkv7's, two steps of test-time training
+    # two chunks of wkv7's, two steps of test-time training
+    T = 30 if has_rosa(sizes) else max(100, 2 * sizes.ttt_chunk + 10 if getattr(sizes, "steps_on_state", False) else 0)
     return torch.randint(sizes.vocab_size, (2, 11), generator=torch.Generator().manual_seed(1 + draw)).repeat(1, T // 11 + 1)[:, : T + 1]
 
 

@@ -28,7 +28,8 @@ from ..checkpoint import ranks
 from ..config import TrainConfig, UserError, env
 from ..config.errors import pip_install
 
-START_TIMEOUT = 1800.0  # seconds: processes may take long to come, to build kernels and to read their files; --dist_timeout counts from the first step
+# seconds: processes may take long to come, to build kernels and to read their files; --dist_timeout counts from the first step
+START_TIMEOUT = 1800.0
 CPU_PROCESS = 1 << 28  # bytes, at least: libraries alone
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

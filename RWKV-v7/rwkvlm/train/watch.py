@@ -40,7 +40,8 @@ CONNECT, HELLO = 300.0, 10.0  # for the others to come, and for one that has com
 KILLED, DIED, FAILED, SILENT = range(4)  # the one that says most comes first
 EXIT_CODE = 1
 MEETING = "check MASTER_ADDR and firewalls, or set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too) to the interface between the nodes"
-COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")  # the last two: gloo, which may leave out its name
+# the last two: gloo, which may leave out its name
+COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")
 
 
 @dataclass

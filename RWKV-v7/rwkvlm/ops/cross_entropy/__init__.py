@@ -92,7 +92,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: 
         raise ValueError(f"head_cross_entropy: x is on {x.device}, weight on {weight.device}, targets on {targets.device}; expected one device")
     if chunk < 0:
         raise ValueError(f"head_cross_entropy: chunk is {chunk}; expected a number of tokens, or 0 to choose one")
-    if targets.device.type == "cpu":  # on a GPU the look would make the host wait; there plain PyTorch asserts on the device, and the kernel's loss is NaN
+    # on a GPU the look would make the host wait; there plain PyTorch asserts on the device, and the kernel's loss is NaN
+    if targets.device.type == "cpu":
         low, high = targets.aminmax()
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(f"head_cross_entropy: targets lie in [{low}, {high}]; expected [0, {weight.shape[0]}), the rows of weight")

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..arguments import state_dtype
 from .reference import empty_state
 
-CHUNK = 8  # work grows with it, Python's share falls: of 2, 4, 8 and 16 the fastest or nearly so, at 1 and at 8 x 512 tokens of 768 channels
+# work grows with it, Python's share falls: of 2, 4, 8 and 16 the fastest or nearly so, at 1 and at 8 x 512 tokens of 768 channels
+CHUNK = 8
 
 
 def wkv4_chunked(w: Tensor, u: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:

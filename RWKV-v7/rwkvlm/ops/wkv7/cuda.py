@@ -79,7 +79,7 @@ def number_of(device: torch.device) -> int:
 
 
 def form_for(dtype: torch.dtype, capability: tuple[int, int]) -> str:
-    """"chunked", on the tensor cores, wherever it can; else "sequential", fp32 arithmetic throughout."""
+    """The form "chunked", on the tensor cores, wherever it can; else "sequential", fp32 arithmetic throughout."""
     return "chunked" if dtype == torch.bfloat16 and capability >= TENSOR_CORES else "sequential"
 
 

@@ -59,7 +59,8 @@ class WeightsAndBiases(Log):
         self.run.log(numbers, step=record["step"])
 
     def validation(self, record: dict[str, Any]) -> None:
-        self.run.log({"val_loss": record["val_loss"]}, step=max(record["step"], self.run.step))  # of a resumed run, one further: there a validation that was stopped is made
+        # of a resumed run, one further: there a validation that was stopped is made
+        self.run.log({"val_loss": record["val_loss"]}, step=max(record["step"], self.run.step))
 
     def close(self) -> None:
         self.run.finish()
