@@ -32,7 +32,16 @@ from rwkvlm.models.lm import State
 from rwkvlm.models.phantom import Phantom
 from rwkvlm.ops import backend
 
-__all__ = ["RWKV7Phantom", "RWKV7PhantomConfig", "UserError", "create_model", "load_pretrained_rwkv7", "load_state", "save_state", "train_model"]
+__all__ = [
+    "RWKV7Phantom",
+    "RWKV7PhantomConfig",
+    "UserError",
+    "create_model",
+    "load_pretrained_rwkv7",
+    "load_state",
+    "save_state",
+    "train_model",
+]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,9 @@ class RWKV7PhantomConfig:
 class RWKV7Phantom(Phantom):
     """The model, with its state as part of each call."""
 
-    def forward(self, idx: torch.Tensor, state: State | None = None, return_state: bool = True) -> torch.Tensor | tuple[torch.Tensor, State]:
+    def forward(
+        self, idx: torch.Tensor, state: State | None = None, return_state: bool = True
+    ) -> torch.Tensor | tuple[torch.Tensor, State]:
         """idx: [B, T] int64. Returns logits [B, T, V] and the state after them; the logits alone with return_state False."""
         return super().forward(idx, state, return_state)
 
@@ -169,7 +180,9 @@ def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfi
     if sizes.model_type != "phantom":
         sizes = config.sizes(**sizes.as_dict() | {"model_type": "phantom", "ghost_permuted": True})
         if sizes.has_ghosts and sizes.ghost_activation != "identity":
-            raise UserError(f"ghost_activation {sizes.ghost_activation!r}: the matrices of an RWKV-7 can only be factorised with the identity")
+            raise UserError(
+                f"ghost_activation {sizes.ghost_activation!r}: the matrices of an RWKV-7 can only be factorised with the identity"
+            )
     model = _made(sizes, config, seed)
     load_into(model, adapted(tensors, model))
     return model
@@ -192,7 +205,9 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     settings |= {"ttt_lr": sizes.ttt_lr, "ttt_features": sizes.ttt_features, "ttt_head": sizes.has_ttt_head}
     settings |= {} if config.use_cuda_kernel else {"kernel": "torch"}
     settings = {name: int(value) if isinstance(value, bool) else value for name, value in settings.items()}
-    asked = TrainConfig(**{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags)
+    asked = TrainConfig(
+        **{"my_testing": "phantom", "train_stage": 3, "data_file": str(data_path), "proj_dir": str(output_dir)} | settings | flags
+    )
     final = Path(output_dir) / "rwkv-final.pth"
     with backend.restored():
         code = run(asked)
@@ -203,9 +218,13 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
     if code == 1:
         raise RuntimeError("training ended because memory ran out: less micro_bsz, or grad_cp=1; the same call goes on from the last state")
     if code:
-        raise RuntimeError(f"training was stopped by {signal.Signals(code - 128).name}; its state is saved in {output_dir}, the same call goes on from it")
+        raise RuntimeError(
+            f"training was stopped by {signal.Signals(code - 128).name}; its state is saved in {output_dir}, the same call goes on from it"
+        )
     if not ended:  # the newest rwkv-{n}.pth may be the one that training began with
-        raise RuntimeError(f"training ended before its last token, as max_steps (or dry_run, or train_stage 1) asks; the call without it goes on from what is saved in {output_dir}")
+        raise RuntimeError(
+            f"training ended before its last token, as max_steps (or dry_run, or train_stage 1) asks; the call without it goes on from what is saved in {output_dir}"
+        )
     return load_pretrained_rwkv7(_compressed(final, config) if config.use_svd_compression or config.use_sparsity else final, config)
 
 
@@ -232,7 +251,9 @@ def load_state(path: str | Path, model: Phantom) -> State:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: torch's reader runs over whatever bytes a file holds as if they were a pickle's
-        raise UserError(f"{path} {'is truncated or no state' if os.path.isfile(path) else 'is no file'}; give a file that save_state has written") from error
+        raise UserError(
+            f"{path} {'is truncated or no state' if os.path.isfile(path) else 'is no file'}; give a file that save_state has written"
+        ) from error
     if not isinstance(tensors, list) or not all(isinstance(t, torch.Tensor) for t in tensors):
         raise UserError(f"{path} is no state; give a file that save_state has written")
     like = model.init_state(tensors[0].shape[0] if tensors and tensors[0].dim() else 1)

@@ -77,7 +77,15 @@ def fitted(base: ModelConfig, settings: dict[str, object]) -> ModelConfig:
             if grains:
                 config = sized(base, settings, n_embd, GRAIN * grains)
                 difference = abs(parameters(config) / wanted - 1)
-                found.append((difference > TOLERANCE, round(abs(config.dim_ffn / n_embd - base.dim_ffn / base.n_embd), 2), difference, n_embd, config))
+                found.append(
+                    (
+                        difference > TOLERANCE,
+                        round(abs(config.dim_ffn / n_embd - base.dim_ffn / base.n_embd), 2),
+                        difference,
+                        n_embd,
+                        config,
+                    )
+                )
     outside, _, difference, _, config = min(found, key=lambda entry: entry[:4])
     if outside:
         raise UserError(
@@ -91,7 +99,9 @@ def check_equal(configs: dict[str, ModelConfig]) -> None:
     first, *others = configs
     for name in others:
         if abs(parameters(configs[name]) / parameters(configs[first]) - 1) > TOLERANCE:
-            raise UserError(f"{name} has {parameters(configs[name]):,} parameters and {first} {parameters(configs[first]):,}, which is more than {TOLERANCE:.0%} apart")
+            raise UserError(
+                f"{name} has {parameters(configs[name]):,} parameters and {first} {parameters(configs[first]):,}, which is more than {TOLERANCE:.0%} apart"
+            )
 
 
 def flops(config: ModelConfig, ctx_len: int) -> int:
@@ -142,7 +152,9 @@ def earlier(out: Path, whole: dict[str, object]) -> dict[str, dict]:
     then = json.loads((out / "plan.json").read_text())
     for key, value in whole.items():
         if key != "seeds" and then[key] != value:
-            raise UserError(f"{out} was planned with {key} {then[key]!r} and now it is {value!r}: its runs could not be compared; choose another OUT")
+            raise UserError(
+                f"{out} was planned with {key} {then[key]!r} and now it is {value!r}: its runs could not be compared; choose another OUT"
+            )
     whole["seeds"] = sorted({*then["seeds"], *whole["seeds"]})
     return then["models"]
 
@@ -152,7 +164,9 @@ def train_tokenizer(text: Path, vocab_size: int, out: Path) -> None:
     engine = Tokenizer(subwords.BPE())
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|end of document|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|end of document|>"], initial_alphabet=alphabet, show_progress=False
+    )
     with open(text, encoding="utf-8") as lines:
         engine.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,10 +175,15 @@ def train_tokenizer(text: Path, vocab_size: int, out: Path) -> None:
 
 def size_table(rows: dict[str, dict]) -> list[str]:
     first = next(iter(rows.values()))
-    lines = ["| variant | n_embd | dim_ffn | parameters without embedding | FLOPs per token | numbers in the state |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| variant | n_embd | dim_ffn | parameters without embedding | FLOPs per token | numbers in the state |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         more, work = row["parameters"] / first["parameters"] - 1, row["flops"] / first["flops"]
-        lines.append(f"| {name} | {row['n_embd']} | {row['dim_ffn']} | {row['parameters']:,} ({more:+.2%}) | {row['flops']:,} ({work:.2f}x) | {row['state']:,} |")
+        lines.append(
+            f"| {name} | {row['n_embd']} | {row['dim_ffn']} | {row['parameters']:,} ({more:+.2%}) | {row['flops']:,} ({work:.2f}x) | {row['state']:,} |"
+        )
     return lines
 
 
@@ -187,13 +206,19 @@ def result(folder: Path, planned: dict) -> dict[str, object]:
     """What a run reached: held-out loss, and where the task is recall the accuracy at the answers; and their curves over tokens."""
     steps, held_out = read(folder / "metrics.jsonl")
     found: dict[str, object] = {"tokens": steps[-1][0], "val_loss": held_out[-1][1], "val_loss_curve": held_out}
-    rates = [record["tokens_per_s"] for line in (folder / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line)).get("tokens_per_s")]
+    rates = [
+        record["tokens_per_s"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if (record := json.loads(line)).get("tokens_per_s")
+    ]
     found["tokens_per_s"] = statistics.median(rates) if rates else None
     if (folder / "recall.json").exists():
         measured = json.loads((folder / "recall.json").read_text())["results"]
         of_mini_epoch = planned["epoch_samples"] * planned["ctx_len"]
         at = {"rwkv-init.pth": 0, "rwkv-final.pth": steps[-1][0]}
-        found["accuracy_curve"] = [(at[m["file"]] if m["file"] in at else (int(m["file"][5:-4]) + 1) * of_mini_epoch, m["accuracy"]) for m in measured]
+        found["accuracy_curve"] = [
+            (at[m["file"]] if m["file"] in at else (int(m["file"][5:-4]) + 1) * of_mini_epoch, m["accuracy"]) for m in measured
+        ]
         found |= {"accuracy": measured[-1]["accuracy"], "answer_loss": measured[-1]["loss"], "by_quarter": measured[-1]["by_quarter"]}
         found["by_pairs"] = {pairs: part["accuracy"] for pairs, part in measured[-1]["by_pairs"].items()}
     return found
@@ -204,7 +229,11 @@ def report(out: Path) -> list[str]:
     planned = json.loads((out / "plan.json").read_text())
     runs = {name: finished(out, name) for name in planned["models"]}
     missing = [f"{name}-{seed}" for name, seeds in runs.items() for seed in planned["seeds"] if seed not in seeds]
-    keys = ["accuracy", "answer_loss", "val_loss"] if any("accuracy" in run for seeds in runs.values() for run in seeds.values()) else ["val_loss"]
+    keys = (
+        ["accuracy", "answer_loss", "val_loss"]
+        if any("accuracy" in run for seeds in runs.values() for run in seeds.values())
+        else ["val_loss"]
+    )
     lines = [*size_table(planned["models"]), "", f"| variant | seeds | {' | '.join(keys)} |", "|---" * (2 + len(keys)) + "|"]
     for name, seeds in runs.items():
         if seeds:
@@ -219,10 +248,15 @@ def report(out: Path) -> list[str]:
         curves = {name: found for name, found in curves.items() if found}
         if curves:
             (out / f"{key}.svg").write_text(picture(curves, label))
-    across = {name: [[(math.log2(int(pairs)), share) for pairs, share in run["by_pairs"].items()] for run in seeds.values() if "by_pairs" in run] for name, seeds in runs.items()}
+    across = {
+        name: [[(math.log2(int(pairs)), share) for pairs, share in run["by_pairs"].items()] for run in seeds.values() if "by_pairs" in run]
+        for name, seeds in runs.items()
+    }
     if any(across.values()):
         marks = {x: f"{2**x:g}" for found in across.values() for curve in found for x, _ in curve}
-        (out / "by_pairs.svg").write_text(picture({name: found for name, found in across.items() if found}, "share of answers that are right", "pairs", marks))
+        (out / "by_pairs.svg").write_text(
+            picture({name: found for name, found in across.items() if found}, "share of answers that are right", "pairs", marks)
+        )
     return lines
 
 
@@ -269,7 +303,17 @@ def main(argv: list[str] | None = None) -> int:
     for command in (make, keep, tell):
         command.add_argument("out", type=Path, help="folder of the task")
     keep.add_argument("run", help="VARIANT-SEED")
-    for name, default in (("n_layer", 4), ("n_embd", 128), ("vocab_size", 2048), ("head_size", 32), ("dim_ffn", 0), ("ctx_len", 512), ("ttt_chunk", 64), ("epoch_samples", 0), ("tokens", 0)):
+    for name, default in (
+        ("n_layer", 4),
+        ("n_embd", 128),
+        ("vocab_size", 2048),
+        ("head_size", 32),
+        ("dim_ffn", 0),
+        ("ctx_len", 512),
+        ("ttt_chunk", 64),
+        ("epoch_samples", 0),
+        ("tokens", 0),
+    ):
         make.add_argument(f"--{name}", type=int, default=default)
     make.add_argument("--core_ratio", type=float, default=0.5, help="of the Ghost variants")
     make.add_argument("--features", type=int, default=64, help="of each key of memory_wide")

@@ -138,7 +138,9 @@ def report(forms: dict[str, Form], times: dict[str, dict[str, list[float]]]) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("bench-decode.pth"), help="official-format .pth file; made with the sizes below when missing")
+    parser.add_argument(
+        "--model", type=Path, default=Path("bench-decode.pth"), help="official-format .pth file; made with the sizes below when missing"
+    )
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=65536)
@@ -146,7 +148,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bar", action="store_true", help=f"exit 1 where ours in fp32 is below {BAR['decode']}x decoding or {BAR['prefill']}x prefill")
+    parser.add_argument(
+        "--bar", action="store_true", help=f"exit 1 where ours in fp32 is below {BAR['decode']}x decoding or {BAR['prefill']}x prefill"
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -159,7 +163,11 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error}; pip install rwkv", file=sys.stderr)
         return 2
-    forms = {"package fp32": package, "ours fp32": our_form(options.model, torch.float32), "ours bf16": our_form(options.model, torch.bfloat16)}
+    forms = {
+        "package fp32": package,
+        "ours fp32": our_form(options.model, torch.float32),
+        "ours bf16": our_form(options.model, torch.bfloat16),
+    }
     setting, line = fp32_matmul_choice()
     torch.set_float32_matmul_precision(setting)  # the package has allowed itself TF32
     print(line)

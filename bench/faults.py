@@ -136,7 +136,15 @@ def kill(trial: Trial) -> bool:
     named = all(f"rank {rank} (" in world.said() for rank in victims)
     if len(victims) < RANKS and moment != "start":
         assert named and seconds < 60, world.said()
-    trial.note(f"kill -9 of {'all' if len(victims) == RANKS else 'one'}", world, moment=moment, rank=victims, seconds=seconds, named=named, within_save=trial.saving())
+    trial.note(
+        f"kill -9 of {'all' if len(victims) == RANKS else 'one'}",
+        world,
+        moment=moment,
+        rank=victims,
+        seconds=seconds,
+        named=named,
+        within_save=trial.saving(),
+    )
     return True
 
 
@@ -232,7 +240,9 @@ def no_room(trial: Trial, how: str) -> bool:
     world = trial.begin()
     trial.pause(world)
     try:
-        with {"disk full": full_disk, "file-size limit in one process": file_limit, "folder read-only": read_only}[how](trial, world) as hold:
+        with {"disk full": full_disk, "file-size limit in one process": file_limit, "folder read-only": read_only}[how](
+            trial, world
+        ) as hold:
 
             def lost(saves: int) -> bool:
                 hold()
@@ -328,7 +338,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Inject faults into training runs.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--others", type=int, default=1, help="rounds of all other faults")
-    parser.add_argument("--seconds", type=float, default=3600, help="inject no more after this time; the run under way is still brought to its end")
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="inject no more after this time; the run under way is still brought to its end"
+    )
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="", help="JSON file for the results")

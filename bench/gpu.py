@@ -92,7 +92,9 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         work = [python, str(BENCH / "gpu_kernels.py"), "once", *device]
         if cpu:
             return [Item("once, without a sanitizer", work, read=last_json)]
-        tool = shutil.which("compute-sanitizer") or str(Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin" / "compute-sanitizer")
+        tool = shutil.which("compute-sanitizer") or str(
+            Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin" / "compute-sanitizer"
+        )
         freed = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation of its own: its end is seen
         kinds = ("memcheck", "racecheck", "synccheck")
         return [Item(k, [tool, "--tool", k, "--error-exitcode", "9", *work], freed, sanitizer_errors) for k in kinds]
@@ -100,9 +102,18 @@ def items_of(step: str, options: argparse.Namespace) -> list[Item]:
         work = [python, str(BENCH / "gpu_kernels.py")]
         found = [Item("wkv7", [*work, "wkv7", *device], read=last_json)]
         found += [Item(f"wkv7 {shape}", [*work, "wkv7", "--shape", shape, *device], read=last_json) for shape in ([] if small else LONG)]
-        found += [Item(f"wkv7 beside {peer.split('=')[0]}", [*work, "wkv7", "--peer", peer, *device], read=last_json) for peer in options.peer]
+        found += [
+            Item(f"wkv7 beside {peer.split('=')[0]}", [*work, "wkv7", "--peer", peer, *device], read=last_json) for peer in options.peer
+        ]
         found += [Item(name, [*work, name, *device], read=last_json) for name in OPERATORS]
-        wkv4 = [python, str(BENCH / "wkv4.py"), "--dtype", "bfloat16", *device[:2], *(["--rounds", "2", "--shapes", "1x40x32"] if small else ["--shapes", WKV4])]
+        wkv4 = [
+            python,
+            str(BENCH / "wkv4.py"),
+            "--dtype",
+            "bfloat16",
+            *device[:2],
+            *(["--rounds", "2", "--shapes", "1x40x32"] if small else ["--shapes", WKV4]),
+        ]
         found.append(Item("wkv4", wkv4, read=last_json))
         rosa = [python, str(BENCH / "rosa.py"), *device[:2], "--bits", "4", "--shapes", "1x64x8" if small else ROSA]
         found.append(Item("rosa", rosa, read=last_json))
@@ -166,13 +177,24 @@ def about(device: str, commit: str) -> dict:
     import torch
 
     changed = " with changes" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""
-    facts = {"commit": commit or output_of("git", "rev-parse", "HEAD") + changed, "torch": torch.__version__, "chip": "none: a rehearsal on the CPU"}
+    facts = {
+        "commit": commit or output_of("git", "rev-parse", "HEAD") + changed,
+        "torch": torch.__version__,
+        "chip": "none: a rehearsal on the CPU",
+    }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {"chip": properties.name, "gpus": torch.cuda.device_count(), "memory_gib": round(properties.total_memory / 2**30, 1)}
-        facts |= {"capability": f"{properties.major}.{properties.minor}", "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
+        facts |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
         facts |= {"cuda_of_torch": torch.version.cuda, "nvcc": (output_of("nvcc", "--version").splitlines() or [""])[-1]}
-    return facts | {"python": platform.python_version(), "system": platform.platform(), "begun": datetime.datetime.now().isoformat(timespec="seconds")}
+    return facts | {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "begun": datetime.datetime.now().isoformat(timespec="seconds"),
+    }
 
 
 class Results:
@@ -253,13 +275,20 @@ def perform(steps: list[str], options: argparse.Namespace, results: Results) -> 
             if "ok" in result:
                 results.put(step, item, result)
             if "stopped" in result:
-                print(f"{step}: {number - 1} of {len(items)} items; {options.minutes:g} minutes are over: the same command goes on", flush=True)
+                print(
+                    f"{step}: {number - 1} of {len(items)} items; {options.minutes:g} minutes are over: the same command goes on",
+                    flush=True,
+                )
                 return 3
             failed += not result["ok"]
             said = f"ok, {result['seconds']} s" if result["ok"] else f"FAILED, see {log}"
             print(f"{step} {number}/{len(items)} {item.name}: {said}", flush=True)
     asked = {step: chosen(step, options) for step in steps}
-    print("; ".join(f"{step}: {sum(results.done(step, i) for i in items)} of {len(items)} done" for step, items in asked.items()) + f"; {results.path}", flush=True)
+    print(
+        "; ".join(f"{step}: {sum(results.done(step, i) for i in items)} of {len(items)} done" for step, items in asked.items())
+        + f"; {results.path}",
+        flush=True,
+    )
     return int(failed > 0)
 
 
@@ -273,8 +302,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="also what has been done")
     parser.add_argument("--only", default="", help="items whose names contain this; several, with commas: --only 'on the GPU,tests/ops'")
     parser.add_argument("--commit", default="", help="what results.json says, where the checkout is a copy without .git")
-    parser.add_argument("--models", default="", help=f"of the step `step`: layers, width x samples x tokens, comma-separated; default {','.join(MODELS)}")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="a public wkv7 beside which ours is timed; see bench/gpu_peers.py")
+    parser.add_argument(
+        "--models", default="", help=f"of the step `step`: layers, width x samples x tokens, comma-separated; default {','.join(MODELS)}"
+    )
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PATH", help="a public wkv7 beside which ours is timed; see bench/gpu_peers.py"
+    )
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()
     if bad := [peer for peer in options.peer if not re.fullmatch(r"\w+=.+", peer)]:

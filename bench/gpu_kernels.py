@@ -178,7 +178,8 @@ def check_wkv4(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
     k, v, dy = (x.to(options.dtype) for x in (k, v, dy))
     want = both(lambda w, *x: wkv4_chunked(-torch.exp(w), *x)[0], [x.double() for x in (w, u, k, v)], dy.double())
     got = both(wkv4, [x.to(options.device) for x in (w, u, k, v)], dy.to(options.device))
-    return demand({n: rms(g.cpu(), x) for n, g, x in zip(("y", "dw", "du", "dk", "dv"), got, want) if x.norm() > 1e-12}, LIMITS[options.dtype], "wkv4")
+    errors = {n: rms(g.cpu(), x) for n, g, x in zip(("y", "dw", "du", "dk", "dv"), got, want) if x.norm() > 1e-12}
+    return demand(errors, LIMITS[options.dtype], "wkv4")
 
 
 def measure_recurrence(options: argparse.Namespace) -> dict:
@@ -236,11 +237,12 @@ def elementwise_inputs(name: str, sizes: tuple[int, ...], dtype: torch.dtype, de
 
     C = H * N
     if name in ("norm_mix", ONE_BLEND):
-        return [normal(B, T, C), normal(B, T, C), normal(C, shift=1), normal(C), *(normal(1, 1, C) for _ in range(1 if name == ONE_BLEND else 6))]
+        blends = 1 if name == ONE_BLEND else 6
+        return [normal(B, T, C), normal(B, T, C), normal(C, shift=1), normal(C), *(normal(1, 1, C) for _ in range(blends))]
     if name == "token_mix":
         return [normal(B, T, C), *(normal(1, 1, C) for _ in range(6))]
     if name == "time_mix_inputs":
-        return [*(normal(B, T, C) for _ in range(6)), normal(1, 1, C), normal(1, 1, C, shift=1), normal(1, 1, C, shift=1), normal(1, 1, C), normal(1, 1, C)]
+        return [*(normal(B, T, C) for _ in range(6)), *(normal(1, 1, C, shift=shift) for shift in (0, 1, 1, 0, 0))]
     if name == "time_mix_output":
         return [*(normal(B, T, C) for _ in range(5)), normal(C, shift=1), normal(C), normal(H, N)]
     return [normal(B, T, 4 * C)]
@@ -278,7 +280,8 @@ def check_elementwise(name: str, options: argparse.Namespace) -> float:
     outputs = elementwise_call(name, reference, sizes)(*leaves)
     want = [*outputs, *torch.autograd.grad(outputs, leaves, [x.cpu().double() for x in slopes])]
     in_parts = name in ("norm_mix", ONE_BLEND) and options.device == "cpu"  # there, what is normalised is rounded too
-    return demand({f"result {i}": rms(a.detach().cpu(), b.detach()) for i, (a, b) in enumerate(zip(got, want))}, (2 if in_parts else 1) * LIMITS[options.dtype], name)
+    errors = {f"result {i}": rms(a.detach().cpu(), b.detach()) for i, (a, b) in enumerate(zip(got, want))}
+    return demand(errors, (2 if in_parts else 1) * LIMITS[options.dtype], name)
 
 
 def measure_elementwise(name: str, options: argparse.Namespace) -> dict:
@@ -340,7 +343,9 @@ def check_logits(V: int, options: argparse.Namespace) -> float:
         options.sizes, options.vocabulary, options.rounds, options.warmup = (1, 20, 1, 32), V, 1, 0
         return measure_loss(options)["error"]
     # registers it
-    head_cross_entropy(torch.zeros(1, 16, device="cuda"), torch.zeros(2, 16, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"))
+    head_cross_entropy(
+        torch.zeros(1, 16, device="cuda"), torch.zeros(2, 16, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    )
     logits, targets = torch.randn(3, V).to(options.dtype), torch.tensor([0, V - 1, V // 2])
     losses, result = torch.empty(3, device="cuda"), logits.cuda()
     torch.ops.rwkvlm.loss_of_logits(result, targets.cuda(), losses, 1.0, 0.0, True)
@@ -365,7 +370,9 @@ def check_steps(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
         ttt, leaves = ttt.to(device, of_module), [x.detach().to(device, of_inputs).requires_grad_() for x in inputs]
         with backend.asked_for("torch" if of_inputs == torch.float64 else ""):
             y = ttt(*leaves)
-        results.append([y.detach().cpu(), *(x.cpu() for x in torch.autograd.grad(y, [*leaves, *ttt.parameters()], dy.to(device, of_inputs)))])
+        results.append(
+            [y.detach().cpu(), *(x.cpu() for x in torch.autograd.grad(y, [*leaves, *ttt.parameters()], dy.to(device, of_inputs)))]
+        )
     names = ("y", *(f"d{n}" for n in "rwkvab"), "d_rate", "d_w1", "d_w2")
     return demand({name: rms(got, want) for name, got, want in zip(names, *results)}, 2 * LIMITS[options.dtype], "test-time training")
 
@@ -374,8 +381,8 @@ def optimizer_state(shapes: list[torch.Size], grad_dtype: torch.dtype, device: s
     """Masters, rounded, gradients, moments and steps after seven of them."""
     g = torch.Generator(device).manual_seed(0)
     masters, grads, averages, squares = ([torch.randn(shape, generator=g, device=device) for shape in shapes] for _ in range(4))
-    squares = [x.square_() for x in squares]
-    return [masters, [p.bfloat16() for p in masters], [x.to(grad_dtype) for x in grads], averages, squares, [torch.tensor(7.0, device=device) for _ in shapes]]
+    squares, steps = [x.square_() for x in squares], [torch.tensor(7.0, device=device) for _ in shapes]
+    return [masters, [p.bfloat16() for p in masters], [x.to(grad_dtype) for x in grads], averages, squares, steps]
 
 
 def check_adamw(grad_dtype: torch.dtype, options: argparse.Namespace) -> float:
@@ -417,7 +424,9 @@ def measure_adamw(options: argparse.Namespace) -> dict:
     works["ours"](0)
     row["ms_of_python"] = round((time.perf_counter() - begin) * 1e3, 3)  # until all is on the stream; on a CPU the step itself
     row["copy_gb_s"] = copy_gb_s(options)
-    row["gb_s"], row["norms_gb_s"] = (round(size * P / row["times"][name]["ms"] / 1e6, 1) for name, size in (("ours", 28), ("ours, norms", 2)))
+    row["gb_s"], row["norms_gb_s"] = (
+        round(size * P / row["times"][name]["ms"] / 1e6, 1) for name, size in (("ours", 28), ("ours, norms", 2))
+    )
     return row
 
 
@@ -473,7 +482,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         row = once(options) if options.what == "once" else None
         if row is None:
-            measure = {"wkv7": measure_recurrence, "loss": measure_loss, "adamw": measure_adamw}.get(options.what, lambda o: measure_elementwise(options.what, o))
+            measure = {"wkv7": measure_recurrence, "loss": measure_loss, "adamw": measure_adamw}.get(
+                options.what, lambda o: measure_elementwise(options.what, o)
+            )
             row = measure(options)
     except Wrong as error:
         print(f"error: {error}; nothing is timed on wrong results", file=sys.stderr)

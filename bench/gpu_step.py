@@ -62,7 +62,9 @@ class Training(train_step.Training):
 
     def __init__(self, sizes: ModelConfig, batch: int, ctx: int, options: argparse.Namespace, precision: str = "bf16") -> None:
         where = dict(accelerator="gpu" if options.device == "cuda" else "cpu", devices="1", precision=precision)
-        how = dict(grad_cp=options.grad_cp, compile=int(bool(options.compile)), cuda_graphs=int(options.graphs or options.compile == GRAPHED))
+        how = dict(
+            grad_cp=options.grad_cp, compile=int(bool(options.compile)), cuda_graphs=int(options.graphs or options.compile == GRAPHED)
+        )
         config = TrainConfig(**where, **how, weight_decay=0.001, lr_init=1e-4)
         strategy = make_strategy(config)
         self.module = TrainModule(config)
@@ -71,7 +73,9 @@ class Training(train_step.Training):
         # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them. Twice as large, they make a
         # model in which roundings of bf16 grow, in some to 5 or 10 percent of the gradient, in plain PyTorch as well.
         rng = torch.Generator(options.device).manual_seed(0)
-        matrices = "|".join(re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k") and ".rosa." not in name)
+        matrices = "|".join(
+            re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k") and ".rosa." not in name
+        )
         random = Row(matrices, lambda s: torch.randn(s.shape, generator=rng, device=options.device) * 0.5 / s.shape[1] ** 0.5)
         init_from_table(model, [random, *(rosa.TABLE if sizes.model_type == "x080" else phantom.TABLE)], 0)
         self.model = model.to(param_dtype(config))
@@ -163,8 +167,14 @@ def times_by_kernel(events: Iterable, device: str, most: int) -> dict:
         rows = [(e.self_device_time_total, e.count, e.key) for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     else:
         rows = [(e.self_cpu_time_total, e.count, e.key) for e in events]
-    longest = [{"ms": round(us / 1e3, 3), "calls": count, "name": name[:120]} for us, count, name in sorted(rows, reverse=True)[:most] if us > 0]
-    return {"kernels_ms": round(sum(us for us, _, _ in rows) / 1e3, 3), "launches": sum(count for _, count, _ in rows), "by_kernel": longest}
+    longest = [
+        {"ms": round(us / 1e3, 3), "calls": count, "name": name[:120]} for us, count, name in sorted(rows, reverse=True)[:most] if us > 0
+    ]
+    return {
+        "kernels_ms": round(sum(us for us, _, _ in rows) / 1e3, 3),
+        "launches": sum(count for _, count, _ in rows),
+        "by_kernel": longest,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,7 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--graphs", action="store_true", help="the blocks in CUDA graphs")
     parser.add_argument("--rosa_grad", choices=("flip", "none"), default="flip", help="of x080")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--kernel", default="", help="torch: to compare with plain PyTorch; else by itself, which is an error here where it is not the native one")
+    parser.add_argument(
+        "--kernel",
+        default="",
+        help="torch: to compare with plain PyTorch; else by itself, which is an error here where it is not the native one",
+    )
     options = parser.parse_args(arguments)
     if options.compile and options.kernel == "torch":
         parser.error("--compile needs the native kernels: in plain PyTorch wkv7 is a loop in Python that would take minutes to compile")
@@ -202,8 +216,21 @@ def main(arguments: list[str] | None = None) -> int:
     times = step_ms(training, options.steps, options.device)
     ms, tokens = statistics.median(times), batch * ctx
     flops, peak, gemm = flops_per_token(sizes) * tokens / ms * 1e3, peak_flops(torch.device(options.device)), gemm_flops(options)
-    row = {"model": options.model, "kernel": kernel or "auto", "rosa_grad": options.rosa_grad if kind == "X" else "", "grad_cp": options.grad_cp, "compile": options.compile, "graphs": options.graphs}
-    row |= {"warm_up_s": round(sum(warm_up) / 1e3, 1), "errors": found, "steps": len(times), "ms": round(ms, 3), "ms_fastest": round(min(times), 3)}
+    row = {
+        "model": options.model,
+        "kernel": kernel or "auto",
+        "rosa_grad": options.rosa_grad if kind == "X" else "",
+        "grad_cp": options.grad_cp,
+        "compile": options.compile,
+        "graphs": options.graphs,
+    }
+    row |= {
+        "warm_up_s": round(sum(warm_up) / 1e3, 1),
+        "errors": found,
+        "steps": len(times),
+        "ms": round(ms, 3),
+        "ms_fastest": round(min(times), 3),
+    }
     row |= {"tokens_per_s": round(tokens / ms * 1e3), "tflops": round(flops / 1e12, 3)}
     row |= {"mfu": round(flops / peak, 4) if peak else None, "gemm_tflops": round(gemm / 1e12, 2), "share_of_gemm": round(flops / gemm, 4)}
     row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if options.device == "cuda" else None

@@ -51,7 +51,10 @@ def main() -> int:
             if code := subprocess.run([sys.executable, *command]).returncode:
                 return code
     if not (folder / "rwkv-init.pth").exists():
-        first = {name: flags[name] for name in ("my_testing", "n_layer", "n_embd", "head_size", "ctx_len", "random_seed", "data_file", "vocab_size", "proj_dir")}
+        first = {
+            name: flags[name]
+            for name in ("my_testing", "n_layer", "n_embd", "head_size", "ctx_len", "random_seed", "data_file", "vocab_size", "proj_dir")
+        }
         if code := subprocess.run([*python, *_words(first | {"train_stage": "1", "accelerator": "cpu", "devices": "1"})]).returncode:
             return code
     command = [*python, *_words(flags | {"train_stage": "3"})]

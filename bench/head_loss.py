@@ -97,7 +97,13 @@ def measure(tokens: int, features: int, options: argparse.Namespace) -> dict:
             record.append(seconds(part))
     operations = 2 * tokens * features * options.vocabulary
     rate = 2 * min(tokens, 512) * features * options.vocabulary / min(min(record) for record in product_times)
-    row = {"tokens": tokens, "features": features, "vocabulary": options.vocabulary, "dtype": options.dtype, "product_gflops": round(rate / 1e9)}
+    row = {
+        "tokens": tokens,
+        "features": features,
+        "vocabulary": options.vocabulary,
+        "dtype": options.dtype,
+        "product_gflops": round(rate / 1e9),
+    }
     ideal = 3 * operations / rate
     row["ideal_ms"] = round(ideal * 1e3, 1)
     for key, pick in (("median", statistics.median), ("fastest", min)):
@@ -122,7 +128,10 @@ def main() -> int:
         return 2
 
     found = errors(getattr(torch, options.dtype))
-    print("error of loss, dx, dw against float64: " + "; ".join(f"{name} " + " ".join(f"{e:.1e}" for e in error) for name, error in found.items()))
+    print(
+        "error of loss, dx, dw against float64: "
+        + "; ".join(f"{name} " + " ".join(f"{e:.1e}" for e in error) for name, error in found.items())
+    )
     for_loss, for_grads = TOLERANCE[options.dtype]
     if not all(error[0] <= for_loss and max(error[1:]) <= for_grads for error in found.values()):
         print(f"error: above {for_loss:g} (loss) or {for_grads:g} (gradients); nothing is timed on wrong results", file=sys.stderr)
@@ -132,9 +141,13 @@ def main() -> int:
     for shape in options.shapes.split(","):
         row = measure(*map(int, shape.split("x")), options)
         rows.append(row)
-        print(f"{shape} {options.dtype}: products at {row['product_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; added MiB {row['added_mib']}")
+        print(
+            f"{shape} {options.dtype}: products at {row['product_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; added MiB {row['added_mib']}"
+        )
         for key in ("median", "fastest"):
-            cells = "  ".join(f"{name} {ms:9.1f} ms {row[f'ideal_share_{key}'][name]:5.0%} of ideal" for name, ms in row[f"ms_{key}"].items())
+            cells = "  ".join(
+                f"{name} {ms:9.1f} ms {row[f'ideal_share_{key}'][name]:5.0%} of ideal" for name, ms in row[f"ms_{key}"].items()
+            )
             print(f"  {key:7}  {cells}", flush=True)
     if options.out:
         write_record(options.out, threads=options.threads, errors=found, rows=rows)

@@ -73,7 +73,16 @@ def whole_run(folder: Path, model: str, layers: int, steps: int, strategy: str) 
     zeros.value, torch.empty = True, untouched
     (folder / "text").write_bytes(os.urandom(16 * steps + 1000))
     sizes = dict(my_testing=model, n_layer=layers, n_embd=64, vocab_size=256, ctx_len=16, micro_bsz=1, precision="bf16")
-    place = dict(data_file=folder / "text", data_type="bytes", proj_dir=folder / "out", accelerator="cpu", devices=1, strategy=strategy, kernel="cpu", check_kernels=0)
+    place = dict(
+        data_file=folder / "text",
+        data_type="bytes",
+        proj_dir=folder / "out",
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        kernel="cpu",
+        check_kernels=0,
+    )
     flags = sizes | place | dict(train_stage=3, random_seed=1, my_exit_tokens=16 * steps, epoch_samples=steps, enable_progress_bar=False)
     assert train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]) == 0
     records = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -95,7 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
         register(idle_library(Path(folder)))
         if options.strategy:
             found = whole_run(Path(folder), options.model, options.layers, options.steps, options.strategy)
-            print(json.dumps({"model": options.model, "layers": options.layers, "strategy": options.strategy, "ms": {"step": round(found, 2)}}))
+            print(
+                json.dumps(
+                    {"model": options.model, "layers": options.layers, "strategy": options.strategy, "ms": {"step": round(found, 2)}}
+                )
+            )
             return 0
     training = Training(model_config(options.model, n_layer=options.layers, n_embd=64, vocab_size=64), "fp32", 1, 16)
     times = {"forward": [], "backward": [], "optimizer": []}

@@ -25,7 +25,9 @@ ROUNDS = 9  # and one to warm up
 
 def make(width: int, dtype: torch.dtype, window: int = 0, heads: int = 0) -> LanguageModel:
     """Block 0 and 1 are RWKV-7's, block 2 has attention."""
-    model = build(HybridConfig(n_layer=3, n_embd=width, vocab_size=64, attention_layers="2", attention_window=window, attention_kv_heads=heads))
+    model = build(
+        HybridConfig(n_layer=3, n_embd=width, vocab_size=64, attention_layers="2", attention_window=window, attention_kv_heads=heads)
+    )
     init_weights(model, 0)
     for block in model.blocks:
         torch.nn.init.normal_(block.att.output.weight, std=width**-0.5)
@@ -64,7 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     for precision in ("fp32", "bf16"):
         dtype = DTYPES[precision]
         for length, tokens in zip(options.lengths, options.tokens, strict=True):
-            forms = {"time mixing": (make(options.width, dtype), 1), "attention": (make(options.width, dtype), 2), "attention, one head of keys": (make(options.width, dtype, heads=1), 2)}
+            forms = {
+                "time mixing": (make(options.width, dtype), 1),
+                "attention": (make(options.width, dtype), 2),
+                "attention, one head of keys": (make(options.width, dtype, heads=1), 2),
+            }
             if options.window < length:
                 forms["attention, window"] = (make(options.width, dtype, options.window), 2)
             x, v_first = (torch.randn(tokens // length, length, options.width).to(dtype) for _ in range(2))

@@ -93,7 +93,10 @@ def summary(rounds: list[dict[str, float]]) -> dict:
         name: dict(
             rounds=len(some),
             step_s={way: round(statistics.mean(r[way] for r in some), 4) for way in WAYS},
-            overhead_percent={f"{way} over {base}": overhead(some, way, base) for way, base in (("logs", "nothing"), ("logs", "numbers"), ("numbers", "nothing"))},
+            overhead_percent={
+                f"{way} over {base}": overhead(some, way, base)
+                for way, base in (("logs", "nothing"), ("logs", "numbers"), ("numbers", "nothing"))
+            },
         )
         for name, some in (("all", rounds), ("quiet", quiet))
         if len(some) > 1
@@ -112,4 +115,8 @@ def overhead(rounds: list[dict[str, float]], way: str, base: str) -> dict[str, f
 
 
 if __name__ == "__main__":
-    sys.exit(measuring(measure, "Measure what the logs cost.", seconds=(200.0, "how long the run may take; its first turns of all three ways warm up")))
+    sys.exit(
+        measuring(
+            measure, "Measure what the logs cost.", seconds=(200.0, "how long the run may take; its first turns of all three ways warm up")
+        )
+    )

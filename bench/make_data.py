@@ -55,7 +55,17 @@ def one_txt(text: Path, size: float, to: Path) -> int:
 
 def ours(text: Path, folder: Path, workers: int) -> dict:
     """One run of make_data.py: seconds of the process, and of what it does without its start-up."""
-    command = [sys.executable, str(ROOT / "make_data.py"), str(text), "1", "4096", "--out", str(folder / "ours"), "--report", str(folder / "facts.json")]
+    command = [
+        sys.executable,
+        str(ROOT / "make_data.py"),
+        str(text),
+        "1",
+        "4096",
+        "--out",
+        str(folder / "ours"),
+        "--report",
+        str(folder / "facts.json"),
+    ]
     begin = time.perf_counter()
     done = subprocess.Popen([*command, "--workers", str(workers)], stdout=subprocess.PIPE, text=True)
     out = done.stdout.read()
@@ -65,7 +75,13 @@ def ours(text: Path, folder: Path, workers: int) -> dict:
     seconds = time.perf_counter() - begin
     facts = json.loads((folder / "facts.json").read_text())
     inner = float(out.split(" bytes of text in ")[1].split(" s ")[0])
-    return {"seconds": seconds, "inner_seconds": inner, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024, "facts": facts}
+    return {
+        "seconds": seconds,
+        "inner_seconds": inner,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mib": usage.ru_maxrss / 1024,
+        "facts": facts,
+    }
 
 
 def official(tool: Path, text: Path, folder: Path) -> float:
@@ -75,7 +91,9 @@ def official(tool: Path, text: Path, folder: Path) -> float:
             os.symlink((tool / name).resolve(), folder / name)
     shutil.copy(text, folder / "demo.jsonl")
     begin = time.perf_counter()
-    subprocess.run([sys.executable, str(tool.resolve() / "make_data.py"), "demo.jsonl", "1", "4096"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(tool.resolve() / "make_data.py"), "demo.jsonl", "1", "4096"], cwd=folder, check=True, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - begin
 
 
@@ -90,7 +108,9 @@ def tokenizer_alone(text: Path, rounds: int) -> dict:
     size = sum(len(batch.data) for batch in batches)
     for batch in batches[::40]:
         sample = Texts.join([batch[k] for k in range(min(20, len(batch)))])
-        assert world.encode_batch(sample)[0].tolist() == [t for k in range(len(sample)) for t in [*plain.encode(sample[k]), 0]], "ids differ"
+        assert world.encode_batch(sample)[0].tolist() == [t for k in range(len(sample)) for t in [*plain.encode(sample[k]), 0]], (
+            "ids differ"
+        )
     seconds = []
     for _ in range(rounds):
         begin = time.perf_counter()
@@ -99,7 +119,12 @@ def tokenizer_alone(text: Path, rounds: int) -> dict:
         seconds.append(time.perf_counter() - begin)
     begin = time.perf_counter()
     plain.encode(batches[0].data[:1_000_000].tobytes())
-    return {"text_bytes": size, "MB_per_s": size / 1e6 / min(seconds), "rounds_s": seconds, "python_trie_MB_per_s": 1 / (time.perf_counter() - begin)}
+    return {
+        "text_bytes": size,
+        "MB_per_s": size / 1e6 / min(seconds),
+        "rounds_s": seconds,
+        "python_trie_MB_per_s": 1 / (time.perf_counter() - begin),
+    }
 
 
 def main() -> None:
@@ -120,7 +145,11 @@ def main() -> None:
             name = "large.txt" if args.one_txt else "large.jsonl"
             size = (one_txt if args.one_txt else head)(args.text, args.large, folder / name)
             run = ours(folder / name, folder, args.workers)
-            result["large"] = {f"{'txt' if args.one_txt else 'jsonl'}_bytes": size, **run, "MB_per_s": run["facts"]["text_bytes"] / 1e6 / run["seconds"]}
+            result["large"] = {
+                f"{'txt' if args.one_txt else 'jsonl'}_bytes": size,
+                **run,
+                "MB_per_s": run["facts"]["text_bytes"] / 1e6 / run["seconds"],
+            }
         else:
             runs, official_runs, part_runs = [], [], []
             if args.official:
@@ -132,14 +161,28 @@ def main() -> None:
             text_bytes = runs[0]["facts"]["text_bytes"]
             best = min(runs, key=lambda run: run["seconds"])
             without_start, peak = min(run["inner_seconds"] for run in runs), max(run["peak_mib"] for run in runs)
-            result["whole"] = {"jsonl_bytes": args.text.stat().st_size, "MB_per_s": text_bytes / 1e6 / best["seconds"], "MB_per_s_without_start": text_bytes / 1e6 / without_start}
-            result["whole"] |= {"peak_mib": peak, "rounds_s": [run["seconds"] for run in runs], "cpu_s": best["cpu_seconds"], "facts": best["facts"]}
+            result["whole"] = {
+                "jsonl_bytes": args.text.stat().st_size,
+                "MB_per_s": text_bytes / 1e6 / best["seconds"],
+                "MB_per_s_without_start": text_bytes / 1e6 / without_start,
+            }
+            result["whole"] |= {
+                "peak_mib": peak,
+                "rounds_s": [run["seconds"] for run in runs],
+                "cpu_s": best["cpu_seconds"],
+                "facts": best["facts"],
+            }
             result["tokenizer"] = tokenizer_alone(args.text, args.rounds)
             if args.official:
                 part_runs = [ours(folder / "part.jsonl", folder, args.workers) for _ in range(2)]
                 assert same_documents(BinIdx(folder / "ours"), BinIdx(folder / "demo")), "the two tools make different documents"
                 speed = part_runs[0]["facts"]["text_bytes"] / 1e6 / min(official_runs)
-                result["official"] = {"jsonl_bytes": part_bytes, "MB_per_s": speed, "rounds_s": official_runs, "ours_is_times": result["whole"]["MB_per_s"] / speed}
+                result["official"] = {
+                    "jsonl_bytes": part_bytes,
+                    "MB_per_s": speed,
+                    "rounds_s": official_runs,
+                    "ours_is_times": result["whole"]["MB_per_s"] / speed,
+                }
     result["bench_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(result, indent=1))
     if args.out:

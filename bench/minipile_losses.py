@@ -43,7 +43,9 @@ def compare(folder: Path, count: int) -> int:
             code = code or 3
         else:
             off = ours - published
-            print(f"{epoch:10}  {published:9.6f}  {ours:9.6f}  {off:+10.6f}" + ("" if abs(off) <= TOLERANCE else f"  more than {TOLERANCE}"))
+            print(
+                f"{epoch:10}  {published:9.6f}  {ours:9.6f}  {off:+10.6f}" + ("" if abs(off) <= TOLERANCE else f"  more than {TOLERANCE}")
+            )
             code = code if abs(off) <= TOLERANCE else 1
     return code
 

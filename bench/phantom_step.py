@@ -48,7 +48,10 @@ def wrong() -> str:
     """What is not as it must be, "" if nothing; on a small model."""
     sizes = dict(n_layer=2, n_embd=64, vocab_size=64, head_size=32)
     idx = torch.randint(64, (2, 101), generator=torch.Generator().manual_seed(0))
-    plain, off = make(ModelConfig(**sizes), torch.float32), make(model_config("phantom", **sizes, core_ratio=1.0, ttt_enabled=False), torch.float32)
+    plain, off = (
+        make(ModelConfig(**sizes), torch.float32),
+        make(model_config("phantom", **sizes, core_ratio=1.0, ttt_enabled=False), torch.float32),
+    )
     if step(plain, idx) != step(off, idx) or any(not torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), off.parameters())):
         return "a Phantom with all switches off is not RWKV-7"
     on = make(model_config("phantom", **sizes, ttt_chunk=16), torch.float32).eval()

@@ -37,7 +37,7 @@ def smooth(points: Points) -> Points:
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers between the two ends, at most ten."""
-    step = 10.0 ** -6
+    step = 10.0**-6
     while (high - low) / step > 10:
         step *= 2.5 if f"{step:e}".startswith("2") else 2
     first = -(-low // step)
@@ -60,7 +60,9 @@ class Frame:
         ]
         for value in ticks(self.low, self.high):
             y = self.y(value)
-            self.parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - right}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+            self.parts.append(
+                f'<path d="M{LEFT} {y:.1f}H{WIDTH - right}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+            )
         for at, mark in marks.items():
             self.parts.append(f'<text x="{self.x(at):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{mark}</text>')
         self.parts.append(f'<text x="{(LEFT + WIDTH - right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(below)}</text>')
@@ -91,7 +93,9 @@ def picture(runs: list[tuple[str, Points, Points]]) -> str:
         frame.line(smooth(steps), colour, 2)
         for tokens, loss in held_out:
             frame.dot(tokens, loss, colour)
-        frame.parts.append(f'<text x="{WIDTH - RIGHT - 8}" y="{TOP + 16 * (i + 1)}" text-anchor="end" fill="{colour}">{html.escape(name)}: line training, dots validation</text>')
+        frame.parts.append(
+            f'<text x="{WIDTH - RIGHT - 8}" y="{TOP + 16 * (i + 1)}" text-anchor="end" fill="{colour}">{html.escape(name)}: line training, dots validation</text>'
+        )
     return frame.svg()
 
 

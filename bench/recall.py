@@ -126,7 +126,9 @@ def answers(model: LanguageModel, task: Task, count: int, batch: int = 32) -> di
 def by_pairs(model: LanguageModel, task: Task, count: int) -> dict[str, object]:
     """answers() to the whole task, and under "by_pairs" loss and accuracy of each number of pairs, fewest first."""
     measured = {part.pairs: answers(model, part, count) for part in reversed(levels(task))}
-    return measured[task.pairs] | {"by_pairs": {str(pairs): {key: found[key] for key in ("loss", "accuracy")} for pairs, found in measured.items()}}
+    return measured[task.pairs] | {
+        "by_pairs": {str(pairs): {key: found[key] for key in ("loss", "accuracy")} for pairs, found in measured.items()}
+    }
 
 
 def load(path: Path) -> LanguageModel:
@@ -143,7 +145,10 @@ def weights_of(folder: Path) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    make, evaluate = commands.add_parser("make", help="write training data"), commands.add_parser("evaluate", help="accuracy of a run at the answers")
+    make, evaluate = (
+        commands.add_parser("make", help="write training data"),
+        commands.add_parser("evaluate", help="accuracy of a run at the answers"),
+    )
     for command in (make, evaluate):
         for name, default in asdict(Task()).items():
             command.add_argument(f"--{name}", type=int, default=default)
@@ -157,7 +162,11 @@ def main(argv: list[str] | None = None) -> int:
         task = Task(options.pairs, options.keys, options.values)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         if options.command == "make":
-            tokens = sequences(task, options.seed, options.samples)[0] if options.seed == HELD_OUT else mixture(task, options.seed, options.samples)
+            tokens = (
+                sequences(task, options.seed, options.samples)[0]
+                if options.seed == HELD_OUT
+                else mixture(task, options.seed, options.samples)
+            )
             np.save(options.out, tokens.reshape(-1))
             return 0
         paths = weights_of(options.run) if options.run.is_dir() else [options.run]
@@ -169,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     options.out.write_text(json.dumps({"task": asdict(task), "results": results}, indent=1) + "\n")
     last = results[-1]
-    print(f"{options.run}: {last['accuracy']:.1%} of the answers right, loss {last['loss']:.3f} (guessing: {1 / task.values:.1%}, {np.log(task.values):.3f})")
+    print(
+        f"{options.run}: {last['accuracy']:.1%} of the answers right, loss {last['loss']:.3f} (guessing: {1 / task.values:.1%}, {np.log(task.values):.3f})"
+    )
     return 0
 
 

@@ -42,7 +42,9 @@ def errors(device: str = "cpu", T: int = 40) -> float:
             for function, count in ((rosa_self, 1), (rosa, 3)):
                 found = {}
                 for form, place in (("torch", "cpu"), (kernel, device)):
-                    leaves = [x.to(place).requires_grad_() for x in (*inputs(1, T, 8, kind, count), torch.full((8,), -0.7), torch.full((8,), 1.3))]
+                    leaves = [
+                        x.to(place).requires_grad_() for x in (*inputs(1, T, 8, kind, count), torch.full((8,), -0.7), torch.full((8,), 1.3))
+                    ]
                     with backend.asked_for(form):
                         out = function(*leaves, bits)
                         slopes = torch.sin(torch.arange(out.numel())).view(out.shape).to(place)
@@ -133,7 +135,12 @@ def main() -> None:
     for shape in (tuple(map(int, text.split("x"))) for text in options.shapes.split(",")):
         for kind in ("random", "constant"):
             for form in ("self", "qkv"):
-                result = {"shape": shape, "kind": kind, "form": form, **measured(*shape, kind, form, options.bits, options.rounds, options.device)}
+                result = {
+                    "shape": shape,
+                    "kind": kind,
+                    "form": form,
+                    **measured(*shape, kind, form, options.bits, options.rounds, options.device),
+                }
                 line = f"{shape} {kind} {form}: forward {result['forward_us_a_row']:.1f} us a row, gradient {result['gradient']:.4f} s"
                 if options.device == "cpu" and options.bits == 1 and form == "self" and (*shape, kind) in BARS:
                     result["bar"] = BARS[(*shape, kind)]

@@ -246,7 +246,9 @@ TASKS = {
     "counting, four layers of 4 bits": Task(counting, _stack(4, 4), 8, 1500, (2e-3, 1e-6), "loss", 0.25),
     "recall": Task(recall, functools.partial(language_model, 32), 16, 400, QUICK, "accuracy", 0.99, at_most=False),
     "recall, k apart": Task(recall, functools.partial(language_model, 32, apart=True), 16, 400, QUICK, "accuracy", 0.99, at_most=False),
-    "recall, k apart, q k v frozen": Task(recall, functools.partial(language_model, 32, apart=True, frozen=True), 16, 400, QUICK, "accuracy", 0.6),
+    "recall, k apart, q k v frozen": Task(
+        recall, functools.partial(language_model, 32, apart=True, frozen=True), 16, 400, QUICK, "accuracy", 0.6
+    ),
     "copy": Task(copy, functools.partial(language_model, 16), 16, 100, (1e-2, 1e-2), "accuracy", 0.94, at_most=False),
     "reverse": Task(reverse, small_x080, 32, 10000, (3e-3, 1e-5), "accuracy", 0.995, at_most=False, clip=1.0, gradual=True, long=True),
 }

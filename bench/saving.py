@@ -79,7 +79,10 @@ def measure(args: argparse.Namespace, place: Path) -> dict:
     for first in range(BLOCK, steps - BLOCK + 1, BLOCK):
         blocks[WAYS[first // BLOCK % len(WAYS)]].append(ends[first + BLOCK] - ends[first])
     lines = [json.loads(line) for line in notes.read_text().splitlines()]
-    stalls = {way: [line["seconds"] for line in lines if line["what"] == "stall" and line.get("way") == way and line["step"] < steps] for way in WAYS[:2]}
+    stalls = {
+        way: [line["seconds"] for line in lines if line["what"] == "stall" and line.get("way") == way and line["step"] < steps]
+        for way in WAYS[:2]
+    }
     during = {line["step"]: line["seconds"] for line in lines if line["what"] == "write"}
     beside = [during[line["step"]] for line in lines if line["what"] == "stall" and line["way"] == "beside"]
     state = place / "out" / "state" / f"step{steps}"

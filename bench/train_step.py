@@ -169,17 +169,27 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict:
     moved = parameters * (24 + 2 * small + (4 if precision == "bf16" else 0))
     ideal = 6 * (parameters - training.model.emb.weight.numel()) * tokens / machine.gflops / 1e9
     row = {"model": name, "precision": precision, "parameters": parameters, "tokens": tokens, "gemm_gflops": round(machine.gflops)}
-    row |= {"ideal_ms": round(ideal * 1e3, 1), "copy_gb_s": round(machine.copy_gb_s, 1), "memory_ms": round(moved / machine.copy_gb_s / 1e6, 1)}
+    row |= {
+        "ideal_ms": round(ideal * 1e3, 1),
+        "copy_gb_s": round(machine.copy_gb_s, 1),
+        "memory_ms": round(moved / machine.copy_gb_s / 1e6, 1),
+    }
     for key, pick in (("median", statistics.median), ("fastest", min)):
         step = pick(times)
-        row |= {f"ms_{key}": round(step * 1e3, 1), f"tokens_per_s_{key}": round(tokens / step), f"ideal_share_{key}": round(ideal / step, 3)}
+        row |= {
+            f"ms_{key}": round(step * 1e3, 1),
+            f"tokens_per_s_{key}": round(tokens / step),
+            f"ideal_share_{key}": round(ideal / step, 3),
+        }
     row["profiled_ms"] = {part: round(t * 1e3, 1) for part, t in own.items()}
     row["peak_mib"] = round(peak)
     return row
 
 
 def report(row: dict) -> None:
-    print(f"{row['model']} {row['precision']}: GEMMs at {row['gemm_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; peak memory {row['peak_mib']} MiB")
+    print(
+        f"{row['model']} {row['precision']}: GEMMs at {row['gemm_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; peak memory {row['peak_mib']} MiB"
+    )
     for key in ("median", "fastest"):
         print(f"  {key:7} {row[f'ms_{key}']:8.1f} ms {row[f'tokens_per_s_{key}']:7} tokens/s {row[f'ideal_share_{key}']:6.1%} of ideal")
     total = sum(row["profiled_ms"].values())

@@ -156,7 +156,11 @@ def main() -> int:
         row = measure(shape, forms, options)
         rows.append(row)
         cells = "  ".join(f"{name} {ms:.2f} ({row['ms_fastest'][name]:.2f}) ms" for name, ms in row["ms"].items())
-        print(f"(B,T,C)={shape}  {cells}  ideal {row['ideal_ms']} ms  " + "  ".join(f"{name} {value}x" for name, value in row["ratios"].items()), flush=True)
+        print(
+            f"(B,T,C)={shape}  {cells}  ideal {row['ideal_ms']} ms  "
+            + "  ".join(f"{name} {value}x" for name, value in row["ratios"].items()),
+            flush=True,
+        )
     if options.json:
         write_record(options.json, threads=options.threads, device=str(options.device), dtype=str(options.dtype), errors=errors, rows=rows)
     print(json.dumps({"errors": errors, "rows": rows}))

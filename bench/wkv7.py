@@ -108,7 +108,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow", type=float, default=1.0, help="seconds from which the loop is timed in three rounds only")
-    parser.add_argument("--allocator", choices=ALLOCATORS, default="default", help="malloc as it is, as the training script sets it, or that with huge pages")
+    parser.add_argument(
+        "--allocator",
+        choices=ALLOCATORS,
+        default="default",
+        help="malloc as it is, as the training script sets it, or that with huge pages",
+    )
     parser.add_argument("--json", type=Path, help="JSON file to write")
     options = parser.parse_args()
     allocator = ALLOCATORS[options.allocator]
@@ -137,7 +142,10 @@ def main() -> int:
             cells = "  ".join(f"{name} {ms:.2f} ms" for name, ms in row[key].items())
             ratios = "  ".join(f"{name} {value}x" for name, value in row[f"ratios_{key}"].items())
             print(f"(B,T)=({row['B']},{row['T']}) {label:7}  {cells}  {ratios}", flush=True)
-        print(f"(B,T)=({row['B']},{row['T']}) ideal    {row['ideal_ms']} ms at the {row['gemm_gflops']} GFLOP/s of torch's matrix product", flush=True)
+        print(
+            f"(B,T)=({row['B']},{row['T']}) ideal    {row['ideal_ms']} ms at the {row['gemm_gflops']} GFLOP/s of torch's matrix product",
+            flush=True,
+        )
     if options.json:
         write_record(options.json, threads=options.threads, allocator=options.allocator, errors=errors, rows=rows)
     return 0

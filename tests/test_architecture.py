@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,13 @@ def test_environment_is_read_in_one_place(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_is_above_500_lines(path):
     assert len(path.read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize("command", ["check", "format --check"])
+def test_code_is_in_the_style_of_pyproject(command):
+    pytest.importorskip("ruff")
+    done = subprocess.run([sys.executable, "-m", "ruff", *command.split(), "--no-cache", *PYTHON], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_nothing_compiles_or_builds_at_import():

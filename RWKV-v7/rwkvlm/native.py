@@ -151,7 +151,9 @@ def _nvcc_for(name: str) -> str:
     compiler = nvcc()
     if compiler is None:
         where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH or in {CUDA_DEFAULT}"
-        raise NativeBuildError(f"CUDA kernel {name}: nvcc is not {where}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it")
+        raise NativeBuildError(
+            f"CUDA kernel {name}: nvcc is not {where}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it"
+        )
     return compiler
 
 
@@ -222,7 +224,9 @@ def _architectures(name: str) -> tuple[str, ...]:
     import torch
 
     if torch.version.cuda is None or not torch.cuda.is_available():
-        raise NativeBuildError(f"CUDA kernel {name}: torch {torch.__version__} uses no GPU here; python -m rwkvlm doctor says why and what to do")
+        raise NativeBuildError(
+            f"CUDA kernel {name}: torch {torch.__version__} uses no GPU here; python -m rwkvlm doctor says why and what to do"
+        )
     return tuple(sorted({architecture(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}))
 
 
@@ -277,7 +281,9 @@ def _lock(path: Path, what: str) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             if time.monotonic() > deadline:
-                raise NativeBuildError(f"{what}: process {holder} has been building it for over {TIME_OUT:.0f} s; stop it, then start again")
+                raise NativeBuildError(
+                    f"{what}: process {holder} has been building it for over {TIME_OUT:.0f} s; stop it, then start again"
+                )
             if not told:
                 print(f"waiting for process {holder}, which builds {what}", file=sys.stderr, flush=True)
                 told = True

@@ -48,4 +48,6 @@ for a, b in PAIRS:
         f"lr {rates:.0e}, weights {norm(first, second) / norm(first, initial):.1e} of the way"
     )
 names = dict.fromkeys(name for pair in PAIRS for name in pair)
-(Path(__file__).parent / "losses.json").write_text(json.dumps({name: [round(steps(name)[n]["loss"], 7) for n in sorted(steps(name))] for name in names}) + "\n")
+(Path(__file__).parent / "losses.json").write_text(
+    json.dumps({name: [round(steps(name)[n]["loss"], 7) for n in sorted(steps(name))] for name in names}) + "\n"
+)

@@ -101,7 +101,12 @@ def replace_own_newer(folder):
 
 @pytest.mark.parametrize(
     "change, reason",
-    [(delete_newest, "is gone"), (replace_newest, "is not the file"), (add_newer, "rwkv-5.pth is newer"), (replace_own_newer, "rwkv-2.pth is newer")],
+    [
+        (delete_newest, "is gone"),
+        (replace_newest, "is not the file"),
+        (add_newer, "rwkv-5.pth is newer"),
+        (replace_own_newer, "rwkv-2.pth is newer"),
+    ],
 )
 def test_weights_changed_by_hand_make_a_state_stale(tmp_path, change, reason):
     for n in range(2):
@@ -116,7 +121,9 @@ def test_weights_changed_by_hand_make_a_state_stale(tmp_path, change, reason):
 def test_weights_put_there_where_none_were(tmp_path, name, stale):
     recorded = ledger.newest_entry(tmp_path)
     save_weights(tmp_path / name, weights(0))
-    assert recorded is None and ledger.why_stale(tmp_path, recorded) == (f"{name} is newer and was not written by this run" if stale else "")
+    assert recorded is None and ledger.why_stale(tmp_path, recorded) == (
+        f"{name} is newer and was not written by this run" if stale else ""
+    )
 
 
 def test_deleting_old_weights_or_touching_them_is_allowed(tmp_path):

@@ -13,7 +13,13 @@ SIZES = ModelConfig(n_layer=2, n_embd=64, vocab_size=50, head_size=16, dim_ffn=9
 
 ATT = ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w1", "w2", "w0", "a1", "a2", "a0", "v1", "v2", "v0", "g1", "g2", "k_k", "k_a", "r_k"]
 ATT += [f"{name}.weight" for name in ("receptance", "key", "value", "output", "ln_x")] + ["ln_x.bias"]
-BLOCK = [*(f"{norm}.{part}" for norm in ("ln1", "ln2", "ln0") for part in ("weight", "bias")), *(f"att.{x}" for x in ATT), "ffn.x_k", "ffn.key.weight", "ffn.value.weight"]
+BLOCK = [
+    *(f"{norm}.{part}" for norm in ("ln1", "ln2", "ln0") for part in ("weight", "bias")),
+    *(f"att.{x}" for x in ATT),
+    "ffn.x_k",
+    "ffn.key.weight",
+    "ffn.value.weight",
+]
 OFFICIAL_ORDER = [
     "emb.weight", *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK if i == 0 or "ln0" not in name), "ln_out.weight", "ln_out.bias", "head.weight"
 ]  # fmt: skip
@@ -156,7 +162,21 @@ def damage_bytes(path):
     path.write_bytes(bytes(range(256)) * 40)
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_empty, damage_text, damage_other_text, damage_json, damage_bytes, damage_code, damage_list, damage_nested, damage_integers])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_cut,
+        damage_empty,
+        damage_text,
+        damage_other_text,
+        damage_json,
+        damage_bytes,
+        damage_code,
+        damage_list,
+        damage_nested,
+        damage_integers,
+    ],
+)
 def test_files_that_are_no_weights(file, damage):
     damage(file)
     with pytest.raises(UserError, match=str(file)) as caught:
@@ -193,12 +213,20 @@ def test_load_into_names_the_first_problem_and_changes_nothing():
     unknown = {**tensors, "blocks.2.ln1.weight": torch.zeros(64)}
     missing = {name: tensor for name, tensor in tensors.items() if name != "blocks.1.ffn.x_k"}
     used = {name: tensor for name, tensor in tensors.items() if name != "blocks.1.att.v0"}
-    for bad, what in ((wrong, r"blocks.1.att.w1 has shape \[64, 9\]"), (unknown, "blocks.2.ln1.weight is unknown"), (missing, "lacks blocks.1.ffn.x_k"), (used, "lacks blocks.1.att.v0")):
+    for bad, what in (
+        (wrong, r"blocks.1.att.w1 has shape \[64, 9\]"),
+        (unknown, "blocks.2.ln1.weight is unknown"),
+        (missing, "lacks blocks.1.ffn.x_k"),
+        (used, "lacks blocks.1.att.v0"),
+    ):
         with pytest.raises(UserError, match=what) as caught:
             load_into(model, bad)
         one_line(caught)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(UserError, match="^the checkpoint lacks blocks.1.ffn.x_k .1 missing in all.: it is damaged, or of a model that is not known here; give another one$"):
+    with pytest.raises(
+        UserError,
+        match="^the checkpoint lacks blocks.1.ffn.x_k .1 missing in all.: it is damaged, or of a model that is not known here; give another one$",
+    ):
         model_from(missing, "cpu", torch.float32)  # which generate, evaluate and compress read: none of them has --load_partial
     assert load_into(model, missing, partial=True) == ["blocks.1.ffn.x_k"]
     assert torch.equal(model.blocks[1].ffn.x_k, before["blocks.1.ffn.x_k"])

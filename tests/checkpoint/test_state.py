@@ -343,8 +343,12 @@ def test_unwritable_folder_is_one_line(tmp_path):
 def test_a_state_has_its_name_when_it_is_on_the_disk_and_before_it_is_the_latest(tmp_path, monkeypatch):
     """Or a machine that loses its power may find a folder of empty files, and the state before it deleted."""
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr("os.fsync", lambda file: (done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), tmp_path)), fsync(file)))
-    monkeypatch.setattr("os.replace", lambda source, target: (done.append(f"named {os.path.relpath(target, tmp_path)}"), replace(source, target)))
+    monkeypatch.setattr(
+        "os.fsync", lambda file: (done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), tmp_path)), fsync(file))
+    )
+    monkeypatch.setattr(
+        "os.replace", lambda source, target: (done.append(f"named {os.path.relpath(target, tmp_path)}"), replace(source, target))
+    )
     state.write(tmp_path, 3, state.capture(*build(0)), {}, 1)
     named = done.index("named state/step3")
     assert "state/step3.tmp/rank00000.pt" in done[:named] and done[named + 1] == "state" and "named state/latest" in done[named + 2 :]

@@ -69,7 +69,9 @@ def test_a_thread_beside_the_training_speaks_in_its_own_group_alone(monkeypatch)
     """Or what it exchanges would be taken for what the training does, in an order that nobody knows."""
     asked = []
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather_object", lambda values, value, group: asked.append(group) or values.__setitem__(slice(None), [value, value]))
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda values, value, group: asked.append(group) or values.__setitem__(slice(None), [value, value])
+    )
     assert ranks.gather(3, "its own") == [3, 3] and ranks.together(lambda: 4, "its own") == [4, 4] and asked == ["its own"] * 2
 
 

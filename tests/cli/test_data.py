@@ -30,7 +30,10 @@ def test_info(prefix, capsys):
     data = BinIdx(prefix)
     assert f"{prefix}.bin/idx: {data.n_tokens} tokens, 4 documents, uint16\ntoken ids 0 to " in out
     assert "token 0 ends 4 of 4 documents and stands 0 times inside\ntokenizer: World (rwkv_vocab_v20230424): 3 of 3 documents" in out
-    assert "ctx_len 16: --magic_prime 23, 0.001 mini-epochs of 40320 samples\nctx_len 4096: too short: --ctx_len 4096 needs at least 8193 tokens" in out
+    assert (
+        "ctx_len 16: --magic_prime 23, 0.001 mini-epochs of 40320 samples\nctx_len 4096: too short: --ctx_len 4096 needs at least 8193 tokens"
+        in out
+    )
     assert main(["data", "info", prefix, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens"] == data.n_tokens and told["survey"]["lengths"][1] == 1 and sum(told["survey"]["lengths"]) == 4
@@ -84,10 +87,18 @@ def test_merge_split_and_sample(prefix, tmp_path, capsys):
     assert f"{tmp_path}/b.bin/idx: {3 * BinIdx(prefix).n_tokens} tokens, 12 documents, uint16" in capsys.readouterr().out
     assert main(["data", "split", f"{tmp_path}/b", "--val", "5", "--out", f"{tmp_path}/c"]) == 0
     told = capsys.readouterr()
-    assert "c.val.bin/idx: " in told.out and "held out are in" in told.err and (BinIdx(f"{tmp_path}/c").n_docs, BinIdx(f"{tmp_path}/c.val").n_docs) == (7, 5)
+    assert (
+        "c.val.bin/idx: " in told.out
+        and "held out are in" in told.err
+        and (BinIdx(f"{tmp_path}/c").n_docs, BinIdx(f"{tmp_path}/c.val").n_docs) == (7, 5)
+    )
     assert main(["data", "sample", f"{tmp_path}/b"]) == 0
     out = capsys.readouterr().out
-    assert f"--- {tmp_path}/b, document 0: " in out and TEXTS[0] in out and f"document 11: {len(BinIdx(prefix).doc(3))} tokens\n{TEXTS[3]}" in out
+    assert (
+        f"--- {tmp_path}/b, document 0: " in out
+        and TEXTS[0] in out
+        and f"document 11: {len(BinIdx(prefix).doc(3))} tokens\n{TEXTS[3]}" in out
+    )
     assert main(["data", "sample", prefix, "1", "-1", "--tokens", "3"]) == 0
     out = capsys.readouterr().out
     assert "Gr" in out and "document 3" in out and "the first 3 shown" in out and len(out) < 300

@@ -32,7 +32,10 @@ def test_a_machine_that_is_well(capsys, tmp_path, monkeypatch):
     assert main(["doctor", "--proj_dir", str(tmp_path / "not" / "yet")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in NAMES]
-    assert all(re.search(r"C\+\+, largest deviation from the reference \de-\d\d$", line) for line in lines[4:11]) and "2 processes over gloo add up" in lines[12]
+    assert (
+        all(re.search(r"C\+\+, largest deviation from the reference \de-\d\d$", line) for line in lines[4:11])
+        and "2 processes over gloo add up" in lines[12]
+    )
 
 
 def told(capsys) -> dict[str, str]:
@@ -51,7 +54,11 @@ def test_each_illness_has_one_line_with_its_cure(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(doctor, "RANK", "raise SystemExit('no route to host')")
     monkeypatch.setattr(doctor, "SPACE", 1 << 60)
-    monkeypatch.setattr(doctor, "KERNELS", dict.fromkeys(KERNELS, lambda: "not here") | {"wkv7": lambda: 1 / 0, "rosa": lambda: importlib.import_module("torchless")})
+    monkeypatch.setattr(
+        doctor,
+        "KERNELS",
+        dict.fromkeys(KERNELS, lambda: "not here") | {"wkv7": lambda: 1 / 0, "rosa": lambda: importlib.import_module("torchless")},
+    )
     assert main(["doctor", "--proj_dir", str(tmp_path)]) == 1
     lines = told(capsys)
     assert list(lines) == NAMES
@@ -67,7 +74,9 @@ def test_packages_that_are_missing_or_of_another_version_are_named(tmp_path, mon
     lacking = tmp_path / "requirements.txt"
     lacking.write_text("torch>=2\nnot-there>=1\nnumpy>=99\n")
     monkeypatch.setattr(doctor, "REQUIREMENTS", lacking)
-    with pytest.raises(UserError, match=rf"lacks not-there>=1 \(not installed\), numpy>=99 \(installed: .*\); run: .*python.* -m pip install -r {lacking}"):
+    with pytest.raises(
+        UserError, match=rf"lacks not-there>=1 \(not installed\), numpy>=99 \(installed: .*\); run: .*python.* -m pip install -r {lacking}"
+    ):
         doctor.python()
 
 

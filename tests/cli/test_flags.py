@@ -68,7 +68,11 @@ def test_flags_without_effect_are_named():
     "idle, used, line",
     [
         (dict(ds_bucket_mb=2), dict(strategy="deepspeed_stage_2"), "--ds_bucket_mb 2 has no effect: --strategy auto is not DeepSpeed's"),
-        (dict(lr_final=1e-4, lr_schedule="constant"), dict(lr_schedule="wsd"), "--lr_final 0.0001 has no effect: --lr_schedule constant stays at lr_init"),
+        (
+            dict(lr_final=1e-4, lr_schedule="constant"),
+            dict(lr_schedule="wsd"),
+            "--lr_final 0.0001 has no effect: --lr_schedule constant stays at lr_init",
+        ),
         (dict(wsd_decay=0.1), dict(lr_schedule="wsd"), "--wsd_decay 0.1 has no effect: --lr_schedule is cosine"),
         (dict(wsd_decay=0.1, lr_schedule="constant"), dict(lr_schedule="wsd"), "--wsd_decay 0.1 has no effect: --lr_schedule is constant"),
         (dict(spike_snapshot=5), dict(spike_guard=6.0), "--spike_snapshot 5 has no effect: --spike_guard is off"),
@@ -94,7 +98,10 @@ def test_flags_without_effect_beside_others_are_named(idle, used, line):
         (["--lr_init", "fast"], "argument --lr_init: 'fast' is not a number"),
         (["--enable_progress_bar", "maybe"], "'maybe' is not True or False"),
         (["--micro_bsz"], "argument --micro_bsz: expected one argument; --help lists all flags"),
-        (["--proj_dir", "-x", "--micro_bsz", "2"], "argument --proj_dir: expected one argument; write --proj_dir=-x, since -x looks like a flag; a path may also be ./-x"),
+        (
+            ["--proj_dir", "-x", "--micro_bsz", "2"],
+            "argument --proj_dir: expected one argument; write --proj_dir=-x, since -x looks like a flag; a path may also be ./-x",
+        ),
         (["--random_seed", "-1", "--micro_bsz"], "argument --micro_bsz: expected one argument; --help lists all flags"),
         (["--random_seed", "-1", "--lr_init", "fast"], "argument --lr_init: 'fast' is not a number; --help lists all flags"),
         (["stray"], "unexpected argument 'stray'"),
@@ -139,7 +146,11 @@ def test_a_line_is_written_whole():
         assert done.returncode == 2 and re.fullmatch(rb"error: .*\n", said.read(4096))
 
 
-@pytest.mark.parametrize("argv", [["make_data", "{}.txt", "1", "16"], ["report", "{}"], ["download", "--out", "{}"], ["generate", "--model", "{}"]], ids=lambda argv: argv[0])
+@pytest.mark.parametrize(
+    "argv",
+    [["make_data", "{}.txt", "1", "16"], ["report", "{}"], ["download", "--out", "{}"], ["generate", "--model", "{}"]],
+    ids=lambda argv: argv[0],
+)
 def test_a_path_that_cannot_be_looked_at_is_one_line_and_code_2(argv, capsys):
     """As in a folder that may not be entered, which root always may."""
     assert main([word.format("a" * 300) for word in argv]) == 2
@@ -149,8 +160,14 @@ def test_a_path_that_cannot_be_looked_at_is_one_line_and_code_2(argv, capsys):
 @pytest.mark.parametrize(
     "least, names",
     [
-        (1, "ctx_len micro_bsz accumulate_grad_batches num_nodes epoch_samples keep_last val_batches max_skips spike_snapshot ds_bucket_mb"),
-        (0, "dim_att dim_ffn n_layer n_embd vocab_size head_size magic_prime epoch_begin epoch_save weight_decay grad_clip head_chunk save_steps save_minutes val_every max_steps"),
+        (
+            1,
+            "ctx_len micro_bsz accumulate_grad_batches num_nodes epoch_samples keep_last val_batches max_skips spike_snapshot ds_bucket_mb",
+        ),
+        (
+            0,
+            "dim_att dim_ffn n_layer n_embd vocab_size head_size magic_prime epoch_begin epoch_save weight_decay grad_clip head_chunk save_steps save_minutes val_every max_steps",
+        ),
         (0, "spike_guard lr_init lr_final adam_eps my_exit_tokens"),
         (-1, "warmup_steps random_seed"),
     ],
@@ -186,7 +203,21 @@ def test_a_switch_of_a_model_is_one():
 
 def test_defaults_are_those_of_the_official_trainer():
     """Of scripts that leave them out."""
-    official = dict(ctx_len=1024, micro_bsz=12, epoch_save=5, lr_init=6e-4, lr_final=1e-5, warmup_steps=-1, beta1=0.9, beta2=0.99, adam_eps=1e-18, weight_decay=0, grad_clip=1.0, grad_cp=0, ds_bucket_mb=200)
+    official = dict(
+        ctx_len=1024,
+        micro_bsz=12,
+        epoch_save=5,
+        lr_init=6e-4,
+        lr_final=1e-5,
+        warmup_steps=-1,
+        beta1=0.9,
+        beta2=0.99,
+        adam_eps=1e-18,
+        weight_decay=0,
+        grad_clip=1.0,
+        grad_cp=0,
+        ds_bucket_mb=200,
+    )
     assert TrainConfig().as_dict().items() >= official.items()
 
 
@@ -276,7 +307,9 @@ def test_flags_are_answered_without_importing_torch():
 
 
 def test_train_py_runs_from_any_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--train_stage", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--train_stage", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr == "error: --train_stage 9 is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)\n"
 
 
@@ -295,7 +328,9 @@ def test_an_interrupt_reaches_a_command_that_a_shell_put_in_the_background(tmp_p
 
 def test_a_reader_that_has_enough_is_no_error():
     """`python -m rwkvlm ... | head -1`: no traceback."""
-    code = "import sys; from rwkvlm import cli; cli._command = lambda name: lambda argv: print('x' * 10**7); sys.exit(cli.main(['generate']))"
+    code = (
+        "import sys; from rwkvlm import cli; cli._command = lambda name: lambda argv: print('x' * 10**7); sys.exit(cli.main(['generate']))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
     process.stdout.close()
@@ -306,13 +341,34 @@ def test_a_reader_that_has_enough_is_no_error():
     "error, line",
     [
         (MemoryError(), "error: out of memory; free some, or give the command less at a time (its --help says how)"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried 2 GiB.\nmore"), "error: out of memory: CUDA out of memory. Tried 2 GiB.; free some, or "),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory; free some"),
-        (RuntimeError("can't start new thread"), "error: no further thread or process may be started (can't start new thread); raise the limit (ulimit -u, or the container's"),
-        (BlockingIOError(11, "Resource temporarily unavailable"), "error: no further thread or process may be started ([Errno 11] Resource temporarily unavailable); raise"),
-        (OSError(28, "No space left on device"), "error: cannot write standard output, or a file: No space left on device; free some space, or choose another place, then start again\n"),
-        (ModuleNotFoundError("No module named 'torch'", name="torch"), f"error: {sys.executable} has no torch; use .venv/bin/python, which "),
-        (OSError(122, "Disk quota exceeded", "x.json"), "error: cannot write x.json: Disk quota exceeded; free some space, or choose another place, then start again\n"),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried 2 GiB.\nmore"),
+            "error: out of memory: CUDA out of memory. Tried 2 GiB.; free some, or ",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory; free some",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            "error: no further thread or process may be started (can't start new thread); raise the limit (ulimit -u, or the container's",
+        ),
+        (
+            BlockingIOError(11, "Resource temporarily unavailable"),
+            "error: no further thread or process may be started ([Errno 11] Resource temporarily unavailable); raise",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            "error: cannot write standard output, or a file: No space left on device; free some space, or choose another place, then start again\n",
+        ),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            f"error: {sys.executable} has no torch; use .venv/bin/python, which ",
+        ),
+        (
+            OSError(122, "Disk quota exceeded", "x.json"),
+            "error: cannot write x.json: Disk quota exceeded; free some space, or choose another place, then start again\n",
+        ),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
@@ -325,7 +381,14 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
     assert said.startswith(line) and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'pkg_resources'", name="pkg_resources"), TypeError("unexpected keyword"), AttributeError("no such")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'pkg_resources'", name="pkg_resources"),
+        TypeError("unexpected keyword"),
+        AttributeError("no such"),
+    ],
+)
 @pytest.mark.parametrize(
     "needed, at_hand, said",
     [
@@ -363,7 +426,11 @@ def test_a_full_disk_under_the_output_is_one_line(size):
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
-    assert done.returncode == 1 and done.stderr.startswith("error: cannot write standard output, or a file: No space left on device; ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: cannot write standard output, or a file: No space left on device; ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):

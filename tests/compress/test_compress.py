@@ -28,7 +28,9 @@ KINDS = {
     "phantom without ghosts": dict(model_type="phantom", core_ratio=1.0, ttt_chunk=16),
     "phantom": dict(model_type="phantom", core_ratio=0.5, ttt_chunk=16),
     "phantom of an rwkv7": dict(model_type="phantom", core_ratios="ffn.key=0.125", ttt_chunk=16, ghost_permuted=True),
-    "phantom, memory, relu": dict(model_type="phantom", core_ratio=0.25, core_ratios="ffn.key=0.125", ttt_kind="memory", ttt_features=32, ghost_activation="relu"),
+    "phantom, memory, relu": dict(
+        model_type="phantom", core_ratio=0.25, core_ratios="ffn.key=0.125", ttt_kind="memory", ttt_features=32, ghost_activation="relu"
+    ),
 }
 
 
@@ -124,7 +126,9 @@ def test_error_of_removal_is_bounded_by_the_removed_units():
         outputs = []
         for tensors in (weights, smaller):
             mix = ChannelMix(read_config(tensors))
-            mix.load_state_dict({name.removeprefix(f"blocks.{layer}.ffn."): t for name, t in tensors.items() if name.startswith(f"blocks.{layer}.ffn.")})
+            mix.load_state_dict(
+                {name.removeprefix(f"blocks.{layer}.ffn."): t for name, t in tensors.items() if name.startswith(f"blocks.{layer}.ffn.")}
+            )
             with torch.no_grad():
                 outputs.append(mix(x, None, lambda x, *_: (x, x[:, -1], [x]))[1])  # its input is x itself
         bound = x.norm(dim=-1) ** 2 * (key.norm(dim=1) ** 2 * value.norm(dim=0))[gone].sum()
@@ -304,7 +308,9 @@ def test_what_cannot_work_is_said_before_the_work(file, capsys, monkeypatch):
         assert main(["compress", "--model", str(path), "--sparsity_ratio", "0.5", *map(str, flags)]) == 2
         assert said in capsys.readouterr().err and sorted(folder.rglob("*")) == before
     monkeypatch.undo()
-    assert main(["compress", "--model", str(path), "--svd_rank_ratio", "0.5", "--out", str(folder / "new" / "folder" / "out.pth")]) == 0, "a folder that does not exist is made"
+    assert main(["compress", "--model", str(path), "--svd_rank_ratio", "0.5", "--out", str(folder / "new" / "folder" / "out.pth")]) == 0, (
+        "a folder that does not exist is made"
+    )
 
 
 def test_bad_files_are_user_errors(file, capsys):

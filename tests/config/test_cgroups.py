@@ -59,7 +59,11 @@ def test_memory_of_version_1(machine):
     group, own = machine
     own("9:memory:/docker/abc\n4:cpu:/\n0::/\n")
     assert cgroups.memory_left() == []
-    for name, text in (("limit_in_bytes", 1000), ("usage_in_bytes", 700), ("stat", "cache 5\ntotal_active_file 40\ntotal_inactive_file 60")):
+    for name, text in (
+        ("limit_in_bytes", 1000),
+        ("usage_in_bytes", 700),
+        ("stat", "cache 5\ntotal_active_file 40\ntotal_inactive_file 60"),
+    ):
         group(f"memory/memory.{name}", text)  # what a container sees, whose own path is the machine's
     assert cgroups.memory_left() == [400]
 

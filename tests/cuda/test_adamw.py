@@ -48,7 +48,14 @@ def make(device, grad_dtype=BF16, narrow=True, done=7.0, sizes=SIZES, shifts=(0,
         scale = 10.0 ** torch.randint(-12, 3, (size,), generator=rng) * (torch.arange(size) % 11 > 0)
         master, grad, average, square = (torch.randn(size, generator=rng) for _ in range(4))
         average, square = (average * scale, (square * scale).square()) if done else (torch.zeros(size), torch.zeros(size))
-        values = [master, torch.full((size,), torch.nan, dtype=BF16), (grad * scale).to(grad_dtype), average, square, torch.tensor(done + i * bool(done))]
+        values = [
+            master,
+            torch.full((size,), torch.nan, dtype=BF16),
+            (grad * scale).to(grad_dtype),
+            average,
+            square,
+            torch.tensor(done + i * bool(done)),
+        ]
         for j, value in enumerate(values):
             if narrow or j != 1:
                 tensors[j].append(guarded(value, device, shifts[j]))

@@ -44,7 +44,15 @@ def test_cards_without_bf16_tensor_cores_compile(tmp_path: Path) -> None:
     """They run sequential.cu alone, but the library has both."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    command = ["nvcc", "-std=c++17", "-gencode=arch=compute_75,code=sm_75", "-cubin", str(CUDA / "wkv7" / "chunked_forward.cu"), "-o", str(tmp_path / "out")]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-gencode=arch=compute_75,code=sm_75",
+        "-cubin",
+        str(CUDA / "wkv7" / "chunked_forward.cu"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     build = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert build.returncode == 0, build.stderr
 

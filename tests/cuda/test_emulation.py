@@ -125,7 +125,10 @@ def compile_planted(folder: Path, *flags: str) -> Path:
         pytest.skip("needs g++")
     (folder / "planted.cu").write_text(SOURCE)
     linked = [flag for flag in flags if flag != RACES]
-    commands = ["-c", *flags, f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.o"], ["-shared", *linked, "planted.o", "-o", "planted.so"]
+    commands = (
+        ["-c", *flags, f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.o"],
+        ["-shared", *linked, "planted.o", "-o", "planted.so"],
+    )
     for command in commands:
         build = subprocess.run(["g++", "-std=c++17", "-O1", "-fPIC", *command], cwd=folder, capture_output=True, text=True, timeout=120)
         assert build.returncode == 0, build.stderr
@@ -204,7 +207,9 @@ def test_a_race_is_an_error_in_either_schedule(watched: ctypes.CDLL, name: str, 
     assert run(watched, name, 0, reverse)[0] == 1 and watched.emulation_error().startswith(b"race: ")
 
 
-@pytest.mark.parametrize(("name", "drop"), [("rounds", (0, 0, -1, -1)), ("rounds", (0, 1, -1, -1)), ("lanes", (0, -1, 0, -1)), ("copy", (0, -1, -1, 0))])
+@pytest.mark.parametrize(
+    ("name", "drop"), [("rounds", (0, 0, -1, -1)), ("rounds", (0, 1, -1, -1)), ("lanes", (0, -1, 0, -1)), ("copy", (0, -1, -1, 0))]
+)
 def test_what_a_dropped_barrier_ordered_becomes_a_race(watched: ctypes.CDLL, name: str, drop: tuple[int, ...]) -> None:
     watched.emulation_drop(*drop)
     assert run(watched, name, 1)[0] == 1 and watched.emulation_error().startswith(b"race: ") and watched.emulation_dropped()

@@ -41,7 +41,14 @@ CASES = {
         dict(T=40, mixes=2),
         dict(T=40, mixes=4, state=True),  # of an attention layer
     ],
-    "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
+    "time_mix_inputs": [
+        dict(),
+        dict(T=1),
+        dict(residual=False),
+        dict(B=3, T=65, H=1, N=16),
+        dict(B=1, T=17, H=2, N=128),
+        dict(B=1, T=20, H=12, N=64),
+    ],
     "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=17, H=2, N=128), dict(B=1, T=20, H=12, N=64)],
     "relu_square": [dict(), dict(T=1, B=1, H=1, N=16), dict(B=3, T=171)],
 }
@@ -78,7 +85,9 @@ def test_the_same_bits_again_and_in_both_schedules(device, name, dtype, request)
 
 
 @pytest.mark.parametrize("mixes", [1, 6])
-@pytest.mark.parametrize("sizes", [dict(), dict(T=40, H=9, N=16, state=True), dict(B=1, T=51, documents=[1, 16, 1, 17, 16]), dict(T=1, state=True)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(T=40, H=9, N=16, state=True), dict(B=1, T=51, documents=[1, 16, 1, 17, 16]), dict(T=1, state=True)], ids=str
+)
 def test_wide_norm_mix_where_shared_memory_is_small(device, sizes, mixes, request):
     """No card is as small; the same kernel serves more than 2048 channels."""
     if device.type != "cpu":
@@ -116,7 +125,11 @@ def test_more_tokens_than_blocks_take_at_once(device, heads):
         stream, _, mixed = case.call(form, *inputs)
         return torch.autograd.grad(stream.square().sum() + mixed.square().sum(), [t for t in inputs if t is not None])
 
-    close(in_training(fused, case.inputs), in_training(reference, [None if t is None else t.detach().double().requires_grad_() for t in case.inputs]), 1e-5)
+    close(
+        in_training(fused, case.inputs),
+        in_training(reference, [None if t is None else t.detach().double().requires_grad_() for t in case.inputs]),
+        1e-5,
+    )
 
 
 def test_a_mean_far_from_zero_costs_no_digits_but_its_own(device):
@@ -144,7 +157,10 @@ def test_a_value_of_the_first_block_that_nobody_else_reads(device):
     """In the last block its gradient is that of the residual alone."""
     case = Case("time_mix_inputs", device=device)
     doubles = [t.detach().double().requires_grad_() for t in case.inputs]
-    got, exact = (torch.autograd.grad(sum(x.square().sum() for x in case.call(form, *inputs)[:5]), inputs) for form, inputs in ((fused, case.inputs), (reference, doubles)))
+    got, exact = (
+        torch.autograd.grad(sum(x.square().sum() for x in case.call(form, *inputs)[:5]), inputs)
+        for form, inputs in ((fused, case.inputs), (reference, doubles))
+    )
     close(got, exact, 1e-5)
 
 
@@ -205,7 +221,9 @@ def test_nan_is_not_hidden(device, name):
     with torch.no_grad():
         case.inputs[name == "time_mix_inputs"][0, 3, 5] = float("nan")
     for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
-        assert any(x.isnan().any() for x in want) and all(torch.equal(x.isnan().cpu(), y.isnan().cpu()) for x, y in zip(got, want, strict=True))
+        assert any(x.isnan().any() for x in want) and all(
+            torch.equal(x.isnan().cpu(), y.isnan().cpu()) for x, y in zip(got, want, strict=True)
+        )
 
 
 def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
@@ -220,7 +238,11 @@ def test_inputs_that_are_not_aligned_or_contiguous_are_copied(device):
 
 
 def test_what_the_kernels_do_not_take_is_an_error(device):
-    for case in (Case("norm_mix", mixes=5, device=device), Case("token_mix", mixes=5, device=device), Case("time_mix_output", N=48, device=device)):
+    for case in (
+        Case("norm_mix", mixes=5, device=device),
+        Case("token_mix", mixes=5, device=device),
+        Case("time_mix_output", N=48, device=device),
+    ):
         with pytest.raises(ValueError, match="shape or dtype"):
             case.call(fused, *case.inputs)
     for x in (torch.zeros(1, 6), torch.zeros(0, 16)):
@@ -239,7 +261,12 @@ def test_an_input_that_does_not_fit_is_a_value_error(device, name):
 def test_what_reaches_an_operator_itself_is_looked_at(device):
     """What autograd hands to a backward fits; whoever calls it gets an error all the same, and no kernel reads beside a tensor."""
     ops, B, T, C = torch.ops.rwkvlm, 2, 5, 32
-    whole, short, row, other = torch.ones(B, T, C, device=device), torch.ones(B, T, C - 4, device=device), torch.ones(C, device=device), torch.ones(T, B, C, device=device)
+    whole, short, row, other = (
+        torch.ones(B, T, C, device=device),
+        torch.ones(B, T, C - 4, device=device),
+        torch.ones(C, device=device),
+        torch.ones(T, B, C, device=device),
+    )
     moments, wide = torch.ones(B, T, 2, device=device), whole.double()
     inputs, output = [*[whole] * 6, *[row] * 5, 16], [*[whole] * 5, *[row] * 3, 16, 1e-5]
     calls = [
@@ -251,7 +278,10 @@ def test_what_reaches_an_operator_itself_is_looked_at(device):
         ("a shape or dtype", lambda: ops.time_mix_inputs_backward(*[whole] * 4, None, *inputs)),
         ("a shape or dtype", lambda: ops.time_mix_inputs_forward(*inputs[:4], None, *inputs[5:])),
         *(("a shape or dtype", lambda N=N: ops.time_mix_inputs_forward(*inputs[:-1], N)) for N in (24, 64)),
-        ("k must be torch.bfloat16 or torch.float32, got torch.float16", lambda: ops.time_mix_inputs_forward(*[None if t is None else t.half() for t in inputs[:-1]], 16)),
+        (
+            "k must be torch.bfloat16 or torch.float32, got torch.float16",
+            lambda: ops.time_mix_inputs_forward(*[None if t is None else t.half() for t in inputs[:-1]], 16),
+        ),
         ("last must have the shape \\[2, 32\\], got \\[1, 32\\]", lambda: ops.token_mix_forward(whole, row[None], [row])),
         ("at most 6 mixes, got 7", lambda: ops.token_mix_forward(whole, None, [row] * 7)),
         ("a shape or dtype", lambda: ops.token_mix_forward(whole[..., :6].contiguous(), None, [row[:6]])),
@@ -261,11 +291,20 @@ def test_what_reaches_an_operator_itself_is_looked_at(device):
         ("a gradient must have the shape", lambda: ops.token_mix_backward([short], whole, None, [row])),
         ("dy must have the shape", lambda: ops.relu_square_backward(short, whole)),
         ("branch must have the shape", lambda: ops.norm_mix_forward(whole, other, row, row, 1e-5, None, [row], None)),
-        ("bounds must be torch.int32, got torch.int64", lambda: ops.norm_mix_forward(whole[:1], None, row, row, 1e-5, None, [row], torch.tensor([0, T], device=device))),
+        (
+            "bounds must be torch.int32, got torch.int64",
+            lambda: ops.norm_mix_forward(whole[:1], None, row, row, 1e-5, None, [row], torch.tensor([0, T], device=device)),
+        ),
         ("a shape or dtype", lambda: ops.norm_mix_forward(whole, None, row, row, 1e-5, None, [row] * 4, None)),
-        ("a shape or dtype", lambda: ops.norm_mix_forward(whole, None, row, row, 1e-5, None, [row], torch.tensor([0, T], dtype=torch.int32, device=device))),
+        (
+            "a shape or dtype",
+            lambda: ops.norm_mix_forward(whole, None, row, row, 1e-5, None, [row], torch.tensor([0, T], dtype=torch.int32, device=device)),
+        ),
         ("moments must have the shape", lambda: ops.norm_mix_backward(None, None, [whole], whole, moments[:1], row, row, None, [row])),
-        ("moments must be torch.float32, got torch.float64", lambda: ops.norm_mix_backward(None, None, [whole], whole, moments.double(), row, row, None, [row])),
+        (
+            "moments must be torch.float32, got torch.float64",
+            lambda: ops.norm_mix_backward(None, None, [whole], whole, moments.double(), row, row, None, [row]),
+        ),
         ("dnewest must have the shape", lambda: ops.norm_mix_backward(None, row[None], [whole], whole, moments, row, row, None, [row])),
         ("dstream must have the shape", lambda: ops.norm_mix_backward(other, None, [whole], whole, moments, row, row, None, [row])),
         ("a gradient for each of 1 mixes, got 0", lambda: ops.norm_mix_backward(None, None, [], whole, moments, row, row, None, [row])),
@@ -294,7 +333,10 @@ def test_the_operators_are_well_formed(device, dtype, residual):
         bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
         check(ops.norm_mix_forward.default, (x[:1], None if branch is None else branch[:1], weight, bias, 1e-5, None, mixes, bounds))
         stream, newest, moments, *douts = ops.norm_mix_forward(x, branch, weight, bias, 1e-5, last, mixes, None)
-        check(ops.norm_mix_backward.default, (x if state else None, newest if residual else None, douts, x, moments, weight, bias, last, mixes))
+        check(
+            ops.norm_mix_backward.default,
+            (x if state else None, newest if residual else None, douts, x, moments, weight, bias, last, mixes),
+        )
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
     check(ops.time_mix_inputs_forward.default, (*inputs, 32))

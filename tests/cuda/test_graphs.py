@@ -136,4 +136,6 @@ def test_a_run_on_a_gpu(tmp_path, capsys, compiled):
     for curve in (curves[1], curves[3]):
         assert curve == (pytest.approx(curves[0], rel=1e-3) if compiled else curves[0])
     said = capsys.readouterr()
-    assert "run without CUDA graphs" not in said.err and said.out.count(", blocks in CUDA graphs, ") == 3 + (not compiled and peak_flops(torch.device(DEVICE)) is not None)
+    assert "run without CUDA graphs" not in said.err and said.out.count(", blocks in CUDA graphs, ") == 3 + (
+        not compiled and peak_flops(torch.device(DEVICE)) is not None
+    )

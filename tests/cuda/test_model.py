@@ -104,14 +104,20 @@ def assert_right(got, model, idx, monkeypatch):
     assert off < (LIMIT if got[part].dtype == torch.float32 else most / 3), part
 
 
-@pytest.mark.parametrize("kind, dtype", [("x070", torch.float32), ("x070", torch.bfloat16), ("x080", torch.float32), ("hybrid", torch.float32)], ids=["fp32", "bf16", "x080", "hybrid"])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [("x070", torch.float32), ("x070", torch.bfloat16), ("x080", torch.float32), ("hybrid", torch.float32)],
+    ids=["fp32", "bf16", "x080", "hybrid"],
+)
 def test_loss_and_gradients(device, kind, dtype, monkeypatch):
     """x080 in fp32 only: what is rounded to bf16 has other bits, and other symbols."""
     model, idx = make_model(device, dtype, MODELS[kind])
     assert_right(loss_and_gradients(model, idx), model, idx, monkeypatch)
 
 
-@pytest.mark.parametrize("kind, dtype", [("x070", torch.float32), ("x070", torch.bfloat16), ("phantom", torch.bfloat16), ("x080", torch.float32)])
+@pytest.mark.parametrize(
+    "kind, dtype", [("x070", torch.float32), ("x070", torch.bfloat16), ("phantom", torch.bfloat16), ("x080", torch.float32)]
+)
 def test_the_check_before_the_first_step_passes_with_room(device, kind, dtype, monkeypatch):
     sizes = selfcheck.small(MODELS[kind])
     model, idx = selfcheck.spread(sizes).to(device, dtype), selfcheck.tokens(sizes).to(device)

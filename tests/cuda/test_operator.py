@@ -163,7 +163,11 @@ def test_what_is_passed_on_has_its_gradients_added_up(device, options, again):
 
     def run(passing, form=wkv7):
         leaves = [x.to(device).requires_grad_() for x in case.inputs]
-        y, *passed = form(*leaves, cu_seqlens=case.cu_seqlens, pass_on=True) if passing else (wkv7(*leaves, cu_seqlens=case.cu_seqlens), leaves[0], *leaves[2:4])
+        y, *passed = (
+            form(*leaves, cu_seqlens=case.cu_seqlens, pass_on=True)
+            if passing
+            else (wkv7(*leaves, cu_seqlens=case.cu_seqlens), leaves[0], *leaves[2:4])
+        )
         loss = (y * case.dy.to(device)).float().sum() + sum((x.float() ** 2).sum() * n for x, n in zip(passed, used) if n)
         return [y.detach(), *torch.autograd.grad(loss, leaves)]
 

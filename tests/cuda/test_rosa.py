@@ -245,7 +245,10 @@ def test_what_reaches_an_operator_itself_is_looked_at(device):
         ("q must be torch.bfloat16 or torch.float32, got torch.float64", lambda: rosa_of(q=q.double())),
         ("bits from 1 to 8 that divide C", lambda: rosa_of(bits=3)),
         ("bits from 1 to 8 that divide C", lambda: rosa_of(bits=0)),
-        ("bits from 1 to 8 that divide C", lambda: ops.rosa(*[torch.ones(2, 5, 9, device=device)] * 3, *torch.ones(2, 9, device=device), 9, *options)),
+        (
+            "bits from 1 to 8 that divide C",
+            lambda: ops.rosa(*[torch.ones(2, 5, 9, device=device)] * 3, *torch.ones(2, 9, device=device), 9, *options),
+        ),
         ("k and v or neither", lambda: rosa_of(k=q)),
         ("old_k must have the shape", lambda: rosa_of(old_k=old[:1], old_runs=runs)),
         ("old_runs must be torch.int32, got torch.int64", lambda: rosa_of(old_k=old, old_runs=runs.long())),
@@ -254,7 +257,10 @@ def test_what_reaches_an_operator_itself_is_looked_at(device):
         ("dout must have the shape", lambda: ops.rosa_backward(short, q, None, None, ends, ends, 2, False, 0.1, True)),
         ("high must have the shape", lambda: ops.rosa_backward(q, q, None, None, ends, ends[:2], 2, False, 0.1, True)),
         ("expected \\[B, T\\] int64", lambda: ops.rosa_tokens(tokens.int(), None, None, False)),
-        ("state.runs \\[2, 5\\] of torch.int32 on .*, got \\[2, 3\\] of torch.int32", lambda: ops.rosa_tokens(tokens, tokens, runs[0], False)),
+        (
+            "state.runs \\[2, 5\\] of torch.int32 on .*, got \\[2, 3\\] of torch.int32",
+            lambda: ops.rosa_tokens(tokens, tokens, runs[0], False),
+        ),
         ("expected old and old_runs, or neither", lambda: ops.rosa_tokens(tokens, tokens, None, False)),
     ):
         with pytest.raises(ValueError, match=message):

@@ -37,7 +37,11 @@ def test_without_states(kernels: Kernels) -> None:
     check(kernels, LIMITS[FP32], T=40, dtype=FP32, states=False)
 
 
-@pytest.mark.parametrize("options", [dict(T=35, more="rkv"), dict(T=35, N=16, dtype=BF16, documents=[16, 1, 18], more="rkv"), dict(T=20, N=32, B=2, more="k")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(T=35, more="rkv"), dict(T=35, N=16, dtype=BF16, documents=[16, 1, 18], more="rkv"), dict(T=20, N=32, B=2, more="k")],
+    ids=str,
+)
 def test_gradients_from_elsewhere_are_added_up(kernels: Kernels, options: dict) -> None:
     options = dict(dtype=FP32) | options
     check(kernels, LIMITS[options["dtype"]], **options)

@@ -11,7 +11,17 @@ from oracles.emulated_ttt import StepsOfTtt, make_ttt_case, run
 from oracles.emulated_wkv7 import Kernels, Shape, errors
 
 # Relative rms against float64: those of test_chunked.py, where there are no steps. da is rounded once more, when the steps' share is added.
-LIMITS = {"y": 4.7e-3, "final_state": 3e-3, "dr": 3.8e-3, "dw": 4.6e-3, "dk": 3.8e-3, "dv": 4.2e-3, "da": 6.8e-3, "db": 6e-3, "d_initial_state": 3.2e-3}
+LIMITS = {
+    "y": 4.7e-3,
+    "final_state": 3e-3,
+    "dr": 3.8e-3,
+    "dw": 4.6e-3,
+    "dk": 3.8e-3,
+    "dv": 4.2e-3,
+    "da": 6.8e-3,
+    "db": 6e-3,
+    "d_initial_state": 3.2e-3,
+}
 LIMITS |= {"d_rate": 1e-2, "d_head": 6e-3}  # few numbers, each a sum of many that cancel
 
 
@@ -91,7 +101,11 @@ def test_without_a_whole_segment_it_is_the_plain_kernel(kernels: Kernels) -> Non
     assert all(torch.equal(got[name], plain[name]) for name in plain) and got["d_rate"].shape[0] == 0 and not got["d_head"].any()
 
 
-@pytest.mark.parametrize("options", [dict(T=300), dict(T=140, rows=64, H=1), dict(T=200, N=32, rows=16, segment=128), dict(T=100, N=128, rows=32, segment=32, H=1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(T=300), dict(T=140, rows=64, H=1), dict(T=200, N=32, rows=16, segment=128), dict(T=100, N=128, rows=32, segment=32, H=1)],
+    ids=str,
+)
 def test_both_schedules_give_the_same_bits(kernels: Kernels, options: dict) -> None:
     given = make_ttt_case(**options)
     forwards, backwards = run(kernels, given), run(kernels, given, reverse=True)
@@ -110,7 +124,17 @@ def test_every_size_fits_the_smallest_card(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(rows=12), dict(rows=72), dict(rows=0), dict(hidden=33), dict(segment=96), dict(segment=0), dict(head=None), dict(segment_chunks=1), dict(documents=1)],
+    [
+        dict(rows=12),
+        dict(rows=72),
+        dict(rows=0),
+        dict(hidden=33),
+        dict(segment=96),
+        dict(segment=0),
+        dict(head=None),
+        dict(segment_chunks=1),
+        dict(documents=1),
+    ],
     ids=str,
 )
 def test_what_it_cannot_do_is_refused(kernels: Kernels, wrong: dict) -> None:

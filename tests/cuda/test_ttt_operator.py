@@ -50,7 +50,16 @@ def detached(asked: list) -> list:
     return [x.detach() if isinstance(x, torch.Tensor) else x for x in asked]
 
 
-@pytest.mark.parametrize("options", [dict(T=130), dict(T=128, N=16, rows=8, H=1), dict(T=140, N=32, rows=8, B=2, head=False, target="value"), dict(T=70, N=128, rows=32, segment=32, states=False)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(T=130),
+        dict(T=128, N=16, rows=8, H=1),
+        dict(T=140, N=32, rows=8, B=2, head=False, target="value"),
+        dict(T=70, N=128, rows=32, segment=32, states=False),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_are_those_of_float64(device, options):
     given = make_ttt_case(**options)
     asked = arguments(given, device)
@@ -71,7 +80,12 @@ def test_outputs_and_gradients_are_those_of_float64(device, options):
 
 def test_rates_and_head_may_be_trained_alone(device):
     asked, found = arguments(make_ttt_case(T=130, N=16, rows=8, H=1), device), []
-    for some in (asked, [*detached(asked[:7]), *asked[7:]], [*detached(asked[:8]), *asked[8:]], [*detached(asked[:7]), asked[7], *detached(asked[8:])]):
+    for some in (
+        asked,
+        [*detached(asked[:7]), *asked[7:]],
+        [*detached(asked[:8]), *asked[8:]],
+        [*detached(asked[:7]), asked[7], *detached(asked[8:])],
+    ):
         y = torch.ops.rwkvlm.wkv7_ttt_cuda(*some, False, cuda.number_of(device))[0]
         gradients = torch.autograd.grad(y.float().square().sum(), [x for x in some[7:9] if x.requires_grad])
         found.append(dict(zip([i for i in (7, 8) if some[i].requires_grad], gradients)))

@@ -75,7 +75,9 @@ def test_a_file_that_is_overwritten_while_it_is_read_ends_in_an_error(samples, s
             break
         time.sleep(0.01)
     os.truncate(path, size)
-    with pytest.raises(UserError, match=f"^{path} has {size} bytes, and had {before} when this began; put the whole file back, then start again$"):
+    with pytest.raises(
+        UserError, match=f"^{path} has {size} bytes, and had {before} when this began; put the whole file back, then start again$"
+    ):
         list(batches)
     assert all_ended()
 

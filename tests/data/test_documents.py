@@ -45,14 +45,21 @@ def by_json(data):
 TAKEN = [
     b'{"text": "a"}',
     b'{"text":"","x":[1,-0.5e+3,null,true,false,{"y":[[]],"z":{}}]}\r\n\n \t\r\n  {"a" : "\\u0000\xe4\xb8\xad" , "text" : "b" } ',
-    json.dumps({"text": "\"\\/\b\f\n\r\t\0\x7f\u0080é中\ud7ff\ue000\uffff\U0001f600\U0010ffff"}).encode(),
-    json.dumps({"text": "\"\\/\b\f\n\r\t\x7f\u0080é中\ud7ff\ue000\uffff\U0001f600\U0010ffff" * 9}, ensure_ascii=False).encode(),
+    json.dumps({"text": '"\\/\b\f\n\r\t\0\x7f\u0080é中\ud7ff\ue000\uffff\U0001f600\U0010ffff'}).encode(),
+    json.dumps({"text": '"\\/\b\f\n\r\t\x7f\u0080é中\ud7ff\ue000\uffff\U0001f600\U0010ffff' * 9}, ensure_ascii=False).encode(),
     b'{"text": "\\/\\uD83d\\uDE00 \\u00e9"}',
     b'{"x": "\\ud83d", "text": "a"}'.replace(b"\\ud83d", b"x"),
     b'{"text": "\\u007f\\u0080\\u07ff\\u0800\\uffff\\ud800\\udc00\\udbff\\udfff"}',
     b'{"t": 1, "text": "a", "texts": "b", "tex": 2}\n' * 50,
 ]
-NOT_TAKEN_BUT_FINE = [b'{"te\\u0078t": "a"}', b'{"text": "b", "te\\u0078t": "a"}', b'{"text": "a", "x": NaN}', b'{"text": 1, "text": "a"}', b'{"text": "a", "x": ' + b"[" * 40 + b"]" * 40 + b"}", b'{"x": "\\ud83d", "text": "a"}']
+NOT_TAKEN_BUT_FINE = [
+    b'{"te\\u0078t": "a"}',
+    b'{"text": "b", "te\\u0078t": "a"}',
+    b'{"text": "a", "x": NaN}',
+    b'{"text": 1, "text": "a"}',
+    b'{"text": "a", "x": ' + b"[" * 40 + b"]" * 40 + b"}",
+    b'{"x": "\\ud83d", "text": "a"}',
+]
 BAD = [
     b"", b"{", b'"text"', b'{"text"}', b'{"text": "a"', b'{"text": "a",}', b'{"text": "a"}}', b'{"text": "a"} x', b"{'text': 'a'}", b'{"text": "a\nb"}', b'{"text": "\x1f"}', b'{"text": "\\x"}',
     b'{"text": "\\u12g4"}', b'{"text": "\\ud83d"}', b'{"text": "\\ude00\\ud83d"}', b'{"text": "\\ud83d\\u0041"}', b'{"text": "\\ud83d\\ue000"}', b'{"text": "\xf5\x80\x80\x80"}', b'{"text": "\xff"}', b'{"text": "\xc0\x80"}', b'{"text": "\xe0\x80\x80"}',
@@ -85,7 +92,32 @@ def test_native_parser_on_damaged_lines():
         data = bytearray(rng.choice(TAKEN[:6] if rng.random() < 0.6 else seeds))
         for _ in range(rng.choice([0, 1, 1, 2, 5])):
             at = rng.randrange(len(data) + 1)
-            piece = rng.choice([b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b" ", b"\0", b"\x80", b"\xed\xa0\x80", b"\xf4", b"u", b"d83d", b"1", b"-", b"text", b'"text": "a"', rng.randbytes(1)])
+            piece = rng.choice(
+                [
+                    b'"',
+                    b"\\",
+                    b"{",
+                    b"}",
+                    b"[",
+                    b"]",
+                    b",",
+                    b":",
+                    b"\n",
+                    b"\r",
+                    b" ",
+                    b"\0",
+                    b"\x80",
+                    b"\xed\xa0\x80",
+                    b"\xf4",
+                    b"u",
+                    b"d83d",
+                    b"1",
+                    b"-",
+                    b"text",
+                    b'"text": "a"',
+                    rng.randbytes(1),
+                ]
+            )
             data[at : at + rng.choice([0, 0, 1, len(piece)])] = piece
         data = bytes(data)
         if (found := natively(data)) is not None:
@@ -94,14 +126,21 @@ def test_native_parser_on_damaged_lines():
     assert 5_000 < taken < 50_000
 
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+    max_leaves=8,
+)
 
 
 @needs_native
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.dictionaries(st.text(), VALUES, max_size=4), st.text(), st.booleans(), st.sampled_from([None, 1]))))
 def test_everything_that_python_writes_is_read(records):
-    lines = [json.dumps(extra | {"text": text}, ensure_ascii=ascii_only, indent=None, separators=(",", ":") if pad else None) for extra, text, ascii_only, pad in records]
+    lines = [
+        json.dumps(extra | {"text": text}, ensure_ascii=ascii_only, indent=None, separators=(",", ":") if pad else None)
+        for extra, text, ascii_only, pad in records
+    ]
     parsed = parse(Block(Path("x.jsonl"), 1, "\n".join(lines).encode("utf-8", "surrogatepass"), 0, len(lines) + 1))
     assert [*parsed.texts] == [text.encode() for _, text, _, _ in records] and not parsed.bad
 
@@ -109,7 +148,11 @@ def test_everything_that_python_writes_is_read(records):
 def test_blocks_are_whole_lines_and_can_be_taken_up_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 100)
     rng = random.Random(1)
-    data = b"\xef\xbb\xbf" + b"".join(json.dumps({"text": "x" * rng.randrange(300)}).encode() + rng.choice([b"\n", b"\n\n"]) for _ in range(60)) + b'{"text": "last"}'
+    data = (
+        b"\xef\xbb\xbf"
+        + b"".join(json.dumps({"text": "x" * rng.randrange(300)}).encode() + rng.choice([b"\n", b"\n\n"]) for _ in range(60))
+        + b'{"text": "last"}'
+    )
     for name, pack in [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)]:
         (tmp_path / name).write_bytes(pack(data))
         blocks = [*read_blocks(tmp_path / name)]
@@ -139,7 +182,12 @@ def test_zst(tmp_path, monkeypatch, capsys):
     Path("b.txt.zst").write_bytes(pack(b"whole"))
     assert run("a.jsonl.zst", "b.txt.zst", 1, 4, "--out", "x") == 0 and texts_of("x") == sorted([*texts, "whole"])
     packed = pack(random.Random(0).randbytes(300_000).hex().encode() + b"\n")
-    for name, broken in [("cut", packed[:-1000]), ("start", packed[:3]), ("plain", data), ("flip", packed[:9000] + b"\0\0" + packed[9002:])]:
+    for name, broken in [
+        ("cut", packed[:-1000]),
+        ("start", packed[:3]),
+        ("plain", data),
+        ("flip", packed[:9000] + b"\0\0" + packed[9002:]),
+    ]:
         Path(f"{name}.jsonl.zst").write_bytes(broken)
         capsys.readouterr()
         assert run(f"{name}.jsonl.zst", 1, 4) == 2
@@ -153,7 +201,9 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     for name, package in [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")]:
         assert run(name, 1, 4) == 2
-        assert capsys.readouterr().err == f"error: input {name} needs the package {package}; run: {sys.executable} -m pip install {package}\n"
+        assert (
+            capsys.readouterr().err == f"error: input {name} needs the package {package}; run: {sys.executable} -m pip install {package}\n"
+        )
 
 
 def test_standard_input_and_report(tmp_path):
@@ -195,14 +245,22 @@ def test_lines_that_are_too_long_are_named_and_passed_over(tmp_path, monkeypatch
     rng = random.Random(3)
     fits = b'{"text": "' + b"f" * 986 + b'"}'  # 1000 bytes with its newline
     for final in (b"", b"\n"):
-        lines = [rng.choice([b'{"text": "a"}'] * 3 + [b'{"text": "b' + b"b" * rng.randrange(2000) + b'"}', b"", fits, b'{"text": "' + b"t" * 987 + b'"}']) for _ in range(300)] + [b"x" * 3000]
+        lines = [
+            rng.choice(
+                [b'{"text": "a"}'] * 3
+                + [b'{"text": "b' + b"b" * rng.randrange(2000) + b'"}', b"", fits, b'{"text": "' + b"t" * 987 + b'"}']
+            )
+            for _ in range(300)
+        ] + [b"x" * 3000]
         data = b"\n".join(lines) + final
         Path(name).write_bytes(pack(data))
         expected = [json.loads(line)["text"] for line in lines[:-1] if line and len(line) < 1000]
         blocks = [*read_blocks(Path(name))]
         bad = [(b.line, b.data) for b in blocks if isinstance(b.data, BadInput)]
         assert [line for line, _ in bad] == [n for n, line in enumerate(lines, 1) if len(line) >= 1000] and len(bad) > 20
-        assert bad[-1][1].line == 301 and f"the line is {3000 + len(final)} bytes long, more than 0 MiB; put its text into a .txt file" in str(bad[-1][1])
+        assert bad[-1][
+            1
+        ].line == 301 and f"the line is {3000 + len(final)} bytes long, more than 0 MiB; put its text into a .txt file" in str(bad[-1][1])
         assert [t.decode() for b in blocks for t in parse(b).texts] == expected and blocks[-1].after == len(data)
         for k, block in enumerate(blocks[:-1]):  # taken up anywhere, the rest is the same
             rest = [*read_blocks(Path(name), start=block.after, line=block.next_line)]

@@ -233,7 +233,9 @@ def test_damaged_files_already_there(server, get, tmp_path):
 def test_disk_too_small(server, get, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"mini.bin.partial needs 390.62 KiB and .* has 1,000 B free; free some space or choose another place"):
+    with pytest.raises(
+        UserError, match=r"mini.bin.partial needs 390.62 KiB and .* has 1,000 B free; free some space or choose another place"
+    ):
         get()
 
 

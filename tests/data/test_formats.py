@@ -48,7 +48,9 @@ def test_another_text_with_the_same_characters(tmp_path, text):
     data = TextTokens(tmp_path / "a.txt")
     (tmp_path / "d.txt").write_text("gfe" * 20)
     mixture = open_mixture(f"{tmp_path}/a.txt,{tmp_path}/d.txt", 16, form=TextTokens)
-    assert mixture.parts[1].data.tokens[:3].tolist() == [data.tokens[text.index(c)] for c in "gfe"], "one vocabulary for all files of a mixture"
+    assert mixture.parts[1].data.tokens[:3].tolist() == [data.tokens[text.index(c)] for c in "gfe"], (
+        "one vocabulary for all files of a mixture"
+    )
     assert data.like(tmp_path / "b.txt").tokens.tolist() == TextTokens(tmp_path / "a.txt").tokens[[text.index(c) for c in "bad→"]].tolist()
     with pytest.raises(UserError, match=r"c.txt has the character 'z' \(U\+007A\), which the first text lacks"):
         data.like(tmp_path / "c.txt")

@@ -38,7 +38,9 @@ def jsonl(path, texts, key="text"):
 
 def words(n, seed=0):
     rng = random.Random(seed)
-    return [" ".join(rng.choice(["sun", "moon", "naïve", "中文", "\U0001f600", "x = 1\n"]) for _ in range(rng.randrange(30))) for _ in range(n)]
+    return [
+        " ".join(rng.choice(["sun", "moon", "naïve", "中文", "\U0001f600", "x = 1\n"]) for _ in range(rng.randrange(30))) for _ in range(n)
+    ]
 
 
 def texts_of(prefix):
@@ -124,11 +126,20 @@ def test_it_says_how_fast_it_is_and_how_long_it_will_take(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
     say = command._progress(100.0)
-    for seconds, stage in ((4, Stage("reading", 0.1, 1, 9, False)), (10, Stage("reading", 0.25, 7, 640 << 20, False)), (12, Stage("reading", 0.3, 8, 9, False)),
-                           (20, Stage("reading", 0.5, 9, 640 << 20, True)), (30, Stage("writing", 0.9, 3, 0, False))):
+    for seconds, stage in (
+        (4, Stage("reading", 0.1, 1, 9, False)),
+        (10, Stage("reading", 0.25, 7, 640 << 20, False)),
+        (12, Stage("reading", 0.3, 8, 9, False)),
+        (20, Stage("reading", 0.5, 9, 640 << 20, True)),
+        (30, Stage("writing", 0.9, 3, 0, False)),
+    ):
         now[0] = 100.0 + seconds
         say(stage)
-    lines = ["reading  25%  7 documents  640.00 MiB, 64.00 MiB/s, 0:00:30 left", "reading  50%  9 documents  640.00 MiB, 32.00 MiB/s", "writing  90%  3 documents"]
+    lines = [
+        "reading  25%  7 documents  640.00 MiB, 64.00 MiB/s, 0:00:30 left",
+        "reading  50%  9 documents  640.00 MiB, 32.00 MiB/s",
+        "writing  90%  3 documents",
+    ]
     assert capsys.readouterr().err.splitlines() == lines, "every five seconds; of a run that was gone on with the rate alone"
 
 
@@ -147,7 +158,10 @@ def test_hugging_face_tokenizer(here, capsys):
 
     jsonl("end.jsonl", [*["fine"] * 41, "!Fine!"])  # behind the first documents few are decoded again
     assert tok.encode("!") == [0] and main(["end.jsonl", "1", "4", "--tokenizer", "tok.json"]) == 2
-    assert "end.jsonl, line 42: the tokenizer makes token 0, which ends a document, of a part of the text; use one that keeps it for that (" in capsys.readouterr().err
+    assert (
+        "end.jsonl, line 42: the tokenizer makes token 0, which ends a document, of a part of the text; use one that keeps it for that ("
+        in capsys.readouterr().err
+    )
     engine.add_special_tokens(["!"])  # its name, as <|endoftext|> would be
     engine.save("ends.json")
     assert main(["end.jsonl", "1", "4", "--tokenizer", "ends.json"]) == 0
@@ -156,7 +170,10 @@ def test_hugging_face_tokenizer(here, capsys):
     jsonl("caps.jsonl", ["fine", "Not fine"])
     capsys.readouterr()
     assert main(["caps.jsonl", "1", "4", "--tokenizer", "lower.json"]) == 2
-    assert capsys.readouterr().err == "error: caps.jsonl, line 2: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)\n"
+    assert (
+        capsys.readouterr().err
+        == "error: caps.jsonl, line 2: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)\n"
+    )
     assert not Path("caps.bin").exists()
 
 
@@ -241,10 +258,16 @@ def test_bad_files(here, capsys):
         (["demo.jsonl", "1", "16", "--out", "/"], "--out / is a folder"),
         (["demo.jsonl", "1", "16", "--out", "x.bin"], "--out x.bin is to be without .bin"),
         (["demo.jsonl", "1", "16", "--out", "x/"], "--out x/ is a folder; add a name, for example x/demo"),
-        (["demo.jsonl", "1", "16", "--report", "demo.jsonl/facts.json"], "--report demo.jsonl/facts.json cannot be written: Not a directory"),
+        (
+            ["demo.jsonl", "1", "16", "--report", "demo.jsonl/facts.json"],
+            "--report demo.jsonl/facts.json cannot be written: Not a directory",
+        ),
         (["demo.jsonl", "1", "16", "--report", "."], "--report . is a folder; give the name of a file"),
         (["demo.jsonl", "1000000000000", "16"], "demo needs "),
-        (["/dev/null", "1", "16"], "input /dev/null is not a file but a pipe or a device; give JSON lines from a pipe as standard input (-)"),
+        (
+            ["/dev/null", "1", "16"],
+            "input /dev/null is not a file but a pipe or a device; give JSON lines from a pipe as standard input (-)",
+        ),
         (["demo.jsonl", "-", "1", "16"], "2 input files need --out"),
         (["-", "-", "1", "16", "--out", "x"], "input - is named twice; name it once"),
         (["demo.jsonl", "*.jsonl", "1", "16", "--out", "x"], "input demo.jsonl is named twice; name it once"),
@@ -275,7 +298,10 @@ def test_an_input_that_is_written_to_meanwhile(here, capsys, monkeypatch, inputs
     add = pack_module._add
     monkeypatch.setattr(pack_module, "_add", lambda *args: (add(*args), Path("book.txt").open("a").write(" and more")))
     assert main([*inputs, "1", "2", *(["--out", "made"] if len(inputs) > 1 else [])]) == 2
-    assert capsys.readouterr().err == "error: input book.txt has been written to while it was read: what is in it now may be missing; start again when it is complete\n"
+    assert (
+        capsys.readouterr().err
+        == "error: input book.txt has been written to while it was read: what is in it now may be missing; start again when it is complete\n"
+    )
     assert sorted(os.listdir()) == sorted(inputs)
 
 

@@ -126,25 +126,39 @@ def test_one_by_one_or_together_or_resumed(files):
         part.ask_for = lambda ii, k=k: asked.append((k, ii.tolist()))
     samples.ask_for(np.arange(1, 6))
     assert asked == [(0, [1, 2, 3]), (1, [1, 2])]  # what is read is what was asked for
-    assert samples.where(3) == samples.parts[1].where(2) and str(files / "c.bin") in samples.where(3) and samples.where(5) == samples.parts[0].where(3)
+    assert (
+        samples.where(3) == samples.parts[1].where(2)
+        and str(files / "c.bin") in samples.where(3)
+        and samples.where(5) == samples.parts[0].where(3)
+    )
 
 
 def test_the_smallest_share_is_a_millionth(files):
-    assert [part.share for part in open_mixture(f"{files}/a:1,{files}/b:999999", CTX).parts] == [Fraction(1, 10**6), Fraction(999999, 10**6)]
+    assert [part.share for part in open_mixture(f"{files}/a:1,{files}/b:999999", CTX).parts] == [
+        Fraction(1, 10**6),
+        Fraction(999999, 10**6),
+    ]
     with pytest.raises(UserError, match="gives a file 1.0e-06 of the samples; below 1e-06 leave it out"):
         open_mixture(f"{files}/a:1,{files}/b:1000000", CTX)
 
 
 def test_order_names_what_decides_the_order(files):
     assert open_mixture(f"{files}/a", CTX).order == 59 == open_mixture(f"{files}/a:0.3", CTX).order
-    assert open_mixture(f"{files}/a:0.70,{files}/b:0.3", CTX).order == open_mixture(f"{files}/a:7,{files}/b:3", CTX).order == "59 chunks x 7/10, 179 chunks x 3/10"
+    assert (
+        open_mixture(f"{files}/a:0.70,{files}/b:0.3", CTX).order
+        == open_mixture(f"{files}/a:7,{files}/b:3", CTX).order
+        == "59 chunks x 7/10, 179 chunks x 3/10"
+    )
 
 
 def test_a_token_outside_the_vocabulary(files):
     mixture = open_mixture(f"{files}/a,{files}/b", CTX)
     with pytest.raises(UserError, match="b.bin holds token 20000 at position 0"):
         mixture.check_token_range(20000)
-    assert [str(seen) for seen in mixture.check_token_range(30000)] == ["token ids 10000 to 10999 (all checked)", "token ids 20000 to 22999 (all checked)"]
+    assert [str(seen) for seen in mixture.check_token_range(30000)] == [
+        "token ids 10000 to 10999 (all checked)",
+        "token ids 20000 to 22999 (all checked)",
+    ]
     with pytest.raises(UserError, match="b.bin holds token"):
         mixture.samples(20000)[np.arange(1, 50)]
 
@@ -161,7 +175,10 @@ def test_held_out_files_one_after_the_other(files):
     x, _ = samples[np.array([1, 31, 32, 218, 219])]
     assert x[:, 0].tolist() == [30000, 30000 + 30 * CTX, 20000, 20000 + 186 * CTX, 30000]
     assert samples.name == f"{files}/c, {files}/b" and len(held_out([BinIdx(files / "c")], CTX, 1 << 16)) == 31
-    with pytest.raises(UserError, match="c.bin holds token 30001 at position 1, outside the vocabulary .*; set the vocab_size of the tokenizer that made the file$"):
+    with pytest.raises(
+        UserError,
+        match="c.bin holds token 30001 at position 1, outside the vocabulary .*; set the vocab_size of the tokenizer that made the file$",
+    ):
         held_out([BinIdx(files / "c")], CTX, 30001)[np.array([1])]
 
 
@@ -196,7 +213,10 @@ def test_a_name_with_signs_in_it_is_a_name(tmp_path):
         out.add(np.arange(100))
     assert prefixes(f"{tmp_path}/a,b:0.5") == {f"{tmp_path}/a,b:0.5": None}
     assert prefixes("a:1/3,b:c:2") == {"a": Fraction(1, 3), "b:c": Fraction(2)}
-    assert prefixes("a, b") == prefixes(" a ,b") == {"a": None, "b": None} and prefixes("a: 1, b :2") == {"a": Fraction(1), "b": Fraction(2)}
+    assert prefixes("a, b") == prefixes(" a ,b") == {"a": None, "b": None} and prefixes("a: 1, b :2") == {
+        "a": Fraction(1),
+        "b": Fraction(2),
+    }
 
 
 def test_a_list_may_be_longer_than_a_name(tmp_path):

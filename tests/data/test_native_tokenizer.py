@@ -34,7 +34,14 @@ def random_strings(seed, n):
     for _ in range(n):
         kind, size = rng.randrange(4), rng.choice([rng.randrange(4), rng.randrange(60), rng.randrange(300)])
         if kind == 0:
-            yield "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x3000), rng.randrange(0x3000, 0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(size)).encode()
+            yield "".join(
+                chr(
+                    rng.choice(
+                        [rng.randrange(32, 127), rng.randrange(0x3000), rng.randrange(0x3000, 0xD800), rng.randrange(0xE000, 0x110000)]
+                    )
+                )
+                for _ in range(size)
+            ).encode()
         elif kind == 1:
             yield "".join(rng.choice(" etaoinshrdlu,.ETA\n") for _ in range(size)).encode()
         else:
@@ -81,7 +88,12 @@ def test_batches_of_all_shapes():
     rng = random.Random(3)
     for n in range(1, 12):
         for _ in range(30):
-            equal([rng.choice([b"", b"a", "é".encode() * rng.randrange(400), b" " * rng.randrange(300), rng.randbytes(300)]) for _ in range(n)])
+            equal(
+                [
+                    rng.choice([b"", b"a", "é".encode() * rng.randrange(400), b" " * rng.randrange(300), rng.randbytes(300)])
+                    for _ in range(n)
+                ]
+            )
     ids, ends = NATIVE.encode_batch(Texts.join([]))
     assert len(ids) == len(ends) == 0
     assert NATIVE.encode("") == [] and NATIVE.encode_batch(Texts.join([b"", b""]))[0].tolist() == [0, 0]
@@ -112,7 +124,11 @@ def test_any_bytes_are_taken():
 
 def test_any_lines_are_taken():
     rng = random.Random(0)
-    line = json.dumps({"a": [1.5, {"b": None}], "text": "\ud83d\ude00 \\ a\u00e9中" * 3}).encode() + b"\n" + '{"text": "é中😀 abcdefghij"}'.encode()
+    line = (
+        json.dumps({"a": [1.5, {"b": None}], "text": "\ud83d\ude00 \\ a\u00e9中" * 3}).encode()
+        + b"\n"
+        + '{"text": "é中😀 abcdefghij"}'.encode()
+    )
     for _ in range(20000):
         data = bytearray(line)
         for _ in range(rng.randrange(4)):
@@ -124,6 +140,13 @@ def test_any_lines_are_taken():
 
 def test_which_ids_occur_is_what_the_plain_one_counts():
     rng = np.random.default_rng(0)
-    for ids in (np.zeros(0, np.uint16), np.array([0, 65535, 7], np.uint16), rng.integers(0, 65536, 200_000).astype(np.uint16)[::3], rng.integers(0, 50, 100).astype(np.int32)):
+    for ids in (
+        np.zeros(0, np.uint16),
+        np.array([0, 65535, 7], np.uint16),
+        rng.integers(0, 65536, 200_000).astype(np.uint16)[::3],
+        rng.integers(0, 50, 100).astype(np.int32),
+    ):
         seen = NATIVE.occurring(ids)
-        assert seen.dtype == bool and np.array_equal(seen, PLAIN.occurring(ids)) and np.flatnonzero(seen).tolist() == sorted(set(ids.tolist()))
+        assert (
+            seen.dtype == bool and np.array_equal(seen, PLAIN.occurring(ids)) and np.flatnonzero(seen).tolist() == sorted(set(ids.tolist()))
+        )

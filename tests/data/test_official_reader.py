@@ -59,7 +59,9 @@ def test_theirs_reads_ours(official, tmp_path, dtype):
     for i, doc in enumerate(docs):
         assert read[i].tobytes() == doc.tobytes() and read[i].dtype == dtype
     flat = np.concatenate(docs)
-    assert read.get(idx=0, offset=777, length=5000).tobytes() == flat[777:5777].tobytes() == BinIdx(tmp_path / "a").tokens[777:5777].tobytes()
+    assert (
+        read.get(idx=0, offset=777, length=5000).tobytes() == flat[777:5777].tobytes() == BinIdx(tmp_path / "a").tokens[777:5777].tobytes()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -120,7 +120,17 @@ def test_what_is_refused_is_one_line(here, capsys, name):
 def test_what_is_no_table(here, capsys):
     write("good.parquet", {"text": ["good"] * 9})
     good = Path("good.parquet").read_bytes()
-    for content in (b"", b"PAR1", b"PAR1PAR1", b"PAR1 not at all", b"PARE" + bytes(99) + b"\x10\0\0\0PARE", b'{"text": "a"}\n', good[: len(good) // 2], good[:-1], good[9:]):
+    for content in (
+        b"",
+        b"PAR1",
+        b"PAR1PAR1",
+        b"PAR1 not at all",
+        b"PARE" + bytes(99) + b"\x10\0\0\0PARE",
+        b'{"text": "a"}\n',
+        good[: len(good) // 2],
+        good[:-1],
+        good[9:],
+    ):
         Path("x.parquet").write_bytes(content)
         assert run("x.parquet", 1, 4) == 2
         err = capsys.readouterr().err
@@ -140,7 +150,13 @@ def fails(connection, *_):
     raise RuntimeError
 
 
-@pytest.mark.parametrize("target, words", [(dies, f", row 3: the reader of .parquet files fails at it ({signal.SIGABRT.name})"), (fails, ": the reader of .parquet files fails at it (exit code 1)")])
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        (dies, f", row 3: the reader of .parquet files fails at it ({signal.SIGABRT.name})"),
+        (fails, ": the reader of .parquet files fails at it (exit code 1)"),
+    ],
+)
 def test_a_reader_that_crashes_is_one_line(here, monkeypatch, capfd, target, words):
     """pyarrow 26 aborts, for example, on some flipped bits of a footer: "Definition level histogram size mismatch"."""
     monkeypatch.setattr(module, "_send", target)
@@ -154,14 +170,20 @@ def test_a_reader_that_crashes_is_one_line(here, monkeypatch, capfd, target, wor
 def damaged(draw):
     """The bytes of a table of which a part is lost, or some bytes are others; what was in it; whether its footer, which has no checksum, is another."""
     texts = draw(st.lists(st.text(max_size=30), min_size=1, max_size=40))
-    options = {"compression": draw(st.sampled_from(["none", "snappy", "zstd"])), "use_dictionary": draw(st.booleans()), "row_group_size": draw(st.integers(1, 50))}
+    options = {
+        "compression": draw(st.sampled_from(["none", "snappy", "zstd"])),
+        "use_dictionary": draw(st.booleans()),
+        "row_group_size": draw(st.integers(1, 50)),
+    }
     sink = pyarrow.BufferOutputStream()
     write(sink, {"n": [*range(len(texts))], "text": texts}, write_page_checksum=True, **options)
     data = bytearray(sink.getvalue().to_pybytes())
     footer = int.from_bytes(data[-8:-4], "little") + 8
     in_footer = draw(st.booleans())
     for _ in range(draw(st.integers(0, 3))):
-        data[draw(st.integers(len(data) - footer, len(data) - 1) if in_footer else st.integers(0, len(data) - footer - 1))] ^= draw(st.integers(1, 255))
+        data[draw(st.integers(len(data) - footer, len(data) - 1) if in_footer else st.integers(0, len(data) - footer - 1))] ^= draw(
+            st.integers(1, 255)
+        )
     return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.integers(0, 5)) == 0 else data), texts, in_footer
 
 

@@ -37,7 +37,21 @@ pack.read_blocks = slow
 from rwkvlm.cli import main
 sys.exit(main(["make_data", *sys.argv[1:]]))
 """
-CALL = ["a.jsonl", "long.txt", "b.jsonl.gz", *(["c.jsonl.zst"] if ZST else []), "2", "16", "--out", "x", "--val_split", "0.1", "--skip_bad", "--workers", "2"]
+CALL = [
+    "a.jsonl",
+    "long.txt",
+    "b.jsonl.gz",
+    *(["c.jsonl.zst"] if ZST else []),
+    "2",
+    "16",
+    "--out",
+    "x",
+    "--val_split",
+    "0.1",
+    "--skip_bad",
+    "--workers",
+    "2",
+]
 MADE = ["x.bin", "x.idx", "x.val.bin", "x.val.idx"]
 
 
@@ -132,7 +146,9 @@ def test_standard_input_begins_anew(here, monkeypatch, capsys):
     other = text.split(b"\n", 1)[1]  # another text, of which nothing has been read
     (here / "in").write_bytes(other), (here / "other.jsonl").write_bytes(other)
     call = [sys.executable, str(Path(documents.__file__).parents[3] / "make_data.py"), "-", "1", "16", "--out", "x"]
-    killed = subprocess.Popen([sys.executable, "-c", PROGRAM, *call[2:]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *call[2:]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     killed.stdin.write(text)
     killed.stdin.flush()
     while not Path("x.unfinished/progress.json").exists():
@@ -214,12 +230,18 @@ def test_a_full_disk_loses_no_work(here, monkeypatch, capsys, at):
         capsys.readouterr()
         assert cli(["make_data", *CALL]) == 2
     said = capsys.readouterr().err
-    assert ("and x has" in said or "x needs" in said) if at == "room" else "No space left on device; free some space and the same command goes on" in said
+    assert (
+        ("and x has" in said or "x needs" in said)
+        if at == "room"
+        else "No space left on device; free some space and the same command goes on" in said
+    )
     assert Path("x.unfinished/progress.json").exists() and not [*Path().glob("x.bin*"), *Path().glob("x.val.*")]
     Path("x.unfinished/pile-0-3.tokens").write_bytes(b"left by a shuffle")
     first = len(seen)
     shuffled = pack.shuffled
-    monkeypatch.setattr(pack, "shuffled", lambda *a: [*shuffled(*a)] if not Path("x.unfinished/pile-0-3.tokens").exists() else pytest.fail("left"))
+    monkeypatch.setattr(
+        pack, "shuffled", lambda *a: [*shuffled(*a)] if not Path("x.unfinished/pile-0-3.tokens").exists() else pytest.fail("left")
+    )
     assert cli(["make_data", *CALL]) == 0
     assert content() == whole and not Path("x.unfinished").exists()
     assert len(seen) == first if at != "reading" else seen[first].line > 1 or seen[first].file != seen[0].file

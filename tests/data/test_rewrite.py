@@ -101,7 +101,10 @@ def test_few_of_many_documents(tmp_path, monkeypatch):
         (lambda p, t: merge([(p, float("nan"))], f"{t}/c"), "is to be written nan times"),
         (lambda p, t: merge([(p, 1e-9)], f"{t}/c"), "no document was drawn"),
         (lambda p, t: merge([(p, 1.0), (f"{t}/no", 1.0)], f"{t}/c"), "no.idx does not exist"),
-        (lambda p, t: merge([(write(f"{t}/neg", [np.array([-5, 1 << 40], np.int64)]), 1.0)], f"{t}/c"), "do not fit into int32: -5 to 1099511627776"),
+        (
+            lambda p, t: merge([(write(f"{t}/neg", [np.array([-5, 1 << 40], np.int64)]), 1.0)], f"{t}/c"),
+            "do not fit into int32: -5 to 1099511627776",
+        ),
         (lambda p, t: merge([(p, 1.0)], f"{t}/a.bin/c"), "cannot write"),
         (lambda p, t: merge([(p, 1.0)], f"{t}/c/"), "c/ is a folder; add a name, for example "),
         (lambda p, t: merge([(p, 1.0)], f"{t}/c/.."), "c/.. is a folder; add a name, for example "),
@@ -110,7 +113,10 @@ def test_few_of_many_documents(tmp_path, monkeypatch):
         (lambda p, t: split(write(f"{t}/neg.val", documents(6)), f"{t}/neg", 0.1), "neg.val is one of the inputs"),
         (lambda p, t: split(p, f"{t}/c", 400), "--val 400 of 400 documents cannot be held out"),
         (lambda p, t: split(p, f"{t}/c", 0), "--val 0 of 400 documents"),
-        *((lambda p, t, val=val: split(p, f"{t}/c", val), f"--val {val:g} must be a share of the documents") for val in (float("nan"), float("inf"), 1.5, -0.5, -3)),
+        *(
+            (lambda p, t, val=val: split(p, f"{t}/c", val), f"--val {val:g} must be a share of the documents")
+            for val in (float("nan"), float("inf"), 1.5, -0.5, -3)
+        ),
         (lambda p, t: split(p, f"{t}/c", 1e-9), "--val 1e-09 holds nothing out of the 400 documents"),
         (lambda p, t: split(p, f"{t}/c", 0.9999999), "leaves nothing to train on"),
     ],
@@ -121,7 +127,9 @@ def test_what_cannot_be_done_leaves_nothing(tmp_path, make, said):
     with pytest.raises(UserError) as caught:
         make(prefix, tmp_path)
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert not [name for name in os.listdir(tmp_path) if not name.startswith(("a.", "neg."))] and (tmp_path / "a.bin").read_bytes() == before
+    assert (
+        not [name for name in os.listdir(tmp_path) if not name.startswith(("a.", "neg."))] and (tmp_path / "a.bin").read_bytes() == before
+    )
 
 
 def test_a_disk_that_is_too_small_is_seen_before(tmp_path, monkeypatch):

@@ -18,7 +18,9 @@ def make(path, sizes, memory=0, numbered=False):
 
 
 def gathered(documents):
-    parts = [Documents(np.concatenate([*p.parts()]), np.array([p.size], np.int32), p.numbers) if isinstance(p, Long) else p for p in documents]
+    parts = [
+        Documents(np.concatenate([*p.parts()]), np.array([p.size], np.int32), p.numbers) if isinstance(p, Long) else p for p in documents
+    ]
     return Documents(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "sizes", "numbers")))
 
 
@@ -54,7 +56,9 @@ def test_blocks_are_bounded_and_complete(tmp_path, monkeypatch):
     blocks = [*pile.blocks()]
     assert [(b.number, b.size) for b in blocks if isinstance(b, Long)] == [(100, 700)]
     assert all(b.tokens.nbytes <= 200 for b in blocks if not isinstance(b, Long))
-    assert np.array_equal(gathered(blocks).tokens, pile.load().take(np.arange(500)).tokens) and gathered(blocks).numbers.tolist() == [*range(500)]
+    assert np.array_equal(gathered(blocks).tokens, pile.load().take(np.arange(500)).tokens) and gathered(blocks).numbers.tolist() == [
+        *range(500)
+    ]
 
 
 @pytest.mark.parametrize("memory", [0, 100, 1 << 20])

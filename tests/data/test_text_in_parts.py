@@ -53,7 +53,17 @@ def hostile(tokens, rng, size):
     while n < size:
         token = rng.choice(rng.choice([tokens, long]))
         cut = rng.randrange(len(token) + 1)
-        parts.append(rng.choice([token, token[:cut], token[cut:], bytes([rng.choice(b" \n=-a0")]) * rng.randrange(300), rng.choice("中é\U0001f600 \u3000").encode() * rng.randrange(9)]))
+        parts.append(
+            rng.choice(
+                [
+                    token,
+                    token[:cut],
+                    token[cut:],
+                    bytes([rng.choice(b" \n=-a0")]) * rng.randrange(300),
+                    rng.choice("中é\U0001f600 \u3000").encode() * rng.randrange(9),
+                ]
+            )
+        )
         n += len(parts[-1])
     return b"".join(parts)
 
@@ -179,7 +189,12 @@ def test_more_tokens_than_an_index_counts(here, monkeypatch, capsys):
     Path("a.txt").write_text("sun moon\n" * 400)
     assert run("a.txt", 1, 4) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: a.txt: a .txt is one document, and this one has more than 500 tokens, the most that an index can count; split it") and err.count("\n") == 1
+    assert (
+        err.startswith(
+            "error: a.txt: a .txt is one document, and this one has more than 500 tokens, the most that an index can count; split it"
+        )
+        and err.count("\n") == 1
+    )
     assert os.listdir() == ["a.txt"]
 
 
@@ -188,7 +203,12 @@ def test_a_tokenizer_that_takes_whole_texts_has_a_limit(here, monkeypatch, capsy
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = tokenizers.decoders.ByteLevel()
-    engine.train_from_iterator(["sun moon"] * 9, tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    engine.train_from_iterator(
+        ["sun moon"] * 9,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=270, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
     engine.save("tok.json")
     monkeypatch.setattr(documents, "BLOCK", 100)
     Path("a.txt").write_text("sun moon 中文\n" * 100)
@@ -198,7 +218,10 @@ def test_a_tokenizer_that_takes_whole_texts_has_a_limit(here, monkeypatch, capsy
     monkeypatch.setattr(type(tokenizer), "largest_text", 1500)
     capsys.readouterr()
     assert run("a.txt", 1, 4, "--tokenizer", "tok.json") == 2
-    assert "error: a.txt: a .txt is one document, and this one is larger than 0 MiB, the most that this tokenizer takes at once; split it, or use --tokenizer world" in capsys.readouterr().err
+    assert (
+        "error: a.txt: a .txt is one document, and this one is larger than 0 MiB, the most that this tokenizer takes at once; split it, or use --tokenizer world"
+        in capsys.readouterr().err
+    )
 
 
 def test_round_trips_of_parts(here, monkeypatch, capsys):

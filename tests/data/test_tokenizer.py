@@ -67,7 +67,12 @@ def test_every_code_point_round_trips():
     assert WORLD.decode(WORLD.encode(text)) == text
     assert WORLD.encode("") == [] and WORLD.decode([]) == ""
     ids = np.array(WORLD.encode(text[:1000]), dtype=np.uint16)
-    assert [WORLD.comes_back(other.encode(), ids) for other in (text[:1000], text[:999], text[:1001], text[1:1001])] == [True, False, False, False]
+    assert [WORLD.comes_back(other.encode(), ids) for other in (text[:1000], text[:999], text[:1001], text[1:1001])] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_decoding_never_fails():
@@ -130,7 +135,10 @@ def hugging_face_file(tmp_path_factory):
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     engine.train_from_iterator(["the cat sat on the mat and the dog sat on the cat"] * 5, trainer)
     path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
@@ -169,13 +177,18 @@ def test_hugging_face_templates_padding_and_truncation_are_left_out(hugging_face
     texts = ["the cat sat on the mat", "", "the dog"]
     assert [other.encode(text) for text in texts] == [plain.encode(text) for text in texts]
     ids, ends = other.encode_batch(Texts.join([text.encode() for text in texts]))
-    assert ids.tolist() == [i for text in texts for i in [*plain.encode(text), 0]] and ends.tolist() == np.cumsum([len(plain.encode(text)) + 1 for text in texts]).tolist()
+    assert (
+        ids.tolist() == [i for text in texts for i in [*plain.encode(text), 0]]
+        and ends.tolist() == np.cumsum([len(plain.encode(text)) + 1 for text in texts]).tolist()
+    )
 
 
 def test_a_stream_keeps_what_depends_on_the_token_before(tmp_path):
     """The space before a word, which the first word of a text has not."""
     tokenizers = pytest.importorskip("tokenizers")
-    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"\u2581{word}": i for i, word in enumerate(("the", "cat", "sat"))}, unk_token="\u2581the"))
+    engine = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"\u2581{word}": i for i, word in enumerate(("the", "cat", "sat"))}, unk_token="\u2581the")
+    )
     engine.pre_tokenizer, engine.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     engine.save(str(tmp_path / "tokenizer.json"))
     tok = load_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -34,7 +34,9 @@ def engine():
     with torch.no_grad():
         for p in model.parameters():
             p.copy_((p + torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5).bfloat16())
-    tokenizer = SimpleNamespace(encode=WORLD.encode, decode_bytes=WORLD.decode_bytes, stream=WORLD.stream, vocab_size=VOCAB, largest_text=0, settled=WORLD.settled)
+    tokenizer = SimpleNamespace(
+        encode=WORLD.encode, decode_bytes=WORLD.decode_bytes, stream=WORLD.stream, vocab_size=VOCAB, largest_text=0, settled=WORLD.settled
+    )
     tokenizer.comes_back = WORLD.comes_back
     return Engine(model.double(), tokenizer)
 
@@ -54,7 +56,9 @@ def by_loop(engine, row):
     with torch.no_grad():
         logits = engine.model(torch.tensor([row]))[0]
     at = range(1, len(row))
-    return [math.log(sum(math.exp(v) for v in logits[t - 1].tolist())) - logits[t - 1, row[t]].item() for t in at], [int(logits[t - 1].argmax()) == row[t] for t in at]
+    return [math.log(sum(math.exp(v) for v in logits[t - 1].tolist())) - logits[t - 1, row[t]].item() for t in at], [
+        int(logits[t - 1].argmax()) == row[t] for t in at
+    ]
 
 
 def test_documents_one_by_one(engine, jsonl):
@@ -205,7 +209,10 @@ def test_continuations_against_the_loop(engine, monkeypatch):
     """Contexts of many lengths, some shared, continuations of several lengths, in any batch."""
     generator = np.random.default_rng(0)
     contexts = [[0, *generator.integers(1, VOCAB, n)] for n in (0, 5, 15, 16, 20, 40)]
-    pairs = [(list(map(int, contexts[n])), generator.integers(1, VOCAB, size).tolist()) for n, size in zip([0, 1, 2, 3, 4, 5, 4, 4, 5, 0], [1, 3, 2, 2, 1, 4, 5, 2, 1, 2])]
+    pairs = [
+        (list(map(int, contexts[n])), generator.integers(1, VOCAB, size).tolist())
+        for n, size in zip([0, 1, 2, 3, 4, 5, 4, 4, 5, 0], [1, 3, 2, 2, 1, 4, 5, 2, 1, 2])
+    ]
     with torch.no_grad():
         pairs.append((pairs[3][0], [int(engine.model(torch.tensor([pairs[3][0]]))[0, -1].argmax())]))
     want = []
@@ -238,7 +245,9 @@ def test_answers_to_the_library(known):
     rolling = answers.loglikelihood_rolling([asked("aa"), asked("abc"), asked(""), asked("a")])
     assert rolling == pytest.approx([math.log(0.8) + math.log(0.05), 3 * math.log(0.8), 0.0, math.log(0.8)])
     greedy = {"do_sample": False}
-    assert answers.generate_until([asked("a", {**greedy}), asked("a", {**greedy, "until": ["c "]}), asked("a", {**greedy, "until": "x", "max_gen_toks": 1})]) == ["bc ", "b", "b"]
+    assert answers.generate_until(
+        [asked("a", {**greedy}), asked("a", {**greedy, "until": ["c "]}), asked("a", {**greedy, "until": "x", "max_gen_toks": 1})]
+    ) == ["bc ", "b", "b"]
     assert answers.generate_until([asked("a", {**greedy, "until": ["c  "]})]) == ["bc "], "half a stop is no stop"
     for only_one in ({**greedy, "temperature": 50.0}, {"temperature": 50.0, "top_k": 1}, {"temperature": 50.0, "top_p": 0.5}):
         assert answers.generate_until([asked("a", only_one)]) == ["bc "], only_one
@@ -251,7 +260,9 @@ def test_what_is_generated_is_what_the_whole_text_makes_likeliest(engine):
         for _ in range(5):
             chosen.append(int(engine.model(torch.tensor([ids + chosen]))[0, -1].argmax()))
     assert 0 not in chosen
-    assert Answers(engine, 1).generate_until([asked("The cat", {"max_gen_toks": 5})]) == ["".join(map(stream.push, chosen)) + stream.finish()]
+    assert Answers(engine, 1).generate_until([asked("The cat", {"max_gen_toks": 5})]) == [
+        "".join(map(stream.push, chosen)) + stream.finish()
+    ]
 
 
 def test_the_library_gets_a_model_and_its_figures_come_back(known, monkeypatch):
@@ -265,15 +276,24 @@ def test_the_library_gets_a_model_and_its_figures_come_back(known, monkeypatch):
     def simple_evaluate(model, tasks, **how):
         assert isinstance(model, LM) and model._rank == 0 and tasks == ["mine"] and (how["limit"], how["num_fewshot"]) == (3, 2)
         assert how["task_manager"].folder == "mine/tasks"
-        (value, greedy), = model.loglikelihood([asked("a", "b")])
+        ((value, greedy),) = model.loglikelihood([asked("a", "b")])
         return {"results": {"mine": {"acc,none": float(greedy), "value,none": value, "alias": "mine", "acc_stderr,none": "N/A"}}}
 
-    modules = {"lm_eval": ModuleType("lm_eval"), "lm_eval.api": ModuleType("lm_eval.api"), "lm_eval.api.model": ModuleType("m"), "lm_eval.tasks": ModuleType("t")}
+    modules = {
+        "lm_eval": ModuleType("lm_eval"),
+        "lm_eval.api": ModuleType("lm_eval.api"),
+        "lm_eval.api.model": ModuleType("m"),
+        "lm_eval.tasks": ModuleType("t"),
+    }
     modules["lm_eval"].simple_evaluate, modules["lm_eval.api.model"].LM = simple_evaluate, LM
-    modules["lm_eval.tasks"].TaskManager = lambda include_path: SimpleNamespace(folder=include_path, match_tasks=lambda names: [name for name in names if name == "mine"])
+    modules["lm_eval.tasks"].TaskManager = lambda include_path: SimpleNamespace(
+        folder=include_path, match_tasks=lambda names: [name for name in names if name == "mine"]
+    )
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    assert run_tasks(known, ["mine"], limit=3, tasks_path="mine/tasks", few_shots=2) == {"mine": {"acc,none": 1.0, "value,none": pytest.approx(math.log(0.8))}}
+    assert run_tasks(known, ["mine"], limit=3, tasks_path="mine/tasks", few_shots=2) == {
+        "mine": {"acc,none": 1.0, "value,none": pytest.approx(math.log(0.8))}
+    }
     with pytest.raises(UserError, match="--tasks other is not known to lm_eval"):
         run_tasks(known, ["other"])
 
@@ -327,7 +347,9 @@ def test_bad_input_names_what_is_wrong(checkpoint, jsonl, tmp_path, argv, word):
         command.main(["--model", str(checkpoint), "--device", "cpu", *argv])
 
 
-@pytest.mark.parametrize("task, bad", [(text_loss, dict(ctx_len=-1)), *((task, bad) for task in (text_loss, lambada) for bad in (dict(batch=0), dict(limit=-1)))])
+@pytest.mark.parametrize(
+    "task, bad", [(text_loss, dict(ctx_len=-1)), *((task, bad) for task in (text_loss, lambada) for bad in (dict(batch=0), dict(limit=-1)))]
+)
 def test_bad_numbers_are_named_without_the_command_line_too(known, jsonl, task, bad):
     with pytest.raises(UserError, match="--{} {} must be at least ".format(*next(iter(bad.items())))):
         task(known, jsonl(["a b"]), **bad)

@@ -50,14 +50,23 @@ def build(folder: Path) -> None:
     def compile_it(*arguments: str | Path) -> None:
         subprocess.run(["g++", *FLAGS, *map(str, arguments)], check=True)
 
-    of_torch = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}", f"-L{TORCH / 'lib'}", "-lc10", "-lc10_cuda", "-ltorch_cpu"]
+    of_torch = [
+        f"-I{TORCH / 'include'}",
+        f"-I{TORCH / 'include/torch/csrc/api/include'}",
+        f"-L{TORCH / 'lib'}",
+        "-lc10",
+        "-lc10_cuda",
+        "-ltorch_cpu",
+    ]
     jobs = [
         (HERE / "runtime.cpp", HERE / "libraries.cpp", f"-I{HEADERS}", "-o", folder / "runtime.so"),
         (HERE / "operators.cpp", f"-I{HEADERS}", *of_torch, "-o", folder / "operators.so"),
     ]
     for kernels in sorted({source.parent for source in CUDA.glob("*/*.cu")} - {CUDA / "common"}):
         jobs.append(("-x", "c++", *kernels.glob("*.cu"), CUDA / "common" / "library.cu", "-o", folder / f"{kernels.name}.so"))
-    subprocess.run(["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", folder / "driver.c", "-o", folder / "libcuda.so.1"], check=True)
+    subprocess.run(
+        ["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", folder / "driver.c", "-o", folder / "libcuda.so.1"], check=True
+    )
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda arguments: compile_it(*arguments), jobs))
 
@@ -74,7 +83,9 @@ def main() -> None:
     if not (torch.version.cuda or "").startswith("13.") or len(sys.argv) < 2:  # runtimes before name their functions otherwise
         sys.exit(f"usage: {Path(sys.argv[0]).name} COMMAND..., with a torch that is built for CUDA 13; this one is {torch.__version__}")
     sources = sorted([*HERE.iterdir(), *CUDA.rglob("*")])
-    digest = hashlib.sha256("".join([torch.__version__, *(f"{x.name}{x.read_bytes()}" for x in sources if x.is_file())]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        "".join([torch.__version__, *(f"{x.name}{x.read_bytes()}" for x in sources if x.is_file())]).encode()
+    ).hexdigest()[:16]
     folder = Path(os.environ.get("RWKV_CACHE_DIR") or Path.home() / ".cache" / "rwkvlm") / f"fake-gpu-{digest}"
     if not folder.exists():
         print("building the fake GPU (once, a minute)", file=sys.stderr)

@@ -257,7 +257,9 @@ def test_what_is_built_is_built_before_the_first_answer(checkpoint, capsys, monk
 
 def chat_process(checkpoint, *flags, **how):
     argv = [sys.executable, "-m", "rwkvlm", "chat", "--model", str(checkpoint), "--device", "cpu", *flags]
-    return subprocess.Popen(argv, text="stdin" not in how, **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
+    return subprocess.Popen(
+        argv, text="stdin" not in how, **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    )
 
 
 def test_through_a_pipe(checkpoint):

@@ -63,7 +63,14 @@ def test_a_long_prompt_is_read_whole(engine, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind, settings",
-    [("x070", {}), ("x040", {}), ("hybrid", {"attention_layers": "1", "attention_window": 8}), ("x080", {}), ("phantom", {}), ("phantom", {"ttt_kind": "memory"})],
+    [
+        ("x070", {}),
+        ("x040", {}),
+        ("hybrid", {"attention_layers": "1", "attention_window": 8}),
+        ("x080", {}),
+        ("phantom", {}),
+        ("phantom", {"ttt_kind": "memory"}),
+    ],
 )
 def test_a_state_holds_no_more_memory_than_its_numbers(kind, settings):
     model = build(model_config(kind, n_layer=2, n_embd=64, vocab_size=256, **settings))
@@ -128,7 +135,22 @@ def test_vocabulary_too_small_for_the_prompt(tmp_path):
 
 
 def test_command_line(checkpoint, capsys):
-    argv = ["--model", str(checkpoint), "--prompt", "def ", "--length", "8", "--temperature", "0.8", "--top_p", "0.5", "--seed", "1", "--device", "cpu"]
+    argv = [
+        "--model",
+        str(checkpoint),
+        "--prompt",
+        "def ",
+        "--length",
+        "8",
+        "--temperature",
+        "0.8",
+        "--top_p",
+        "0.5",
+        "--seed",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert command.main(argv) == 0
     first = capsys.readouterr().out
     assert first.startswith("def ") and len(first) > len("def \n")
@@ -157,7 +179,9 @@ def test_a_text_that_ends_early_is_told(checkpoint, capsys, monkeypatch):
 
 def test_text_that_the_terminal_cannot_show(checkpoint):
     argv = ["generate", "--model", str(checkpoint), "--prompt", "def \u00fc", "--length", "1", "--device", "cpu"]
-    done = subprocess.run([sys.executable, "-m", "rwkvlm", *argv], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkvlm", *argv], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and done.stdout.startswith("def ?"), done.stderr
 
 

@@ -74,7 +74,11 @@ def released(tmp_path_factory):
             tensors |= {f"{at}att.{x}{part}": normal(*shapes[part]) / shapes[part][0] ** 0.5 for part in parts}
         tensors |= {f"{at}att.k_k": 0.8 + 0.1 * normal(1, 1, C), f"{at}att.k_a": 1 + 0.1 * normal(1, 1, C)}
         tensors |= {f"{at}att.{name}.weight": normal(C, C) / C**0.5 for name in ("receptance", "key", "value", "output")}
-        tensors |= {f"{at}att.ln_x.weight": 1 + 0.1 * normal(C), f"{at}att.ln_x.bias": 0.1 * normal(C), f"{at}ffn.x_k": torch.rand(1, 1, C, generator=g)}
+        tensors |= {
+            f"{at}att.ln_x.weight": 1 + 0.1 * normal(C),
+            f"{at}att.ln_x.bias": 0.1 * normal(C),
+            f"{at}ffn.x_k": torch.rand(1, 1, C, generator=g),
+        }
         tensors |= {f"{at}ffn.key.weight": normal(4 * C, C) / C**0.5, f"{at}ffn.value.weight": normal(C, 4 * C) / C}
     tensors |= {"ln_out.weight": 1 + 0.1 * normal(C), "ln_out.bias": 0.1 * normal(C), "head.weight": normal(400, C) / C**0.5}
     path = tmp_path_factory.mktemp("released") / "rwkv7-released.pth"

@@ -53,7 +53,11 @@ def theirs(path):
         tensors |= {f"{at}att.time_mix_{x}": torch.rand(1, 1, C, generator=g) for x in "kvr"}
         tensors |= {f"{at}att.{name}.weight": normal(C, C) / C**0.5 for name in ("key", "value", "receptance", "output")}
         tensors |= {f"{at}ffn.time_mix_{x}": torch.rand(1, 1, C, generator=g) for x in "kr"}
-        tensors |= {f"{at}ffn.key.weight": normal(4 * C, C) / C**0.5, f"{at}ffn.receptance.weight": normal(C, C) / C**0.5, f"{at}ffn.value.weight": normal(C, 4 * C) / C}
+        tensors |= {
+            f"{at}ffn.key.weight": normal(4 * C, C) / C**0.5,
+            f"{at}ffn.receptance.weight": normal(C, C) / C**0.5,
+            f"{at}ffn.value.weight": normal(C, 4 * C) / C,
+        }
     tensors |= {"ln_out.weight": 1 + 0.1 * normal(C), "ln_out.bias": 0.1 * normal(C), "head.weight": normal(VOCAB, C) / C**0.5}
     torch.save({name: tensor.half() for name, tensor in tensors.items()}, path)
 

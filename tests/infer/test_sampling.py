@@ -87,7 +87,9 @@ def test_rows_are_independent():
     assert sample(both, top_p=0.5).tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)], ids=str)
+@pytest.mark.parametrize(
+    "bad", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)], ids=str
+)
 def test_values_outside_their_range(bad):
     with pytest.raises(UserError, match="--" + next(iter(bad))):
         check_sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **bad})

@@ -23,7 +23,9 @@ def make(features=N, eta=0.7):
 
 def inputs(T, batch=B, seed=1):
     """r, w, k, v, a, b as time mixing gives them."""
-    r, w, k, v, iclr = (torch.randn(batch, T, H, N, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64) for i in range(5))
+    r, w, k, v, iclr = (
+        torch.randn(batch, T, H, N, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64) for i in range(5)
+    )
     kk = F.normalize(k, dim=-1)
     return r, w, k, v, -kk, kk * torch.sigmoid(iclr)
 
@@ -84,7 +86,10 @@ def test_begins_as_nothing():
 def test_more_keys_than_channels_are_told_apart():
     """24 pairs in heads of 16, read ten times: 64 features hold what no matrix over the keys can."""
     memory, g = make(64, eta=1.0), torch.Generator().manual_seed(7)
-    keys, values = F.normalize(torch.randn(1, 24, H, N, generator=g, dtype=torch.float64), dim=-1), torch.randn(1, 24, H, N, generator=g, dtype=torch.float64)
+    keys, values = (
+        F.normalize(torch.randn(1, 24, H, N, generator=g, dtype=torch.float64), dim=-1),
+        torch.randn(1, 24, H, N, generator=g, dtype=torch.float64),
+    )
     nothing = torch.zeros_like(keys)
     with torch.no_grad():
         memory.gain.fill_(1)

@@ -18,7 +18,9 @@ def numbers(*shape, seed=0):
 
 def by_definition(q, k, v, low, high, bits, miss_is_low):
     on = [(x > 0).long().tolist() for x in (q, k, v)]
-    return torch.tensor([oracle.layer(*rows, low.flatten().tolist(), high.flatten().tolist(), bits, miss_is_low) for rows in zip(*on)], dtype=torch.float64)
+    return torch.tensor(
+        [oracle.layer(*rows, low.flatten().tolist(), high.flatten().tolist(), bits, miss_is_low) for rows in zip(*on)], dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("bits, on_a_miss", [(1, -1.0), (4, 0.0)])
@@ -82,7 +84,9 @@ def test_the_block_is_the_official_one_with_its_names():
     config = RosaConfig(n_embd=32, head_size=16)
     mix = RosaMix(config)
     shapes = {name: tuple(p.shape) for name, p in mix.named_parameters()}
-    assert shapes == {f"x_{c}": (1, 1, 32) for c in "qkv"} | {f"{c}.weight": (32, 32) for c in "qkvo"} | {f"{c}.bias": (32,) for c in "qkvo"} | {"rosa_qkv.emb": (1, 1, 32)}
+    assert shapes == {f"x_{c}": (1, 1, 32) for c in "qkv"} | {f"{c}.weight": (32, 32) for c in "qkvo"} | {
+        f"{c}.bias": (32,) for c in "qkvo"
+    } | {"rosa_qkv.emb": (1, 1, 32)}
     mix, norm = mix.double(), NormMix(32).double()
     with torch.no_grad():
         for n, p in enumerate([*mix.parameters(), *norm.parameters()]):
@@ -98,7 +102,12 @@ def test_the_block_is_the_official_one_with_its_names():
 
 def test_the_stream_gets_a_tenth_of_what_trains_the_bits_and_queries_and_keys_a_fiftieth_of_their_difference():
     """Of the gradients of q, k and v as they are put into the operator; q, k and v themselves get the whole of it, but for that difference."""
-    mix, norm, x, weight = RosaMix(RosaConfig(n_embd=32, head_size=16)).double(), NormMix(32).double(), numbers(2, 12, 32, seed=50), numbers(2, 12, 32, seed=51)
+    mix, norm, x, weight = (
+        RosaMix(RosaConfig(n_embd=32, head_size=16)).double(),
+        NormMix(32).double(),
+        numbers(2, 12, 32, seed=50),
+        numbers(2, 12, 32, seed=51),
+    )
     with torch.no_grad():
         for n, p in enumerate([*mix.parameters(), *norm.parameters()]):
             p.copy_(numbers(*p.shape, seed=n))

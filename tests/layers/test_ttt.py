@@ -27,7 +27,9 @@ def make(seed=0, dtype=torch.float64, **settings):
 def problem(ttt, tokens=n, seed=1):
     """State, unit keys and targets."""
     g = torch.Generator().manual_seed(seed)
-    S, K, V = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((B, H, N, N), (B, tokens, H, N), (B, tokens, H, ttt.rows)))
+    S, K, V = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((B, H, N, N), (B, tokens, H, N), (B, tokens, H, ttt.rows))
+    )
     return S, F.normalize(K, dim=-1), V
 
 
@@ -142,7 +144,11 @@ def test_against_kernel_and_steps_in_turns():
     assert end.seen.tolist() == [8, 8]
 
 
-@pytest.mark.parametrize(("rows", "length", "settings"), [(2, 70, {}), (1, 33, {}), (2, 32, {"ttt_head": False}), (2, 40, {"ttt_target": "value"})], ids=["head", "one row", "identity", "values as targets"])
+@pytest.mark.parametrize(
+    ("rows", "length", "settings"),
+    [(2, 70, {}), (1, 33, {}), (2, 32, {"ttt_head": False}), (2, 40, {"ttt_target": "value"})],
+    ids=["head", "one row", "identity", "values as targets"],
+)
 def test_all_segments_at_once(monkeypatch, rows, length, settings):
     """What trains is the loop over segments, its outputs and all its derivatives."""
     if backend_for(torch.device("cpu"), torch.float32) == "torch":

@@ -38,7 +38,9 @@ def test_a_step_in_float16_is_near_that_in_float32(model_type):
     loss_near, near = (1e-2, 0.3) if model_type in ("x080", "rosa") else (2e-3, 0.02)
     assert loss == pytest.approx(exact, rel=loss_near)
     assert grads.keys() == expected.keys() and all(g.isfinite().all() for g in grads.values())
-    assert all((grads[name] - g).norm() < near * g.norm() for name, g in expected.items() if name in ("head.weight", "blocks.1.ffn.value.weight"))
+    assert all(
+        (grads[name] - g).norm() < near * g.norm() for name, g in expected.items() if name in ("head.weight", "blocks.1.ffn.value.weight")
+    )
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

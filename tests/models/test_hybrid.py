@@ -98,7 +98,10 @@ def test_whole_sequence_pieces_and_single_tokens_agree(variant, pieces):
 def test_attention_is_the_softmax_under_a_mask(window, before, groups):
     before = min(before, window - 1) if window else before
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, length, 8, generator=g, dtype=torch.float64) for heads, length in ((4, 32), (groups, 32 + before), (groups, 32 + before)))
+    q, k, v = (
+        torch.randn(2, heads, length, 8, generator=g, dtype=torch.float64)
+        for heads, length in ((4, 32), (groups, 32 + before), (groups, 32 + before))
+    )
     far = torch.arange(before, 32 + before)[:, None] - torch.arange(32 + before)
     hidden = (far < 0) | ((far >= window) if window else far > 99)
     scores = torch.einsum("bhtn,bhsn->bhts", q, k.repeat_interleave(4 // groups, 1)) / 8**0.5
@@ -152,7 +155,9 @@ def test_its_file_says_all_and_generates(tmp_path, variant):
     save_weights(tmp_path / "m.pth", model.state_dict())
     tensors = load_weights(tmp_path / "m.pth")
     assert read_config(tensors) == config
-    assert count_parameters(tensors) == sum(p.numel() for p in model.parameters()) + sum(t.numel() for t in (model.blocks[0].att.v0, model.blocks[0].att.v1, model.blocks[0].att.v2))
+    assert count_parameters(tensors) == sum(p.numel() for p in model.parameters()) + sum(
+        t.numel() for t in (model.blocks[0].att.v0, model.blocks[0].att.v1, model.blocks[0].att.v2)
+    )
     engine = load_engine(tmp_path / "m.pth", device="cpu")
     ids, got = engine.tokenizer.encode("a"), list(engine.tokens("a", 12, temperature=0))
     with torch.no_grad():
@@ -184,7 +189,10 @@ def test_initial_values_and_groups():
     assert of.keys() == dict(model.named_parameters()).keys()
     attention = {name.removeprefix("blocks.3.att."): how for name, how in of.items() if name.startswith("blocks.3.att.")}
     large = {f"{name}.weight" for name in ("query", "key", "value", "output")}
-    assert attention == {name: (0.1 if name in large else 0.0, 2.0 if name == "scale" else 1.0) for name in large | {"x_q", "x_k", "x_v", "x_g", "g1", "g2", "scale"}}
+    assert attention == {
+        name: (0.1 if name in large else 0.0, 2.0 if name == "scale" else 1.0)
+        for name in large | {"x_q", "x_k", "x_v", "x_g", "g1", "g2", "scale"}
+    }
 
 
 def test_an_rwkv7_becomes_one():
@@ -198,7 +206,9 @@ def test_an_rwkv7_becomes_one():
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, first[name] if name in kept else plain.state_dict()[name]), name
     other = build(model.config)
-    assert load_into(other, adapted(model.state_dict(), other)) == [] and all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values())), "a hybrid keeps its attention"
+    assert load_into(other, adapted(model.state_dict(), other)) == [] and all(
+        torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values())
+    ), "a hybrid keeps its attention"
     with torch.no_grad():
         plain.blocks[2].att.output.weight.zero_()
         assert torch.equal(model(tokens(2, 9)), plain(tokens(2, 9)))

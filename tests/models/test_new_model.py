@@ -22,7 +22,11 @@ def checkout(tmp_path_factory):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copy(ROOT / "train.py", root)
     page = PAGE.read_text()
-    (file,), (code,), (diff,) = re.findall(r"^`(RWKV-v7/.*\.py)`:$", page, re.M), re.findall(r"```python\n(.*?)```", page, re.S), re.findall(r"```diff\n(.*?)```", page, re.S)
+    (file,), (code,), (diff,) = (
+        re.findall(r"^`(RWKV-v7/.*\.py)`:$", page, re.M),
+        re.findall(r"```python\n(.*?)```", page, re.S),
+        re.findall(r"```diff\n(.*?)```", page, re.S),
+    )
     (root / file).write_text(code)
     subprocess.run(["git", "apply", "-"], cwd=root, input=diff, text=True, check=True)
     return root
@@ -48,5 +52,15 @@ def test_the_page_makes_a_model_that_trains_resumes_and_generates(checkout, tmp_
     whole, parts = (torch.load(tmp_path / folder / "rwkv-final.pth") for folder in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     assert whole["blocks.1.ffn.gate.weight"].any(), "the gate is trained"
-    generate = ["-m", "rwkvlm", "generate", "--model", tmp_path / "whole" / "rwkv-final.pth", "--tokenizer", tmp_path / "whole" / "tokenizer.json", "--device", "cpu"]
+    generate = [
+        "-m",
+        "rwkvlm",
+        "generate",
+        "--model",
+        tmp_path / "whole" / "rwkv-final.pth",
+        "--tokenizer",
+        tmp_path / "whole" / "tokenizer.json",
+        "--device",
+        "cpu",
+    ]
     assert "abcabcab" in run(checkout, *generate, "--prompt", "abcabcabd", "--length", 8, "--top_k", 1, "--seed", 1)

@@ -89,7 +89,19 @@ def test_sums_and_differences():
 
 @pytest.mark.parametrize("name", ["251016_rosa_1bit_run", "251018_rosa_4bit_run"])
 def test_stacks_of_layers_that_read_their_own_input_are_refused(name, tmp_path, capsys):
-    argv = ["train", "--train_stage", "1", "--my_testing", "x080", "--rosa_bits", "1", "--load_model", str(FOLDER / f"{name}.pth"), "--proj_dir", str(tmp_path)]
+    argv = [
+        "train",
+        "--train_stage",
+        "1",
+        "--my_testing",
+        "x080",
+        "--rosa_bits",
+        "1",
+        "--load_model",
+        str(FOLDER / f"{name}.pth"),
+        "--proj_dir",
+        str(tmp_path),
+    ]
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert "which no --my_testing is" in err and err.count("\n") == 1
@@ -97,7 +109,19 @@ def test_stacks_of_layers_that_read_their_own_input_are_refused(name, tmp_path, 
 
 def test_a_converted_file_turns_numbers_round(tmp_path):
     """In bfloat16, as all files of a run are, token by token."""
-    argv = ["train", "--train_stage", "1", "--my_testing", "x080", "--rosa_bits", "1", "--load_model", str(FOLDER / "251105_reverse_L2.pth"), "--proj_dir", str(tmp_path)]
+    argv = [
+        "train",
+        "--train_stage",
+        "1",
+        "--my_testing",
+        "x080",
+        "--rosa_bits",
+        "1",
+        "--load_model",
+        str(FOLDER / "251105_reverse_L2.pth"),
+        "--proj_dir",
+        str(tmp_path),
+    ]
     assert main(argv) == 0
     engine = load_engine(tmp_path / "rwkv-init.pth", device="cpu")
     with torch.inference_mode():

@@ -79,7 +79,9 @@ def joined(states):
     return rows_of(states[0], lambda _: next(batch))
 
 
-@pytest.mark.parametrize("variant,more", [("segments of 16", 0), *(pytest.param(v, 11, marks=[pytest.mark.slow] * (v in SLOW)) for v in VARIANTS)])
+@pytest.mark.parametrize(
+    "variant,more", [("segments of 16", 0), *(pytest.param(v, 11, marks=[pytest.mark.slow] * (v in SLOW)) for v in VARIANTS)]
+)
 def test_whole_sequence_pieces_and_single_tokens_agree(variant, more):
     model = alive(model_config("phantom", **SIZES, **VARIANTS[variant]))
     segment = model.config.ttt_chunk
@@ -236,7 +238,15 @@ def test_memory_of_the_state_is_constant():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_file_says_all_that_the_model_is(tmp_path, variant):
-    config = model_config("phantom", **SIZES, **VARIANTS[variant], ttt_loss_weight=0.5, dropout=0.1, layer_norm_eps=1e-4, core_ratios="ffn.key=1,att.output=0.5")
+    config = model_config(
+        "phantom",
+        **SIZES,
+        **VARIANTS[variant],
+        ttt_loss_weight=0.5,
+        dropout=0.1,
+        layer_norm_eps=1e-4,
+        core_ratios="ffn.key=1,att.output=0.5",
+    )
     model = alive(config)
     save_weights(tmp_path / "m.pth", model.state_dict())
     tensors = load_weights(tmp_path / "m.pth")
@@ -248,7 +258,9 @@ def test_a_file_says_all_that_the_model_is(tmp_path, variant):
         assert torch.equal(again(tokens(1, 70)), _rounded(model)(tokens(1, 70)))
 
 
-@pytest.mark.parametrize("training", [dict(ttt_second_order=False), dict(ttt_second_order=False, ttt_meta=True), dict(ttt_head=False)], ids=str)
+@pytest.mark.parametrize(
+    "training", [dict(ttt_second_order=False), dict(ttt_second_order=False, ttt_meta=True), dict(ttt_head=False)], ids=str
+)
 def test_a_file_loads_however_it_was_trained(tmp_path, training):
     """Without derivatives through the step nothing trains a prediction head: the file has none, and says so."""
     model = alive(model_config("phantom", **SIZES, ttt_chunk=16, **training))
@@ -341,7 +353,9 @@ def test_the_table_of_costs_counts_what_the_model_has():
     config = PhantomConfig(n_embd=256, n_layer=2, head_size=64, vocab_size=100)
     with torch.device("meta"):
         model = build(config)
-    held = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.1.") and (".core." in name or ".ghost." in name))
+    held = sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith("blocks.1.") and (".core." in name or ".ghost." in name)
+    )
     lines = costs(config)
     assert f"-> {held:,} " in lines[-1] and f"{2 * held:,}" in lines[-1] and len(lines) == 8
     assert "16%" in next(line for line in costs(PhantomConfig(n_embd=768)) if line.startswith("ffn.key"))
@@ -373,7 +387,11 @@ def test_initial_values_keep_the_scale_of_rwkv7():
         with torch.no_grad():
             a, b = (model.get_submodule(f"blocks.0.{name}")(x) for model in (plain, ghost))
         rows = ghost.config.core_rows(name)
-        assert a.std().item() == pytest.approx(b[:, :rows].std().item(), rel=0.05) == pytest.approx(b[:, rows:].std().item(), rel=0.05) or not a.any() and not b.any(), name
+        assert (
+            a.std().item() == pytest.approx(b[:, :rows].std().item(), rel=0.05) == pytest.approx(b[:, rows:].std().item(), rel=0.05)
+            or not a.any()
+            and not b.any()
+        ), name
 
 
 def test_step_size_begins_at_its_rate_per_token():

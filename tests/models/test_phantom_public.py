@@ -76,7 +76,9 @@ def test_call_and_state(model, tmp_path, monkeypatch):
     second, _ = model(idx[:, 21:], load_state(tmp_path / "state.pt", model))
     assert torch.allclose(torch.cat([first, second], 1), logits, atol=1e-5 * logits.abs().max().item())
     rounded = copy.deepcopy(model).bfloat16()
-    assert torch.allclose(rounded(idx[:, 21:], load_state(tmp_path / "state.pt", rounded))[0].float(), second, atol=0.1 * second.abs().max().item())
+    assert torch.allclose(
+        rounded(idx[:, 21:], load_state(tmp_path / "state.pt", rounded))[0].float(), second, atol=0.1 * second.abs().max().item()
+    )
     other = create_model(RWKV7PhantomConfig(**SMALL | dict(ttt_chunk=32)))
     with pytest.raises(UserError, match="state of another model"):
         load_state(tmp_path / "state.pt", other)
@@ -86,7 +88,12 @@ def test_call_and_state(model, tmp_path, monkeypatch):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
     (tmp_path / "text.pt").write_text("text")
     torch.save([torch.tensor(1.0)], tmp_path / "number.pt")
-    for name, said in (("cut.pt", "is truncated or no state"), ("text.pt", "is truncated or no state"), ("none.pt", "is no file"), ("number.pt", "of another model")):
+    for name, said in (
+        ("cut.pt", "is truncated or no state"),
+        ("text.pt", "is truncated or no state"),
+        ("none.pt", "is no file"),
+        ("number.pt", "of another model"),
+    ):
         with pytest.raises(UserError, match=said):
             load_state(tmp_path / name, model)
 
@@ -199,7 +206,9 @@ def test_train_model(tmp_path):
     # nothing is left to do: the model that is there
     train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags, max_steps=2)
     with pytest.raises(RuntimeError, match="max_steps"):  # longer, and not to its end: rwkv-final.pth is not what was just trained
-        train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags | dict(my_exit_tokens=24 * 4 * 32), max_steps=2)
+        train_model(
+            tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags | dict(my_exit_tokens=24 * 4 * 32), max_steps=2
+        )
 
 
 @pytest.mark.parametrize("code, words", [(1, "memory ran out"), (143, "stopped by SIGTERM")])

@@ -121,7 +121,14 @@ def test_without_its_rosa_it_is_rwkv7():
         for block in model.blocks:
             block.rosa.o.weight.zero_()
             block.rosa.o.bias.zero_()
-        load_into(plain, {name: tensor for name, tensor in model.state_dict().items() if ".rosa." not in name and ".ln3." not in name and name != "rosa_bits"})
+        load_into(
+            plain,
+            {
+                name: tensor
+                for name, tensor in model.state_dict().items()
+                if ".rosa." not in name and ".ln3." not in name and name != "rosa_bits"
+            },
+        )
         idx = tokens(2, 30)
         assert relative(model(idx), plain(idx)) < 1e-12
 
@@ -176,7 +183,11 @@ def test_groups():
     groups = param_groups(build(model_config("x080", **SIZES, deep_embed=True)), 0.1)
     found = {name: (group["weight_decay"], group["my_lr_scale"]) for group in groups for name in group["names"]}
     for name, (decay, lr) in found.items():
-        large = name in ("emb.weight", "head.weight") or name.endswith(".weight") and name.split(".")[-2] in ("receptance", "key", "value", "output", *"qkvo")
+        large = (
+            name in ("emb.weight", "head.weight")
+            or name.endswith(".weight")
+            and name.split(".")[-2] in ("receptance", "key", "value", "output", *"qkvo")
+        )
         assert decay == (0.1 if large else 0.0), name
         bits = ".rosa." in name and name.split(".")[-2] in "qkv"
         assert lr == (2.0 if name.endswith("att.w0") else 0.1 if bits else 1.0), name
@@ -264,7 +275,9 @@ def test_the_kernels_of_all_its_operators_are_made_ready_at_the_start(monkeypatc
 
 
 def test_sizes_without_meaning_do_not_make_models_different():
-    assert model_config("rosa", **SIZES, rank_w=8) == model_config("rosa", **SIZES | dict(head_size=64)) and RosaConfig(**SIZES, rank_w=8) != RosaConfig(**SIZES)
+    assert model_config("rosa", **SIZES, rank_w=8) == model_config("rosa", **SIZES | dict(head_size=64)) and RosaConfig(
+        **SIZES, rank_w=8
+    ) != RosaConfig(**SIZES)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from rwkvlm.config import UserError, model_config
 from rwkvlm.models import adapted, build, init_weights, read_config
 
 PARTS = {"att": "rwkv{}", "ffn": "ffn{}", "rosa": "rosa{}", "ln1": "ln{}a", "ln2": "ln{}b", "ln3": "ln{}c"}
-CONFIG = model_config("x080", n_layer=2, n_embd=16, vocab_size=12, head_size=16, rank_w=8, rank_a=8, rank_v=8, rank_g=8, rosa_bits=1, ln0=False)
+CONFIG = model_config(
+    "x080", n_layer=2, n_embd=16, vocab_size=12, head_size=16, rank_w=8, rank_a=8, rank_v=8, rank_g=8, rosa_bits=1, ln0=False
+)
 
 
 def toy_name(name):
@@ -40,7 +42,9 @@ def read(path, tensors):
 def test_it_is_the_model_with_the_bias_in_its_logits(tmp_path):
     model, tensors = toy()
     bias, idx = torch.randn(12), torch.randint(12, (3, 40))
-    assert {"e.weight", "ln1a.weight", "ln2c.bias", "rwkv1.w1", "rosa2.rosa_qkv.emb", "ffn2.key.weight", "lno.bias", "o.weight"} <= set(tensors)
+    assert {"e.weight", "ln1a.weight", "ln2c.bias", "rwkv1.w1", "rosa2.rosa_qkv.emb", "ffn2.key.weight", "lno.bias", "o.weight"} <= set(
+        tensors
+    )
     plain, biased = read(tmp_path / "a.pth", tensors), read(tmp_path / "b.pth", tensors | {"o.bias": bias})
     assert plain.config == biased.config == CONFIG and not [name for name in biased.state_dict() if "ln0" in name or name == "head.bias"]
     with torch.no_grad():
@@ -65,7 +69,10 @@ def test_its_bits_must_be_said(tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"e.weight": torch.ones(20, 16), "o.weight": torch.randn(20, 16), "o.bias": torch.randn(20)}, r"o.bias \[20\] cannot become part of lno.bias: the 20 rows"),
+        (
+            {"e.weight": torch.ones(20, 16), "o.weight": torch.randn(20, 16), "o.bias": torch.randn(20)},
+            r"o.bias \[20\] cannot become part of lno.bias: the 20 rows",
+        ),
         ({"o.weight": torch.ones(12, 16), "o.bias": torch.arange(12.0)}, "the 12 rows of o.weight do not reach it"),
         ({"o.weight": torch.full((12, 16), torch.nan), "o.bias": torch.ones(12)}, "do not reach it"),
         ({"o.bias": torch.ones(11)}, r"o.bias \[11\]"),
@@ -75,7 +82,10 @@ def test_its_bits_must_be_said(tmp_path):
         ({"ln1a.weight": None}, "lacks blocks.0.ln1.weight"),
         ({"ln3a.weight": torch.ones(16)}, "the checkpoint lacks blocks.2"),
         ({"lin.weight": torch.ones(16, 16)}, "lin.weight is unknown to this model"),
-        ({"emb_rosa.emb.weight": torch.ones(12, 16), "rosa1.emb0": torch.ones(1, 1, 16)}, "a stack of ROSA layers that read their own input .*, which no --my_testing is"),
+        (
+            {"emb_rosa.emb.weight": torch.ones(12, 16), "rosa1.emb0": torch.ones(1, 1, 16)},
+            "a stack of ROSA layers that read their own input .*, which no --my_testing is",
+        ),
     ],
     ids=lambda x: "".join(x) if isinstance(x, dict) else "",
 )

@@ -10,9 +10,7 @@ from rwkvlm.models import build, count_parameters, init_weights, param_groups
 
 CONFIG = ModelConfig(n_layer=3, n_embd=128, vocab_size=300, head_size=64)
 LARGE = {"emb.weight", "head.weight"} | {
-    f"blocks.{i}.{m}.weight"
-    for i in range(3)
-    for m in ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+    f"blocks.{i}.{m}.weight" for i in range(3) for m in ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 }
 
 
@@ -131,14 +129,23 @@ def test_published_parameter_counts(ranks, count):
     assert count_parameters(model) == count
 
 
-@pytest.mark.parametrize("n_embd,ranks", [(768, (64, 64, 32, 128)), (1024, (64, 64, 64, 160)), (2048, (128, 128, 64, 224)), (256, (32, 32, 32, 64))])
+@pytest.mark.parametrize(
+    "n_embd,ranks", [(768, (64, 64, 32, 128)), (1024, (64, 64, 64, 160)), (2048, (128, 128, 64, 224)), (256, (32, 32, 32, 64))]
+)
 def test_low_ranks(n_embd, ranks):
     c = ModelConfig(n_embd=n_embd)
     assert (c.rank_w, c.rank_a, c.rank_v, c.rank_g) == ranks
 
 
 @pytest.mark.parametrize(
-    "bad,word", [({"n_layer": 0}, "n_layer"), ({"head_size": 48}, "head_size"), ({"n_embd": 100}, "n_embd"), ({"model_type": "x060"}, "my_testing"), ({"rank_w": -1}, "rank_w")]
+    "bad,word",
+    [
+        ({"n_layer": 0}, "n_layer"),
+        ({"head_size": 48}, "head_size"),
+        ({"n_embd": 100}, "n_embd"),
+        ({"model_type": "x060"}, "my_testing"),
+        ({"rank_w": -1}, "rank_w"),
+    ],
 )
 def test_bad_sizes_are_named(bad, word):
     with pytest.raises(UserError, match=word) as error:

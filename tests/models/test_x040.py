@@ -203,7 +203,11 @@ def test_a_file_says_what_it_is():
     for name, tensor, said in (
         ("blocks.0.att.time_decay", torch.zeros(2, 16), r"is an RWKV-5 or RWKV-6: its blocks.0.att.time_decay has shape \[2, 16\]"),
         ("blocks.0.att.ln_x.weight", torch.zeros(32), "is an RWKV-5 or RWKV-6"),
-        ("blocks.0.att.time_decay", torch.zeros(16), r"has shape \[16\], which does not fit the width 32 .*; give a complete .pth file of an RWKV-4$"),
+        (
+            "blocks.0.att.time_decay",
+            torch.zeros(16),
+            r"has shape \[16\], which does not fit the width 32 .*; give a complete .pth file of an RWKV-4$",
+        ),
         ("blocks.0.ffn.key.weight", None, "not an RWKV-4 model: blocks.0.ffn.key.weight is missing; give a .pth file of type x040"),
     ):
         changed = {n: t for n, t in (weights | {name: tensor}).items() if t is not None}

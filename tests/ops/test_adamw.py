@@ -139,18 +139,29 @@ def test_the_operators_are_well_formed(form):
     state[1] = [torch.zeros_like(t) for t in state[1]]
     torch.library.opcheck(torch.ops.rwkvlm.adamw_.default, (*state, None, None, *RATES.values()), test_utils=tests)
     with pytest.raises(ValueError, match="adamw: expected contiguous"):
-        torch.ops.rwkvlm.adamw_([torch.zeros(4)], [], [torch.zeros(3)], [torch.zeros(4)], [torch.zeros(4)], [torch.zeros(())], None, None, *RATES.values())
+        torch.ops.rwkvlm.adamw_(
+            [torch.zeros(4)], [], [torch.zeros(3)], [torch.zeros(4)], [torch.zeros(4)], [torch.zeros(())], None, None, *RATES.values()
+        )
     with pytest.raises(ValueError, match="adamw: expected contiguous"):  # what is rounded has 16 bits
         torch.ops.rwkvlm.adamw_(*([torch.zeros(4)] for _ in range(5)), [torch.zeros(())], None, None, *RATES.values())
 
 
 @pytest.mark.parametrize(
     "place, tensor",
-    [(0, torch.zeros(3, dtype=torch.bfloat16)), (1, torch.zeros(3)), (2, torch.zeros(4)), (2, torch.zeros(3, dtype=torch.float64)), (3, torch.zeros(6)[::2]), (5, torch.zeros(2))],
+    [
+        (0, torch.zeros(3, dtype=torch.bfloat16)),
+        (1, torch.zeros(3)),
+        (2, torch.zeros(4)),
+        (2, torch.zeros(3, dtype=torch.float64)),
+        (3, torch.zeros(6)[::2]),
+        (5, torch.zeros(2)),
+    ],
     ids=["a narrow master", "a wide rounded", "a size", "a gradient in float64", "a view with gaps", "a step that is two"],
 )
 def test_what_no_form_takes_is_a_value_error_and_changes_nothing(place, tensor):
-    state = [[torch.zeros(3, dtype=torch.bfloat16 if i == 1 else torch.float32) for _ in range(2)] for i in range(5)] + [[torch.zeros(()) for _ in range(2)]]
+    state = [[torch.zeros(3, dtype=torch.bfloat16 if i == 1 else torch.float32) for _ in range(2)] for i in range(5)] + [
+        [torch.zeros(()) for _ in range(2)]
+    ]
     state[place][1] = tensor
     before = [[t.clone() for t in tensors] for tensors in state]
     with pytest.raises(ValueError, match="adamw: expected contiguous tensors of the same sizes"):

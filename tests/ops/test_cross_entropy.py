@@ -104,7 +104,9 @@ def test_l2wrap_is_the_official_formula():
     x, weight, targets = make((40,), 32, 300, torch.float64)
     with_wrap, without = (head_cross_entropy(x, weight, targets, 7, l2wrap=s) for s in (1e-4, 0.0))
     assert with_wrap.item() == without.item()
-    extra = torch.autograd.grad(with_wrap, x, torch.tensor(3.0).double())[0] - torch.autograd.grad(without, x, torch.tensor(3.0).double())[0]
+    extra = (
+        torch.autograd.grad(with_wrap, x, torch.tensor(3.0).double())[0] - torch.autograd.grad(without, x, torch.tensor(3.0).double())[0]
+    )
     top, at = (x @ weight.t()).detach().max(-1)
     torch.testing.assert_close(extra, 3 * 1e-4 / 40 * top[:, None] * weight.detach()[at], rtol=1e-6, atol=1e-15)
 
@@ -168,7 +170,10 @@ def test_the_operator_itself_looks_at_targets(form):
     assert native_form.why_not(torch.float32, 16) == ""
     for target in (-1, 50, 1 << 40):
         targets[3] = target
-        for call in (lambda: torch.ops.rwkvlm.head_ce(x, weight, targets, 64, 0.0, True, True), lambda: torch.ops.rwkvlm.head_scores(x, weight, targets, 64)):
+        for call in (
+            lambda: torch.ops.rwkvlm.head_ce(x, weight, targets, 64, 0.0, True, True),
+            lambda: torch.ops.rwkvlm.head_scores(x, weight, targets, 64),
+        ):
             with pytest.raises(RuntimeError, match="targets must lie in"):
                 call()
 
@@ -211,7 +216,9 @@ def test_what_lies_behind_the_weight_is_not_read(V):
         memory = torch.full((V + 32, 32), torch.nan, dtype=dtype)
         memory[:V] = weight.detach()
         loss = head_cross_entropy(x, inside := memory[:V].requires_grad_(), targets)
-        for got, want in zip(torch.autograd.grad(loss, (x, inside)), torch.autograd.grad(head_cross_entropy(x, weight, targets), (x, weight))):
+        for got, want in zip(
+            torch.autograd.grad(loss, (x, inside)), torch.autograd.grad(head_cross_entropy(x, weight, targets), (x, weight))
+        ):
             assert torch.equal(got, want)
 
 
@@ -287,7 +294,11 @@ def test_scores_of_given_tokens(form, dtype, n, C, V, monkeypatch):
     logits = x.double() @ weight.double().t()
     nats, likeliest = head_scores(x, weight, targets)
     assert (nats.dtype, likeliest.dtype, nats.shape, likeliest.shape) == (torch.float64, torch.int64, (n,), (n,))
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8 if form == "torch" or native_form.why_not(dtype, C) else 1e-5}[dtype] * logits.abs().max()
+    rounding = {
+        torch.float64: 1e-12,
+        torch.float32: 1e-5,
+        torch.bfloat16: 2**-8 if form == "torch" or native_form.why_not(dtype, C) else 1e-5,
+    }[dtype] * logits.abs().max()
     assert (nats - torch.nn.functional.cross_entropy(logits, targets, reduction="none")).abs().max() <= rounding
     assert (logits.amax(-1) - logits.gather(-1, likeliest[:, None])[:, 0]).max() <= rounding
 
@@ -341,7 +352,9 @@ def test_the_operator_is_well_formed(form):
     torch.library.opcheck(torch.ops.rwkvlm.head_ce.default, (x.detach(), weight.detach(), targets, 8, 1e-4, True, False))
     torch.library.opcheck(torch.ops.rwkvlm.head_scores.default, (x.detach(), weight.detach(), targets, 8))
     with pytest.raises(RuntimeError, match="head_ce: inputs do not fit"):  # numbers of 16 bits come in pairs
-        torch.ops.rwkvlm.head_scores(torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64), 8)
+        torch.ops.rwkvlm.head_scores(
+            torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64), 8
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -26,7 +26,14 @@ def form(request, monkeypatch):
 
 
 CASES = {
-    "token_mix": [dict(), dict(T=1), dict(T=1, state=True), dict(T=64, state=True), dict(B=3, T=65, H=1, N=16), dict(B=1, T=100, H=2, N=64)],
+    "token_mix": [
+        dict(),
+        dict(T=1),
+        dict(T=1, state=True),
+        dict(T=64, state=True),
+        dict(B=3, T=65, H=1, N=16),
+        dict(B=1, T=100, H=2, N=64),
+    ],
     "time_mix_inputs": [dict(), dict(T=1), dict(residual=False), dict(B=3, T=65, H=1, N=16), dict(B=1, T=40, H=2, N=128)],
     "time_mix_output": [dict(), dict(T=1), dict(B=3, T=65, H=1, N=16), dict(B=1, T=40, H=2, N=128)],
     "relu_square": [dict(), dict(T=1, B=1, H=1, N=16), dict(B=3, T=700)],
@@ -163,7 +170,9 @@ def test_nan_is_not_hidden(name):
     with torch.no_grad():
         case.inputs[name == "time_mix_inputs"][0, 3, 5] = float("nan")
     for got, want in zip(case.outputs_and_gradients(fused), case.exact()):
-        assert any(x.isnan().any() for x in want) and all(torch.equal(x.isnan().cpu(), y.isnan().cpu()) for x, y in zip(got, want, strict=True))
+        assert any(x.isnan().any() for x in want) and all(
+            torch.equal(x.isnan().cpu(), y.isnan().cpu()) for x, y in zip(got, want, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,7 +218,9 @@ def test_the_operators_are_well_formed(form, dtype, residual):
     inputs = tensors("time_mix_inputs", residual=residual)
     grads = [torch.randn_like(x) for _ in range(5)]
     torch.library.opcheck(ops.time_mix_inputs_forward.default, (*inputs, 32), test_utils=tests)
-    torch.library.opcheck(ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]), test_utils=tests)
+    torch.library.opcheck(
+        ops.time_mix_inputs_backward.default, (*grads[:4], grads[4] if residual else None, *inputs, 32, *grads[:residual]), test_utils=tests
+    )
     inputs = tensors("time_mix_output")
     torch.library.opcheck(ops.time_mix_output_forward.default, (*inputs, 32, 1e-5), test_utils=tests)
     torch.library.opcheck(ops.time_mix_output_backward.default, (grads[0], *inputs, 32, 1e-5), test_utils=tests)
@@ -220,7 +231,10 @@ def test_the_operators_are_well_formed(form, dtype, residual):
 def test_a_state_of_another_dtype_is_not_read_as_if_it_were_the_same(form):
     """Four bytes taken for two: numbers that are not there. Asked for by name the kernels refuse, like any other mixture; by itself, plain PyTorch runs."""
     x, last, mix = torch.randn(2, 5, 64, dtype=torch.bfloat16), torch.randn(2, 64), torch.randn(1, 1, 64, dtype=torch.bfloat16)
-    for call in (lambda: fused.token_mix(x, last, [mix])[0], lambda: fused.norm_mix(x, None, mix[0, 0], mix[0, 0], 1e-5, last, [mix])[2][0]):
+    for call in (
+        lambda: fused.token_mix(x, last, [mix])[0],
+        lambda: fused.norm_mix(x, None, mix[0, 0], mix[0, 0], 1e-5, last, [mix])[2][0],
+    ):
         if form == "torch":
             assert call().isfinite().all()
         else:

@@ -83,9 +83,18 @@ def test_a_result_is_written_to_where_it_lies(library):
     [
         (dict(targets=torch.zeros(3, dtype=torch.int64)), r"loss_of_logits: targets must have the shape \[4\], got \[3\]"),
         (dict(targets=torch.zeros(ROWS)), "loss_of_logits: targets must be torch.int64, got torch.float32"),
-        (dict(targets=torch.zeros(ROWS, dtype=torch.int64, device="meta")), "loss_of_logits: targets must be on cpu, where logits is, got meta"),
-        (dict(losses=torch.zeros(2 * ROWS)[::2]), r"loss_of_logits: losses must be contiguous, got strides \[2\]; call .contiguous\(\) first"),
-        (dict(logits=torch.zeros(ROWS, 3, dtype=torch.int32)), "loss_of_logits: logits must be torch.bfloat16 or torch.float32, got torch.int32"),
+        (
+            dict(targets=torch.zeros(ROWS, dtype=torch.int64, device="meta")),
+            "loss_of_logits: targets must be on cpu, where logits is, got meta",
+        ),
+        (
+            dict(losses=torch.zeros(2 * ROWS)[::2]),
+            r"loss_of_logits: losses must be contiguous, got strides \[2\]; call .contiguous\(\) first",
+        ),
+        (
+            dict(logits=torch.zeros(ROWS, 3, dtype=torch.int32)),
+            "loss_of_logits: logits must be torch.bfloat16 or torch.float32, got torch.int32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_a_value_error_that_says_what_was_expected(library, wrong, message):

@@ -99,7 +99,9 @@ def test_where_there_is_no_home_kernels_are_built_among_the_temporary_files(monk
     own.chmod(0o2700)  # as in a folder that hands its group on
     assert env.cache_dir() == own
     own.chmod(0o770)  # somebody else's libraries would be loaded
-    with pytest.raises(native.NativeBuildError, match="neither the home folder nor .* set RWKV_CACHE_DIR to a folder that only you can write to"):
+    with pytest.raises(
+        native.NativeBuildError, match="neither the home folder nor .* set RWKV_CACHE_DIR to a folder that only you can write to"
+    ):
         native.build("tokenizer")
     own.rmdir()
     own.symlink_to(tmp_path)
@@ -180,7 +182,9 @@ def test_a_living_builder_is_waited_for_and_named(toy, monkeypatch, capfd):
 
 
 def test_two_processes_build_once(toy):
-    build = "import sys; from pathlib import Path; from rwkvlm import native; native.SOURCE_DIR = Path(sys.argv[1]); print(native.build('toy'))"
+    build = (
+        "import sys; from pathlib import Path; from rwkvlm import native; native.SOURCE_DIR = Path(sys.argv[1]); print(native.build('toy'))"
+    )
     command = [sys.executable, "-c", build, str(toy.parent)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     (out, err), (out2, err2) = (p.communicate(timeout=120) for p in both)
@@ -190,7 +194,10 @@ def test_two_processes_build_once(toy):
 
 def test_nothing_is_built_at_import(tmp_path):
     code = "import rwkvlm.ops.wkv7, rwkvlm.native, os, sys; sys.exit(os.path.exists(os.environ['RWKV_CACHE_DIR']))"
-    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"RWKV_CACHE_DIR": str(tmp_path / "cache")}, timeout=120).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"RWKV_CACHE_DIR": str(tmp_path / "cache")}, timeout=120).returncode
+        == 0
+    )
 
 
 def test_what_starts_cuda_kernels_is_a_library_of_its_own(toy, capfd):
@@ -243,7 +250,11 @@ def test_without_nvcc_the_reason_names_the_cure(toy_cuda, tmp_path, monkeypatch)
     gpu(monkeypatch, (9, 0))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     can, reason = native.cuda_available("toy")
-    assert not can and reason == f"CUDA kernel toy: nvcc is not in CUDA_HOME={tmp_path}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it"
+    assert (
+        not can
+        and reason
+        == f"CUDA kernel toy: nvcc is not in CUDA_HOME={tmp_path}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it"
+    )
 
 
 def stand_in(tmp_path, monkeypatch, script, knows=()):
@@ -258,9 +269,17 @@ def stand_in(tmp_path, monkeypatch, script, knows=()):
 
 def test_what_nvcc_says_is_one_line(toy_cuda, tmp_path, monkeypatch):
     gpu(monkeypatch, (12, 0))
-    stand_in(tmp_path, monkeypatch, 'case "$*" in --version) echo nvcc 11;; *) echo "nvcc fatal   : Unsupported gpu architecture $*" >&2; exit 1;; esac\n')
+    stand_in(
+        tmp_path,
+        monkeypatch,
+        'case "$*" in --version) echo nvcc 11;; *) echo "nvcc fatal   : Unsupported gpu architecture $*" >&2; exit 1;; esac\n',
+    )
     can, reason = native.cuda_available("toy")
-    assert not can and reason.startswith("CUDA kernel toy does not compile: nvcc fatal   : Unsupported gpu architecture") and "compute_120" in reason
+    assert (
+        not can
+        and reason.startswith("CUDA kernel toy does not compile: nvcc fatal   : Unsupported gpu architecture")
+        and "compute_120" in reason
+    )
     assert "\n" not in reason
 
 
@@ -288,7 +307,9 @@ def test_a_library_for_all_gpus_of_the_machine(toy_cuda, tmp_path, monkeypatch, 
     assert capfd.readouterr().err == "building CUDA kernel toy (once, a minute or two)\n"
     compiled = [line for line in log.read_text().splitlines() if " -c " in line]
     assert len(compiled) == 2
-    assert all(line.count("-gencode") == 2 and "arch=compute_86,code=sm_86" in line and "arch=compute_90a,code=sm_90a" in line for line in compiled)
+    assert all(
+        line.count("-gencode") == 2 and "arch=compute_86,code=sm_86" in line and "arch=compute_90a,code=sm_90a" in line for line in compiled
+    )
     assert native.cuda_available("toy") == (True, "")
     assert native.cuda_message(library, -1) == "a shape or dtype that this kernel does not take (-1)"
     first = native.build_cuda("toy", ("90a",))
@@ -302,7 +323,10 @@ def test_the_launches_are_compiled_while_nvcc_works(toy_cuda, tmp_path, monkeypa
     waiting = f"for _ in $(seq 300); do ls {built} >/dev/null 2>&1 && echo they are there >&2 && exit 1; sleep 0.1; done; exit 1"
     stand_in(tmp_path, monkeypatch, f'[ "$1" = --version ] || {{ {waiting}; }}\n')
     assert native.cuda_available("toy")[1] == "CUDA kernel toy does not compile: they are there"
-    assert sorted(capfd.readouterr().err.splitlines()) == ["building CUDA kernel toy (once, a minute or two)", "building launch of CUDA kernel toy (once, 10 to 20 s)"]
+    assert sorted(capfd.readouterr().err.splitlines()) == [
+        "building CUDA kernel toy (once, a minute or two)",
+        "building launch of CUDA kernel toy (once, 10 to 20 s)",
+    ]
     assert list((env.cache_dir() / "native").glob("launch-toy-*.so"))
 
 
@@ -334,7 +358,9 @@ def test_a_gpu_that_nvcc_does_not_know_gets_what_its_driver_can_compile(toy_cuda
     with pytest.raises(native.NativeBuildError, match="does not compile"):
         native.build_cuda("toy", gpus)
     compiled = [line for line in log.read_text().splitlines() if " -c " in line]
-    assert compiled and all([word.removeprefix("-gencode=arch=") for word in line.split() if word.startswith("-gencode")] == flags for line in compiled)
+    assert compiled and all(
+        [word.removeprefix("-gencode=arch=") for word in line.split() if word.startswith("-gencode")] == flags for line in compiled
+    )
 
 
 def test_a_gpu_that_nvcc_no_longer_knows_is_a_reason(toy_cuda, tmp_path, monkeypatch):
@@ -350,7 +376,10 @@ def test_a_gpu_that_nvcc_no_longer_knows_is_a_reason(toy_cuda, tmp_path, monkeyp
 def test_the_nvcc_that_is_here_knows_the_gpus_that_are_compiled_for():
     if native.nvcc() is None:
         pytest.skip("needs nvcc")
-    assert native._targets("toy", native.nvcc(), ("80", "90a")) == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+    assert native._targets("toy", native.nvcc(), ("80", "90a")) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
 
 
 def test_an_nvcc_that_does_not_start_is_one_line(toy_cuda, tmp_path, monkeypatch):
@@ -400,5 +429,7 @@ def test_the_plain_path_compiles_for_aarch64(folder, tmp_path):
     flags = [flag for flag in native.FLAGS if flag != "-O3"]
     source = native.SOURCE_DIR / folder / "cpu.cpp"
     target = tmp_path / "cpu.o"
-    done = subprocess.run([compiler, *flags, "-DISA=plain", "-c", str(source), "-o", str(target)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [compiler, *flags, "-DISA=plain", "-c", str(source), "-o", str(target)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0 and target.stat().st_size, done.stderr[-2000:]

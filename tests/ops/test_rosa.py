@@ -358,7 +358,9 @@ def test_what_it_does_not_take_is_an_error(rng):
         r"expected state.runs \[2, 4, 5\]": lambda: rosa_self(q, low, high, state=state._replace(runs=state.runs.long())),
         r"expected state.k \[2, 2, 5\]": lambda: rosa_self(q, low, high, bits=2, state=state),
         r"rosa_tokens: expected \[B, T\] int64": lambda: rosa_tokens(torch.zeros(2, 3, dtype=torch.int32)),
-        r"expected state.k \[2, 5\] of torch.int64": lambda: rosa_tokens(torch.zeros(2, 3, dtype=torch.int64), RosaState(*(t[:, 0] for t in state))),
+        r"expected state.k \[2, 5\] of torch.int64": lambda: rosa_tokens(
+            torch.zeros(2, 3, dtype=torch.int64), RosaState(*(t[:, 0] for t in state))
+        ),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -368,7 +370,12 @@ def test_what_it_does_not_take_is_an_error(rng):
 def test_an_operator_of_which_half_a_state_is_asked_says_so():
     if not build.available("rosa")[0]:
         pytest.skip(build.available("rosa")[1])
-    x, end, old, tokens = torch.zeros(1, 3, 2), torch.zeros(2), torch.zeros(1, 2, 4, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.int64)
+    x, end, old, tokens = (
+        torch.zeros(1, 3, 2),
+        torch.zeros(2),
+        torch.zeros(1, 2, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, dtype=torch.int64),
+    )
     with pytest.raises(RuntimeError, match="expected old_k, old_v and old_runs, or none"):
         torch.ops.rwkvlm.rosa(x, None, None, end, end, 1, False, 0.1, False, old, None, None, False)
     with pytest.raises(RuntimeError, match="expected old and old_runs, or neither"):

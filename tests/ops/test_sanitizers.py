@@ -41,7 +41,10 @@ def built(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def loaded(built) -> dict[str, str]:
     """The same of one that loads them. The sanitizer's runtime needs the C++ one beside it, or finds no way to pass on what is thrown."""
-    found = [subprocess.run([env.cxx(), f"-print-file-name={x}"], capture_output=True, text=True).stdout.strip() for x in ("libasan.so", "libstdc++.so.6")]
+    found = [
+        subprocess.run([env.cxx(), f"-print-file-name={x}"], capture_output=True, text=True).stdout.strip()
+        for x in ("libasan.so", "libstdc++.so.6")
+    ]
     if not all(map(os.path.isabs, found)):
         pytest.skip(f"{env.cxx()} has no libasan")
     return built | {"LD_PRELOAD": " ".join(map(os.path.realpath, found)), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
@@ -51,11 +54,18 @@ def loaded(built) -> dict[str, str]:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_they_find_nothing(name: str, built: dict[str, str], loaded: dict[str, str]) -> None:
     # Not where the runtime is preloaded: it would slow the compiler down tenfold.
-    subprocess.run([sys.executable, "-c", f"from rwkvlm import native; [native.build(x) for x in {[name, *ALSO_USED.get(name, [])]}]"], env=built, check=True, timeout=600)
+    subprocess.run(
+        [sys.executable, "-c", f"from rwkvlm import native; [native.build(x) for x in {[name, *ALSO_USED.get(name, [])]}]"],
+        env=built,
+        check=True,
+        timeout=600,
+    )
     load = "load" if (native.SOURCE_DIR / name / "op.cpp").exists() else "library"
     options = ["-q", "-x", "-s", "-m", "not slow", "-k", f"not ({LEFT_OUT})", "-p", "no:cacheprovider"]
     files = map(str, sorted(TESTS.glob(FILES.get(name, f"ops/test_{name}*.py"))))
-    done = subprocess.run([sys.executable, "-c", TESTED, load, name, *options, *files], env=loaded, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", TESTED, load, name, *options, *files], env=loaded, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
     if skipped:

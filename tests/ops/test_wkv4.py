@@ -189,7 +189,10 @@ def test_an_asked_for_kernel_that_cannot_run_is_an_error(monkeypatch):
 @needs_native
 @pytest.mark.parametrize("case", ["plain", "bf16", "state", "nothing saved"])
 def test_opcheck(case):
-    inputs = [None if x is None else x.requires_grad_(case != "nothing saved") for x in Case(T=37, C=16, dtype=BF16 if case == "bf16" else FP32, state=case == "state").inputs]
+    inputs = [
+        None if x is None else x.requires_grad_(case != "nothing saved")
+        for x in Case(T=37, C=16, dtype=BF16 if case == "bf16" else FP32, state=case == "state").inputs
+    ]
     torch.library.opcheck(torch.ops.rwkvlm.wkv4_forward, (*inputs, case != "nothing saved"))
 
 

@@ -205,7 +205,9 @@ def test_a_nan_is_not_hidden(form):
 @pytest.mark.skipif(bool(NATIVE_FAILURE), reason=NATIVE_FAILURE)
 @pytest.mark.parametrize("isa", range(BEST_ISA + 1), ids=ISA[: BEST_ISA + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("B, T, H, N, bounds", [(2, 100, 2, 64, None), (1, 200, 1, 64, None), (1, 64, 1, 128, None), (1, 150, 1, 32, [0, 1, 66, 150])])
+@pytest.mark.parametrize(
+    "B, T, H, N, bounds", [(2, 100, 2, 64, None), (1, 200, 1, 64, None), (1, 64, 1, 128, None), (1, 150, 1, 32, [0, 1, 66, 150])]
+)
 def test_same_bits_on_every_run_and_for_any_number_of_threads(isa, dtype, B, T, H, N, bounds):
     """With fewer heads than threads the kernel divides a head among them: other functions, which must give the same bits."""
     inputs, _, dy, _, _ = case(B, T, H, N, dtype=dtype)

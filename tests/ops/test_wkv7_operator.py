@@ -50,7 +50,10 @@ def test_auto_falls_back_with_one_line_said_once(monkeypatch, capfd):
     x = inputs()
     for _ in range(3):
         assert torch.equal(wkv7(*x), wkv7_chunked(*x)[0])
-    assert capfd.readouterr().err == "wkv7: running in plain PyTorch, which is slower (native kernel wkv7: no C++ compiler (g++ is not on the PATH))\n"
+    assert (
+        capfd.readouterr().err
+        == "wkv7: running in plain PyTorch, which is slower (native kernel wkv7: no C++ compiler (g++ is not on the PATH))\n"
+    )
 
 
 @needs_native

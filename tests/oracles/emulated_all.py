@@ -44,7 +44,9 @@ def run_wkv7(path: Path) -> None:
             kernels.run("sequential", make_case(**options), reverse=reverse)
         for bounds in WRONG_BOUNDS:
             for kernel, chunks in (("chunked", 0), ("chunked", 1), ("sequential", 0)):
-                kernels.run(kernel, with_bounds(make_case(T=100, N=32, H=1, documents=[1, 99], segment_chunks=chunks), bounds), reverse=reverse)
+                kernels.run(
+                    kernel, with_bounds(make_case(T=100, N=32, H=1, documents=[1, 99], segment_chunks=chunks), bounds), reverse=reverse
+                )
         for options in (
             dict(T=140, rows=8), dict(T=67, rows=64), dict(T=130, N=16, rows=16, B=2), dict(T=140, N=32, rows=24, segment=128, head=False), dict(T=35, N=128, rows=128, segment=32),
         ):  # fmt: skip
@@ -69,7 +71,11 @@ def _around_wkv7() -> None:
             x, weight, mix = torch.randn(1, 40, 132, dtype=dtype), torch.randn(132, dtype=dtype), torch.randn(132, dtype=dtype)
             _, newest, moments, out = ops.norm_mix_forward(x, None, weight, weight, 1e-5, None, [mix], bounds)
             ops.norm_mix_backward(None, None, [out], x, moments, weight, weight, None, [mix])
-        for sizes in (dict(B=1, T=17, H=5, N=64), dict(B=3, T=2, H=1, N=16, state=True, mixes=1), dict(B=1, T=33, H=2, N=128, residual=False)):
+        for sizes in (
+            dict(B=1, T=17, H=5, N=64),
+            dict(B=3, T=2, H=1, N=16, state=True, mixes=1),
+            dict(B=1, T=33, H=2, N=128, residual=False),
+        ):
             inputs = lambda name: [t if t is None else t.detach() for t in Case(name, dtype=dtype, **sizes).inputs]
             x, last, *mixes = inputs("token_mix")
             ops.token_mix_backward(ops.token_mix_forward(x, last, mixes), x, last, mixes)
@@ -104,9 +110,14 @@ def _around_wkv7() -> None:
         grads, rounded = [g.to(dtype) for g in grads], [p.bfloat16() for p in masters]
         for narrow in (rounded, []):
             scale = ops.gradient_norms(grads)[1]
-            ops.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], scale, scale, 1e-3, 0.9, 0.99, 1e-18, 0.1)
+            ops.adamw_(
+                masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], scale, scale, 1e-3, 0.9, 0.99, 1e-18, 0.1
+            )
             ops.adamw_(masters, narrow, grads, averages, squares, [torch.zeros(()) for _ in sizes], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)
         for moved in range(5):  # each in turn begins at an odd address
-            lists = [[torch.zeros(9000, dtype=kind)[j == moved :][:8999]] for j, kind in enumerate((torch.float32, torch.bfloat16, dtype, *[torch.float32] * 2))]
+            lists = [
+                [torch.zeros(9000, dtype=kind)[j == moved :][:8999]]
+                for j, kind in enumerate((torch.float32, torch.bfloat16, dtype, *[torch.float32] * 2))
+            ]
             ops.gradient_norms(lists[2])
             ops.adamw_(*lists, [torch.zeros(())], None, None, 1e-3, 0.9, 0.99, 1e-18, 0.1)

@@ -69,8 +69,12 @@ class TttCase:
         return {"y": outputs[0].detach(), "final_state": S.detach(), **dict(zip(names, found))}
 
 
-def make_ttt_case(T: int, N: int = 64, rows: int = 16, segment: int = 64, head: bool = True, target: str = "stored", H: int = 2, seed: int = 0, **options) -> TttCase:
-    config = PhantomConfig(n_layer=1, n_embd=H * N, head_size=N, vocab_size=8, ttt_chunk=segment, ttt_core_ratio=rows / N, ttt_head=head, ttt_target=target)
+def make_ttt_case(
+    T: int, N: int = 64, rows: int = 16, segment: int = 64, head: bool = True, target: str = "stored", H: int = 2, seed: int = 0, **options
+) -> TttCase:
+    config = PhantomConfig(
+        n_layer=1, n_embd=H * N, head_size=N, vocab_size=8, ttt_chunk=segment, ttt_core_ratio=rows / N, ttt_head=head, ttt_target=target
+    )
     assert config.ttt_rows == rows
     ttt = StateTTT(config).double()
     g = torch.Generator().manual_seed(seed + 100)
@@ -92,7 +96,10 @@ def run(kernels: Kernels, given: TttCase, backward: bool = True, reverse: bool =
     hidden = ttt.w1.shape[0] if ttt.has_head else 0
     rate = (2 * torch.sigmoid(ttt.rate.detach()) / segment).float()
     head = torch.stack([ttt.w1.detach(), ttt.w2.detach().mT]).float().contiguous() if hidden else None
-    shape, steps = Shape(B, T, H, N, 0, None, 0), StepsOfTtt(rows, hidden, segment, ttt.config.ttt_target == "stored", rate.data_ptr(), head.data_ptr() if hidden else None)
+    shape, steps = (
+        Shape(B, T, H, N, 0, None, 0),
+        StepsOfTtt(rows, hidden, segment, ttt.config.ttt_target == "stored", rate.data_ptr(), head.data_ptr() if hidden else None),
+    )
     buffers = Buffers()
     library.emulation_reverse(int(reverse))
     y, final_state = buffers.new(r.shape, r.dtype), buffers.new((B, H, N, N), torch.float32)

@@ -127,7 +127,10 @@ def pointer(x: Tensor | None) -> int | None:
 class Shape(ctypes.Structure):
     """Wkv7Shape of cuda/wkv7/api.cuh."""
 
-    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [("cu_seqlens", ctypes.c_void_p), ("segment_chunks", ctypes.c_int32)]
+    _fields_ = [(n, ctypes.c_int32) for n in ("B", "T", "H", "N", "documents")] + [
+        ("cu_seqlens", ctypes.c_void_p),
+        ("segment_chunks", ctypes.c_int32),
+    ]
 
 
 class Pointers(ctypes.Structure):
@@ -145,7 +148,10 @@ class Gradients(Pointers):
 class StepsOfTtt(ctypes.Structure):
     """Wkv7Steps."""
 
-    _fields_ = [(n, ctypes.c_int32) for n in ("rows", "hidden", "segment", "stored")] + [("rate", ctypes.c_void_p), ("head", ctypes.c_void_p)]
+    _fields_ = [(n, ctypes.c_int32) for n in ("rows", "hidden", "segment", "stored")] + [
+        ("rate", ctypes.c_void_p),
+        ("head", ctypes.c_void_p),
+    ]
 
 
 def prototypes(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -211,9 +217,7 @@ class Kernels:
             gradients["d_initial_state"] = buffers.new(states, torch.float32)
             out = Gradients(*(x.data_ptr() for x in gradients.values()), *map(pointer, case.more))
             scratch = [pointer(workspace("backward_scratch"))] if kernel == "chunked" else []
-            self.call(
-                f"wkv7_{kernel}_backward", *head, pointer(saved), pointer(case.dy), pointer(case.d_final_state), out, *scratch, None
-            )
+            self.call(f"wkv7_{kernel}_backward", *head, pointer(saved), pointer(case.dy), pointer(case.d_final_state), out, *scratch, None)
             results.update(gradients)
         buffers.check()
         return results

@@ -179,7 +179,15 @@ def _define_formula(name):
         return gradients(formula, given[n_out : n_out + n_in], given[:n_out])
 
     backward_arguments = ", ".join(filter(None, (_tensors("g", n_out), _tensors("x", n_in), _tensors("kept", kept))))
-    _define(name, _tensors("x", n_in) + size, "Tensor[]" if n_out + kept > 1 else "Tensor", forward, backward_arguments + size, "Tensor[]", backward)
+    _define(
+        name,
+        _tensors("x", n_in) + size,
+        "Tensor[]" if n_out + kept > 1 else "Tensor",
+        forward,
+        backward_arguments + size,
+        "Tensor[]",
+        backward,
+    )
 
 
 def _define_recurrence(name):
@@ -252,7 +260,10 @@ def logging_to(path):
     file = open(path, "a", buffering=1)
 
     def log(told, step):
-        print(json.dumps({"step": step, "tokens": round(told["Gtokens"] * 1e9), "loss": told["loss"], "lr": told["lr"], "wd": told["wd"]}), file=file)
+        print(
+            json.dumps({"step": step, "tokens": round(told["Gtokens"] * 1e9), "loss": told["loss"], "lr": told["lr"], "wd": told["wd"]}),
+            file=file,
+        )
 
     return types.SimpleNamespace(init=lambda **settings: None, log=log)
 

@@ -32,7 +32,9 @@ class Case:
             given[:, 2] = EMPTY
         carried = torch.float32
         self.dtype = dtype
-        self.inputs = [None if x is None else x.to(device, t) for x, t in ((w, carried), (u, carried), (k, dtype), (v, dtype), (given, carried))]
+        self.inputs = [
+            None if x is None else x.to(device, t) for x, t in ((w, carried), (u, carried), (k, dtype), (v, dtype), (given, carried))
+        ]
         self.slopes = [normal(B, T, C).to(device, dtype), normal(B, 3, C).to(device, carried)]
 
     def run(self, form, double=False):

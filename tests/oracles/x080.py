@@ -109,7 +109,9 @@ def logits(params, idx, head_size, M, tau):
                 a = norm("ln1", x)
                 S, rows = None, []
                 for t in range(len(tokens)):
-                    y, S, v_first[t] = x070.time_mix(att, a[t], a[t - 1] if t else torch.zeros_like(a[0]), S, v_first[t] if i else None, head_size)
+                    y, S, v_first[t] = x070.time_mix(
+                        att, a[t], a[t - 1] if t else torch.zeros_like(a[0]), S, v_first[t] if i else None, head_size
+                    )
                     rows.append(y)
                 branch = branch + torch.stack(rows)
             x = x + branch

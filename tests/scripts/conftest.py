@@ -11,7 +11,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ["sh", "bash", "dash", "cat", "cksum", "cut", "env", "flock", "grep", "sed", "mkdir", "rm", "cp", "sleep", "tail", "tr", "dirname", "readlink", "wc"]
+TOOLS = [
+    "sh",
+    "bash",
+    "dash",
+    "cat",
+    "cksum",
+    "cut",
+    "env",
+    "flock",
+    "grep",
+    "sed",
+    "mkdir",
+    "rm",
+    "cp",
+    "sleep",
+    "tail",
+    "tr",
+    "dirname",
+    "readlink",
+    "wc",
+]
 CUDA_TORCH = """
 __version__ = '2.13.0'
 class version: cuda = '13.0'
@@ -84,7 +104,14 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.root, self.bin, self.pip_log, self.offline = folder / "a checkout", folder / "bin", folder / "pip.log", folder / "offline"
-        for name in ("RWKV-v7/env.sh", "RWKV-v7/requirements_met.py", "requirements.txt", "constraints.txt", "pyproject.toml", "tests/requirements.txt"):
+        for name in (
+            "RWKV-v7/env.sh",
+            "RWKV-v7/requirements_met.py",
+            "requirements.txt",
+            "constraints.txt",
+            "pyproject.toml",
+            "tests/requirements.txt",
+        ):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         package = self.root / "RWKV-v7" / "rwkvlm"
@@ -144,7 +171,9 @@ class World:
 
     def install_requirements(self) -> None:
         names = [line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
-        pins = dict(line.split(";")[0].split("==") for line in reversed((ROOT / "constraints.txt").read_text().splitlines()) if "==" in line)
+        pins = dict(
+            line.split(";")[0].split("==") for line in reversed((ROOT / "constraints.txt").read_text().splitlines()) if "==" in line
+        )
         self.install(**{name: pins[name] for name in names})
 
     def fail_pip(self, when: str) -> None:
@@ -154,7 +183,9 @@ class World:
     def start(self, then: str = "", shell: str = "sh", **environment: str) -> subprocess.CompletedProcess:
         """Sources env.sh as a script does, then runs `then`. There is no network: the proxy refuses."""
         env = {"PATH": str(self.bin), "HOME": str(self.root), "https_proxy": "http://127.0.0.1:9", **environment}
-        return subprocess.run([shell, "-c", f". RWKV-v7/env.sh\n{then}"], cwd=self.root, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [shell, "-c", f". RWKV-v7/env.sh\n{then}"], cwd=self.root, env=env, capture_output=True, text=True, timeout=60
+        )
 
     def pip_calls(self) -> list[str]:
         return self.pip_log.read_text().splitlines() if self.pip_log.exists() else []

@@ -70,7 +70,12 @@ def test_a_folder_takes_one_plan(capsys, tmp_path):
     assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "rwkv7", "state", "--seeds", "1"]) == 0
     for line in (tmp_path / "state.flags", tmp_path / "rwkv7.flags"):
         words = line.read_text().split()
-        config = TrainConfig(**{name.removeprefix("--"): type(getattr(TrainConfig(), name.removeprefix("--")))(value) for name, value in zip(words[::2], words[1::2])})
+        config = TrainConfig(
+            **{
+                name.removeprefix("--"): type(getattr(TrainConfig(), name.removeprefix("--")))(value)
+                for name, value in zip(words[::2], words[1::2])
+            }
+        )
         assert config.n_embd == 32 and not config.flags_without_effect()
     assert tool.main(["plan", str(tmp_path), *sizes, "--variants", "memory", "--seeds", "2"]) == 0
     planned = json.loads((tmp_path / "plan.json").read_text())
@@ -84,12 +89,27 @@ def test_a_folder_takes_one_plan(capsys, tmp_path):
 
 
 def test_report_of_runs(tmp_path):
-    tool.main(f"plan {tmp_path} --n_layer 1 --n_embd 32 --head_size 16 --vocab_size 20 --ctx_len 32 --ttt_chunk 16 --epoch_samples 10 --variants rwkv7 memory --seeds 1 2".split())
+    tool.main(
+        f"plan {tmp_path} --n_layer 1 --n_embd 32 --head_size 16 --vocab_size 20 --ctx_len 32 --ttt_chunk 16 --epoch_samples 10 --variants rwkv7 memory --seeds 1 2".split()
+    )
     for name, losses in (("rwkv7-1", (4.0, 3.0)), ("rwkv7-2", (4.0, 2.0)), ("memory-1", (4.0, 1.0)), ("memory-2", (4.0, 1.0))):
         (tmp_path / name).mkdir()
-        lines = [{"step": 0, "tokens": 0, "val_loss": losses[0]}, {"step": 1, "tokens": 320, "loss": 3.5, "tokens_per_s": 10}, {"step": 1, "tokens": 320, "val_loss": losses[1]}]
+        lines = [
+            {"step": 0, "tokens": 0, "val_loss": losses[0]},
+            {"step": 1, "tokens": 320, "loss": 3.5, "tokens_per_s": 10},
+            {"step": 1, "tokens": 320, "val_loss": losses[1]},
+        ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        measured = [{"file": file, "accuracy": share, "loss": 1.0, "by_quarter": [share] * 4, "by_pairs": {"4": {"accuracy": 1.0, "loss": 0.1}, "8": {"accuracy": share, "loss": 1.0}}} for file, share in (("rwkv-init.pth", 0.1), ("rwkv-0.pth", 0.4), ("rwkv-final.pth", 0.5))]
+        measured = [
+            {
+                "file": file,
+                "accuracy": share,
+                "loss": 1.0,
+                "by_quarter": [share] * 4,
+                "by_pairs": {"4": {"accuracy": 1.0, "loss": 0.1}, "8": {"accuracy": share, "loss": 1.0}},
+            }
+            for file, share in (("rwkv-init.pth", 0.1), ("rwkv-0.pth", 0.4), ("rwkv-final.pth", 0.5))
+        ]
         (tmp_path / name / "recall.json").write_text(json.dumps({"results": measured}))
         if name != "memory-2":
             (tmp_path / name / "rwkv-final.pth").touch()
@@ -100,7 +120,9 @@ def test_report_of_runs(tmp_path):
     assert "not run: memory-2" in lines
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["runs"]["memory"]["1"]["accuracy_curve"] == [[0, 0.1], [320, 0.4], [320, 0.5]]
-    assert [line for line in lines if line.startswith("| rwkv7 | mean |")] == ["| rwkv7 | mean | 100.0% | 50.0% |"] and "| memory | 1 | 100.0% | 50.0% |" in lines
+    assert [line for line in lines if line.startswith("| rwkv7 | mean |")] == [
+        "| rwkv7 | mean | 100.0% | 50.0% |"
+    ] and "| memory | 1 | 100.0% | 50.0% |" in lines
     for name in ("accuracy", "val_loss", "by_pairs"):
         drawn = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
         assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) == 3
@@ -114,10 +136,20 @@ def test_byte_pairs_of_a_text(tmp_path):
     assert tokenizer.decode(ids) == "the théâtre, and what it never saw: 字" and 0 not in ids and tokenizer.vocab_size == 280
 
 
-@pytest.mark.parametrize("knobs, cure", [(dict(TASKS="sums"), "use corpus, recall or both"), (dict(CORPUS_TOKENS="100"), "use more tokens or a smaller MINI_EPOCHS")])
+@pytest.mark.parametrize(
+    "knobs, cure",
+    [(dict(TASKS="sums"), "use corpus, recall or both"), (dict(CORPUS_TOKENS="100"), "use more tokens or a smaller MINI_EPOCHS")],
+)
 def test_knobs_that_cannot_be_are_refused_with_the_cure(tmp_path, knobs, cure):
-    done = subprocess.run([ROOT / "bench/ablation_phantom.sh"], env=os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)} | knobs, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.endswith(f"; {cure}\n") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [ROOT / "bench/ablation_phantom.sh"],
+        env=os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)} | knobs,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.endswith(f"; {cure}\n") and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.slow

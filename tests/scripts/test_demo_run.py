@@ -21,7 +21,16 @@ STEPS = 51200 // (8 * 64)
 
 @pytest.fixture
 def checkout(tmp_path):
-    for name in ("RWKV-v7", "cuda", "train.py", "make_data.py", "requirements.txt", "constraints.txt", "pyproject.toml", *(p.name for p in ROOT.glob("demo-*.sh"))):
+    for name in (
+        "RWKV-v7",
+        "cuda",
+        "train.py",
+        "make_data.py",
+        "requirements.txt",
+        "constraints.txt",
+        "pyproject.toml",
+        *(p.name for p in ROOT.glob("demo-*.sh")),
+    ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -29,7 +38,14 @@ def checkout(tmp_path):
 
 def start(checkout):
     log = open(checkout / "log", "a")
-    return subprocess.Popen(["sh", "demo-training-run.sh"], cwd=checkout, env={**os.environ, **KNOBS}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        ["sh", "demo-training-run.sh"],
+        cwd=checkout,
+        env={**os.environ, **KNOBS},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def steps_done(checkout):
@@ -59,7 +75,11 @@ def test_interrupted_and_resumed_demo_ends_at_its_last_token(checkout):
     log = (checkout / "log").read_text()
     assert steps_done(checkout) == STEPS
     assert (checkout / "out/run/rwkv-final.pth").exists()
-    epochs = [int(line.split()[0]) for line in (checkout / "out/run/train_log.txt").read_text().splitlines() if line.split()[0].isdecimal() and len(line.split()) == 7]
+    epochs = [
+        int(line.split()[0])
+        for line in (checkout / "out/run/train_log.txt").read_text().splitlines()
+        if line.split()[0].isdecimal() and len(line.split()) == 7
+    ]
     assert epochs == list(range(len(epochs))) and len(epochs) == -(-51200 // (128 * 64))
     assert "\ndef " in log and log.count("wrote out/run/rwkv-init.pth") == 1
 

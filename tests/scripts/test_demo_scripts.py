@@ -48,7 +48,9 @@ def test_whole_way_through_a_link_and_with_cdpath(demo, shell):
         done = subprocess.run([shell, script], cwd=demo.root.parent, env=env, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
         assert "train" in [call[0] for call in demo.calls()]
-    done = subprocess.run([shell, "links/demo-training-run-v7-pile.sh"], cwd=demo.root.parent, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [shell, "links/demo-training-run-v7-pile.sh"], cwd=demo.root.parent, env=env, capture_output=True, text=True, timeout=60
+    )
     assert "cannot open" not in done.stderr and "not found" not in done.stderr
 
 
@@ -93,7 +95,10 @@ def test_train_py_takes_every_flag(demo, script, gpu):
 def test_nothing_is_said_of_flags_that_the_user_has_not_given(demo, model_type):
     """Of the size of its heads, by models that have none."""
     assert demo.run("demo-training-run.sh", MODEL_TYPE=model_type).returncode == 0
-    assert [parse_flags(TrainConfig, call[1:], "train.py").flags_without_effect() for call in demo.calls() if call[0] == "train"] == [[], []]
+    assert [parse_flags(TrainConfig, call[1:], "train.py").flags_without_effect() for call in demo.calls() if call[0] == "train"] == [
+        [],
+        [],
+    ]
 
 
 KNOBS = {
@@ -235,12 +240,17 @@ def test_failing_preparation_stops(demo):
     assert [call[0] for call in demo.calls()] == ["demo_corpus"]
 
 
-@pytest.mark.parametrize("script", ["demo-training-run.sh", "demo-training-prepare.sh", "demo-training-run-v7-pile.sh", "demo-training-prepare-v7-pile.sh"])
+@pytest.mark.parametrize(
+    "script", ["demo-training-run.sh", "demo-training-prepare.sh", "demo-training-run-v7-pile.sh", "demo-training-prepare-v7-pile.sh"]
+)
 def test_knobs_behind_the_script_are_an_error(demo, script):
     env = {"PATH": str(demo.bin), "HOME": str(demo.root)}
     done = subprocess.run(["sh", script, "N_LAYER=4"], cwd=demo.root, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and demo.calls() == []
-    assert done.stderr == f"error: {script} takes no arguments (N_LAYER=4); knobs stand before it, as in N_LAYER=4 {script}, and at the top of the scripts\n"
+    assert (
+        done.stderr
+        == f"error: {script} takes no arguments (N_LAYER=4); knobs stand before it, as in N_LAYER=4 {script}, and at the top of the scripts\n"
+    )
 
 
 @pytest.mark.parametrize("data, again", [("demo", []), ("minipile", ["download"])])  # which finds nothing left to do
@@ -342,14 +352,24 @@ def test_signals_to_the_script_reach_train_py(demo, shell, signal, status):
         "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)\n"
         "print('training', flush=True); time.sleep(30)\n"
     )
-    process = subprocess.Popen([shell, "demo-training-run.sh"], cwd=demo.root, env={"PATH": str(demo.bin)}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [shell, "demo-training-run.sh"], cwd=demo.root, env={"PATH": str(demo.bin)}, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "training\n"
     subprocess.run(["sh", "-c", f"kill -{signal} {process.pid}"], check=True)
     assert process.communicate(timeout=20)[0] == "saved\n" and process.returncode == status
 
 
 @pytest.mark.parametrize("signal, status", [("TERM", 143), ("INT", 130)])
-@pytest.mark.parametrize("data, file", [("demo", "RWKV-v7/rwkvlm/cli/demo_corpus.py"), ("demo", "make_data.py"), ("minipile", "RWKV-v7/rwkvlm/cli/download.py"), ("demo", "train.py")])
+@pytest.mark.parametrize(
+    "data, file",
+    [
+        ("demo", "RWKV-v7/rwkvlm/cli/demo_corpus.py"),
+        ("demo", "make_data.py"),
+        ("minipile", "RWKV-v7/rwkvlm/cli/download.py"),
+        ("demo", "train.py"),
+    ],
+)
 def test_signals_to_the_script_reach_the_preparation(demo, shell, data, file, signal, status):
     """It would go on alone, behind a prompt that has come back."""
     (demo.root / file).write_text(

@@ -182,7 +182,9 @@ def test_what_another_start_has_set_up_meanwhile_is_not_set_up_again(world):
     calls, lock = len(world.pip_calls()), open(world.root / ".venv.lock", "a")
     fcntl.flock(lock, fcntl.LOCK_EX)
     (world.root / ".venv").rename(world.root / "venv")
-    with subprocess.Popen(["sh", "-c", ". RWKV-v7/env.sh"], cwd=world.root, env={"PATH": str(world.bin)}, stdout=subprocess.PIPE, text=True) as second:
+    with subprocess.Popen(
+        ["sh", "-c", ". RWKV-v7/env.sh"], cwd=world.root, env={"PATH": str(world.bin)}, stdout=subprocess.PIPE, text=True
+    ) as second:
         assert second.stdout.readline().startswith("Waiting for another start")
         (world.root / "venv").rename(world.root / ".venv")
         lock.close()
@@ -219,7 +221,9 @@ def test_no_cpu_build_is_sought_where_there_is_a_gpu(world):
 def test_the_cpu_build_is_sought_where_the_gpu_is_not_wanted(world):
     world.command("nvidia-smi", GPU)
     (world.root / "web").mkdir()
-    (world.root / "web" / "sitecustomize.py").write_text("import urllib.request\nurllib.request.urlopen = lambda address, timeout: address\n")
+    (world.root / "web" / "sitecustomize.py").write_text(
+        "import urllib.request\nurllib.request.urlopen = lambda address, timeout: address\n"
+    )
     world.start("exit 0", ACCELERATOR="cpu", PYTHONPATH=str(world.root / "web"))
     assert "--index-url https://download.pytorch.org/whl/cpu" in world.pip_calls()[0]
 
@@ -250,7 +254,10 @@ def test_signals_reach_the_command_and_its_status_comes_back(world, shell, signa
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
 @pytest.mark.parametrize("bash", [["bash"], ["bash", "--posix"]], ids=" ".join)  # the latter is sh on some machines
-@pytest.mark.parametrize("moment", ["child=*) kill -TERM $$ ;;", "wait* | 'kill -0'*) [ ! -e ready ] || sleep 1 ;;", "wait*) [ -e waited ] || { : >waited; sleep 1; } ;;"])
+@pytest.mark.parametrize(
+    "moment",
+    ["child=*) kill -TERM $$ ;;", "wait* | 'kill -0'*) [ ! -e ready ] || sleep 1 ;;", "wait*) [ -e waited ] || { : >waited; sleep 1; } ;;"],
+)
 def test_signals_at_any_moment(world, bash, moment):
     """Before the shell knows the command that it has started, which went on alone then; and one that has ended before the shell waits again, whose status was lost;
     and before the shell waits first."""

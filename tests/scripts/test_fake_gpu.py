@@ -80,5 +80,22 @@ def test_a_program_on_the_fake_gpu(tmp_path, monkeypatch, program, settings):
 
 def test_kernels_of_the_package_run_on_it():
     tests = "gpu and against_float64 and relu_square"
-    ran = subprocess.run([sys.executable, RUN, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", RUN.parents[1] / "cuda" / "test_fused.py", "-k", tests], capture_output=True, text=True, timeout=900)
+    ran = subprocess.run(
+        [
+            sys.executable,
+            RUN,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            RUN.parents[1] / "cuda" / "test_fused.py",
+            "-k",
+            tests,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert ran.returncode == 0 and "6 passed" in ran.stdout, ran.stdout + ran.stderr

@@ -17,6 +17,7 @@ from rwkvlm.config import UserError
 from rwkvlm.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
+ON_PATH = {"PYTHONPATH": f"{ROOT / 'bench'}:{ROOT / 'RWKV-v7'}"}
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu
 import gpu_kernels
@@ -70,7 +71,9 @@ def over_when_it_says(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so():
-    done = subprocess.run([ROOT / "bench" / "gpu.sh", "kernels"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    done = subprocess.run(
+        [ROOT / "bench" / "gpu.sh", "kernels"], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: torch ") and line.endswith("--device cpu --small rehearses every step without one")
@@ -139,7 +142,7 @@ def test_what_is_running_ends_with_it(tmp_path, number, code):
     item = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
     runner = RUNNER.format(item=[sys.executable, "-c", item], waits=str(tmp_path / "waits"), out=str(tmp_path))
     log = tmp_path / "logs" / "step-item.log"
-    with subprocess.Popen([sys.executable, "-c", runner], env=os.environ | {"PYTHONPATH": f"{ROOT / 'bench'}:{ROOT / 'RWKV-v7'}"}) as process:
+    with subprocess.Popen([sys.executable, "-c", runner], env=os.environ | ON_PATH) as process:
         deadline = time.monotonic() + 60
         while not ((tmp_path / "waits").exists() and log.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
@@ -169,7 +172,7 @@ def items(*_):
 gpu.items_of = items
 raise SystemExit(gpu.main(["step", "--out", {str(tmp_path)!r}, "--device", "cpu"]))
 """
-    done = subprocess.run([sys.executable, "-c", starts], env=os.environ | {"PYTHONPATH": f"{ROOT / 'bench'}:{ROOT / 'RWKV-v7'}"}, timeout=60)
+    done = subprocess.run([sys.executable, "-c", starts], env=os.environ | ON_PATH, timeout=60)
     assert done.returncode == 143
     for _ in range(200):  # what has to see first that nobody is there any more
         left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(tmp_path) in content(path)]
@@ -197,11 +200,19 @@ def test_an_item_that_hangs_has_failed_and_takes_no_time_of_the_others(bench, ov
 
 def test_all_files_that_have_a_form_for_a_gpu_run_first_each_in_a_process_of_its_own():
     """Of tests/cuda: those with tests that take the device, or that need a GPU. pytest takes a file of which -k leaves nothing for a failure."""
-    files = {p.stem.removeprefix("test_") for p in (ROOT / "tests" / "cuda").glob("test_*.py") if re.search(r"^def test_\w*(_gpu\w*\(|\(.*\bdevice\b)", p.read_text(), re.M)}
+    files = {
+        p.stem.removeprefix("test_")
+        for p in (ROOT / "tests" / "cuda").glob("test_*.py")
+        if re.search(r"^def test_\w*(_gpu\w*\(|\(.*\bdevice\b)", p.read_text(), re.M)
+    }
     assert files == set(gpu.ON_GPU)
     options = type("Options", (), dict(device="cuda", small=False))
-    assert [item.command[-3:] for item in gpu.items_of("tests", options)] == [[f"tests/cuda/test_{name}.py", "-k", "gpu"] for name in gpu.ON_GPU]
-    assert {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")} == {item.name for item in gpu.items_of("others", options)}
+    assert [item.command[-3:] for item in gpu.items_of("tests", options)] == [
+        [f"tests/cuda/test_{name}.py", "-k", "gpu"] for name in gpu.ON_GPU
+    ]
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")} == {
+        item.name for item in gpu.items_of("others", options)
+    }
 
 
 def test_results_of_another_commit_are_set_aside(bench, tmp_path, capsys):
@@ -239,18 +250,23 @@ def test_the_loss_curve_of_a_run(tmp_path):
 def test_every_step_has_items_on_a_gpu_and_in_a_rehearsal():
     for arguments in ([], REHEARSAL):
         for step in gpu.STEPS:
-            options = type("Options", (), dict(device=arguments[1] if arguments else "cuda", small=bool(arguments), models="", peer=["fla=/src"], out=Path("/o")))
+            device = arguments[1] if arguments else "cuda"
+            options = SimpleNamespace(device=device, small=bool(arguments), models="", peer=["fla=/src"], out=Path("/o"))
             items = gpu.items_of(step, options)
-            assert items and all(not Path(word).suffix == ".py" or Path(ROOT, word).exists() for item in items for word in item.command), step
+            files = [word for item in items for word in item.command if word.endswith(".py")]
+            assert items and all(Path(ROOT, file).exists() for file in files), step
             assert len({item.name for item in items}) == len(items)
 
 
 def test_once_asks_for_every_kernel_that_there_is(monkeypatch, capsys):
     """What compute-sanitizer never runs it finds nothing in: each size of a head in more than one chunk, documents, one blend or six, wide rows, ROSA of tokens."""
     asked = {name: [] for name in ("wkv7", "norm_mix", "rosa_self", "rosa_tokens")}
-    for module, name in ((gpu_kernels, "wkv7"), (gpu_kernels.fused, "norm_mix"), (gpu_kernels.rosa, "rosa_self"), (gpu_kernels.rosa, "rosa_tokens")):
+    fused, rosa = gpu_kernels.fused, gpu_kernels.rosa
+    for module, name in ((gpu_kernels, "wkv7"), (fused, "norm_mix"), (rosa, "rosa_self"), (rosa, "rosa_tokens")):
         call = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *x, call=call, name=name, **options: asked[name].append((x, options)) or call(*x, **options))
+        monkeypatch.setattr(
+            module, name, lambda *x, call=call, name=name, **options: asked[name].append((x, options)) or call(*x, **options)
+        )
     assert gpu_kernels.main(["once", *REHEARSAL]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] > 100
     for packed in (False, True):
@@ -324,7 +340,13 @@ def test_a_wrong_kernel_of_ours_is_not_timed(monkeypatch, capsys):
 def test_the_step_is_checked_and_timed(capsys, monkeypatch, model):
     assert gpu_step.main([model, *REHEARSAL]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert row["tokens_per_s"] > 0 and row["mfu"] is None and row["by_kernel"] and row["errors"]["gradient"] < gpu_step.LIMIT and row["errors"]["parameter"] < row["errors"]["at most"] / 3
+    assert (
+        row["tokens_per_s"] > 0
+        and row["mfu"] is None
+        and row["by_kernel"]
+        and row["errors"]["gradient"] < gpu_step.LIMIT
+        and row["errors"]["parameter"] < row["errors"]["at most"] / 3
+    )
     monkeypatch.setattr(gpu_step, "LIMIT", 0.0)
     assert gpu_step.main([model, *REHEARSAL]) == 1
 
@@ -365,7 +387,10 @@ def test_the_step_in_graphs_is_what_is_checked(capsys, monkeypatch):
             forward = block.forward
             block.forward = lambda x, *rest, forward=forward: (forward(x, *rest)[0] * 1.5, *forward(x, *rest)[1:])
 
-    for flags, said in (["--graphs"], "--graphs needs a GPU"), (["--compile", "reduce-overhead", "--grad_cp", "1"], "training refuses it with --grad_cp 1"):
+    for flags, said in (
+        (["--graphs"], "--graphs needs a GPU"),
+        (["--compile", "reduce-overhead", "--grad_cp", "1"], "training refuses it with --grad_cp 1"),
+    ):
         with pytest.raises(SystemExit):
             gpu_step.main(["L1-D64x2x32", *REHEARSAL, *flags])
         assert said in capsys.readouterr().err
@@ -373,8 +398,9 @@ def test_the_step_in_graphs_is_what_is_checked(capsys, monkeypatch):
     options = type("Options", (), dict(device="cpu", graphs=True, compile="", grad_cp=1, small=True, rosa_grad="flip"))
     assert gpu_step.errors("L", "", options)["gradient"] > gpu_step.LIMIT and asked == [(2, 100, True)]
     items = gpu.items_of("step", type("Options", (), dict(device="cuda", small=False, models="")))
-    assert [item.command[2:] for item in items if item.name == "P12-D768x16x512 graphs"] == [["P12-D768x16x512", "--device", "cuda", "--graphs"]]
-    assert [item.command[2:] for item in items if item.name == "X12-D768x16x512 rosa_grad none"] == [["X12-D768x16x512", "--device", "cuda", "--rosa_grad", "none"]]
+    commands = {item.name: item.command[2:] for item in items}
+    assert commands["P12-D768x16x512 graphs"] == ["P12-D768x16x512", "--device", "cuda", "--graphs"]
+    assert commands["X12-D768x16x512 rosa_grad none"] == ["X12-D768x16x512", "--device", "cuda", "--rosa_grad", "none"]
 
 
 def test_a_kernel_counts_once_and_not_for_its_operator_too():
@@ -385,7 +411,13 @@ def test_a_kernel_counts_once_and_not_for_its_operator_too():
             self.key, self.self_device_time_total, self.device_type, self.is_user_annotation, self.count = key, us, kind, annotation, 2
 
     CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
-    events = [Event("aten::mm", 3000, CPU), Event("gemm", 3000, CUDA), Event("small", 500, CUDA), Event("step", 9000, CUDA, True), Event("none", 0, CUDA)]
+    events = [
+        Event("aten::mm", 3000, CPU),
+        Event("gemm", 3000, CUDA),
+        Event("small", 500, CUDA),
+        Event("step", 9000, CUDA, True),
+        Event("none", 0, CUDA),
+    ]
     found = gpu_step.times_by_kernel(events, "cuda", 25)
     assert found["kernels_ms"] == 3.5 and found["launches"] == 6
     assert found["by_kernel"] == [{"ms": 3.0, "calls": 2, "name": "gemm"}, {"ms": 0.5, "calls": 2, "name": "small"}]
@@ -405,10 +437,15 @@ def test_the_recipe_without_the_scripts_has_their_knobs(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     script = (ROOT / "demo-training-run.sh").read_text()
     used = dict(re.findall(r'--(\w+) "\$(\w+)"', script))
-    used = {flag: knob for flag, knob in used.items() if flag not in {"wandb", "proj_dir", "data_file", "vocab_size", "num_nodes", "accelerator", "devices", "prompt"}}
-    assert used == {flag: knob for flag, knob in gpu_train.FLAGS.items() if flag != "random_seed"} and '--warmup_steps 10' in script
+    used = {
+        flag: knob
+        for flag, knob in used.items()
+        if flag not in {"wandb", "proj_dir", "data_file", "vocab_size", "num_nodes", "accelerator", "devices", "prompt"}
+    }
+    assert used == {flag: knob for flag, knob in gpu_train.FLAGS.items() if flag != "random_seed"} and "--warmup_steps 10" in script
     on_gpu, on_cpu = gpu_train.knobs(True), gpu_train.knobs(False)
-    assert (on_gpu["N_LAYER"], on_gpu["M_BSZ"], on_gpu["LR_INIT"], on_gpu["PRECISION"], on_gpu["EXIT_TOKENS"], on_gpu["STRATEGY"]) == ("12", "16", "6e-4", "bf16", "0", "auto")
+    expected = dict(N_LAYER="12", M_BSZ="16", LR_INIT="6e-4", PRECISION="bf16", EXIT_TOKENS="0", STRATEGY="auto")
+    assert on_gpu.items() >= expected.items()
     assert (on_cpu["N_LAYER"], on_cpu["EXIT_TOKENS"], on_cpu["KERNEL"]) == ("6", "1000000", "")
     assert not any("$" in found[knob] for found in (on_gpu, on_cpu) for knob in gpu_train.FLAGS.values())
     monkeypatch.setenv("M_BSZ", "32")
@@ -453,11 +490,11 @@ def test_a_minipile_run_is_stopped_when_its_losses_are_there(tmp_path):
     assert time.monotonic() - begin < 30 and len(minipile_losses.losses(tmp_path)) >= 3
 
 
-@pytest.mark.parametrize("run", [[], ["--model", "x080"], ["--model", "x040"], ["--strategy", "auto"], ["--strategy", "deepspeed_stage_2"]], ids=" ".join)
+@pytest.mark.parametrize("run", ["", "--model x080", "--model x040", "--strategy auto", "--strategy deepspeed_stage_2"])
 def test_what_a_step_costs_the_host(run):
     """In a process of its own, where CPU tensors go the way of a GPU's."""
-    command = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--layers", "1", "--steps", "3", *run]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT / "RWKV-v7")})
+    command = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--layers", "1", "--steps", "3", *run.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ON_PATH)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["layers"] == 1 and min(found["ms"].values()) > 0

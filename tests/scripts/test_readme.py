@@ -141,7 +141,9 @@ def test_knobs_are_those_of_the_scripts():
     named = {knob for row in re.findall(r"^\| (`.*?) \|", table, re.M) for knob in re.findall(r"`(\w+)`", row)}
     knobs = set(re.findall(r"^knob (\w+)", SCRIPTS, re.M)) | {"PROJ_DIR", "ACCELERATOR", "PYTHON", "TORCH_INDEX_URL"}
     assert knobs <= named
-    defaults = {words[1]: words[2:4] for words in (shlex.split(line, comments=True) for line in SCRIPTS.splitlines() if line.startswith("knob "))}
+    defaults = {
+        words[1]: words[2:4] for words in (shlex.split(line, comments=True) for line in SCRIPTS.splitlines() if line.startswith("knob "))
+    }
     for row in re.findall(r"^\| (`.*)$", table, re.M):
         names, cpu, gpu = (cell.strip() for cell in row.split("|")[:3])
         gpu = cpu if gpu == "the same" else gpu

@@ -39,11 +39,19 @@ def test_the_mixture_is_pairs_and_rounds_of_questions():
     task = recall.Task(pairs=16, keys=20, values=5)
     assert [part.pairs for part in recall.levels(task)] == [16, 8, 4] and [part.pairs for part in recall.levels(TASK)] == [6]
     tokens = recall.mixture(task, 1, 300)
-    assert tokens.shape == (300, 64) and np.array_equal(recall.mixture(task, 1, 3), tokens[:3]) and not np.array_equal(recall.mixture(task, 2, 3), tokens[:3])
+    assert (
+        tokens.shape == (300, 64)
+        and np.array_equal(recall.mixture(task, 1, 3), tokens[:3])
+        and not np.array_equal(recall.mixture(task, 2, 3), tokens[:3])
+    )
 
     def holds(row, pairs):  # pairs of different keys, then the same again and again, each time in another order
         first, *rounds = [[*map(tuple, part)] for part in row.reshape(-1, pairs, 2).tolist()]
-        return len({key for key, _ in first}) == pairs and all(sorted(part) == sorted(first) for part in rounds) and (pairs == 16 or len({*map(tuple, rounds)}) > 1)
+        return (
+            len({key for key, _ in first}) == pairs
+            and all(sorted(part) == sorted(first) for part in rounds)
+            and (pairs == 16 or len({*map(tuple, rounds)}) > 1)
+        )
 
     kinds = [[pairs for pairs in (16, 8, 4) if holds(row, pairs)] for row in tokens]
     assert all(len(kind) == 1 for kind in kinds)
@@ -58,7 +66,26 @@ def test_tasks_that_cannot_be(sizes, capsys, tmp_path):
 
 
 def test_data_are_written_where_there_is_no_folder_yet(tmp_path):
-    assert recall.main(["make", "--seed", "1", "--samples", "3", "--pairs", "6", "--keys", "9", "--values", "4", "--out", str(tmp_path / "new" / "x.npy")]) == 0
+    assert (
+        recall.main(
+            [
+                "make",
+                "--seed",
+                "1",
+                "--samples",
+                "3",
+                "--pairs",
+                "6",
+                "--keys",
+                "9",
+                "--values",
+                "4",
+                "--out",
+                str(tmp_path / "new" / "x.npy"),
+            ]
+        )
+        == 0
+    )
     assert np.load(tmp_path / "new" / "x.npy").shape == (3 * TASK.length,)
 
 
@@ -82,7 +109,10 @@ class Oracle:
 
 
 def test_accuracy_counts_the_answers_alone():
-    perfect, half = recall.answers(Oracle(lambda place: False), TASK, 50), recall.answers(Oracle(lambda place: place < 3), TASK, 50, batch=7)
+    perfect, half = (
+        recall.answers(Oracle(lambda place: False), TASK, 50),
+        recall.answers(Oracle(lambda place: place < 3), TASK, 50, batch=7),
+    )
     assert perfect["accuracy"] == 1 and perfect["loss"] < 1e-6 and perfect["by_quarter"] == [1, 1, 1, 1]
     assert half["accuracy"] == 0.5 and half["loss"] == pytest.approx(25, abs=0.1)
     assert half["by_quarter"] == [0, 0, 1, 1]  # places 0 1, 2, 3 4, 5
@@ -92,4 +122,8 @@ def test_every_number_of_pairs_is_measured():
     task = recall.Task(pairs=8, keys=9, values=4)
     found = recall.by_pairs(Oracle(lambda place: place >= 6), task, 40)
     assert {pairs: part["accuracy"] for pairs, part in found["by_pairs"].items()} == {"4": 1, "8": 0.75}
-    assert found["accuracy"] == 0.75 and found["loss"] == found["by_pairs"]["8"]["loss"] > found["by_pairs"]["4"]["loss"] and found["sequences"] == 40
+    assert (
+        found["accuracy"] == 0.75
+        and found["loss"] == found["by_pairs"]["8"]["loss"] > found["by_pairs"]["4"]["loss"]
+        and found["sequences"] == 40
+    )

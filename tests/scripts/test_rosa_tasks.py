@@ -81,7 +81,9 @@ def test_while_it_trains_the_numbers_of_a_batch_are_as_long_and_become_longer(do
 
 def test_long_tasks_run_by_their_names_alone(monkeypatch, tmp_path):
     found = []
-    monkeypatch.setattr(rosa_tasks, "run", lambda name, *_: found.append(name) or dict(figure="loss", loss=0.0, bar=1.0, met=True, seconds=0.0))
+    monkeypatch.setattr(
+        rosa_tasks, "run", lambda name, *_: found.append(name) or dict(figure="loss", loss=0.0, bar=1.0, met=True, seconds=0.0)
+    )
     assert rosa_tasks.main(["--out", str(tmp_path / "r.json")]) == rosa_tasks.main(["--out", str(tmp_path / "r.json"), "reverse"]) == 0
     assert "copy" in found and found.count("reverse") == 1 and found[-1] == "reverse"
 
@@ -89,7 +91,9 @@ def test_long_tasks_run_by_their_names_alone(monkeypatch, tmp_path):
 def test_frozen_is_what_it_says():
     model = rosa_tasks.language_model(16, 0, apart=True, frozen=True)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {f"blocks.0.rosa.{name}" for name in ("x_q", "x_k", "x_v", *(f"{c}.{part}" for c in "qkv" for part in ("weight", "bias")))}
+    assert frozen == {
+        f"blocks.0.rosa.{name}" for name in ("x_q", "x_k", "x_v", *(f"{c}.{part}" for c in "qkv" for part in ("weight", "bias")))
+    }
 
 
 @needs_kernel
@@ -114,7 +118,11 @@ def test_left_as_such_bits_begin_it_does_not_come_near():
 @needs_kernel
 def test_what_is_gradual_begins_with_short_numbers(monkeypatch):
     asked = []
-    monkeypatch.setitem(rosa_tasks.TASKS, "reverse", rosa_tasks.TASKS["reverse"]._replace(draw=lambda B, rng, *done: asked.append(done) or rosa_tasks.reverse(B, rng, 0.0, 4)))
+    monkeypatch.setitem(
+        rosa_tasks.TASKS,
+        "reverse",
+        rosa_tasks.TASKS["reverse"]._replace(draw=lambda B, rng, *done: asked.append(done) or rosa_tasks.reverse(B, rng, 0.0, 4)),
+    )
     found = rosa_tasks.run("reverse", 1, steps=4)
     assert asked == [(0.0,), (0.25,), (0.5,), (0.75,), ()] and found["parameters"] == 39072, found
 

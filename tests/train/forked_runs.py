@@ -86,5 +86,14 @@ if __name__ == "__main__":
             forget(Path(job["flags"]["proj_dir"]), job["forget"], batch=4)
             results.append({"codes": [0, 0], "said": ""})
         else:
-            results.append(train(job["flags"], file.with_name("log"), job.get("nan_in", []), job.get("terminate"), job.get("validating", 0), job.get("tape", 0)))
+            results.append(
+                train(
+                    job["flags"],
+                    file.with_name("log"),
+                    job.get("nan_in", []),
+                    job.get("terminate"),
+                    job.get("validating", 0),
+                    job.get("tape", 0),
+                )
+            )
     file.with_name("results.json").write_text(json.dumps(results))

@@ -75,22 +75,39 @@ class Module(pl.LightningModule):
             step = self.first + (batch_idx + 1) // self.config.accumulate_grad_batches
             if step in self.job.get("save_at", ()):
                 ledger.publish_weights(self.config.proj_dir, "rwkv-0.pth", gather.full_weights(self.net))
-                state.write(self.config.proj_dir, step, state.capture(self.net, self.trainer.strategy.optimizers[0]), {"steps": step}, self.config.keep_last)
+                state.write(
+                    self.config.proj_dir,
+                    step,
+                    state.capture(self.net, self.trainer.strategy.optimizers[0]),
+                    {"steps": step},
+                    self.config.keep_last,
+                )
 
 
 def run(job: dict) -> dict:
     own = ("steps", "save_at", "resume", "noise", "freeze")
-    config = TrainConfig(accelerator="cpu", lr_init=1e-2, weight_decay=0.1, ds_bucket_mb=1,
-                         **{k: v for k, v in job.items() if k not in own})
+    config = TrainConfig(
+        accelerator="cpu", lr_init=1e-2, weight_decay=0.1, ds_bucket_mb=1, **{k: v for k, v in job.items() if k not in own}
+    )
     torch.manual_seed(100 + ranks.rank())
     module = Module(config, job)
     strategy = make_strategy(config)
     where = launch(config)
     trainer = pl.Trainer(
-        accelerator=where.accelerator, devices=where.devices, num_nodes=where.num_nodes, strategy=strategy,
-        precision=lightning_precision(config), gradient_clip_val=config.grad_clip, max_steps=job["steps"], max_epochs=1,
-        accumulate_grad_batches=config.accumulate_grad_batches, use_distributed_sampler=False, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator=where.accelerator,
+        devices=where.devices,
+        num_nodes=where.num_nodes,
+        strategy=strategy,
+        precision=lightning_precision(config),
+        gradient_clip_val=config.grad_clip,
+        max_steps=job["steps"],
+        max_epochs=1,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(module, torch.utils.data.DataLoader(torch.arange(10_000), batch_size=None))
     numbers = hashlib.sha256()

@@ -91,7 +91,10 @@ def regular_file(folder: Path) -> Path:
 CASES = {
     "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
     "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
-    "a text as data": (text, "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one of a .jsonl, .txt or .parquet: then give {folder}/my"),
+    "a text as data": (
+        text,
+        "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one of a .jsonl, .txt or .parquet: then give {folder}/my",
+    ),
     "the .bin as data": (lambda d, f: dict(data_file=f"{d}.bin"), "tiny.bin.idx does not exist; give {data}, without .bin"),
     "truncated .bin": (truncated, "data.bin is truncated:"),
     "truncated .idx": (cut_index, "copy or make it again"),
@@ -111,20 +114,31 @@ CASES = {
     "magic_prime of another ctx_len, at stage 1": (lambda d, f: dict(magic_prime=1249, train_stage=1), "reads past the end of the data"),
     "missing val_file": (lambda d, f: dict(val_file=f / "held"), "held.idx does not exist"),
     "nameless val_file": (lambda d, f: dict(val_file=",,"), "--val_file ',,' has an empty name in it"),
-    "weighed val_file": (lambda d, f: dict(val_file=f"{d}:0.5"), "held-out files are read one after the other, and have no weights; leave them out"),
+    "weighed val_file": (
+        lambda d, f: dict(val_file=f"{d}:0.5"),
+        "held-out files are read one after the other, and have no weights; leave them out",
+    ),
     "truncated val_file": (mismatched_val, "is truncated"),
     "missing load_model": (lambda d, f: NEW | dict(load_model=f / "none.pth"), "none.pth does not exist"),
     "broken load_model": (lambda d, f: NEW | dict(load_model=broken_file(f)), "is truncated or not a PyTorch weights file"),
     "load_model is no model": (lambda d, f: NEW | dict(load_model=d + ".bin"), "is truncated or not a PyTorch weights file"),
     "checkpoint of another width": (lambda d, f: NEW | dict(load_model=weights(f)), "--n_embd 64, but"),
-    "checkpoint of another depth": (lambda d, f: NEW | dict(load_model=weights(f), n_embd=32, head_size=16, n_layer=3), "or add --load_partial 1, which begins the blocks above anew"),
-    "checkpoint of another vocabulary": (lambda d, f: NEW | dict(load_model=weights(f, vocab_size=300), n_embd=32, head_size=16), "has 300; leave --vocab_size out"),
+    "checkpoint of another depth": (
+        lambda d, f: NEW | dict(load_model=weights(f), n_embd=32, head_size=16, n_layer=3),
+        "or add --load_partial 1, which begins the blocks above anew",
+    ),
+    "checkpoint of another vocabulary": (
+        lambda d, f: NEW | dict(load_model=weights(f, vocab_size=300), n_embd=32, head_size=16),
+        "has 300; leave --vocab_size out",
+    ),
     "checkpoint lacks a tensor": (
         lambda d, f: NEW | dict(load_model=without(f, "blocks.1.ln1.weight"), n_embd=32, head_size=16),
         "the checkpoint lacks blocks.1.ln1.weight (1 missing in all); use --load_partial 1",
     ),
     "RWKV-7 for a Phantom lacks a matrix": (
-        lambda d, f: NEW | dict(load_model=without(f, "blocks.1.att.key.weight"), n_embd=32, head_size=16, my_testing="phantom", ttt_enabled=0),
+        lambda d, f: (
+            NEW | dict(load_model=without(f, "blocks.1.att.key.weight"), n_embd=32, head_size=16, my_testing="phantom", ttt_enabled=0)
+        ),
         "the checkpoint lacks blocks.1.att.key.order (3 missing in all); use --load_partial 1",
     ),
     "checkpoint in proj_dir of another width": (lambda d, f: held(f, "rwkv-3.pth") | dict(n_embd=64), "--n_embd 64, but"),
@@ -133,28 +147,57 @@ CASES = {
     "unknown precision": (lambda d, f: dict(precision="8"), "choose one of: auto, fp32, tf32, fp16, bf16"),
     "fp16 on a CPU": (lambda d, f: dict(precision="fp16"), "--precision fp16 needs a GPU"),
     "CUDA graphs on a CPU": (lambda d, f: dict(cuda_graphs=1), "--cuda_graphs 1 needs a GPU; leave --cuda_graphs out"),
-    "compiled CUDA graphs and micro batches": (lambda d, f: dict(cuda_graphs=1, compile=1, kernel="auto", accumulate_grad_batches=2, micro_bsz=2), "use --accumulate_grad_batches 1, or leave --compile out"),
-    "compiled CUDA graphs and recomputing": (lambda d, f: dict(cuda_graphs=1, compile=1, kernel="auto", grad_cp=1), "use --grad_cp 0, or leave --compile out"),
-    "CUDA graphs and documents": (lambda d, f: dict(cuda_graphs=1, doc_reset=1), "with --doc_reset 1 they differ; leave one of the two out"),
+    "compiled CUDA graphs and micro batches": (
+        lambda d, f: dict(cuda_graphs=1, compile=1, kernel="auto", accumulate_grad_batches=2, micro_bsz=2),
+        "use --accumulate_grad_batches 1, or leave --compile out",
+    ),
+    "compiled CUDA graphs and recomputing": (
+        lambda d, f: dict(cuda_graphs=1, compile=1, kernel="auto", grad_cp=1),
+        "use --grad_cp 0, or leave --compile out",
+    ),
+    "CUDA graphs and documents": (
+        lambda d, f: dict(cuda_graphs=1, doc_reset=1),
+        "with --doc_reset 1 they differ; leave one of the two out",
+    ),
     "a timeout beyond all clocks": (lambda d, f: dict(dist_timeout=1e12), "--dist_timeout 1e+12 must be above 0 and at most 1e8 seconds"),
-    "CUDA graphs and ZeRO-3": (lambda d, f: dict(cuda_graphs=1, strategy="deepspeed_stage_3"), "use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"),
-    "CUDA graphs and dropout": (lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, dropout=0.1), "use --dropout 0, or leave --cuda_graphs out"),
-    "CUDA graphs and the meta loss": (lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, ttt_meta=1), "use --ttt_meta 0, or leave --cuda_graphs out"),
+    "CUDA graphs and ZeRO-3": (
+        lambda d, f: dict(cuda_graphs=1, strategy="deepspeed_stage_3"),
+        "use deepspeed_stage_2 or ddp, or leave --cuda_graphs out",
+    ),
+    "CUDA graphs and dropout": (
+        lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, dropout=0.1),
+        "use --dropout 0, or leave --cuda_graphs out",
+    ),
+    "CUDA graphs and the meta loss": (
+        lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, ttt_meta=1),
+        "use --ttt_meta 0, or leave --cuda_graphs out",
+    ),
     "CUDA graphs and passes": (
-        lambda d, f: dict(cuda_graphs=1, my_testing="phantom", ttt_chunk=16, max_depth_iter=2, precision="bf16", accumulate_grad_batches=2, micro_bsz=2),
+        lambda d, f: dict(
+            cuda_graphs=1, my_testing="phantom", ttt_chunk=16, max_depth_iter=2, precision="bf16", accumulate_grad_batches=2, micro_bsz=2
+        ),
         "use --accumulate_grad_batches 1, or leave --cuda_graphs out",
     ),
     "CUDA graphs 2": (lambda d, f: dict(cuda_graphs=2), "--cuda_graphs 2 is not known; use 0, 1, or -1 (where it helps)"),
     "kernel that cannot run": (lambda d, f: dict(kernel="cuda"), "--kernel cuda: "),
     "width and head size": (lambda d, f: dict(n_embd=80), "--n_embd 80 is not a multiple of --head_size 32"),
-    "documents of data without any": (lambda d, f: dict(data_file=f"{d}.bin", data_type="bytes", doc_reset=1), "tiny.bin does not say where documents begin; use --data_type binidx"),
+    "documents of data without any": (
+        lambda d, f: dict(data_file=f"{d}.bin", data_type="bytes", doc_reset=1),
+        "tiny.bin does not say where documents begin; use --data_type binidx",
+    ),
     "dim_att": (lambda d, f: dict(dim_att=32), "--dim_att 32 differs from --n_embd 64"),
     "proj_dir below a file": (lambda d, f: dict(proj_dir=regular_file(f) / "out"), "cannot be written: "),
     "proj_dir is a file": (lambda d, f: dict(proj_dir=regular_file(f)), "cannot be written: "),
     "stage 1 over a run": (lambda d, f: held(f, "rwkv-3.pth") | dict(train_stage=1), "would overwrite the run in"),
     "stage 0 over a run": (lambda d, f: held(f, "rwkv-3.pth") | NEW, "continue it with --train_stage 3"),
-    "stage 0 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | NEW, "(it holds rwkv-final.pth: it is finished); train it longer with --train_stage 3 and a larger"),
-    "stage 1 over a finished run": (lambda d, f: held(f, "rwkv-final.pth") | dict(train_stage=1), "(it holds rwkv-final.pth: it is finished); train it"),
+    "stage 0 over a finished run": (
+        lambda d, f: held(f, "rwkv-final.pth") | NEW,
+        "(it holds rwkv-final.pth: it is finished); train it longer with --train_stage 3 and a larger",
+    ),
+    "stage 1 over a finished run": (
+        lambda d, f: held(f, "rwkv-final.pth") | dict(train_stage=1),
+        "(it holds rwkv-final.pth: it is finished); train it",
+    ),
 }
 
 
@@ -176,7 +219,10 @@ def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
 def test_deepspeed_where_there_is_none(run, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert run(tmp_path / "out", strategy="deepspeed_stage_2") == 2
-    assert capfd.readouterr() == ("", f"error: --strategy deepspeed_stage_2: deepspeed is not installed; run: {sys.executable} -m pip install deepspeed, or use --strategy ddp or auto\n")
+    assert capfd.readouterr() == (
+        "",
+        f"error: --strategy deepspeed_stage_2: deepspeed is not installed; run: {sys.executable} -m pip install deepspeed, or use --strategy ddp or auto\n",
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -222,4 +268,7 @@ def test_flags_without_effect_are_one_line_each(run, tmp_path, capfd):
 def test_flags_of_validation_without_held_out_data_have_no_effect(run, tmp_path, capfd):
     assert run(tmp_path / "out", data_file=copied(run.data, tmp_path), max_steps=1, val_every=1) == 0
     err = capfd.readouterr().err
-    assert f"--val_every 1 has no effect: nothing is held out; give --val_file, or put {tmp_path}/data.val beside the data" in err and err.count("has no effect") == 2
+    assert (
+        f"--val_every 1 has no effect: nothing is held out; give --val_file, or put {tmp_path}/data.val beside the data" in err
+        and err.count("has no effect") == 2
+    )

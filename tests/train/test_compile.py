@@ -164,7 +164,9 @@ def check(kernel="cpu", model=ModelConfig(n_layer=2, n_embd=64), strategy="auto"
 
 def test_where_it_is_refused(monkeypatch):
     def broken(function, **how):
-        raise RuntimeError("backend='inductor' raised:\nCppCompileError: C++ compile error\nfatal error: Python.h: No such file or directory")
+        raise RuntimeError(
+            "backend='inductor' raised:\nCppCompileError: C++ compile error\nfatal error: Python.h: No such file or directory"
+        )
 
     refusals = [
         (dict(strategy="deepspeed_stage_3"), "--strategy deepspeed_stage_3.*; use deepspeed_stage_2 or ddp, or leave --compile out"),
@@ -181,11 +183,16 @@ def test_where_it_is_refused(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch, "compile", broken)
     if available("wkv7")[0]:
-        with pytest.raises(UserError, match="fatal error: Python.h: No such file or directory; it needs g.. and Python's headers .apt-get install g.. python3-dev.; or leave --compile out") as caught:
+        with pytest.raises(
+            UserError,
+            match="fatal error: Python.h: No such file or directory; it needs g.. and Python's headers .apt-get install g.. python3-dev.; or leave --compile out",
+        ) as caught:
             check()
         assert "\n" not in str(caught.value)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="no C.. compiler .no-such-compiler is not on the PATH.; install g.. or set CXX; or leave --compile out"):
+    with pytest.raises(
+        UserError, match="no C.. compiler .no-such-compiler is not on the PATH.; install g.. or set CXX; or leave --compile out"
+    ):
         check()
     gpu = torch.device("cuda")  # where nothing is tried
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
@@ -200,6 +207,16 @@ def test_where_it_is_refused(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_compiler_says_so_before_the_run_begins(tiny, tmp_path):
     argv = tiny.argv(tmp_path / "out", compile=1, kernel="")
-    done = subprocess.run([sys.executable, "-m", "rwkvlm", "train", *argv], env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.splitlines()[-1].startswith("error: --compile 1: torch.compile does not work here: no C++ compiler")
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkvlm", "train", *argv],
+        env=os.environ | {"CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.splitlines()[-1].startswith("error: --compile 1: torch.compile does not work here: no C++ compiler")
+    )
     assert not list((tmp_path / "out").glob("*.pth"))

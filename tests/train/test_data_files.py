@@ -32,7 +32,9 @@ def test_a_mixture_resumes_to_the_same_losses(run, mixed, losses, tmp_path, capf
     told = capfd.readouterr().out
     a, b = (piece.rpartition(":")[0] for piece in mixed.split(","))
     lines = told[told.index("data  ") :].splitlines()
-    assert lines[0].startswith(f"data      {a}: 70% of the samples, 0.125 passes, 9,000 tokens, token ids ") and lines[0].endswith(" (all checked),")
+    assert lines[0].startswith(f"data      {a}: 70% of the samples, 0.125 passes, 9,000 tokens, token ids ") and lines[0].endswith(
+        " (all checked),"
+    )
     assert lines[1].startswith(f"          {b}: 30% of the samples, 0.0454 passes, 11,000 tokens, token ids ")
     assert f"held out {a}.val, {b}.val" in told and "586 chunks of 32 tokens, mini-epochs" in told
     settings = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "parts", data_file=mixed), "train.py")).settings()
@@ -43,7 +45,11 @@ def test_a_mixture_resumes_to_the_same_losses(run, mixed, losses, tmp_path, capf
     capfd.readouterr()
     assert run(tmp_path / "parts", data_file=mixed.replace("0.7", "0.6")) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and f"--data_file {mixed.replace('0.7', '0.6')} means 269 chunks x 2/3, 317 chunks x 1/3, but" in err and "use the data of that run" in err
+    assert (
+        err.count("\n") == 1
+        and f"--data_file {mixed.replace('0.7', '0.6')} means 269 chunks x 2/3, 317 chunks x 1/3, but" in err
+        and "use the data of that run" in err
+    )
     assert run(tmp_path / "parts", data_file=a) == 2
     assert f"--data_file {a} means magic_prime 269, but" in capfd.readouterr().err
 
@@ -53,13 +59,25 @@ def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, monkey
     rng = random.Random(0)
     (tmp_path / "text.txt").write_text("".join(rng.choice(["der ", "die ", "das ", "größte ", "→\n"]) for _ in range(3000)))
     (tmp_path / "val.txt").write_text("der größte→\n" * 20)
-    flags = dict(data_file=tmp_path / "text.txt", data_type=data_type, val_file=tmp_path / "val.txt", vocab_size=None, my_exit_tokens=8 * 128, n_embd=32)
+    flags = dict(
+        data_file=tmp_path / "text.txt",
+        data_type=data_type,
+        val_file=tmp_path / "val.txt",
+        vocab_size=None,
+        my_exit_tokens=8 * 128,
+        n_embd=32,
+    )
     assert run(tmp_path / "out", **flags) == 0
     vocabulary = 1 + len(set((tmp_path / "text.txt").read_text())) if data_type == "utf-8" else 256
     told = capfd.readouterr().out
     assert f"vocabulary {vocabulary}, " in told and f"held out {tmp_path}/val.txt" in told and records(tmp_path / "out", "val_loss")
     model, tokenizer = str(tmp_path / "out" / "rwkv-final.pth"), str(tmp_path / "out" / "tokenizer.json")
-    assert main(["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
+    assert (
+        main(
+            ["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ", "--length", "5", "--seed", "1", "--device", "cpu"]
+        )
+        == 0
+    )
     told = capfd.readouterr()
     assert told.out.startswith("größ") and "does not know" not in told.err
     assert main(["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ€", "--length", "5", "--device", "cpu"]) == 0
@@ -67,7 +85,9 @@ def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, monkey
     monkeypatch.setattr("sys.stdin", io.StringIO("größ\ndas €\n"))
     assert main(["chat", "--model", model, "--tokenizer", tokenizer, "--length", "5", "--device", "cpu", "--system", "die €"]) == 0
     misread = [line for line in capfd.readouterr().err.splitlines() if "does not know" in line]
-    assert misread == [f"[the tokenizer does not know all of this: the model reads {read!r}]" for read in ("die", "das")] * (data_type == "utf-8")
+    assert misread == [f"[the tokenizer does not know all of this: the model reads {read!r}]" for read in ("die", "das")] * (
+        data_type == "utf-8"
+    )
 
 
 def test_other_characters_are_not_mixed_into_a_run(run, tmp_path, capfd):
@@ -78,7 +98,10 @@ def test_other_characters_are_not_mixed_into_a_run(run, tmp_path, capfd):
     assert run(tmp_path / "out", **flags) == 0
     text.write_text(text.read_text().replace("d", "x"))
     assert run(tmp_path / "out", **flags | dict(my_exit_tokens=9 * 128)) == 2
-    assert f"text.txt has other characters than {tmp_path}/out/tokenizer.json, with which this run began; use another --proj_dir" in capfd.readouterr().err
+    assert (
+        f"text.txt has other characters than {tmp_path}/out/tokenizer.json, with which this run began; use another --proj_dir"
+        in capfd.readouterr().err
+    )
 
 
 def test_numpy_gives_the_run_of_the_same_tokens(run, data, losses, whole, tmp_path):
@@ -131,7 +154,9 @@ def test_each_file_of_a_mixture_is_known_by_what_it_holds(run, data, tmp_path, c
     assert run(tmp_path / "out", data_file=f"{a},{b}", max_steps=1) == 0
     capfd.readouterr()
     assert run(tmp_path / "out", data_file=f"{b},{a}") == 2
-    assert f"--data_file: {b} does not hold the tokens that {tmp_path}/out/state/step1 was trained with (then {a}): " in capfd.readouterr().err
+    assert (
+        f"--data_file: {b} does not hold the tokens that {tmp_path}/out/state/step1 was trained with (then {a}): " in capfd.readouterr().err
+    )
     assert run(tmp_path / "out", data_file=f"{a},{b}", max_steps=1) == 0
 
 
@@ -142,4 +167,7 @@ def test_other_ends_of_documents_count_where_the_model_begins_anew_with_each(run
     assert run(tmp_path / "out", data_file=tmp_path / "one", max_steps=1) == 0, "nothing depends on them"
     capfd.readouterr()
     assert run(tmp_path / "out", doc_reset=1, kernel="torch") == 2
-    assert f"{data} divides its tokens into 20 documents, and {tmp_path}/out/state/step2 was trained with 1 (then {tmp_path}/one): " in capfd.readouterr().err
+    assert (
+        f"{data} divides its tokens into 20 documents, and {tmp_path}/out/state/step2 was trained with 1 (then {tmp_path}/one): "
+        in capfd.readouterr().err
+    )

@@ -33,7 +33,12 @@ def test_tokens_a_second_are_those_of_the_steps_between_two_looks(clock, monkeyp
     monkeypatch.setattr(measuring, "peak_flops", lambda device: 1e9)
     seen, closed = [], []
     log = SimpleNamespace(step=seen.append, validation=lambda record: None, mini_epoch=lambda *told: closed.append(told))
-    plan = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(ctx_len=100), schedule=SimpleNamespace(tokens_per_step=1000), start=SimpleNamespace(model=SIZES))
+    plan = SimpleNamespace(
+        device=torch.device("cpu"),
+        config=SimpleNamespace(ctx_len=100),
+        schedule=SimpleNamespace(tokens_per_step=1000),
+        start=SimpleNamespace(model=SIZES),
+    )
     position = Position(samples=70)
     meter = Meter(plan, position, SimpleNamespace(guarded=False, judge=lambda *_: {}), ["emb"], [log])
 
@@ -85,7 +90,9 @@ def test_validation_reads_the_same_samples_for_any_number_of_devices(monkeypatch
     plan = SimpleNamespace(held_out=HeldOut(samples), config=SimpleNamespace(micro_bsz=4, val_batches=3, val_every=0, dist_timeout=60))
     monkeypatch.setattr(validating.dist, "all_reduce", lambda total: None)
     total, read, ended = 0.0, [], []
-    monkeypatch.setattr(validating, "Agreement", lambda timeout: SimpleNamespace(exchange=lambda *wishes: wishes, finish=lambda: ended.append(timeout)))
+    monkeypatch.setattr(
+        validating, "Agreement", lambda timeout: SimpleNamespace(exchange=lambda *wishes: wishes, finish=lambda: ended.append(timeout))
+    )
     for rank in range(world):
         model, passes = torch.nn.Dropout().train(), []
 
@@ -141,7 +148,9 @@ def test_what_is_not_written_ends_the_run_only_where_it_was_the_last(saver, monk
     monkeypatch.setattr(saving, "publish_weights", full)
     made.save(["rwkv-0.pth"], state=False, last=False)
     made.wait()
-    assert capsys.readouterr().err == "cannot write rwkv-0.pth: No space left on device; training goes on, and older files are as they were\n"
+    assert (
+        capsys.readouterr().err == "cannot write rwkv-0.pth: No space left on device; training goes on, and older files are as they were\n"
+    )
     with pytest.raises(UserError, match="No space left"):
         made.save(["rwkv-0.pth"], state=False, last=True)
 

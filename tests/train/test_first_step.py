@@ -37,7 +37,12 @@ def test_first_step_equals_the_formulas(kind):
     _, logit_grad = x070.loss_and_logit_gradient(logits, targets)
     grads = dict(zip(params, torch.autograd.grad(logits, list(params.values()), logit_grad)))
     want = x070.adamw_step(
-        {n: p.detach() for n, p in params.items()}, grads, SETTINGS.lr_init, SETTINGS.weight_decay, decayed, lambda n: n.endswith(("att.w0", "att.scale"))
+        {n: p.detach() for n, p in params.items()},
+        grads,
+        SETTINGS.lr_init,
+        SETTINGS.weight_decay,
+        decayed,
+        lambda n: n.endswith(("att.w0", "att.scale")),
     )
 
     optimizer = make_optimizer(model, SETTINGS, SingleDeviceStrategy(torch.device("cpu")))

@@ -33,7 +33,14 @@ def test_every_pass_through_a_block_counts(settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(ttt_head=False), dict(ttt_steps=3), dict(ttt_meta=True), dict(ttt_second_order=False), dict(ttt_second_order=False, ttt_meta=True, ttt_steps=2)],
+    [
+        {},
+        dict(ttt_head=False),
+        dict(ttt_steps=3),
+        dict(ttt_meta=True),
+        dict(ttt_second_order=False),
+        dict(ttt_second_order=False, ttt_meta=True, ttt_steps=2),
+    ],
     ids=str,
 )
 def test_steps_on_the_state_are_what_torch_counts(settings):

@@ -25,7 +25,10 @@ def test_what_a_pattern_means(patterns, meant):
     assert frozen_names(patterns, NAMES) == meant
 
 
-@pytest.mark.parametrize("patterns, said", [("embed", "no parameter is called embed; names are like emb, head"), ("emb,w0", "called w0"), ("*", "leaves nothing to train")])
+@pytest.mark.parametrize(
+    "patterns, said",
+    [("embed", "no parameter is called embed; names are like emb, head"), ("emb,w0", "called w0"), ("*", "leaves nothing to train")],
+)
 def test_what_it_cannot_mean(patterns, said):
     with pytest.raises(UserError, match=said.replace("*", r"\*")):
         frozen_names(patterns, NAMES)
@@ -62,10 +65,15 @@ def test_frozen_parts_stay_and_have_no_optimizer_state(run, whole, losses, tmp_p
     saved = torch.load(next((tmp_path / "a" / "state").glob("step30/rank*")))["tensors"]
     assert {name for name, entry in saved.items() if "exp_avg" not in entry} > {"emb.weight", "head.weight", "blocks.1.att.key.weight"}
     assert run(tmp_path / "b", **flags, max_steps=13) == 0 and run(tmp_path / "b", **flags) == 0
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") and not moved(tmp_path / "a" / "rwkv-final.pth", tmp_path / "b" / "rwkv-final.pth")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") and not moved(
+        tmp_path / "a" / "rwkv-final.pth", tmp_path / "b" / "rwkv-final.pth"
+    )
 
 
 def test_a_pattern_that_means_nothing_is_said_at_the_start(run, tmp_path, capsys):
     assert run(tmp_path / "out", freeze="heads") == 2
-    assert capsys.readouterr() == ("", "error: --freeze heads: no parameter is called heads; names are like emb, head, ln_out, blocks.0, blocks.*.ffn, *.att.w0\n")
+    assert capsys.readouterr() == (
+        "",
+        "error: --freeze heads: no parameter is called heads; names are like emb, head, ln_out, blocks.0, blocks.*.ffn, *.att.w0\n",
+    )
     assert not (tmp_path / "out").exists(), "before anything is made"

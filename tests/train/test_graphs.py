@@ -94,11 +94,15 @@ def test_the_bits_of_eager_blocks(name, dtype, recompute):
         pair.both(lambda model: model.eval())
         assert pair.both(lambda model: pair.loss(99, model).item()) == [eager, graphed] and eager == graphed
         pair.both(lambda model: model.train())
-        eager, graphed = pair.both(lambda model: torch.autograd.grad(pair.loss(98, model, (1, 30)), [p for p in model.parameters() if p.requires_grad]))
+        eager, graphed = pair.both(
+            lambda model: torch.autograd.grad(pair.loss(98, model, (1, 30)), [p for p in model.parameters() if p.requires_grad])
+        )
         assert all(map(torch.equal, eager, graphed)) and len(pair.tape.ran) == 2 * n
 
 
-@pytest.mark.parametrize("frozen", ["emb,head", "emb,blocks.0", "emb,blocks.0.att,blocks.0.ln*", "blocks.*.ffn", "emb,head,ln_out,blocks.0,blocks.1"])
+@pytest.mark.parametrize(
+    "frozen", ["emb,head", "emb,blocks.0", "emb,blocks.0.att,blocks.0.ln*", "blocks.*.ffn", "emb,head,ln_out,blocks.0,blocks.1"]
+)
 def test_frozen_parts_have_no_gradient(frozen):
     pair = Pair(MODELS["x070"], frozen=frozen)
     for number in range(2):
@@ -178,7 +182,9 @@ def test_states_are_asked_of_the_blocks_themselves():
     pair = Pair(MODELS["x070"])
     idx = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
     (eager, state), (graphed, same) = pair.both(lambda model: model.features(idx, return_state=True))
-    assert torch.equal(eager, graphed) and all(torch.equal(a, b) for one, other in zip(state, same, strict=True) for a, b in zip(one, other, strict=True))
+    assert torch.equal(eager, graphed) and all(
+        torch.equal(a, b) for one, other in zip(state, same, strict=True) for a, b in zip(one, other, strict=True)
+    )
     eager, graphed = pair.both(lambda model: model.features(idx, state))
     assert torch.equal(eager, graphed) and not torch.equal(graphed, pair.models[1].features(idx))
 
@@ -205,7 +211,10 @@ def test_hooks_of_parameters_do_not_run_while_blocks_are_recorded():
 
 
 def test_a_block_that_cannot_be_recorded_is_one_line(monkeypatch):
-    with pytest.raises(UserError, match=r"a block cannot be recorded here: CUDA error: operation not permitted when stream is capturing; leave --cuda_graphs out$"):
+    with pytest.raises(
+        UserError,
+        match=r"a block cannot be recorded here: CUDA error: operation not permitted when stream is capturing; leave --cuda_graphs out$",
+    ):
         graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
     monkeypatch.setattr(Refusing, "error", torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):  # of which run.py says what fits
@@ -236,7 +245,9 @@ def test_the_stream_is_the_one_before_where_a_recording_fails(monkeypatch):
 class Refusing(Tape):
     """As where a graph cannot be recorded."""
 
-    error: Exception = RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+    error: Exception = RuntimeError(
+        "CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be reported later"
+    )
 
     def record(self, work):
         raise self.error
@@ -316,7 +327,11 @@ def test_a_run_has_the_bits_of_one_without_and_so_has_a_resumed_one(run, losses,
             assert run(tmp_path / name, **flags | dict(cuda_graphs=1, max_steps=stop)) == 0
         assert losses(tmp_path / name) == losses(tmp_path / "eager")
         assert records(tmp_path / name, "val_loss").keys() == records(tmp_path / "eager", "val_loss").keys()
-    last = [torch.load(tmp_path / name / "rwkv-0.pth") for name in ("eager", "whole", "parts")] if (tmp_path / "eager" / "rwkv-0.pth").exists() else []
+    last = (
+        [torch.load(tmp_path / name / "rwkv-0.pth") for name in ("eager", "whole", "parts")]
+        if (tmp_path / "eager" / "rwkv-0.pth").exists()
+        else []
+    )
     assert all(torch.equal(x, other[key]) for key, x in (last[0].items() if last else ()) for other in last[1:])
     passes = 14 * flags.get("accumulate_grad_batches", 1)
     assert len(taped) == 3 and sum(len(tape.ran) for tape in taped) == 2 * 4 * passes
@@ -345,7 +360,11 @@ def test_a_gpu_that_fails_when_they_are_tried_is_one_line(run, taped, tmp_path, 
 
     monkeypatch.setattr(training, "try_graphs", broken)
     assert run(tmp_path / "out", kernel="auto", cuda_graphs=-1) == 2
-    assert re.search(r"^error: --cuda_graphs -1: the GPU has failed while .*: an illegal memory access was encountered.*; use --cuda_graphs 0$", capsys.readouterr().err, re.M)
+    assert re.search(
+        r"^error: --cuda_graphs -1: the GPU has failed while .*: an illegal memory access was encountered.*; use --cuda_graphs 0$",
+        capsys.readouterr().err,
+        re.M,
+    )
 
 
 @pytest.mark.parametrize(
@@ -366,7 +385,21 @@ def test_a_gpu_that_fails_when_they_are_tried_is_one_line(run, taped, tmp_path, 
     ],
 )
 def test_where_they_are_tried(monkeypatch, found, change):
-    given = dict(strategy="auto", kernel="cuda", accelerator="gpu", devices=1, peak=989e12, n_layer=12, n_embd=768, micro_bsz=16, compile=0, doc_reset=0) | change
+    given = (
+        dict(
+            strategy="auto",
+            kernel="cuda",
+            accelerator="gpu",
+            devices=1,
+            peak=989e12,
+            n_layer=12,
+            n_embd=768,
+            micro_bsz=16,
+            compile=0,
+            doc_reset=0,
+        )
+        | change
+    )
     monkeypatch.setattr(graphs, "peak_flops", lambda device: given["peak"])
     config = TrainConfig(cuda_graphs=-1, ctx_len=512, micro_bsz=given["micro_bsz"], compile=given["compile"], doc_reset=given["doc_reset"])
     model = ModelConfig(n_layer=given["n_layer"], n_embd=given["n_embd"], vocab_size=65536)
@@ -392,7 +425,10 @@ def test_where_it_is_refused():
     with pytest.raises(UserError, match="--max_depth_iter 2 in bf16"):
         check(**passes)
     check_graphs(TrainConfig(), Launch("cpu", 1, 1, "auto"), ModelConfig(n_layer=2, n_embd=64), "torch")
-    for refused, line in ((dict(kernel="torch"), "needs the CUDA kernels"), (dict(strategy="deepspeed_stage_3_offload"), "--strategy deepspeed_stage_3_offload, which")):
+    for refused, line in (
+        (dict(kernel="torch"), "needs the CUDA kernels"),
+        (dict(strategy="deepspeed_stage_3_offload"), "--strategy deepspeed_stage_3_offload, which"),
+    ):
         with pytest.raises(UserError, match=line):
             check(**refused)
 
@@ -405,7 +441,12 @@ def test_two_processes(forked, tmp_path, losses):
     jobs = []
     for strategy, precision in cases:
         for name, more in (("eager", {}), ("graphs", dict(tape=2))):
-            own = dict(strategy=strategy, precision=precision, proj_dir=tmp_path / f"{strategy}-{precision}-{name}", cuda_graphs=int(name == "graphs"))
+            own = dict(
+                strategy=strategy,
+                precision=precision,
+                proj_dir=tmp_path / f"{strategy}-{precision}-{name}",
+                cuda_graphs=int(name == "graphs"),
+            )
             jobs.append((flags | own, more))
     done = forked(*jobs)
     assert [d["codes"] for d in done] == [[0, 0]] * len(jobs), json.dumps(done)[-3000:]

@@ -38,7 +38,16 @@ def moments(out: Path) -> dict:
     return torch.load(next((out / "state").glob("step*/rank00000.pt")))["tensors"]
 
 
-@pytest.mark.parametrize("flags", [dict(precision="fp32"), dict(precision="bf16"), dict(precision="fp32", accumulate_grad_batches=2, micro_bsz=2), pytest.param(dict(precision="bf16", accumulate_grad_batches=2, micro_bsz=2, kernel="auto", compile=1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(precision="fp32"),
+        dict(precision="bf16"),
+        dict(precision="fp32", accumulate_grad_batches=2, micro_bsz=2),
+        pytest.param(dict(precision="bf16", accumulate_grad_batches=2, micro_bsz=2, kernel="auto", compile=1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_step_that_is_not_finite_changes_nothing(run, losses, records, tmp_path, monkeypatch, capsys, flags):
     """Sample 18 belongs to step 5: weights and Adam's moments after it are bit for bit those before it."""
     assert run(tmp_path / "out", **flags, max_steps=4) == 0
@@ -96,7 +105,9 @@ def test_a_run_without_hope_ends_with_the_chunk_that_does_it(run, tmp_path, monk
     assert run(tmp_path / "out", max_skips=3) == 2
     err = capsys.readouterr().err.splitlines()
     samples = TrainingSamples(run.data, 32, magic_prime(20000, 32))
-    assert err[-1].startswith("error: 3 steps in a row were skipped or undone (--max_skips 3), the last one step 13: 1 of its 4 samples do this alone: ")
+    assert err[-1].startswith(
+        "error: 3 steps in a row were skipped or undone (--max_skips 3), the last one step 13: 1 of its 4 samples do this alone: "
+    )
     assert f"50 ({samples.where(50)})" in err[-1] and "the loss of sample 50 is nan; gradients of " in err[-1]
     assert "in emb, ln, att, ffn, head, are not: emb.weight, blocks.0.ln0.weight" in err[-1]
     assert (tmp_path / "out" / "state" / "latest").read_text() == "step10"  # from before
@@ -131,7 +142,10 @@ def test_the_spike_guard_goes_back_and_leaves_the_samples_out(run, spoilt, recor
     guarded = flags | dict(spike_guard=6, spike_snapshot=20)
     assert run(tmp_path / "out", **guarded) == 0
     err = capsys.readouterr().err
-    assert re.search(r"step 101 is undone, back to the weights of step 100: its loss \d\.\d+ is \d+\.\d standard deviations above \d\.\d+; samples 401 to 404 are lost", err), err
+    assert re.search(
+        r"step 101 is undone, back to the weights of step 100: its loss \d\.\d+ is \d+\.\d standard deviations above \d\.\d+; samples 401 to 404 are lost",
+        err,
+    ), err
     found = records(tmp_path / "out")
     assert [step for step in found if "undone_to" in found[step]] == [101] and found[101]["undone_to"] == 100 and max(found) == 110
     assert found[102]["loss"] < found[101]["loss"] - 0.3
@@ -236,7 +250,7 @@ def test_what_hardly_varies_may_deviate_by_a_hundredth_of_its_mean():
 
 def test_a_loss_scale_that_is_looked_for_is_not_illness():
     """fp16: a gradient that overflows while the loss is finite is how DeepSpeed finds its scale; a loss that is not finite is ill there too."""
-    (_, _, _, health), = watched([3.0], precision="fp16")
+    ((_, _, _, health),) = watched([3.0], precision="fp16")
     assert health.judge(2, 8, 3.0, np.inf, None) == {"skipped": True} and (health.in_a_row, health.position.skipped) == (0, 0)
     assert health.judge(3, 12, np.nan, np.inf, None) == {"skipped": True} and (health.in_a_row, health.position.skipped) == (1, 1)
 
@@ -258,5 +272,9 @@ def test_a_snapshot_brings_back_masters_and_the_weights_that_are_made_of_them():
     after = train(2)
     snapshot.restore(model, optimizer)
     found = train(0)
-    assert len(found) == 5 and all(torch.equal(a, b) for a, b in zip(found, before)) and not any(torch.equal(a, b) for a, b in zip(after, before))
+    assert (
+        len(found) == 5
+        and all(torch.equal(a, b) for a, b in zip(found, before))
+        and not any(torch.equal(a, b) for a, b in zip(after, before))
+    )
     assert all(torch.equal(a, b) for a, b in zip(train(2), after))

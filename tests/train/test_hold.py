@@ -72,7 +72,10 @@ def test_a_run_is_not_planned_over_another_one_that_came_in_between(run, losses,
 
     monkeypatch.setattr(PlannedModule, "setup", planned)
     assert run(out, max_steps=1) == 2
-    assert re.search(rf"error: another run has been in {re.escape(str(out))} \({WHO}\) since this one looked there; start this one again", capsys.readouterr().err)
+    assert re.search(
+        rf"error: another run has been in {re.escape(str(out))} \({WHO}\) since this one looked there; start this one again",
+        capsys.readouterr().err,
+    )
     assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(out, max_steps=1) == 0 and len(losses(out)) == 2 + begun
 
@@ -140,7 +143,10 @@ def test_without_locks_the_run_that_began_last_has_the_folder(run, losses, tmp_p
 
     monkeypatch.setattr(Metrics, "step", watched)
     assert run(out, save_steps=2) == 2
-    assert re.search(rf"error: another run has begun in {re.escape(str(out))} \(process 4242 on .*\) and goes on from what was saved there; this one has ended without saving\n$", capsys.readouterr().err)
+    assert re.search(
+        rf"error: another run has begun in {re.escape(str(out))} \(process 4242 on .*\) and goes on from what was saved there; this one has ended without saving\n$",
+        capsys.readouterr().err,
+    )
     assert before and before == {path: path.read_bytes() for path in (*out.glob("rwkv-*"), *out.glob("state/**/*")) if path.is_file()}
     monkeypatch.undo()
     assert run(out, max_steps=2) == 0 and len(losses(out)) == 4, "it goes on from step 2"

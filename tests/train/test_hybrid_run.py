@@ -54,7 +54,10 @@ def test_it_learns_and_generates(hybrid, losses, capsys):
     assert len(curve) == 10 and sum(curve[-3:]) < sum(curve[:3]) - 0.5
     config = read_config(load_weights(hybrid / "rwkv-final.pth"))
     assert (config.model_type, config.attention_layers, config.attention_kv_heads, config.attention_window) == ("hybrid", "2", 1, 9)
-    assert main(["generate", "--model", str(hybrid / "rwkv-final.pth"), "--prompt", "a", "--length", "20", "--seed", "1", "--device", "cpu"]) == 0
+    assert (
+        main(["generate", "--model", str(hybrid / "rwkv-final.pth"), "--prompt", "a", "--length", "20", "--seed", "1", "--device", "cpu"])
+        == 0
+    )
     assert capsys.readouterr().out.startswith("a")
 
 
@@ -103,7 +106,9 @@ def test_a_packed_row_is_the_documents_by_themselves(window):
     x = model.features(idx, packed=Packed(bounds, tokens, bounds.numpy()))[0, tokens]
     alone = torch.cat([model.features(idx[:, start : stop - 1])[0] for start, stop in pairwise(bounds)])
     torch.testing.assert_close(x, alone, rtol=1e-4, atol=1e-5)
-    for got, wanted in zip(*(torch.autograd.grad(y.square().sum(), [p for name, p in model.named_parameters() if name != "head.weight"]) for y in (x, alone))):
+    for got, wanted in zip(
+        *(torch.autograd.grad(y.square().sum(), [p for name, p in model.named_parameters() if name != "head.weight"]) for y in (x, alone))
+    ):
         assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-8
 
 
@@ -122,13 +127,17 @@ def test_arithmetic_by_hand(window):
     C, ranks = 64, hybrid.rank_w + hybrid.rank_a + hybrid.rank_v
     weights = 2 * (2 * C * C - 2 * C * 32 + 2 * ranks * C)  # what RWKV-7 has in these blocks and attention has not
     states = 2 * 27 * 32 * C
-    assert flops_per_token(ModelConfig(**sizes)) - flops_per_token(hybrid, 20) == pytest.approx(6 * weights + states - 2 * 12 * C * seen / 20, abs=1)
+    assert flops_per_token(ModelConfig(**sizes)) - flops_per_token(hybrid, 20) == pytest.approx(
+        6 * weights + states - 2 * 12 * C * seen / 20, abs=1
+    )
 
 
 @pytest.mark.parametrize("window", [0, 48, 192, 1000])
 def test_memory_of_both_kinds_of_blocks(window):
     """The planner's sum over blocks is what autograd keeps for the whole model."""
-    sizes = HybridConfig(n_layer=5, n_embd=64, head_size=32, vocab_size=256, attention_layers="1,4", attention_kv_heads=1, attention_window=window)
+    sizes = HybridConfig(
+        n_layer=5, n_embd=64, head_size=32, vocab_size=256, attention_layers="1,4", attention_kv_heads=1, attention_window=window
+    )
     found = measure_activations(sizes, TrainConfig(ctx_len=192, precision="fp32", kernel="torch"), torch.device("cpu"))
     model = build(sizes)
     own, kept = {p.untyped_storage().data_ptr() for p in model.state_dict(keep_vars=True).values()}, {}
@@ -181,7 +190,9 @@ def test_flags_of_a_hybrid_say_when_they_have_no_effect():
 
 def test_compile_is_refused_with_documents_and_only_then(monkeypatch):
     monkeypatch.setattr(compiled, "_why_not", lambda device: "")
-    check = lambda **flags: check_compile(TrainConfig(my_testing="hybrid", compile=1, **flags), Launch("cpu", 1, 1, "auto"), HybridConfig(n_layer=2, n_embd=64), "cpu")
+    check = lambda **flags: check_compile(
+        TrainConfig(my_testing="hybrid", compile=1, **flags), Launch("cpu", 1, 1, "auto"), HybridConfig(n_layer=2, n_embd=64), "cpu"
+    )
     check()
     with pytest.raises(UserError, match="--compile 1 does not go with --doc_reset 1 for --my_testing hybrid"):
         check(doc_reset=1)
@@ -197,7 +208,9 @@ def test_a_probe_is_a_run_of_the_same_model(run, tmp_path):
 @pytest.mark.skipif(not available("wkv7")[0], reason="torch.compile needs a C++ compiler")
 def test_compiled_it_is_the_same():
     """Three graphs: of block 0, of all other RWKV-7 blocks, and of all blocks with attention."""
-    model = build(HybridConfig(n_layer=6, n_embd=64, head_size=32, vocab_size=256, attention_layers="2,4,5", attention_kv_heads=1, attention_window=9))
+    model = build(
+        HybridConfig(n_layer=6, n_embd=64, head_size=32, vocab_size=256, attention_layers="2,4,5", attention_kv_heads=1, attention_window=9)
+    )
     init_weights(model, 1)
     idx = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(0))
     for i, p in enumerate(model.parameters()):

@@ -69,10 +69,24 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen, log: Path) 
 @pytest.mark.parametrize(
     "victim, signum, said",
     [
-        (1, signal.SIGKILL, r"error: rank 1 \(\S+, process \d+\) was killed by SIGKILL; the same command goes on from the last training state\n"),
+        (
+            1,
+            signal.SIGKILL,
+            r"error: rank 1 \(\S+, process \d+\) was killed by SIGKILL; the same command goes on from the last training state\n",
+        ),
         pytest.param(0, signal.SIGKILL, r"error: rank 0 \(\S+, process \d+\) died", marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGSTOP, r"error: rank 1 \(\S+, process \d+\) (has not answered|did not answer) for 15 s \(--dist_timeout\)", marks=pytest.mark.slow),
-        pytest.param(0, signal.SIGSTOP, r"error: rank 0 \(\S+, process \d+\) (has not answered|did not answer) for 15 s \(--dist_timeout\)", marks=pytest.mark.slow),
+        pytest.param(
+            1,
+            signal.SIGSTOP,
+            r"error: rank 1 \(\S+, process \d+\) (has not answered|did not answer) for 15 s \(--dist_timeout\)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            0,
+            signal.SIGSTOP,
+            r"error: rank 0 \(\S+, process \d+\) (has not answered|did not answer) for 15 s \(--dist_timeout\)",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -97,7 +111,10 @@ def test_a_process_that_ends_before_it_has_begun_is_named(run, tmp_path):
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", **TWO, train_stage=0)], log, PYTHONPATH=path)
     assert process.wait(240) == 1
-    assert re.search(r"error: rank 1 \(process \d+\) ended with exit code 7; the same command with --train_stage 3 goes on from the last ", log.read_text()), log.read_text()
+    assert re.search(
+        r"error: rank 1 \(process \d+\) ended with exit code 7; the same command with --train_stage 3 goes on from the last ",
+        log.read_text(),
+    ), log.read_text()
 
 
 def test_a_process_whose_starter_dies_before_it_has_begun_ends(run, tmp_path):
@@ -124,7 +141,16 @@ def test_torchrun_restarts_a_killed_process(run, losses, tmp_path):
     flags, weights = TWO | dict(my_exit_tokens=150 * 128), []  # long enough not to be over before it is killed
     for name, kills in (("a", 0), ("b", 2)):
         log, out = tmp_path / f"log-{name}", tmp_path / name
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", TRAIN, *run.argv(out, **flags)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--max-restarts=3",
+            TRAIN,
+            *run.argv(out, **flags),
+        ]
         process = start(command, log, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
         for number in range(kills):
             wait_for_steps(out, 5 + 15 * number, process, log)
@@ -156,7 +182,14 @@ def one_node(tiny, tmp_path_factory):
 def test_two_nodes_train_as_one_with_two_processes(run, whole, one_node, losses, tmp_path, free_port, launcher, strategy):
     """Nodes on loopback: NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it; torchrun; srun's variables."""
     out, started = tmp_path / "out", []
-    slurm = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="1", SLURM_LOCALID="0", SLURM_JOB_ID="4711", SLURM_JOB_NAME="job", SLURM_NODELIST="localhost")
+    slurm = dict(
+        SLURM_NTASKS="2",
+        SLURM_NTASKS_PER_NODE="1",
+        SLURM_LOCALID="0",
+        SLURM_JOB_ID="4711",
+        SLURM_JOB_NAME="job",
+        SLURM_NODELIST="localhost",
+    )
     argv = run.argv(out, micro_bsz=2, num_nodes=2, devices=1, strategy=strategy)
     for node in range(2):
         where, command = {}, [sys.executable, TRAIN]
@@ -213,7 +246,9 @@ def test_two_hosts_whose_names_mean_loopback(run, whole, losses, tmp_path, two_h
         assert [code for code, _ in said] == codes, said
         if cut:
             subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "cable", "up"], check=True)
-            assert all(f"error: rank {1 - number} " in text and "15 s (--dist_timeout)" in text for number, (_, text) in enumerate(said)), said
+            assert all(f"error: rank {1 - number} " in text and "15 s (--dist_timeout)" in text for number, (_, text) in enumerate(said)), (
+                said
+            )
             shutil.rmtree(tmp_path / "out")
     assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)
     assert "node 1 waits for 2 nodes to meet at 10.77.0.1:29500, 30 minutes at most" in said[1][1]

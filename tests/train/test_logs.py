@@ -35,7 +35,16 @@ def plan(folder, **flags):
 
 
 def record(step: int, loss: float = 3.0) -> dict:
-    return {"step": step, "tokens": 1000 * step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 500.0, "seconds": 2.0 * step, "memory_mb": 100.0}
+    return {
+        "step": step,
+        "tokens": 1000 * step,
+        "loss": loss,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tokens_per_s": 500.0,
+        "seconds": 2.0 * step,
+        "memory_mb": 100.0,
+    }
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (90061, "1d 1:01:01")])
@@ -70,7 +79,13 @@ def test_a_narrow_terminal_shows_whole_numbers(tmp_path, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     whole = ["step 1/10001", "mini-epoch 0  20%", "loss 3.0000", "lr 1.00e-03", "0.50 kt/s", "left 5:33:20"]
-    for columns, shown in ((100, whole), (80, [*whole[:3], *whole[4:]]), (60, [whole[0], whole[2], *whole[4:]]), (40, [whole[0], whole[2], whole[5]]), (9, ["step 1/1"])):
+    for columns, shown in (
+        (100, whole),
+        (80, [*whole[:3], *whole[4:]]),
+        (60, [whole[0], whole[2], *whole[4:]]),
+        (40, [whole[0], whole[2], whole[5]]),
+        (9, ["step 1/1"]),
+    ):
         monkeypatch.setenv("COLUMNS", str(columns))
         long = plan(tmp_path)
         long.steps = 10_001
@@ -166,7 +181,9 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, c
         begun.append(asked)
         if asked["id"] == "gone":
             raise Error("run gone was deleted")
-        return SimpleNamespace(id=asked["id"] or f"run{len(begun)}", step=6 if asked["id"] else 0, log=lambda numbers, step: logged.append(step))
+        return SimpleNamespace(
+            id=asked["id"] or f"run{len(begun)}", step=6 if asked["id"] else 0, log=lambda numbers, step: logged.append(step)
+        )
 
     settings = SimpleNamespace(api_key="key")
     fake = SimpleNamespace(init=init, setup=lambda: SimpleNamespace(settings=settings), Settings=dict, errors=SimpleNamespace(Error=Error))
@@ -203,7 +220,10 @@ def test_a_package_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     assert run(tmp_path / "out", **flags) == 2
-    assert f"--{package} {flags[package]}: {package} is not installed; run: {sys.executable} -m pip install {package}, or leave" in capfd.readouterr().err
+    assert (
+        f"--{package} {flags[package]}: {package} is not installed; run: {sys.executable} -m pip install {package}, or leave"
+        in capfd.readouterr().err
+    )
 
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):

@@ -37,7 +37,15 @@ RECIPE = dict(
     ctx_len=CTX, micro_bsz=BATCH, lr_init=6e-4, lr_final=6e-5, warmup_steps=10, beta1=0.9, beta2=0.99, adam_eps=1e-18, weight_decay=0.001,
     grad_clip=1.0, my_exit_tokens=STEPS * BATCH * CTX, epoch_save=1,
 )  # fmt: skip
-ENVIRONMENT = dict(RWKV_MY_TESTING="x070", RWKV_KERNEL="", RWKV_CTXLEN=str(CTX), RWKV_HEAD_SIZE="64", RWKV_HEAD_L2WRAP_CE_CHUNK="0", RWKV_FLOAT_MODE="bf16", RWKV_JIT_ON="1")
+ENVIRONMENT = dict(
+    RWKV_MY_TESTING="x070",
+    RWKV_KERNEL="",
+    RWKV_CTXLEN=str(CTX),
+    RWKV_HEAD_SIZE="64",
+    RWKV_HEAD_L2WRAP_CE_CHUNK="0",
+    RWKV_FLOAT_MODE="bf16",
+    RWKV_JIT_ON="1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +145,6 @@ def beginning(official, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(official, data, beginning, tmp_path_factory):
-
-
     """theirs[dtype]: model, steps, and the folder of their run."""
     torch.set_num_threads(1)
     found = {}
@@ -156,7 +162,11 @@ def difference(steps, losses):
 
 def weights_of(folder, step):
     """The fp32 weights of a training state of ours, flat."""
-    return {name: entry["master"] for name, entry in torch.load(folder / "state" / f"step{step}" / "rank00000.pt")["tensors"].items() if "master" in entry}
+    return {
+        name: entry["master"]
+        for name, entry in torch.load(folder / "state" / f"step{step}" / "rank00000.pt")["tensors"].items()
+        if "master" in entry
+    }
 
 
 RANDOM = ("emb.weight", "head.weight", "receptance.weight", "key.weight", "value.weight", "att.w2", "att.a2", "att.v2", "att.g2")
@@ -178,7 +188,9 @@ def test_initial_values(official, data, vocab_size):
         if name not in drawn:
             assert a.equal(b), name  # in all digits of bf16
         elif name == "emb.weight":
-            assert a.abs().max() == b.abs().max() == torch.tensor(1e-4).bfloat16() and a.std().item() == pytest.approx(b.std().item(), rel=0.02)
+            assert a.abs().max() == b.abs().max() == torch.tensor(1e-4).bfloat16() and a.std().item() == pytest.approx(
+                b.std().item(), rel=0.02
+            )
         else:
             assert torch.allclose(torch.linalg.svdvals(a), torch.linalg.svdvals(b), rtol=0.01), name
             assert not torch.allclose(a, b, atol=0.1 * a.std().item()), f"{name} is not random"
@@ -231,7 +243,9 @@ def test_a_whole_run_in_fp32(run, losses, records, beginning, theirs, tmp_path, 
         return math.sqrt(sum((weights[name].flatten() - x.flatten()).square().sum().item() for name, x in exact.items() if name in ours))
 
     moved = apart(beginning)
-    print(f"losses: rounding {rounding:.1e}, ours {found:.1e}; weights: rounding {apart(rounded) / moved:.1e}, ours {apart(ours) / moved:.1e} of the way")
+    print(
+        f"losses: rounding {rounding:.1e}, ours {found:.1e}; weights: rounding {apart(rounded) / moved:.1e}, ours {apart(ours) / moved:.1e} of the way"
+    )
     assert rounding < 1e-4 and found < 4 * rounding
     assert apart(rounded) < 1e-2 * moved and apart(ours) < 4 * apart(rounded)
     assert [record["lr"] for record in records(out).values()] == pytest.approx([each[1] for each in steps], rel=1e-14)
@@ -279,7 +293,9 @@ def official_4():
     found = types.ModuleType("official_rwkv4")
     with official_trainer.operators():
         os.environ |= ENVIRONMENT_4
-        exec(compile((Path(SRC).parents[2] / "RWKV-v4neo" / "src" / "model.py").read_text(), "RWKV-v4neo/src/model.py", "exec"), vars(found))
+        exec(
+            compile((Path(SRC).parents[2] / "RWKV-v4neo" / "src" / "model.py").read_text(), "RWKV-v4neo/src/model.py", "exec"), vars(found)
+        )
         torch.set_default_dtype(torch.float64)
         yield found
         torch.set_default_dtype(torch.float32)
@@ -309,7 +325,9 @@ def test_rwkv4_in_float64(official_4, data):
     names = {p: name for name, p in model.named_parameters()}
     optimizer = their_optimizer(model, SimpleNamespace(is_global_zero=True, strategy=None))
     found = {names[p]: (group["my_lr_scale"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    assert found == {name: (group["my_lr_scale"], group["weight_decay"]) for group in models.param_groups(ours, 0.001) for name in group["names"]}
+    assert found == {
+        name: (group["my_lr_scale"], group["weight_decay"]) for group in models.param_groups(ours, 0.001) for name in group["names"]
+    }
     samples = TrainingSamples(data, CTX, magic_prime(BinIdx(data).n_tokens, CTX))
     for (loss, lr), ii in zip(our_steps, RankBatches(0, 1, BATCH, STEPS)):
         for group in optimizer.param_groups:

@@ -68,7 +68,11 @@ def test_kinds():
     assert all(type(build(precision=precision)[1]) is MasterAdamW for precision in ("fp32", "bf16"))
     assert type(build(precision="bf16", strategy="deepspeed_stage_3")[1]) is torch.optim.AdamW, "DeepSpeed's own would compile for a minute"
     _, optimizer = build(precision="bf16")
-    assert sorted({(g["weight_decay"], g["my_lr_scale"], g["lr"]) for g in optimizer.param_groups}) == [(0.0, 1.0, LR), (0.0, 2.0, 2 * LR), (DECAY, 1.0, LR)]
+    assert sorted({(g["weight_decay"], g["my_lr_scale"], g["lr"]) for g in optimizer.param_groups}) == [
+        (0.0, 1.0, LR),
+        (0.0, 2.0, 2 * LR),
+        (DECAY, 1.0, LR),
+    ]
 
 
 @pytest.mark.parametrize("micro_batches, grad_dtype", [(1, torch.bfloat16), (2, torch.float32)])

@@ -22,7 +22,9 @@ SHORT = dict(my_exit_tokens=10 * 4 * 32, epoch_samples=20, epoch_save=1)
 def command(run, folder, **flags):
     # which of two paths is faster, each run would find out for itself
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **flags)], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *run.argv(folder, **flags)], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stdout
 
@@ -84,8 +86,20 @@ def test_runs_of_before_the_present_memory_go_on(run, losses, tmp_path, monkeypa
     now = PhantomConfig.as_dict
     for kind in ("state", "memory"):
         with monkeypatch.context() as then:
-            then.setattr(PhantomConfig, "as_dict", lambda self: {k: v for k, v in now(self).items() if k != "ttt_features"} | {"memory_dim": 32, "memory_rows": 32})
-            then.setattr(PhantomConfig, "carried", lambda self: {k: v for k, v in self.as_dict().items() if k in ("core_ratio", "ttt_kind", "ttt_chunk", "ttt_enabled", "memory_dim", "memory_rows")})
+            then.setattr(
+                PhantomConfig,
+                "as_dict",
+                lambda self: {k: v for k, v in now(self).items() if k != "ttt_features"} | {"memory_dim": 32, "memory_rows": 32},
+            )
+            then.setattr(
+                PhantomConfig,
+                "carried",
+                lambda self: {
+                    k: v
+                    for k, v in self.as_dict().items()
+                    if k in ("core_ratio", "ttt_kind", "ttt_chunk", "ttt_enabled", "memory_dim", "memory_rows")
+                },
+            )
             assert run(tmp_path / kind, my_testing="phantom", ttt_kind=kind, ttt_chunk=16, **SHORT, max_steps=3) == 0
         capfd.readouterr()
         if kind == "state":
@@ -93,7 +107,10 @@ def test_runs_of_before_the_present_memory_go_on(run, losses, tmp_path, monkeypa
             assert read_config(load_weights(tmp_path / kind / "rwkv-final.pth")).steps_on_state
         else:
             assert run(tmp_path / kind, my_testing="phantom", **SHORT) == 2
-            assert "error: the model has the memory that there was until November 2026; use the version that wrote it" in capfd.readouterr().err
+            assert (
+                "error: the model has the memory that there was until November 2026; use the version that wrote it"
+                in capfd.readouterr().err
+            )
 
 
 def rwkv7(folder):
@@ -145,7 +162,10 @@ BAD = {
     "ratios": (dict(core_ratio=0.5, ghost_ratio=0.6), "do not sum to 1; give only one of them"),
     "ratio": (dict(core_ratio=2), "--core_ratio 2.0 must lie in (0, 1]"),
     "chunk": (dict(ttt_chunk=24), "--ttt_chunk 24 is not a multiple of 16"),
-    "context": (dict(ttt_chunk=32), "--ctx_len 32 is not above --ttt_chunk 32: no token would come after a step, and nothing would train it; use a longer --ctx_len, a smaller --ttt_chunk"),
+    "context": (
+        dict(ttt_chunk=32),
+        "--ctx_len 32 is not above --ttt_chunk 32: no token would come after a step, and nothing would train it; use a longer --ctx_len, a smaller --ttt_chunk",
+    ),
     "short context": (dict(ctx_len=16), "nothing would train it; use a longer --ctx_len, or --ttt_enabled 0"),
     "steps": (dict(ttt_steps=0), "--ttt_steps 0 must be at least 1"),
     "switch": (dict(ttt_enabled=2), "--ttt_enabled 2 is not known; use 0 or 1"),
@@ -182,13 +202,20 @@ def test_the_prediction_head_neither_goes_nor_comes_unsaid(run, tmp_path, capfd)
     assert run(tmp_path / "a", **PHANTOM | dict(ttt_second_order=0), **short) == 2
     lost = "was trained with --ttt_second_order 1 and has a prediction head, which nothing would train now; leave --ttt_second_order out, or add --ttt_meta 1\n"
     assert capfd.readouterr().err == f"error: --ttt_second_order 0, but {state} {lost}"
-    assert run(tmp_path / "c", **PHANTOM | dict(ttt_second_order=0), **SHORT, train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth") == 2
+    assert (
+        run(tmp_path / "c", **PHANTOM | dict(ttt_second_order=0), **SHORT, train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth") == 2
+    )
     assert lost in capfd.readouterr().err
     assert run(tmp_path / "a", **PHANTOM | dict(ttt_head=0), **short) == 2
     assert f"--ttt_head 0, but {state} has 1; leave --ttt_head out" in capfd.readouterr().err
     assert run(tmp_path / "b", **PHANTOM | dict(ttt_second_order=1, ttt_head=1), **short) == 2
     assert "--ttt_head 1, but" in (said := capfd.readouterr().err) and " has 0; leave --ttt_head out" in said
-    for folder, flags in (("a", with_head), ("b", without), ("a", dict(PHANTOM, ttt_second_order=0, ttt_meta=1)), ("b", dict(PHANTOM, ttt_second_order=1))):
+    for folder, flags in (
+        ("a", with_head),
+        ("b", without),
+        ("a", dict(PHANTOM, ttt_second_order=0, ttt_meta=1)),
+        ("b", dict(PHANTOM, ttt_second_order=1)),
+    ):
         assert run(tmp_path / folder, **flags, **short) == 0
     assert run(tmp_path / "a", **dict(PHANTOM, ttt_meta=0), **short) == 2
     assert "--ttt_meta 0, but" in (said := capfd.readouterr().err) and "leave --ttt_meta out, or add --ttt_second_order 1" in said
@@ -202,7 +229,6 @@ def test_flags_of_phantom_say_when_they_have_no_effect():
         TrainConfig(my_testing="phantom", core_ratio=0.5, ghost_ratio=0.4).own_settings()
 
 
-
 IDLE = [
     (dict(ttt_enabled=0, ttt_steps=2), "--ttt_steps 2 has no effect: --ttt_enabled is 0"),
     (dict(ttt_enabled=0, ttt_meta=1), "--ttt_meta 1 has no effect: --ttt_enabled is 0"),
@@ -214,10 +240,16 @@ IDLE = [
     (dict(ttt_features=128), "--ttt_features 128 has no effect: --ttt_kind is state"),
     (dict(ttt_anchor=0.5), "--ttt_anchor 0.5 has no effect: --ttt_steps is 1, and before the first step it pulls nowhere"),
     (dict(ttt_loss_weight=0.5), "--ttt_loss_weight 0.5 has no effect: --ttt_meta is 0"),
-    (dict(ttt_head=1, ttt_second_order=0), "--ttt_head 1 has no effect: with --ttt_second_order 0 and without --ttt_meta 1 nothing would train it"),
+    (
+        dict(ttt_head=1, ttt_second_order=0),
+        "--ttt_head 1 has no effect: with --ttt_second_order 0 and without --ttt_meta 1 nothing would train it",
+    ),
     (dict(core_ratio=1, ghost_activation="relu"), "--ghost_activation relu has no effect: there are no Ghost layers"),
     (dict(core_ratio=0.99), "--core_ratio 0.99 has no effect: the cores would be so large that every matrix stays as it is"),
-    (dict(core_ratio=0.5, core_ratios=",".join(f"{name}=0.25" for name in MATRICES)), "--core_ratio 0.5 has no effect: --core_ratios names every matrix"),
+    (
+        dict(core_ratio=0.5, core_ratios=",".join(f"{name}=0.25" for name in MATRICES)),
+        "--core_ratio 0.5 has no effect: --core_ratios names every matrix",
+    ),
 ]
 BUSY = [
     dict(ttt_enabled=0, ttt_steps=1, core_ratio=1), dict(ttt_kind="memory", ttt_features=32, ttt_lr=0.1), dict(ttt_steps=2, ttt_anchor=0.5, ttt_chunk=32, ttt_core_ratio=1),
@@ -235,7 +267,13 @@ def test_flags_of_phantom_beside_others_that_leave_them_nothing_to_do(flags, lin
 def test_a_run_says_which_flags_of_phantom_have_no_effect(run, phantom, tmp_path, capfd):
     """Also where only the file that it begins with says so."""
     said = "--ttt_loss_weight 0.5 has no effect: --ttt_meta is 0\n"
-    for n, flags in enumerate((dict(SHORT, **PHANTOM), dict(SHORT, **PHANTOM, train_stage=1), dict(SHORT, my_testing="phantom", train_stage=0, load_model=phantom / "rwkv-final.pth"))):
+    for n, flags in enumerate(
+        (
+            dict(SHORT, **PHANTOM),
+            dict(SHORT, **PHANTOM, train_stage=1),
+            dict(SHORT, my_testing="phantom", train_stage=0, load_model=phantom / "rwkv-final.pth"),
+        )
+    ):
         assert run(tmp_path / f"{n}", **flags, ttt_loss_weight=0.5, max_steps=1) == 0
         assert capfd.readouterr().err.count(said) == 1
 
@@ -247,7 +285,11 @@ def test_two_processes_give_the_curve_of_one_and_resume(run, forked, losses, tmp
     monkeypatch.setenv("RWKV_FP32_PRODUCTS", "highest")
     flags, strategies = dict(SHORT, **PHANTOM, **settings), ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
     assert run(tmp_path / "one", **flags) == 0
-    jobs = [(flags | dict(devices=2, micro_bsz=2, strategy=s, proj_dir=tmp_path / s, max_steps=stop), {}) for s in strategies for stop in (4, None)]
+    jobs = [
+        (flags | dict(devices=2, micro_bsz=2, strategy=s, proj_dir=tmp_path / s, max_steps=stop), {})
+        for s in strategies
+        for stop in (4, None)
+    ]
     for result in forked(*jobs):
         assert result["codes"] == [0, 0] and "Traceback" not in result["said"], result
     for strategy in strategies:
@@ -261,14 +303,25 @@ def test_demo_script_trains_a_phantom(data, tmp_path):
     """On a tiny corpus in the place of the demo's, which scripts/test_demo_run.py makes."""
     from shutil import copy, copytree
 
-    for name in ("RWKV-v7", "cuda", "train.py", "make_data.py", "requirements.txt", "constraints.txt", "pyproject.toml", *(p.name for p in ROOT.glob("demo-*.sh"))):
+    for name in (
+        "RWKV-v7",
+        "cuda",
+        "train.py",
+        "make_data.py",
+        "requirements.txt",
+        "constraints.txt",
+        "pyproject.toml",
+        *(p.name for p in ROOT.glob("demo-*.sh")),
+    ):
         (copytree if (ROOT / name).is_dir() else copy)(ROOT / name, tmp_path / name)
     (tmp_path / "data").mkdir()
     for end in ("bin", "idx", "val.bin", "val.idx"):
         copy(f"{data}.{end}", tmp_path / "data" / f"demo.{end}")
     knobs = dict(MODEL_TYPE="phantom", N_LAYER="2", N_EMBD="64", CTX_LEN="128", M_BSZ="4", EPOCH_SAMPLES="64", EXIT_TOKENS="16384", RANDOM_SEED="1", PRECISION="fp32",
                  DATA="demo", ACCELERATOR="cpu", PYTHON=sys.executable)  # fmt: skip
-    done = subprocess.run(["sh", "demo-training-run.sh"], cwd=tmp_path, env={**os.environ, **knobs}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        ["sh", "demo-training-run.sh"], cwd=tmp_path, env={**os.environ, **knobs}, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "phantom L2 D64" in done.stdout and "ffn.key" in done.stdout and "\ndef " in done.stdout
     assert (tmp_path / "out/L2-D64-phantom/rwkv-final.pth").exists()

@@ -69,7 +69,13 @@ def test_what_is_not_trained_has_weights_alone():
     ):
         memory, P = estimate(sizes, replace(config, freeze=freeze), run, Activations(0, 0), 0), parameters(sizes)
         T = P - UNUSED - untrained
-        assert (memory.parameters, memory.gradients, memory.optimizer, memory.saving, memory.snapshots) == (4 * P, 4 * T, 8 * T, 12 * T + 2 * P, 24 * T)
+        assert (memory.parameters, memory.gradients, memory.optimizer, memory.saving, memory.snapshots) == (
+            4 * P,
+            4 * T,
+            8 * T,
+            12 * T + 2 * P,
+            24 * T,
+        )
 
 
 def test_what_cuda_graphs_hold():
@@ -84,7 +90,11 @@ def test_what_cuda_graphs_hold():
 def test_copies_of_gradients_come_when_the_activations_are_gone():
     P, config, run = parameters(SIZES), TrainConfig(precision="bf16"), Launch("gpu", 1, 1, "auto")
     none, many = (replace(config, micro_bsz=1, ctx_len=n) for n in (16, 1 << 16))
-    more = [estimate(SIZES, c, run, Activations(60_000, 5_000), 0, copies=True).total - estimate(SIZES, c, run, Activations(60_000, 5_000), 0).total for c in (none, many)]
+    more = [
+        estimate(SIZES, c, run, Activations(60_000, 5_000), 0, copies=True).total
+        - estimate(SIZES, c, run, Activations(60_000, 5_000), 0).total
+        for c in (none, many)
+    ]
     assert 0 < more[0] < 4 * P and more[1] == 0
 
 
@@ -130,12 +140,18 @@ def test_less_with_grad_cp_and_with_smaller_batches():
     assert total(grad_cp=1) < total() and total(micro_bsz=6) < total(micro_bsz=12)
     assert total(micro_bsz=12) - total(micro_bsz=6) == pytest.approx(6 * 1024 * (4.5 * 60_000 + 5_000 + 2 * 256), rel=0.01)
     inputs, one_block = 4 * 2 * 256, 60_000  # of every block; and what one keeps while it is recomputed
-    assert total(grad_cp=1, micro_bsz=12) - total(grad_cp=1, micro_bsz=6) == pytest.approx(6 * 1024 * (inputs + one_block + 5_000 + 2 * 256), rel=0.01)
+    assert total(grad_cp=1, micro_bsz=12) - total(grad_cp=1, micro_bsz=6) == pytest.approx(
+        6 * 1024 * (inputs + one_block + 5_000 + 2 * 256), rel=0.01
+    )
 
 
 def test_on_a_cpu_the_optimizer_has_nowhere_else_to_go():
     config, (offload, plain) = TrainConfig(precision="bf16"), (Launch("cpu", 2, 1, f"deepspeed_stage_2{end}") for end in ("_offload", ""))
-    assert estimate(SIZES, config, offload, Activations(0, 0), 0).optimizer == estimate(SIZES, config, plain, Activations(0, 0), 0).optimizer == 6 * (parameters(SIZES) - UNUSED)
+    assert (
+        estimate(SIZES, config, offload, Activations(0, 0), 0).optimizer
+        == estimate(SIZES, config, plain, Activations(0, 0), 0).optimizer
+        == 6 * (parameters(SIZES) - UNUSED)
+    )
 
 
 def test_what_a_process_has_in_memory_is_what_the_system_says():
@@ -179,12 +195,22 @@ def test_a_dry_run_says_where_it_could_not_write(run, tmp_path, capsys):
     assert f"--proj_dir {tmp_path / 'file' / 'out'} cannot be written: Not a directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [dict(core_ratio=0.5, ttt_chunk=16, ttt_head=False), dict(ttt_enabled=False), dict(ranks="att.key=8", core_ratio=1.0, ttt_enabled=False, max_depth_iter=2)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(core_ratio=0.5, ttt_chunk=16, ttt_head=False),
+        dict(ttt_enabled=False),
+        dict(ranks="att.key=8", core_ratio=1.0, ttt_enabled=False, max_depth_iter=2),
+    ],
+    ids=str,
+)
 def test_the_probe_is_of_the_model_that_the_file_says(run, tmp_path, settings):
     model = build(model_config("phantom", n_layer=2, n_embd=64, head_size=32, vocab_size=256, **settings))
     init_weights(model, 0)
     save_weights(tmp_path / "m.pth", model.state_dict())
-    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", my_testing="phantom", train_stage=0, load_model=tmp_path / "m.pth"), "train.py"))
+    plan = make_plan(
+        parse_flags(TrainConfig, run.argv(tmp_path / "out", my_testing="phantom", train_stage=0, load_model=tmp_path / "m.pth"), "train.py")
+    )
     told = plan.settings()
     assert {name: told[name] for name in model.config.as_dict()} == model.config.as_dict()
     config = parse_flags(TrainConfig, probe_flags(plan, str(tmp_path / "probe")), "train.py")
@@ -239,7 +265,10 @@ def test_processes_recompute_together(run, tmp_path, monkeypatch):
     assert decide_by_memory(plan).config.grad_cp == 0
     monkeypatch.setattr(planner, "memory_available", lambda plan: 1)
     assert decide_by_memory(plan).config.grad_cp == 1
-    decided = {given: decide_by_memory(replace(plan, config=replace(plan.config, compile=given[0], cuda_graphs=given[1]))).config.grad_cp for given in ((1, 0), (0, 1), (1, 1))}
+    decided = {
+        given: decide_by_memory(replace(plan, config=replace(plan.config, compile=given[0], cuda_graphs=given[1]))).config.grad_cp
+        for given in ((1, 0), (0, 1), (1, 1))
+    }
     assert decided == {(1, 0): 1, (0, 1): 1, (1, 1): 0}
 
 
@@ -276,14 +305,21 @@ def test_graphs_that_are_to_be_tried_take_no_room_that_the_run_needs(run, tmp_pa
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(cgroups.Path, "read_text", lambda path: "MemTotal:  9000 kB\nMemAvailable:    6000 kB\n")
-    found = [memory_available(SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", devices, nodes, "ddp"))) for devices, nodes in ((1, 1), (3, 1), (3, 4))]
+    found = [
+        memory_available(SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", devices, nodes, "ddp")))
+        for devices, nodes in ((1, 1), (3, 1), (3, 4))
+    ]
     assert found == [6000 << 10, 2000 << 10, 2000 << 10]
 
 
 def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
     def group(path, limit, used=0, cached=0):
         (tmp_path / path).mkdir(parents=True, exist_ok=True)
-        for name, text in (("max", limit), ("current", used), ("stat", f"anon {used - cached}\nactive_file {cached // 4}\ninactive_file {cached - cached // 4}")):
+        for name, text in (
+            ("max", limit),
+            ("current", used),
+            ("stat", f"anon {used - cached}\nactive_file {cached // 4}\ninactive_file {cached - cached // 4}"),
+        ):
             (tmp_path / path / f"memory.{name}").write_text(f"{text}\n")
 
     plan = SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", 2, 1, "ddp"))
@@ -370,7 +406,9 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
     """The largest resident size of the first process of a real run, which saves its state while it goes on."""
     argv = run.argv(tmp_path / "out", **LARGER | CONFIGURATIONS[name] | dict(save_steps=2, val_batches=1))
-    predicted = int(subprocess.run([sys.executable, "-c", PREDICT, *argv], check=True, capture_output=True, text=True, timeout=300).stdout.split()[-1])
+    predicted = int(
+        subprocess.run([sys.executable, "-c", PREDICT, *argv], check=True, capture_output=True, text=True, timeout=300).stdout.split()[-1]
+    )
     command = [sys.executable, "-c", MEASURE, sys.executable, str(ROOT / "train.py"), *argv, "--max_steps", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

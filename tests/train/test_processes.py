@@ -24,7 +24,9 @@ STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
 
 def start(argv: list[str], **more) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -133,8 +135,14 @@ def test_a_signal_to_one_process_stops_validation_in_all(forked, records, losses
     """After the same batch of the four at step 10 (under ZeRO-3 each is collective); made when the run goes on, the loss is the same."""
     flags = TWO | dict(strategy="deepspeed_stage_3", val_batches=8)
     a, b = tmp_path / "a", tmp_path / "b"
-    _, stopped, after = forked((flags | dict(proj_dir=a), {}), (flags | dict(proj_dir=b), dict(validating=5)), (flags | dict(proj_dir=b), {}))
-    assert stopped["codes"] == [143, 143] and "stopped by SIGTERM at step 10; the training state is saved" in stopped["said"] and after["codes"] == [0, 0], (stopped, after)
+    _, stopped, after = forked(
+        (flags | dict(proj_dir=a), {}), (flags | dict(proj_dir=b), dict(validating=5)), (flags | dict(proj_dir=b), {})
+    )
+    assert (
+        stopped["codes"] == [143, 143]
+        and "stopped by SIGTERM at step 10; the training state is saved" in stopped["said"]
+        and after["codes"] == [0, 0]
+    ), (stopped, after)
     assert losses(b) == losses(a) and records(b, "val_loss") == records(a, "val_loss")
 
 
@@ -142,7 +150,13 @@ def test_a_signal_to_one_process_stops_validation_in_all(forked, records, losses
 def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
     """torchrun: every process exits by itself; errors of the user are one line of ours."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-    done = subprocess.run([*torchrun, *run.argv(tmp_path / "out", **TWO)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*torchrun, *run.argv(tmp_path / "out", **TWO)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     check_same_run(whole, tmp_path / "out", losses)
 
@@ -151,13 +165,25 @@ def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
 def test_frozen_parts_under_every_strategy(forked, tmp_path, losses):
     """The embedding, whose gradient would come last, and the head, which the loss reads by itself; stopped in a mini-epoch and gone on."""
     patterns, strategies = "emb,head,blocks.0.ffn", ("deepspeed_stage_1", *STRATEGIES)
-    well(forked(*(job for strategy in strategies for job in interrupted(tmp_path / strategy, **TWO, strategy=strategy, precision="bf16", freeze=patterns))))
+    well(
+        forked(
+            *(
+                job
+                for strategy in strategies
+                for job in interrupted(tmp_path / strategy, **TWO, strategy=strategy, precision="bf16", freeze=patterns)
+            )
+        )
+    )
     for strategy in strategies:
         out = tmp_path / strategy
-        before, a, b = (load_weights(path) for path in (out / "a" / "rwkv-init.pth", out / "a" / "rwkv-final.pth", out / "b" / "rwkv-final.pth"))
+        before, a, b = (
+            load_weights(path) for path in (out / "a" / "rwkv-init.pth", out / "a" / "rwkv-final.pth", out / "b" / "rwkv-final.pth")
+        )
         frozen = frozen_names(patterns, list(a))
         trained = set(a) - {f"blocks.0.att.v{n}" for n in range(3)} - frozen
-        assert {name for name in a if not a[name].equal(before[name])} >= {name for name in trained if "weight" in name and "ln" not in name}, strategy
+        assert {name for name in a if not a[name].equal(before[name])} >= {
+            name for name in trained if "weight" in name and "ln" not in name
+        }, strategy
         assert all(a[name].equal(before[name]) for name in frozen), strategy
         assert losses(out / "a") == losses(out / "b") and all(a[name].equal(b[name]) for name in a), strategy
 
@@ -171,14 +197,20 @@ def test_all_processes_give_up_together(forked, tmp_path):
         said = result["said"]
         assert result["codes"] == [2, 2], said
         told = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert len(told) == 1 and re.search(r"error: [34] steps in a row were skipped .* last one step [67]: \d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens", told[0]), said
+        assert len(told) == 1 and re.search(
+            r"error: [34] steps in a row were skipped .* last one step [67]: \d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens",
+            told[0],
+        ), said
         assert "gradients of 69 parameters, in emb, ln, att, ffn, head, are not" in told[0] and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete", "did not answer for 15 s (--dist_timeout)"),
+        (
+            "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete",
+            "did not answer for 15 s (--dist_timeout)",
+        ),
         ("Application timeout caused pair closure", "did not answer for 15 s (--dist_timeout)"),
         ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234", "cannot be reached: RuntimeError: [gloo/"),
     ],
@@ -194,8 +226,12 @@ def test_what_gloo_says_of_a_silent_process_blames_that_process(line, said):
 def test_processes_that_never_met_say_so_on_each_node(rank, local_rank, speaks):
     """Two nodes of two: there is no way to tell rank 0."""
     watch = Watch(15.0, rank, local_rank, processes=lambda: (), started=False, cure="")
-    watch.report(RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused"))
-    assert re.fullmatch(r"the processes cannot meet: RuntimeError: Gloo connect.*; check MASTER_ADDR .* GLOO_SOCKET_IFNAME .*", watch._verdict())
+    watch.report(
+        RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused")
+    )
+    assert re.fullmatch(
+        r"the processes cannot meet: RuntimeError: Gloo connect.*; check MASTER_ADDR .* GLOO_SOCKET_IFNAME .*", watch._verdict()
+    )
     assert watch._speaks() == speaks
 
 

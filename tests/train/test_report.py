@@ -65,7 +65,16 @@ class Dom(HTMLParser):
 def look(page: Path, folder: Path) -> Dom:
     """The page in headless chromium, without a network, after its script has run."""
     profile = folder / "profile"
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={profile}",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     return Dom(subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout)
 
 
@@ -75,7 +84,11 @@ CHARTS = {"loss": 3, "lr": 1, "grad_norm": 1, "grad_norms": 5, "tokens_per_s": 1
 def test_the_page_of_a_run(whole):
     data = embedded(whole / "report.html")
     assert data["state"] == "finished" and data["series"]["step"] == list(range(1, 31)) and data["series"]["tokens"][-1] == 3840
-    assert data["validation"]["step"] == [0, 10, 20, 30] and set(data["parts"]) == {"emb", "ln", "att", "ffn", "head"} and data["settings"]["n_layer"] == 2
+    assert (
+        data["validation"]["step"] == [0, 10, 20, 30]
+        and set(data["parts"]) == {"emb", "ln", "att", "ffn", "head"}
+        and data["settings"]["n_layer"] == 2
+    )
     text = (whole / "report.html").read_text()
     assert not re.search(r"(src|href)\s*=|@import|url\(\s*[\"']?http", text) and "fetch(" not in text  # nothing comes from elsewhere
 
@@ -93,12 +106,16 @@ def test_a_browser_draws_every_curve(whole, tmp_path):
 @browser
 def test_a_browser_follows_a_run(run, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *run.argv(out, my_exit_tokens=4_000_000, val_every=50)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *run.argv(out, my_exit_tokens=4_000_000, val_every=50)], stderr=subprocess.DEVNULL
+    )
     try:
         seen = []
         for _ in range(2):
             until = time.monotonic() + 240
-            while time.monotonic() < until and not ((out / "report.html").exists() and len(embedded(out / "report.html")["series"]["step"]) > (seen or [5])[-1]):
+            while time.monotonic() < until and not (
+                (out / "report.html").exists() and len(embedded(out / "report.html")["series"]["step"]) > (seen or [5])[-1]
+            ):
                 time.sleep(0.2)
             dom = look(out / "report.html", tmp_path)
             assert "data-error" not in dom.body and "training" in dom.texts
@@ -112,7 +129,9 @@ def test_a_browser_follows_a_run(run, tmp_path):
 
 
 def test_a_step_done_again_counts_once():
-    data = curves(begin(), *(step(n) for n in range(1, 9)), {"step": 6, "tokens": 600, "val_loss": 2.5}, begin(5), step(6, 4.0, seconds=2.0))
+    data = curves(
+        begin(), *(step(n) for n in range(1, 9)), {"step": 6, "tokens": 600, "val_loss": 2.5}, begin(5), step(6, 4.0, seconds=2.0)
+    )
     assert data["series"]["step"] == [1, 2, 3, 4, 5, 6] and data["series"]["loss"][-1] == 4.0 and data["validation"]["step"] == []
     assert [event["text"] for event in data["events"]] == ["went on at 2026-11-21-10-00-00"]
     assert data["series"]["hours"][-1] == pytest.approx(12 / 3600, rel=1e-5)  # time of both processes
@@ -122,7 +141,14 @@ def test_a_run_that_goes_on_with_another_batch_goes_on_at_its_tokens():
     again = begin(5)
     again["settings"]["real_bsz"] = 2
     data = curves(begin(), *(step(n) for n in range(1, 6)), again, {**step(6), "tokens": 550})
-    assert [(event["step"], event["tokens"]) for event in data["events"]] == [(5, 500)] and data["series"]["tokens"] == [100, 200, 300, 400, 500, 550]
+    assert [(event["step"], event["tokens"]) for event in data["events"]] == [(5, 500)] and data["series"]["tokens"] == [
+        100,
+        200,
+        300,
+        400,
+        500,
+        550,
+    ]
 
 
 def test_long_runs_are_averaged_and_stay_small():
@@ -187,7 +213,10 @@ def test_a_run_outlives_tensorboard(run, tmp_path, records, monkeypatch, capfd, 
 
     monkeypatch.setattr(SummaryWriter, method, full)
     assert run(tmp_path / "out", tensorboard=1, max_steps=5) == 0
-    assert capfd.readouterr().err.count("TensorBoard fails (No space left on device); this run goes on without it") == 1 and len(records(tmp_path / "out")) == 5
+    assert (
+        capfd.readouterr().err.count("TensorBoard fails (No space left on device); this run goes on without it") == 1
+        and len(records(tmp_path / "out")) == 5
+    )
 
 
 def test_tensorboard_that_is_not_installed_is_said_at_once(run, tmp_path, monkeypatch, capfd):
@@ -196,4 +225,7 @@ def test_tensorboard_that_is_not_installed_is_said_at_once(run, tmp_path, monkey
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "tensorboard" else find(name, *rest))
     assert run(tmp_path / "out", tensorboard=1) == 2
-    assert f"--tensorboard 1: tensorboard is not installed; run: {sys.executable} -m pip install tensorboard, or leave --tensorboard out" in capfd.readouterr().err
+    assert (
+        f"--tensorboard 1: tensorboard is not installed; run: {sys.executable} -m pip install tensorboard, or leave --tensorboard out"
+        in capfd.readouterr().err
+    )

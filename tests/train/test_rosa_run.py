@@ -26,7 +26,17 @@ from rwkvlm.train.strategy import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CTX, BATCH = 20, 16, 16
-SHORT = dict(n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * BATCH * CTX, epoch_samples=80, epoch_save=1, lr_init=5e-3, lr_final=5e-3)
+SHORT = dict(
+    n_embd=32,
+    head_size=16,
+    ctx_len=CTX,
+    micro_bsz=BATCH,
+    my_exit_tokens=STEPS * BATCH * CTX,
+    epoch_samples=80,
+    epoch_save=1,
+    lr_init=5e-3,
+    lr_final=5e-3,
+)
 KINDS = {
     "x080": dict(my_testing="x080", deep_embed=1),
     "rosa": dict(my_testing="rosa", head_size=None, rosa_bits=1),
@@ -34,7 +44,13 @@ KINDS = {
 
 
 def start(run, folder, **flags):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *run.argv(folder, **SHORT | flags)], env=os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *run.argv(folder, **SHORT | flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def command(run, folder, **flags):
@@ -55,11 +71,17 @@ def test_it_learns_and_says_what_it_is(trained, losses):
     flags, folder, (out, err) = trained
     curve = losses(folder)
     assert len(curve) == STEPS and sum(curve[-3:]) < sum(curve[:3]) - 0.5, curve
-    kind = {"x080": "x080 L2 D32, 2 heads of 16, ROSA of 4 bits, vocabulary 256, ", "rosa": "rosa L2 D32, ROSA of 1 bit, vocabulary 256, "}[flags["my_testing"]]
+    kind = {"x080": "x080 L2 D32, 2 heads of 16, ROSA of 4 bits, vocabulary 256, ", "rosa": "rosa L2 D32, ROSA of 1 bit, vocabulary 256, "}[
+        flags["my_testing"]
+    ]
     assert kind in out and "has no effect" not in err
     assert f"'my_testing': '{flags['my_testing']}'" in (folder / "train_log.txt").read_text() and (folder / "report.html").exists()
     config = read_config(load_weights(folder / "rwkv-final.pth"))
-    assert (config.model_type, config.rosa_bits, config.deep_embed) == (flags["my_testing"], flags.get("rosa_bits", 4), bool(flags.get("deep_embed")))
+    assert (config.model_type, config.rosa_bits, config.deep_embed) == (
+        flags["my_testing"],
+        flags.get("rosa_bits", 4),
+        bool(flags.get("deep_embed")),
+    )
 
 
 @pytest.mark.slow
@@ -95,7 +117,10 @@ def test_text_from_its_file_is_that_of_the_whole_sequence(trained):
             assert (logits - whole).abs().max() <= 1e-5 * whole.abs().max()
             ids.append(int(logits.argmax()))
             logits, state = engine.read(ids[-1:], state)
-    assert main(["generate", "--model", str(trained[1] / "rwkv-final.pth"), "--prompt", "", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
+    assert (
+        main(["generate", "--model", str(trained[1] / "rwkv-final.pth"), "--prompt", "", "--length", "5", "--seed", "1", "--device", "cpu"])
+        == 0
+    )
 
 
 def test_from_weights_alone_and_how_bits_are_trained_may_change(run, trained, tmp_path, capfd):
@@ -156,7 +181,13 @@ def test_bf16(run, losses, tmp_path):
 
 def test_the_probe_is_of_the_model_that_the_file_says(run, trained, tmp_path):
     flags, folder, _ = trained
-    plan = make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **SHORT | flags | dict(train_stage=0, load_model=folder / "rwkv-final.pth", rosa_tau=0.25)), "train.py"))
+    plan = make_plan(
+        parse_flags(
+            TrainConfig,
+            run.argv(tmp_path / "out", **SHORT | flags | dict(train_stage=0, load_model=folder / "rwkv-final.pth", rosa_tau=0.25)),
+            "train.py",
+        )
+    )
     config = parse_flags(TrainConfig, probe_flags(plan, str(tmp_path / "probe")), "train.py")
     assert model_sizes(config, Path(config.load_model)) == plan.start.model and plan.start.model.rosa_tau == 0.25
     assert config.flags_without_effect() == []
@@ -165,15 +196,24 @@ def test_the_probe_is_of_the_model_that_the_file_says(run, trained, tmp_path):
 def test_arithmetic_by_hand():
     C, F, V, L = 32, 128, 50, 2
     x070 = flops_per_token(ModelConfig(n_layer=L, n_embd=C, vocab_size=V, head_size=16))
-    assert flops_per_token(model_config("x080", n_layer=L, n_embd=C, vocab_size=V, head_size=16, deep_embed=True)) == x070 + 6 * L * 4 * C * C
+    assert (
+        flops_per_token(model_config("x080", n_layer=L, n_embd=C, vocab_size=V, head_size=16, deep_embed=True)) == x070 + 6 * L * 4 * C * C
+    )
     assert flops_per_token(model_config("rosa", n_layer=L, n_embd=C, vocab_size=V)) == 6 * (L * (4 * C * C + 2 * C * F) + V * C)
 
 
 def test_memory_counts_the_vectors_of_deep_embed():
     sizes = model_config("x080", n_layer=2, n_embd=64, vocab_size=1000, head_size=32)
-    plain, deep = (estimate(s, TrainConfig(precision="fp32"), Launch("cpu", 1, 1, "auto"), Activations(0, 0), 0) for s in (sizes, sizes.with_(deep_embed=True)))
+    plain, deep = (
+        estimate(s, TrainConfig(precision="fp32"), Launch("cpu", 1, 1, "auto"), Activations(0, 0), 0)
+        for s in (sizes, sizes.with_(deep_embed=True))
+    )
     more = 2 * 1000 * 64
-    assert (deep.parameters - plain.parameters, deep.optimizer - plain.optimizer, deep.gradients - plain.gradients) == (4 * more, 8 * more, 4 * more)
+    assert (deep.parameters - plain.parameters, deep.optimizer - plain.optimizer, deep.gradients - plain.gradients) == (
+        4 * more,
+        8 * more,
+        4 * more,
+    )
 
 
 BAD = {
@@ -182,7 +222,10 @@ BAD = {
     "tau": (dict(rosa_tau=0), "--rosa_tau 0.0 must be above 0"),
     "deep": (dict(deep_embed=2), "--deep_embed 2 is not known; use 0 or 1"),
     "width": (dict(my_testing="rosa", n_embd=40, head_size=None), "--n_embd 40 is not a multiple of 16"),
-    "documents": (dict(doc_reset=1, compile=1), "--compile 1 does not go with --doc_reset 1 for --my_testing x080, which runs document by document in Python; leave one of them out"),
+    "documents": (
+        dict(doc_reset=1, compile=1),
+        "--compile 1 does not go with --doc_reset 1 for --my_testing x080, which runs document by document in Python; leave one of them out",
+    ),
 }
 
 
@@ -203,18 +246,30 @@ def test_symbols_that_stay_as_they_begin(run, losses, tmp_path, kernel):
             assert run(tmp_path / folder, **flags, rosa_grad="none", max_steps=stop) == 0
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert run(tmp_path / "flips", **flags, max_steps=12) == 0
-    assert losses(tmp_path / "flips")[0] == losses(tmp_path / "whole")[0] and losses(tmp_path / "flips")[4:] != losses(tmp_path / "whole")[4:]
+    assert (
+        losses(tmp_path / "flips")[0] == losses(tmp_path / "whole")[0] and losses(tmp_path / "flips")[4:] != losses(tmp_path / "whole")[4:]
+    )
     assert run(tmp_path / "whole", **flags, rosa_grad="flip") == 0
-    first, at_rest, last = (load_weights(file) for file in (tmp_path / "whole" / "rwkv-init.pth", tmp_path / "whole" / "rwkv-1.pth", tmp_path / "whole" / "rwkv-final.pth"))
+    first, at_rest, last = (
+        load_weights(file)
+        for file in (tmp_path / "whole" / "rwkv-init.pth", tmp_path / "whole" / "rwkv-1.pth", tmp_path / "whole" / "rwkv-final.pth")
+    )
     bits = [name for name in first if re.search(r"ln3|rosa\.(x_[qkv]|[qkv]\.)", name)]
     assert len(bits) == 2 * (2 + 3 + 6)
     assert all(torch.equal(first[name], at_rest[name]) for name in bits)
-    assert all(not torch.equal(first[name], at_rest[name]) for name in first if name not in bits and not re.search(r"blocks\.0\.att\.v[012]|rosa_bits", name))
+    assert all(
+        not torch.equal(first[name], at_rest[name])
+        for name in first
+        if name not in bits and not re.search(r"blocks\.0\.att\.v[012]|rosa_bits", name)
+    )
     assert all(not torch.equal(at_rest[name], last[name]) for name in bits if name.endswith(("q.weight", "k.weight")))
 
 
 def test_it_is_not_compressed(trained, tmp_path, capsys):
-    assert main(["compress", "--model", str(trained[1] / "rwkv-final.pth"), "--out", str(tmp_path / "small.pth"), "--svd_rank_ratio", "0.5"]) == 2
+    assert (
+        main(["compress", "--model", str(trained[1] / "rwkv-final.pth"), "--out", str(tmp_path / "small.pth"), "--svd_rank_ratio", "0.5"])
+        == 2
+    )
     err = capsys.readouterr().err
     assert f"of type {trained[0]['my_testing']}; compress is made for x070 and phantom\n" in err and err.count("\n") == 1
 

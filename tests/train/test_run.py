@@ -30,7 +30,17 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def test_a_run_writes_what_the_ecosystem_knows(whole, losses):
-    assert files(whole) == [".holder", "metrics.jsonl", "report.html", "rwkv-0.pth", "rwkv-2.pth", "rwkv-final.pth", "rwkv-init.pth", "state", "train_log.txt"]
+    assert files(whole) == [
+        ".holder",
+        "metrics.jsonl",
+        "report.html",
+        "rwkv-0.pth",
+        "rwkv-2.pth",
+        "rwkv-final.pth",
+        "rwkv-init.pth",
+        "state",
+        "train_log.txt",
+    ]
     assert len(losses(whole)) == 30
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_weights(whole / "rwkv-final.pth").values())
     assert same_weights(whole / "rwkv-2.pth", whole / "rwkv-final.pth")
@@ -60,7 +70,19 @@ def test_train_log_is_in_the_official_format(whole, losses):
 
 def test_metrics_say_everything_about_a_step(whole, records):
     for step, record in records(whole).items():
-        assert set(record) == {"step", "tokens", "loss", "lr", "grad_norm", "grad_norms", "tokens_per_s", "tflops", "mfu", "seconds", "memory_mb"}
+        assert set(record) == {
+            "step",
+            "tokens",
+            "loss",
+            "lr",
+            "grad_norm",
+            "grad_norms",
+            "tokens_per_s",
+            "tflops",
+            "mfu",
+            "seconds",
+            "memory_mb",
+        }
         assert set(record["grad_norms"]) == {"emb", "ln", "att", "ffn", "head"}
         assert sum(norm**2 for norm in record["grad_norms"].values()) == pytest.approx(record["grad_norm"] ** 2, rel=1e-3)
         assert record["tokens"] == step * 128 and record["grad_norm"] > 0 and record["tokens_per_s"] > 0 and record["memory_mb"] > 10
@@ -110,7 +132,12 @@ def test_max_steps_and_going_on_change_nothing(run, whole, losses, tmp_path, sto
     assert run(tmp_path / "out") == 0
     assert losses(tmp_path / "out") == losses(whole)
     assert same_weights(tmp_path / "out" / "rwkv-final.pth", whole / "rwkv-final.pth")
-    fields = [line.split()[:4] for f in (whole, tmp_path / "out") for line in (f / "train_log.txt").read_text().splitlines() if line[0].isdecimal()]
+    fields = [
+        line.split()[:4]
+        for f in (whole, tmp_path / "out")
+        for line in (f / "train_log.txt").read_text().splitlines()
+        if line[0].isdecimal()
+    ]
     assert fields[:3] == fields[3:]  # mean losses of mini-epochs too
 
 
@@ -152,7 +179,10 @@ def test_a_signal_stops_validation_between_batches(run, whole, losses, records, 
         assert (latest.read_text() if latest.exists() else None) == saved
     assert not json.loads((latest.parent / saved / "manifest.json").read_text())["content"]["meta"]["position"]["unvalidated"]
     said = capsys.readouterr().err
-    assert said.count("by SIGTERM at step 0; no step has been made, the same command goes on from it") == 1 and said.count("at step 10; no step has been made") == 1
+    assert (
+        said.count("by SIGTERM at step 0; no step has been made, the same command goes on from it") == 1
+        and said.count("at step 10; no step has been made") == 1
+    )
     assert losses(tmp_path / "out") == losses(whole) and same_weights(tmp_path / "out" / "rwkv-final.pth", whole / "rwkv-final.pth")
     assert records(tmp_path / "out", "val_loss") == records(whole, "val_loss")
     assert (tmp_path / "out" / "metrics.jsonl").read_text().count('"val_loss"') == 4, "of one that was stopped nothing is told"
@@ -248,7 +278,9 @@ sys.exit(code)
 
 
 def test_sigusr1_before_the_first_step_ends_nothing(run, losses, tmp_path):
-    done = subprocess.run([sys.executable, "-c", EARLY, "train", *run.argv(tmp_path / "out", max_steps=2)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, "train", *run.argv(tmp_path / "out", max_steps=2)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, (done.returncode, done.stderr)
     assert len(losses(tmp_path / "out")) == 2 and files(tmp_path / "out" / "state") == ["latest", "step2", "weights.json"]
 

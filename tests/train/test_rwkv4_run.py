@@ -102,7 +102,15 @@ def test_text_from_it(run, capfd, tmp_path):
                  lr_init=1e-2, accelerator="cpu", precision="fp32", train_stage=3, random_seed=1, enable_progress_bar=False, proj_dir=tmp_path / "out")  # fmt: skip
     assert main(["train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]) == 0
     capfd.readouterr()
-    generate = ["generate", "--model", str(tmp_path / "out" / "rwkv-final.pth"), "--tokenizer", str(tmp_path / "out" / "tokenizer.json"), "--device", "cpu"]
+    generate = [
+        "generate",
+        "--model",
+        str(tmp_path / "out" / "rwkv-final.pth"),
+        "--tokenizer",
+        str(tmp_path / "out" / "tokenizer.json"),
+        "--device",
+        "cpu",
+    ]
     assert main([*generate, "--prompt", "abcabcabd", "--length", "8", "--top_k", "1", "--seed", "1"]) == 0
     assert "abcabcab" in capfd.readouterr().out
 

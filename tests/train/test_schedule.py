@@ -86,6 +86,9 @@ def test_constant_stays_after_the_warm_up():
 
 @pytest.mark.parametrize("shape, rates", [("wsd", (2e-3, 2e-3, 2e-4)), ("constant", (2e-3, 2e-3, 2e-3))])
 def test_a_run_follows_it(run, records, tmp_path, shape, rates):
-    assert run(tmp_path / "out", lr_schedule=shape, wsd_decay=0.5, max_steps=17) == 0 and run(tmp_path / "out", lr_schedule=shape, wsd_decay=0.5) == 0
+    assert (
+        run(tmp_path / "out", lr_schedule=shape, wsd_decay=0.5, max_steps=17) == 0
+        and run(tmp_path / "out", lr_schedule=shape, wsd_decay=0.5) == 0
+    )
     lrs = {step: record["lr"] for step, record in records(tmp_path / "out").items()}
     assert (lrs[6], lrs[16]) == pytest.approx(rates[:2]) and lrs[30] == pytest.approx(rates[2], rel=0.35) and len(lrs) == 30

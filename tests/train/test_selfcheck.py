@@ -118,7 +118,10 @@ def turned(form, place):
 def test_a_single_wrong_gradient_of_wkv7_is_found(monkeypatch, dtype, place):
     """One side of the comparison is made wrong: that in plain PyTorch."""
     monkeypatch.setattr(recurrence, "wkv7_chunked", turned(recurrence.wkv7_chunked, place))
-    with pytest.raises(UserError, match="a kernel is wrong on this machine: in a small x070 in .*, the gradient of .* is off by .* of itself; .*rwkvlm doctor.* or use --kernel torch"):
+    with pytest.raises(
+        UserError,
+        match="a kernel is wrong on this machine: in a small x070 in .*, the gradient of .* is off by .* of itself; .*rwkvlm doctor.* or use --kernel torch",
+    ):
         check_kernels(model_config("x070", **LARGE), dtype, CPU)
 
 
@@ -184,7 +187,9 @@ def test_what_is_furthest_off_is_measured_by_how_far_it_may_be():
     assert part == "b" and off == pytest.approx(0.2) and off > most
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
 def test_too_little_memory_is_no_fault_of_a_kernel(run, tmp_path, monkeypatch, capsys, error):
     """As where another program has the GPU."""
 

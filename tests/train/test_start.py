@@ -28,7 +28,12 @@ from rwkvlm.train.strategy import Launch
 
 
 def config(folder, **flags) -> TrainConfig:
-    return TrainConfig(**(dict(proj_dir=str(folder), n_layer=2, n_embd=32, head_size=16, vocab_size=64, epoch_samples=40, train_stage=3, random_seed=1) | flags))
+    return TrainConfig(
+        **(
+            dict(proj_dir=str(folder), n_layer=2, n_embd=32, head_size=16, vocab_size=64, epoch_samples=40, train_stage=3, random_seed=1)
+            | flags
+        )
+    )
 
 
 def put(folder, name, **sizes):
@@ -63,7 +68,10 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
 def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
     """Someone has kept it and deleted the rest. With anything else to go on from it is an earlier end of this run."""
     final = put(tmp_path, "rwkv-final.pth")
-    with pytest.raises(UserError, match=f"nothing to go on from in {tmp_path} but rwkv-final.pth, which a new run would overwrite; .* --load_model {final} to train it further"):
+    with pytest.raises(
+        UserError,
+        match=f"nothing to go on from in {tmp_path} but rwkv-final.pth, which a new run would overwrite; .* --load_model {final} to train it further",
+    ):
         find_start(config(tmp_path, **flags), 101, [])
     put(tmp_path, "rwkv-0.pth")
     assert find_start(config(tmp_path, **flags), 101, []).path == tmp_path / "rwkv-0.pth"
@@ -145,7 +153,10 @@ def test_a_dry_run_of_stage_1_checks_all_and_leaves_nothing(run, tmp_path, capsy
     flags = dict(train_stage=1, dry_run=True, data_file=tmp_path / "text.txt", data_type="utf-8", vocab_size=None)
     assert run(tmp_path / "not" / "yet", **flags) == 0
     assert f"would write {tmp_path}/not/yet/rwkv-init.pth: x070 L2 D64, 0." in capsys.readouterr().out
-    assert run(tmp_path / "not" / "yet", **flags | dict(vocab_size=3)) == 2 and run(tmp_path / "not" / "yet", **flags | dict(load_model=tmp_path / "text.txt")) == 2
+    assert (
+        run(tmp_path / "not" / "yet", **flags | dict(vocab_size=3)) == 2
+        and run(tmp_path / "not" / "yet", **flags | dict(load_model=tmp_path / "text.txt")) == 2
+    )
     assert [*tmp_path.rglob("*")] == [tmp_path / "text.txt"]
 
 
@@ -209,10 +220,21 @@ def test_precision_auto_is_measured_once_handed_on_and_kept(run, tmp_path, monke
 
 
 TORCHRUN = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-SLURM = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_JOB_NAME="job", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0", SLURM_JOB_ID="1")
+SLURM = dict(
+    SLURM_NTASKS="2",
+    SLURM_NTASKS_PER_NODE="2",
+    SLURM_JOB_NAME="job",
+    SLURM_PROCID="0",
+    SLURM_LOCALID="0",
+    SLURM_NODEID="0",
+    SLURM_JOB_ID="1",
+)
 
 
-@pytest.mark.parametrize("variables, processes, nodes, refused", [({}, 2, 1, False), (TORCHRUN, 1, 1, False), (TORCHRUN, 2, 1, True), (SLURM, 2, 1, True), ({}, 1, 2, True)])
+@pytest.mark.parametrize(
+    "variables, processes, nodes, refused",
+    [({}, 2, 1, False), (TORCHRUN, 1, 1, False), (TORCHRUN, 2, 1, True), (SLURM, 2, 1, True), ({}, 1, 2, True)],
+)
 def test_precision_auto_is_not_measured_where_processes_would_not_tell_each_other(monkeypatch, variables, processes, nodes, refused):
     monkeypatch.setenv("RWKV_PRECISION", "")
     monkeypatch.setattr(planning, "bf16_is_faster", lambda: True)
@@ -225,14 +247,24 @@ def test_precision_auto_is_not_measured_where_processes_would_not_tell_each_othe
 
 def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
     """A --proj_dir that is another folder on each node: told after a minute, in which NFS would have shown what is new."""
-    plan = SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=None, data=SimpleNamespace(order=617), identity=[], held_out=None)
+    plan = SimpleNamespace(
+        start=find_start(config(tmp_path), 617, []),
+        proj_dir=tmp_path,
+        config=None,
+        data=SimpleNamespace(order=617),
+        identity=[],
+        held_out=None,
+    )
     waited = []
     monkeypatch.setattr(planning.time, "sleep", waited.append)
     monkeypatch.setattr(planning, "make_plan", lambda config, damaged: plan)
     monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, value])
     assert planning.checked(plan) is plan and not waited
     monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, "out/rwkv-3.pth" if isinstance(value, str) else value])
-    with pytest.raises(UserError, match=f"different places .fresh weights, to be saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes"):
+    with pytest.raises(
+        UserError,
+        match=f"different places .fresh weights, to be saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes",
+    ):
         planning.checked(plan)
     assert 60 < sum(waited) < 120
 
@@ -247,12 +279,23 @@ def test_nodes_with_other_data_do_not_begin(run, tmp_path, monkeypatch):
         planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", data_file=data), "train.py")))
     monkeypatch.setattr(ranks, "gather", lambda value, group=None: [seen[0], value])
     for flags in (dict(data_file=tmp_path / "data"), dict(data_file=run.data, val_file=tmp_path / "data")):
-        with pytest.raises(UserError, match=f"--data_file {flags['data_file']} holds other data, or has others held out, for rank 1 than for rank 0; copy the same files to all nodes"):
+        with pytest.raises(
+            UserError,
+            match=f"--data_file {flags['data_file']} holds other data, or has others held out, for rank 1 than for rank 0; copy the same files to all nodes",
+        ):
             planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **flags), "train.py")))
 
 
 @pytest.mark.parametrize(
-    "other", [dict(data=SimpleNamespace(order=619)), dict(identity=[(10, 2), (11, 3)]), dict(identity=[(10, 2), (10, 4)]), dict(identity=[(9, 2), (10, 3)]), dict(held_out=range(3))], ids=str
+    "other",
+    [
+        dict(data=SimpleNamespace(order=619)),
+        dict(identity=[(10, 2), (11, 3)]),
+        dict(identity=[(10, 2), (10, 4)]),
+        dict(identity=[(9, 2), (10, 3)]),
+        dict(held_out=range(3)),
+    ],
+    ids=str,
 )
 def test_each_way_in_which_data_may_differ_is_seen(tmp_path, monkeypatch, other):
     """Of two files: the order of the samples; tokens, or documents, of one of them; what is held out."""
@@ -260,9 +303,18 @@ def test_each_way_in_which_data_may_differ_is_seen(tmp_path, monkeypatch, other)
 
     def plan(data=SimpleNamespace(order=617), identity=((10, 2), (10, 3)), held_out=range(4)):
         files = [dict(tokens=tokens, documents=documents) for tokens, documents in identity]
-        return SimpleNamespace(start=find_start(config(tmp_path), 617, []), proj_dir=tmp_path, config=SimpleNamespace(data_file="data"), data=data, identity=files, held_out=held_out)
+        return SimpleNamespace(
+            start=find_start(config(tmp_path), 617, []),
+            proj_dir=tmp_path,
+            config=SimpleNamespace(data_file="data"),
+            data=data,
+            identity=files,
+            held_out=held_out,
+        )
 
-    monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: told.append(value) or [told[0] if isinstance(value, tuple) else value, value])
+    monkeypatch.setattr(
+        planning.ranks, "gather", lambda value, group=None: told.append(value) or [told[0] if isinstance(value, tuple) else value, value]
+    )
     assert planning.checked(plan()).held_out == range(4)
     with pytest.raises(UserError, match="holds other data, or has others held out, for rank 1"):
         planning.checked(plan(**other))
@@ -273,7 +325,9 @@ def test_a_process_that_looked_before_another_had_written_looks_again(run, tmp_p
     out = tmp_path / "out"
     plan = planning.make_plan(parse_flags(TrainConfig, run.argv(out), "train.py"))
     assert plan.start.fresh
-    monkeypatch.setattr(ranks, "gather", lambda value, group=None: [value, str(out / "rwkv-init.pth")] if isinstance(value, str) else [value, value])
+    monkeypatch.setattr(
+        ranks, "gather", lambda value, group=None: [value, str(out / "rwkv-init.pth")] if isinstance(value, str) else [value, value]
+    )
     monkeypatch.setattr(planning.time, "sleep", lambda seconds: run(out, train_stage=1))
     agreed = planning.checked(plan)
     assert not agreed.start.fresh and agreed.start.path == out / "rwkv-init.pth"
@@ -344,7 +398,9 @@ def test_fp32_products_are_left_alone_in_bf16_and_where_nothing_can_be_handed_on
     before = torch.get_float32_matmul_precision()
 
     def plan(precision, devices, nodes=1):
-        return SimpleNamespace(config=SimpleNamespace(precision=precision), launch=Launch("cpu", devices, nodes, "ddp"), start=SimpleNamespace(state=None))
+        return SimpleNamespace(
+            config=SimpleNamespace(precision=precision), launch=Launch("cpu", devices, nodes, "ddp"), start=SimpleNamespace(state=None)
+        )
 
     matmul.settle_fp32_products(plan("bf16", 1))
     assert capsys.readouterr().out == ""

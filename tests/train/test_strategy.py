@@ -16,7 +16,17 @@ from rwkvlm.train.strategy import deepspeed_config, launch, lightning_precision,
 
 WORKER = Path(__file__).with_name("strategy_worker.py")
 ZERO = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +145,12 @@ def test_frozen_parameters_are_saved_and_stay(tmp_path):
 
 @pytest.mark.slow
 def test_micro_batches_give_the_curve_of_the_whole_batch(tmp_path):
-    jobs = [dict(strategy=name, precision=precision, steps=6, accumulate_grad_batches=k)
-            for name in ("ddp", *ZERO) for precision in ("fp32", "bf16") for k in (1, 2)]
+    jobs = [
+        dict(strategy=name, precision=precision, steps=6, accumulate_grad_batches=k)
+        for name in ("ddp", *ZERO)
+        for precision in ("fp32", "bf16")
+        for k in (1, 2)
+    ]
     results = train(tmp_path, 2, jobs)
     for job, whole, parts in zip(jobs[::2], results[::2], results[1::2]):
         means = [(a + b) / 2 for a, b in zip(parts["losses"][::2], parts["losses"][1::2])]
@@ -149,7 +163,14 @@ def test_lightning_slurm_and_deepspeed_launches_agree(tmp_path, free_port):
     job = dict(strategy="deepspeed_stage_2", precision="fp32", steps=3, devices="2")
     curves = [train(tmp_path, 1, [job])[0]["losses"]]
     # Lightning makes the port of the job's number, 15000 and its last four digits.
-    slurm = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NAME="job", SLURM_NODEID="0", SLURM_NODELIST="localhost")
+    slurm = dict(
+        SLURM_NTASKS="2",
+        SLURM_NTASKS_PER_NODE="2",
+        SLURM_JOB_ID=str(os.getpid()),
+        SLURM_JOB_NAME="job",
+        SLURM_NODEID="0",
+        SLURM_NODELIST="localhost",
+    )
     deepspeed = dict(WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port)
     for common, ranks in ((slurm, ("SLURM_PROCID", "SLURM_LOCALID")), (deepspeed, ("RANK", "LOCAL_RANK"))):
         (tmp_path / "results.json").unlink()
@@ -188,7 +209,9 @@ def test_what_auto_means(monkeypatch):
     with pytest.raises(UserError, match="--devices 4, but the launcher started 2"):
         launch(TrainConfig(devices="4"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="started 2 processes on this node, and this one sees 1 GPU; let each see all of them .*--gpus-per-node"):
+    with pytest.raises(
+        UserError, match="started 2 processes on this node, and this one sees 1 GPU; let each see all of them .*--gpus-per-node"
+    ):
         launch(TrainConfig())  # as under srun --gpus-per-task=1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("WORLD_SIZE", "6")
@@ -210,9 +233,12 @@ def test_precision_is_never_autocast():
 
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    refusals = [(dict(accelerator="gpu"), "--accelerator gpu"), (dict(precision="fp16"), "--precision fp16"),
-                (dict(devices="1000000"), "--devices 1000000: without a GPU these are processes"),
-                (dict(precision="fp16", strategy="deepspeed_stage_2"), "--precision fp16")]
+    refusals = [
+        (dict(accelerator="gpu"), "--accelerator gpu"),
+        (dict(precision="fp16"), "--precision fp16"),
+        (dict(devices="1000000"), "--devices 1000000: without a GPU these are processes"),
+        (dict(precision="fp16", strategy="deepspeed_stage_2"), "--precision fp16"),
+    ]
     for flags, what in refusals:
         with pytest.raises(UserError, match=what) as caught:
             make_strategy(TrainConfig(**flags))
@@ -221,7 +247,10 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
     with pytest.raises(UserError, match="deepspeed is not installed"):
         make_strategy(TrainConfig(strategy="deepspeed_stage_2"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for flags, what in ((dict(devices="2"), "this machine has 1 GPU;"), (dict(precision="fp16"), "--precision fp16 needs a GPU and --strategy deepspeed")):
+    for flags, what in (
+        (dict(devices="2"), "this machine has 1 GPU;"),
+        (dict(precision="fp16"), "--precision fp16 needs a GPU and --strategy deepspeed"),
+    ):
         with pytest.raises(UserError, match=what):
             make_strategy(TrainConfig(**flags))
 

@@ -15,7 +15,8 @@ def same_state(a: Path, b: Path) -> bool:
     """Masters, moments and steps of every process; both are stepN folders."""
     pairs = [[torch.load(file)["tensors"] for file in (folder / "rank00000.pt", folder / "rank00001.pt")] for folder in (a, b)]
     return all(
-        one.keys() == other.keys() and all(torch.equal(torch.as_tensor(one[name][key]), torch.as_tensor(other[name][key])) for name in one for key in one[name])
+        one.keys() == other.keys()
+        and all(torch.equal(torch.as_tensor(one[name][key]), torch.as_tensor(other[name][key])) for name in one for key in one[name])
         for one, other in zip(*pairs)
     )
 
@@ -34,7 +35,10 @@ def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forke
         flags = TWO | dict(strategy=strategy, doc_reset=1)
         jobs.append((flags | dict(proj_dir=tmp_path / strategy, val_batches=4), {}))
         flags |= dict(precision="bf16", micro_bsz=1, accumulate_grad_batches=2, max_steps=20)
-        jobs += [(flags | dict(proj_dir=tmp_path / f"{strategy}-a"), {}), (flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=13), {})]
+        jobs += [
+            (flags | dict(proj_dir=tmp_path / f"{strategy}-a"), {}),
+            (flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=13), {}),
+        ]
         jobs.append((flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=7), {}))
     well(forked(*jobs))
     for strategy in STRATEGIES:
@@ -46,7 +50,11 @@ def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forke
 
 def test_other_models_with_documents_of_which_each_process_has_others(run, forked, losses, tmp_path):
     """No module runs document by document: under ZeRO-3 a process would wait for one that has fewer."""
-    kinds = {"state": dict(my_testing="phantom", ttt_chunk=16), "memory": dict(my_testing="phantom", ttt_kind="memory"), "x080": dict(my_testing="x080")}
+    kinds = {
+        "state": dict(my_testing="phantom", ttt_chunk=16),
+        "memory": dict(my_testing="phantom", ttt_kind="memory"),
+        "x080": dict(my_testing="x080"),
+    }
     kinds["fixed symbols"] = dict(my_testing="x080", rosa_grad="none")
     kinds |= {"hybrid": dict(my_testing="hybrid", attention_layers="1"), "x040": dict(my_testing="x040", head_size=None)}
     flags = dict(doc_reset=1, kernel="auto", max_steps=6)
@@ -76,7 +84,10 @@ def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, los
     expected = losses(tmp_path / "one")
     for number, strategy in enumerate(STRATEGIES):
         told = said[5 * number], said[5 * number + 1]
-        assert all(len(re.findall(r"step 101 is undone, back to the weights of step 100: its loss .*; samples 401 to 404 are lost", text)) == 1 for text in told), told
+        assert all(
+            len(re.findall(r"step 101 is undone, back to the weights of step 100: its loss .*; samples 401 to 404 are lost", text)) == 1
+            for text in told
+        ), told
         found = records(tmp_path / strategy)
         assert [step for step in found if "undone_to" in found[step]] == [101] and found[101]["undone_to"] == 100
         assert losses(tmp_path / strategy) == pytest.approx(expected, rel=1e-4), strategy
@@ -85,21 +96,33 @@ def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, los
         assert curves[0] == curves[1] and same_state(guarded / "state" / "step110", without / "state" / "step110"), strategy
 
 
-WHOLE = [(strategy, precision) for strategy in (*STRATEGIES, "deepspeed_stage_2_offload", "deepspeed_stage_3_offload") for precision in ("fp32", "bf16")]
+WHOLE = [
+    (strategy, precision)
+    for strategy in (*STRATEGIES, "deepspeed_stage_2_offload", "deepspeed_stage_3_offload")
+    for precision in ("fp32", "bf16")
+]
 ACCUMULATED = [(strategy, "bf16") for strategy in STRATEGIES]
 
 
-@pytest.mark.parametrize("flags, cases", [(TWO, WHOLE), (dict(devices=2, micro_bsz=1, accumulate_grad_batches=2), ACCUMULATED)], ids=["whole", "accumulated"])
+@pytest.mark.parametrize(
+    "flags, cases", [(TWO, WHOLE), (dict(devices=2, micro_bsz=1, accumulate_grad_batches=2), ACCUMULATED)], ids=["whole", "accumulated"]
+)
 def test_a_bad_sample_in_one_process_is_skipped_by_all(forked, records, tmp_path, flags, cases):
     """NaN in sample 18, step 5, which one process reads, in one of its micro batches: the weights stay, the run goes on."""
     more = dict(save_steps=1, keep_last=9, max_steps=8)
-    told = well(forked(*((flags | more | dict(strategy=s, precision=p, proj_dir=tmp_path / f"{s}-{p}"), dict(nan_in=[18])) for s, p in cases)))
+    told = well(
+        forked(*((flags | more | dict(strategy=s, precision=p, proj_dir=tmp_path / f"{s}-{p}"), dict(nan_in=[18])) for s, p in cases))
+    )
     norms = []
     for (strategy, precision), said in zip(cases, told):
         out = tmp_path / f"{strategy}-{precision}"
         assert said.count("step 5 is skipped: loss nan") == 1 and "1 in a row, 1 in all" in said, said
         found = records(out)
-        assert [step for step in found if found[step].get("skipped")] == [5] and found[8]["loss"] < found[4]["loss"] and found[8]["grad_norm"] > 0, out
+        assert (
+            [step for step in found if found[step].get("skipped")] == [5]
+            and found[8]["loss"] < found[4]["loss"]
+            and found[8]["grad_norm"] > 0
+        ), out
         norms.append(found[4]["grad_norm"])
         parts = found[8]["grad_norms"]
         assert sum(norm**2 for norm in parts.values()) == pytest.approx(found[8]["grad_norm"] ** 2, rel=1e-2) and len(parts) == 5, out

@@ -96,7 +96,9 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
             raise UserError(f"checkpoint {path} may not be read; change its permissions") from error
         raise UserError(f"checkpoint {path} is truncated or not a PyTorch weights file; copy or download it again") from error
     if not isinstance(content, dict) or not content:
-        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not named weights; give a flat state dict as RWKV-LM saves it")
+        raise UserError(
+            f"checkpoint {path} holds a {type(content).__name__}, not named weights; give a flat state dict as RWKV-LM saves it"
+        )
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise UserError(f"checkpoint {path}: entry {name!r} is not a weight; give a flat state dict as RWKV-LM saves it")

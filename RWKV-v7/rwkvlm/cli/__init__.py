@@ -103,7 +103,10 @@ def _at_hand(error: Exception) -> set[str]:
     """The packages where the error was raised: that of the code itself, and those of what it has in its variables. Of others it is no sign."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     values = [*frame.f_globals.values(), *frame.f_locals.values()]
-    modules = [frame.f_globals.get("__name__"), *(getattr(x, "__name__" if isinstance(x, ModuleType) else "__module__", None) for x in values)]
+    modules = [
+        frame.f_globals.get("__name__"),
+        *(getattr(x, "__name__" if isinstance(x, ModuleType) else "__module__", None) for x in values),
+    ]
     return {name.partition(".")[0] for name in modules if isinstance(name, str)}
 
 

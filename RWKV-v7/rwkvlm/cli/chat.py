@@ -30,11 +30,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token [1]")
     parser.add_argument("--top_p", type=float, default=0.3, help="keep the likeliest tokens up to this probability; 1: all [0.3]")
     parser.add_argument("--top_k", type=int, default=0, help="keep this many of the likeliest tokens; 0: all [0]")
-    parser.add_argument("--presence_penalty", type=float, default=0.5, help="taken from the logit of each token that the answer has already [0.5]")
+    parser.add_argument(
+        "--presence_penalty", type=float, default=0.5, help="taken from the logit of each token that the answer has already [0.5]"
+    )
     parser.add_argument("--frequency_penalty", type=float, default=0.5, help="taken from it for each time that it came [0.5]")
-    parser.add_argument("--penalty_decay", type=float, default=0.996, help="by which those times fade with each token; 1: not at all [0.996]")
+    parser.add_argument(
+        "--penalty_decay", type=float, default=0.996, help="by which those times fade with each token; 1: not at all [0.996]"
+    )
     parser.add_argument("--length", type=int, default=1000, help="most tokens of an answer [1000]")
-    parser.add_argument("--paragraphs", action="store_true", help="an answer may have blank lines: only a next turn of the user ends it (RWKV-7 G1 models)")
+    parser.add_argument(
+        "--paragraphs", action="store_true", help="an answer may have blank lines: only a next turn of the user ends it (RWKV-7 G1 models)"
+    )
     parser.add_argument("--seed", type=int, default=None, help="same seed and messages, same answers; default: new ones each time")
     parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json [world]')
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")

@@ -13,10 +13,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, help="checkpoint of an RWKV-7 or a Phantom")
     parser.add_argument("--out", required=True, help="checkpoint to write")
     parser.add_argument(
-        "--svd_rank_ratio", type=float, default=1.0, help="share of each large matrix's parameters that its two factors keep; 1: no factors [1]"
+        "--svd_rank_ratio",
+        type=float,
+        default=1.0,
+        help="share of each large matrix's parameters that its two factors keep; 1: no factors [1]",
     )
     parser.add_argument("--sparsity_ratio", type=float, default=0.0, help="share of the FFN's hidden units that are removed; 0: none [0]")
-    parser.add_argument("--data", default="", help="PREFIX of a .bin/.idx pair: units are judged by what they do on it, and the loss is measured on PREFIX.val")
+    parser.add_argument(
+        "--data",
+        default="",
+        help="PREFIX of a .bin/.idx pair: units are judged by what they do on it, and the loss is measured on PREFIX.val",
+    )
     parser.add_argument("--ctx_len", type=int, default=512, help="tokens in each sequence of --data that is read [512]")
     parser.add_argument("--samples", type=int, default=32, help="how many of these are read [32]")
     parser.add_argument("--report", type=Path, default=None, help="write the figures here as JSON too")

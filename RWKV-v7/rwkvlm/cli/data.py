@@ -28,16 +28,26 @@ class _Parser(Parser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m rwkvlm data", description="Look at binidx pairs (PREFIX.bin, PREFIX.idx), check them, make new ones from them.")
+    parser = _Parser(
+        prog="python -m rwkvlm data", description="Look at binidx pairs (PREFIX.bin, PREFIX.idx), check them, make new ones from them."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|merge|split|sample")
     info = commands.add_parser("info", help="counts, lengths, token range, magic_prime, probable tokenizer; large files by samples")
-    info.add_argument("--ctx_len", type=int, nargs="+", default=[512, 4096], help="context lengths that magic_prime is computed for (default: 512 4096)")
+    info.add_argument(
+        "--ctx_len", type=int, nargs="+", default=[512, 4096], help="context lengths that magic_prime is computed for (default: 512 4096)"
+    )
     info.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    verify = commands.add_parser("verify", help="check the index, the size and every token; exit code 2 and one line at the first thing that is wrong")
+    verify = commands.add_parser(
+        "verify", help="check the index, the size and every token; exit code 2 and one line at the first thing that is wrong"
+    )
     verify.add_argument("--vocab_size", type=int, default=65536, help="every token must be below (default: 65536)")
-    verify.add_argument("--expect", choices=sorted(KNOWN), help="the pair must be this data set: number of documents and tokens, vocabulary")
+    verify.add_argument(
+        "--expect", choices=sorted(KNOWN), help="the pair must be this data set: number of documents and tokens, vocabulary"
+    )
     joined = commands.add_parser("merge", help="the documents of several pairs in one, each pair whole or weighted")
-    joined.add_argument("prefix", nargs="+", metavar="PREFIX[:COPIES]", help="a:2 takes a twice, b:0.5 half of b's documents, drawn by --seed")
+    joined.add_argument(
+        "prefix", nargs="+", metavar="PREFIX[:COPIES]", help="a:2 takes a twice, b:0.5 half of b's documents, drawn by --seed"
+    )
     divided = commands.add_parser("split", help="hold documents out: OUT and OUT.val")
     divided.add_argument("--val", type=float, required=True, help="below 1 about this share of the documents, from 1 on their number")
     for each in (joined, divided):
@@ -104,7 +114,11 @@ def _info(args: argparse.Namespace) -> None:
             sizes = f"{1 << bits >> 1} to {(1 << bits) - 1}" if bits > 1 else str(bits)
             print(f"  {sizes:>22}  {count:>12}  {'#' * -(-BAR * count // max(seen.lengths))}")
     for ctx_len, prime in orders.items():
-        known = f"--magic_prime {prime}, {data.n_tokens / (ctx_len * MINI_EPOCH):.3f} mini-epochs of {MINI_EPOCH} samples" if isinstance(prime, int) else f"too short: {prime}"
+        known = (
+            f"--magic_prime {prime}, {data.n_tokens / (ctx_len * MINI_EPOCH):.3f} mini-epochs of {MINI_EPOCH} samples"
+            if isinstance(prime, int)
+            else f"too short: {prime}"
+        )
         print(f"ctx_len {ctx_len}: {known}")
 
 
@@ -119,7 +133,9 @@ def _verify(args: argparse.Namespace) -> None:
         data.check_token_range(vocab_size, 1 << 62)  # says where
     print(_line(data))
     print(_found(seen))
-    print(f"ok: header, sizes, pointers and documents of the index agree with each other and with {data.bin_path}, and every token is below {vocab_size}")
+    print(
+        f"ok: header, sizes, pointers and documents of the index agree with each other and with {data.bin_path}, and every token is below {vocab_size}"
+    )
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -142,11 +158,15 @@ def _sample(args: argparse.Namespace) -> None:
     data, tokenizer = BinIdx(args.prefix), load_tokenizer(args.tokenizer)
     for number in args.numbers or sorted({0, data.n_docs - 1}):
         if not -data.n_docs <= number < data.n_docs:
-            raise UserError(f"{args.prefix} has no document {number}; it has {data.n_docs}, 0 to {data.n_docs - 1} (or -1, -2, ... from the end)")
+            raise UserError(
+                f"{args.prefix} has no document {number}; it has {data.n_docs}, 0 to {data.n_docs - 1} (or -1, -2, ... from the end)"
+            )
         document = data.doc(number)
         shown = document[: args.tokens] if args.tokens > 0 else document
         ended = len(shown) and int(shown[-1]) == END_OF_DOCUMENT
-        cut = f", the first {len(shown)} shown" if len(shown) < len(document) else "" if ended else f", not ended by token {END_OF_DOCUMENT}"
+        cut = (
+            f", the first {len(shown)} shown" if len(shown) < len(document) else "" if ended else f", not ended by token {END_OF_DOCUMENT}"
+        )
         print(f"--- {data.prefix}, document {number % data.n_docs}: {len(document)} tokens{cut}")
         print(tokenizer.decode(shown[:-1] if ended else shown))
 

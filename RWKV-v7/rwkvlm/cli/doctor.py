@@ -82,10 +82,15 @@ def nvcc() -> str:
 
     path = native.nvcc()
     if path is None:
-        raise UserError(f"not found: wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME")
+        raise UserError(
+            f"not found: wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME"
+        )
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout.split("release ")[-1].partition(",")[0]
     other = version.partition(".")[0] != (torch.version.cuda or "").partition(".")[0]
-    return f"CUDA {version}" + f"; torch's is {torch.version.cuda}, so DeepSpeed's FusedAdam does not build and torch's AdamW takes its place" * other
+    return (
+        f"CUDA {version}"
+        + f"; torch's is {torch.version.cuda}, so DeepSpeed's FusedAdam does not build and torch's AdamW takes its place" * other
+    )
 
 
 def kernel_wkv7() -> str:
@@ -120,7 +125,11 @@ def kernel_rosa() -> str:
     from ..ops.rosa import backend_for, rosa
 
     def answers(device: torch.device) -> list:
-        return _answers(lambda *x: rosa(*x, bits=2, tau=0.1), [_random(2, 40, 8, seed=n) for n in range(3)] + [_random(8, seed=3), _random(8, seed=4)], device)
+        return _answers(
+            lambda *x: rosa(*x, bits=2, tau=0.1),
+            [_random(2, 40, 8, seed=n) for n in range(3)] + [_random(8, seed=3), _random(8, seed=4)],
+            device,
+        )
 
     device = _device()
     with backend.asked_for("torch"):
@@ -140,7 +149,9 @@ def kernel_loss() -> str:
     def answers(form: Callable, device: torch.device) -> list:
         return _answers(lambda *x: form(*x, torch.arange(100, device=device) * 3), inputs, device)
 
-    return _compared("loss", backend_for(device, torch.float32, 64), device, answers(head_cross_entropy, device), answers(reference, torch.device("cpu")))
+    return _compared(
+        "loss", backend_for(device, torch.float32, 64), device, answers(head_cross_entropy, device), answers(reference, torch.device("cpu"))
+    )
 
 
 def kernel_fused() -> str:
@@ -163,7 +174,9 @@ def kernel_fused() -> str:
 
         return _answers(block, inputs, device)
 
-    return _compared("fused", fused.backend_for(device, (torch.float32,), 96), device, answers(fused, device), answers(reference, torch.device("cpu")))
+    return _compared(
+        "fused", fused.backend_for(device, (torch.float32,), 96), device, answers(fused, device), answers(reference, torch.device("cpu"))
+    )
 
 
 def kernel_adamw() -> str:
@@ -174,7 +187,9 @@ def kernel_adamw() -> str:
 
     def answers(form, dtype: torch.dtype, device: torch.device) -> list:
         master, grad, average, square = (_random(33, 65, seed=n).to(device, dtype) for n in range(4))
-        form.adamw_([master], [], [grad], [average], [square.square_()], [torch.tensor(7.0, device=device)], None, None, 0.5, 0.9, 0.99, 1e-18, 0.1)
+        form.adamw_(
+            [master], [], [grad], [average], [square.square_()], [torch.tensor(7.0, device=device)], None, None, 0.5, 0.9, 0.99, 1e-18, 0.1
+        )
         return [t.cpu() for t in (master, average, square, form.gradient_norms([grad]))]
 
     device = _device()
@@ -251,7 +266,7 @@ def _compared(name: str, made_by: str, device, got: list, wanted: list, limit: f
         built, reason = (native.cuda_available if device.type == "cuda" else native.available)(name)
         if not built:
             raise UserError(f"runs in plain PyTorch, slower: {reason}")
-    return f"{ {'cpu': 'C++', 'cuda': 'CUDA', 'torch': 'plain PyTorch'}[made_by]}, largest deviation from the reference {worst:.0e}"
+    return f"{ {'cpu': 'C++', 'cuda': 'CUDA', 'torch': 'plain PyTorch'}[made_by] }, largest deviation from the reference {worst:.0e}"
 
 
 def ranks() -> str:
@@ -265,7 +280,11 @@ def ranks() -> str:
     command = [sys.executable, "-c", RANK, backend, str(port)]
     begin = time.monotonic()
     started = [subprocess.Popen([*command, str(rank), str(world)], stderr=subprocess.PIPE, text=True) for rank in range(world)]
-    cure = "NCCL_DEBUG=INFO says more; try NCCL_P2P_DISABLE=1" if backend == "nccl" else "a firewall on the loopback device, or a broken host name (GLOO_SOCKET_IFNAME=lo)?"
+    cure = (
+        "NCCL_DEBUG=INFO says more; try NCCL_P2P_DISABLE=1"
+        if backend == "nccl"
+        else "a firewall on the loopback device, or a broken host name (GLOO_SOCKET_IFNAME=lo)?"
+    )
     try:
         said = [process.communicate(timeout=RANKS_TIMEOUT)[1] for process in started]
     except subprocess.TimeoutExpired:
@@ -309,7 +328,9 @@ def locks() -> str:
     root = env.torch_extensions_dir() or Path(get_default_build_root())
     stale = [lock for lock in root.glob("**/lock") if time.time() - lock.parent.stat().st_mtime > STALE]
     if stale:
-        raise UserError(f"{stale[0]} is left over from a build that was stopped, and the next one waits for it for ever; rm {' '.join(map(str, stale))}")
+        raise UserError(
+            f"{stale[0]} is left over from a build that was stopped, and the next one waits for it for ever; rm {' '.join(map(str, stale))}"
+        )
     return f"none stale in {root} and {env.cache_dir()}"
 
 
@@ -318,7 +339,16 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m rwkvlm doctor", description="Is this machine ready to train? One line each, ok or the cure.")
     parser.add_argument("--proj_dir", type=Path, default=Path("out"), help="where runs will be kept [out]")
     folder = parser.parse_args(argv).proj_dir
-    checks = {"python": python, "compiler": compiler, "gpu": gpu, "nvcc": nvcc, **KERNELS, "ranks": ranks, "disk": lambda: disk(folder), "locks": locks}
+    checks = {
+        "python": python,
+        "compiler": compiler,
+        "gpu": gpu,
+        "nvcc": nvcc,
+        **KERNELS,
+        "ranks": ranks,
+        "disk": lambda: disk(folder),
+        "locks": locks,
+    }
     well = True
     for name, check in checks.items():
         try:

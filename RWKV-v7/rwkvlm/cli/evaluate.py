@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m rwkvlm evaluate", description="Measure a model. Any of --data, --lambada and --tasks may be given together.")
+    parser = Parser(
+        prog="python -m rwkvlm evaluate", description="Measure a model. Any of --data, --lambada and --tasks may be given together."
+    )
     parser.add_argument("--model", required=True, help="checkpoint, for example out/L6-D256-x070/rwkv-final.pth")
-    parser.add_argument("--data", default="", help="a .txt, .jsonl or .parquet (also .gz, .zst), or the PREFIX of a .bin/.idx pair: loss a token, perplexity, bits a byte")
+    parser.add_argument(
+        "--data",
+        default="",
+        help="a .txt, .jsonl or .parquet (also .gz, .zst), or the PREFIX of a .bin/.idx pair: loss a token, perplexity, bits a byte",
+    )
     parser.add_argument(
         "--ctx_len",
         type=int,
@@ -24,13 +30,23 @@ def main(argv: list[str]) -> int:
         help="0: each document of --data by itself, whole, after a token 0, without the 0 that ends it; else windows of so many tokens over all documents with their 0, "
         "each read anew, as the trainer's validation does [0]",
     )
-    parser.add_argument("--lambada", default="", help='a .jsonl with LAMBADA\'s passages as "text": accuracy and perplexity of the last word')
-    parser.add_argument("--tasks", default="", help="tasks of lm-evaluation-harness by name, as piqa,arc_easy; needs the package lm_eval (pip install lm-eval)")
+    parser.add_argument(
+        "--lambada", default="", help='a .jsonl with LAMBADA\'s passages as "text": accuracy and perplexity of the last word'
+    )
+    parser.add_argument(
+        "--tasks",
+        default="",
+        help="tasks of lm-evaluation-harness by name, as piqa,arc_easy; needs the package lm_eval (pip install lm-eval)",
+    )
     parser.add_argument("--tasks_path", default="", help="folder with tasks of your own for lm-evaluation-harness")
-    parser.add_argument("--few_shots", type=int, default=None, help="examples before each question of --tasks; default: the task's own number")
+    parser.add_argument(
+        "--few_shots", type=int, default=None, help="examples before each question of --tasks; default: the task's own number"
+    )
     parser.add_argument("--text_key", default="text", help="key of the text in a line of JSON, or column of a table [text]")
     parser.add_argument("--limit", type=int, default=0, help="only so many documents, passages, or questions of each task; 0: all [0]")
-    parser.add_argument("--batch", type=int, default=8, help="texts read side by side: changes speed and memory, and figures by no more than rounding [8]")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="texts read side by side: changes speed and memory, and figures by no more than rounding [8]"
+    )
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on the CPU [auto]")
     parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json [world]')
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
@@ -57,7 +73,9 @@ def main(argv: list[str]) -> int:
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     engine = load_engine(args.model, args.tokenizer, args.device, dtype)
     about = _about(engine, args.model, args.tokenizer)
-    print(f"{about['model']}: {about['model_type']} L{about['n_layer']} D{about['n_embd']}, {about['parameters'] / 1e6:.6f} M parameters, {about['dtype']} on {about['device']}")
+    print(
+        f"{about['model']}: {about['model_type']} L{about['n_layer']} D{about['n_embd']}, {about['parameters'] / 1e6:.6f} M parameters, {about['dtype']} on {about['device']}"
+    )
     results: dict[str, Any] = {}
     for name, measure in (
         ("data", args.data and (lambda: text_loss(engine, args.data, args.ctx_len, args.batch, args.limit, args.text_key))),
@@ -100,10 +118,14 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
         f"{found['data']}: {found['documents']:,} document{'s' * (found['documents'] != 1)}, {found['tokens']:,} tokens{size}; {how}",
         f"{'loss':20} {found['loss']:12.6f}  nats a token",
         f"{'perplexity':20} {_perplexity(found)}",
-        f"{'bits a byte':20} {found['bits_per_byte']:12.6f}" if found["bits_per_byte"] else f"{'bits a byte':20} {'unknown':>12}  --tokenizer is not this model's",
+        f"{'bits a byte':20} {found['bits_per_byte']:12.6f}"
+        if found["bits_per_byte"]
+        else f"{'bits a byte':20} {'unknown':>12}  --tokenizer is not this model's",
         f"{'tokens read':20} {'loss':>12} {'tokens':>14}",
     ]
-    return lines + [f"{span['from']:>9,} to {span['to']:>7,} {span['loss']:12.4f} {span['tokens']:14,}" for span in found["loss_by_tokens_read"]]
+    return lines + [
+        f"{span['from']:>9,} to {span['to']:>7,} {span['loss']:12.4f} {span['tokens']:14,}" for span in found["loss_by_tokens_read"]
+    ]
 
 
 def _perplexity(found: dict[str, Any]) -> str:

@@ -69,7 +69,9 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
     for f in fields(settings):
         kind = types[f.name]
         bare = dict(nargs="?", const=True) if kind is bool else {}  # --dry_run alone means True
-        parser.add_argument(f"--{f.name}", **bare, type=_converter(kind), default=f.default, metavar=kind.__name__.upper(), help=_help(f).replace("%", "%%"))
+        parser.add_argument(
+            f"--{f.name}", **bare, type=_converter(kind), default=f.default, metavar=kind.__name__.upper(), help=_help(f).replace("%", "%%")
+        )
     return settings(**vars(parser.parse_args(argv)))
 
 

@@ -26,7 +26,9 @@ def listed_gpus() -> int:
     try:
         answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        raise UserError(f"nvidia-smi does not answer within {PATIENCE} s: the driver hangs; restart the machine, or train on the CPU with ACCELERATOR=cpu") from None
+        raise UserError(
+            f"nvidia-smi does not answer within {PATIENCE} s: the driver hangs; restart the machine, or train on the CPU with ACCELERATOR=cpu"
+        ) from None
     return len(re.findall(r"^GPU \d+:", answer.stdout, re.MULTILINE))
 
 
@@ -76,7 +78,9 @@ def check_torch_sees_gpus() -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m rwkvlm machine", description="Print ACCELERATOR=cpu or gpu, what this machine trains on, for the shell.")
+    parser = Parser(
+        prog="python -m rwkvlm machine", description="Print ACCELERATOR=cpu or gpu, what this machine trains on, for the shell."
+    )
     parser.add_argument("--accelerator", default="auto", help="auto, cpu (even where there is a GPU) or gpu (an error where there is none)")
     wanted = parser.parse_args(argv).accelerator
     if wanted not in ("auto", "cpu", "gpu"):

@@ -32,17 +32,40 @@ class _Parser(Parser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="make_data.py", description="Tokenise text, shuffle it, write PREFIX.bin and PREFIX.idx.")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help='.jsonl (one {"text": ...} a line), .txt (one document a file), either also .gz or .zst, or .parquet; files, quoted globs, or - for .jsonl from standard input')
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help='.jsonl (one {"text": ...} a line), .txt (one document a file), either also .gz or .zst, or .parquet; files, quoted globs, or - for .jsonl from standard input',
+    )
     parser.add_argument("epochs", type=int, metavar="COPIES", help="copies of the data in the output, each shuffled anew")
     parser.add_argument("ctx_len", type=int, metavar="CTX_LEN", help="context length that magic_prime is computed for")
-    parser.add_argument("--out", default="", metavar="PREFIX", help="output prefix; default: the name of the one input, in the current folder")
+    parser.add_argument(
+        "--out", default="", metavar="PREFIX", help="output prefix; default: the name of the one input, in the current folder"
+    )
     parser.add_argument("--text_key", default="text", help="key of the text in .jsonl, column of it in .parquet (default: text)")
     parser.add_argument("--tokenizer", default="world", help="world, or the path of a Hugging Face tokenizer.json (default: world)")
-    parser.add_argument("--val_split", type=float, default=0.0, help="hold out: below 1 a fraction of the tokens, else a number of documents; to PREFIX.val.bin/.idx")
+    parser.add_argument(
+        "--val_split",
+        type=float,
+        default=0.0,
+        help="hold out: below 1 a fraction of the tokens, else a number of documents; to PREFIX.val.bin/.idx",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of shuffling and held-out documents (default: 0)")
     parser.add_argument("--skip_bad", action="store_true", help="pass over bad lines and files, and count them, instead of stopping")
-    parser.add_argument("--workers", type=int, default=0, help="threads that parse and tokenise (default: one for each core); the result does not depend on it")
-    parser.add_argument("--report", type=Path, default=None, metavar="FILE", help="write the facts of the summary, and the lengths of the documents, as JSON")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="threads that parse and tokenise (default: one for each core); the result does not depend on it",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="write the facts of the summary, and the lengths of the documents, as JSON",
+    )
     return parser
 
 
@@ -59,7 +82,9 @@ def _progress(started: float) -> Callable[[Stage], None]:
         line = f"{stage.name} {stage.part:4.0%}  {stage.documents} documents"
         if stage.name == "reading":
             seconds = now - started
-            left = f", {datetime.timedelta(seconds=int(seconds / stage.part - seconds))} left" if 0 < stage.part and not stage.resumed else ""
+            left = (
+                f", {datetime.timedelta(seconds=int(seconds / stage.part - seconds))} left" if 0 < stage.part and not stage.resumed else ""
+            )
             line += f"  {volume(stage.text_bytes)}, {volume(stage.text_bytes / seconds)}/s{left}"
         if terminal:
             bar = "#" * round(stage.part * BAR)
@@ -93,7 +118,9 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
     if made.val_documents:
         print(f"{prefix}.val.bin/idx: {made.val_tokens} tokens, {made.val_documents} document{'s' * (made.val_documents != 1)} held out")
         if made.val_tokens <= ctx_len:
-            print(f"too little to validate with: --ctx_len {ctx_len} needs at least {ctx_len + 1} tokens; hold out more with a larger --val_split")
+            print(
+                f"too little to validate with: --ctx_len {ctx_len} needs at least {ctx_len + 1} tokens; hold out more with a larger --val_split"
+            )
     print(f"largest token id {made.largest}, {made.distinct} distinct ones; --vocab_size {tokenizer.vocab_size}")
     try:
         prime = magic_prime(made.tokens, ctx_len)
@@ -131,10 +158,16 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     started = time.monotonic()
     try:
-        made = pack(files, prefix, tokenizer, args.epochs, args.text_key, args.val_split, args.seed, args.skip_bad, args.workers, _progress(started))
+        made = pack(
+            files, prefix, tokenizer, args.epochs, args.text_key, args.val_split, args.seed, args.skip_bad, args.workers, _progress(started)
+        )
     except KeyboardInterrupt:
         kept = f"the same command goes on where this one stopped (or remove {prefix}.unfinished)"
-        print(f"\ninterrupted; {'what came from standard input is gone, so that nothing is kept' if STDIN in files else kept}", file=sys.stderr, flush=True)
+        print(
+            f"\ninterrupted; {'what came from standard input is gone, so that nothing is kept' if STDIN in files else kept}",
+            file=sys.stderr,
+            flush=True,
+        )
         raise
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)

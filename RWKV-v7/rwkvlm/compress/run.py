@@ -17,7 +17,13 @@ from .svd import check_ratio, factorise_matrices
 
 
 def compress_file(
-    path: str | Path, out: str | Path, svd_rank_ratio: float = 1.0, sparsity_ratio: float = 0.0, data: str = "", ctx_len: int = 512, samples: int = 32
+    path: str | Path,
+    out: str | Path,
+    svd_rank_ratio: float = 1.0,
+    sparsity_ratio: float = 0.0,
+    data: str = "",
+    ctx_len: int = 512,
+    samples: int = 32,
 ) -> dict[str, Any]:
     """Writes a smaller model than that of `path`, RWKV-7 or Phantom, to `out` in the official format, and returns a report for JSON.
 

@@ -29,7 +29,9 @@ def units_left(config: ModelConfig, ratio: float) -> int:
 
 
 @torch.no_grad()
-def remove_units(weights: Weights, config: ModelConfig, ratio: float, activity: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def remove_units(
+    weights: Weights, config: ModelConfig, ratio: float, activity: list[torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """The weights without the least important hidden units, equally many in every block, so that one dim_ffn describes them all.
 
     activity: one tensor a block (see importance). Rows of a Ghost layer's core stay, since its ghosts are made of them.
@@ -73,11 +75,15 @@ def _described(config: ModelConfig, dim_ffn: int, ratio: float) -> ModelConfig:
         return config.with_(dim_ffn=dim_ffn)
     ratios, rows = parse_ratios(config.core_ratios), config.core_rows(KEY)
     if rows >= dim_ffn:
-        raise UserError(f"--sparsity_ratio {ratio} leaves {dim_ffn} hidden units, but the core of {KEY} has {rows}, which all stay; use a smaller one")
+        raise UserError(
+            f"--sparsity_ratio {ratio} leaves {dim_ffn} hidden units, but the core of {KEY} has {rows}, which all stay; use a smaller one"
+        )
     if ratios.get(KEY, config.core_ratio) < 1:
         ratios[KEY] = rows / dim_ffn if rows else 1.0  # a dense one stays so too
     after = replace(config, dim_ffn=dim_ffn, core_ratios=",".join(f"{name}={share:.6g}" for name, share in ratios.items()))
     if after.parts().keys() != config.parts().keys():
-        raise UserError(f"--sparsity_ratio {ratio} leaves {dim_ffn} hidden units, too few for the Ghost layer of {VALUE}; use a smaller one")
+        raise UserError(
+            f"--sparsity_ratio {ratio} leaves {dim_ffn} hidden units, too few for the Ghost layer of {VALUE}; use a smaller one"
+        )
     assert after.core_rows(KEY) == rows
     return after

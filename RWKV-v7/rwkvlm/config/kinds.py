@@ -9,7 +9,11 @@ from .rosa import RosaConfig
 
 CONFIGS = {"phantom": PhantomConfig, "hybrid": HybridConfig, "x080": RosaConfig, "rosa": RosaConfig}  # of all others ModelConfig
 # Who has flags of its own, and what the types without them lack.
-OWNERS = {"Phantom": (PhantomConfig, "no Ghost layers and no test-time training"), "Hybrid": (HybridConfig, "no attention"), "ROSA": (RosaConfig, "no ROSA")}
+OWNERS = {
+    "Phantom": (PhantomConfig, "no Ghost layers and no test-time training"),
+    "Hybrid": (HybridConfig, "no attention"),
+    "ROSA": (RosaConfig, "no ROSA"),
+}
 
 
 def config_type(model_type: str) -> type[ModelConfig]:

@@ -50,7 +50,9 @@ class ModelConfig:
             object.__setattr__(self, name, 0)
         if "head_size" in self.unused:
             if self.n_embd % (multiple := MULTIPLES[self.model_type]):
-                raise UserError(f"--n_embd {self.n_embd} is not a multiple of {multiple}, which --my_testing {self.model_type} needs; change it")
+                raise UserError(
+                    f"--n_embd {self.n_embd} is not a multiple of {multiple}, which --my_testing {self.model_type} needs; change it"
+                )
         elif self.head_size not in HEAD_SIZES:
             raise UserError(f"--head_size {self.head_size} is not supported; choose one of: {', '.join(map(str, HEAD_SIZES))}")
         elif self.n_embd % self.head_size:

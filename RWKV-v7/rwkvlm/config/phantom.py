@@ -15,7 +15,17 @@ TTT_KINDS = ("state", "memory")
 TTT_TARGETS = ("stored", "value")
 FIRST_STEP = {"state": 0.01, "memory": 0.5}
 OF_OLDER_MEMORY = ("memory_dim", "memory_rows")
-OF_STATE = ("ttt_chunk", "ttt_steps", "ttt_second_order", "ttt_meta", "ttt_core_ratio", "ttt_head", "ttt_target", "ttt_anchor", "ttt_loss_weight")
+OF_STATE = (
+    "ttt_chunk",
+    "ttt_steps",
+    "ttt_second_order",
+    "ttt_meta",
+    "ttt_core_ratio",
+    "ttt_head",
+    "ttt_target",
+    "ttt_anchor",
+    "ttt_loss_weight",
+)
 OF_TTT = (*OF_STATE, "ttt_kind", "ttt_lr", "ttt_features")
 TRAINING_ONLY = ("ttt_second_order", "ttt_meta", "ttt_loss_weight", "dropout")
 
@@ -94,10 +104,14 @@ class PhantomConfig(ModelConfig):
             raise UserError(f"--ttt_chunk {self.ttt_chunk} is not a multiple of 16; use 16, 32, 48, 64, ...")
         if self.has_memory and (self.ttt_features not in HEAD_SIZES or self.ttt_features < self.head_size):
             fitting = [size for size in HEAD_SIZES if size >= self.head_size]
-            raise UserError(f"--ttt_features {self.ttt_features} does not go with --head_size {self.head_size}; use one of: {', '.join(map(str, fitting))}")
+            raise UserError(
+                f"--ttt_features {self.ttt_features} does not go with --head_size {self.head_size}; use one of: {', '.join(map(str, fitting))}"
+            )
         if self.ttt_enabled and self.first_step >= 2:
             times = f" times --ttt_chunk {self.ttt_chunk} is {self.first_step:g}" if self.steps_on_state else ""
-            raise UserError(f"--ttt_lr {self.ttt_lr}{times}, but steps of 2 and more diverge; use --ttt_lr below {2 * self.ttt_lr / self.first_step:g}")
+            raise UserError(
+                f"--ttt_lr {self.ttt_lr}{times}, but steps of 2 and more diverge; use --ttt_lr below {2 * self.ttt_lr / self.first_step:g}"
+            )
 
     def _default(self, name: str) -> object:
         """What a setting is where none is given."""
@@ -207,7 +221,9 @@ def decode(numbers: Iterable[float]) -> dict[str, object]:
         if not isinstance(found, dict) or found.keys() - known - set(OF_OLDER_MEMORY):
             raise ValueError
     except (ValueError, OverflowError):
-        raise UserError("the checkpoint's phantom_config cannot be read: it is damaged or of a newer version; use the version that wrote it") from None
+        raise UserError(
+            "the checkpoint's phantom_config cannot be read: it is damaged or of a newer version; use the version that wrote it"
+        ) from None
     return as_now(found)
 
 

@@ -36,7 +36,9 @@ MINI_EPOCH = 40320  # samples in an official mini-epoch
 def flag(default: Any, help: str, choices: tuple[str, ...] | None = None, of: str = "", idle: str = "", unset: str = "") -> Any:
     """of: the one of kinds.OWNERS whose flag it is, if it is not everybody's. idle: why it is accepted and changes nothing. unset: what --help gives as the
     default, where the field's own only means "not given"."""
-    return field(default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle, "unset": unset})
+    return field(
+        default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle, "unset": unset}
+    )
 
 
 def no_effect(why: str) -> Any:
@@ -56,11 +58,20 @@ class TrainConfig:
     # files
     load_model: str = flag("", 'weights to start from, a .pth file ("" or "0": none; train_stage 2 and 3 find the newest in proj_dir)')
     proj_dir: str = flag("out", "folder of this run: checkpoints, logs, training state")
-    data_file: str = flag("", "prefix of the training data, DATA_FILE.bin and DATA_FILE.idx; several are mixed: A:0.7,B:0.3, or A,B in proportion to their sizes")
-    data_type: str = flag("binidx", "format of the training data; other than binidx, DATA_FILE is a file: a .npy of tokens, a text by characters, anything by bytes", DATA_TYPES)
+    data_file: str = flag(
+        "",
+        "prefix of the training data, DATA_FILE.bin and DATA_FILE.idx; several are mixed: A:0.7,B:0.3, or A,B in proportion to their sizes",
+    )
+    data_type: str = flag(
+        "binidx",
+        "format of the training data; other than binidx, DATA_FILE is a file: a .npy of tokens, a text by characters, anything by bytes",
+        DATA_TYPES,
+    )
     load_partial: int = flag(0, "1: parameters missing in load_model keep their initial values instead of being an error")
     freeze: str = flag("", "parts of the model that are not trained, by name, separated by commas: emb,head or blocks.0,blocks.*.ffn")
-    train_stage: int = flag(0, "1: write rwkv-init.pth and stop; 2 or 3: train, resuming from what proj_dir holds; 0: train from load_model or from scratch")
+    train_stage: int = flag(
+        0, "1: write rwkv-init.pth and stop; 2 or 3: train, resuming from what proj_dir holds; 0: train from load_model or from scratch"
+    )
 
     # model
     my_testing: str = flag("x070", "model type", (*MODEL_TYPES, "x070_phantom"))
@@ -76,7 +87,9 @@ class TrainConfig:
     rank_g: int = flag(0, "low rank of the gate; 0: found like rank_w")
 
     # Phantom (--my_testing phantom); -1 and "": from the checkpoint, else the default in [config/phantom.py]
-    core_ratio: float = of_phantom(-1.0, "share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers", unset="0.2")
+    core_ratio: float = of_phantom(
+        -1.0, "share of each large matrix's rows that are trained in full, in (0, 1]; 1: no Ghost layers", unset="0.2"
+    )
     ghost_ratio: float = of_phantom(-1.0, "1 - core_ratio")
     core_ratios: str = of_phantom("", "other core ratios for some matrices: ffn.key=1,att.output=0.5")
     ghost_activation: str = of_phantom("", "between core and ghost", ("", *ACTIVATIONS), unset="identity")
@@ -88,7 +101,9 @@ class TrainConfig:
     ttt_steps: int = of_phantom(-1, "steps at each segment's end", unset="1")
     ttt_core_ratio: float = of_phantom(-1.0, "share of the state's value rows that are stepped on", unset="0.25")
     ttt_head: int = of_phantom(-1, "1: a prediction head in the inner loss", unset="1")
-    ttt_target: str = of_phantom("", "what a key shall recall: what the delta rule has stored, or the value", ("", *TTT_TARGETS), unset="stored")
+    ttt_target: str = of_phantom(
+        "", "what a key shall recall: what the delta rule has stored, or the value", ("", *TTT_TARGETS), unset="stored"
+    )
     ttt_anchor: float = of_phantom(-1.0, "pull towards the state before the steps; without effect when ttt_steps is 1", unset="0.01")
     ttt_second_order: int = of_phantom(-1, "1: the loss is differentiated through the inner gradient", unset="1")
     ttt_meta: int = of_phantom(-1, "1: adds the inner loss on the segment after each step to the loss", unset="0")
@@ -98,12 +113,19 @@ class TrainConfig:
     layer_norm_eps: float = of_phantom(-1.0, "epsilon of the LayerNorms", unset="1e-5")
 
     # hybrid (--my_testing hybrid); -1 and "": from the checkpoint, else the default in [config/hybrid.py]
-    attention_layers: str = of_hybrid("", "blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four", unset="1/4")
+    attention_layers: str = of_hybrid(
+        "", "blocks with attention in the place of time mixing, from 1 on: 3,7,11, or 1/4: the last of each four", unset="1/4"
+    )
     attention_kv_heads: int = of_hybrid(-1, "heads of keys and values, a divisor of the number of heads; 0: as many", unset="0")
     attention_window: int = of_hybrid(-1, "tokens that a token's attention sees, which bounds the memory of generation; 0: all", unset="0")
     # ROSA (--my_testing x080 and rosa); -1 and "": from the checkpoint, else the default in [config/rosa.py]
     rosa_bits: int = of_rosa(-1, "channels that make a symbol together, 1 or 4", unset="4")
-    rosa_grad: str = of_rosa("", "gradient of a bit: exact, by flipping it, or a soft surrogate, of which a tenth reaches the residual stream; none: q, k and v stay as they are, for less time", ("", *GRADS), unset="flip")
+    rosa_grad: str = of_rosa(
+        "",
+        "gradient of a bit: exact, by flipping it, or a soft surrogate, of which a tenth reaches the residual stream; none: q, k and v stay as they are, for less time",
+        ("", *GRADS),
+        unset="flip",
+    )
     rosa_tau: float = of_rosa(-1.0, "least size of an activation in the gradient of its bit", unset="0.1")
     deep_embed: int = of_rosa(-1, "1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed)", unset="0")
 
@@ -111,7 +133,9 @@ class TrainConfig:
     ctx_len: int = flag(1024, "tokens per sample")
     micro_bsz: int = flag(12, "samples per device and step")
     accumulate_grad_batches: int = flag(1, "micro batches per optimizer step")
-    doc_reset: int = flag(0, "1: state and token shift begin anew with each document of the data (officially only with each sample); not with ttt_meta")
+    doc_reset: int = flag(
+        0, "1: state and token shift begin anew with each document of the data (officially only with each sample); not with ttt_meta"
+    )
     magic_prime: int = flag(0, "prime that orders the samples; 0: computed from data_file and ctx_len")
     my_exit_tokens: int = flag(0, "tokens at which the schedule and the training end; 0: one pass over the data")
     epoch_begin: int = flag(0, "first mini-epoch; found by itself with train_stage 2 or 3")
@@ -121,7 +145,11 @@ class TrainConfig:
     # optimizer and schedule
     lr_init: float = flag(6e-4, "learning rate after warm-up")
     lr_final: float = flag(1e-5, "learning rate at my_exit_tokens")
-    lr_schedule: str = flag("cosine", "from lr_init to lr_final: cosine all along, wsd: lr_init until the last wsd_decay of the tokens; constant: lr_init to the end", LR_SCHEDULES)
+    lr_schedule: str = flag(
+        "cosine",
+        "from lr_init to lr_final: cosine all along, wsd: lr_init until the last wsd_decay of the tokens; constant: lr_init to the end",
+        LR_SCHEDULES,
+    )
     wsd_decay: float = flag(0.2, "share of my_exit_tokens over which --lr_schedule wsd falls to lr_final")
     warmup_steps: int = flag(-1, "optimizer steps of linear warm-up; -1: 10 when resuming from a .pth, else 0")
     beta1: float = flag(0.9, "Adam beta1")
@@ -134,13 +162,26 @@ class TrainConfig:
     accelerator: str = flag("auto", "auto, gpu or cpu")
     devices: str = flag("auto", "devices (or CPU processes) per node; auto: all GPUs, or one CPU process")
     num_nodes: int = flag(1, "number of nodes")
-    precision: str = flag("bf16", "number format of weights and activations (bf16, fp16: with fp32 master weights); auto: the faster of bf16 and fp32 here", PRECISIONS)
+    precision: str = flag(
+        "bf16",
+        "number format of weights and activations (bf16, fp16: with fp32 master weights); auto: the faster of bf16 and fp32 here",
+        PRECISIONS,
+    )
     strategy: str = flag("auto", "how the training is spread over devices", STRATEGIES)
-    grad_cp: int = flag(0, "1: recompute activations in the backward pass (less memory, slower); -1: only where the memory would not be enough otherwise")
+    grad_cp: int = flag(
+        0, "1: recompute activations in the backward pass (less memory, slower); -1: only where the memory would not be enough otherwise"
+    )
     compile: int = flag(0, "1: the blocks through torch.compile; not with deepspeed_stage_3, test-time training and plain PyTorch's wkv7")
-    cuda_graphs: int = flag(0, "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with doc_reset, deepspeed_stage_3, dropout and ttt_meta; -1: where it helps, on one GPU, and compared with the blocks as they are")
+    cuda_graphs: int = flag(
+        0,
+        "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with doc_reset, deepspeed_stage_3, dropout and ttt_meta; -1: where it helps, on one GPU, and compared with the blocks as they are",
+    )
     head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
-    kernel: str = flag("", 'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is', KERNELS)
+    kernel: str = flag(
+        "",
+        'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is',
+        KERNELS,
+    )
     check_kernels: int = flag(1, "0: the kernels are not compared with plain PyTorch before the first step")
     ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB")
 
@@ -157,10 +198,18 @@ class TrainConfig:
     val_file: str = flag("", "prefix of held-out data, several separated by commas; default: DATA_FILE.val, where it exists")
     val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch")
     val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation")
-    dry_run: bool = flag(False, "only tell what the run would be: parameters, memory of each process, steps, and after a short probe the time; trains nothing")
+    dry_run: bool = flag(
+        False,
+        "only tell what the run would be: parameters, memory of each process, steps, and after a short probe the time; trains nothing",
+    )
     max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")
-    max_skips: int = flag(10, "stop, with a diagnosis, after so many steps in a row whose loss or gradient is not finite (each is skipped) or that spike_guard undid")
-    spike_guard: float = flag(0.0, "undo a step whose loss lies so many standard deviations above its running mean, and leave out its samples; 0: off; try 8")
+    max_skips: int = flag(
+        10,
+        "stop, with a diagnosis, after so many steps in a row whose loss or gradient is not finite (each is skipped) or that spike_guard undid",
+    )
+    spike_guard: float = flag(
+        0.0, "undo a step whose loss lies so many standard deviations above its running mean, and leave out its samples; 0: off; try 8"
+    )
     spike_snapshot: int = flag(100, "optimizer steps between the copies in host memory (two) that spike_guard goes back to")
     dist_timeout: float = flag(1800.0, "seconds after which a collective operation with a silent rank gives up")
 
@@ -189,10 +238,42 @@ class TrainConfig:
                 raise UserError(f"--{f.name} {value!r} is not known; choose one of: {shown}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{f.name} {value} is not a finite number")
-        for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "num_nodes", "epoch_samples", "keep_last", "val_batches", "max_skips", "spike_snapshot", "ds_bucket_mb"):
+        for name in (
+            "ctx_len",
+            "micro_bsz",
+            "accumulate_grad_batches",
+            "num_nodes",
+            "epoch_samples",
+            "keep_last",
+            "val_batches",
+            "max_skips",
+            "spike_snapshot",
+            "ds_bucket_mb",
+        ):
             self._at_least(name, 1)
-        for name in ("dim_att", "dim_ffn", "n_layer", "n_embd", "vocab_size", "head_size", "magic_prime", "epoch_begin", "epoch_save",
-                     "weight_decay", "grad_clip", "head_chunk", "save_steps", "save_minutes", "val_every", "max_steps", "spike_guard", "lr_init", "lr_final", "adam_eps", "my_exit_tokens"):
+        for name in (
+            "dim_att",
+            "dim_ffn",
+            "n_layer",
+            "n_embd",
+            "vocab_size",
+            "head_size",
+            "magic_prime",
+            "epoch_begin",
+            "epoch_save",
+            "weight_decay",
+            "grad_clip",
+            "head_chunk",
+            "save_steps",
+            "save_minutes",
+            "val_every",
+            "max_steps",
+            "spike_guard",
+            "lr_init",
+            "lr_final",
+            "adam_eps",
+            "my_exit_tokens",
+        ):
             self._at_least(name, 0)
         for name in ("warmup_steps", "random_seed"):
             self._at_least(name, -1)
@@ -217,7 +298,9 @@ class TrainConfig:
         if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices) >= 1):
             raise UserError(f"--devices {self.devices!r} is not a number of devices; use auto, 1, 2, ...")
         if self.dim_att and self.n_embd and self.dim_att != self.n_embd:
-            raise UserError(f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; --my_testing {self.my_testing} needs them equal (leave dim_att out)")
+            raise UserError(
+                f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; --my_testing {self.my_testing} needs them equal (leave dim_att out)"
+            )
 
     def _rename(self, old: str, new: str) -> None:
         if getattr(self, old):
@@ -232,7 +315,11 @@ class TrainConfig:
     def own_settings(self) -> dict[str, Any]:
         """Those fields of the model type's own config (PhantomConfig, ...) that flags were given for."""
         kind = config_type(self.my_testing)
-        given = {f.name: getattr(self, f.name) for f in fields(self) if (of := f.metadata["of"]) and OWNERS[of][0] is kind and getattr(self, f.name) != f.default}
+        given = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if (of := f.metadata["of"]) and OWNERS[of][0] is kind and getattr(self, f.name) != f.default
+        }
         ratio = core_ratio_of(given.get("core_ratio"), given.pop("ghost_ratio", None))
         for name in given:
             if isinstance(getattr(kind, name), bool):
@@ -243,7 +330,11 @@ class TrainConfig:
 
     def own_without_effect(self, model: ModelConfig) -> list[str]:
         """As flags_without_effect, for the flags of the model's own type: what they do is known when the model is, which a checkpoint may decide."""
-        return [f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}" for name, value in self.own_settings().items() if (reason := model.idle(name))]
+        return [
+            f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}"
+            for name, value in self.own_settings().items()
+            if (reason := model.idle(name))
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -251,7 +342,11 @@ class TrainConfig:
     def flags_without_effect(self) -> list[str]:
         """One line for each flag that was given but changes nothing, with the reason."""
         given = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        return [f"--{f.name} {getattr(self, f.name)} has no effect: {reason}" for f in given if (reason := f.metadata["idle"] or self._idle(f.name, f.metadata["of"]))]
+        return [
+            f"--{f.name} {getattr(self, f.name)} has no effect: {reason}"
+            for f in given
+            if (reason := f.metadata["idle"] or self._idle(f.name, f.metadata["of"]))
+        ]
 
     def _idle(self, name: str, of: str) -> str:
         """Why a flag has no effect beside the others; "" where it may have one."""

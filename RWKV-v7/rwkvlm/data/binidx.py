@@ -130,7 +130,9 @@ class Index:
             if wrong.any():
                 i = first + int(np.argmax(wrong))
                 at = self._at_doc_idx + 8 * i
-                raise UserError(f"{self.path} has doc_idx[{i}] = {self.doc_idx[i]} (byte {at}); it must start at 0 and never fall; make it again")
+                raise UserError(
+                    f"{self.path} has doc_idx[{i}] = {self.doc_idx[i]} (byte {at}); it must start at 0 and never fall; make it again"
+                )
             before = int(entries[-1])
         if len(self.doc_idx) > 1 and before != len(self.sizes):
             raise UserError(f"{self.path} ends its doc_idx with {before}, but lists {len(self.sizes)} items; make it again")
@@ -186,9 +188,13 @@ class BinIdx(Tokens):
     def _map(self) -> np.ndarray:
         size, expected = self.bin_path.stat().st_size, self.index.n_bytes
         if size < expected:
-            raise UserError(f"{self.bin_path} is truncated: {size} bytes, but {self.idx_path} points up to byte {expected}; copy or make it again")
+            raise UserError(
+                f"{self.bin_path} is truncated: {size} bytes, but {self.idx_path} points up to byte {expected}; copy or make it again"
+            )
         if size > expected:
-            raise UserError(f"{self.bin_path} is {size} bytes long, but {self.idx_path} ends at byte {expected}: the two files do not belong together; copy or make both again")
+            raise UserError(
+                f"{self.bin_path} is {size} bytes long, but {self.idx_path} ends at byte {expected}: the two files do not belong together; copy or make both again"
+            )
         if size == 0:
             raise UserError(f"{self.bin_path} is empty; make it again from text")
         return np.memmap(self.bin_path, mode="r", dtype=self.dtype).view(np.ndarray)

@@ -84,6 +84,8 @@ def _write(path: Path, partial: Path, max_bytes: int) -> Corpus:
             documents, text_bytes = documents + 1, text_bytes + size
     if not documents:
         partial.unlink()
-        raise UserError(f"no text for the demo corpus below {max_bytes} bytes in {sysconfig.get_paths()['stdlib']}; give data of your own (DATA=PREFIX)")
+        raise UserError(
+            f"no text for the demo corpus below {max_bytes} bytes in {sysconfig.get_paths()['stdlib']}; give data of your own (DATA=PREFIX)"
+        )
     partial.replace(path)
     return Corpus(documents, text_bytes, digest.hexdigest())

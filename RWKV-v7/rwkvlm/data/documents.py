@@ -110,7 +110,9 @@ def expand(inputs: Sequence[str]) -> list[Path]:
     named = set()
     for path in files:
         if (file := path.resolve()) in named:
-            raise UserError(f"input {path} is named twice; name it once (COPIES repeats all documents, `python -m rwkvlm data merge a:2 b` those of some files)")
+            raise UserError(
+                f"input {path} is named twice; name it once (COPIES repeats all documents, `python -m rwkvlm data merge a:2 b` those of some files)"
+            )
         named.add(file)
     return files
 
@@ -208,7 +210,11 @@ def _line_blocks(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: i
 
     def too_long() -> Block:
         nonlocal at, line, empty
-        bad = BadInput(path, line, f"the line is {size} bytes long, more than {LONGEST >> 20} MiB; put its text into a .txt file of its own, which may have any size")
+        bad = BadInput(
+            path,
+            line,
+            f"the line is {size} bytes long, more than {LONGEST >> 20} MiB; put its text into a .txt file of its own, which may have any size",
+        )
         at, line, empty = at + size, line + 1, False
         return Block(path, line - 1, bad, at, line, 0 if path == STDIN else raw.tell())
 
@@ -370,7 +376,9 @@ def _text_of_cell(value: bytes | None, text_key: str) -> bytes:
     if value is None:
         raise UserError(f"there is nothing (null) in the column {text_key!r}")
     if len(value) > LONGEST:
-        raise UserError(f"the text is {len(value)} bytes long, more than {LONGEST >> 20} MiB; put it into a .txt file of its own, which may have any size")
+        raise UserError(
+            f"the text is {len(value)} bytes long, more than {LONGEST >> 20} MiB; put it into a .txt file of its own, which may have any size"
+        )
     try:
         value.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -389,5 +397,7 @@ def _parse_part(block: Block, data: bytes) -> Parsed:
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
-            bad = BadInput(block.file, block.line + data.count(b"\n", 0, error.start), f"invalid UTF-8 at byte {begin + error.start} of the file")
+            bad = BadInput(
+                block.file, block.line + data.count(b"\n", 0, error.start), f"invalid UTF-8 at byte {begin + error.start} of the file"
+            )
     return Parsed(Texts.join([]), [], [bad]) if bad else Parsed(Texts.join([text]), [1])

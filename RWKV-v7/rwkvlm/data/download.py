@@ -37,7 +37,9 @@ class Remote:
 
 
 # Source: RWKV-LM, RWKV-v7/train_temp/demo-training-prepare.sh; the World tokenizer gives ids up to 65529
-MINIPILE = Remote("minipile", "https://huggingface.co/datasets/BlinkDL/minipile-tokenized/resolve/main/rwkv_vocab_v20230424", 1498226207, 65530)
+MINIPILE = Remote(
+    "minipile", "https://huggingface.co/datasets/BlinkDL/minipile-tokenized/resolve/main/rwkv_vocab_v20230424", 1498226207, 65530
+)
 # Source: demo-training-prepare-v7-pile.sh there; an index of 4212099722 bytes is 42 + 20 a document. It is not offered for download.
 PILE = Remote("pile_20B_tokenizer_text_document", "", 332115325534, 50304, 210604984)
 KNOWN = {"minipile": MINIPILE, "pile": PILE}
@@ -79,7 +81,9 @@ def fetch(remote: Remote, prefix: str | Path) -> BinIdx:
         idx_path(here).replace(idx_path(prefix))
         shutil.rmtree(folder)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}; choose another place or free some space") from None
+        raise UserError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; choose another place or free some space"
+        ) from None
     return BinIdx(prefix)
 
 
@@ -89,7 +93,9 @@ def _removed_if_wrong(path: Path, remote: Remote) -> Iterator[None]:
         yield
     except UserError as error:
         path.unlink()
-        raise UserError(f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)") from None
+        raise UserError(
+            f"{remote.url} does not hold {remote.name}: {error}; it was removed: try again, or another mirror (MINIPILE_URL)"
+        ) from None
 
 
 def check_is(data: BinIdx, remote: Remote) -> None:
@@ -134,7 +140,9 @@ def download(url: str, path: Path, size: int | None) -> None:
         except _Interrupted as reason:
             fruitless = fruitless + 1 if partial.stat().st_size <= before else 0
             if fruitless == ATTEMPTS:
-                raise UserError(f"{url} cannot be downloaded ({reason}); start again to go on from byte {before}, or set another mirror (MINIPILE_URL)") from None
+                raise UserError(
+                    f"{url} cannot be downloaded ({reason}); start again to go on from byte {before}, or set another mirror (MINIPILE_URL)"
+                ) from None
             _say(f"{url}: {reason}; trying again")
             time.sleep(min(PAUSE * 2**fruitless, LONGEST_PAUSE))
     partial.replace(path)
@@ -159,7 +167,9 @@ def _attempt(url: str, partial: Path, size: int | None) -> None:
             raise _Interrupted("the server holds another file than before") from None
         if error.code in TRANSIENT:
             raise _Interrupted(f"answer {error.code} {error.reason}") from None
-        raise UserError(f"{url}: the server answers {error.code} {error.reason}; check the address, or set another mirror (MINIPILE_URL)") from None
+        raise UserError(
+            f"{url}: the server answers {error.code} {error.reason}; check the address, or set another mirror (MINIPILE_URL)"
+        ) from None
     except NETWORK as error:
         raise _Interrupted(_said(error)) from None
     except ValueError as error:
@@ -169,7 +179,9 @@ def _attempt(url: str, partial: Path, size: int | None) -> None:
             have = 0  # the whole file comes, from its beginning
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             partial.write_bytes(b"")
-            raise _Interrupted(f"the server was asked for byte {have} and sends {answer.headers.get('Content-Range', 'it does not say which')}")
+            raise _Interrupted(
+                f"the server was asked for byte {have} and sends {answer.headers.get('Content-Range', 'it does not say which')}"
+            )
         _etag(partial).unlink(missing_ok=True)
         if (name := answer.headers.get("ETag", "")).startswith('"'):  # W/"..." does not promise the same bytes
             _etag(partial).write_text(name)

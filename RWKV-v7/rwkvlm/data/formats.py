@@ -28,10 +28,14 @@ class NumpyTokens(Tokens):
         try:
             self.tokens = np.load(self.file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"data file {path} is not a .npy file that can be read: {' '.join(str(error).split())}; save it again with numpy.save") from None
+            raise UserError(
+                f"data file {path} is not a .npy file that can be read: {' '.join(str(error).split())}; save it again with numpy.save"
+            ) from None
         if not isinstance(self.tokens, np.memmap) or self.tokens.dtype.kind not in "iu" or self.tokens.ndim != 1 or not len(self.tokens):
             what = f"{self.tokens.dtype} {list(self.tokens.shape)}" if isinstance(self.tokens, np.ndarray) else "an archive"
-            raise UserError(f"data file {path} holds {what}; --data_type numpy takes one row of integers, for example numpy.save(path, tokens.astype(numpy.uint16))")
+            raise UserError(
+                f"data file {path} holds {what}; --data_type numpy takes one row of integers, for example numpy.save(path, tokens.astype(numpy.uint16))"
+            )
         self.tokens = self.tokens.view(np.ndarray)
 
 
@@ -67,7 +71,9 @@ class TextTokens(Tokens):
             counts += np.bincount(points, minlength=CODE_POINTS)
         used = np.flatnonzero(counts)
         if alphabet is not None and len(unknown := np.setdiff1d(used, alphabet)):
-            raise UserError(f"data file {path} has the character {chr(unknown[0])!r} (U+{unknown[0]:04X}), which the first text lacks; take it out, or begin with the text that has all")
+            raise UserError(
+                f"data file {path} has the character {chr(unknown[0])!r} (U+{unknown[0]:04X}), which the first text lacks; take it out, or begin with the text that has all"
+            )
         self.alphabet = used if alphabet is None else alphabet
         self.vocab_size = 1 + len(self.alphabet)
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
@@ -92,7 +98,9 @@ class TextTokens(Tokens):
                     text = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
                     at = done + len(block) - len(error.object) + error.start
-                    raise UserError(f"data file {self.file}: invalid UTF-8 at byte {at}; convert the text, or use --data_type bytes") from None
+                    raise UserError(
+                        f"data file {self.file}: invalid UTF-8 at byte {at}; convert the text, or use --data_type bytes"
+                    ) from None
                 done += len(block)
                 yield np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
 
@@ -112,10 +120,20 @@ def _existing(path: str | Path) -> Path:
             open(path, "rb").close()  # a folder, or a file of someone else's
             return Path(path)
     except OSError as error:
-        raise UserError(f"data file {path} cannot be read: {error.strerror or error}; --data_type utf-8, bytes and numpy take the whole name of a file") from None
+        raise UserError(
+            f"data file {path} cannot be read: {error.strerror or error}; --data_type utf-8, bytes and numpy take the whole name of a file"
+        ) from None
     raise UserError(f"data file {path} is empty")
 
 
 def _tokenizer_json(model: dict, pre_tokenizer: dict, decoder: dict) -> str:
-    whole = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
+    whole = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
     return json.dumps(whole, indent=1)

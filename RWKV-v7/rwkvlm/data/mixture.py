@@ -155,7 +155,8 @@ class Mixture:
     def identity(self) -> list[dict[str, object]]:
         """What a training state remembers of each file: the tokens that are read of it, as a hash, and its documents; the name is for people."""
         return [
-            {"file": part.data.prefix, "tokens": part.data.fingerprint(part.prime * self.ctx_len + 1), "documents": part.data.n_docs} for part in self.parts
+            {"file": part.data.prefix, "tokens": part.data.fingerprint(part.prime * self.ctx_len + 1), "documents": part.data.n_docs}
+            for part in self.parts
         ]
 
     def samples(self, vocab_size: int) -> Samples:

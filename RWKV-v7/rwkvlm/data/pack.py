@@ -97,7 +97,11 @@ def pack(
             total = work.progress.documents
             limit, held_out = draw(work.pile.sizes, val_split, seed ^ HELD_OUT << 32) if val_split else (0, 0)
             if held_out >= total:
-                cure = "hold out fewer or give more data" if total > 1 else "leave it out, or divide the text into several files or lines of .jsonl: a .txt is one document"
+                cure = (
+                    "hold out fewer or give more data"
+                    if total > 1
+                    else "leave it out, or divide the text into several files or lines of .jsonl: a .txt is one document"
+                )
                 raise UserError(f"--val_split {val_split:g} would hold out all {total} document{'s' * (total != 1)}; {cure}")
 
             def kept(numbers: np.ndarray) -> np.ndarray:
@@ -163,14 +167,22 @@ def _identity(path: Path) -> list:
 
 
 def _tokenise(
-    files: Sequence[Path], tokenizer: Tokenizer, text_key: str, skip_bad: bool, work: Unfinished, workers: int, progress: Callable[[Stage], None]
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    text_key: str,
+    skip_bad: bool,
+    work: Unfinished,
+    workers: int,
+    progress: Callable[[Stage], None],
 ) -> None:
     """All documents of the files into work.pile, from where work.progress stands."""
     done = work.progress
 
     def refusal(bad: str) -> UserError:
         other = "iconv -t UTF-8 -f ENCODING converts other encodings; " if ": invalid UTF-8 at byte " in bad else ""
-        return UserError(f"{bad} ({other}--skip_bad passes over such input{', and goes on where this one stopped' if work.saved() else ''})")
+        return UserError(
+            f"{bad} ({other}--skip_bad passes over such input{', and goes on where this one stopped' if work.saved() else ''})"
+        )
 
     if done.skipped and not skip_bad:  # by the run that is taken up
         raise refusal(done.first_skipped[0])
@@ -194,12 +206,19 @@ def _tokenise(
             done.at, done.line = found.block.after, found.block.next_line
             work.save()
             text_bytes = done.text_bytes + done.open_bytes - started
-            progress(Stage("reading", (sum(sizes[:number]) + found.block.consumed) / max(1, sum(sizes)), done.documents, text_bytes, resumed))
+            progress(
+                Stage("reading", (sum(sizes[:number]) + found.block.consumed) / max(1, sum(sizes)), done.documents, text_bytes, resumed)
+            )
         if _identity(files[number]) != work.job["files"][number]:
-            raise UserError(f"input {files[number]} has been written to while it was read: what is in it now may be missing; start again when it is complete")
+            raise UserError(
+                f"input {files[number]} has been written to while it was read: what is in it now may be missing; start again when it is complete"
+            )
         done.file, done.at, done.line = number + 1, 0, 1
     if not done.documents:
-        raise UserError(f"no document in {', '.join(where(path, 0) for path in files)}" + (f" ({done.skipped} bad ones skipped)" if done.skipped else ""))
+        raise UserError(
+            f"no document in {', '.join(where(path, 0) for path in files)}"
+            + (f" ({done.skipped} bad ones skipped)" if done.skipped else "")
+        )
     done.complete = True
     work.save()
 
@@ -258,7 +277,13 @@ def _bad(found: _Encoded, done: Progress) -> list[BadInput]:
     if found.bad or not (block.goes_on or done.open_parts):
         return found.bad
     if done.open_tokens + len(found.ids) > MOST_TOKENS:
-        return [BadInput(block.file, 0, f"a .txt is one document, and this one has more than {MOST_TOKENS} tokens, the most that an index can count; split it")]
+        return [
+            BadInput(
+                block.file,
+                0,
+                f"a .txt is one document, and this one has more than {MOST_TOKENS} tokens, the most that an index can count; split it",
+            )
+        ]
     if not block.goes_on and done.open_blank and found.blank:
         return [BadInput(block.file, 0, "the file is empty")]
     return []
@@ -267,17 +292,25 @@ def _bad(found: _Encoded, done: Progress) -> list[BadInput]:
 def _check_round_trips(found: _Encoded, tokenizer: Tokenizer, documents: int, parts: int) -> None:
     """Documents, or parts of one, chosen by their number, and all that seem to end before their end, must come back from their tokens."""
     zeros = np.flatnonzero(found.ids == END_OF_DOCUMENT)
-    inside = set() if len(zeros) <= len(found.ends) else set(np.searchsorted(found.ends, np.setdiff1d(zeros, found.ends - 1), side="right").tolist())
+    inside = (
+        set()
+        if len(zeros) <= len(found.ends)
+        else set(np.searchsorted(found.ends, np.setdiff1d(zeros, found.ends - 1), side="right").tolist())
+    )
     for k in range(len(found.ends)):
         number = parts or documents + k
         if number % ROUND_TRIPS and (parts or number >= FIRST) and k not in inside:
             continue
         place = where(found.block.file, int(found.lines[k]))
         if k in inside and not tokenizer.zero_is_kept:
-            raise UserError(f"{place}: the tokenizer makes token {END_OF_DOCUMENT}, which ends a document, of a part of the text; use one that keeps it for that (--tokenizer world)")
+            raise UserError(
+                f"{place}: the tokenizer makes token {END_OF_DOCUMENT}, which ends a document, of a part of the text; use one that keeps it for that (--tokenizer world)"
+            )
         ids = found.ids[found.ends[k - 1] if k else 0 : found.ends[k] - (not found.block.goes_on)]
         if not tokenizer.comes_back(found.texts[k], ids):
-            raise UserError(f"{place}: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)")
+            raise UserError(
+                f"{place}: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)"
+            )
 
 
 def _add(work: Unfinished, found: _Encoded) -> None:

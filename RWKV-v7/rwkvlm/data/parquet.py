@@ -110,6 +110,8 @@ def _rows_together(metadata: Any, text_key: str, size: int) -> int:
     """So many rows, of the row group that has the longest ones, have about `size` bytes."""
     most = 1
     for group in (metadata.row_group(k) for k in range(metadata.num_row_groups)):
-        n_bytes = sum(c.total_uncompressed_size for c in (group.column(j) for j in range(group.num_columns)) if c.path_in_schema == text_key)
+        n_bytes = sum(
+            c.total_uncompressed_size for c in (group.column(j) for j in range(group.num_columns)) if c.path_in_schema == text_key
+        )
         most = max(most, n_bytes // max(1, group.num_rows))
     return min(ROWS, max(1, size // most))

@@ -39,4 +39,9 @@ class ResetSamples(Samples):
         idx = np.zeros((1, first.size + len(begins)), dtype=np.int64)
         idx[0, tokens] = windows[:, :-1].reshape(-1)
         bounds = np.append(tokens[begins], idx.shape[1]).astype(np.int32)
-        return torch.from_numpy(idx), torch.from_numpy(windows[:, 1:].reshape(-1).astype(np.int64)), torch.from_numpy(bounds), torch.from_numpy(tokens)
+        return (
+            torch.from_numpy(idx),
+            torch.from_numpy(windows[:, 1:].reshape(-1).astype(np.int64)),
+            torch.from_numpy(bounds),
+            torch.from_numpy(tokens),
+        )

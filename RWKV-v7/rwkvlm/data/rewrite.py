@@ -51,7 +51,12 @@ def merge(inputs: Sequence[tuple[str, float]], out: str, seed: int = 0, progress
 
 
 def split(
-    prefix: str, out: str, val: float, seed: int = 0, progress: Say = lambda done, total: None, warn: Callable[[str], None] = lambda text: None
+    prefix: str,
+    out: str,
+    val: float,
+    seed: int = 0,
+    progress: Say = lambda done, total: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> tuple[BinIdx, BinIdx]:
     """{out}.bin/.idx and {out}.val.bin/.idx: every document of the pair `prefix` goes to one of them, in order.
 
@@ -85,7 +90,9 @@ def split(
             writer.seal()  # a full disk shows here, before either pair is renamed
     trained, held = (np.concatenate(part) for part in seen)
     if (share := np.isin(held, trained).mean() if len(held) else 0.0) > 0.1:  # fewer are the repetitions of any text
-        warn(f"{100 * share:.0f}% of the documents held out are in {out} too, as copies: the validation loss will be that of training data; hold out before copying, with make_data.py --val_split")
+        warn(
+            f"{100 * share:.0f}% of the documents held out are in {out} too, as copies: the validation loss will be that of training data; hold out before copying, with make_data.py --val_split"
+        )
     return BinIdx(out), BinIdx(f"{out}.val")
 
 
@@ -129,14 +136,20 @@ def _prints(data: BinIdx, ends: np.ndarray) -> np.ndarray:
     made = keys(sizes, 0)
     last = np.maximum(sizes - 1, 0)
     for k in range(LOOKED_AT):
-        made = keys(made ^ np.where(sizes > 0, data.tokens[np.minimum(ends[:-1] + last * k // (LOOKED_AT - 1), data.n_tokens - 1)], 0).astype(np.uint64), k)
+        made = keys(
+            made
+            ^ np.where(sizes > 0, data.tokens[np.minimum(ends[:-1] + last * k // (LOOKED_AT - 1), data.n_tokens - 1)], 0).astype(np.uint64),
+            k,
+        )
     return made
 
 
 def _limit(n_docs: int, n: int, seed: int) -> int:
     """So that exactly n of n_docs documents have a smaller key."""
     if not 1 <= n < n_docs:
-        raise UserError(f"--val {n} of {n_docs} documents cannot be held out; give a share between 0 and 1, or a number from 1 to {n_docs - 1}")
+        raise UserError(
+            f"--val {n} of {n_docs} documents cannot be held out; give a share between 0 and 1, or a number from 1 to {n_docs - 1}"
+        )
 
     def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for first in range(0, n_docs, DOCUMENTS):

@@ -65,7 +65,9 @@ def magic_prime(n_tokens: int, ctx_len: int) -> int:
     if not _officially_legal(prime, n_tokens, ctx_len):
         prime = _prime_at_most((n_tokens - 1) // ctx_len)
     if not prime:
-        raise UserError(f"--ctx_len {ctx_len} needs at least {2 * ctx_len + 1} tokens and the data have {n_tokens}; give more data or a smaller ctx_len")
+        raise UserError(
+            f"--ctx_len {ctx_len} needs at least {2 * ctx_len + 1} tokens and the data have {n_tokens}; give more data or a smaller ctx_len"
+        )
     if prime > LARGEST_PRIME:
         raise UserError(f"{n_tokens} tokens at --ctx_len {ctx_len} are more than {LARGEST_PRIME} chunks; use a larger ctx_len")
     return prime

@@ -231,7 +231,9 @@ def _dealt(
             part.remove()
 
 
-def _sorted(pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray], longs: dict[int, Long]) -> Iterator[Documents | Long]:
+def _sorted(
+    pile: Pile, seeds: tuple[int, int], keep: Callable[[np.ndarray], np.ndarray], longs: dict[int, Long]
+) -> Iterator[Documents | Long]:
     everything = pile.load()
     order = np.argsort(keys(everything.numbers, *seeds), kind="stable")
     order = order[keep(everything.numbers[order])]

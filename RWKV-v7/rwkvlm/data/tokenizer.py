@@ -130,7 +130,9 @@ def utf8(text: str | bytes) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"the text has a lone surrogate, {ascii(text[error.start])}, at character {error.start}: not valid Unicode") from None
+        raise UserError(
+            f"the text has a lone surrogate, {ascii(text[error.start])}, at character {error.start}: not valid Unicode"
+        ) from None
 
 
 def load_tokenizer(name: str = "world") -> Tokenizer:
@@ -267,7 +269,10 @@ class NativeWorldTokenizer(WorldTokenizer):
         library = native.library("tokenizer")
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         library.rwkvlm_world.restype, library.rwkvlm_world.argtypes = pointer, [pointer, pointer, count]
-        library.rwkvlm_world_encode.restype, library.rwkvlm_world_encode.argtypes = None, [pointer, pointer, pointer, count, pointer, pointer]
+        library.rwkvlm_world_encode.restype, library.rwkvlm_world_encode.argtypes = (
+            None,
+            [pointer, pointer, pointer, count, pointer, pointer],
+        )
         lengths = np.array([*map(len, self._tokens[1:])], dtype=np.int64)
         library.rwkvlm_occurring.restype, library.rwkvlm_occurring.argtypes = None, [pointer, count, pointer]
         self._encode, self._occurring = library.rwkvlm_world_encode, library.rwkvlm_occurring
@@ -323,7 +328,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._engine = Engine.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a Hugging Face tokenizer file: {' '.join(str(error).split())}; use world, or a tokenizer.json") from None
+            raise UserError(
+                f"{path} is not a Hugging Face tokenizer file: {' '.join(str(error).split())}; use world, or a tokenizer.json"
+            ) from None
         self.identity = _digest(path)
         self._turn = threading.Lock()
         self._engine.no_padding()

@@ -82,7 +82,9 @@ class Unfinished:
         try:
             saved = json.loads((self.folder / SAVED).read_text())
             progress = Progress(**saved["progress"])
-            seen, open_seen = (np.unpackbits(np.frombuffer(bytes.fromhex(ids), np.uint8))[: len(self.seen)].astype(bool) for ids in saved["seen"])
+            seen, open_seen = (
+                np.unpackbits(np.frombuffer(bytes.fromhex(ids), np.uint8))[: len(self.seen)].astype(bool) for ids in saved["seen"]
+            )
             sizes = [path.stat().st_size for path in self.pile.paths]
         except (OSError, ValueError, KeyError, TypeError):
             return False

@@ -77,7 +77,9 @@ def check_library() -> None:
     _library("lm_eval")
 
 
-def run_tasks(engine: Engine, names: Sequence[str], batch: int = 8, limit: int = 0, tasks_path: str = "", few_shots: int | None = None) -> dict[str, Any]:
+def run_tasks(
+    engine: Engine, names: Sequence[str], batch: int = 8, limit: int = 0, tasks_path: str = "", few_shots: int | None = None
+) -> dict[str, Any]:
     """The library's results by task: metric -> number. tasks_path: a folder with tasks of one's own (its YAML files).
 
     UserError for a missing library, an unknown task, and data that the library cannot fetch.
@@ -87,14 +89,25 @@ def run_tasks(engine: Engine, names: Sequence[str], batch: int = 8, limit: int =
     manager = _library("lm_eval.tasks").TaskManager(include_path=tasks_path or None)
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        raise UserError(f"--tasks {unknown[0]} is not known to lm_eval; lm_eval ls tasks lists them, --tasks_path names a folder with yours")
+        raise UserError(
+            f"--tasks {unknown[0]} is not known to lm_eval; lm_eval ls tasks lists them, --tasks_path names a folder with yours"
+        )
     try:
         found = library.simple_evaluate(
-            model=model, tasks=list(names), limit=limit or None, num_fewshot=few_shots, task_manager=manager, bootstrap_iters=0, log_samples=False
+            model=model,
+            tasks=list(names),
+            limit=limit or None,
+            num_fewshot=few_shots,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=False,
         )
     except OSError as error:
         raise UserError(f"--tasks {','.join(names)}: lm_eval cannot fetch the data: {' '.join(str(error).split())[:200]}") from None
-    return {task: {name: value for name, value in metrics.items() if name != "sample_len" and _is_number(value)} for task, metrics in found["results"].items()}
+    return {
+        task: {name: value for name, value in metrics.items() if name != "sample_len" and _is_number(value)}
+        for task, metrics in found["results"].items()
+    }
 
 
 def _is_number(value: Any) -> bool:

@@ -33,4 +33,9 @@ def lambada(engine: Engine, source: str, batch: int = 8, limit: int = 0, text_ke
         raise UserError(f"{source} holds no passages")
     found = continuations(engine, pairs, batch)
     nats = -sum(logarithm for logarithm, _ in found) / len(found)
-    return {"data": source, "passages": len(found), "accuracy": sum(right for _, right in found) / len(found), "perplexity": math.exp(min(nats, 700.0))}
+    return {
+        "data": source,
+        "passages": len(found),
+        "accuracy": sum(right for _, right in found) / len(found),
+        "perplexity": math.exp(min(nats, 700.0)),
+    }

@@ -69,7 +69,8 @@ class _Count:
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": self.nats / math.log(2) / self.n_bytes if self.n_bytes else None,
             "loss_by_tokens_read": [
-                {"from": 1 << k, "to": (2 << k) - 1, "tokens": int(tokens[k]), "loss": nats[k] / tokens[k]} for k in np.flatnonzero(tokens).tolist()
+                {"from": 1 << k, "to": (2 << k) - 1, "tokens": int(tokens[k]), "loss": nats[k] / tokens[k]}
+                for k in np.flatnonzero(tokens).tolist()
             ],
         }
 

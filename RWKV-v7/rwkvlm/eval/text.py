@@ -29,7 +29,9 @@ def documents(engine: Engine, source: str, text_key: str = "text") -> Iterator[D
     vocab_size = engine.model.config.vocab_size
     for document in found:
         if len(bad := document.tokens[(document.tokens < 0) | (document.tokens >= vocab_size)]):
-            raise UserError(f"{source} has token {bad[0]}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with")
+            raise UserError(
+                f"{source} has token {bad[0]}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with"
+            )
         yield document
 
 
@@ -57,7 +59,11 @@ def _of_text(engine: Engine, source: str, text_key: str) -> Iterator[Document]:
             raise UserError(f"{where(block.file, line)}: {error}") from None
         # characters that a vocabulary lacks; no error, since some tokenizers normalise texts
         if kept and not (kept := tokenizer.comes_back(rest, ids)):
-            print(f"{where(block.file, line)}: the text does not come back from its tokens; the figures are of what the tokenizer knows of it", file=sys.stderr, flush=True)
+            print(
+                f"{where(block.file, line)}: the text does not come back from its tokens; the figures are of what the tokenizer knows of it",
+                file=sys.stderr,
+                flush=True,
+            )
         if block.goes_on:
             n, settled = tokenizer.settled(ids, len(rest))
             parts, rest = [*parts, ids[:n]], rest[settled:]

@@ -96,7 +96,9 @@ class Engine:
     def _known(self, ids: list[int]) -> list[int]:
         vocab_size = self.model.config.vocab_size
         if unknown := [token for token in ids if not 0 <= token < vocab_size]:
-            raise UserError(f"the text has token {max(unknown)}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with (--tokenizer)")
+            raise UserError(
+                f"the text has token {max(unknown)}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with (--tokenizer)"
+            )
         return ids
 
     def _tokens(self, ids: list[int], length: int, how: tuple) -> Iterator[int]:
@@ -127,7 +129,9 @@ class Engine:
 def check_finite(logits: torch.Tensor) -> None:
     """UserError for a model whose logits, or what was computed from them, are not numbers."""
     if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite numbers: its weights are damaged, or its training diverged; use an earlier checkpoint")
+        raise UserError(
+            "the model's logits are not finite numbers: its weights are damaged, or its training diverged; use an earlier checkpoint"
+        )
 
 
 def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto", dtype: torch.dtype | None = None) -> Engine:
@@ -138,7 +142,9 @@ def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
     if device not in known:
-        raise UserError(f"--device {device} is not known here{'' if gpus else ', where torch sees no GPU'}; choose one of: {', '.join(known)}")
+        raise UserError(
+            f"--device {device} is not known here{'' if gpus else ', where torch sees no GPU'}; choose one of: {', '.join(known)}"
+        )
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     if dtype is None:

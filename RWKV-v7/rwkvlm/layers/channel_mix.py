@@ -21,7 +21,12 @@ class ChannelMix(nn.Module):
         self.value = linear("ffn.value", config.dim_ffn, config.n_embd)
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None, norm: NormMix, last: torch.Tensor | None = None, bounds: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        norm: NormMix,
+        last: torch.Tensor | None = None,
+        bounds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C] for it, and its last normalised token [B, C]."""
         x, last, (mixed,) = norm(x, branch, last, [self.x_k], bounds)
@@ -36,7 +41,13 @@ class DeepChannelMix(ChannelMix):
         self.enn = nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None, norm: NormMix, last: torch.Tensor | None, bounds: torch.Tensor | None, tokens: torch.Tensor
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        norm: NormMix,
+        last: torch.Tensor | None,
+        bounds: torch.Tensor | None,
+        tokens: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """tokens: [B, T] int64; else as ChannelMix."""
         x, y, last = super().forward(x, branch, norm, last, bounds)

@@ -63,7 +63,13 @@ class RosaQKV(nn.Module):
         self.emb = nn.Parameter(torch.empty(1, 1, width))
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: RosaState | None = None, return_state: bool = False, packed: Packed | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seen: RosaState | None = None,
+        return_state: bool = False,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, RosaState | None]:
         """q, k, v: [B, T, C]; packed: documents in one row, without states. Returns [B, T, C], and the new state or None."""
         emb = self.emb.flatten()

@@ -28,7 +28,9 @@ class TimeMix4(nn.Module):
         C = config.n_embd
         self.time_decay, self.time_first = (nn.Parameter(torch.empty(C)) for _ in range(2))
         self.time_mix_k, self.time_mix_v, self.time_mix_r = (_vector(C) for _ in range(3))
-        self.key, self.value, self.receptance, self.output = (dense(f"att.{name}", C, C) for name in ("key", "value", "receptance", "output"))
+        self.key, self.value, self.receptance, self.output = (
+            dense(f"att.{name}", C, C) for name in ("key", "value", "receptance", "output")
+        )
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The state of the recurrence before the first token."""

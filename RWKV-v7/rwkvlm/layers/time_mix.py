@@ -18,7 +18,9 @@ from .ttt import StateTTT, TttState
 class HeadNorm(nn.GroupNorm):
     """A norm over each head of what the recurrence gives, plus the current token's own value, times the gate."""
 
-    def forward(self, y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, r_k: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, r_k: torch.Tensor
+    ) -> torch.Tensor:
         """y, r, k, v, g: [B, T, C]; r_k: [H, N]. Returns [B, T, C]."""
         return time_mix_output(y, r, k, v, g, self.weight, self.bias, r_k, self.eps)
 
@@ -65,7 +67,9 @@ class TimeMix(nn.Module):
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | TttState | MemoryState:
         """The state of the recurrence before the first token."""
-        wkv = torch.zeros(batch, self.n_head, self.head_size, self.head_size, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        wkv = torch.zeros(
+            batch, self.n_head, self.head_size, self.head_size, device=device, dtype=torch.promote_types(dtype, torch.float32)
+        )
         return wkv if self.ttt is None else self.ttt.init_state(wkv)
 
     def forward(

@@ -56,7 +56,9 @@ class StateTTT(nn.Module):
         """The state before the first token, around RWKV-7's."""
         B, H, N, _ = wkv.shape
         T = self.config.ttt_chunk
-        return TttState(wkv, wkv.new_zeros(B, T, H, N), wkv.new_zeros(B, T, H, self.rows), torch.zeros(B, dtype=torch.int64), wkv.new_zeros(B))
+        return TttState(
+            wkv, wkv.new_zeros(B, T, H, N), wkv.new_zeros(B, T, H, self.rows), torch.zeros(B, dtype=torch.int64), wkv.new_zeros(B)
+        )
 
     def forward(
         self,
@@ -85,7 +87,9 @@ class StateTTT(nn.Module):
                 y, *passed = form(r, w, k, v, a, b, None if initial_state is None else initial_state.wkv)
                 return (y, *passed) if pass_on else y
         passed = (r, k, v) if pass_on else ()
-        S, held_keys, held_values, seen, error = initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
+        S, held_keys, held_values, seen, error = (
+            initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
+        )
         plan = pieces(seen.tolist(), T, segment)
         lengths = [piece.stop - piece.start for piece in plan]
         inputs = zip(*(_cut(x, lengths) for x in (r, w, k, v, a, b)))
@@ -132,7 +136,12 @@ class StateTTT(nn.Module):
         """What computes all segments of such inputs at once, from the beginning of one, and passes r, k and v on; None where nothing does: several
         steps a segment, first-order gradients and the error after each are the loop's."""
         config, training = self.config, torch.is_grad_enabled()
-        if config.ttt_steps > 1 or (config.ttt_meta and self.training) or (training and not config.ttt_second_order) or r.dtype == torch.float16:
+        if (
+            config.ttt_steps > 1
+            or (config.ttt_meta and self.training)
+            or (training and not config.ttt_second_order)
+            or r.dtype == torch.float16
+        ):
             return None
         kernel = backend_for(r.device, r.dtype)
         if kernel == "cuda" and ttt_cuda.runs_here(r.device, r.dtype, r.shape[3], config.ttt_chunk):
@@ -142,7 +151,9 @@ class StateTTT(nn.Module):
     def _in_kernel(self, r, w, k, v, a, b, S) -> tuple[torch.Tensor, ...]:
         rate = 2 * torch.sigmoid(self.rate.float()) / self.config.ttt_chunk
         head = torch.stack([self.w1.float(), self.w2.float().mT]) if self.has_head else None
-        y, _, *passed = ttt_cuda.wkv7_ttt(r, w, k, v, a, b, S, rate, head, self.rows, self.config.ttt_chunk, self.config.ttt_target == "stored", True)
+        y, _, *passed = ttt_cuda.wkv7_ttt(
+            r, w, k, v, a, b, S, rate, head, self.rows, self.config.ttt_chunk, self.config.ttt_target == "stored", True
+        )
         return y, *passed
 
     def _in_segments(self, r, w, k, v, a, b, S) -> tuple[torch.Tensor, ...]:
@@ -156,7 +167,9 @@ class StateTTT(nn.Module):
         """The state after the steps of one segment. S [B, H, N, N]; keys [B, n, H, N]; values [B, n, H, c]; eta [H, 1, 1]."""
         return self._steps(S, *self._problem(keys, values, eta, keys.shape[1]), eta)
 
-    def _problem(self, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _problem(
+        self, keys: torch.Tensor, values: torch.Tensor, eta: torch.Tensor, n: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values, and keys times eta / n, with tokens behind heads: [B, H, T, N or c]. Made for all segments at once."""
         K, V = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
         return K, V, (K if self.config.ttt_second_order else K.detach()) * (eta / n)

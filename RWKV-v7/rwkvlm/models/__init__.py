@@ -3,4 +3,15 @@
 from .lm import LanguageModel
 from .registry import adapted, build, costs, count_parameters, init_weights, kernel_of, param_groups, read_config, recurrence
 
-__all__ = ["LanguageModel", "adapted", "build", "costs", "count_parameters", "init_weights", "kernel_of", "param_groups", "read_config", "recurrence"]
+__all__ = [
+    "LanguageModel",
+    "adapted",
+    "build",
+    "costs",
+    "count_parameters",
+    "init_weights",
+    "kernel_of",
+    "param_groups",
+    "read_config",
+    "recurrence",
+]

@@ -29,7 +29,12 @@ class Block(nn.Module):
         return BlockState(x, self.att.init_state(batch, device, dtype), x.clone())
 
     def forward(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False, packed: Packed | None = None
+        self,
+        x: torch.Tensor,
+        v_first: torch.Tensor | None,
+        state: BlockState | None = None,
+        return_state: bool = False,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, BlockState | None]:
         """x: [B, T, C] residual stream; v_first: [B, T, C] block 0's value, of which RWKV-4 has none. Returns x, v_first and the new state or None."""
         if self.ln0 is not None:
@@ -37,7 +42,12 @@ class Block(nn.Module):
         return self.mix(x, v_first, state, return_state, packed)
 
     def mix(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: BlockState | None = None, return_state: bool = False, packed: Packed | None = None
+        self,
+        x: torch.Tensor,
+        v_first: torch.Tensor | None,
+        state: BlockState | None = None,
+        return_state: bool = False,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, BlockState | None]:
         """The two residual branches; arguments and results as for forward."""
         att_x, wkv, ffn_x = state if state is not None else (None, None, None)

@@ -52,7 +52,9 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> HybridConfig:
     key = f"blocks.{layers[0]}.att.key.weight"
     rows = sizes.shape(key, 2)[0]
     if rows % found.head_size:
-        raise UserError(f"the checkpoint's {key} has {rows} rows, which are not whole heads of {found.head_size}; give a complete hybrid .pth file")
+        raise UserError(
+            f"the checkpoint's {key} has {rows} rows, which are not whole heads of {found.head_size}; give a complete hybrid .pth file"
+        )
     return HybridConfig(
         **found.as_dict() | {"model_type": "hybrid"},
         attention_layers=",".join(map(str, layers)),

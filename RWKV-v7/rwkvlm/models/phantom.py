@@ -31,7 +31,12 @@ class PhantomBlock(Block):
 
     def __init__(self, config: PhantomConfig, layer: int) -> None:
         linear = functools.partial(_linear, config)
-        super().__init__(config, layer, TimeMix(config, layer, linear, KINDS[config.ttt_kind](config) if config.ttt_enabled else None), ChannelMix(config, linear))
+        super().__init__(
+            config,
+            layer,
+            TimeMix(config, layer, linear, KINDS[config.ttt_kind](config) if config.ttt_enabled else None),
+            ChannelMix(config, linear),
+        )
         self.passes = config.max_depth_iter
         if config.dropout:
             for last in (self.att.output, self.ffn.value):
@@ -41,7 +46,12 @@ class PhantomBlock(Block):
         return [super().init_state(batch, device, dtype)] * self.passes
 
     def forward(
-        self, x: torch.Tensor, v_first: torch.Tensor | None, state: list[BlockState] | None = None, return_state: bool = False, packed: Packed | None = None
+        self,
+        x: torch.Tensor,
+        v_first: torch.Tensor | None,
+        state: list[BlockState] | None = None,
+        return_state: bool = False,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, list[BlockState] | None]:
         if self.ln0 is not None:
             x = self.ln0(x)
@@ -111,7 +121,11 @@ def costs(config: PhantomConfig) -> list[str]:
     for name in MATRICES:
         inputs, outputs = config.matrix_shape(name)
         rows, whole = config.core_rows(name), inputs * outputs
-        parts = sum(ranks[part] * (i + o) if part in ranks else i * o for part, (i, o) in config.parts().items() if f"{part}.".startswith(f"{name}."))
+        parts = sum(
+            ranks[part] * (i + o) if part in ranks else i * o
+            for part, (i, o) in config.parts().items()
+            if f"{part}.".startswith(f"{name}.")
+        )
         total = [total[0] + whole, total[1] + parts]
         lines.append(_line(name, f"{outputs}x{inputs}", str(rows) if rows else "dense", whole, parts))
     return [*lines, _line("per block", "", "", *total), *memory]
@@ -124,7 +138,9 @@ def _memory_line(config: PhantomConfig) -> str:
 
 
 def _line(name: str, shape: str, core: str, whole: int, parts: int) -> str:
-    return f"{name:15} {shape:>12} {core:>5} {f'{whole:,} -> {parts:,}':>22} {f'{2 * whole:,} -> {2 * parts:,}':>22} {1 - parts / whole:6.0%}"
+    return (
+        f"{name:15} {shape:>12} {core:>5} {f'{whole:,} -> {parts:,}':>22} {f'{2 * whole:,} -> {2 * parts:,}':>22} {1 - parts / whole:6.0%}"
+    )
 
 
 def _ffn_core(s: Slot) -> torch.Tensor:

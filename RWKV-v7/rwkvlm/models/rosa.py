@@ -59,7 +59,12 @@ class RosaBlock(nn.Module):
         return RosaBlockState(att_x, wkv, RosaMixState(x.clone(), None), x)
 
     def forward(
-        self, x: torch.Tensor, beside: tuple[torch.Tensor, torch.Tensor | None], state: RosaBlockState | None = None, return_state: bool = False, packed: Packed | None = None
+        self,
+        x: torch.Tensor,
+        beside: tuple[torch.Tensor, torch.Tensor | None],
+        state: RosaBlockState | None = None,
+        return_state: bool = False,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None], RosaBlockState | None]:
         """x: [B, T, C] residual stream; beside: the tokens [B, T] and block 0's value, None in block 0. Returns x, beside, the new state or None."""
         tokens, v_first = beside
@@ -97,7 +102,9 @@ def config_of(tensors: Mapping[str, torch.Tensor], bits: int = 0) -> RosaConfig:
     if CARRIED in tensors:
         bits = int(tensors[CARRIED]) if tensors[CARRIED].numel() == 1 and tensors[CARRIED] in BITS else -1
         if bits < 0:
-            raise UserError(f"the checkpoint's {CARRIED} cannot be read: it is damaged or of a newer version; use the version that wrote it")
+            raise UserError(
+                f"the checkpoint's {CARRIED} cannot be read: it is damaged or of a newer version; use the version that wrote it"
+            )
     if not bits:
         raise UserError(
             f"the checkpoint has ROSA layers, but no tensor {CARRIED}: whether their symbols have 1 bit or 4 its shapes do not say; give --rosa_bits, "
@@ -108,7 +115,13 @@ def config_of(tensors: Mapping[str, torch.Tensor], bits: int = 0) -> RosaConfig:
     else:
         sizes = Sizes(tensors, "a ROSA", "rosa")
         vocab_size, n_embd = sizes.shape("emb.weight", 2)
-        given = dict(model_type="rosa", n_layer=sizes.n_layer(), n_embd=n_embd, vocab_size=vocab_size, dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0])
+        given = dict(
+            model_type="rosa",
+            n_layer=sizes.n_layer(),
+            n_embd=n_embd,
+            vocab_size=vocab_size,
+            dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0],
+        )
     return model_config(**given, rosa_bits=bits, deep_embed="blocks.0.ffn.enn.weight" in tensors, ln0="blocks.0.ln0.weight" in tensors)
 
 

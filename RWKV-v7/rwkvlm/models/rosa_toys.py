@@ -45,4 +45,6 @@ def _with_head_bias(bias: torch.Tensor, sizes: Sizes) -> torch.Tensor:
         more = torch.linalg.pinv(head.nan_to_num()) @ bias
         if torch.allclose(head @ more, bias):
             return (sizes.tensors["ln_out.bias"] + more).to(sizes.tensors["ln_out.bias"].dtype)
-    raise UserError(f"the checkpoint's o.bias {list(bias.shape)} cannot become part of lno.bias: the {rows} rows of o.weight do not reach it; models here have no bias in the head")
+    raise UserError(
+        f"the checkpoint's o.bias {list(bias.shape)} cannot become part of lno.bias: the {rows} rows of o.weight do not reach it; models here have no bias in the head"
+    )

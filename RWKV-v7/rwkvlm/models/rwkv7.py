@@ -25,7 +25,9 @@ from .table import Row, Slot
 
 def build(config: ModelConfig) -> LanguageModel:
     linear = linear_of(config.rank_of())
-    return LanguageModel(config, [Block(config, layer, TimeMix(config, layer, linear), ChannelMix(config, linear)) for layer in range(config.n_layer)])
+    return LanguageModel(
+        config, [Block(config, layer, TimeMix(config, layer, linear), ChannelMix(config, linear)) for layer in range(config.n_layer)]
+    )
 
 
 def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
@@ -35,7 +37,9 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     vocab_size, n_embd = sizes.shape("emb.weight", 2)
     n_head, head_size = sizes.shape("blocks.0.att.r_k", 2)
     if n_head * head_size != n_embd:
-        raise UserError(f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight; give a complete .pth file of an RWKV-7")
+        raise UserError(
+            f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight; give a complete .pth file of an RWKV-7"
+        )
     with_value_rank = next((layer for layer in reversed(range(n_layer)) if f"blocks.{layer}.att.v1" in tensors), None)
     key = "blocks.0.ffn.key"
     factors = {match[1]: name for name in tensors if (match := re.fullmatch(r"blocks\.0\.(.+)\.down\.weight", name))}

@@ -19,7 +19,9 @@ class Sizes:
     def n_layer(self) -> int:
         layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
         if not layers or layers != set(range(len(layers))):
-            raise UserError(f"the checkpoint is not {self.kind} model: its blocks are {sorted(layers) or 'missing'}; give a complete {self.give} .pth file")
+            raise UserError(
+                f"the checkpoint is not {self.kind} model: its blocks are {sorted(layers) or 'missing'}; give a complete {self.give} .pth file"
+            )
         return len(layers)
 
     def shape(self, name: str, dims: int) -> torch.Size:
@@ -27,5 +29,7 @@ class Sizes:
         if name not in self.tensors:
             raise UserError(f"the checkpoint is not {self.kind} model: {name} is missing; give a .pth file of type {self.give}")
         if self.tensors[name].dim() != dims:
-            raise UserError(f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, not {dims} dimensions; give a .pth file of type {self.give}")
+            raise UserError(
+                f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, not {dims} dimensions; give a .pth file of type {self.give}"
+            )
         return self.tensors[name].shape

@@ -20,7 +20,9 @@ def show_plan(plan: Plan) -> None:
     frozen = sum(sizes[name] for name in frozen_names(config.freeze, list(sizes)))
     mixers = [] if "head_size" in model.unused else [f"{model.n_head} head{'s' * (model.n_head > 1)} of {model.head_size}"]
     if isinstance(model, RosaConfig):
-        mixers.append(f"ROSA of {model.rosa_bits} bit{'s' * (model.rosa_bits > 1)}{f' (--rosa_grad {model.rosa_grad})' * (model.rosa_grad != 'flip')}")
+        mixers.append(
+            f"ROSA of {model.rosa_bits} bit{'s' * (model.rosa_bits > 1)}{f' (--rosa_grad {model.rosa_grad})' * (model.rosa_grad != 'flip')}"
+        )
     held_out = f"held out {plan.held_out.name}" if plan.held_out is not None else "nothing held out"
     left = schedule.steps_left(plan.tokens)
     mini_epochs = -(-schedule.exit_tokens // (config.ctx_len * config.epoch_samples))
@@ -49,6 +51,10 @@ def _files(plan: Plan) -> str:
     samples = plan.schedule.exit_tokens / plan.config.ctx_len
     lines = []
     for part, seen in zip(plan.data.parts, plan.token_ranges):
-        share = "" if len(plan.data.parts) == 1 else f"{100 * float(part.share):.4g}% of the samples, {samples * part.share / part.prime:.3g} passes, "
+        share = (
+            ""
+            if len(plan.data.parts) == 1
+            else f"{100 * float(part.share):.4g}% of the samples, {samples * part.share / part.prime:.3g} passes, "
+        )
         lines.append(f"{part.data.prefix}: {share}{part.data.n_tokens:,} tokens, {seen}")
     return f",\n{'':10}".join(lines)

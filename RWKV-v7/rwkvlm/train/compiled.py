@@ -39,15 +39,23 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
     if not config.compile:
         return
     if run.strategy.startswith("deepspeed_stage_3"):
-        raise UserError(f"--compile 1 does not work with --strategy {run.strategy}, which has a block's parameters only while it runs module by module; use deepspeed_stage_2 or ddp, or leave --compile out")
+        raise UserError(
+            f"--compile 1 does not work with --strategy {run.strategy}, which has a block's parameters only while it runs module by module; use deepspeed_stage_2 or ddp, or leave --compile out"
+        )
     if isinstance(model, PhantomConfig) and model.ttt_enabled:
-        raise UserError("--compile 1 is not made for test-time training, whose segments are in most forms a loop in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out")
+        raise UserError(
+            "--compile 1 is not made for test-time training, whose segments are in most forms a loop in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out"
+        )
     if config.doc_reset and model.model_type in ("hybrid", "x080", "rosa", "x040"):
-        raise UserError(f"--compile 1 does not go with --doc_reset 1 for --my_testing {model.model_type}, which runs document by document in Python; leave one of them out")
+        raise UserError(
+            f"--compile 1 does not go with --doc_reset 1 for --my_testing {model.model_type}, which runs document by document in Python; leave one of them out"
+        )
     if problem := _why_not(run.device):
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":
-        raise UserError(f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out")
+        raise UserError(
+            f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out"
+        )
 
 
 def _why_not(device: torch.device) -> str:

@@ -106,7 +106,9 @@ class Conductor(pl.Callback):
             self._validate(to_its_end=True)
         elif self.validation.due(position.step, mini_epoch_ends):
             stop = self._validate() or stop
-        weights = [f"rwkv-{mini_epoch}.pth"] if mini_epoch_ends and plan.config.epoch_save and mini_epoch % plan.config.epoch_save == 0 else []
+        weights = (
+            [f"rwkv-{mini_epoch}.pth"] if mini_epoch_ends and plan.config.epoch_save and mini_epoch % plan.config.epoch_save == 0 else []
+        )
         if ended:
             weights.append(FINAL_NAME)
         last = bool(stop) or ended or self.steps_made == plan.steps
@@ -155,8 +157,12 @@ class Conductor(pl.Callback):
         self.signals.restore()
         if self.exit_code:
             saved = "the training state is saved" if self.steps_made else "no step has been made"
-            say(f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; {saved}, {what_goes_on(self.plan.config)} goes on from it")
+            say(
+                f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; {saved}, {what_goes_on(self.plan.config)} goes on from it"
+            )
         elif not self.plan.schedule.finished(self.position.samples * self.plan.config.ctx_len):
             say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")
         else:
-            say(f"finished at step {self.position.step}: the weights are {self.plan.proj_dir / FINAL_NAME}, the curves {self.plan.proj_dir / REPORT}")
+            say(
+                f"finished at step {self.position.step}: the weights are {self.plan.proj_dir / FINAL_NAME}, the curves {self.plan.proj_dir / REPORT}"
+            )

@@ -31,7 +31,11 @@ def diagnose(plan: Plan, trainer: pl.Trainer, module: TrainModule, samples: int)
         return "none of its samples does this alone, with the weights as they are: the numbers grow too large together (a lower lr_init), or the machine miscalculates"
     which = [f"{ii} ({plan.samples.where(ii)})" for ii, _, _ in bad[:SHOWN]]
     ii, loss, names = bad[0]
-    grads = f"; gradients of {len(names)} parameters, in {', '.join(dict.fromkeys(map(part_of, names)))}, are not: {_some(names)}" if names else ""
+    grads = (
+        f"; gradients of {len(names)} parameters, in {', '.join(dict.fromkeys(map(part_of, names)))}, are not: {_some(names)}"
+        if names
+        else ""
+    )
     return f"{len(bad)} of its {plan.batch} samples do this alone: {', '.join(which)}{' ...' * (len(bad) > SHOWN)}; the loss of sample {ii} is {loss}{grads}"
 
 

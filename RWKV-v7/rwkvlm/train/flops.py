@@ -28,7 +28,11 @@ def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
     """
     with torch.device("meta"):
         named = dict(models.build(sizes).named_parameters())
-    products = {name: p for name, p in named.items() if p.dim() == 2 and not name.startswith("emb.") and not name.endswith(("r_k", "enn.weight")) and ".ttt." not in name}
+    products = {
+        name: p
+        for name, p in named.items()
+        if p.dim() == 2 and not name.startswith("emb.") and not name.endswith(("r_k", "enn.weight")) and ".ttt." not in name
+    }
     weights = {name: p.numel() * (6 if p.requires_grad else 2) for name, p in products.items()}
     head = weights.pop("head.weight")
     layer = 33 * sizes.n_embd if sizes.model_type == "x040" else 27 * sizes.head_size * sizes.n_embd  # 0 without heads

@@ -21,7 +21,9 @@ def frozen_names(patterns: str, names: list[str]) -> set[str]:
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
         meant = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")}
         if not meant:
-            raise UserError(f"--freeze {patterns}: no parameter is called {pattern}; names are like emb, head, ln_out, blocks.0, blocks.*.ffn, *.att.w0")
+            raise UserError(
+                f"--freeze {patterns}: no parameter is called {pattern}; names are like emb, head, ln_out, blocks.0, blocks.*.ffn, *.att.w0"
+            )
         frozen |= meant
     if frozen == set(names):
         raise UserError(f"--freeze {patterns} leaves nothing to train; name fewer parts")

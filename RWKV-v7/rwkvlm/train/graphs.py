@@ -67,7 +67,9 @@ class BlockGraphs:
     recompute: as --grad_cp: the backward pass begins with the forward pass, of which only inputs are kept.
     """
 
-    def __init__(self, block: nn.Module, inputs: list[Tensor | None], form: TreeSpec, last: bool, recompute: bool, recorder: Recorder) -> None:
+    def __init__(
+        self, block: nn.Module, inputs: list[Tensor | None], form: TreeSpec, last: bool, recompute: bool, recorder: Recorder
+    ) -> None:
         self.block, self.eager, self.inputs, self.form, self.last = block, block.forward, inputs, form, last
         self.recompute, self.recorder = recompute, recorder
         named = dict(block.named_parameters())
@@ -116,7 +118,14 @@ class BlockGraphs:
 
     def forward(self, x: Tensor, beside: object, state: object = None, return_state: bool = False, *packed: object) -> tuple:
         """The block's: by the graph where it is what was recorded, else, as in validation, by the block itself."""
-        recorded = self.block.training and torch.is_grad_enabled() and state is None and not return_state and not packed and x.shape == self.inputs[0].shape
+        recorded = (
+            self.block.training
+            and torch.is_grad_enabled()
+            and state is None
+            and not return_state
+            and not packed
+            and x.shape == self.inputs[0].shape
+        )
         if not recorded:
             return self.eager(x, beside, state, return_state, *packed)
         return *tree_unflatten(_Graphed.apply(self, *tree_leaves((x, beside)), *self.trained), self.form), None
@@ -132,7 +141,9 @@ class BlockGraphs:
     def replay_backward(self, made: int, grad_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
         """made: what replay_forward returned."""
         if made != self.passes:
-            raise RuntimeError("the CUDA graphs of a block have run since this forward pass: what it has kept for the backward pass is gone")
+            raise RuntimeError(
+                "the CUDA graphs of a block have run since this forward pass: what it has kept for the backward pass is gone"
+            )
         self.passes += 1
         _put(grad_outputs, self.grad_outputs)
         self.run_backward()
@@ -268,18 +279,34 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
         raise UserError("--cuda_graphs 1 with --compile 1 is not made for --grad_cp 1; use --grad_cp 0, or leave --compile out")
     if config.compile and config.accumulate_grad_batches > 1:
         # torch.compile's graphs write gradients where autograd keeps those of the micro batch before: https://github.com/pytorch/pytorch/issues/181723
-        raise UserError(f"--cuda_graphs 1 with --compile 1 would lose gradients of --accumulate_grad_batches {config.accumulate_grad_batches}; use --accumulate_grad_batches 1, or leave --compile out")
+        raise UserError(
+            f"--cuda_graphs 1 with --compile 1 would lose gradients of --accumulate_grad_batches {config.accumulate_grad_batches}; use --accumulate_grad_batches 1, or leave --compile out"
+        )
     if config.doc_reset:
         raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")
     if run.strategy.startswith("deepspeed_stage_3"):
-        raise UserError(f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out")
+        raise UserError(
+            f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"
+        )
     if isinstance(model, PhantomConfig) and model.dropout:
-        raise UserError(f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out")
+        raise UserError(
+            f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out"
+        )
     if isinstance(model, PhantomConfig) and model.steps_on_state and model.ttt_meta:
-        raise UserError("--cuda_graphs 1 is not made for --ttt_meta 1, which asks the blocks for their states; use --ttt_meta 0, or leave --cuda_graphs out")
-    if isinstance(model, PhantomConfig) and model.max_depth_iter > 1 and config.accumulate_grad_batches > 1 and config.precision == "bf16" and run.strategy == "auto":
+        raise UserError(
+            "--cuda_graphs 1 is not made for --ttt_meta 1, which asks the blocks for their states; use --ttt_meta 0, or leave --cuda_graphs out"
+        )
+    if (
+        isinstance(model, PhantomConfig)
+        and model.max_depth_iter > 1
+        and config.accumulate_grad_batches > 1
+        and config.precision == "bf16"
+        and run.strategy == "auto"
+    ):
         # several uses of a parameter: MasterAdamW has autograd sum them in fp32, a graph sums them before it hands them out
-        raise UserError(f"--cuda_graphs 1 would sum gradients over the passes of --max_depth_iter {model.max_depth_iter} in bf16, and with --accumulate_grad_batches {config.accumulate_grad_batches} that is done in fp32; use --accumulate_grad_batches 1, or leave --cuda_graphs out")
+        raise UserError(
+            f"--cuda_graphs 1 would sum gradients over the passes of --max_depth_iter {model.max_depth_iter} in bf16, and with --accumulate_grad_batches {config.accumulate_grad_batches} that is done in fp32; use --accumulate_grad_batches 1, or leave --cuda_graphs out"
+        )
     if run.accelerator != "gpu":
         raise UserError("--cuda_graphs 1 needs a GPU; leave --cuda_graphs out")
     if kernel == "torch":

@@ -21,7 +21,9 @@ def guarded(argv: list[str], folder: str, **more) -> Iterator[subprocess.Popen]:
     When this process dies before, they are killed as well, and the folder, in which they work, is removed.
     """
     nowhere = subprocess.DEVNULL
-    guard = subprocess.Popen(["sh", "-c", GUARD, "sh", folder], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    guard = subprocess.Popen(
+        ["sh", "-c", GUARD, "sh", folder], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True
+    )
     process = subprocess.Popen(["sh", "-c", START, "sh", *argv], stdin=subprocess.PIPE, start_new_session=True, **more)
     os.write(guard.stdin.fileno(), b"%d\n" % process.pid)
     os.write(process.stdin.fileno(), b"\n")

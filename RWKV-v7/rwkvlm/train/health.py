@@ -28,7 +28,9 @@ class Snapshot:
 
     def __init__(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.step, self.samples = position.step, position.samples
-        self._kept = [({key: view.to("cpu", copy=True) for key, view in piece.values.items()}, piece.step) for piece in pieces(model, optimizer)]
+        self._kept = [
+            ({key: view.to("cpu", copy=True) for key, view in piece.values.items()}, piece.step) for piece in pieces(model, optimizer)
+        ]
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -64,7 +66,9 @@ class Health:
         """Collective. False, with one line, when weights are not finite; they are looked at when the last step was not well."""
         if not self.in_a_row:
             return True
-        fit = all(ranks.gather(all(bool(view.isfinite().all()) for piece in pieces(self.model, self.optimizer) for view in piece.values.values())))
+        fit = all(
+            ranks.gather(all(bool(view.isfinite().all()) for piece in pieces(self.model, self.optimizer) for view in piece.values.values()))
+        )
         if not fit:
             ranks.say(f"nothing is saved at step {self.position.step}: the weights are not finite")
         return fit
@@ -84,7 +88,12 @@ class Health:
             self.position.skipped += 1
             parts = [part for part, value in (by_part or {}).items() if not math.isfinite(value)]
             where = f" ({', '.join(parts)})" if 0 < len(parts) < len(by_part) else ""
-            self._ill(step, samples, f"is skipped: loss {loss:g}, gradient norm {'?' if norm is None else f'{norm:g}'}{where}", samples - self.plan.batch)
+            self._ill(
+                step,
+                samples,
+                f"is skipped: loss {loss:g}, gradient norm {'?' if norm is None else f'{norm:g}'}{where}",
+                samples - self.plan.batch,
+            )
             return {"skipped": True}
         if self.guarded and self._is_spike(loss):
             return {"undone_to": self._undo(step, samples, loss)}

@@ -50,7 +50,9 @@ class Hold:
             self._file = _locked(self.proj_dir)
             now = last_holder(self.proj_dir)
             if planned_after is not None and planned_after != now:
-                raise UserError(f"another run has been in {self.proj_dir} ({now}) since this one looked there; start this one again: it goes on from what is there now")
+                raise UserError(
+                    f"another run has been in {self.proj_dir} ({now}) since this one looked there; start this one again: it goes on from what is there now"
+                )
             who = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
             with suppress(OSError):  # a full disk: the lock needs no room
                 self._file.truncate(0)
@@ -59,7 +61,9 @@ class Hold:
 
     def _check(self) -> None:
         if self._file is not None and (now := last_holder(self.proj_dir)) and now not in self._own:
-            raise UserError(f"another run has begun in {self.proj_dir} ({now}) and goes on from what was saved there; this one has ended without saving")
+            raise UserError(
+                f"another run has begun in {self.proj_dir} ({now}) and goes on from what was saved there; this one has ended without saving"
+            )
 
 
 def refuse_if_held(proj_dir: Path) -> None:
@@ -72,7 +76,9 @@ def _locked(proj_dir: Path) -> IO:
     file = open(proj_dir / HELD, "ab", buffering=0)
     if not try_lock(file):
         file.close()
-        raise UserError(f"another run is writing to {proj_dir} ({last_holder(proj_dir) or 'it does not say which'}); wait for its end or stop it, or choose another --proj_dir")
+        raise UserError(
+            f"another run is writing to {proj_dir} ({last_holder(proj_dir) or 'it does not say which'}); wait for its end or stop it, or choose another --proj_dir"
+        )
     return file
 
 

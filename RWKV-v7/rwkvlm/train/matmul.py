@@ -24,7 +24,10 @@ def settle_fp32_products(plan: Plan) -> None:
     elif setting := env.decided_fp32_products():
         line = f"fp32 matrix products: {setting}, as decided by the process that started this one"
     elif started_apart(plan.launch):
-        setting, line = "highest", "fp32 matrix products: highest, not measured, since the processes of several nodes or of a launcher must agree"
+        setting, line = (
+            "highest",
+            "fp32 matrix products: highest, not measured, since the processes of several nodes or of a launcher must agree",
+        )
     else:
         setting, line = fp32_matmul_choice()
         env.hand_on_fp32_products(setting)

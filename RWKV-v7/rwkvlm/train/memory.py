@@ -132,7 +132,9 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
 
     bucket = min(P, config.ds_bucket_mb * 1_000_000)
     each = (b if config.accumulate_grad_batches == 1 else 4) * P
-    gradients = {0: each + b * P * (W > 1), 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[stage]
+    gradients = {0: each + b * P * (W > 1), 1: 4 * P + (b * P if b == 2 else 0), 2: 4 * P // W + b * bucket, 3: 4 * P // W + b * bucket}[
+        stage
+    ]
     optimizer = 12 * P // W if stage else (8 if b == 4 else 12) * P
     kept = activations.outside * tokens
     if config.grad_cp:

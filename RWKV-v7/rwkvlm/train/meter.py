@@ -46,7 +46,12 @@ class Meter:
         self.lr = 0.0
 
     def step(
-        self, loss: torch.Tensor, terms: dict[str, torch.Tensor], grad_norm: torch.Tensor | float | None, part_norms: torch.Tensor | None, lr: float
+        self,
+        loss: torch.Tensor,
+        terms: dict[str, torch.Tensor],
+        grad_norm: torch.Tensor | float | None,
+        part_norms: torch.Tensor | None,
+        lr: float,
     ) -> None:
         """After an optimizer step. loss and terms: this process's means, on its device, are reduced in place to means over all. part_norms: [parts]."""
         if self.world > 1:
@@ -64,18 +69,33 @@ class Meter:
             return
         losses, norms = _numbers([p.loss for p in self.pending]), _numbers([p.grad_norm for p in self.pending])
         known = [p.part_norms for p in self.pending if p.part_norms is not None]
-        parts = [{part: float(f"{norm:.5g}") for part, norm in zip(self.parts, row)} for row in torch.stack(known).tolist()] if known else [None] * len(losses)
+        parts = (
+            [{part: float(f"{norm:.5g}") for part, norm in zip(self.parts, row)} for row in torch.stack(known).tolist()]
+            if known
+            else [None] * len(losses)
+        )
         now = time.monotonic()
         rate = len(self.pending) * self.plan.schedule.tokens_per_step / max(now - self.drained, 1e-9)
         flops = rate / self.world * self.flops_per_token
-        speed = {"tokens_per_s": round(rate, 1), "tflops": float(f"{flops / 1e12:.4g}"), "mfu": round(flops / self.peak, 4) if self.peak else None}
+        speed = {
+            "tokens_per_s": round(rate, 1),
+            "tflops": float(f"{flops / 1e12:.4g}"),
+            "mfu": round(flops / self.peak, 4) if self.peak else None,
+        }
         shared = speed | {"seconds": round(now - self.begin, 3), "memory_mb": memory_mb(self.plan.device)}
         for p, loss, norm, by_part in zip(self.pending, losses, norms, parts, strict=True):
             found = self.health.judge(p.step, p.samples, loss, norm, by_part)
             if math.isfinite(loss):
                 self.position.epoch_loss += loss
                 self.position.epoch_steps += 1
-            record = {"step": p.step, "tokens": p.samples * self.plan.config.ctx_len, "loss": loss, "lr": p.lr, "grad_norm": norm, "grad_norms": by_part}
+            record = {
+                "step": p.step,
+                "tokens": p.samples * self.plan.config.ctx_len,
+                "loss": loss,
+                "lr": p.lr,
+                "grad_norm": norm,
+                "grad_norms": by_part,
+            }
             record |= {name: float(value) for name, value in p.terms.items()}
             for log in self.logs:
                 log.step(record | shared | found)

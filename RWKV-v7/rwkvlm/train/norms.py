@@ -57,7 +57,9 @@ class ShardedNorms(GradientNorms):
                 flat, view = piece.adam[1], piece.values["master"]
                 begin = view.storage_offset() - flat.storage_offset()
                 found.setdefault(flat, []).append((piece.name, slice(begin, begin + piece.numel)))
-        self._segments = {flat: ([where for _, where in named], self._places([name for name, _ in named], flat.device)) for flat, named in found.items()}
+        self._segments = {
+            flat: ([where for _, where in named], self._places([name for name, _ in named], flat.device)) for flat, named in found.items()
+        }
         self._squares = torch.zeros(len(self.parts), device=self._named[0][1].device)
         optimizer.optimizer.register_step_pre_hook(self._look)
 

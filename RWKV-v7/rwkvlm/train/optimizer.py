@@ -90,7 +90,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, strategy: Strategy) ->
     dtypes = {p.dtype for group in groups for p in group["params"]}
     if dtypes in ({torch.float32}, {torch.bfloat16}):
         return MasterAdamW(groups, **settings, accumulate=config.accumulate_grad_batches > 1)
-    raise UserError(f"--precision {config.precision} needs --strategy deepspeed_stage_1, 2 or 3; use bf16 with --strategy {config.strategy}")
+    raise UserError(
+        f"--precision {config.precision} needs --strategy deepspeed_stage_1, 2 or 3; use bf16 with --strategy {config.strategy}"
+    )
 
 
 def _under_deepspeed(groups: list[dict], settings: dict, strategy: DeepSpeedStrategy) -> torch.optim.Optimizer:

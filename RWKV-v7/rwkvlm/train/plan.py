@@ -82,7 +82,13 @@ class Plan:
     def settings(self) -> dict[str, object]:
         """Flags and what was decided from them, for logs."""
         order = ", ".join(order_hash(part.prime) for part in self.data.parts)
-        decided = {"real_bsz": self.batch, "magic_prime": self.data.order, "order_hash": order, "my_exit_tokens": self.schedule.exit_tokens, "warmup_steps": self.schedule.warmup_steps}
+        decided = {
+            "real_bsz": self.batch,
+            "magic_prime": self.data.order,
+            "order_hash": order,
+            "my_exit_tokens": self.schedule.exit_tokens,
+            "warmup_steps": self.schedule.warmup_steps,
+        }
         return self.config.as_dict() | self.start.model.as_dict() | decided
 
     def mini_epoch(self, samples: int) -> int:
@@ -113,7 +119,9 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     check_freeze(config.freeze, start.model)
     config = replace(config, precision=decide_precision(config, run, start))
     if config.doc_reset and isinstance(start.model, PhantomConfig) and start.model.steps_on_state and start.model.ttt_meta:
-        raise UserError("--doc_reset 1 is not made for --ttt_meta 1, which asks for the state at the end of each sample; leave one of the two out")
+        raise UserError(
+            "--doc_reset 1 is not made for --ttt_meta 1, which asks for the state at the end of each sample; leave one of the two out"
+        )
     vocab_size = start.model.vocab_size
     packed = ResetSamples if config.doc_reset else lambda samples: samples
     validation = _held_out(config, data, vocab_size)
@@ -155,7 +163,9 @@ def checked(plan: Plan) -> Plan:
     held_out = 0 if plan.held_out is None else len(plan.held_out)
     data = ranks.gather((plan.data.order, *((part["tokens"], part["documents"]) for part in plan.identity), held_out))
     if others := [number for number, seen in enumerate(data) if seen != data[0]]:
-        raise UserError(f"--data_file {plan.config.data_file} holds other data, or has others held out, for rank {others[0]} than for rank 0; copy the same files to all nodes")
+        raise UserError(
+            f"--data_file {plan.config.data_file} holds other data, or has others held out, for rank {others[0]} than for rank 0; copy the same files to all nodes"
+        )
     damaged: list[Path] = []
     looks = 0
     while True:
@@ -164,7 +174,9 @@ def checked(plan: Plan) -> Plan:
             # another run, begun at the same moment, has put its files there
             ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)
             if looks == LOOKS:
-                raise UserError(f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes")
+                raise UserError(
+                    f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes"
+                )
             looks += 1
             time.sleep(BETWEEN_LOOKS)
             plan = make_plan(plan.config, damaged)
@@ -190,7 +202,9 @@ def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
     if not env.decided_precision():
         if started_apart(run):
-            raise UserError("--precision auto cannot be decided by processes of several nodes or of a launcher, which might differ; give --precision bf16 or fp32")
+            raise UserError(
+                "--precision auto cannot be decided by processes of several nodes or of a launcher, which might differ; give --precision bf16 or fp32"
+            )
         env.hand_on_precision("bf16" if bf16_is_faster() else "fp32")
     return env.decided_precision()
 
@@ -203,7 +217,9 @@ def check_data(config: TrainConfig) -> tuple[TrainConfig, Mixture]:
     if env.first_process() and (text := data.parts[0].data.tokenizer_json()):
         path = Path(config.proj_dir) / TOKENIZER
         if path.exists() and path.read_text(encoding="utf-8") != text:  # its tokens mean other characters
-            raise UserError(f"--data_file {config.data_file} has other characters than {path}, with which this run began; use another --proj_dir")
+            raise UserError(
+                f"--data_file {config.data_file} has other characters than {path}, with which this run began; use another --proj_dir"
+            )
     return replace(config, vocab_size=config.vocab_size or data.parts[0].data.vocab_size), data
 
 
@@ -213,7 +229,9 @@ def check_folder(config: TrainConfig) -> None:
     try:
         try_folder(folder)
     except OSError as error:
-        raise UserError(f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions") from None
+        raise UserError(
+            f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions"
+        ) from None
 
 
 def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | None:
@@ -221,7 +239,9 @@ def _held_out(config: TrainConfig, data: Mixture, vocab_size: int) -> Samples | 
     if config.val_file:
         weights = prefixes(config.val_file, "--val_file")
         if any(weights.values()):
-            raise UserError(f"--val_file {config.val_file}: held-out files are read one after the other, and have no weights; leave them out")
+            raise UserError(
+                f"--val_file {config.val_file}: held-out files are read one after the other, and have no weights; leave them out"
+            )
         found = list(weights)
     else:
         found = [val for part in data.parts if idx_path(val := f"{part.data.prefix}.val").is_file()]

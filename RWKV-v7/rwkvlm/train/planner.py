@@ -99,7 +99,9 @@ def _estimator(plan: Plan) -> Callable[[int, int], Memory]:
     program = resident()
     activations = measure_activations(plan.start.model, plan.config, plan.device)
     copies = adamw.backend_for(plan.device) == "torch"
-    return lambda batch, cp: estimate(plan.start.model, replace(plan.config, micro_bsz=batch, grad_cp=cp), plan.launch, activations, program, copies)
+    return lambda batch, cp: estimate(
+        plan.start.model, replace(plan.config, micro_bsz=batch, grad_cp=cp), plan.launch, activations, program, copies
+    )
 
 
 def _load_libraries(plan: Plan) -> None:
@@ -112,9 +114,13 @@ def _load_libraries(plan: Plan) -> None:
 
 
 def _advice(plan: Plan, memory: dict[tuple[int, int], Memory], available: int) -> str:
-    most = {cp: max((batch for batch, how in memory if how == cp and memory[batch, cp].total <= FULL * available), default=0) for cp in (0, 1)}
+    most = {
+        cp: max((batch for batch, how in memory if how == cp and memory[batch, cp].total <= FULL * available), default=0) for cp in (0, 1)
+    }
     tried = max(batch for batch, _ in memory)
-    largest = "the largest micro_bsz is {} without grad_cp, {} with it".format(*(f"{'at least' if most[cp] == tried else 'about'} {most[cp]}" for cp in (0, 1)))
+    largest = "the largest micro_bsz is {} without grad_cp, {} with it".format(
+        *(f"{'at least' if most[cp] == tried else 'about'} {most[cp]}" for cp in (0, 1))
+    )
     now = plan.config
     head = ""
     if memory[now.micro_bsz, now.grad_cp].head > 0.3 * available and not now.head_chunk:
@@ -164,7 +170,9 @@ def probe(plan: Plan) -> float:
 def probe_flags(plan: Plan, folder: str) -> list[str]:
     """Those of a run of the same model: with the weights of the same file, which says what no flag does, or with fresh ones."""
     model, start = plan.start.model, plan.start
-    changes = {name: getattr(model, name) for name in SIZES if name not in model.unused} | {name: getattr(model, name) for name in OWN if hasattr(model, name)}
+    changes = {name: getattr(model, name) for name in SIZES if name not in model.unused} | {
+        name: getattr(model, name) for name in OWN if hasattr(model, name)
+    }
     changes |= dict(
         proj_dir=folder, load_model="" if start.fresh or start.path is None else str(start.path), load_partial=0, train_stage=0, epoch_begin=0, dry_run=False,
         wandb="", tensorboard=0, enable_progress_bar=False, save_steps=10**9, save_minutes=0.0, epoch_save=0, val_every=10**9, val_batches=1, max_steps=0,

@@ -49,12 +49,16 @@ def run(config: TrainConfig) -> int:
     plan = make_plan(config)
     tell(config.own_without_effect(plan.start.model))
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
-        say(f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do (a larger --my_exit_tokens trains longer)")
+        say(
+            f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do (a larger --my_exit_tokens trains longer)"
+        )
         return 0
     if plan.held_out is None:
         for name in ("val_every", "val_batches"):
             if getattr(config, name) != getattr(TrainConfig, name):
-                say(f"--{name} {getattr(config, name)} has no effect: nothing is held out; give --val_file, or put {plan.data.parts[0].data.prefix}.val beside the data")
+                say(
+                    f"--{name} {getattr(config, name)} has no effect: nothing is held out; give --val_file, or put {plan.data.parts[0].data.prefix}.val beside the data"
+                )
     quiet()
     if config.dry_run:
         return dry_run(plan)
@@ -94,7 +98,9 @@ def write_init(config: TrainConfig) -> int:
                     save_tokenizer(config, data)
                 publish_weights(config.proj_dir, INIT_NAME, weights)
         done = "would write" if config.dry_run else "wrote"
-        print(f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters")
+        print(
+            f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters"
+        )
     return 0
 
 
@@ -146,7 +152,11 @@ def train(plan: Plan, strategy: Strategy) -> int:
             watch.end(error)
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory: {describe(error)}; --dry_run tells what fits (less --micro_bsz, or --grad_cp 1), and {what_goes_on(config)} goes on", file=sys.stderr, flush=True)
+        print(
+            f"error: out of memory: {describe(error)}; --dry_run tells what fits (less --micro_bsz, or --grad_cp 1), and {what_goes_on(config)} goes on",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     finally:
         conductor.signals.restore()
@@ -159,7 +169,9 @@ def train(plan: Plan, strategy: Strategy) -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Also one that `together` has made a UserError of."""
-    return any(isinstance(e, (MemoryError, torch.OutOfMemoryError)) for e in (error, error.__cause__)) or "DefaultCPUAllocator" in str(error)
+    return any(isinstance(e, (MemoryError, torch.OutOfMemoryError)) for e in (error, error.__cause__)) or "DefaultCPUAllocator" in str(
+        error
+    )
 
 
 def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
@@ -170,7 +182,11 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     choose_interface(environment.main_address, trainer.num_nodes)
     if trainer.num_nodes > 1 and trainer.local_rank == 0:
         where = f"{environment.main_address}:{environment.main_port}"
-        print(f"node {trainer.node_rank} waits for {trainer.num_nodes} nodes to meet at {where}, {start_timeout(config) / 60:g} minutes at most", file=sys.stderr, flush=True)
+        print(
+            f"node {trainer.node_rank} waits for {trainer.num_nodes} nodes to meet at {where}, {start_timeout(config) / 60:g} minutes at most",
+            file=sys.stderr,
+            flush=True,
+        )
     started_here = isinstance(environment, LightningEnvironment)
     if trainer.local_rank == 0:
         env.hand_on_starter()
@@ -222,7 +238,9 @@ class PlannedModule(TrainModule):
             try:
                 reason = try_graphs(self.model, *batches)
             except RuntimeError as error:
-                raise UserError(f"--cuda_graphs -1: the GPU has failed while CUDA graphs were tried: {describe(error)}; use --cuda_graphs 0") from error
+                raise UserError(
+                    f"--cuda_graphs -1: the GPU has failed while CUDA graphs were tried: {describe(error)}; use --cuda_graphs 0"
+                ) from error
             if reason:
                 say(f"the blocks run without CUDA graphs: {reason}")
 
@@ -230,7 +248,11 @@ class PlannedModule(TrainModule):
         plan, trainer = self.plan, self.trainer
         steps = max(1, plan.steps)  # Lightning would skip an empty epoch with all its hooks, and a run may have only its last file to write
         batches = RankBatches(
-            trainer.global_rank, trainer.world_size, plan.config.micro_bsz, steps * plan.config.accumulate_grad_batches, plan.start.position.samples
+            trainer.global_rank,
+            trainer.world_size,
+            plan.config.micro_bsz,
+            steps * plan.config.accumulate_grad_batches,
+            plan.start.position.samples,
         )
         return Ahead(plan.samples, batches, pin_memory=plan.device.type == "cuda")
 

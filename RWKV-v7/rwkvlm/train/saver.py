@@ -53,7 +53,9 @@ class Saver:
             under_way, self._under_way = self._under_way, None
             under_way.result()
 
-    def _write(self, weights: list[str], tensors: dict[str, torch.Tensor], snapshot: Snapshot | None, step: int, meta: dict, last: bool) -> None:
+    def _write(
+        self, weights: list[str], tensors: dict[str, torch.Tensor], snapshot: Snapshot | None, step: int, meta: dict, last: bool
+    ) -> None:
         config = self.plan.config
         try:
             for name in weights:

@@ -42,7 +42,9 @@ def check_kernels(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) 
 def small(sizes: ModelConfig) -> ModelConfig:
     """The same kind of model, two blocks of a few heads, all of its sizes as they are derived from these."""
     derived = dict.fromkeys(("dim_ffn", "rank_w", "rank_a", "rank_v", "rank_g", "attention_kv_heads"), 0)
-    own = derived | dict(ranks="", core_ratios="", dropout=0.0, attention_layers="1", n_layer=2, n_embd=2 * max(sizes.head_size, 32), vocab_size=200)
+    own = derived | dict(
+        ranks="", core_ratios="", dropout=0.0, attention_layers="1", n_layer=2, n_embd=2 * max(sizes.head_size, 32), vocab_size=200
+    )
     if has_rosa(sizes):
         own |= dict(head_size=32, n_embd=64)  # plain PyTorch takes its time for ROSA
     return sizes.with_(**{f.name: own[f.name] for f in fields(sizes) if f.name in own})
@@ -64,7 +66,9 @@ def _check(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> None
             raise UserError(f"a kernel fails on this machine: {str(error).splitlines()[0]}; {CURE}") from error
         if off < most:
             return
-    raise UserError(f"a kernel is wrong on this machine: in a small {sizes.model_type} in {NAMES[dtype]}, {part} is off by {off:.1e} of itself; {CURE}")
+    raise UserError(
+        f"a kernel is wrong on this machine: in a small {sizes.model_type} in {NAMES[dtype]}, {part} is off by {off:.1e} of itself; {CURE}"
+    )
 
 
 def answers(sizes: ModelConfig, dtype: torch.dtype, device: torch.device, draw: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -112,7 +116,9 @@ def spread(sizes: ModelConfig, draw: int = 0) -> models.LanguageModel:
 def loss_and_gradients(model: models.LanguageModel, idx: torch.Tensor) -> dict[str, torch.Tensor]:
     """Those of the trained parameters, by name; idx: [B, T + 1]."""
     x, terms = model.for_training(idx[:, :-1].contiguous())
-    loss = sum((weight * value for weight, value in terms.values()), start=head_cross_entropy(x, model.head.weight, idx[:, 1:].contiguous()))
+    loss = sum(
+        (weight * value for weight, value in terms.values()), start=head_cross_entropy(x, model.head.weight, idx[:, 1:].contiguous())
+    )
     return with_gradients(model, loss)
 
 

@@ -61,10 +61,14 @@ def find_start(config: TrainConfig, order: int | str, identity: list[dict], dama
         if start is not None:
             for name in ("load_model", "epoch_begin"):
                 if getattr(config, name):
-                    say(f"--{name} {getattr(config, name)} has no effect: --train_stage {config.train_stage} goes on with what {config.proj_dir} holds")
+                    say(
+                        f"--{name} {getattr(config, name)} has no effect: --train_stage {config.train_stage} goes on with what {config.proj_dir} holds"
+                    )
             return start
         if (final := Path(config.proj_dir) / FINAL_NAME).exists():
-            raise UserError(f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run would overwrite; choose another --proj_dir, with --load_model {final} to train it further")
+            raise UserError(
+                f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run would overwrite; choose another --proj_dir, with --load_model {final} to train it further"
+            )
     else:
         refuse_to_overwrite(config, from_mini_epoch=config.epoch_begin)
     position = Position(samples=config.epoch_begin * config.epoch_samples)
@@ -94,7 +98,9 @@ def _from_state(config: TrainConfig, order: int | str, identity: list[dict], dam
                 f"use {cure}, or another --proj_dir with --load_model to begin anew"
             )
     if (then := info.meta["epoch_samples"]) != config.epoch_samples:
-        say(f"--epoch_samples {config.epoch_samples} from here on, and {then} before: mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}")
+        say(
+            f"--epoch_samples {config.epoch_samples} from here on, and {then} before: mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}"
+        )
     _same_data(config, info, identity)
     model = _agree(config, model_config(**phantom.as_now(info.meta["model"])), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
@@ -132,7 +138,9 @@ def _from_newest_weights(config: TrainConfig) -> Start | None:
         warmup = _warmup(config, 0 if mini_epoch == INIT else WARMUP_AFTER_WEIGHTS)
         return Start(model_sizes(config, path), position, warmup, path)
     if unreadable:
-        raise UserError(f"no checkpoint in {config.proj_dir} can be read; delete {unreadable[0].name} and the other broken ones to begin anew")
+        raise UserError(
+            f"no checkpoint in {config.proj_dir} can be read; delete {unreadable[0].name} and the other broken ones to begin anew"
+        )
     return None
 
 
@@ -171,14 +179,18 @@ def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomC
     """The Phantom that an RWKV-7 becomes: its Ghost layers are factorised matrices, whose rows come in an order of their own."""
     sizes = model_config(**found.as_dict() | config.own_settings() | {"model_type": "phantom", "ghost_permuted": True})
     if sizes.has_ghosts and sizes.ghost_activation != "identity":
-        raise UserError(f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity")
+        raise UserError(
+            f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity"
+        )
     return sizes
 
 
 def _agree(config: TrainConfig, found: ModelConfig, path: Path, grows: bool = False) -> ModelConfig:
     """The model of path as the flags want it, if they may. grows: --load_partial may put blocks above its own; a training state's optimizer has none for them."""
     if config.my_testing != found.model_type:
-        raise UserError(f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or another --load_model or --proj_dir")
+        raise UserError(
+            f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or another --load_model or --proj_dir"
+        )
     deeper = grows and bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
         given, there = getattr(config, name), getattr(found, name)
@@ -222,7 +234,11 @@ def _hybrid_agrees(given: dict[str, object], found: HybridConfig, n_layer: int, 
     wanted = found.with_(n_layer=n_layer, **given)
     for name in given:
         there = getattr(found, name)
-        same = tuple(i for i in wanted.attention if i < found.n_layer) == found.attention if name == "attention_layers" else getattr(wanted, name) == there
+        same = (
+            tuple(i for i in wanted.attention if i < found.n_layer) == found.attention
+            if name == "attention_layers"
+            else getattr(wanted, name) == there
+        )
         if not same:
             raise UserError(_differs(name, given[name], there, path))
     return wanted
@@ -235,7 +251,9 @@ def _differs(name: str, given: object, there: object, path: Path) -> str:
 
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if config.dim_att and config.dim_att != model.n_embd:
-        raise UserError(f"--dim_att {config.dim_att} differs from the width {model.n_embd}; --my_testing {config.my_testing} needs them equal (leave --dim_att out)")
+        raise UserError(
+            f"--dim_att {config.dim_att} differs from the width {model.n_embd}; --my_testing {config.my_testing} needs them equal (leave --dim_att out)"
+        )
     if isinstance(model, PhantomConfig) and model.steps_on_state and config.ctx_len <= model.ttt_chunk:
         raise UserError(
             f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: no token would come after a step, and nothing would train it; "
@@ -254,7 +272,9 @@ def build_model(config: TrainConfig, sizes: ModelConfig, path: Path | None) -> m
             tensors = models.adapted(tensors, model)
         kept = load_into(model, tensors, bool(config.load_partial))
         if kept and config.load_partial:
-            say(f"{len(kept)} tensors are not in {path} and keep their initial values: {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}")
+            say(
+                f"{len(kept)} tensors are not in {path} and keep their initial values: {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}"
+            )
     return model
 
 

@@ -57,7 +57,9 @@ def launch(config: TrainConfig) -> Launch:
     gpus = torch.cuda.device_count()
     accelerator = {"auto": "gpu" if gpus else "cpu", "cuda": "gpu"}.get(config.accelerator, config.accelerator)
     if accelerator == "gpu" and not gpus:
-        raise UserError(f"--accelerator {config.accelerator}: PyTorch sees no GPU here; use --accelerator cpu, or install a CUDA build of torch")
+        raise UserError(
+            f"--accelerator {config.accelerator}: PyTorch sees no GPU here; use --accelerator cpu, or install a CUDA build of torch"
+        )
     launched = launched_here()
     devices = int(config.devices) if config.devices != "auto" else launched or (gpus if accelerator == "gpu" else 1)
     if accelerator == "gpu" and gpus < launched == devices:
@@ -68,9 +70,13 @@ def launch(config: TrainConfig) -> Launch:
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
     if accelerator == "cpu" and devices > (most := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_PROCESS):
-        raise UserError(f"--devices {devices}: without a GPU these are processes, and this machine's memory has no room for more than {most}; use --devices 1, 2, ...")
+        raise UserError(
+            f"--devices {devices}: without a GPU these are processes, and this machine's memory has no room for more than {most}; use --devices 1, 2, ..."
+        )
     if launched and launched != devices:
-        raise UserError(f"--devices {devices}, but the launcher started {launched} processes on this node; make them equal or leave --devices out")
+        raise UserError(
+            f"--devices {devices}, but the launcher started {launched} processes on this node; make them equal or leave --devices out"
+        )
     if env.launched_by_variables() and (nodes := env.launched_nodes()) and nodes != config.num_nodes:
         raise UserError(f"--num_nodes {config.num_nodes}, but the launcher started processes on {nodes} nodes; use --num_nodes {nodes}")
     strategy = config.strategy
@@ -202,10 +208,14 @@ def _deepspeed(config: TrainConfig, run: Launch) -> DeepSpeedStrategy:
     try:
         import deepspeed  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"--strategy {config.strategy}: {error.name} is not installed; run: {pip_install('deepspeed')}, or use --strategy ddp or auto") from error
+        raise UserError(
+            f"--strategy {config.strategy}: {error.name} is not installed; run: {pip_install('deepspeed')}, or use --strategy ddp or auto"
+        ) from error
     except Exception as error:  # its checks of CUDA, compilers and accelerators run at import
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--strategy {config.strategy}: deepspeed does not work here ({reason}); reinstall it, or use --strategy ddp or auto") from error
+        raise UserError(
+            f"--strategy {config.strategy}: deepspeed does not work here ({reason}); reinstall it, or use --strategy ddp or auto"
+        ) from error
     settings = dict(config=deepspeed_config(config, run.accelerator), **_distributed(config, run))
     if run.accelerator == "gpu":
         return DeepSpeed(**settings)
@@ -242,5 +252,12 @@ def deepspeed_config(config: TrainConfig, accelerator: str) -> dict:
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     elif config.precision == "fp16":
-        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+        settings["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        }
     return settings

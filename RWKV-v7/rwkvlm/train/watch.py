@@ -62,7 +62,9 @@ class Watch:
     processes(): those that this one has started, of the ranks after its own. started: by another of the run. cure: what the user can do then.
     """
 
-    def __init__(self, timeout_s: float, rank: int, local_rank: int, processes: Callable[[], Sequence[subprocess.Popen]], started: bool, cure: str) -> None:
+    def __init__(
+        self, timeout_s: float, rank: int, local_rank: int, processes: Callable[[], Sequence[subprocess.Popen]], started: bool, cure: str
+    ) -> None:
         self.timeout_s, self.rank, self.local_rank, self.processes = timeout_s, rank, local_rank, processes
         self.cure = cure
         self.parent = (env.starter() or os.getppid()) if started else 0
@@ -96,7 +98,11 @@ class Watch:
             own = socket.create_connection(("127.0.0.1" if one_node else address, port), CONNECT)
             self._add(0, name, own, dict(token=token, rank=self.rank, name=self._own_name()))
         except OSError as error:
-            print(f"rank {self.rank} cannot reach rank 0 at {address}:{port} ({error}); a dead process will be noticed late", file=sys.stderr, flush=True)
+            print(
+                f"rank {self.rank} cannot reach rank 0 at {address}:{port} ({error}); a dead process will be noticed late",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def training_begins(self) -> None:
         """From now on no process may keep the others waiting for longer than timeout_s."""

@@ -16,9 +16,15 @@ def check_step(
     sizes, index = [p.numel() for p in masters], masters[0].get_device() if masters else -1
     scalars = [*steps, *(x for x in (scale, found_inf) if x is not None)]
     fit = masters and len(steps) == len(masters) and _fit(scalars, [1] * len(scalars), MASTER, index)
-    fit = fit and all(_fit(tensors, sizes, MASTER, index) for tensors in (masters, exp_avgs, exp_avg_sqs)) and _fit(grads, sizes, GRADIENT, index)
+    fit = (
+        fit
+        and all(_fit(tensors, sizes, MASTER, index) for tensors in (masters, exp_avgs, exp_avg_sqs))
+        and _fit(grads, sizes, GRADIENT, index)
+    )
     if not (fit and (not rounded or _fit(rounded, sizes, {torch.bfloat16}, index))):
-        raise ValueError("adamw: expected contiguous tensors of the same sizes on one device: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to")
+        raise ValueError(
+            "adamw: expected contiguous tensors of the same sizes on one device: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to"
+        )
 
 
 def check_gradients(grads: list[Tensor]) -> None:

@@ -83,13 +83,19 @@ def _check(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: 
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"head_cross_entropy: x {list(x.shape)} and weight {list(weight.shape)} do not fit; expected [..., C] and [V, C]")
     if targets.shape != x.shape[:-1] or targets.numel() == 0:
-        raise ValueError(f"head_cross_entropy: targets {list(targets.shape)} must be one or more and match x {list(x.shape)} without its last dimension")
+        raise ValueError(
+            f"head_cross_entropy: targets {list(targets.shape)} must be one or more and match x {list(x.shape)} without its last dimension"
+        )
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        raise ValueError(f"head_cross_entropy: x is {x.dtype} and weight {weight.dtype}; both must be the same of bfloat16, float32, float64")
+        raise ValueError(
+            f"head_cross_entropy: x is {x.dtype} and weight {weight.dtype}; both must be the same of bfloat16, float32, float64"
+        )
     if targets.dtype != torch.int64:
         raise ValueError(f"head_cross_entropy: targets are {targets.dtype}; expected torch.int64")
     if not x.device == weight.device == targets.device:
-        raise ValueError(f"head_cross_entropy: x is on {x.device}, weight on {weight.device}, targets on {targets.device}; expected one device")
+        raise ValueError(
+            f"head_cross_entropy: x is on {x.device}, weight on {weight.device}, targets on {targets.device}; expected one device"
+        )
     if chunk < 0:
         raise ValueError(f"head_cross_entropy: chunk is {chunk}; expected a number of tokens, or 0 to choose one")
     # on a GPU the look would make the host wait; there plain PyTorch asserts on the device, and the kernel's loss is NaN

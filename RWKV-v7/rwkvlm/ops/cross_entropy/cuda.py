@@ -17,7 +17,9 @@ def why_not(dtype: torch.dtype) -> str:
     return why_not_built("loss")
 
 
-torch.library.define("rwkvlm::loss_of_logits", "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, float scale, float wrap, bool gradient) -> ()")
+torch.library.define(
+    "rwkvlm::loss_of_logits", "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, float scale, float wrap, bool gradient) -> ()"
+)
 
 
 @torch.library.register_fake("rwkvlm::loss_of_logits")

@@ -21,7 +21,14 @@ __all__ = ["backend_for", "norm_mix", "relu_square", "time_mix_inputs", "time_mi
 
 
 def norm_mix(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, last: Tensor | None, mixes: list[Tensor], bounds: Tensor | None = None
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    last: Tensor | None,
+    mixes: list[Tensor],
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The branch is added to the residual stream, the sum normalised, each token blended with the one before: `token_mix(LayerNorm(x + branch))`.
 
@@ -60,9 +67,7 @@ def time_mix_inputs(
     return _form(*(t for t in inputs if t is not None)).time_mix_inputs(w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)
 
 
-def time_mix_output(
-    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float
-) -> Tensor:
+def time_mix_output(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float) -> Tensor:
     """`(GroupNorm(y) + (sum over the head of r k r_k) v) * g`, a group a head.
 
     y, r, k, v, g: [B, T, C]; weight, bias: [C]; r_k: [H, N]. Returns [B, T, C]. Source: RWKV-7 paper (arXiv 2503.14456), section 4.

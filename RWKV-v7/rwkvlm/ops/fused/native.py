@@ -25,7 +25,14 @@ def why_not(dtypes: tuple[torch.dtype, ...], width: int) -> str:
 
 
 def norm_mix(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, last: Tensor | None, mixes: list[Tensor], bounds: Tensor | None
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    last: Tensor | None,
+    mixes: list[Tensor],
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """On a GPU only."""
     bounds = None if bounds is None else bounds.to(torch.int32)
@@ -45,9 +52,7 @@ def time_mix_inputs(
     return tuple(out) if v_first is not None else (*out, v, None)
 
 
-def time_mix_output(
-    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float
-) -> Tensor:
+def time_mix_output(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float) -> Tensor:
     return torch.ops.rwkvlm.time_mix_output(y, r, k, v, g, weight, bias, r_k, eps)
 
 

@@ -18,7 +18,15 @@ def token_mix(x: Tensor, last: Tensor | None, mixes: list[Tensor]) -> list[Tenso
 
 
 def norm_mix(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, last: Tensor | None, mixes: list[Tensor], bounds: Tensor | None, shifted=token_mix
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    last: Tensor | None,
+    mixes: list[Tensor],
+    bounds: Tensor | None,
+    shifted=token_mix,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     B, T, C = _sequences("norm_mix", x)
     _check("norm_mix", x=x, branch=(branch, (B, T, C)), weight=(weight, (C,)), bias=(bias, (C,)))
@@ -48,11 +56,19 @@ def time_mix_inputs(
     return w0 + w_low, k * (1 + (rate - 1) * k_a), -kk, kk * rate, v, v_first
 
 
-def time_mix_output(
-    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float
-) -> Tensor:
+def time_mix_output(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, eps: float) -> Tensor:
     (B, T, C), (H, N), whole = _sequences("time_mix_output", y), r_k.shape, tuple(y.shape)
-    _check("time_mix_output", y=y, r=(r, whole), k=(k, whole), v=(v, whole), g=(g, whole), weight=(weight, (C,)), bias=(bias, (C,)), r_k=(r_k, C))
+    _check(
+        "time_mix_output",
+        y=y,
+        r=(r, whole),
+        k=(k, whole),
+        v=(v, whole),
+        g=(g, whole),
+        weight=(weight, (C,)),
+        bias=(bias, (C,)),
+        r_k=(r_k, C),
+    )
     heads = (B, T, H, N)
     normal = F.group_norm(y.reshape(B * T, C), H, weight, bias, eps).view(heads)
     bonus = (r.reshape(heads) * k.reshape(heads) * r_k).sum(-1, keepdim=True)

@@ -13,7 +13,9 @@ FORWARD = (
     "(Tensor q, Tensor? k, Tensor? v, Tensor low, Tensor high, int bits, bool miss_low, float tau, bool soft, Tensor? old_k, Tensor? old_v,"
     " Tensor? old_runs, bool with_state) -> (Tensor out, Tensor k, Tensor v, Tensor runs)"
 )
-BACKWARD = "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor low, Tensor high, int bits, bool miss_low, float tau, bool flips) -> Tensor[]"
+BACKWARD = (
+    "(Tensor dout, Tensor q, Tensor? k, Tensor? v, Tensor low, Tensor high, int bits, bool miss_low, float tau, bool flips) -> Tensor[]"
+)
 TOKENS = "(Tensor x, Tensor? old, Tensor? old_runs, bool with_state) -> (Tensor y, Tensor k, Tensor runs)"
 
 
@@ -30,7 +32,12 @@ def _fake_forward(q, k, v, low, high, bits, miss_low, tau, soft, old_k, old_v, o
     (B, T, C), L = q.shape, 0 if old_k is None else old_k.shape[2]
     n = L + T if with_state else 0
     symbols = functools.partial(q.new_empty, dtype=torch.uint8)
-    return torch.empty_like(q), symbols(B, C // bits, n), symbols(B, C // bits, 0 if k is None else n), q.new_empty(B, C // bits, n, dtype=torch.int32)
+    return (
+        torch.empty_like(q),
+        symbols(B, C // bits, n),
+        symbols(B, C // bits, 0 if k is None else n),
+        q.new_empty(B, C // bits, n, dtype=torch.int32),
+    )
 
 
 def _fake_backward(dout, q, k, v, low, high, bits, miss_low, tau, flips):

@@ -117,7 +117,11 @@ def turned(dout: Tensor, inputs: list[Tensor], low: Tensor, high: Tensor, bits: 
     return gradients
 
 
-for _name, _schema, _form in (("rosa_plain", FORWARD, rosa), ("rosa_plain_backward", BACKWARD, rosa_backward), ("rosa_plain_tokens", TOKENS, rosa_tokens)):
+for _name, _schema, _form in (
+    ("rosa_plain", FORWARD, rosa),
+    ("rosa_plain_backward", BACKWARD, rosa_backward),
+    ("rosa_plain_tokens", TOKENS, rosa_tokens),
+):
     torch.library.define(f"rwkvlm::{_name}", _schema)
     torch.library.impl(f"rwkvlm::{_name}", "CompositeExplicitAutograd", _form)
 register("rosa_plain")

@@ -135,4 +135,9 @@ def _wkv7_ttt_cuda_forward(r, w, k, v, a, b, initial_state, rate, head, rows, se
 def _wkv7_ttt_cuda_backward(dy, d_final_state, r, w, k, v, a, b, rate, head, saved, rows, segment, stored, state_gradient, number, *more):
     B, _, H, N = r.shape
     states = (B, H, N, N) if state_gradient else (0,)
-    return [*(r.new_empty(r.shape) for _ in range(6)), rate.new_empty(states), rate.new_empty(rate.shape), rate.new_empty((0,) if head is None else head.shape)]
+    return [
+        *(r.new_empty(r.shape) for _ in range(6)),
+        rate.new_empty(states),
+        rate.new_empty(rate.shape),
+        rate.new_empty((0,) if head is None else head.shape),
+    ]

@@ -49,7 +49,18 @@ def forward(
     return torch.ops.rwkvlm.wkv7_forward(r, w, k, v, a, b, initial_state, None, save)
 
 
-def backward(dy: Tensor, d_final: Tensor | None, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, removed: Tensor, checkpoints: Tensor):
+def backward(
+    dy: Tensor,
+    d_final: Tensor | None,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    removed: Tensor,
+    checkpoints: Tensor,
+):
     """Gradients of the six inputs and of the initial state."""
     return torch.ops.rwkvlm.wkv7_backward(dy, d_final, r, w, k, v, a, b, None, removed, checkpoints)
 

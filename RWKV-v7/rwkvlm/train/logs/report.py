@@ -74,7 +74,12 @@ class Curves:
         if record.get("skipped"):
             self._event("skipped", record["step"], record["tokens"], "skipped: loss or gradient not finite")
         if "undone_to" in record:
-            self._event("undone", record["step"], record["tokens"], f"loss {record['loss']:.4f}: undone, back to the weights of step {record['undone_to']}")
+            self._event(
+                "undone",
+                record["step"],
+                record["tokens"],
+                f"loss {record['loss']:.4f}: undone, back to the weights of step {record['undone_to']}",
+            )
         if len(self.buckets) > BUCKETS:
             self._merge()
 
@@ -115,7 +120,9 @@ class Curves:
             "settings": s,
             "series": series,
             "parts": {name.removeprefix("part "): curve(name) for name in parts},
-            "validation": dict(zip(("step", "tokens", "hours", "loss"), zip(*held_out))) if held_out else {"step": [], "tokens": [], "hours": [], "loss": []},
+            "validation": dict(zip(("step", "tokens", "hours", "loss"), zip(*held_out)))
+            if held_out
+            else {"step": [], "tokens": [], "hours": [], "loss": []},
             "events": self.events,
         }
 

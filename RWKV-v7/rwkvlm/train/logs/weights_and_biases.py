@@ -47,7 +47,9 @@ class WeightsAndBiases(Log):
         try:
             self.run = begin(mode, known)
         except wandb.errors.Error as error:
-            say(f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb{f' (if run {known} is gone for good, remove {place}: the next start has a new one)' * bool(known)}")
+            say(
+                f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb{f' (if run {known} is gone for good, remove {place}: the next start has a new one)' * bool(known)}"
+            )
             self.run = begin("offline")
         else:
             if mode == "online":
@@ -55,7 +57,13 @@ class WeightsAndBiases(Log):
                 place.write_text(self.run.id)
 
     def step(self, record: dict[str, Any]) -> None:
-        numbers = {"loss": record["loss"], "lr": record["lr"], "wd": self.wd, "Gtokens": record["tokens"] / 1e9, "kt/s": record["tokens_per_s"] / 1000}
+        numbers = {
+            "loss": record["loss"],
+            "lr": record["lr"],
+            "wd": self.wd,
+            "Gtokens": record["tokens"] / 1e9,
+            "kt/s": record["tokens_per_s"] / 1000,
+        }
         self.run.log(numbers, step=record["step"])
 
     def validation(self, record: dict[str, Any]) -> None:
