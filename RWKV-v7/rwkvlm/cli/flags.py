@@ -76,7 +76,7 @@ def parse_flags(settings: type[Settings], argv: list[str], prog: str) -> Setting
 
 
 def _help(f: Field) -> str:
-    choices = [c for c in f.metadata.get("choices") or () if c]
+    choices = [c for c in f.metadata.get("choices") or () if c not in ("", 0, 1)]
     one_of = f"; one of {', '.join(choices)}" if len(choices) > 1 else ""
     default = f.metadata.get("unset") or ("" if f.metadata.get("of") else f.default)  # what stands for "not given" is no default
     return f"{f.metadata['help']}{one_of}{'' if default == '' else f' [{default}]'}"

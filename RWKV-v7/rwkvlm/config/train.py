@@ -33,12 +33,16 @@ KERNELS = ("", "auto", "cuda", "cpu", "torch", "@rwkv3")
 MINI_EPOCH = 40320  # samples in an official mini-epoch
 
 
-def flag(default: Any, help: str, choices: tuple[str, ...] | None = None, of: str = "", idle: str = "", unset: str = "") -> Any:
-    """of: the one of kinds.OWNERS whose flag it is, if it is not everybody's. idle: why it is accepted and changes nothing. unset: what --help gives as the
-    default, where the field's own only means "not given"."""
-    return field(
-        default=default, metadata={"help": f"{of}: {help}" if of else help, "choices": choices, "of": of, "idle": idle, "unset": unset}
-    )
+def flag(
+    default: Any, help: str, choices: tuple | None = None, least: int | None = None, of: str = "", idle: str = "", unset: str = ""
+) -> Any:
+    """A flag with its default and its line in --help.
+
+    choices, least: what is accepted. of: the one of kinds.OWNERS whose flag it is, if it is not everybody's. idle: why it is accepted
+    and changes nothing. unset: what --help gives as the default, where the field's own only means "not given".
+    """
+    help = f"{of}: {help}" if of else help
+    return field(default=default, metadata=dict(help=help, choices=choices, least=least, of=of, idle=idle, unset=unset))
 
 
 def no_effect(why: str) -> Any:
@@ -67,7 +71,7 @@ class TrainConfig:
         "format of the training data; other than binidx, DATA_FILE is a file: a .npy of tokens, a text by characters, anything by bytes",
         DATA_TYPES,
     )
-    load_partial: int = flag(0, "1: parameters missing in load_model keep their initial values instead of being an error")
+    load_partial: int = flag(0, "1: parameters missing in load_model keep their initial values instead of being an error", choices=(0, 1))
     freeze: str = flag("", "parts of the model that are not trained, by name, separated by commas: emb,head or blocks.0,blocks.*.ffn")
     train_stage: int = flag(
         0, "1: write rwkv-init.pth and stop; 2 or 3: train, resuming from what proj_dir holds; 0: train from load_model or from scratch"
@@ -75,12 +79,12 @@ class TrainConfig:
 
     # model
     my_testing: str = flag("x070", "model type", (*MODEL_TYPES, "x070_phantom"))
-    vocab_size: int = flag(0, "vocabulary size; 0: from the checkpoint, else 65536")
-    n_layer: int = flag(0, "number of blocks; 0: from the checkpoint, else 6")
-    n_embd: int = flag(0, "width; 0: from the checkpoint, else 512")
-    dim_att: int = flag(0, "width of time mixing; must equal n_embd; 0: n_embd")
-    dim_ffn: int = flag(0, "hidden size of channel mixing; 0: from the checkpoint, else 4 * n_embd")
-    head_size: int = flag(0, "channels per head: 16, 32, 64 or 128; 0: from the checkpoint, else 64")
+    vocab_size: int = flag(0, "vocabulary size; 0: from the checkpoint, else 65536", least=0)
+    n_layer: int = flag(0, "number of blocks; 0: from the checkpoint, else 6", least=0)
+    n_embd: int = flag(0, "width; 0: from the checkpoint, else 512", least=0)
+    dim_att: int = flag(0, "width of time mixing; must equal n_embd; 0: n_embd", least=0)
+    dim_ffn: int = flag(0, "hidden size of channel mixing; 0: from the checkpoint, else 4 * n_embd", least=0)
+    head_size: int = flag(0, "channels per head: 16, 32, 64 or 128; 0: from the checkpoint, else 64", least=0)
     rank_w: int = flag(0, "low rank of the decay; 0: from the checkpoint, else derived from n_embd")
     rank_a: int = flag(0, "low rank of the in-context learning rate; 0: found like rank_w")
     rank_v: int = flag(0, "low rank of the value residual; 0: found like rank_w")
@@ -122,7 +126,8 @@ class TrainConfig:
     rosa_bits: int = of_rosa(-1, "channels that make a symbol together, 1 or 4", unset="4")
     rosa_grad: str = of_rosa(
         "",
-        "gradient of a bit: exact, by flipping it, or a soft surrogate, of which a tenth reaches the residual stream; none: q, k and v stay as they are, for less time",
+        "gradient of a bit: exact, by flipping it, or a soft surrogate, of which a tenth reaches the residual stream; "
+        "none: q, k and v stay as they are, for less time",
         ("", *GRADS),
         unset="flip",
     )
@@ -130,38 +135,40 @@ class TrainConfig:
     deep_embed: int = of_rosa(-1, "1: channel mixing's output is multiplied by a learned vector of each token (DeepEmbed)", unset="0")
 
     # batches and their order
-    ctx_len: int = flag(1024, "tokens per sample")
-    micro_bsz: int = flag(12, "samples per device and step")
-    accumulate_grad_batches: int = flag(1, "micro batches per optimizer step")
+    ctx_len: int = flag(1024, "tokens per sample", least=1)
+    micro_bsz: int = flag(12, "samples per device and step", least=1)
+    accumulate_grad_batches: int = flag(1, "micro batches per optimizer step", least=1)
     doc_reset: int = flag(
-        0, "1: state and token shift begin anew with each document of the data (officially only with each sample); not with ttt_meta"
+        0,
+        "1: state and token shift begin anew with each document of the data (officially only with each sample); not with ttt_meta",
+        choices=(0, 1),
     )
-    magic_prime: int = flag(0, "prime that orders the samples; 0: computed from data_file and ctx_len")
-    my_exit_tokens: int = flag(0, "tokens at which the schedule and the training end; 0: one pass over the data")
-    epoch_begin: int = flag(0, "first mini-epoch; found by itself with train_stage 2 or 3")
-    epoch_save: int = flag(5, "save rwkv-{n}.pth every so many mini-epochs; 0: only at the end")
-    random_seed: int = flag(-1, "seed of the initial weights, and of dropout; -1: new weights each time, their seed printed")
+    magic_prime: int = flag(0, "prime that orders the samples; 0: computed from data_file and ctx_len", least=0)
+    my_exit_tokens: int = flag(0, "tokens at which the schedule and the training end; 0: one pass over the data", least=0)
+    epoch_begin: int = flag(0, "first mini-epoch; found by itself with train_stage 2 or 3", least=0)
+    epoch_save: int = flag(5, "save rwkv-{n}.pth every so many mini-epochs; 0: only at the end", least=0)
+    random_seed: int = flag(-1, "seed of the initial weights, and of dropout; -1: new weights each time, their seed printed", least=-1)
 
     # optimizer and schedule
-    lr_init: float = flag(6e-4, "learning rate after warm-up")
-    lr_final: float = flag(1e-5, "learning rate at my_exit_tokens")
+    lr_init: float = flag(6e-4, "learning rate after warm-up", least=0)
+    lr_final: float = flag(1e-5, "learning rate at my_exit_tokens", least=0)
     lr_schedule: str = flag(
         "cosine",
         "from lr_init to lr_final: cosine all along, wsd: lr_init until the last wsd_decay of the tokens; constant: lr_init to the end",
         LR_SCHEDULES,
     )
     wsd_decay: float = flag(0.2, "share of my_exit_tokens over which --lr_schedule wsd falls to lr_final")
-    warmup_steps: int = flag(-1, "optimizer steps of linear warm-up; -1: 10 when resuming from a .pth, else 0")
+    warmup_steps: int = flag(-1, "optimizer steps of linear warm-up; -1: 10 when resuming from a .pth, else 0", least=-1)
     beta1: float = flag(0.9, "Adam beta1")
     beta2: float = flag(0.99, "Adam beta2")
-    adam_eps: float = flag(1e-18, "Adam epsilon")
-    weight_decay: float = flag(0.0, "decoupled weight decay, on the large matrices only")
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
+    adam_eps: float = flag(1e-18, "Adam epsilon", least=0)
+    weight_decay: float = flag(0.0, "decoupled weight decay, on the large matrices only", least=0)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", least=0)
 
     # machine
     accelerator: str = flag("auto", "auto, gpu or cpu")
     devices: str = flag("auto", "devices (or CPU processes) per node; auto: all GPUs, or one CPU process")
-    num_nodes: int = flag(1, "number of nodes")
+    num_nodes: int = flag(1, "number of nodes", least=1)
     precision: str = flag(
         "bf16",
         "number format of weights and activations (bf16, fp16: with fp32 master weights); auto: the faster of bf16 and fp32 here",
@@ -171,46 +178,55 @@ class TrainConfig:
     grad_cp: int = flag(
         0, "1: recompute activations in the backward pass (less memory, slower); -1: only where the memory would not be enough otherwise"
     )
-    compile: int = flag(0, "1: the blocks through torch.compile; not with deepspeed_stage_3, test-time training and plain PyTorch's wkv7")
+    compile: int = flag(
+        0, "1: the blocks through torch.compile; not with deepspeed_stage_3, test-time training and plain PyTorch's wkv7", choices=(0, 1)
+    )
     cuda_graphs: int = flag(
         0,
-        "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; takes more memory; not with doc_reset, deepspeed_stage_3, dropout and ttt_meta; -1: where it helps, on one GPU, and compared with the blocks as they are",
+        "1: each block's forward and backward pass as a CUDA graph, so that a small model on a GPU does not wait for Python; "
+        "takes more memory; not with doc_reset, deepspeed_stage_3, dropout and ttt_meta; "
+        "-1: where it helps, on one GPU, and compared with the blocks as they are",
     )
-    head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)")
+    head_chunk: int = flag(0, "tokens per chunk of head and loss; 0: chosen here (logits are never whole in memory)", least=0)
     kernel: str = flag(
         "",
-        'native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is',
+        "native kernels (cuda, cpu) or plain PyTorch (torch), with an error where that cannot run; "
+        '"" (as RWKV_KERNEL says, if set), auto and @rwkv3: the best there is',
         KERNELS,
     )
-    check_kernels: int = flag(1, "0: the kernels are not compared with plain PyTorch before the first step")
-    ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB")
+    check_kernels: int = flag(1, "0: the kernels are not compared with plain PyTorch before the first step", choices=(0, 1))
+    ds_bucket_mb: int = flag(200, "DeepSpeed bucket size in MB", least=1)
 
     # logs
     wandb: str = flag("", "Weights & Biases project; without a login the run is logged offline")
-    tensorboard: int = flag(0, "1: also log for TensorBoard, into proj_dir/tensorboard")
+    tensorboard: int = flag(0, "1: also log for TensorBoard, into proj_dir/tensorboard", choices=(0, 1))
     enable_progress_bar: bool = flag(True, "show a progress bar")
 
     # ours
-    epoch_samples: int = flag(MINI_EPOCH, "samples per mini-epoch (officially 40320)")
-    save_steps: int = flag(0, "save the full training state every so many optimizer steps; 0: at the end of each mini-epoch")
-    save_minutes: float = flag(0.0, "also save the full training state after so many minutes; 0: no")
-    keep_last: int = flag(2, "number of training states kept")
+    epoch_samples: int = flag(MINI_EPOCH, "samples per mini-epoch (officially 40320)", least=1)
+    save_steps: int = flag(0, "save the full training state every so many optimizer steps; 0: at the end of each mini-epoch", least=0)
+    save_minutes: float = flag(0.0, "also save the full training state after so many minutes; 0: no", least=0)
+    keep_last: int = flag(2, "number of training states kept", least=1)
     val_file: str = flag("", "prefix of held-out data, several separated by commas; default: DATA_FILE.val, where it exists")
-    val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch")
-    val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation")
+    val_every: int = flag(0, "optimizer steps between validations; 0: at the end of each mini-epoch", least=0)
+    val_batches: int = flag(16, "batches of micro_bsz samples, over all devices, per validation", least=1)
     dry_run: bool = flag(
         False,
         "only tell what the run would be: parameters, memory of each process, steps, and after a short probe the time; trains nothing",
     )
-    max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit")
+    max_steps: int = flag(0, "stop after so many optimizer steps of this run, saving the training state; 0: no limit", least=0)
     max_skips: int = flag(
         10,
-        "stop, with a diagnosis, after so many steps in a row whose loss or gradient is not finite (each is skipped) or that spike_guard undid",
+        "stop, with a diagnosis, after so many steps in a row whose loss or gradient is not finite (each is skipped) "
+        "or that spike_guard undid",
+        least=1,
     )
     spike_guard: float = flag(
-        0.0, "undo a step whose loss lies so many standard deviations above its running mean, and leave out its samples; 0: off; try 8"
+        0.0,
+        "undo a step whose loss lies so many standard deviations above its running mean, and leave out its samples; 0: off; try 8",
+        least=0,
     )
-    spike_snapshot: int = flag(100, "optimizer steps between the copies in host memory (two) that spike_guard goes back to")
+    spike_snapshot: int = flag(100, "optimizer steps between the copies in host memory (two) that spike_guard goes back to", least=1)
     dist_timeout: float = flag(1800.0, "seconds after which a collective operation with a silent rank gives up")
 
     # accepted for older scripts, without effect
@@ -231,52 +247,16 @@ class TrainConfig:
         if self.load_model == "0":
             object.__setattr__(self, "load_model", "")
         for f in fields(self):
-            choices = f.metadata["choices"]
-            value = getattr(self, f.name)
+            value, choices, least = getattr(self, f.name), f.metadata["choices"], f.metadata["least"]
+            if choices == (0, 1) and value not in choices:
+                raise UserError(f"--{f.name} {value} is not known; use 0 or 1")
             if choices and value not in choices:
                 shown = ", ".join(c or '""' for c in choices)
                 raise UserError(f"--{f.name} {value!r} is not known; choose one of: {shown}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{f.name} {value} is not a finite number")
-        for name in (
-            "ctx_len",
-            "micro_bsz",
-            "accumulate_grad_batches",
-            "num_nodes",
-            "epoch_samples",
-            "keep_last",
-            "val_batches",
-            "max_skips",
-            "spike_snapshot",
-            "ds_bucket_mb",
-        ):
-            self._at_least(name, 1)
-        for name in (
-            "dim_att",
-            "dim_ffn",
-            "n_layer",
-            "n_embd",
-            "vocab_size",
-            "head_size",
-            "magic_prime",
-            "epoch_begin",
-            "epoch_save",
-            "weight_decay",
-            "grad_clip",
-            "head_chunk",
-            "save_steps",
-            "save_minutes",
-            "val_every",
-            "max_steps",
-            "spike_guard",
-            "lr_init",
-            "lr_final",
-            "adam_eps",
-            "my_exit_tokens",
-        ):
-            self._at_least(name, 0)
-        for name in ("warmup_steps", "random_seed"):
-            self._at_least(name, -1)
+            if least is not None and value < least:
+                raise UserError(f"--{f.name} {value} must be at least {least}")
         if not 0 < self.dist_timeout <= 1e8:  # torch's timers overflow far beyond that
             raise UserError(f"--dist_timeout {self.dist_timeout:g} must be above 0 and at most 1e8 seconds")
         if self.train_stage not in (0, 1, 2, 3):
@@ -285,9 +265,6 @@ class TrainConfig:
             raise UserError(f"--grad_cp {self.grad_cp} is not known; use 0, 1, or -1 (decided by the memory there is)")
         if self.cuda_graphs not in (-1, 0, 1):
             raise UserError(f"--cuda_graphs {self.cuda_graphs} is not known; use 0, 1, or -1 (where it helps)")
-        for name in ("compile", "tensorboard", "doc_reset", "load_partial", "check_kernels"):
-            if getattr(self, name) not in (0, 1):
-                raise UserError(f"--{name} {getattr(self, name)} is not known; use 0 or 1")
         if not 0 < self.wsd_decay <= 1:
             raise UserError(f"--wsd_decay {self.wsd_decay} must lie in (0, 1]: a share of the training")
         for name in ("beta1", "beta2"):
@@ -299,7 +276,8 @@ class TrainConfig:
             raise UserError(f"--devices {self.devices!r} is not a number of devices; use auto, 1, 2, ...")
         if self.dim_att and self.n_embd and self.dim_att != self.n_embd:
             raise UserError(
-                f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; --my_testing {self.my_testing} needs them equal (leave dim_att out)"
+                f"--dim_att {self.dim_att} differs from --n_embd {self.n_embd}; "
+                f"--my_testing {self.my_testing} needs them equal (leave dim_att out)"
             )
 
     def _rename(self, old: str, new: str) -> None:
@@ -307,10 +285,6 @@ class TrainConfig:
             if getattr(self, new) and getattr(self, new) != getattr(self, old):
                 raise UserError(f"--{old} {getattr(self, old)} and --{new} {getattr(self, new)} contradict each other; give only --{new}")
             object.__setattr__(self, new, getattr(self, old))
-
-    def _at_least(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            raise UserError(f"--{name} {getattr(self, name)} must be at least {least}")
 
     def own_settings(self) -> dict[str, Any]:
         """Those fields of the model type's own config (PhantomConfig, ...) that flags were given for."""
@@ -329,7 +303,7 @@ class TrainConfig:
         return given if ratio is None else given | {"core_ratio": ratio}
 
     def own_without_effect(self, model: ModelConfig) -> list[str]:
-        """As flags_without_effect, for the flags of the model's own type: what they do is known when the model is, which a checkpoint may decide."""
+        """As flags_without_effect, for those of the model's own type, which are known when the model is: a checkpoint may decide it."""
         return [
             f"--{name} {int(value) if isinstance(value, bool) else value} has no effect: {reason}"
             for name, value in self.own_settings().items()
