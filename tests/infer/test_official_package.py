@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkvlm.checkpoint.pth import load_into, load_weights, save_weights
-from rwkvlm.config import ModelConfig
+from rwkvlm.config import ModelConfig, model_config
 from rwkvlm.infer.engine import load_engine
 from rwkvlm.models import build, init_weights, read_config
 
@@ -54,6 +54,21 @@ def test_logits_at_every_position(official, saved):
     assert ours.std() > 0.1, "a trivial output would prove nothing"
     assert (ours - whole).abs().max() < 2e-4
     assert (ours - torch.stack(steps)).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("model_type, says", [("phantom", "phantom_config"), ("x080", "rosa_bits")])
+def test_what_is_no_rwkv7_is_not_read_as_one(official, tmp_path, model_type, says):
+    """It has all names of an RWKV-7, and more. Files from before the name of what describes them changed are read as before."""
+    own = {"core_ratio": 1.0} if model_type == "phantom" else {}
+    model = build(model_config(model_type, n_layer=2, n_embd=64, vocab_size=50, **own))
+    init_weights(model, 1)
+    save_weights(tmp_path / "rwkv-0.pth", model.state_dict())
+    with pytest.raises(ValueError, match=says):
+        official(str(tmp_path / "rwkv-0"), "cpu fp32")
+    tensors = load_weights(tmp_path / "rwkv-0.pth")
+    assert says in tensors and read_config(tensors) == model.config
+    torch.save(tensors, tmp_path / "older.pth")
+    assert load_weights(tmp_path / "older.pth").keys() == tensors.keys()
 
 
 @pytest.fixture(scope="module")

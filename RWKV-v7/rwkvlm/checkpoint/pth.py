@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..config import UserError
-from ..models import LanguageModel, build, read_config
+from ..models import DESCRIBING, LanguageModel, build, read_config
 from ..models.rosa_toys import by_usual_names
 from . import ranks
 from .place import sync_folder
@@ -27,6 +27,9 @@ WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lig
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
 # how a block begins in the official trainer's files
 TRAINED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()
+# Names of a model that is no RWKV-7, in a file: the PyPI package `rwkv` would read what else is there as an RWKV-7, but counts the blocks by
+# the number behind "blocks.", and so ends here with the name in its error.
+IN_FILE = {name: f"blocks.{name}" for name in DESCRIBING}
 INIT = -1  # the place of rwkv-init.pth among the mini-epochs
 
 
@@ -47,7 +50,7 @@ def save_weights(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({name: _plain(tensors[name]) for name in ordered(tensors, first)}, file)
+            torch.save({IN_FILE.get(name, name): _plain(tensors[name]) for name in ordered(tensors, first)}, file)
             file.flush()
             os.fsync(file.fileno())
         if before_rename is not None:
@@ -108,7 +111,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 def _unwrap(name: str) -> str:
     while (wrapper := next((w for w in WRAPPERS if name.startswith(w)), None)) is not None:
         name = name.removeprefix(wrapper)
-    return name
+    return next((own for own, in_file in IN_FILE.items() if name == in_file), name)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from . import hybrid, phantom, rosa, rwkv4, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
+DESCRIBING = (phantom.CARRIED, rosa.CARRIED)  # tensors that say what the shapes of a file do not
 RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid, "x080": rosa, "rosa": rosa, "x040": rwkv4}
 
 
@@ -75,4 +76,4 @@ def costs(config: ModelConfig) -> list[str]:
 def count_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> int:
     """Numbers in a checkpoint of the model, the first block's unused value residual included, what describes the model left out."""
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
-    return sum(t.numel() for name, t in tensors.items() if name not in (phantom.CARRIED, rosa.CARRIED) and not name.endswith(".order"))
+    return sum(t.numel() for name, t in tensors.items() if name not in DESCRIBING and not name.endswith(".order"))

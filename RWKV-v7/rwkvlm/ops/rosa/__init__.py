@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import cuda, native
+from . import cuda, native, reference  # noqa: F401  (defines what runs in plain PyTorch)
 from .arguments import RosaState, check, check_tokens
 
 __all__ = ["RosaState", "backend_for", "rosa", "rosa_self", "rosa_tokens"]
