@@ -48,9 +48,10 @@ __all__ = [
 class RWKV7PhantomConfig:
     """The settings of a model. What they mean: rwkvlm.config.PhantomConfig.
 
-    n_head and head_size: n_embd is their product. core_ratio and ghost_ratio sum to 1; either may be left out (core_ratio: 0.2).
-    use_svd_compression and use_sparsity: train_model compresses what it has trained by svd_rank_ratio and sparsity_ratio (rwkvlm.compress);
-    they change neither its training nor its size before. use_cuda_kernel False: this model is computed by plain PyTorch, not by native kernels.
+    n_head and head_size: n_embd is their product. core_ratio and ghost_ratio sum to 1; either may be left out
+    (core_ratio: 0.2). use_svd_compression and use_sparsity: train_model compresses what it has trained by
+    svd_rank_ratio and sparsity_ratio (rwkvlm.compress); they change neither its training nor its size before.
+    use_cuda_kernel False: this model is computed by plain PyTorch, not by native kernels.
     """
 
     n_layer: int = 12
@@ -223,7 +224,8 @@ def train_model(data_path: str | Path, output_dir: str | Path, config: RWKV7Phan
         )
     if not ended:  # the newest rwkv-{n}.pth may be the one that training began with
         raise RuntimeError(
-            f"training ended before its last token, as max_steps (or dry_run, or train_stage 1) asks; the call without it goes on from what is saved in {output_dir}"
+            "training ended before its last token, as max_steps (or dry_run, or train_stage 1) asks; "
+            f"the call without it goes on from what is saved in {output_dir}"
         )
     return load_pretrained_rwkv7(_compressed(final, config) if config.use_svd_compression or config.use_sparsity else final, config)
 

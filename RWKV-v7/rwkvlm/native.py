@@ -7,9 +7,9 @@ no second OpenMP runtime enters the process, none is needed to build, and torch.
 
 A folder without op.cpp has nothing to do with torch: a plain C interface, for commands that should not wait for torch to load.
 
-The *.cu of a folder become a library of their own (`cuda_library`), by nvcc, for the GPUs of this machine. What starts them, *gpu.cpp, is
-a third library (`load_launches`), which only they need: it includes what the stable ABI does not have, of which a file takes twenty seconds.
-So does fused/autograd.cpp, which the CPU's operators need.
+The *.cu of a folder become a library of their own (`cuda_library`), by nvcc, for the GPUs of this machine. What starts
+them, *gpu.cpp, is a third library (`load_launches`), which only they need: it includes what the stable ABI does not
+have, of which a file takes twenty seconds. So does fused/autograd.cpp, which the CPU's operators need.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def cuda_library(name: str) -> ctypes.CDLL:
     code = found.cuda_probe()
     if code:
         raise NativeBuildError(
-            f"CUDA kernel {name}: the driver does not run what {nvcc()} builds: {cuda_message(found, code)}; update the driver, or set CUDA_HOME"
+            f"CUDA kernel {name}: the driver does not run what {nvcc()} builds: {cuda_message(found, code)}; "
+            "update the driver, or set CUDA_HOME"
             " to a toolkit of the driver's CUDA release (nvidia-smi shows it)"
         )
     return found
@@ -249,7 +250,8 @@ def _targets(name: str, compiler: str, architectures: tuple[str, ...]) -> list[s
             flags.append(f"-gencode=arch=compute_{before[-1]},code=compute_{before[-1]}")
         else:
             raise NativeBuildError(
-                f"CUDA kernel {name}: {compiler} makes code for compute capability {known[0] / 10} and higher, and a GPU here has {number / 10};"
+                f"CUDA kernel {name}: {compiler} makes code for compute capability "
+                f"{known[0] / 10} and higher, and a GPU here has {number / 10};"
                 " hide it with CUDA_VISIBLE_DEVICES, or set CUDA_HOME to an older toolkit"
             )
     return list(dict.fromkeys(flags))

@@ -1,8 +1,8 @@
 """Which rwkv-*.pth files a run has written, so that a training state is never mixed up with weights that came from elsewhere.
 
-`{proj_dir}/state/weights.json` maps file names to identities, the newest first. A file enters it before it becomes visible under its name, and
-what it replaces stays in it, being there until then; so every rwkv-{n}.pth that is not in it was put there by someone else, who wants the
-run to go on from it, as the official trainer does.
+`{proj_dir}/state/weights.json` maps file names to identities, the newest first. A file enters it before it becomes
+visible under its name, and what it replaces stays in it, being there until then; so every rwkv-{n}.pth that is not in
+it was put there by someone else, who wants the run to go on from it, as the official trainer does.
 """
 
 from __future__ import annotations

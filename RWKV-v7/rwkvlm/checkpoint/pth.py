@@ -1,7 +1,8 @@
 """Weights in the official format: a flat state dict of bfloat16 tensors in one .pth file.
 
-Names, shapes and order are those of RWKV-LM, RWKV-v7/train_temp. Block 0's v0, v1, v2, which nothing uses, are written, as that
-trainer requires them, and may be absent when read, as they are in released files. Everything that can be wrong with a file is a UserError of one line.
+Names, shapes and order are those of RWKV-LM, RWKV-v7/train_temp. Block 0's v0, v1, v2, which nothing uses, are written,
+as that trainer requires them, and may be absent when read, as they are in released files. Everything that can be wrong
+with a file is a UserError of one line.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lig
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
 # how a block begins in the official trainer's files
 TRAINED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()
-# Names of a model that is no RWKV-7, in a file: the PyPI package `rwkv` would read what else is there as an RWKV-7, but counts the blocks by
-# the number behind "blocks.", and so ends here with the name in its error.
+# Names of a model that is no RWKV-7, in a file: the PyPI package `rwkv` would read what else is there as an RWKV-7, but
+# counts the blocks by the number behind "blocks.", and so ends here with the name in its error.
 IN_FILE = {name: f"blocks.{name}" for name in DESCRIBING}
 INIT = -1  # the place of rwkv-init.pth among the mini-epochs
 
@@ -42,8 +43,9 @@ def save_weights(
 ) -> None:
     """Writes tensors as bfloat16, ordered, all or nothing: under a temporary name, flushed to disk, renamed.
 
-    The temporary name does not end in .pth, so a scan for rwkv-*.pth never sees half a file. before_rename(temporary path)
-    is called when the content is safe and not yet visible. Raises UserError when the file cannot be written; flag: that which chooses the place.
+    The temporary name does not end in .pth, so a scan for rwkv-*.pth never sees half a file. before_rename(temporary
+    path) is called when the content is safe and not yet visible. Raises UserError when the file cannot be written;
+    flag: that which chooses the place.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -87,7 +89,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by official name, memory-mapped, in the file's own dtype.
 
-    Raises UserError when the file is missing, truncated, not a flat dict of floating-point tensors, or a toy that is no model of ours (models/rosa_toys.py).
+    Raises UserError when the file is missing, truncated, not a flat dict of floating-point tensors, or a toy that is no
+    model of ours (models/rosa_toys.py).
     """
     path = Path(path)
     if not path.is_file():
@@ -119,7 +122,8 @@ def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bo
     """Copies checkpoint tensors into the model, cast to its dtype; returns the names that kept their values.
 
     partial: names missing in the checkpoint keep their values; otherwise only block 0's unused v0, v1, v2 may be missing.
-    Ones in front of a shape do not count. Raises UserError naming the first wrong shape, missing or unknown name; the model is unchanged then.
+    Ones in front of a shape do not count. Raises UserError naming the first wrong shape, missing or unknown name; the
+    model is unchanged then.
     """
     own = model.state_dict(keep_vars=True)
     if misfit := _misfit(own, tensors, partial):

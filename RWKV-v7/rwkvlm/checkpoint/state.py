@@ -84,8 +84,8 @@ def write(
 ) -> Path:
     """Saves every rank's snapshot as {proj_dir}/state/step{step} and deletes all but the newest keep_last. All or nothing, whenever it is interrupted.
 
-    Ranks write into step{step}.tmp; rank 0 seals it with a manifest, renames it and moves `latest`. Collective in group. Raises UserError on
-    every rank when any rank cannot write; what was there before is intact then.
+    Ranks write into step{step}.tmp; rank 0 seals it with a manifest, renames it and moves `latest`. Collective in
+    group. Raises UserError on every rank when any rank cannot write; what was there before is intact then.
     """
     folder = Path(proj_dir) / "state"
     path, temporary = folder / f"step{step}", folder / f"step{step}.tmp"

@@ -78,11 +78,17 @@ def _lacking(error: Exception) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in told:
         return f"out of memory{': ' * bool(told)}{told}; free some, or give the command less at a time (its --help says how)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {error.filename or 'standard output, or a file'}: {error.strerror}; free some space, or choose another place, then start again"
+        return (
+            f"cannot write {error.filename or 'standard output, or a file'}: {error.strerror}; "
+            "free some space, or choose another place, then start again"
+        )
     # that of a write has it: the reader is slow
     no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")
     if "can't start new thread" in told or no_process:
-        return f"no further thread or process may be started ({told}); raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
+        return (
+            f"no further thread or process may be started ({told}); "
+            "raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
+        )
     cure = "use .venv/bin/python, which ./test.sh and the demo scripts make, or pip install -r requirements.txt"
     if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:  # `python train.py`, as officially, beside the .venv
         return f"{sys.executable} has no {error.name}; {cure}"

@@ -80,7 +80,10 @@ def _line(data: BinIdx) -> str:
 
 def _found(seen: Survey) -> str:
     how = "all checked" if seen.whole else f"{seen.tokens} tokens of {seen.documents} documents looked at, evenly spread"
-    return f"token ids {seen.smallest} to {seen.largest} ({how}); token {END_OF_DOCUMENT} ends {seen.ended} of {seen.documents} documents and stands {seen.inside} times inside"
+    return (
+        f"token ids {seen.smallest} to {seen.largest} ({how}); token {END_OF_DOCUMENT} ends "
+        f"{seen.ended} of {seen.documents} documents and stands {seen.inside} times inside"
+    )
 
 
 def _orders(n_tokens: int, ctx_lens: list[int]) -> dict[int, int | str]:
@@ -134,7 +137,8 @@ def _verify(args: argparse.Namespace) -> None:
     print(_line(data))
     print(_found(seen))
     print(
-        f"ok: header, sizes, pointers and documents of the index agree with each other and with {data.bin_path}, and every token is below {vocab_size}"
+        "ok: header, sizes, pointers and documents of the index agree with each "
+        f"other and with {data.bin_path}, and every token is below {vocab_size}"
     )
 
 

@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
         "--ctx_len",
         type=int,
         default=0,
-        help="0: each document of --data by itself, whole, after a token 0, without the 0 that ends it; else windows of so many tokens over all documents with their 0, "
+        help="0: each document of --data by itself, whole, after a token 0, without the 0 that ends it; "
+        "else windows of so many tokens over all documents with their 0, "
         "each read anew, as the trainer's validation does [0]",
     )
     parser.add_argument(
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> int:
     engine = load_engine(args.model, args.tokenizer, args.device, dtype)
     about = _about(engine, args.model, args.tokenizer)
     print(
-        f"{about['model']}: {about['model_type']} L{about['n_layer']} D{about['n_embd']}, {about['parameters'] / 1e6:.6f} M parameters, {about['dtype']} on {about['device']}"
+        f"{about['model']}: {about['model_type']} L{about['n_layer']} D{about['n_embd']}, "
+        f"{about['parameters'] / 1e6:.6f} M parameters, {about['dtype']} on {about['device']}"
     )
     results: dict[str, Any] = {}
     for name, measure in (

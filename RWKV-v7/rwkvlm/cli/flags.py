@@ -49,7 +49,8 @@ class Parser(argparse.ArgumentParser):
             return UserError(f"unexpected argument {argument!r}; flags are given as --name value")
         flag, names = argument.partition("=")[0], [name.removeprefix("--") for name in self._option_string_actions]
         typed = flag.removeprefix("--")
-        # --lr is lr_init, not ttt_lr, and --seed random_seed; names less alike than CLOSE are other flags, as head_size_divisor and head_size_a
+        # --lr is lr_init, not ttt_lr, and --seed random_seed; names less alike than CLOSE are other flags, as
+        # head_size_divisor and head_size_a
         longer = [name for name in names if name.startswith(f"{typed}_")] or [name for name in names if name.endswith(f"_{typed}")]
         close = longer or difflib.get_close_matches(typed, names, 1, CLOSE)
         return UserError(f"unknown flag {flag}; " + (f"did you mean --{close[0]}?" if close else "--help lists all flags"))

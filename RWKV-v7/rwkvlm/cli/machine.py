@@ -27,7 +27,8 @@ def listed_gpus() -> int:
         answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"nvidia-smi does not answer within {PATIENCE} s: the driver hangs; restart the machine, or train on the CPU with ACCELERATOR=cpu"
+            f"nvidia-smi does not answer within {PATIENCE} s: the driver hangs; "
+            "restart the machine, or train on the CPU with ACCELERATOR=cpu"
         ) from None
     return len(re.findall(r"^GPU \d+:", answer.stdout, re.MULTILINE))
 
@@ -57,7 +58,10 @@ def check_torch_sees_gpus() -> int:
     """The number of GPUs that torch can use; UserError with the cure when there is none or one is too new or too old for it."""
     import torch
 
-    pip = f"{sys.executable} -m pip install --force-reinstall torch=={torch.__version__.partition('+')[0]} --index-url https://download.pytorch.org/whl/"
+    pip = (
+        f"{sys.executable} -m pip install --force-reinstall "
+        f"torch=={torch.__version__.partition('+')[0]} --index-url https://download.pytorch.org/whl/"
+    )
     otherwise = "; or train on the CPU with ACCELERATOR=cpu"
     version = f"torch {torch.__version__} of {sys.executable}"
     if torch.version.cuda is None:
@@ -65,13 +69,15 @@ def check_torch_sees_gpus() -> int:
     if not torch.cuda.is_available():
         raise UserError(
             f"there is a GPU, but {version} cannot use it: CUDA_VISIBLE_DEVICES hides it, or the driver is older than"
-            f" CUDA {torch.version.cuda} (nvidia-smi shows its version); update the driver or install an older CUDA build: {pip}cu126{otherwise}"
+            f" CUDA {torch.version.cuda} (nvidia-smi shows its version); "
+            f"update the driver or install an older CUDA build: {pip}cu126{otherwise}"
         )
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         if not covers(torch.cuda.get_arch_list(), capability):
             raise UserError(
-                f"GPU {index} ({torch.cuda.get_device_name(index)}, sm_{capability[0]}{capability[1]}) is not among the architectures of {version}"
+                f"GPU {index} ({torch.cuda.get_device_name(index)}, "
+                f"sm_{capability[0]}{capability[1]}) is not among the architectures of {version}"
                 f" ({' '.join(torch.cuda.get_arch_list())}); install another CUDA build: {pip}cu130 (newer GPU) or cu126 (older){otherwise}"
             )
     return torch.cuda.device_count()

@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help='.jsonl (one {"text": ...} a line), .txt (one document a file), either also .gz or .zst, or .parquet; files, quoted globs, or - for .jsonl from standard input',
+        help='.jsonl (one {"text": ...} a line), .txt (one document a file), either also .gz or .zst, or .parquet; '
+        "files, quoted globs, or - for .jsonl from standard input",
     )
     parser.add_argument("epochs", type=int, metavar="COPIES", help="copies of the data in the output, each shuffled anew")
     parser.add_argument("ctx_len", type=int, metavar="CTX_LEN", help="context length that magic_prime is computed for")
@@ -119,7 +120,8 @@ def _summary(made: Packed, prefix: str, tokenizer: Tokenizer, ctx_len: int) -> N
         print(f"{prefix}.val.bin/idx: {made.val_tokens} tokens, {made.val_documents} document{'s' * (made.val_documents != 1)} held out")
         if made.val_tokens <= ctx_len:
             print(
-                f"too little to validate with: --ctx_len {ctx_len} needs at least {ctx_len + 1} tokens; hold out more with a larger --val_split"
+                f"too little to validate with: --ctx_len {ctx_len} needs at least {ctx_len + 1} tokens; "
+                "hold out more with a larger --val_split"
             )
     print(f"largest token id {made.largest}, {made.distinct} distinct ones; --vocab_size {tokenizer.vocab_size}")
     try:

@@ -43,7 +43,8 @@ def cache_dir(library: str = "") -> Path:
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
                 return temporary
         raise UserError(
-            f"neither the home folder nor {temporary} can be used to build kernels in; set RWKV_CACHE_DIR to a folder that only you can write to"
+            f"neither the home folder nor {temporary} can be used to build kernels in; "
+            "set RWKV_CACHE_DIR to a folder that only you can write to"
         ) from None
 
 

@@ -40,7 +40,8 @@ class HybridConfig(ModelConfig):
         text = self.attention_layers
         if self.n_layer < 2:
             raise UserError(
-                f"--my_testing hybrid needs at least 2 blocks, and --n_layer is {self.n_layer}: the first one is RWKV-7's; use a larger one, or x070"
+                f"--my_testing hybrid needs at least 2 blocks, and --n_layer is {self.n_layer}: "
+                "the first one is RWKV-7's; use a larger one, or x070"
             )
         if match := re.fullmatch(r"1/(\d+)", text):
             each = int(match[1])
@@ -54,7 +55,8 @@ class HybridConfig(ModelConfig):
         layers = sorted({int(number) for number in text.split(",")})
         if layers[0] == 0:
             raise UserError(
-                f"--attention_layers {text} names block 0, which must be RWKV-7's: the other blocks' values lean on its own (v_first); leave it out"
+                f"--attention_layers {text} names block 0, which must be RWKV-7's: "
+                "the other blocks' values lean on its own (v_first); leave it out"
             )
         if layers[-1] >= self.n_layer:
             raise UserError(

@@ -105,7 +105,8 @@ class PhantomConfig(ModelConfig):
         if self.has_memory and (self.ttt_features not in HEAD_SIZES or self.ttt_features < self.head_size):
             fitting = [size for size in HEAD_SIZES if size >= self.head_size]
             raise UserError(
-                f"--ttt_features {self.ttt_features} does not go with --head_size {self.head_size}; use one of: {', '.join(map(str, fitting))}"
+                f"--ttt_features {self.ttt_features} does not go with --head_size {self.head_size}; "
+                f"use one of: {', '.join(map(str, fitting))}"
             )
         if self.ttt_enabled and self.first_step >= 2:
             times = f" times --ttt_chunk {self.ttt_chunk} is {self.first_step:g}" if self.steps_on_state else ""

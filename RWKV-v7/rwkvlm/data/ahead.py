@@ -1,7 +1,8 @@
 """Batches read ahead of the training, so that nobody waits for them.
 
-In threads, not in worker processes: reading is a copy out of a memory map, during which Python runs on, while handing a batch from process to
-process costs many times that (bench/dataset.py measures both). What a reader raises is raised where the batch is asked for.
+In threads, not in worker processes: reading is a copy out of a memory map, during which Python runs on, while handing a
+batch from process to process costs many times that (bench/dataset.py measures both). What a reader raises is raised
+where the batch is asked for.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ BATCHES = 8  # read ahead: for a disk that answers late
 class Ahead:
     """Iterates over (x, y) int64 [micro_bsz, ctx_len], or whatever `samples` gives for a batch of sample numbers, in order.
 
-    The disk is asked for all the tokens of the next batches at once, and one thread copies them; with pin_memory into memory from which a GPU
-    fetches them while it computes.
+    The disk is asked for all the tokens of the next batches at once, and one thread copies them; with pin_memory into
+    memory from which a GPU fetches them while it computes.
     """
 
     def __init__(self, samples: Samples, batches: RankBatches, pin_memory: bool = False) -> None:

@@ -86,7 +86,8 @@ class Index:
         expected = HEADER.size + 12 * n_items + 8 * n_entries
         if n_bytes != expected:
             raise UserError(
-                f"{path} is {n_bytes} bytes long, but its header ({n_items} items, {n_entries} doc_idx entries) means {expected}; copy or make it again"
+                f"{path} is {n_bytes} bytes long, but its header ({n_items} items, "
+                f"{n_entries} doc_idx entries) means {expected}; copy or make it again"
             )
         if n_items == 0 or n_entries == 0:
             raise UserError(f"{path} lists {n_items} items and {n_entries} doc_idx entries; there is no document in it")
@@ -193,7 +194,8 @@ class BinIdx(Tokens):
             )
         if size > expected:
             raise UserError(
-                f"{self.bin_path} is {size} bytes long, but {self.idx_path} ends at byte {expected}: the two files do not belong together; copy or make both again"
+                f"{self.bin_path} is {size} bytes long, but {self.idx_path} ends at byte {expected}: "
+                "the two files do not belong together; copy or make both again"
             )
         if size == 0:
             raise UserError(f"{self.bin_path} is empty; make it again from text")

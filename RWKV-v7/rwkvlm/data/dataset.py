@@ -1,7 +1,7 @@
 """Samples for training and validation, addressed by their global number ii = 1, 2, 3, ... and by nothing else.
 
-A dataset holds no state and no randomness, and the numbers that a process asks for are a pure function of (rank, world size, batch, start): a
-run can be resumed from the count of samples consumed, on any number of devices.
+A dataset holds no state and no randomness, and the numbers that a process asks for are a pure function of (rank, world
+size, batch, start): a run can be resumed from the count of samples consumed, on any number of devices.
 """
 
 from __future__ import annotations

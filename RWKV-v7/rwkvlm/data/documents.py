@@ -111,7 +111,8 @@ def expand(inputs: Sequence[str]) -> list[Path]:
     for path in files:
         if (file := path.resolve()) in named:
             raise UserError(
-                f"input {path} is named twice; name it once (COPIES repeats all documents, `python -m rwkvlm data merge a:2 b` those of some files)"
+                f"input {path} is named twice; "
+                "name it once (COPIES repeats all documents, `python -m rwkvlm data merge a:2 b` those of some files)"
             )
         named.add(file)
     return files
@@ -213,7 +214,8 @@ def _line_blocks(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: i
         bad = BadInput(
             path,
             line,
-            f"the line is {size} bytes long, more than {LONGEST >> 20} MiB; put its text into a .txt file of its own, which may have any size",
+            f"the line is {size} bytes long, more than {LONGEST >> 20} MiB; "
+            "put its text into a .txt file of its own, which may have any size",
         )
         at, line, empty = at + size, line + 1, False
         return Block(path, line - 1, bad, at, line, 0 if path == STDIN else raw.tell())
@@ -274,7 +276,10 @@ def _parts(path: Path, stream: IO[bytes], raw: IO[bytes], at: int, line: int, wh
             parts.append(chunk)
             size += len(chunk)
             if whole and size > whole:
-                cause = f"a .txt is one document, and this one is larger than {whole >> 20} MiB, the most that this tokenizer takes at once; split it, or use --tokenizer world"
+                cause = (
+                    f"a .txt is one document, and this one is larger than {whole >> 20} MiB, "
+                    "the most that this tokenizer takes at once; split it, or use --tokenizer world"
+                )
                 yield Block(path, 1, BadInput(path, 0, cause), at + size)
                 return
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -377,7 +382,8 @@ def _text_of_cell(value: bytes | None, text_key: str) -> bytes:
         raise UserError(f"there is nothing (null) in the column {text_key!r}")
     if len(value) > LONGEST:
         raise UserError(
-            f"the text is {len(value)} bytes long, more than {LONGEST >> 20} MiB; put it into a .txt file of its own, which may have any size"
+            f"the text is {len(value)} bytes long, more than {LONGEST >> 20} MiB; "
+            "put it into a .txt file of its own, which may have any size"
         )
     try:
         value.decode("utf-8")

@@ -124,8 +124,9 @@ def _say(line: str) -> None:
 def download(url: str, path: Path, size: int | None) -> None:
     """The file at `url`, of `size` bytes if given, goes to `path` by way of {path}.partial, from which a later attempt goes on.
 
-    It goes on only with the same file, as far as the server can tell (ETag). Nothing is done if `path` exists with that size. UserError after
-    ATTEMPTS fruitless attempts in a row, at once for an answer that will not change (404, another size).
+    It goes on only with the same file, as far as the server can tell (ETag). Nothing is done if `path` exists with that
+    size. UserError after ATTEMPTS fruitless attempts in a row, at once for an answer that will not change (404, another
+    size).
     """
     if path.exists() and size in (None, path.stat().st_size):
         return

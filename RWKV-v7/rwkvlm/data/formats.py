@@ -34,7 +34,8 @@ class NumpyTokens(Tokens):
         if not isinstance(self.tokens, np.memmap) or self.tokens.dtype.kind not in "iu" or self.tokens.ndim != 1 or not len(self.tokens):
             what = f"{self.tokens.dtype} {list(self.tokens.shape)}" if isinstance(self.tokens, np.ndarray) else "an archive"
             raise UserError(
-                f"data file {path} holds {what}; --data_type numpy takes one row of integers, for example numpy.save(path, tokens.astype(numpy.uint16))"
+                f"data file {path} holds {what}; --data_type numpy takes one row of integers, "
+                "for example numpy.save(path, tokens.astype(numpy.uint16))"
             )
         self.tokens = self.tokens.view(np.ndarray)
 
@@ -72,7 +73,8 @@ class TextTokens(Tokens):
         used = np.flatnonzero(counts)
         if alphabet is not None and len(unknown := np.setdiff1d(used, alphabet)):
             raise UserError(
-                f"data file {path} has the character {chr(unknown[0])!r} (U+{unknown[0]:04X}), which the first text lacks; take it out, or begin with the text that has all"
+                f"data file {path} has the character {chr(unknown[0])!r} (U+{unknown[0]:04X}), "
+                "which the first text lacks; take it out, or begin with the text that has all"
             )
         self.alphabet = used if alphabet is None else alphabet
         self.vocab_size = 1 + len(self.alphabet)

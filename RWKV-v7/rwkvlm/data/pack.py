@@ -211,7 +211,8 @@ def _tokenise(
             )
         if _identity(files[number]) != work.job["files"][number]:
             raise UserError(
-                f"input {files[number]} has been written to while it was read: what is in it now may be missing; start again when it is complete"
+                f"input {files[number]} has been written to while it was read: "
+                "what is in it now may be missing; start again when it is complete"
             )
         done.file, done.at, done.line = number + 1, 0, 1
     if not done.documents:
@@ -304,7 +305,8 @@ def _check_round_trips(found: _Encoded, tokenizer: Tokenizer, documents: int, pa
         place = where(found.block.file, int(found.lines[k]))
         if k in inside and not tokenizer.zero_is_kept:
             raise UserError(
-                f"{place}: the tokenizer makes token {END_OF_DOCUMENT}, which ends a document, of a part of the text; use one that keeps it for that (--tokenizer world)"
+                f"{place}: the tokenizer makes token {END_OF_DOCUMENT}, which ends a document, of a part of the text; "
+                "use one that keeps it for that (--tokenizer world)"
             )
         ids = found.ids[found.ends[k - 1] if k else 0 : found.ends[k] - (not found.block.goes_on)]
         if not tokenizer.comes_back(found.texts[k], ids):

@@ -252,9 +252,10 @@ def _sorted(
 def draw(blocks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], share: float, seed: int) -> tuple[int, int]:
     """(largest key of the documents drawn, how many they are): those with the smallest keys, until they are enough.
 
-    share: below 1 the part of all tokens that they have at least, from 1 on their number. blocks: gives (sizes, numbers) of all documents, some at a
-    time, as Pile.sizes does. Memory does not depend on the number of documents: the first pass counts them by the leading 16 bits of their
-    keys, which says in which of these cells the last one drawn lies, and the second one sorts the keys of this cell alone.
+    share: below 1 the part of all tokens that they have at least, from 1 on their number. blocks: gives (sizes,
+    numbers) of all documents, some at a time, as Pile.sizes does. Memory does not depend on the number of documents:
+    the first pass counts them by the leading 16 bits of their keys, which says in which of these cells the last one
+    drawn lies, and the second one sorts the keys of this cell alone.
     """
     weighed = share < 1
     histogram, total = np.zeros(1 << 16), 0

@@ -313,7 +313,8 @@ class _BytesStream(Stream):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json of Hugging Face's `tokenizers`, used without its special-token templates.
 
-    Where such a tokenizer could cut a text is not known in general, so that it takes whole ones, with about 200 bytes of memory for each byte.
+    Where such a tokenizer could cut a text is not known in general, so that it takes whole ones, with about 200 bytes
+    of memory for each byte.
     """
 
     largest_text = 64 << 20

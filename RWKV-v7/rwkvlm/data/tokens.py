@@ -83,7 +83,8 @@ class Tokens:
             now = os.stat(self.file)
             if self._mapping is not None and (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino) and now.st_size != then.st_size:
                 raise UserError(
-                    f"{self.file} has {now.st_size} bytes, and had {then.st_size} when this began; put the whole file back, then start again"
+                    f"{self.file} has {now.st_size} bytes, and had {then.st_size} when this began; "
+                    "put the whole file back, then start again"
                 )
 
     def like(self, prefix: str) -> Tokens:

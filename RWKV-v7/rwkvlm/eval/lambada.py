@@ -1,7 +1,8 @@
 """LAMBADA: the last word of a passage, which people guess only when they have read all of it (arXiv 1606.06031).
 
-The protocol is that of RWKV's evaluations and of the data set of OpenAI that they use: all words but the last are the context, after a token 0;
-the space before the last word belongs to it. Perplexity is that of the words, not of their tokens; a word is right if each of its tokens is the likeliest.
+The protocol is that of RWKV's evaluations and of the data set of OpenAI that they use: all words but the last are the
+context, after a token 0; the space before the last word belongs to it. Perplexity is that of the words, not of their
+tokens; a word is right if each of its tokens is the likeliest.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ AHEAD_TOKENS = 1 << 22
 def text_loss(engine: Engine, source: str, ctx_len: int = 0, batch: int = 8, limit: int = 0, text_key: str = "text") -> dict[str, Any]:
     """The figures of a text or a .bin/.idx pair, for a table or JSON: the same for any batch, but for rounding.
 
-    ctx_len 0: each document by itself from its beginning, after a token 0; all of its tokens are predicted, the 0 that ends it is not. Else what
-    training does: the documents one after the other, each ended by its 0, cut into windows of ctx_len tokens that know nothing of the tokens before.
-    limit: so many documents; 0: all. UserError where nothing is left to predict.
+    ctx_len 0: each document by itself from its beginning, after a token 0; all of its tokens are predicted, the 0 that
+    ends it is not. Else what training does: the documents one after the other, each ended by its 0, cut into windows of
+    ctx_len tokens that know nothing of the tokens before. limit: so many documents; 0: all. UserError where nothing is
+    left to predict.
     """
     for name, value, least in (("ctx_len", ctx_len, 0), ("batch", batch, 1), ("limit", limit, 0)):
         if value < least:

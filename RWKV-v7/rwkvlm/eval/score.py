@@ -13,7 +13,8 @@ from ..infer.engine import Engine, check_finite
 from ..ops.cross_entropy import head_scores
 
 READ_AT_ONCE = 8192  # tokens of all rows together: bounds the memory of long texts, changes no number beyond rounding
-# the first tokens of contexts are read side by side, as many as the multiple of this that all of them reach; the rest of each with its continuation
+# the first tokens of contexts are read side by side, as many as the multiple of this that all of them reach; the rest
+# of each with its continuation
 STEP = 16
 
 Tokens = Sequence[int] | np.ndarray
@@ -31,7 +32,8 @@ class Scores(NamedTuple):
 def scores(engine: Engine, rows: Sequence[Tokens], first: Sequence[int], state: list | None = None) -> Iterator[Scores]:
     """Of each row's tokens from its `first` (1 or more) on, after those before them and the state; in parts, from front to back.
 
-    Rows of any length stand side by side: what pads the shorter ones comes behind them, where nothing sees it. Logits exist for a chunk of tokens at a time.
+    Rows of any length stand side by side: what pads the shorter ones comes behind them, where nothing sees it. Logits
+    exist for a chunk of tokens at a time.
     """
     lengths = np.array([len(row) for row in rows])
     width = max(int(lengths.max()), 2)
@@ -58,7 +60,8 @@ def scores(engine: Engine, rows: Sequence[Tokens], first: Sequence[int], state: 
 def continuations(engine: Engine, pairs: Sequence[tuple[list[int], list[int]]], batch: int) -> list[tuple[float, bool]]:
     """For each context (one token or more) with its continuation: the logarithm of the continuation's probability, and whether each of its tokens is the likeliest.
 
-    A context that several continuations share is read once, into a state from which all of them begin; `batch` contexts are read side by side.
+    A context that several continuations share is read once, into a state from which all of them begin; `batch` contexts
+    are read side by side.
     """
     sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, (context, _) in enumerate(pairs):

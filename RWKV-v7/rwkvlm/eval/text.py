@@ -60,7 +60,8 @@ def _of_text(engine: Engine, source: str, text_key: str) -> Iterator[Document]:
         # characters that a vocabulary lacks; no error, since some tokenizers normalise texts
         if kept and not (kept := tokenizer.comes_back(rest, ids)):
             print(
-                f"{where(block.file, line)}: the text does not come back from its tokens; the figures are of what the tokenizer knows of it",
+                f"{where(block.file, line)}: the text does not come back from its tokens; "
+                "the figures are of what the tokenizer knows of it",
                 file=sys.stderr,
                 flush=True,
             )

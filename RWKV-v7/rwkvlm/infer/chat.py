@@ -21,9 +21,10 @@ UNDO = 8  # turns that can be taken back; each is a state in memory
 class Chat:
     """Turns of "User: message", blank line, "Assistant: answer", blank line, after the beginning of a document and, if there is one, "System: text".
 
-    state: after the last turn, as if its answer and one blank line had been read, however the answer ended: by itself, by the beginning of
-    another turn, by its length or by the user. The tokens of the answer are read as they were chosen; of one that holds the beginning of the stop
-    too, the text before the stop is read in its place. paragraphs: blank lines are part of an answer, and only a turn of the user ends it.
+    state: after the last turn, as if its answer and one blank line had been read, however the answer ended: by itself,
+    by the beginning of another turn, by its length or by the user. The tokens of the answer are read as they were
+    chosen; of one that holds the beginning of the stop too, the text before the stop is read in its place. paragraphs:
+    blank lines are part of an answer, and only a turn of the user ends it.
     """
 
     def __init__(

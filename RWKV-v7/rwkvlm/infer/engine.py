@@ -97,7 +97,8 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         if unknown := [token for token in ids if not 0 <= token < vocab_size]:
             raise UserError(
-                f"the text has token {max(unknown)}, but the model's vocabulary has {vocab_size}; use the tokenizer it was trained with (--tokenizer)"
+                f"the text has token {max(unknown)}, but the model's vocabulary has {vocab_size}; "
+                "use the tokenizer it was trained with (--tokenizer)"
             )
         return ids
 

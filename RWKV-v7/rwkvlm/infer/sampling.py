@@ -24,8 +24,9 @@ def sample(
 ) -> torch.Tensor:
     """logits: [B, V]. Returns [B] int64.
 
-    temperature 0 takes the likeliest token. top_k keeps the k likeliest; of these top_p keeps the smallest set whose probability among them
-    (at temperature 1) reaches top_p, alone as the official sampler does (which takes it among all tokens, with top_k too); the temperature acts on what is left.
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest; of these top_p keeps the smallest set whose
+    probability among them (at temperature 1) reaches top_p, alone as the official sampler does (which takes it among
+    all tokens, with top_k too); the temperature acts on what is left.
     """
     logits = logits.float()
     if temperature < 1e-30:  # less is 0 in fp32, and nothing but the likeliest would be left

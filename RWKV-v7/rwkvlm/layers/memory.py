@@ -37,9 +37,10 @@ class Memory(nn.Module):
         M <- M - eta_h grad 1/2 |M f(kk_t) - v_t|^2      after each token; eta = 2 sigmoid(rate) stays below 2, where the steps do not diverge
         y_t = S_t r_t + gain * M f(r_t / |r_t|)
 
-    Features are near to products of pairs of a key's coordinates, so there may be more of them than channels, and more keys than N are told apart. The
-    step is that of the delta rule, M (1 - eta f f^T) + eta v f^T, which is wkv7's own recurrence without a decay: its kernels compute it, exactly
-    and with the derivative through all steps. gain begins at zero: at first the model is what it is without a memory.
+    Features are near to products of pairs of a key's coordinates, so there may be more of them than channels, and more
+    keys than N are told apart. The step is that of the delta rule, M (1 - eta f f^T) + eta v f^T, which is wkv7's own
+    recurrence without a decay: its kernels compute it, exactly and with the derivative through all steps. gain begins
+    at zero: at first the model is what it is without a memory.
     """
 
     def __init__(self, config: PhantomConfig) -> None:

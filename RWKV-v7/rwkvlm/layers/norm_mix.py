@@ -11,7 +11,8 @@ from ..ops.fused import norm_mix
 class NormMix(nn.LayerNorm):
     """Adds the output of the branch before to the residual stream, normalises the sum, and blends each token with the one before it.
 
-    The mixer calls it, with blends of its own; the norm belongs to the block. Under ZeRO-3 a parameter is there only while the module that owns it runs.
+    The mixer calls it, with blends of its own; the norm belongs to the block. Under ZeRO-3 a parameter is there only
+    while the module that owns it runs.
     """
 
     def forward(

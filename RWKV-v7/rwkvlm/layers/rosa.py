@@ -18,7 +18,8 @@ from .packed import Packed, by_document
 
 # of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
 TO_STREAM = 0.1
-# of what would train queries and keys to differ, for a query that has moved by itself no longer finds the keys of its like (records/2026-11-28-rosa-rates)
+# of what would train queries and keys to differ, for a query that has moved by itself no longer finds the keys of its
+# like (records/2026-11-28-rosa-rates)
 APART = 0.02
 
 
@@ -81,8 +82,9 @@ class RosaQKV(nn.Module):
 class RosaMix(nn.Module):
     """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: the branch of a block that mixes tokens by exact recall.
 
-    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream; q and k learn mostly together. With --rosa_grad none there is no such gradient: the
-    symbols are those of projections that stay as they are, and only what is made of the output is trained.
+    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream; q and k
+    learn mostly together. With --rosa_grad none there is no such gradient: the symbols are those of projections that
+    stay as they are, and only what is made of the output is trained.
     """
 
     def __init__(self, config: RosaConfig) -> None:

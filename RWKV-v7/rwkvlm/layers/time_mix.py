@@ -102,7 +102,8 @@ class TimeMix(nn.Module):
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         residual, v0 = ((None, None), None) if self.first else ((v_first, xv @ self.v1 @ self.v2), self.v0)
 
-        # Operators pass on the inputs that are read again later: their backward passes get the gradients of those uses and add their own, which saves additions.
+        # Operators pass on the inputs that are read again later: their backward passes get the gradients of those uses
+        # and add their own, which saves additions.
         *inputs, v_first = time_mix_inputs(w, k, a, v, *residual, self.w0, self.k_k, self.k_a, self.a0, v0, self.head_size)
         r, w, k, a, b, v = (t.view(heads) for t in (r, *inputs))
         options = dict(initial_state=wkv, output_final_state=return_state, pass_on=True)

@@ -75,7 +75,8 @@ class StateTTT(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor | TttState, ...]:
         """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; packed: documents in one row, without states. Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v.
 
-        The kernel runs once a segment: the state after a step is what the next segment begins with. Where one operator has the steps in it, it runs once.
+        The kernel runs once a segment: the state after a step is what the next segment begins with. Where one operator
+        has the steps in it, it runs once.
         """
         if packed is not None:
             return by_document(functools.partial(self.forward, pass_on=pass_on), packed, r, w, k, v, a, b)

@@ -1,7 +1,8 @@
 """Training through many segments of test-time training at once: the kernel and the steps in turns, with the derivative of the whole written out.
 
-Between two segments the number of operations is what a step costs, not their arithmetic. So the loops here hold only what one segment needs of the
-one before, forwards the state and backwards its derivative; all else is one product over all segments. layers/ttt.py is the reference.
+Between two segments the number of operations is what a step costs, not their arithmetic. So the loops here hold only
+what one segment needs of the one before, forwards the state and backwards its derivative; all else is one product over
+all segments. layers/ttt.py is the reference.
 """
 
 from __future__ import annotations

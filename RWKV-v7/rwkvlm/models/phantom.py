@@ -134,7 +134,10 @@ def costs(config: PhantomConfig) -> list[str]:
 def _memory_line(config: PhantomConfig) -> str:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Memory(config).parameters())
-    return f"memory: {config.ttt_features} features of each key, {parameters:,} parameters and {config.memory_flops:,} FLOPs/token more in each block"
+    return (
+        f"memory: {config.ttt_features} features of each key, "
+        f"{parameters:,} parameters and {config.memory_flops:,} FLOPs/token more in each block"
+    )
 
 
 def _line(name: str, shape: str, core: str, whole: int, parts: int) -> str:

@@ -1,6 +1,7 @@
 """Which recipe and which table belong to a model type (`--my_testing`).
 
-A recipe is a module with build, config_of and TABLE; where a file's weights need a change, with `adapted`; where there is something to say, with `costs`.
+A recipe is a module with build, config_of and TABLE; where a file's weights need a change, with `adapted`; where there
+is something to say, with `costs`.
 """
 
 from __future__ import annotations

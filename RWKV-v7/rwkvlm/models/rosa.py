@@ -1,7 +1,8 @@
 """RWKV-8 with ROSA (x080): RWKV-7 with exact recall beside its time mixing; and the pure ROSA model (rosa), which has it in its place.
 
-Source: RWKV-LM, RWKV-v8, whose names and starting values these are, but for ROSA's o, which begins smaller, and k, which begins as q; where its files
-have none (embedding, head, channel mixing), RWKV-7's. The learning rate of q, k and v is our own.
+Source: RWKV-LM, RWKV-v8, whose names and starting values these are, but for ROSA's o, which begins smaller, and k,
+which begins as q; where its files have none (embedding, head, channel mixing), RWKV-7's. The learning rate of q, k and
+v is our own.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def config_of(tensors: Mapping[str, torch.Tensor], bits: int = 0) -> RosaConfig:
             )
     if not bits:
         raise UserError(
-            f"the checkpoint has ROSA layers, but no tensor {CARRIED}: whether their symbols have 1 bit or 4 its shapes do not say; give --rosa_bits, "
+            f"the checkpoint has ROSA layers, but no tensor {CARRIED}: "
+            "whether their symbols have 1 bit or 4 its shapes do not say; give --rosa_bits, "
             "with train.py --train_stage 1 --load_model it writes a file that says so"
         )
     if "blocks.0.att.r_k" in tensors:
@@ -144,10 +146,12 @@ def _output(s: Slot) -> torch.Tensor:
 
 
 ROSA = BLOCK + r"rosa\."
-# A token's query is its key at first, so each symbol finds where it has been before, as in the official self layers. Where they begin apart only chance
-# brings them together, mostly in one symbol of eight, and what that one cannot tell apart stays so (records/2026-11-27-rosa-copy).
+# A token's query is its key at first, so each symbol finds where it has been before, as in the official self layers.
+# Where they begin apart only chance brings them together, mostly in one symbol of eight, and what that one cannot tell
+# apart stays so (records/2026-11-27-rosa-copy).
 AS_QUERIES = (".k.", ".q.")
-# of the learning rate: on text the symbols that it begins with are good already, and moved fast they cost 0.05 to 0.1 nats a byte (same record)
+# of the learning rate: on text the symbols that it begins with are good already, and moved fast they cost 0.05 to 0.1
+# nats a byte (same record)
 OF_BITS = 0.1
 
 TABLE = [

@@ -46,5 +46,6 @@ def _with_head_bias(bias: torch.Tensor, sizes: Sizes) -> torch.Tensor:
         if torch.allclose(head @ more, bias):
             return (sizes.tensors["ln_out.bias"] + more).to(sizes.tensors["ln_out.bias"].dtype)
     raise UserError(
-        f"the checkpoint's o.bias {list(bias.shape)} cannot become part of lno.bias: the {rows} rows of o.weight do not reach it; models here have no bias in the head"
+        f"the checkpoint's o.bias {list(bias.shape)} cannot become part of lno.bias: "
+        f"the {rows} rows of o.weight do not reach it; models here have no bias in the head"
     )

@@ -1,7 +1,7 @@
 """RWKV-4 (x040): the recipe and its table of initial values, learning rates and weight decay.
 
-Source: RWKV-LM, RWKV-v4neo, whose names and values these are, but for the embedding: there it begins in +- lr_init, here in +- 6e-4, which is
-that flag's default, since a model knows no learning rate.
+Source: RWKV-LM, RWKV-v4neo, whose names and values these are, but for the embedding: there it begins in +- lr_init,
+here in +- 6e-4, which is that flag's default, since a model knows no learning rate.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     """All sizes from the shapes of a checkpoint."""
     if tensors[DECAY].squeeze().dim() > 1 or "blocks.0.att.ln_x.weight" in tensors:
         raise UserError(
-            f"the checkpoint is an RWKV-5 or RWKV-6: its {DECAY} has shape {list(tensors[DECAY].shape)}; there are RWKV-4 (x040) and RWKV-7 (x070) here"
+            f"the checkpoint is an RWKV-5 or RWKV-6: its {DECAY} has shape {list(tensors[DECAY].shape)}; "
+            "there are RWKV-4 (x040) and RWKV-7 (x070) here"
         )
     sizes = Sizes(tensors, "an RWKV-4", "x040")
     vocab_size, n_embd = sizes.shape("emb.weight", 2)
     if sizes.shape(DECAY, 1)[0] != n_embd:
         raise UserError(
-            f"the checkpoint's {DECAY} has shape {list(tensors[DECAY].shape)}, which does not fit the width {n_embd} of emb.weight; give a complete .pth file of an RWKV-4"
+            f"the checkpoint's {DECAY} has shape {list(tensors[DECAY].shape)}, "
+            f"which does not fit the width {n_embd} of emb.weight; give a complete .pth file of an RWKV-4"
         )
     return model_config(
         "x040", n_layer=sizes.n_layer(), n_embd=n_embd, vocab_size=vocab_size, dim_ffn=sizes.shape("blocks.0.ffn.key.weight", 2)[0]

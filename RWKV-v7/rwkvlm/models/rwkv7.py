@@ -38,7 +38,8 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
     n_head, head_size = sizes.shape("blocks.0.att.r_k", 2)
     if n_head * head_size != n_embd:
         raise UserError(
-            f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, which does not fit the width {n_embd} of emb.weight; give a complete .pth file of an RWKV-7"
+            f"the checkpoint's blocks.0.att.r_k has shape {[n_head, head_size]}, "
+            f"which does not fit the width {n_embd} of emb.weight; give a complete .pth file of an RWKV-7"
         )
     with_value_rank = next((layer for layer in reversed(range(n_layer)) if f"blocks.{layer}.att.v1" in tensors), None)
     key = "blocks.0.ffn.key"

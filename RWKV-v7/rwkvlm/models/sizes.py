@@ -20,7 +20,8 @@ class Sizes:
         layers = {int(match[1]) for name in self.tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
         if not layers or layers != set(range(len(layers))):
             raise UserError(
-                f"the checkpoint is not {self.kind} model: its blocks are {sorted(layers) or 'missing'}; give a complete {self.give} .pth file"
+                f"the checkpoint is not {self.kind} model: its blocks are {sorted(layers) or 'missing'}; "
+                f"give a complete {self.give} .pth file"
             )
         return len(layers)
 
@@ -30,6 +31,7 @@ class Sizes:
             raise UserError(f"the checkpoint is not {self.kind} model: {name} is missing; give a .pth file of type {self.give}")
         if self.tensors[name].dim() != dims:
             raise UserError(
-                f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, not {dims} dimensions; give a .pth file of type {self.give}"
+                f"the checkpoint's {name} has shape {list(self.tensors[name].shape)}, not {dims} dimensions; "
+                f"give a .pth file of type {self.give}"
             )
         return self.tensors[name].shape

@@ -79,7 +79,8 @@ def choose(op: str, device: torch.device, supported: Mapping[str, Callable[[], s
 def decided_while_tracing(function: Callable) -> Callable:
     """A decorator: called, and what it needs is built, once while torch.compile traces, whose graphs have its result as a constant.
 
-    As torch.compiler.assume_constant_result, which imports the whole compiler: two seconds at each start of a program that compiles nothing.
+    As torch.compiler.assume_constant_result, which imports the whole compiler: two seconds at each start of a program
+    that compiles nothing.
     """
     function._dynamo_marked_constant = True
     return function

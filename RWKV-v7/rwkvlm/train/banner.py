@@ -32,14 +32,19 @@ def show_plan(plan: Plan) -> None:
     fall = {"cosine": "", "wsd": f" over the last {100 * config.wsd_decay:g}%", "constant": ""}[config.lr_schedule]
     rate = f"lr {config.lr_init:g}" + (" constant" if config.lr_schedule == "constant" else f" to {config.lr_final:g}{fall}")
     lines = {
-        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, {''.join(f'{mixer}, ' for mixer in mixers)}vocabulary {model.vocab_size}, {parameters / 1e6:.6f} M parameters{f', {frozen / 1e6:.6f} M of them frozen' * (frozen > 0)}",
+        "model": f"{model.model_type} L{model.n_layer} D{model.n_embd}, "
+        f"{''.join(f'{mixer}, ' for mixer in mixers)}vocabulary {model.vocab_size}, "
+        f"{parameters / 1e6:.6f} M parameters{f', {frozen / 1e6:.6f} M of them frozen' * (frozen > 0)}",
         **({"costs": f"\n{'':10}".join(table)} if (table := costs(model)) else {}),
         "data": f"{_files(plan)}, {held_out}",
-        "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, mini-epochs of {config.epoch_samples:,} samples",
+        "order": f"{plan.data.chunks:,} chunks of {config.ctx_len} tokens{' (magic_prime)' * (len(plan.data.parts) == 1)}, "
+        f"mini-epochs of {config.epoch_samples:,} samples",
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
-        "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epoch{'s' * (mini_epochs != 1)}, {rate}, warm-up {schedule.warmup_steps} steps",
+        "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epoch{'s' * (mini_epochs != 1)}, "
+        f"{rate}, warm-up {schedule.warmup_steps} steps",
         "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * bool(config.cuda_graphs)}, {recurrence(model)} in {KERNELS[plan.kernel]}",
-        "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go{f', {plan.steps:,} of them now (--max_steps)' * (plan.steps < left)}",
+        "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to "
+        f"go{f', {plan.steps:,} of them now (--max_steps)' * (plan.steps < left)}",
         "output": f"{plan.proj_dir}",
     }
     for name, text in lines.items():

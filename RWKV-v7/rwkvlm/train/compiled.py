@@ -23,8 +23,9 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, graphs: boo
     """In place, names stay as they are; the compiler runs when a block is called first. lengths_vary: from batch to batch, as packed documents do.
     graphs: compiled, and in CUDA graphs.
 
-    Whole blocks only: what cannot be traced, and more than GRAPHS kinds of them, is an error and not a silent way back to Python. Shapes are
-    either known or symbols from the first batch on, so that a resumed run has the same kernels as one that was not interrupted.
+    Whole blocks only: what cannot be traced, and more than GRAPHS kinds of them, is an error and not a silent way back
+    to Python. Shapes are either known or symbols from the first batch on, so that a resumed run has the same kernels as
+    one that was not interrupted.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.optimize_ddp = False  # would cut the blocks at DDP's buckets; gradients are handed over block by block as it is
@@ -40,28 +41,33 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
         return
     if run.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
-            f"--compile 1 does not work with --strategy {run.strategy}, which has a block's parameters only while it runs module by module; use deepspeed_stage_2 or ddp, or leave --compile out"
+            f"--compile 1 does not work with --strategy {run.strategy}, which has a block's parameters "
+            "only while it runs module by module; use deepspeed_stage_2 or ddp, or leave --compile out"
         )
     if isinstance(model, PhantomConfig) and model.ttt_enabled:
         raise UserError(
-            "--compile 1 is not made for test-time training, whose segments are in most forms a loop in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out"
+            "--compile 1 is not made for test-time training, whose segments are in most forms a loop "
+            "in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out"
         )
     if config.doc_reset and model.model_type in ("hybrid", "x080", "rosa", "x040"):
         raise UserError(
-            f"--compile 1 does not go with --doc_reset 1 for --my_testing {model.model_type}, which runs document by document in Python; leave one of them out"
+            f"--compile 1 does not go with --doc_reset 1 for --my_testing {model.model_type}, "
+            "which runs document by document in Python; leave one of them out"
         )
     if problem := _why_not(run.device):
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":
         raise UserError(
-            f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out"
+            f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that "
+            "would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out"
         )
 
 
 def _why_not(device: torch.device) -> str:
     """Empty when torch.compile works for the device, else the reason, with the cure.
 
-    On a GPU it is not tried: each process asks before it has chosen its own, and would take half a gigabyte of the one that happens to be current.
+    On a GPU it is not tried: each process asks before it has chosen its own, and would take half a gigabyte of the one
+    that happens to be current.
     """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:

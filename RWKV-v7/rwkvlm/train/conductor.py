@@ -143,7 +143,8 @@ class Conductor(pl.Callback):
         self.saver.wait()
         step, samples = self.health.last_ill
         raise UserError(
-            f"{self.health.in_a_row} steps in a row were skipped or undone (--max_skips {self.plan.config.max_skips}), the last one step {step}: "
+            f"{self.health.in_a_row} steps in a row were skipped or undone "
+            f"(--max_skips {self.plan.config.max_skips}), the last one step {step}: "
             f"{diagnose(self.plan, trainer, module, samples)}"
         )
 
@@ -158,11 +159,13 @@ class Conductor(pl.Callback):
         if self.exit_code:
             saved = "the training state is saved" if self.steps_made else "no step has been made"
             say(
-                f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; {saved}, {what_goes_on(self.plan.config)} goes on from it"
+                f"stopped by {signal.Signals(self.exit_code - 128).name} at step {self.position.step}; "
+                f"{saved}, {what_goes_on(self.plan.config)} goes on from it"
             )
         elif not self.plan.schedule.finished(self.position.samples * self.plan.config.ctx_len):
             say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")
         else:
             say(
-                f"finished at step {self.position.step}: the weights are {self.plan.proj_dir / FINAL_NAME}, the curves {self.plan.proj_dir / REPORT}"
+                f"finished at step {self.position.step}: the weights are "
+                f"{self.plan.proj_dir / FINAL_NAME}, the curves {self.plan.proj_dir / REPORT}"
             )

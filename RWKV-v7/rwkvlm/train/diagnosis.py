@@ -28,7 +28,10 @@ def diagnose(plan: Plan, trainer: pl.Trainer, module: TrainModule, samples: int)
         return f"the weights themselves are not finite ({_some(weights)}): go on from an older training state"
     bad = sorted(sum(ranks.gather(bad), []))
     if not bad:
-        return "none of its samples does this alone, with the weights as they are: the numbers grow too large together (a lower lr_init), or the machine miscalculates"
+        return (
+            "none of its samples does this alone, with the weights as they are: "
+            "the numbers grow too large together (a lower lr_init), or the machine miscalculates"
+        )
     which = [f"{ii} ({plan.samples.where(ii)})" for ii, _, _ in bad[:SHOWN]]
     ii, loss, names = bad[0]
     grads = (
@@ -36,7 +39,10 @@ def diagnose(plan: Plan, trainer: pl.Trainer, module: TrainModule, samples: int)
         if names
         else ""
     )
-    return f"{len(bad)} of its {plan.batch} samples do this alone: {', '.join(which)}{' ...' * (len(bad) > SHOWN)}; the loss of sample {ii} is {loss}{grads}"
+    return (
+        f"{len(bad)} of its {plan.batch} samples do this alone: {', '.join(which)}{' ...' * (len(bad) > SHOWN)}; "
+        f"the loss of sample {ii} is {loss}{grads}"
+    )
 
 
 def _some(names: list[str]) -> str:

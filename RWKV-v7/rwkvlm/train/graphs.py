@@ -1,15 +1,17 @@
 """--cuda_graphs: the forward and the backward pass of each block as one CUDA graph each; and the settings with which that does not work.
 
-A step of a small model waits for Python, which starts some forty kernels a block each way. A graph starts them with one call. One for each block and
-direction, not one for all blocks: gradients are there block by block, so that DDP and DeepSpeed send them while the next block runs, and what a call
-costs is 24 launches for 12 blocks.
+A step of a small model waits for Python, which starts some forty kernels a block each way. A graph starts them with one
+call. One for each block and direction, not one for all blocks: gradients are there block by block, so that DDP and
+DeepSpeed send them while the next block runs, and what a call costs is 24 launches for 12 blocks.
 
-A graph reads and writes the memory with which it was recorded. What a block gives lies where the next one reads it, forwards and backwards: only the
-embedding's output, a ROSA's tokens and the gradient of the last block's output are copied into their places. v_first goes through the blocks, so that the sum of its
-gradients is made inside, in the order of autograd. Gradients of parameters are copied out: what autograd takes for `grad` and adds the next micro batch
-to must not be overwritten by it (https://github.com/pytorch/pytorch/issues/181723).
+A graph reads and writes the memory with which it was recorded. What a block gives lies where the next one reads it,
+forwards and backwards: only the embedding's output, a ROSA's tokens and the gradient of the last block's output are
+copied into their places. v_first goes through the blocks, so that the sum of its gradients is made inside, in the order
+of autograd. Gradients of parameters are copied out: what autograd takes for `grad` and adds the next micro batch to
+must not be overwritten by it (https://github.com/pytorch/pytorch/issues/181723).
 
-All graphs have their memory in common, as on the way through the blocks one's is free when the other begins: they run in the order in which they were recorded.
+All graphs have their memory in common, as on the way through the blocks one's is free when the other begins: they run
+in the order in which they were recorded.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from .strategy import Launch
 
 T = TypeVar("T")
 WARM_UP = 3  # passes before a block is recorded, as in torch.cuda.make_graphed_callables
-# seconds of a block's arithmetic at the GPU's peak, up to which graphs are tried: its kernels take twice that or more, the host 1.2 to 2.3 ms (records/2026-11-26-gpu, -28-cpp-launch)
+# seconds of a block's arithmetic at the GPU's peak, up to which graphs are tried: its kernels take twice that or more,
+# the host 1.2 to 2.3 ms (records/2026-11-26-gpu, -28-cpp-launch)
 SHORT = 1e-3
 LIMIT = 1e-2  # relative: what blocks may be off by in graphs, where the same kernels run
 
@@ -62,8 +65,8 @@ class Recorder:
 class BlockGraphs:
     """The two graphs of a block, and what stands in the place of its `forward`.
 
-    inputs: x and what blocks hand on beside it, leaf by leaf as form has them, where the graph reads them; None where there is nothing, as for v_first in the
-    first block. outputs: the same for the next block; of the last one x alone.
+    inputs: x and what blocks hand on beside it, leaf by leaf as form has them, where the graph reads them; None where
+    there is nothing, as for v_first in the first block. outputs: the same for the next block; of the last one x alone.
     recompute: as --grad_cp: the backward pass begins with the forward pass, of which only inputs are kept.
     """
 
@@ -75,7 +78,8 @@ class BlockGraphs:
         named = dict(block.named_parameters())
         self.parameters = list(named.values())
         self.addresses = [p.data_ptr() for p in self.parameters]
-        # The same memory, other leaves: those of the parameters have hooks of DDP or DeepSpeed, and streams of their own, that must not be recorded.
+        # The same memory, other leaves: those of the parameters have hooks of DDP or DeepSpeed, and streams of their
+        # own, that must not be recorded.
         self.aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in named.items()}
         self.trained = [p for p in self.parameters if p.requires_grad]
         self.passes = 0  # forward and backward passes so far
@@ -278,23 +282,28 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
     if config.compile and config.grad_cp == 1:
         raise UserError("--cuda_graphs 1 with --compile 1 is not made for --grad_cp 1; use --grad_cp 0, or leave --compile out")
     if config.compile and config.accumulate_grad_batches > 1:
-        # torch.compile's graphs write gradients where autograd keeps those of the micro batch before: https://github.com/pytorch/pytorch/issues/181723
+        # torch.compile's graphs write gradients where autograd keeps those of the micro batch before:
+        # https://github.com/pytorch/pytorch/issues/181723
         raise UserError(
-            f"--cuda_graphs 1 with --compile 1 would lose gradients of --accumulate_grad_batches {config.accumulate_grad_batches}; use --accumulate_grad_batches 1, or leave --compile out"
+            "--cuda_graphs 1 with --compile 1 would lose gradients of --accumulate_grad_batches "
+            f"{config.accumulate_grad_batches}; use --accumulate_grad_batches 1, or leave --compile out"
         )
     if config.doc_reset:
         raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")
     if run.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
-            f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"
+            f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters "
+            "in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"
         )
     if isinstance(model, PhantomConfig) and model.dropout:
         raise UserError(
-            f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out"
+            f"--cuda_graphs 1 is not made for --dropout {model.dropout:g}, "
+            "whose random numbers a graph would draw otherwise; use --dropout 0, or leave --cuda_graphs out"
         )
     if isinstance(model, PhantomConfig) and model.steps_on_state and model.ttt_meta:
         raise UserError(
-            "--cuda_graphs 1 is not made for --ttt_meta 1, which asks the blocks for their states; use --ttt_meta 0, or leave --cuda_graphs out"
+            "--cuda_graphs 1 is not made for --ttt_meta 1, which asks the blocks for their states; "
+            "use --ttt_meta 0, or leave --cuda_graphs out"
         )
     if (
         isinstance(model, PhantomConfig)
@@ -305,7 +314,9 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
     ):
         # several uses of a parameter: MasterAdamW has autograd sum them in fp32, a graph sums them before it hands them out
         raise UserError(
-            f"--cuda_graphs 1 would sum gradients over the passes of --max_depth_iter {model.max_depth_iter} in bf16, and with --accumulate_grad_batches {config.accumulate_grad_batches} that is done in fp32; use --accumulate_grad_batches 1, or leave --cuda_graphs out"
+            f"--cuda_graphs 1 would sum gradients over the passes of --max_depth_iter {model.max_depth_iter} in bf16, "
+            f"and with --accumulate_grad_batches {config.accumulate_grad_batches} that is done in fp32; "
+            "use --accumulate_grad_batches 1, or leave --cuda_graphs out"
         )
     if run.accelerator != "gpu":
         raise UserError("--cuda_graphs 1 needs a GPU; leave --cuda_graphs out")

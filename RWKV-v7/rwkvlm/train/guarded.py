@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Two shells that read from pipes of which only this process has the writing end: they see the end of the file when it dies, even by kill -9. The guard reads the
-# process group to kill and then waits for that end; the command starts when it is told that the guard has been given the group, and not at all if this process dies before.
+# Two shells that read from pipes of which only this process has the writing end: they see the end of the file when it
+# dies, even by kill -9. The guard reads the process group to kill and then waits for that end; the command starts when
+# it is told that the guard has been given the group, and not at all if this process dies before.
 GUARD = """trap "" TERM; read -r pid; read -r _; kill -s KILL -- "-$pid"; sleep 1; rm -rf -- "$1" """
 START = 'read -r _ && exec "$@"'
 

@@ -46,8 +46,9 @@ class Snapshot:
 class Health:
     """in_a_row: steps up to the last one judged that were skipped or undone. last_ill: step and samples consumed after it, of the last such.
 
-    guarded: spikes are looked for; then every step must be judged before the next one begins. What they go back to is not part of a training
-    state, which it would make three times as large: a spike soon after a resumption goes back to that, not to an earlier snapshot.
+    guarded: spikes are looked for; then every step must be judged before the next one begins. What they go back to is
+    not part of a training state, which it would make three times as large: a spike soon after a resumption goes back to
+    that, not to an earlier snapshot.
     """
 
     def __init__(self, plan: Plan, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -129,6 +130,9 @@ class Health:
         snapshot = self._snapshots.pop() if len(self._snapshots) > 1 else self._snapshots[0]
         snapshot.restore(self.model, self.optimizer)
         self.position.undone += 1
-        why = f"its loss {loss:.4f} is {(loss - self.position.loss_mean) / self._spread():.1f} standard deviations above {self.position.loss_mean:.4f}"
+        why = (
+            f"its loss {loss:.4f} is {(loss - self.position.loss_mean) / self._spread():.1f} "
+            f"standard deviations above {self.position.loss_mean:.4f}"
+        )
         self._ill(step, samples, f"is undone, back to the weights of step {snapshot.step}: {why}", snapshot.samples)
         return snapshot.step

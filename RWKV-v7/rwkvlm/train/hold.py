@@ -30,8 +30,8 @@ class Hold:
     def take(self, planned_after: str | None = None) -> None:
         """From now on no other run writes there. Collective. UserError while one does.
 
-        planned_after: what `last_holder` said before this run was planned. UserError too where another one has begun since then, even if it has
-        ended: the files that the plan was made from may be others now.
+        planned_after: what `last_holder` said before this run was planned. UserError too where another one has begun
+        since then, even if it has ended: the files that the plan was made from may be others now.
         """
         together(lambda: self._take(planned_after))
 
@@ -51,7 +51,8 @@ class Hold:
             now = last_holder(self.proj_dir)
             if planned_after is not None and planned_after != now:
                 raise UserError(
-                    f"another run has been in {self.proj_dir} ({now}) since this one looked there; start this one again: it goes on from what is there now"
+                    f"another run has been in {self.proj_dir} ({now}) since this one looked there; "
+                    "start this one again: it goes on from what is there now"
                 )
             who = f"process {os.getpid()} on {os.uname().nodename}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
             with suppress(OSError):  # a full disk: the lock needs no room
@@ -77,7 +78,8 @@ def _locked(proj_dir: Path) -> IO:
     if not try_lock(file):
         file.close()
         raise UserError(
-            f"another run is writing to {proj_dir} ({last_holder(proj_dir) or 'it does not say which'}); wait for its end or stop it, or choose another --proj_dir"
+            f"another run is writing to {proj_dir} ({last_holder(proj_dir) or 'it does not say which'}); "
+            "wait for its end or stop it, or choose another --proj_dir"
         )
     return file
 

@@ -1,6 +1,7 @@
 """An estimate of the memory that a training process will take: counted from sizes, with the activations of a block measured on one.
 
-Terms, for P trained parameters of A in all, W processes, b bytes of a parameter (what each strategy keeps: train/optimizer.py, DeepSpeed 0.19):
+Terms, for P trained parameters of A in all, W processes, b bytes of a parameter (what each strategy keeps:
+train/optimizer.py, DeepSpeed 0.19):
 
     parameters   b A; ZeRO-3: b A / W, and those that are gathered at a time, up to LIVE numbers
     gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P; the optimizer in plain PyTorch copies them, 4 P.
@@ -76,7 +77,8 @@ def resident() -> int:
 def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.device) -> Activations:
     """From forward passes of two and of three blocks of the real width over a few tokens: what autograd saves, each storage once.
 
-    Of a hybrid a block of either kind is added to one of both; a window is taken for as narrow as it would be in the run: shorter than the text or not.
+    Of a hybrid a block of either kind is added to one of both; a window is taken for as narrow as it would be in the
+    run: shorter than the text or not.
     """
 
     def of_a_token(**layers: object) -> float:

@@ -1,7 +1,7 @@
 """Which network interface gloo uses: the one towards rank 0.
 
-By itself gloo takes the address of the host's own name, which on Debian and Ubuntu is one of the loopback device: two nodes then never meet.
-NCCL looks for an interface by itself.
+By itself gloo takes the address of the host's own name, which on Debian and Ubuntu is one of the loopback device: two
+nodes then never meet. NCCL looks for an interface by itself.
 """
 
 from __future__ import annotations

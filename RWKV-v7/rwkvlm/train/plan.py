@@ -135,7 +135,8 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     begins = config.epoch_begin and (start.fresh or (start.state is None and config.load_model and start.path == Path(config.load_model)))
     if begins and (tokens := start.position.samples * config.ctx_len) >= exit_tokens:  # else untrained weights would become rwkv-final.pth
         raise UserError(
-            f"--epoch_begin {config.epoch_begin} begins after {tokens} tokens, and the training ends at {exit_tokens}: nothing would be trained; use --epoch_begin 0, or a larger --my_exit_tokens"
+            f"--epoch_begin {config.epoch_begin} begins after {tokens} tokens, and the training ends at "
+            f"{exit_tokens}: nothing would be trained; use --epoch_begin 0, or a larger --my_exit_tokens"
         )
     return Plan(
         config=config,
@@ -158,13 +159,15 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
 def checked(plan: Plan) -> Plan:
     """The plan, once the processes together have read the checksums of its training state; where these are wrong, one that begins before it.
 
-    Collective. Raises UserError when processes do not see the same files, or other data under one name: each would train on samples of its own order, or wait in a validation that others do not make.
+    Collective. Raises UserError when processes do not see the same files, or other data under one name: each would
+    train on samples of its own order, or wait in a validation that others do not make.
     """
     held_out = 0 if plan.held_out is None else len(plan.held_out)
     data = ranks.gather((plan.data.order, *((part["tokens"], part["documents"]) for part in plan.identity), held_out))
     if others := [number for number, seen in enumerate(data) if seen != data[0]]:
         raise UserError(
-            f"--data_file {plan.config.data_file} holds other data, or has others held out, for rank {others[0]} than for rank 0; copy the same files to all nodes"
+            f"--data_file {plan.config.data_file} holds other data, or has others held out, "
+            f"for rank {others[0]} than for rank 0; copy the same files to all nodes"
         )
     damaged: list[Path] = []
     looks = 0
@@ -175,7 +178,8 @@ def checked(plan: Plan) -> Plan:
             ranks.together(lambda: refuse_if_held(plan.proj_dir) if ranks.rank() == 0 else None)
             if looks == LOOKS:
                 raise UserError(
-                    f"processes begin at different places ({starts[0]}; {next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes"
+                    f"processes begin at different places ({starts[0]}; "
+                    f"{next(s for s in starts if s != starts[0])}); --proj_dir must be shared by all nodes"
                 )
             looks += 1
             time.sleep(BETWEEN_LOOKS)
@@ -203,7 +207,8 @@ def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
     if not env.decided_precision():
         if started_apart(run):
             raise UserError(
-                "--precision auto cannot be decided by processes of several nodes or of a launcher, which might differ; give --precision bf16 or fp32"
+                "--precision auto cannot be decided by processes of several nodes "
+                "or of a launcher, which might differ; give --precision bf16 or fp32"
             )
         env.hand_on_precision("bf16" if bf16_is_faster() else "fp32")
     return env.decided_precision()

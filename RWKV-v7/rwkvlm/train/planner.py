@@ -48,8 +48,10 @@ def dry_run(plan: Plan) -> int:
     memory, available = _memories(plan), memory_available(plan)
     fits = memory[plan.config.micro_bsz, plan.config.grad_cp].total <= FULL * available
     lines = {
-        "epoch": f"{plan.config.epoch_samples * plan.config.ctx_len:,} tokens in a mini-epoch, {math.ceil(plan.config.epoch_samples / plan.batch):,} steps",
-        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each process{', with grad_cp' * plan.config.grad_cp}: {'fits' if fits else 'does not fit'}",
+        "epoch": f"{plan.config.epoch_samples * plan.config.ctx_len:,} tokens in a mini-epoch, "
+        f"{math.ceil(plan.config.epoch_samples / plan.batch):,} steps",
+        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each "
+        f"process{', with grad_cp' * plan.config.grad_cp}: {'fits' if fits else 'does not fit'}",
         "advice": _advice(plan, memory, available),
     }
     for name, text in lines.items():

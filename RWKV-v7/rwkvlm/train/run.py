@@ -50,14 +50,16 @@ def run(config: TrainConfig) -> int:
     tell(config.own_without_effect(plan.start.model))
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(
-            f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} tokens are done; nothing to do (a larger --my_exit_tokens trains longer)"
+            f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of "
+            f"{plan.schedule.exit_tokens} tokens are done; nothing to do (a larger --my_exit_tokens trains longer)"
         )
         return 0
     if plan.held_out is None:
         for name in ("val_every", "val_batches"):
             if getattr(config, name) != getattr(TrainConfig, name):
                 say(
-                    f"--{name} {getattr(config, name)} has no effect: nothing is held out; give --val_file, or put {plan.data.parts[0].data.prefix}.val beside the data"
+                    f"--{name} {getattr(config, name)} has no effect: nothing is held out; "
+                    f"give --val_file, or put {plan.data.parts[0].data.prefix}.val beside the data"
                 )
     quiet()
     if config.dry_run:
@@ -99,7 +101,8 @@ def write_init(config: TrainConfig) -> int:
                 publish_weights(config.proj_dir, INIT_NAME, weights)
         done = "would write" if config.dry_run else "wrote"
         print(
-            f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters"
+            f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} "
+            f"D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters"
         )
     return 0
 
@@ -153,7 +156,8 @@ def train(plan: Plan, strategy: Strategy) -> int:
         if not out_of_memory(error):
             raise
         print(
-            f"error: out of memory: {describe(error)}; --dry_run tells what fits (less --micro_bsz, or --grad_cp 1), and {what_goes_on(config)} goes on",
+            f"error: out of memory: {describe(error)}; "
+            f"--dry_run tells what fits (less --micro_bsz, or --grad_cp 1), and {what_goes_on(config)} goes on",
             file=sys.stderr,
             flush=True,
         )
@@ -183,7 +187,8 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     if trainer.num_nodes > 1 and trainer.local_rank == 0:
         where = f"{environment.main_address}:{environment.main_port}"
         print(
-            f"node {trainer.node_rank} waits for {trainer.num_nodes} nodes to meet at {where}, {start_timeout(config) / 60:g} minutes at most",
+            f"node {trainer.node_rank} waits for {trainer.num_nodes} nodes to "
+            f"meet at {where}, {start_timeout(config) / 60:g} minutes at most",
             file=sys.stderr,
             flush=True,
         )

@@ -2,7 +2,8 @@
 
 cosine: RWKV-LM, RWKV-v7/train_temp/src/trainer.py. Where it prints "using linear LR schedule" (lr_init or lr_final 0) it computes the
 cosine all the same, or divides by zero: here it is the cosine always, in a form without that division.
-wsd: warm-up, stable, decay (arXiv 2404.06395), falling with 1 - sqrt (arXiv 2405.18392), so that a run can be prolonged from before the fall.
+wsd: warm-up, stable, decay (arXiv 2404.06395), falling with 1 - sqrt (arXiv 2405.18392), so that a run can be prolonged
+from before the fall.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Before the first step: the kernels of a run, on its device, against plain PyTorch.
 
-They are built on the machine where they run, by its compiler and for its processor, a pair that may be the first of its kind; and what a wrong one does to
-a model may show in nothing but a loss that falls more slowly.
+They are built on the machine where they run, by its compiler and for its processor, a pair that may be the first of its
+kind; and what a wrong one does to a model may show in nothing but a loss that falls more slowly.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from ..ops.cross_entropy import head_cross_entropy
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # and where a sum cancels, or products are in tf32, more, but no more than so many times what plain PyTorch has in the same dtype
 ROUNDING = 4.0
-# of weights and tokens: a wrong kernel is wrong in all of them; in one, a rounding may have turned a ReLU, or the few numbers of a gradient be far off
+# of weights and tokens: a wrong kernel is wrong in all of them; in one, a rounding may have turned a ReLU, or the few
+# numbers of a gradient be far off
 DRAWS = 3
-CURE = "`python -m rwkvlm doctor` asks each by itself; set RWKV_CACHE_DIR to an empty folder to build them again, or use --kernel torch, which is slower (--check_kernels 0: train all the same)"
+CURE = (
+    "`python -m rwkvlm doctor` asks each by itself; set RWKV_CACHE_DIR to an empty folder to build them again, "
+    "or use --kernel torch, which is slower (--check_kernels 0: train all the same)"
+)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 

@@ -62,12 +62,14 @@ def find_start(config: TrainConfig, order: int | str, identity: list[dict], dama
             for name in ("load_model", "epoch_begin"):
                 if getattr(config, name):
                     say(
-                        f"--{name} {getattr(config, name)} has no effect: --train_stage {config.train_stage} goes on with what {config.proj_dir} holds"
+                        f"--{name} {getattr(config, name)} has no effect: "
+                        f"--train_stage {config.train_stage} goes on with what {config.proj_dir} holds"
                     )
             return start
         if (final := Path(config.proj_dir) / FINAL_NAME).exists():
             raise UserError(
-                f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run would overwrite; choose another --proj_dir, with --load_model {final} to train it further"
+                f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run "
+                f"would overwrite; choose another --proj_dir, with --load_model {final} to train it further"
             )
     else:
         refuse_to_overwrite(config, from_mini_epoch=config.epoch_begin)
@@ -99,7 +101,9 @@ def _from_state(config: TrainConfig, order: int | str, identity: list[dict], dam
             )
     if (then := info.meta["epoch_samples"]) != config.epoch_samples:
         say(
-            f"--epoch_samples {config.epoch_samples} from here on, and {then} before: mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}"
+            f"--epoch_samples {config.epoch_samples} from here on, and {then} before: "
+            f"mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is "
+            f"in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}"
         )
     _same_data(config, info, identity)
     model = _agree(config, model_config(**phantom.as_now(info.meta["model"])), info.path)
@@ -112,7 +116,10 @@ def _same_data(config: TrainConfig, info: StateInfo, identity: list[dict]) -> No
         if then["tokens"] != now["tokens"]:
             differs = f"does not hold the tokens that {info.path} was trained with"
         elif config.doc_reset and then["documents"] != now["documents"]:
-            differs = f"divides its tokens into {now['documents']:,} document{'s' * (now['documents'] != 1)}, and {info.path} was trained with {then['documents']:,}"
+            differs = (
+                f"divides its tokens into {now['documents']:,} document{'s' * (now['documents'] != 1)}, "
+                f"and {info.path} was trained with {then['documents']:,}"
+            )
         else:
             continue
         renamed = f" (then {then['file']})" if then["file"] != now["file"] else ""
@@ -158,7 +165,8 @@ def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
     else:
         return
     raise UserError(
-        f"--train_stage {config.train_stage} would overwrite the run in {config.proj_dir} (it holds {held}); {cure}, or choose another --proj_dir"
+        f"--train_stage {config.train_stage} would overwrite the run in {config.proj_dir} (it holds {held}); "
+        f"{cure}, or choose another --proj_dir"
     )
 
 
@@ -180,7 +188,8 @@ def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomC
     sizes = model_config(**found.as_dict() | config.own_settings() | {"model_type": "phantom", "ghost_permuted": True})
     if sizes.has_ghosts and sizes.ghost_activation != "identity":
         raise UserError(
-            f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} can only be factorised with --ghost_activation identity"
+            f"--ghost_activation {sizes.ghost_activation}: the matrices of the "
+            f"RWKV-7 in {path} can only be factorised with --ghost_activation identity"
         )
     return sizes
 
@@ -189,7 +198,8 @@ def _agree(config: TrainConfig, found: ModelConfig, path: Path, grows: bool = Fa
     """The model of path as the flags want it, if they may. grows: --load_partial may put blocks above its own; a training state's optimizer has none for them."""
     if config.my_testing != found.model_type:
         raise UserError(
-            f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; use --my_testing {found.model_type}, or another --load_model or --proj_dir"
+            f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; "
+            f"use --my_testing {found.model_type}, or another --load_model or --proj_dir"
         )
     deeper = grows and bool(config.load_partial) and config.n_layer > found.n_layer
     for name in SIZES:
@@ -252,11 +262,13 @@ def _differs(name: str, given: object, there: object, path: Path) -> str:
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if config.dim_att and config.dim_att != model.n_embd:
         raise UserError(
-            f"--dim_att {config.dim_att} differs from the width {model.n_embd}; --my_testing {config.my_testing} needs them equal (leave --dim_att out)"
+            f"--dim_att {config.dim_att} differs from the width {model.n_embd}; "
+            f"--my_testing {config.my_testing} needs them equal (leave --dim_att out)"
         )
     if isinstance(model, PhantomConfig) and model.steps_on_state and config.ctx_len <= model.ttt_chunk:
         raise UserError(
-            f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: no token would come after a step, and nothing would train it; "
+            f"--ctx_len {config.ctx_len} is not above --ttt_chunk {model.ttt_chunk}: "
+            "no token would come after a step, and nothing would train it; "
             f"use a longer --ctx_len, {'a smaller --ttt_chunk (16, 32, ...), ' if config.ctx_len > 16 else ''}or --ttt_enabled 0"
         )
     return model
@@ -273,7 +285,8 @@ def build_model(config: TrainConfig, sizes: ModelConfig, path: Path | None) -> m
         kept = load_into(model, tensors, bool(config.load_partial))
         if kept and config.load_partial:
             say(
-                f"{len(kept)} tensors are not in {path} and keep their initial values: {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}"
+                f"{len(kept)} tensors are not in {path} and keep their initial values: "
+                f"{', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}"
             )
     return model
 

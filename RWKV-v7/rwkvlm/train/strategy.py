@@ -64,14 +64,16 @@ def launch(config: TrainConfig) -> Launch:
     devices = int(config.devices) if config.devices != "auto" else launched or (gpus if accelerator == "gpu" else 1)
     if accelerator == "gpu" and gpus < launched == devices:
         raise UserError(
-            f"the launcher started {launched} processes on this node, and this one sees {gpus} GPU{'s' * (gpus > 1)}; let each see all of them (SLURM: --gpus-per-node in"
+            f"the launcher started {launched} processes on this node, and this one sees {gpus} GPU{'s' * (gpus > 1)}; "
+            "let each see all of them (SLURM: --gpus-per-node in"
             f" place of --gpus-per-task and --gpu-bind), or start {gpus}"
         )
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
     if accelerator == "cpu" and devices > (most := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_PROCESS):
         raise UserError(
-            f"--devices {devices}: without a GPU these are processes, and this machine's memory has no room for more than {most}; use --devices 1, 2, ..."
+            f"--devices {devices}: without a GPU these are processes, "
+            f"and this machine's memory has no room for more than {most}; use --devices 1, 2, ..."
         )
     if launched and launched != devices:
         raise UserError(

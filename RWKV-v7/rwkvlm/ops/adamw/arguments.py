@@ -23,7 +23,8 @@ def check_step(
     )
     if not (fit and (not rounded or _fit(rounded, sizes, {torch.bfloat16}, index))):
         raise ValueError(
-            "adamw: expected contiguous tensors of the same sizes on one device: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to"
+            "adamw: expected contiguous tensors of the same sizes on one device: "
+            "fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to"
         )
 
 

@@ -27,8 +27,8 @@ def head_cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     l2wrap   `l2wrap / tokens * max_logit` is added to the gradient at each row's arg-max; the loss value is unchanged
              (RWKV-LM, RWKV-v7/train_temp)
 
-    The gradient of the weight is summed over chunks in fp32 and then rounded; each chunk's part is rounded as well where torch makes it (all
-    forms but the C++ one). Where no gradient is asked for, only the loss is computed.
+    The gradient of the weight is summed over chunks in fp32 and then rounded; each chunk's part is rounded as well
+    where torch makes it (all forms but the C++ one). Where no gradient is asked for, only the loss is computed.
     Raises ValueError for shapes, dtypes, devices or targets that do not fit.
     """
     x, weight = backend.widened(x, weight)  # of fp16 only rounded when a scaled gradient has come

@@ -32,10 +32,11 @@ def norm_mix(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The branch is added to the residual stream, the sum normalised, each token blended with the one before: `token_mix(LayerNorm(x + branch))`.
 
-    x, branch: [B, T, C], without a branch nothing is added; weight, bias: [C], eps: of the LayerNorm; last: [B, C], the normalised token before
-    x[:, 0], None for zeros; mixes: [1, 1, C] each. bounds: [documents + 1] int32 for documents in a row, B = 1, from 0 to T: each one's last token
-    is padding, for which the normalised token is zeros. Returns x + branch, the last normalised token [B, C], and a [B, T, C] for each mix.
-    One kernel on a GPU for as many mixes as RWKV-7 has; else its parts.
+    x, branch: [B, T, C], without a branch nothing is added; weight, bias: [C], eps: of the LayerNorm; last: [B, C], the
+    normalised token before x[:, 0], None for zeros; mixes: [1, 1, C] each. bounds: [documents + 1] int32 for documents
+    in a row, B = 1, from 0 to T: each one's last token is padding, for which the normalised token is zeros. Returns x +
+    branch, the last normalised token [B, C], and a [B, T, C] for each mix. One kernel on a GPU for as many mixes as
+    RWKV-7 has; else its parts.
     """
     if len(mixes) in native.NORM_MIXES and _in_one(x, weight, bias, *mixes, *(t for t in (branch, last) if t is not None)):
         return native.norm_mix(x, branch, weight, bias, eps, last, mixes, bounds)
@@ -60,8 +61,8 @@ def time_mix_inputs(
         w = w0 + w_low    k (1 + (rate - 1) k_a)    a = -kk    b = kk * rate    v + (v_first - v) sigmoid(v0 + v_low)
 
     w_low, k, a_low, v, v_first, v_low: [B, T, C]; w0, k_k, k_a, a0, v0: [1, 1, C]. Without v_first, v stays as it is.
-    Returns w, k, a, b, v, each [B, T, C], and v_first as it came, for what reads it afterwards: what these uses give is then added in the same backward pass.
-    Source: RWKV-7 paper (arXiv 2503.14456), section 4.
+    Returns w, k, a, b, v, each [B, T, C], and v_first as it came, for what reads it afterwards: what these uses give is
+    then added in the same backward pass. Source: RWKV-7 paper (arXiv 2503.14456), section 4.
     """
     inputs = (k, w_low, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0)
     return _form(*(t for t in inputs if t is not None)).time_mix_inputs(w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size)

@@ -1,7 +1,8 @@
 """ROSA, the Rapid Online Suffix Automaton of RWKV-8: the contract, and the choice of who computes it.
 
-For each i let w(j), 0 <= j < i, be how many symbols back from j agree with those back from i: q[i-r] == k[j-r] for all r < w. The largest w wins,
-the latest j among equals; if w >= 1 the output is v[j+1], what followed the last time that the longest known suffix was seen, else it is a miss.
+For each i let w(j), 0 <= j < i, be how many symbols back from j agree with those back from i: q[i-r] == k[j-r] for all
+r < w. The largest w wins, the latest j among equals; if w >= 1 the output is v[j+1], what followed the last time that
+the longest known suffix was seen, else it is a miss.
 
 Source: RWKV-LM, folder RWKV-v8.
 """
@@ -45,10 +46,11 @@ def rosa(
 ) -> Tensor | tuple[Tensor, RosaState]:
     """ROSA over symbols of 1 to 8 bits; a bit is x > 0.
 
-    q, k, v: [B, T, C], T >= 1, one dtype; channels g bits .. g bits + bits - 1 form a symbol, least significant bit first, each group a sequence of its own.
+    q, k, v: [B, T, C], T >= 1, one dtype; channels g bits .. g bits + bits - 1 form a symbol, least significant bit
+    first, each group a sequence of its own.
         k and v None: they are q, and turning a bit turns it in all three.
-    low, high: [C], the output where the output symbol's bit is 0, and where it is 1. miss: "zero", then the output is 0, or "low", it is `low`.
-    grad: what q, k and v receive.
+    low, high: [C], the output where the output symbol's bit is 0, and where it is 1. miss: "zero", then the output is
+    0, or "low", it is `low`. grad: what q, k and v receive.
         "flip"  d x_t = (phi(bit 1) - phi(bit 0)) / (2 max(|x_t|, tau)), phi = sum(d out * out): exact, by turning each single bit
         "soft"  the gradient of a soft ROSA (soft.py): dense, also where two bits would have to change together
     low and high receive the exact sums over where they were put out.

@@ -14,8 +14,8 @@ FLIPS_AT_ONCE = 1 << 22  # symbols
 def longest(q: Tensor, k: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
     """Where each output comes from.
 
-    q: [R, T], the new symbols; k: [R, L + T], all of them; runs: [R, L] as in RosaState. Returns the index of the output in v, [R, T], -1 on a miss,
-    and the runs after it, [R, L + T].
+    q: [R, T], the new symbols; k: [R, L + T], all of them; runs: [R, L] as in RosaState. Returns the index of the
+    output in v, [R, T], -1 on a miss, and the runs after it, [R, L + T].
     """
     (R, T), L = q.shape, runs.shape[1]
     sources = torch.full((R, T), -1, dtype=torch.int64, device=q.device)

@@ -66,7 +66,8 @@ def _backward(ctx, dy, d_final, _checkpoints):
     w, u, k, v, checkpoints, state = ctx.saved_tensors
     dy = torch.zeros_like(k) if dy is None else dy.contiguous()
     if d_final is not None:
-        # What the kernels carry through the tokens are the gradients of A and B in the scale of their p. Of the gradient of p a part is theirs.
+        # What the kernels carry through the tokens are the gradients of A and B in the scale of their p. Of the
+        # gradient of p a part is theirs.
         masses = d_final[:, :2]
         rest = d_final[:, 2:] - (masses * state[:, :2]).sum(1, keepdim=True)
         d_final = torch.cat([masses, rest], dim=1)

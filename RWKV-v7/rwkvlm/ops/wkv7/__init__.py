@@ -40,8 +40,9 @@ def wkv7(
     initial_state: [B, H, N, N] float32 (rows value, columns key); zeros when None.
     cu_seqlens: [documents + 1] int32 or int64, rising from 0 to T, with B = 1: documents packed in one row, the state is
         reset at each boundary; states are then [documents, H, N, N].
-    Returns y [B, T, H, N] in the dtype of r, with output_final_state also the float32 state after the last token, with pass_on also r, k and v: for what
-    reads them besides, so that the gradients of both are added up as they are stored, without passes over memory of their own.
+    Returns y [B, T, H, N] in the dtype of r, with output_final_state also the float32 state after the last token, with
+    pass_on also r, k and v: for what reads them besides, so that the gradients of both are added up as they are stored,
+    without passes over memory of their own.
     Gradients reach all six inputs and initial_state. ValueError for anything else; UserError for a kernel that cannot run.
     """
     inputs = backend.widened(r, w, k, v, a, b)

@@ -35,7 +35,8 @@ def wkv7_ttt(
 
     r, w, k, v, a, b [B, T, H, N] bfloat16, a = -kk; initial_state [B, H, N, N] float32 or None. rate [H] float32: eta / segment.
     head [2, hidden, rows] float32: W1 and the transpose of W2, or None. stored: targets are v (k . kk), else v; they are constants.
-    Returns y and the state after the last token, with pass_on also r, k, v, as wkv7 does. Gradients reach the six inputs, initial_state, rate and head. Only where `runs_here`.
+    Returns y and the state after the last token, with pass_on also r, k, v, as wkv7 does. Gradients reach the six
+    inputs, initial_state, rate and head. Only where `runs_here`.
     """
     inputs = (r, w, k, v, a, b)
     check_arguments(inputs, initial_state, None)

@@ -16,7 +16,8 @@ T = TypeVar("T")
 class Log:
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: step, tokens, loss, lr, grad_norm and grad_norms by part of the model (None: unknown), tokens_per_s,
-        tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. Only some steps have
+        tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process),
+        memory_mb. Only some steps have
 
             meta_loss   a Phantom's other term, without its weight; not part of loss
             skipped     True: a number was not finite, and the step has changed nothing

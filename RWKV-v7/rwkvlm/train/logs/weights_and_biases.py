@@ -16,7 +16,8 @@ class WeightsAndBiases(Log):
     """A training that goes on from a training state goes on in the same run of wandb, which leaves out the steps that it has already. From weights,
     which may lie far behind that run's last step and train otherwise than it did, there is a new one.
 
-    Offline each process has a run of its own: of several with one id, `wandb sync` would leave the last (https://github.com/wandb/wandb/issues/5865).
+    Offline each process has a run of its own: of several with one id, `wandb sync` would leave the last
+    (https://github.com/wandb/wandb/issues/5865).
     """
 
     def __init__(self, plan: Plan, now: datetime) -> None:
