@@ -123,7 +123,10 @@ class RWKV7Phantom(Phantom):
         seed: int | None = None,
         state: State | None = None,
     ) -> list[int] | torch.Tensor:
-        """Continues a prompt, all of which is read: a list of tokens, or [T] or [B, T] int64. Returns the new tokens in the same form, without the prompt."""
+        """Continues a prompt, all of which is read, and returns the new tokens alone.
+
+        prompt: a list of tokens, or int64 [T] or [B, T]; the new tokens have the same form.
+        """
         check_sampling(temperature, top_p, top_k)
         device = self.emb.weight.device
         idx = torch.as_tensor(prompt, dtype=torch.int64, device=device)
@@ -169,9 +172,10 @@ def _in_plain_pytorch(forward: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def load_pretrained_rwkv7(checkpoint_path: str | Path, config: RWKV7PhantomConfig | None = None, seed: int = 0) -> RWKV7Phantom:
-    """A Phantom from a .pth file of RWKV-7, whose sizes come from the file and whose switches from config, or from a Phantom's file, which says all.
+    """A Phantom from a .pth file of an RWKV-7 or of a Phantom.
 
-    An RWKV-7's matrices become Ghost layers of least error (layers/ghost.py); test-time training begins with its initial values. With
+    Of an RWKV-7 the file gives the sizes and config the switches; a Phantom's file says all. The matrices of an RWKV-7
+    become Ghost layers of least error (layers/ghost.py); test-time training begins with its initial values. With
     core_ratio 1 and ttt_enabled False the logits are RWKV-7's to the bit.
     """
     config, tensors = config or RWKV7PhantomConfig(), load_weights(checkpoint_path)
@@ -249,7 +253,10 @@ def save_state(path: str | Path, state: State) -> None:
 
 
 def load_state(path: str | Path, model: Phantom) -> State:
-    """A state that save_state has written for a model of these sizes, on this model's device and in its dtypes. Raises UserError for anything else."""
+    """A state that save_state has written, on this model's device and in its dtypes.
+
+    Raises UserError for any other file, and for the state of a model with other sizes.
+    """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: torch's reader runs over whatever bytes a file holds as if they were a pickle's

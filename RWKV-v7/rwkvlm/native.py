@@ -1,4 +1,4 @@
-"""Native kernels: builds cuda/<name>/ when it is first asked for, keeps the result, and loads it: C++ into torch.ops.rwkvlm, CUDA through ctypes.
+"""Native kernels: builds cuda/<name>/ on its first use, keeps the result, and loads it: C++ into torch.ops.rwkvlm, CUDA through ctypes.
 
 Every *.cpp of the folder is compiled once, except cpu.cpp, which is compiled once per instruction set of the machine's family
 (see cuda/common/isa.h). The compiler is called directly, since torch.utils.cpp_extension.load takes half a minute for what the
@@ -8,8 +8,8 @@ no second OpenMP runtime enters the process, none is needed to build, and torch.
 A folder without op.cpp has nothing to do with torch: a plain C interface, for commands that should not wait for torch to load.
 
 The *.cu of a folder become a library of their own (`cuda_library`), by nvcc, for the GPUs of this machine. What starts
-them, *gpu.cpp, is a third library (`load_launches`), which only they need: it includes what the stable ABI does not
-have, of which a file takes twenty seconds. So does fused/autograd.cpp, which the CPU's operators need.
+them, *gpu.cpp, is a third library (`load_launches`), which only they need: it includes headers beyond the stable ABI,
+with which a file takes twenty seconds. So does fused/autograd.cpp, which the CPU's operators need.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load(name: str) -> None:
 
 @functools.cache
 def load_launches(name: str) -> None:
-    """The same for those of its *gpu.cpp, which call the functions of a `cuda_library`, or of another with the same. NativeBuildError."""
+    """The same for those of its *gpu.cpp, which call a `cuda_library`, or another library with the same functions. NativeBuildError."""
     _load_operators(f"launch of CUDA kernel {name}", build_launches(name))
 
 
@@ -83,11 +83,12 @@ def available(name: str) -> tuple[bool, str]:
 
 @functools.cache
 def cuda_library(name: str) -> ctypes.CDLL:
-    """The C functions of the *.cu of cuda/<name>/, built for this machine's GPUs on the first use ever, and what starts them. NativeBuildError.
+    """The C functions of the *.cu of cuda/<name>/, built for this machine's GPUs on the first use ever. NativeBuildError.
 
-    It knows nothing of torch, and is called with addresses: x.data_ptr(), torch.cuda.current_stream().cuda_stream. So nvcc needs no
-    header of torch, which take it minutes and tie the result to one version; the same library serves every torch, one built for another
-    CUDA release included, since it brings its own CUDA runtime, and memory and streams belong to the driver, which all runtimes share.
+    What starts them (`load_launches`) is built and loaded too. The library knows nothing of torch, and is called with
+    addresses: x.data_ptr(), torch.cuda.current_stream().cuda_stream. So nvcc needs no header of torch, which take it
+    minutes and tie the result to one version; the same library serves every torch, one built for another CUDA release
+    included, since it brings its own CUDA runtime, and memory and streams belong to the driver, which all runtimes share.
     Its functions return 0, or an error that `cuda_message` names. The caller makes the tensors' device the current one.
     """
     architectures, _ = _architectures(name), _nvcc_for(name)
@@ -99,8 +100,7 @@ def cuda_library(name: str) -> ctypes.CDLL:
     if code:
         raise NativeBuildError(
             f"CUDA kernel {name}: the driver does not run what {nvcc()} builds: {cuda_message(found, code)}; "
-            "update the driver, or set CUDA_HOME"
-            " to a toolkit of the driver's CUDA release (nvidia-smi shows it)"
+            "update the driver, or set CUDA_HOME to a toolkit of the driver's CUDA release (nvidia-smi shows it)"
         )
     return found
 
@@ -238,7 +238,10 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def _targets(name: str, compiler: str, architectures: tuple[str, ...]) -> list[str]:
-    """nvcc's flags for these GPUs. For one that this nvcc does not know: PTX for the newest before it, of which the driver makes machine code."""
+    """nvcc's flags for these GPUs.
+
+    For one that this nvcc does not know: PTX for the newest before it, of which the driver makes machine code.
+    """
     known = sorted({int(number) for number in re.findall(r"sm_(\d+)", _says(compiler, "--list-gpu-code"))})
     flags = []
     for wanted in architectures:
@@ -250,9 +253,8 @@ def _targets(name: str, compiler: str, architectures: tuple[str, ...]) -> list[s
             flags.append(f"-gencode=arch=compute_{before[-1]},code=compute_{before[-1]}")
         else:
             raise NativeBuildError(
-                f"CUDA kernel {name}: {compiler} makes code for compute capability "
-                f"{known[0] / 10} and higher, and a GPU here has {number / 10};"
-                " hide it with CUDA_VISIBLE_DEVICES, or set CUDA_HOME to an older toolkit"
+                f"CUDA kernel {name}: {compiler} makes code for compute capability {known[0] / 10} and higher, "
+                f"and a GPU here has {number / 10}; hide it with CUDA_VISIBLE_DEVICES, or set CUDA_HOME to an older toolkit"
             )
     return list(dict.fromkeys(flags))
 
@@ -366,6 +368,6 @@ def _run(what: str, command: list[str]) -> None:
 
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    # which says that ld has said why
+    # collect2 says only that ld has said why
     told = (line for line in lines if ("error" in line or "fatal" in line) and not line.startswith("collect2:"))
     return next(told, lines[0])[:300]

@@ -1,8 +1,9 @@
 """Which rwkv-*.pth files a run has written, so that a training state is never mixed up with weights that came from elsewhere.
 
-`{proj_dir}/state/weights.json` maps file names to identities, the newest first. A file enters it before it becomes
-visible under its name, and what it replaces stays in it, being there until then; so every rwkv-{n}.pth that is not in
-it was put there by someone else, who wants the run to go on from it, as the official trainer does.
+`{proj_dir}/state/weights.json` maps file names to identities, the newest first. A file is entered before it becomes
+visible under its name, and the entry of the one that it replaces, which is there until then, stays. So every
+rwkv-{n}.pth that is not entered was put there by someone else, who wants the run to go on from it, as the official
+trainer does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from .pth import newest_weights, save_weights
 
 
 def identity(path: Path) -> str:
-    """Names a .pth file's content without reading all of it: the checksums in its zip directory. Neither copying nor touching changes it. "" if unreadable."""
+    """Names a .pth file's content by the checksums in its zip directory, without reading all of it; "" if unreadable.
+
+    Neither copying nor touching the file changes it.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = sorted((e.filename.partition("/")[2], e.file_size, e.CRC) for e in archive.infolist())
@@ -32,9 +36,9 @@ def identity(path: Path) -> str:
 
 
 def publish_weights(proj_dir: str | Path, name: str, weights: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Writes {proj_dir}/{name} (rwkv-init.pth, rwkv-{n}.pth, rwkv-final.pth) as this run's own. Every rank calls, weights from full_weights.
+    """Writes {proj_dir}/{name} (rwkv-init.pth, rwkv-{n}.pth, rwkv-final.pth) as this run's own.
 
-    Raises UserError on every rank when rank 0 cannot write.
+    Every rank calls it, with weights from full_weights. Raises UserError on every rank when rank 0 cannot write.
     """
     path = Path(proj_dir) / name
 
@@ -69,7 +73,7 @@ def is_own(path: Path) -> bool:
 
 
 def newest_entry(proj_dir: Path) -> list | None:
-    """What a training state records of the weights beside it: [name, mini-epoch, identity] of the newest, as officially scanned."""
+    """What a training state records of the weights beside it: [name, mini-epoch, identity] of the newest (pth.newest_weights)."""
     newest = newest_weights(proj_dir)
     return [newest[0].name, newest[1], identity(newest[0])] if newest else None
 

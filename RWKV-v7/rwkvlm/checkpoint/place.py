@@ -13,7 +13,7 @@ from ..config import UserError
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or the one above it that exists. OSError where there is a link in between that leads nowhere, as to a disk that is not mounted."""
+    """The folder, or the nearest one above it that exists. OSError at a link that leads nowhere, as to a disk that is not mounted."""
     for place in (folder, *folder.absolute().parents):
         if place.exists():
             return place
@@ -42,7 +42,7 @@ def check_file(path: Path, flag: str) -> None:
 
 
 def write_json(path: Path, content: object, flag: str, cure: str) -> None:
-    """In the place of an older file when it is whole. UserError, naming the flag that asks for it, when it cannot be written."""
+    """Writes JSON, whole or not at all. UserError, naming the flag that asks for it and the cure, when it cannot be written."""
     text = json.dumps(content, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def prepare_file(file: Path, text: str) -> Callable[[], None]:
-    """The file under a temporary name, safe on the disk; what is returned moves it into place."""
+    """Writes the file under a temporary name, flushed to disk; the function that is returned moves it into place."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         with open(temporary, "w") as handle:

@@ -28,8 +28,8 @@ WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # left in names by Lig
 UNUSED = frozenset(f"blocks.0.att.{v}" for v in ("v0", "v1", "v2"))
 # how a block begins in the official trainer's files
 TRAINED = "ln1 ln2 ln0 x_r x_w x_k x_v x_a x_g w1 w2 w0 a1 a2 a0 v1 v2 v0 g1 g2 k_k k_a r_k".split()
-# Names of a model that is no RWKV-7, in a file: the PyPI package `rwkv` would read what else is there as an RWKV-7, but
-# counts the blocks by the number behind "blocks.", and so ends here with the name in its error.
+# How a file names the tensors that say that its model is no RWKV-7. Without them the PyPI package `rwkv` would compute the
+# rest as an RWKV-7; it reads the number of a block behind each "blocks.", and so ends here, with the name in its error.
 IN_FILE = {name: f"blocks.{name}" for name in DESCRIBING}
 INIT = -1  # the place of rwkv-init.pth among the mini-epochs
 
@@ -45,7 +45,7 @@ def save_weights(
 
     The temporary name does not end in .pth, so a scan for rwkv-*.pth never sees half a file. before_rename(temporary
     path) is called when the content is safe and not yet visible. Raises UserError when the file cannot be written;
-    flag: that which chooses the place.
+    flag: the one that chooses the place, for this error. first: how a block begins (see `ordered`).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -168,7 +168,10 @@ def model_from(tensors: Mapping[str, torch.Tensor], device: torch.device | str, 
 
 
 def newest_weights(proj_dir: str | Path, skip: Collection[Path] = ()) -> tuple[Path, int] | None:
-    """The newest rwkv-{n}.pth of a run and its mini-epoch n, or rwkv-init.pth and -1, or None. As the official scan: rwkv-final.pth does not count."""
+    """The newest rwkv-{n}.pth of a run and its mini-epoch n, or rwkv-init.pth and -1, or None.
+
+    As in the official scan, rwkv-final.pth does not count. skip: files to pass over.
+    """
     found = []
     for path in Path(proj_dir).glob("rwkv-*.pth"):
         label = path.stem.removeprefix("rwkv-")

@@ -46,14 +46,20 @@ class Piece:
         return float(_state(*self.adam)["step"]) if self.adam else 0.0
 
     def set_step(self, step: float) -> None:
-        """The counter keeps its kind and is never a tensor that other pieces use (DeepSpeed's own loading shares one, which then runs too fast)."""
+        """Gives the piece a counter of its own, of the kind that it had.
+
+        DeepSpeed's own loading has one tensor count for several pieces, which then runs too fast.
+        """
         state = _state(*self.adam)
         counter = state["step"]
         state["step"] = torch.full_like(counter, step) if isinstance(counter, torch.Tensor) else type(counter)(step)
 
 
 def pieces(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Piece]:
-    """The pieces that this process keeps. model: the bare module, whose names are the official ones; optimizer: as Lightning's strategy.optimizers[0] gives it."""
+    """The pieces that this process keeps.
+
+    model: the bare module, whose names are the official ones; optimizer: Lightning's strategy.optimizers[0].
+    """
     trained = list(_trained(model, optimizer))
     known = {piece.name for piece in trained}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -82,10 +82,11 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
 def write(
     proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, Any], keep_last: int, group: dist.ProcessGroup | None = None
 ) -> Path:
-    """Saves every rank's snapshot as {proj_dir}/state/step{step} and deletes all but the newest keep_last. All or nothing, whenever it is interrupted.
+    """Saves every rank's snapshot as {proj_dir}/state/step{step} and deletes all but the newest keep_last.
 
-    Ranks write into step{step}.tmp; rank 0 seals it with a manifest, renames it and moves `latest`. Collective in
-    group. Raises UserError on every rank when any rank cannot write; what was there before is intact then.
+    All or nothing, whenever it is interrupted: ranks write into step{step}.tmp; rank 0 seals it with a manifest,
+    renames it and moves `latest`. Collective in group. Raises UserError on every rank when any rank cannot write; what
+    was there before is intact then.
     """
     folder = Path(proj_dir) / "state"
     path, temporary = folder / f"step{step}", folder / f"step{step}.tmp"
@@ -140,7 +141,7 @@ def write(
 
 
 def _put_away(path: Path) -> None:
-    """A state of the step that is being saved, or of a later one: it must be damaged, since training began before it."""
+    """Renames a state of the step that is being saved, or of a later one: it must be damaged, since training began before it."""
     damaged = path.with_name(path.name + ".damaged")
     shutil.rmtree(damaged, ignore_errors=True)
     os.replace(path, damaged)
@@ -195,7 +196,10 @@ def say_damaged(path: Path, problem: str) -> None:
 
 
 def check(info: StateInfo) -> str:
-    """What is wrong with the files of a state, "" if nothing. Collective: every file is read by one rank, at the same world size by the one that will load it."""
+    """What is wrong with the files of a state, "" if nothing. Collective.
+
+    Each file is read by one rank: at the same world size by the one that will load it.
+    """
     problem = ""
     try:
         files = sorted(_read_manifest(info.path)["files"].items())
@@ -223,7 +227,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def set_aside(proj_dir: str | Path) -> None:
-    """Renames state/ to state.aside-{k} when it holds states, so that a run that does not continue them never mixes with them or deletes them."""
+    """Renames state/ to state.aside-{k} when it holds states. Collective.
+
+    A run that does not continue them then never mixes with them or deletes them. weights.json stays in state/.
+    """
     folder = Path(proj_dir) / "state"
 
     def rename() -> None:

@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _lacking(error: Exception) -> str:
-    """What this machine has too little of, with the cure; "" for any other error. torch may not have been imported, and its errors have no class of their own."""
+    """What the machine has too little of, or what its Python lacks, with the cure; "" for any other error.
+
+    Errors of torch are known by their name or text: it may not have been imported, and not all have a class of their own.
+    """
     told = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in told:
         return f"out of memory{': ' * bool(told)}{told}; free some, or give the command less at a time (its --help says how)"
@@ -82,7 +85,7 @@ def _lacking(error: Exception) -> str:
             f"cannot write {error.filename or 'standard output, or a file'}: {error.strerror}; "
             "free some space, or choose another place, then start again"
         )
-    # that of a write has it: the reader is slow
+    # a write to a slow reader raises it too, but with characters_written
     no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")
     if "can't start new thread" in told or no_process:
         return (
@@ -106,7 +109,10 @@ def _lacking(error: Exception) -> str:
 
 
 def _at_hand(error: Exception) -> set[str]:
-    """The packages where the error was raised: that of the code itself, and those of what it has in its variables. Of others it is no sign."""
+    """The packages where the error was raised: that of the code itself, and those of what is in its variables.
+
+    Of the versions of others the error is no sign.
+    """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     values = [*frame.f_globals.values(), *frame.f_locals.values()]
     modules = [
@@ -125,8 +131,10 @@ def _drop_what_cannot_be_written() -> None:
 
 
 def _open_what_is_closed() -> None:
-    """/dev/null in the place of standard input, output and error that the caller has closed (`>&-`). Left closed, the next file that is opened would
-    get the number, and what C libraries print would end up in it."""
+    """Opens /dev/null in the place of standard input, output or error that the caller has closed (`>&-`).
+
+    Otherwise the next file that is opened would get its number, and what C libraries print would end up in that file.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)

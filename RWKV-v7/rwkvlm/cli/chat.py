@@ -22,10 +22,9 @@ HELP = """/retry    another answer to the last message
 def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m rwkvlm chat",
-        description="Talk with a model that knows the format of RWKV World: User: ..., blank line, "
-        "Assistant: ... Each line that is typed, or read from a pipe, is a message "
-        "or a command: /retry, /undo, /reset, /help, /quit. Memory does not grow "
-        "with the conversation, but for models that keep what they have read.",
+        description="Talk with a model that knows the format of RWKV World: User: ..., blank line, Assistant: ... "
+        "Each line that is typed, or read from a pipe, is a message or a command: /retry, /undo, /reset, /help, /quit. "
+        "Memory does not grow with the conversation, but for models that keep what they have read.",
     )
     parser.add_argument("--model", required=True, help="checkpoint, for example out/L6-D256-x070/rwkv-final.pth")
     parser.add_argument("--system", default="", help='text before the first turn, read as "System: TEXT"')

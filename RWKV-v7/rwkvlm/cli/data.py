@@ -81,8 +81,8 @@ def _line(data: BinIdx) -> str:
 def _found(seen: Survey) -> str:
     how = "all checked" if seen.whole else f"{seen.tokens} tokens of {seen.documents} documents looked at, evenly spread"
     return (
-        f"token ids {seen.smallest} to {seen.largest} ({how}); token {END_OF_DOCUMENT} ends "
-        f"{seen.ended} of {seen.documents} documents and stands {seen.inside} times inside"
+        f"token ids {seen.smallest} to {seen.largest} ({how}); "
+        f"token {END_OF_DOCUMENT} ends {seen.ended} of {seen.documents} documents and stands {seen.inside} times inside"
     )
 
 
@@ -137,8 +137,8 @@ def _verify(args: argparse.Namespace) -> None:
     print(_line(data))
     print(_found(seen))
     print(
-        "ok: header, sizes, pointers and documents of the index agree with each "
-        f"other and with {data.bin_path}, and every token is below {vocab_size}"
+        "ok: header, sizes, pointers and documents of the index agree with each other "
+        f"and with {data.bin_path}, and every token is below {vocab_size}"
     )
 
 

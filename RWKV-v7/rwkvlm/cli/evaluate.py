@@ -28,8 +28,7 @@ def main(argv: list[str]) -> int:
         type=int,
         default=0,
         help="0: each document of --data by itself, whole, after a token 0, without the 0 that ends it; "
-        "else windows of so many tokens over all documents with their 0, "
-        "each read anew, as the trainer's validation does [0]",
+        "else windows of so many tokens over all documents with their 0, each read anew, as the trainer's validation does [0]",
     )
     parser.add_argument(
         "--lambada", default="", help='a .jsonl with LAMBADA\'s passages as "text": accuracy and perplexity of the last word'
@@ -131,7 +130,7 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _perplexity(found: dict[str, Any]) -> str:
-    """That of words, by an untrained model, has dozens of digits."""
+    """As a power of ten where it is large: that of words, by an untrained model, has dozens of digits."""
     return f"{found['perplexity']:12.{'4f' if found['perplexity'] < 1e7 else '4e'}}"
 
 

@@ -8,8 +8,8 @@ from .flags import Parser
 def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m rwkvlm export",
-        description="Write a model as released RWKV-7 files are: without block 0's v0, v1, "
-        "v2, which nothing reads, and with whole matrices in the place of factors.",
+        description="Write a model as released RWKV-7 files are: "
+        "without block 0's v0, v1, v2, which nothing reads, and with whole matrices in the place of factors.",
     )
     parser.add_argument(
         "--model", required=True, help="checkpoint of an RWKV-7, also a compressed one, or of a Phantom without test-time training"

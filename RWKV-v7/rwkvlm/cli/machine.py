@@ -20,7 +20,10 @@ DEVICES = Path("/dev")
 
 
 def listed_gpus() -> int:
-    """GPUs that nvidia-smi lists, 0 where there is no driver behind it; where it is missing, as in containers that get the driver's libraries alone, those in /dev."""
+    """GPUs that nvidia-smi lists, 0 where there is no driver behind it.
+
+    Where nvidia-smi is missing, as in containers that get the driver's libraries alone: those in /dev.
+    """
     if not shutil.which("nvidia-smi"):
         return 0 if not has_driver() else sum(bool(re.fullmatch(r"nvidia\d+", device.name)) for device in DEVICES.iterdir())
     try:
@@ -76,8 +79,8 @@ def check_torch_sees_gpus() -> int:
         capability = torch.cuda.get_device_capability(index)
         if not covers(torch.cuda.get_arch_list(), capability):
             raise UserError(
-                f"GPU {index} ({torch.cuda.get_device_name(index)}, "
-                f"sm_{capability[0]}{capability[1]}) is not among the architectures of {version}"
+                f"GPU {index} ({torch.cuda.get_device_name(index)}, sm_{capability[0]}{capability[1]}) "
+                f"is not among the architectures of {version}"
                 f" ({' '.join(torch.cuda.get_arch_list())}); install another CUDA build: {pip}cu130 (newer GPU) or cu126 (older){otherwise}"
             )
     return torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Smaller models from trained ones: two factors for a matrix, fewer hidden units; always really smaller tensors, in a file that trains on."""
+"""Smaller models from trained ones, in files that train on: two factors for a matrix, fewer hidden units; always smaller tensors."""
 
 from .run import compress_file, report_lines
 

@@ -1,4 +1,4 @@
-"""From a weight file to one as RWKV-7's releases are: no tensors that nothing reads, a dense matrix in the place of factors and Ghost layers."""
+"""From a weight file to one as RWKV-7's releases are: no unread tensors, dense matrices in the place of factors and Ghost layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ OF_MATRIX = re.compile(rf"(blocks\.\d+\.(?:{'|'.join(map(re.escape, MATRICES))})
 
 
 def export_file(path: str | Path, out: str | Path) -> None:
-    """Writes the model of `path` to `out` for programs that know RWKV-7 only. Raises UserError for a model that is none and for files that cannot be read or written."""
+    """Writes the model of `path` to `out` for programs that know RWKV-7 only.
+
+    Raises UserError for a model that no RWKV-7 can compute, and for files that cannot be read or written.
+    """
     path, out = Path(path), Path(out)
     if out.exists() and path.exists() and os.path.samefile(path, out):
         raise UserError(f"--out {out} is the model itself; choose another name")

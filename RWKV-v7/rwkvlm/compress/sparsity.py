@@ -15,14 +15,20 @@ KEY, VALUE = "ffn.key", "ffn.value"
 
 
 def importance(weights: Weights, layer: int, activity: torch.Tensor | None = None) -> torch.Tensor:
-    """Of each hidden unit of a block, [dim_ffn]: |its row of key| * |its column of value|; with activity, the root mean square
-    of what it outputs on a text [dim_ffn], this times |column|: how far the block's output moves without it."""
+    """How much each hidden unit of a block matters, [dim_ffn]: |its row of key| * |its column of value|.
+
+    With activity [dim_ffn], the root mean square of what each unit puts out on a text, it is activity * |column|: how far
+    the block's output moves without the unit.
+    """
     columns = whole(weights, f"blocks.{layer}.{VALUE}").norm(dim=0)
     return columns * (whole(weights, f"blocks.{layer}.{KEY}").norm(dim=1) if activity is None else activity.to(columns))
 
 
 def units_left(config: ModelConfig, ratio: float) -> int:
-    """Hidden units that remain in every block: to the nearest multiple of 16, which the native kernels ask for, all for ratio 0. UserError outside [0, 1)."""
+    """Hidden units that remain in every block: to the nearest multiple of 16, which the native kernels ask for.
+
+    All of them for ratio 0; UserError for a ratio outside [0, 1).
+    """
     if not 0 <= ratio < 1:
         raise UserError(f"--sparsity_ratio {ratio} must lie in [0, 1); 0 removes nothing")
     return min(config.dim_ffn, max(16, 16 * round(config.dim_ffn * (1 - ratio) / 16))) if ratio else config.dim_ffn

@@ -9,9 +9,10 @@ from .weights import Weights, first, last, product
 
 
 def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [outputs, inputs] -> down [rank, inputs] and up [outputs, rank], float32; the square root of each singular value goes to either side.
+    """weight [outputs, inputs] -> down [rank, inputs] and up [outputs, rank], float32.
 
-    The Frobenius error of up @ down is the root of the sum of squares of the singular values that are left out.
+    The square root of each singular value goes to either side. The Frobenius error of up @ down is the root of the sum
+    of squares of the singular values that are left out.
     """
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     root = S[:rank].sqrt()
@@ -19,7 +20,7 @@ def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def rank_for(ratio: float, inputs: int, outputs: int) -> int:
-    """The rank that leaves `ratio` of a matrix's parameters, to the nearest multiple of 8; 0 where nothing would be saved, and for ratio 1."""
+    """The rank that leaves `ratio` of a matrix's parameters, to the nearest multiple of 8; 0 for ratio 1 and where nothing is saved."""
     rank = max(8, 8 * round(ratio * inputs * outputs / (inputs + outputs) / 8))
     return rank if ratio < 1 and rank * (inputs + outputs) < inputs * outputs else 0
 

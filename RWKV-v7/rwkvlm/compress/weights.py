@@ -1,4 +1,4 @@
-"""A block's large matrices in a file's weights, in whatever form they are stored: dense, as two factors, as a Ghost layer, or as one of factors."""
+"""A block's large matrices, in whatever form a file stores them: dense, as two factors, as a Ghost layer, or as one of factors."""
 
 from __future__ import annotations
 

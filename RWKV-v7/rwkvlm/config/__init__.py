@@ -9,5 +9,6 @@ from .rosa import RosaConfig
 from .train import MINI_EPOCH, TrainConfig
 
 __all__ = [
-    "HEAD_SIZES", "HybridConfig", "MINI_EPOCH", "MODEL_TYPES", "ModelConfig", "PhantomConfig", "RosaConfig", "TrainConfig", "UserError", "low_rank", "model_config",
+    "HEAD_SIZES", "HybridConfig", "MINI_EPOCH", "MODEL_TYPES", "ModelConfig", "PhantomConfig", "RosaConfig", "TrainConfig",
+    "UserError", "low_rank", "model_config",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What this process has of its machine: CPUs and memory, and what control groups leave of them, the limits of a container or of a scheduler, in version 1 and 2."""
+"""CPUs and memory of the machine, and what control groups (versions 1 and 2; of containers or schedulers) leave of them to this process."""
 
 from __future__ import annotations
 

@@ -21,8 +21,11 @@ def kernel() -> str:
 
 
 def cache_dir(library: str = "") -> Path:
-    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm, and where that cannot be written to, as in some containers, a folder of the
-    user's own among the temporary files. library: a file of native/; a home folder that has it need not be writable."""
+    """RWKV_CACHE_DIR: where native kernels are built; default ~/.cache/rwkvlm.
+
+    Where that cannot be written to, as in some containers: a folder of the user's own among the temporary files.
+    library: a file of the folder's native/; a home folder that has it need not be writable.
+    """
     if given := os.environ.get("RWKV_CACHE_DIR"):
         return Path(given)
     try:
@@ -80,8 +83,10 @@ _threads = 0  # that limit_threads has set
 
 
 def limit_threads() -> None:
-    """OMP_NUM_THREADS, unless it is set, where there is time for fewer CPUs than this process may run on, as in a container with a quota: of more threads
-    some would stand still, and the others wait for them. To be called before torch is imported."""
+    """OMP_NUM_THREADS, unless it is set: no more threads than there is CPU time for, as in a container with a quota.
+
+    Of more threads some would stand still, and the others wait for them. To be called before torch is imported.
+    """
     global _threads
     if "OMP_NUM_THREADS" not in os.environ and cpus() < cpus_allowed():
         _threads = cpus()
@@ -108,7 +113,7 @@ def minipile_url() -> str:
 
 
 def first_process() -> bool:
-    """True in the one process that may print: read from the launcher's variables (torchrun, deepspeed, SLURM, Lightning's own), alone True."""
+    """True in the one process that may print, by the variables of torchrun, deepspeed, SLURM or Lightning; True without any."""
     for name in ("RANK", "SLURM_PROCID"):
         if os.environ.get(name):
             return int(os.environ[name]) == 0

@@ -8,5 +8,5 @@ class UserError(ValueError):
 
 
 def pip_install(package: str) -> str:
-    """The command that installs a package where this program finds it: the pip on the PATH is that of another Python where .venv is not activated."""
+    """The command that installs a package for this Python; the pip on the PATH is another one's where .venv is not activated."""
     return f"{sys.executable} -m pip install {package}"

@@ -1,4 +1,4 @@
-"""The shape of a hybrid: RWKV-7's sizes, and which blocks have attention in the place of their time mixing, with how many heads, how far back."""
+"""The shape of a hybrid: RWKV-7's sizes, which blocks have attention in the place of time mixing, with how many heads, how far back."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class PhantomConfig(ModelConfig):
     ghost_permuted    rows are stored in another order, as a factorised RWKV-7 needs them
     max_depth_iter    passes through each block
     ttt_enabled       test-time training, of kind "state" (steps on the wkv state) or "memory" (on fast weights beside it, layers/memory.py)
-    ttt_lr            step size per token at the start; None: 0.01 for "state", 0.5 for "memory". The steps on the state average over the segment, so
-                      that eta starts at ttt_lr * ttt_chunk: 0.01 alone moved the state by 0.1 % and did nothing
+    ttt_lr            step size per token at the start; None: 0.01 for "state", 0.5 for "memory". The steps on the state average
+                      over the segment, so that eta starts at ttt_lr * ttt_chunk: 0.01 alone moved the state by 0.1 % and did nothing
     ttt_features      features of each key of the "memory", one of HEAD_SIZES and no less than head_size; None: twice head_size, at most 128
 
     Of "state" alone ("memory" makes a step after each token):
@@ -197,7 +197,7 @@ class PhantomConfig(ModelConfig):
         return ""
 
     def carried(self) -> dict[str, object]:
-        """What a weight file must say because the shapes of its tensors do not: everything of Phantom's own that changes what it computes."""
+        """What a weight file must say because the shapes of its tensors do not: Phantom's own settings that change what it computes."""
         own = {f.name for f in fields(self)} - {f.name for f in fields(ModelConfig)} - set(TRAINING_ONLY)
         return {name: value for name, value in self.as_dict().items() if name in own} | {"ttt_head": self.has_ttt_head}
 
@@ -207,7 +207,7 @@ CARRIED_BYTES = 512
 
 
 def encode(config: PhantomConfig) -> list[int]:
-    """What is carried, as JSON in a fixed number of bytes. Whole numbers up to 256 are exact in bfloat16, so it travels as one more tensor."""
+    """What is carried, as JSON in a fixed number of bytes, each a number of one more tensor: bfloat16 is exact up to 256."""
     text = json.dumps(config.carried(), separators=(",", ":")).encode().ljust(CARRIED_BYTES)
     if len(text) > CARRIED_BYTES:
         raise UserError(f"--core_ratios is {len(config.core_ratios)} characters long; shorten it")
@@ -229,7 +229,7 @@ def decode(numbers: Iterable[float]) -> dict[str, object]:
 
 
 def as_now(found: Mapping[str, object]) -> dict[str, object]:
-    """A model's settings as an older version wrote them, without the sizes of the memory that there was then. UserError where it is used."""
+    """Settings as an older version wrote them, without the sizes of the memory that there was then. UserError where that is used."""
     if found.keys() & set(OF_OLDER_MEMORY) and found.get("ttt_enabled") and found.get("ttt_kind") == "memory":
         raise UserError("the model has the memory that there was until November 2026; use the version that wrote it (commit abf24d8)")
     return {name: value for name, value in found.items() if name not in OF_OLDER_MEMORY}

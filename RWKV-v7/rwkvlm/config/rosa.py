@@ -14,12 +14,14 @@ TRAINING_ONLY = ("rosa_grad", "rosa_tau")
 
 @dataclass(frozen=True)
 class RosaConfig(ModelConfig):
-    """Settings of a model with ROSA: x080 has it beside RWKV-7's time mixing, rosa in its place. Those of TRAINING_ONLY change how it is trained.
+    """Settings of a model with ROSA: x080 has it beside RWKV-7's time mixing, rosa in its place.
+
+    Those of TRAINING_ONLY change how it is trained, all others what it computes.
 
     rosa_bits   channels that make a symbol together. On a miss 1 bit gives -emb, 4 bits give 0 (the official layers differ there)
-    rosa_grad   of a bit: "flip", what the loss would be if it were the other one, exactly; "soft", a dense surrogate. It trains q,
-                k and v, q and k mostly together, and a tenth of it what is below (layers/rosa.py). "none": there is
-                none, and q, k and v stay as they are
+    rosa_grad   the gradient of a bit: "flip": exactly, from what the loss would be if the bit were the other one; "soft": a dense
+                surrogate. It trains q, k and v, q and k mostly together, and a tenth of it what is below (layers/rosa.py).
+                "none": there is none, and q, k and v stay as they are
     rosa_tau    least size of an activation in the gradient of its bit, which falls with its distance from 0: with the 1e-3 of the
                 official 1-bit self layer those nearest to 0 would get most of it
     deep_embed  DeepEmbed: the output of channel mixing is multiplied by a learned vector of the token, in each block

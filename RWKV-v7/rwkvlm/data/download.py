@@ -19,7 +19,7 @@ from .binidx import BinIdx, Index, bin_path, check_prefix, check_room, idx_path
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 8  # in a row without a new byte
 PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before the second attempt, doubled for each further one; at most
-SAY_EVERY = 10.0
+SAY_EVERY = 10.0  # seconds
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 # what a connection raises; the disk, which is never asked in the same place, raises OSError as well
 NETWORK = (OSError, http.client.HTTPException)

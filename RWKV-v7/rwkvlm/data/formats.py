@@ -60,9 +60,10 @@ class ByteTokens(Tokens):
 
 
 class TextTokens(Tokens):
-    """A UTF-8 text: token 0 is the end of a document, as everywhere, and never occurs; 1, 2, ... are the text's characters in Unicode order.
+    """A UTF-8 text: tokens 1, 2, ... are its characters in Unicode order.
 
-    In memory, 2 bytes a character (4 beyond 65535 different ones). `alphabet`: code points of another text, which must suffice.
+    Token 0 ends a document, as everywhere, and never occurs. The tokens are in memory, 2 bytes a character (4 beyond
+    65535 different ones). alphabet: code points of another text, which must suffice.
     """
 
     def __init__(self, path: str | Path, alphabet: np.ndarray | None = None) -> None:

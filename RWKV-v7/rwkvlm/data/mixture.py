@@ -29,7 +29,7 @@ LEAST = Fraction(1, 10**6)
 
 def prefixes(names: str, flag: str = "--data_file") -> dict[str, Fraction | None]:
     """The files that a flag names, in order, each with its weight if one is given. UserError for what cannot be meant."""
-    if os.path.exists(idx_path(names)) or os.path.exists(names):  # which Path.exists would not say of a list longer than a name may be
+    if os.path.exists(idx_path(names)) or os.path.exists(names):  # Path.exists raises for a list that is longer than a name may be
         return {names: None}  # whatever its name looks like
     found: dict[str, Fraction | None] = {}
     for piece in names.split(","):
@@ -153,7 +153,7 @@ class Mixture:
         return sum(part.prime for part in self.parts)
 
     def identity(self) -> list[dict[str, object]]:
-        """What a training state remembers of each file: the tokens that are read of it, as a hash, and its documents; the name is for people."""
+        """What a training state remembers of each file: a hash of the tokens that are read, and its documents; the name is for people."""
         return [
             {"file": part.data.prefix, "tokens": part.data.fingerprint(part.prime * self.ctx_len + 1), "documents": part.data.n_docs}
             for part in self.parts

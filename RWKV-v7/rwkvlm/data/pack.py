@@ -226,7 +226,11 @@ def _tokenise(
 
 @dataclass(frozen=True)
 class _Encoded:
-    """What is in a block: ids, and where each document's ids end; which ids occur [vocab_size]; bytes left to the next block; whether a .txt is blank."""
+    """What is in a block.
+
+    ids: of its documents, each with its end in `ends`; occurs: which ids there are, bool [vocab_size]; rest: bytes left to
+    the next block; blank: whether it is of a .txt and has no text.
+    """
 
     block: Block
     texts: Texts

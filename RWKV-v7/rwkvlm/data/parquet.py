@@ -16,7 +16,11 @@ ROWS = 1024  # at most, together
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of the column: UTF-8 that nobody has checked, or None; `first` counts from 0; `part` of the file's rows lie before their end."""
+    """Consecutive rows of the column.
+
+    first: the number of the first one, from 0; texts: UTF-8 that nobody has checked, or None; part: of the file's rows,
+    those before the end of these.
+    """
 
     first: int
     texts: list[bytes | None]

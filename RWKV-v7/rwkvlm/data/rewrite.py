@@ -91,8 +91,8 @@ def split(
     trained, held = (np.concatenate(part) for part in seen)
     if (share := np.isin(held, trained).mean() if len(held) else 0.0) > 0.1:  # fewer are the repetitions of any text
         warn(
-            f"{100 * share:.0f}% of the documents held out are in {out} too, as copies: the validation "
-            "loss will be that of training data; hold out before copying, with make_data.py --val_split"
+            f"{100 * share:.0f}% of the documents held out are in {out} too, as copies: "
+            "the validation loss will be that of training data; hold out before copying, with make_data.py --val_split"
         )
     return BinIdx(out), BinIdx(f"{out}.val")
 

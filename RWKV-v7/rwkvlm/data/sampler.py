@@ -74,7 +74,10 @@ def magic_prime(n_tokens: int, ctx_len: int) -> int:
 
 
 def check_magic_prime(prime: int, n_tokens: int, ctx_len: int) -> None:
-    """UserError, with the right value, for a prime that the official trainer would refuse or that leaves the file, unless it is the one we would choose."""
+    """UserError, with the right value, for a prime that the official trainer would refuse or that leaves the file.
+
+    The one that `magic_prime` chooses always passes.
+    """
     chosen = magic_prime(n_tokens, ctx_len)
     if prime == chosen or _officially_legal(prime, n_tokens, ctx_len):
         return

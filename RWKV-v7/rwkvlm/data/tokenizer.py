@@ -65,8 +65,10 @@ class Stream(ABC):
 
 
 class Tokenizer(ABC):
-    """`vocab_size` is the size of the embedding that a model needs: every id lies below it. `identity` tells apart what gives other ids.
+    """The face of both tokenizers.
 
+    vocab_size: the size of the embedding that a model needs: every id lies below it.
+    identity: a text that is another one for a tokenizer that gives other ids.
     largest_text: bytes of a text that are encoded at once; 0: any number, and `settled` knows how to encode a text in parts.
     zero_is_kept: token 0 comes out of no text, but for one in which its name stands, as <|endoftext|>.
     """
@@ -96,7 +98,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def settled(self, ids: np.ndarray, n_bytes: int) -> tuple[int, int]:
-        """Of the ids of a text of n_bytes, how many stand whatever text follows, and how many bytes they are: what is left is encoded with what follows."""
+        """Of the ids of a text of n_bytes: how many stand whatever text follows, and how many bytes they are.
+
+        The bytes that are left are encoded together with what follows.
+        """
 
     @abstractmethod
     def comes_back(self, text: bytes, ids: np.ndarray) -> bool:

@@ -35,10 +35,11 @@ class TokenRange:
 
 
 class Tokens:
-    """prefix: what the user calls it; file: where the tokens are; tokens: [n_tokens] of any integer dtype, read-only.
+    """A long row of tokens in a file. The constructor takes the prefix.
 
-    vocab_size: 0 where the file does not define its vocabulary itself; n_docs: 0 where it does not divide its tokens into documents.
-    The constructor takes the prefix.
+    prefix: what the user calls it; file: where the tokens are; tokens: [n_tokens] of any integer dtype, read-only.
+    vocab_size: 0 where the file does not define its vocabulary itself; n_docs: 0 where it does not divide its tokens
+    into documents.
     """
 
     prefix: str
@@ -74,9 +75,10 @@ class Tokens:
         return os.stat(self.file)
 
     def refuse_if_cut(self) -> None:
-        """UserError where the file has another size than when this was first called: a process that reads a mapped file behind its end is killed (SIGBUS).
+        """UserError where the file has another size than when this was first called.
 
-        A file that was replaced by another one, as make_data.py does it, is no problem: the old one stays whole as long as it is mapped.
+        A process that reads a mapped file behind its end is killed (SIGBUS). A file that was replaced by another one, as
+        make_data.py does it, is no problem: the old one stays whole as long as it is mapped.
         """
         then = self._mapped
         with suppress(OSError):
@@ -114,10 +116,11 @@ class Tokens:
             yield start, self.tokens[start : start + BLOCK]
 
     def fingerprint(self, n: int) -> str:
-        """A name of the first n tokens, the same in whatever file, dtype or format they lie: a hash of evenly spread blocks, both ends included.
+        """A name of the first n tokens, the same in whatever file, dtype or format they lie: a hash of blocks of them.
 
-        About a million tokens are read, all of a small file, so that the largest takes a moment only. Other tokens, or the same in another
-        order, have another name; a change that lies between two blocks of a large file is not noticed.
+        The blocks are evenly spread, both ends included, and have about a million tokens (of a small file all), so that
+        the largest file takes a moment only. Other tokens, or the same in another order, have another name; a change
+        that lies between two blocks of a large file is not noticed.
         """
         size = min(PROBE, n)
         starts = sorted({k * (n - size) // (PROBES - 1) for k in range(PROBES)})

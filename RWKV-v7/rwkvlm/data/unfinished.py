@@ -1,7 +1,8 @@
-"""Work of make_data.py that can be taken up again after a kill or on a full disk: the tokens so far, and how far they go, in a folder beside the output.
+"""Work of make_data.py that can be taken up again after a kill or on a full disk: the tokens so far, in a folder beside the output.
 
-The folder is {prefix}.unfinished. Its progress.json is replaced as a whole, after the tokens that it counts are on the disk; what a
-killed run wrote behind it is cut off. It belongs to one job (inputs with size and date, tokenizer, flags): another job begins anew.
+The folder is {prefix}.unfinished. Its progress.json says how far the work has come; it is replaced as a whole, after the
+tokens that it counts are on the disk, and tokens that a killed run wrote behind these are cut off. The folder belongs to
+one job (inputs with size and date, tokenizer, flags): another job begins anew.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ class Progress:
 
 
 class Unfinished:
-    """A context manager. `pile` holds the documents of `progress`; `seen` [vocab_size] bool, which token ids occur in those that are complete.
+    """The work on one job in its folder, as a context manager. UserError where another process works in the folder.
 
-    Leaving the block removes the folder; a kill leaves it for the next run. With `kept` it also stays after Ctrl-C and, where something has
-    been saved, after a full disk, bad input, or any error once all is tokenised. UserError where another process works in it.
+    pile: the documents of `progress`; seen: which token ids occur in those that are complete, bool [vocab_size].
+
+    Leaving the block removes the folder; a kill leaves it for the next run. With `kept` it also stays after Ctrl-C and,
+    where something has been saved, after a full disk, bad input, or any error once all is tokenised.
     """
 
     def __init__(self, prefix: Path, job: dict, dtype: np.dtype, vocab_size: int, kept: bool = True) -> None:
@@ -91,7 +94,7 @@ class Unfinished:
         if saved["job"] != self.job or sizes[0] < progress.tokens * self.dtype.itemsize or sizes[1] < progress.documents * 4:
             return False
         self.progress, self.seen, self._open_seen = progress, seen, open_seen
-        # dropped since: it is found bad again, from its beginning
+        # the document that was open then was bad and has been dropped: it is read again, from its beginning
         if sizes[0] < (progress.tokens + progress.open_tokens) * self.dtype.itemsize:
             progress.at, progress.line = 0, 1
             self._no_document()

@@ -18,11 +18,11 @@ LONGEST = 256  # tokens that are generated where a task names no number, as the 
 
 
 class Answers:
-    """The three questions of the library's models. A request has its arguments in `args`, as the library's Instance; a text is read after a token 0.
+    """The three questions that the library asks a model; a request has its arguments in `args`, as the library's Instance.
 
-    Context and continuation are tokenised each by itself, so that all continuations of a context begin from one state
-    (RWKV's tokens are greedy: it matters only where a token would reach over the border); spaces at the end of a
-    context belong to the continuation, as in the library.
+    A text is read after a token 0. Context and continuation are tokenised each by itself, so that all continuations of a
+    context begin from one state (RWKV's tokens are greedy: it matters only where a token would reach over the border);
+    spaces at the end of a context belong to the continuation, as in the library.
     """
 
     def __init__(self, engine: Engine, batch: int) -> None:

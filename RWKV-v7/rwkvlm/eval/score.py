@@ -13,15 +13,17 @@ from ..infer.engine import Engine, check_finite
 from ..ops.cross_entropy import head_scores
 
 READ_AT_ONCE = 8192  # tokens of all rows together: bounds the memory of long texts, changes no number beyond rounding
-# the first tokens of contexts are read side by side, as many as the multiple of this that all of them reach; the rest
-# of each with its continuation
+# contexts that reach the same multiple of this are read side by side up to it; the rest of each with its continuation
 STEP = 16
 
 Tokens = Sequence[int] | np.ndarray
 
 
 class Scores(NamedTuple):
-    """Of some predicted tokens, one entry for each: its row, its place in the row, minus the logarithm of its probability, whether it is the likeliest."""
+    """Some predicted tokens, one entry for each.
+
+    row, place: where it stands; nats: minus the logarithm of its probability; likeliest: whether no other is likelier.
+    """
 
     row: np.ndarray
     place: np.ndarray
@@ -58,10 +60,10 @@ def scores(engine: Engine, rows: Sequence[Tokens], first: Sequence[int], state: 
 
 
 def continuations(engine: Engine, pairs: Sequence[tuple[list[int], list[int]]], batch: int) -> list[tuple[float, bool]]:
-    """For each context (one token or more) with its continuation: the logarithm of the continuation's probability, and whether each of its tokens is the likeliest.
+    """For each (context, continuation): the logarithm of the continuation's probability, and whether all of its tokens are the likeliest.
 
-    A context that several continuations share is read once, into a state from which all of them begin; `batch` contexts
-    are read side by side.
+    A context has one token or more. One that several continuations share is read once, into a state from which all of
+    them begin; `batch` contexts are read side by side.
     """
     sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, (context, _) in enumerate(pairs):

@@ -17,14 +17,21 @@ from ..infer.engine import Engine
 
 
 class Document(NamedTuple):
-    """tokens [n], as they are in training data: with a last 0, but for files of tokens that have none. n_bytes: of its text; None where nobody knows."""
+    """A document to be measured.
+
+    tokens: [n], as they are in training data: with a last 0, but for files of tokens that have none.
+    n_bytes: of its text; None where nobody knows.
+    """
 
     tokens: np.ndarray
     n_bytes: int | None
 
 
 def documents(engine: Engine, source: str, text_key: str = "text") -> Iterator[Document]:
-    """Of a .txt (one document), .jsonl or .parquet, of JSON lines from standard input ("-"), or of a .bin/.idx pair. UserError names the file and what is wrong in it, tokens outside the vocabulary too."""
+    """Those of a .txt (one document), .jsonl or .parquet, of JSON lines from standard input ("-"), or of a .bin/.idx pair.
+
+    UserError names the file and what is wrong in it, tokens outside the vocabulary too.
+    """
     found = _of_text(engine, source, text_key) if kind(Path(source)) in KINDS else _of_tokens(engine, source)
     vocab_size = engine.model.config.vocab_size
     for document in found:
@@ -36,7 +43,10 @@ def documents(engine: Engine, source: str, text_key: str = "text") -> Iterator[D
 
 
 def texts(source: str, text_key: str, whole: int = 0) -> Iterator[tuple[bytes, Block, int]]:
-    """Each text with its block, and its line there; a .txt comes in parts, of which all but the last go on. UserError for the first that is bad."""
+    """Each text with its block, and its line in the file. UserError for the first that is bad.
+
+    A .txt comes in parts, of which all but the last go on (Block.goes_on).
+    """
     for path in expand([source]):
         for block in read_blocks(path, text_key, whole=whole):
             parsed = parse(block, text_key)
@@ -82,6 +92,6 @@ def _of_tokens(engine: Engine, prefix: str) -> Iterator[Document]:
 
 
 def bytes_of(engine: Engine, tokens: np.ndarray) -> int:
-    """Of the text of the tokens."""
+    """How many bytes the text of the tokens has."""
     tokens = tokens[tokens != END_OF_DOCUMENT]
     return sum(len(engine.tokenizer.decode_bytes(tokens[first : first + PART])) for first in range(0, len(tokens), PART))

@@ -19,12 +19,13 @@ UNDO = 8  # turns that can be taken back; each is a state in memory
 
 
 class Chat:
-    """Turns of "User: message", blank line, "Assistant: answer", blank line, after the beginning of a document and, if there is one, "System: text".
+    """Turns of "User: message", blank line, "Assistant: answer", blank line, after the beginning of a document.
 
+    system: text before the first turn, read as "System: text". paragraphs: blank lines are part of an answer, and only a
+    turn of the user ends it.
     state: after the last turn, as if its answer and one blank line had been read, however the answer ended: by itself,
     by the beginning of another turn, by its length or by the user. The tokens of the answer are read as they were
-    chosen; of one that holds the beginning of the stop too, the text before the stop is read in its place. paragraphs:
-    blank lines are part of an answer, and only a turn of the user ends it.
+    chosen; of one that holds the beginning of the stop too, the text before the stop is read in its place.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class Chat:
         return message
 
     def answer(self, message: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Says the message and gives the answer out in pieces, without the space that begins it. stopped: asked before each token; True ends the answer there.
+        """Says the message and gives the answer out in pieces, without the space that begins it.
 
-        The turn is complete when the last piece has been taken.
+        stopped: asked before each token; True ends the answer there. The turn is complete when the last piece has been taken.
         """
         before = self.state
         logits, state = self.engine.read(self.engine.encode(f"User: {one_paragraph(message)}{END_OF_TURN}Assistant:"), before)
@@ -103,8 +104,11 @@ class Chat:
 
 
 def _shorten(trail: deque, given: int) -> None:
-    """Drops states from the front that the answer can no longer end at. The first one left has read the most of those that have read no more than
-    `given` characters; of several the earliest, since the later ones have read a part of the next character too."""
+    """Drops states from the front that the answer can no longer end at.
+
+    The first one left has read the most of those that have read no more than `given` characters; of several the
+    earliest, since the later ones have read a part of the next character too.
+    """
     read = max(count for count, _ in trail if count <= given)
     while trail[0][0] < read:
         trail.popleft()

@@ -19,8 +19,10 @@ PREFILL = 512  # tokens of a prompt read at once: bounds the memory of a long pr
 
 
 class Engine:
-    """Recurrent inference with one model, whose weights stay as they are. Memory does not grow with the length of the text, but for attention
-    without a window and the symbols that ROSA has seen."""
+    """Recurrent inference with one model, whose weights stay as they are.
+
+    Memory does not grow with the length of the text, but for attention without a window and the symbols that ROSA has seen.
+    """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         self.model = model.eval()
@@ -37,7 +39,7 @@ class Engine:
         return self.model.head(x[:, -1]), state
 
     def prepare(self) -> None:
-        """Builds and loads what single tokens need: here, and not at the first of them, where its messages would stand in the middle of a text."""
+        """Builds and loads what single tokens need: at the first of them its messages would stand in the middle of a text."""
         _ = self._step
 
     @functools.cached_property
@@ -89,7 +91,7 @@ class Engine:
         return self._known(self.tokenizer.encode(text))
 
     def misread(self, text: str) -> str | None:
-        """What the model reads in the place of a text that the tokenizer does not know all of; None where it does, but for spaces around it."""
+        """What the model reads in the place of a text that the tokenizer does not know all of; None: the text, but for spaces around it."""
         read = self.tokenizer.decode(self.encode(text))
         return read if read.strip() != text.strip() else None
 

@@ -25,8 +25,8 @@ def sample(
     """logits: [B, V]. Returns [B] int64.
 
     temperature 0 takes the likeliest token. top_k keeps the k likeliest; of these top_p keeps the smallest set whose
-    probability among them (at temperature 1) reaches top_p, alone as the official sampler does (which takes it among
-    all tokens, with top_k too); the temperature acts on what is left.
+    probability among them (at temperature 1) reaches top_p; the temperature acts on what is left. Without top_k that is
+    the official sampler's top_p; with both, the official one takes the probability among all tokens.
     """
     logits = logits.float()
     if temperature < 1e-30:  # less is 0 in fp32, and nothing but the likeliest would be left
@@ -56,10 +56,10 @@ def _likeliest(logits: torch.Tensor, top_p: float, top_k: int) -> tuple[torch.Te
 
 
 class Penalties:
-    """Tokens that have come already become less likely: `presence` once, `frequency` for each time; the times fade by `decay` with each token.
+    """Tokens that have come already become less likely: by `presence` once, by `frequency` for each time.
 
-    The numbers and their order are those of RWKV's chat programs (BlinkDL/ChatRWKV, API_DEMO_CHAT.py): penalise, choose, fade, count.
-    Raises UserError for values outside their range.
+    The times fade by `decay` with each token. The numbers and their order are those of RWKV's chat programs
+    (BlinkDL/ChatRWKV, API_DEMO_CHAT.py): penalise, choose, fade, count. Raises UserError for values outside their range.
     """
 
     def __init__(self, presence: float = 0.0, frequency: float = 0.0, decay: float = 0.996) -> None:

@@ -16,22 +16,27 @@ from .packed import Packed, by_document
 
 
 class KeyValues(NamedTuple):
-    """What attention remembers: normalised keys and values of all tokens so far, of the last window - 1 where there is a window; [B, G, tokens, N] each."""
+    """What attention remembers: normalised keys and values, [B, G, tokens, N] each.
+
+    Those of all tokens so far; where there is a window, of the last window - 1.
+    """
 
     k: Tensor
     v: Tensor
 
 
 class Attention(nn.Module):
-    """`O (softmax(scale q k^T / sqrt(N)) v * sigmoid(xg g1 g2))`, H heads of queries on G heads of keys and values; token shift, blends and names as in RWKV-7.
+    """`O (softmax(scale q k^T / sqrt(N)) v * sigmoid(xg g1 g2))`, H heads of queries on G heads of keys and values.
 
-    q and k have a LayerNorm in each head, so that no product grows without bound (arXiv 2010.04245, 2302.05442), and
-    one learned scale of each channel, which q is multiplied by: without a position encoding between q and k only the
-    product of their two scales would count. The gate is that of Kimi Linear (arXiv 2510.26692) and of Qwen3-Next (arXiv
-    2505.06708); fewer heads of keys and values: arXiv 2305.13245. There is no position encoding: the RWKV-7 blocks
-    below and the token shift know the order, as Kimi Linear's linear layers do, whose attention has none either; so a
-    text may become longer than those trained on, and a remembered key needs no place. v_first passes by: the values of
-    attention are not mixed into one state, and there may be fewer heads of them.
+    Token shift, blends and names are as in RWKV-7. q and k have a LayerNorm in each head, so that no product grows
+    without bound (arXiv 2010.04245, 2302.05442), and one learned scale of each channel, which q is multiplied by: without
+    a position encoding between q and k only the product of their two scales would count. The gate is that of Kimi Linear
+    (arXiv 2510.26692) and of Qwen3-Next (arXiv 2505.06708); fewer heads of keys and values: arXiv 2305.13245.
+
+    There is no position encoding: the RWKV-7 blocks below and the token shift know the order, as Kimi Linear's linear
+    layers do, whose attention has none either; so a text may become longer than those trained on, and a remembered key
+    needs no place. v_first passes by: the values of attention are not mixed into one state, and there may be fewer heads
+    of them.
     """
 
     def __init__(self, config: HybridConfig) -> None:

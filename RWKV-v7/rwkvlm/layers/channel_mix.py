@@ -28,7 +28,7 @@ class ChannelMix(nn.Module):
         last: torch.Tensor | None = None,
         bounds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C] for it, and its last normalised token [B, C]."""
+        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C], and the last normalised token [B, C]."""
         x, last, (mixed,) = norm(x, branch, last, [self.x_k], bounds)
         return x, self.value(relu_square(self.key(mixed))), last
 

@@ -52,11 +52,12 @@ def from_digits(digits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def factorise(weight: torch.Tensor, core_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best matrix of a permuted GhostLinear with f = identity: its error is the truncated SVD's, the smallest of this rank (Eckart-Young).
+    """The best permuted GhostLinear with f = identity in the place of a matrix.
 
     weight [outputs, inputs] -> core.weight, ghost.weight, order as whole numbers [outputs], in the dtype of weight.
-    With U the first singular vectors, the core is those rows of the truncated matrix that a pivoted elimination of U chooses, so that
-    P = U_rest U_core^-1 has small entries; the first rows as they come would make it as large as their condition is bad.
+    The error is the truncated SVD's, the smallest of this rank (Eckart-Young). With U the first singular vectors, the core
+    is those rows of the truncated matrix that a pivoted elimination of U chooses, so that P = U_rest U_core^-1 has small
+    entries; the first rows as they come would make it as large as their condition is bad.
     """
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     permutation, L, upper = torch.linalg.lu(U[:, :core_rows])

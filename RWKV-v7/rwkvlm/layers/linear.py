@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+# (name, inputs, outputs) -> a module from [..., inputs] to [..., outputs]; names: att.receptance, att.key, att.value,
+# att.output, ffn.key, ffn.value
 Linear = Callable[[str, int, int], nn.Module]
-"""(name, inputs, outputs) -> a module from [..., inputs] to [..., outputs]; names: att.receptance, att.key, att.value, att.output, ffn.key, ffn.value."""
 
 
 def dense(name: str, inputs: int, outputs: int) -> nn.Module:

@@ -34,7 +34,7 @@ class Memory(nn.Module):
     """The wkv7 operator, and beside it, for each head, a matrix M [N, m] of fast weights over m features of its keys, which begins at zero:
 
         f(x) = z / |z|,  z = silu(W1 x) * W3 x           W1, W3 [m, N], one pair for all heads of a layer
-        M <- M - eta_h grad 1/2 |M f(kk_t) - v_t|^2      after each token; eta = 2 sigmoid(rate) stays below 2, where the steps do not diverge
+        M <- M - eta_h grad 1/2 |M f(kk_t) - v_t|^2      after each token; eta = 2 sigmoid(rate) < 2: from 2 on the steps diverge
         y_t = S_t r_t + gain * M f(r_t / |r_t|)
 
     Features are near to products of pairs of a key's coordinates, so there may be more of them than channels, and more
@@ -67,7 +67,10 @@ class Memory(nn.Module):
         pass_on: bool = False,
         packed: Packed | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor | MemoryState, ...]:
-        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; packed: documents in one row, without states. Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v."""
+        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; packed: documents in one row, without states.
+
+        Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v.
+        """
         wkv, fast = initial_state if initial_state is not None else (None, None)
         options = dict(output_final_state=True, cu_seqlens=packed.bounds if packed is not None else None)
         y, wkv, r, k, v = wkv7(r, w, k, v, a, b, wkv, pass_on=True, **options)

@@ -23,9 +23,9 @@ class NormMix(nn.LayerNorm):
         mixes: list[torch.Tensor],
         bounds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """x: [B, T, C] residual stream; branch: [B, T, C] or None; last: [B, C], the normalised token before x[:, 0], or None at the beginning;
-        mixes: [1, 1, C] each; bounds: of packed documents (layers/packed.py).
+        """Returns x + branch, its last normalised token [B, C], and for each mix a [B, T, C].
 
-        Returns x + branch, its last normalised token, and for each mix a [B, T, C].
+        x: [B, T, C] residual stream; branch: [B, T, C] or None; last: [B, C], the normalised token before x[:, 0], or None
+        at the beginning; mixes: [1, 1, C] each; bounds: of packed documents (layers/packed.py).
         """
         return norm_mix(x, branch, self.weight, self.bias, self.eps, last, mixes, bounds)

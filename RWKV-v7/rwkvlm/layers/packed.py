@@ -24,10 +24,10 @@ class Packed(NamedTuple):
 
 
 def by_document(run: Callable, packed: Packed | None, *inputs: torch.Tensor, dim: int = 1):
-    """run(*inputs): from tensors with T along `dim` to one such tensor, or several. For packed documents run is called for each document alone, and its
-    results are concatenated along `dim`.
+    """run(*inputs), from tensors with T along `dim` to one such tensor, or several; packed documents one by one.
 
-    No module may be called in it: under ZeRO-3 that is a collective, and other ranks have other numbers of documents.
+    For these run is called for each document alone, and its results are concatenated along `dim`. No module may be called
+    in it: under ZeRO-3 that is a collective, and other ranks have other numbers of documents.
     """
     if packed is None:
         return run(*inputs)

@@ -16,10 +16,11 @@ from ..ops.rosa import RosaState, rosa
 from .norm_mix import NormMix
 from .packed import Packed, by_document
 
-# of the bits' gradient, which from block to block would grow, and drown what the text says (records/2026-11-26-rosa-gradient)
+# the part of the bits' gradient that goes on below: all of it would grow from block to block, and drown what the text
+# says (records/2026-11-26-rosa-gradient)
 TO_STREAM = 0.1
-# of what would train queries and keys to differ, for a query that has moved by itself no longer finds the keys of its
-# like (records/2026-11-28-rosa-rates)
+# the part that stays of what would train queries and keys to differ: a query that has moved by itself no longer finds the
+# keys of its like (records/2026-11-28-rosa-rates)
 APART = 0.02
 
 
@@ -56,7 +57,10 @@ class RosaMixState(NamedTuple):
 
 
 class RosaQKV(nn.Module):
-    """What the values hold where the keys matched the queries longest: +emb for a bit of 1, -emb for 0; a miss gives -emb (1 bit) or 0 (4 bits)."""
+    """What the values hold where the keys matched the queries longest: +emb for a bit of 1, -emb for 0.
+
+    A miss gives -emb (symbols of 1 bit) or 0 (of 4 bits).
+    """
 
     def __init__(self, width: int, bits: int, tau: float, grad: str) -> None:
         super().__init__()
@@ -80,11 +84,11 @@ class RosaQKV(nn.Module):
 
 
 class RosaMix(nn.Module):
-    """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: the branch of a block that mixes tokens by exact recall.
+    """`o(rosa_qkv(q(x + xx x_q), k(x + xx x_k), v(x + xx x_v)))`, xx = shift(x) - x: tokens mixed by exact recall.
 
-    The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the stream; q and k
-    learn mostly together. With --rosa_grad none there is no such gradient: the symbols are those of projections that
-    stay as they are, and only what is made of the output is trained.
+    A branch of a block. The whole of the bits' gradient trains q, k and v, TO_STREAM of it the blends, the norm and the
+    stream; q and k learn mostly together. With --rosa_grad none there is no such gradient: the symbols are those of
+    projections that stay as they are, and only what is made of the output is trained.
     """
 
     def __init__(self, config: RosaConfig) -> None:
@@ -101,7 +105,10 @@ class RosaMix(nn.Module):
     def forward(
         self, x: torch.Tensor, norm: NormMix, state: RosaMixState | None = None, return_state: bool = False, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, RosaMixState | None]:
-        """x: [B, T, C], the residual stream, which norm leads in; packed: documents in one row. Returns x, the output [B, T, C] for it, and the new state or None."""
+        """x: [B, T, C], the residual stream, which norm leads in; packed: documents in one row.
+
+        Returns x, the output [B, T, C] for it, and the new state or None.
+        """
         last, seen = state if state is not None else (None, None)
         x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v], packed.bounds if packed is not None else None)
         xq, xk, xv = (t.detach() if self.fixed else _Damped.apply(t) for t in (xq, xk, xv))

@@ -21,7 +21,10 @@ def _vector(channels: int) -> nn.Parameter:
 
 
 class TimeMix4(nn.Module):
-    """`O (sigmoid(R x_r) * wkv4(K x_k, V x_v))`, each x a blend of the token and the one before it. Source: RWKV-4 paper (arXiv 2305.13048)."""
+    """`O (sigmoid(R x_r) * wkv4(K x_k, V x_v))`, each x a blend of the token and the one before it.
+
+    Source: RWKV-4 paper (arXiv 2305.13048).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,8 +51,8 @@ class TimeMix4(nn.Module):
         return_state: bool = False,
         packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor, torch.Tensor | None]:
-        """x: [B, T, C], the residual stream, which norm leads in; v_first: RWKV-7's, nothing here; last: [B, C] and wkv: [B, 3, C] fp32, the state, or
-        None at the beginning; packed: documents in one row.
+        """x: [B, T, C], the residual stream, which norm leads in; v_first: RWKV-7's, None here;
+        last: [B, C] and wkv: [B, 3, C] fp32, the state, or None at the beginning; packed: documents in one row.
 
         Returns x, the output [B, T, C] for it, v_first, and the new state: the last normalised token, and wkv (None unless return_state).
         """
@@ -75,6 +78,6 @@ class ChannelMix4(nn.Module):
     def forward(
         self, x: torch.Tensor, branch: torch.Tensor, norm: NormMix, last: torch.Tensor | None = None, bounds: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C] for it, and its last normalised token [B, C]."""
+        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C], and the last normalised token [B, C]."""
         x, last, (xk, xr) = norm(x, branch, last, [1 - self.time_mix_k, 1 - self.time_mix_r], bounds)
         return x, torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk))), last

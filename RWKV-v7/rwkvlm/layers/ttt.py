@@ -1,4 +1,4 @@
-"""Test-time training on the wkv state: at the end of each segment, gradient steps that make the state recall the segment's values better."""
+"""Test-time training on the wkv state: at the end of each segment, gradient steps that make the state recall its values better."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ class TttState(NamedTuple):
 
 
 class StateTTT(nn.Module):
-    """The wkv7 operator, and at each segment's end, per head, with S_c the first c value rows of the state, kk_t the normalised keys and z_t
-    the targets of the segment:
+    """The wkv7 operator, and at each segment's end, in each head, gradient steps on a part of the state.
+
+    With S_c the first c value rows of the state, kk_t the normalised keys and z_t the targets of the segment:
 
         u_t = S_c kk_t,    P(u) = u + W2 relu(W1 u),    l(S_c) = mean_t 1/2 |P(u_t) - z_t|^2 + anchor/2 |S_c - S_c,before|^2
         S_c <- S_c - eta_h grad l(S_c)
 
-    eta = 2 sigmoid(rate) lies below 2: with |kk| = 1 and P the identity, that is where steps do not diverge. The gradient is written out,
-    so it needs no autograd, and autograd goes through it. The targets are constants to the outer loss.
-    The prediction head is left out where nothing would train it.
+    eta = 2 sigmoid(rate) lies below 2: with |kk| = 1 and P the identity, steps diverge from there on. The gradient is
+    written out, so it needs no autograd, and autograd goes through it. The targets are constants to the outer loss. The
+    prediction head (W1, W2) is left out where nothing would train it.
     """
 
     def __init__(self, config: PhantomConfig) -> None:
@@ -73,10 +74,10 @@ class StateTTT(nn.Module):
         pass_on: bool = False,
         packed: Packed | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor | TttState, ...]:
-        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; packed: documents in one row, without states. Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v.
+        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; packed: documents in one row, without states.
 
-        The kernel runs once a segment: the state after a step is what the next segment begins with. Where one operator
-        has the steps in it, it runs once.
+        Returns y [B, T, H, N], with output_final_state also the new state, with pass_on also r, k, v. The kernel runs once
+        a segment, as a segment begins with the state after the step before; an operator that has the steps in it runs once.
         """
         if packed is not None:
             return by_document(functools.partial(self.forward, pass_on=pass_on), packed, r, w, k, v, a, b)
@@ -134,8 +135,10 @@ class StateTTT(nn.Module):
         return y, TttState(*keep, seen_after(plan[-1], segment), error if error is not None else empty.error), *passed
 
     def _at_once(self, r: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]] | None:
-        """What computes all segments of such inputs at once, from the beginning of one, and passes r, k and v on; None where nothing does: several
-        steps a segment, first-order gradients and the error after each are the loop's."""
+        """What computes all segments of such inputs at once, from the beginning of one, and passes r, k and v on; None where nothing does.
+
+        Several steps a segment, first-order gradients and the error after each segment are left to the loop.
+        """
         config, training = self.config, torch.is_grad_enabled()
         if (
             config.ttt_steps > 1
@@ -190,7 +193,10 @@ class StateTTT(nn.Module):
         return torch.cat([core.unflatten(0, (B, H)), S[:, :, self.rows :]], dim=2)
 
     def _slope(self, core: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """d 1/2 |P(u_t) - z_t|^2 / d u_t for every token, [M, n, c], with core [M, c, N], K [M, n, N] and V [M, n, c]; a row of M is a head of a sequence."""
+        """d 1/2 |P(u_t) - z_t|^2 / d u_t for every token, [M, n, c].
+
+        core [M, c, N], K [M, n, N], V [M, n, c]; M: the heads of all sequences.
+        """
         if not self.has_head:
             return torch.baddbmm(V, K, core.mT, beta=-1)
         w1, w2 = self.w1.to(K.dtype), self.w2.to(K.dtype)

@@ -1,4 +1,4 @@
-"""Training through many segments of test-time training at once: the kernel and the steps in turns, with the derivative of the whole written out.
+"""Training through many segments of test-time training at once: kernel and steps in turns, with the derivative of the whole written out.
 
 Between two segments the number of operations is what a step costs, not their arithmetic. So the loops here hold only
 what one segment needs of the one before, forwards the state and backwards its derivative; all else is one product over
@@ -14,13 +14,18 @@ from ..ops.wkv7 import native
 
 
 class Segments(torch.autograd.Function):
-    """y, the state after the last token: the wkv7 operator, and after each of the first `steps` segments one gradient step on the first c value rows
-    of the state, second-order. What follows them, at most a segment, has none."""
+    """y, the state after the last token: the wkv7 operator, with a gradient step after each of the first `steps` segments.
+
+    The steps are on the first c value rows of the state, second-order. What follows these segments, at most one more,
+    has none.
+    """
 
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, state, values, rate, w1, w2, segment, steps):
-        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; state [B, H, N, N] or None; values [B, T, H, c], the targets; rate [H] = eta / segment;
-        w1 [h, c], w2 [c, h] or None."""
+        """r, w, k, v, a, b [B, T, H, N] as for wkv7, a = -kk; state [B, H, N, N] or None.
+
+        values [B, T, H, c], the targets; rate [H] = eta / segment; w1 [h, c], w2 [c, h] or None.
+        """
         (B, _, H, N), c = r.shape, values.shape[3]
         save = any(ctx.needs_input_grad)
         K, Z = _by_segment(a, segment, steps).to(values.dtype).neg(), _by_segment(values, segment, steps)  # [steps, B H, segment, .]

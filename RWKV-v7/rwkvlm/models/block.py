@@ -12,7 +12,10 @@ from ..layers.state import BlockState
 
 
 class Block(nn.Module):
-    """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0. att, ffn: the mixers, with the signatures of TimeMix and ChannelMix."""
+    """`x += att(ln1(x)); x += ffn(ln2(x))`; block 0 also normalises the embedding with ln0.
+
+    att, ffn: the mixers, with the signatures of TimeMix and ChannelMix.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, att: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class Block(nn.Module):
         return_state: bool = False,
         packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, BlockState | None]:
-        """x: [B, T, C] residual stream; v_first: [B, T, C] block 0's value, of which RWKV-4 has none. Returns x, v_first and the new state or None."""
+        """x: [B, T, C] residual stream; v_first: [B, T, C] block 0's value, None with RWKV-4. Returns x, v_first, the new state or None."""
         if self.ln0 is not None:
             x = self.ln0(x)
         return self.mix(x, v_first, state, return_state, packed)

@@ -1,4 +1,4 @@
-"""RWKV-7 with attention in some blocks: the recipe, sizes from a file, starting from an RWKV-7, and the table's rows that RWKV-7 does not have."""
+"""RWKV-7 with attention in some blocks: the recipe, sizes from a file, starting from an RWKV-7, and the table's rows beside RWKV-7's."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def config_of(tensors: Mapping[str, torch.Tensor]) -> HybridConfig:
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
-    """The weights that this model has of an RWKV-7 or a hybrid: without the time mixing of blocks that have attention here and not there."""
+    """The weights that this model takes from an RWKV-7 or a hybrid: no time mixing of blocks that have attention here and not there."""
     gone = tuple(f"blocks.{layer}.att." for layer in set(model.config.attention) - set(attention_layers(tensors)))
     window = {name: tensor for name, tensor in model.named_buffers() if name == WINDOW}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)} | window
@@ -85,7 +85,10 @@ def _key(s: Slot) -> torch.Tensor:
 
 
 def _scale(s: Slot) -> torch.Tensor:
-    """The best match is 8 at first, as with 1 in heads of 64: with 1 in heads of 16 it is 4, too little for one of a hundred tokens (records/2026-11-26-hybrid)."""
+    """The best match is 8 at first, as a scale of 1 makes it in heads of 64.
+
+    In heads of 16 a scale of 1 makes it 4: too little to find one of a hundred tokens (records/2026-11-26-hybrid).
+    """
     return torch.full(s.shape, 8 / math.sqrt(s.config.head_size))
 
 

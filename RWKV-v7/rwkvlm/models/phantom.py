@@ -112,7 +112,7 @@ def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dic
 
 
 def costs(config: PhantomConfig) -> list[str]:
-    """Parameters and FLOPs per token, forward, of a block's large matrices, dense beside ghost, as the lines of a table; and of its memory."""
+    """Parameters and FLOPs per token, forward, of a block's large matrices, dense beside ghost, as lines of a table; and of its memory."""
     memory = [_memory_line(config)] if config.has_memory else []
     if not config.has_ghosts:
         return memory

@@ -28,7 +28,10 @@ def build(config: ModelConfig) -> LanguageModel:
 
 
 def read_config(tensors: Mapping[str, torch.Tensor], rosa_bits: int = 0) -> ModelConfig:
-    """Type and sizes of the model whose weights these are; rosa_bits: of its symbols, where they do not say it. Raises UserError naming what is missing."""
+    """Type and sizes of the model whose weights these are. Raises UserError naming what is missing.
+
+    rosa_bits: of a ROSA's symbols, where the weights do not say it.
+    """
     if rosa.is_rosa(tensors):
         return rosa.config_of(tensors, rosa_bits)
     recipe = rwkv4 if rwkv4.DECAY in tensors else hybrid if hybrid.attention_layers(tensors) else rwkv7
@@ -46,7 +49,7 @@ def param_groups(model: LanguageModel, weight_decay: float) -> list[dict]:
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> Mapping[str, torch.Tensor]:
-    """A file's weights in the form that the model has them, as its recipe says: an RWKV-7 becomes a Phantom or a hybrid, an official file a ROSA."""
+    """A file's weights in the form that the model has them: an RWKV-7 becomes a Phantom or a hybrid, an official file a ROSA."""
     recipe = RECIPES[model.config.model_type]
     return recipe.adapted(tensors, model) if hasattr(recipe, "adapted") else tensors
 
@@ -62,8 +65,10 @@ def recurrence(config: ModelConfig) -> str:
 
 
 def kernel_of(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Who computes the recurrence here: "cuda", "cpu" or "torch"; builds what is missing, for all of the model's operators. UserError for a kernel
-    asked for that cannot run."""
+    """Who computes the recurrence here: "cuda", "cpu" or "torch". UserError for a kernel asked for that cannot run.
+
+    Builds what is missing, for all of the model's operators.
+    """
     known = {"wkv4": wkv4, "wkv7": wkv7, "rosa": rosa_op}
     return [known[name].backend_for(device, dtype) for name in operators(config)][0]
 

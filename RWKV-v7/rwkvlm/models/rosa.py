@@ -39,7 +39,10 @@ class RosaBlockState(NamedTuple):
 
 
 class RosaBlock(nn.Module):
-    """`x += att(ln1(x)) + rosa(ln3(x)); x += ffn(ln2(x))`, in the pure ROSA model without att; block 0 also normalises the embedding with ln0, if it has it."""
+    """`x += att(ln1(x)) + rosa(ln3(x)); x += ffn(ln2(x))`, in the pure ROSA model without att.
+
+    Block 0 also normalises the embedding with ln0, if it has one.
+    """
 
     def __init__(self, config: RosaConfig, layer: int) -> None:
         super().__init__()
@@ -67,7 +70,10 @@ class RosaBlock(nn.Module):
         return_state: bool = False,
         packed: Packed | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None], RosaBlockState | None]:
-        """x: [B, T, C] residual stream; beside: the tokens [B, T] and block 0's value, None in block 0. Returns x, beside, the new state or None."""
+        """x: [B, T, C] residual stream; beside: the tokens [B, T] and block 0's value, None in block 0.
+
+        Returns x, beside, and the new state or None.
+        """
         tokens, v_first = beside
         att_x, wkv, seen, ffn_x = state if state is not None else (None, None, None, None)
         if self.ln0 is not None:
@@ -98,8 +104,11 @@ def is_rosa(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def config_of(tensors: Mapping[str, torch.Tensor], bits: int = 0) -> RosaConfig:
-    """Type and sizes from the names and shapes of a checkpoint; the bits of a symbol, which these do not say, from the tensor that our files carry,
-    else from `bits`. UserError where neither says it, as with the official files."""
+    """Type and sizes from the names and shapes of a checkpoint.
+
+    The bits of a symbol, which these do not say, come from the tensor that our files carry, else from `bits`. UserError
+    where neither says it, as with the official files.
+    """
     if CARRIED in tensors:
         bits = int(tensors[CARRIED]) if tensors[CARRIED].numel() == 1 and tensors[CARRIED] in BITS else -1
         if bits < 0:
@@ -128,7 +137,10 @@ def config_of(tensors: Mapping[str, torch.Tensor], bits: int = 0) -> RosaConfig:
 
 
 def adapted(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dict[str, torch.Tensor]:
-    """A file's weights in the form that the model has them: official files have a ln0 that nothing reads in each block, and do not carry the bits."""
+    """A file's weights in the form that the model has them.
+
+    Official files have in each block a ln0 that nothing reads, and do not carry the bits.
+    """
     own = model.state_dict()
     return {CARRIED: own[CARRIED]} | {name: tensor for name, tensor in tensors.items() if ".ln0." not in name or name in own}
 
@@ -140,8 +152,10 @@ def _linear(s: Slot) -> torch.Tensor:
 
 
 def _output(s: Slot) -> torch.Tensor:
-    """Smaller the more blocks there are, for what it reads is noise at first; not 0, as RWKV-7's, with which recall is learned less surely
-    (records/2026-11-26-rosa-gradient)."""
+    """Smaller the more blocks there are, for what it reads is noise at first.
+
+    Not 0, as RWKV-7's: with that recall is learned less surely (records/2026-11-26-rosa-gradient).
+    """
     return _linear(s) / s.config.n_layer
 
 
@@ -150,8 +164,8 @@ ROSA = BLOCK + r"rosa\."
 # Where they begin apart only chance brings them together, mostly in one symbol of eight, and what that one cannot tell
 # apart stays so (records/2026-11-27-rosa-copy).
 AS_QUERIES = (".k.", ".q.")
-# of the learning rate: on text the symbols that it begins with are good already, and moved fast they cost 0.05 to 0.1
-# nats a byte (same record)
+# the factor on the learning rate of q, k and v: on text the symbols that they begin with are good already, and moved fast
+# they cost 0.05 to 0.1 nats a byte (same record)
 OF_BITS = 0.1
 
 TABLE = [

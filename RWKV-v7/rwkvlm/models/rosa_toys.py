@@ -38,7 +38,10 @@ def _usual(name: str) -> str:
 
 
 def _with_head_bias(bias: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-    """ln_out.bias with as much added as makes the head put out its bias, which no other model has: possible where the head's rows are independent."""
+    """ln_out.bias with so much added that the head puts out its bias, which no other model has.
+
+    That is possible where the head's rows are independent.
+    """
     rows, columns = sizes.shape("head.weight", 2)
     if bias.shape == (rows,) and sizes.shape("ln_out.bias", 1) == (columns,):
         head, bias = sizes.tensors["head.weight"].double(), bias.double()

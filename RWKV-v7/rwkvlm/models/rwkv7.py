@@ -31,7 +31,7 @@ def build(config: ModelConfig) -> LanguageModel:
 
 
 def config_of(tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
-    """All sizes, low ranks included, from the shapes of a checkpoint; a Phantom's also from the tensor by which it says what shapes do not."""
+    """All sizes, low ranks included, from the shapes of a checkpoint; a Phantom's also from the tensor CARRIED."""
     sizes = Sizes(tensors, "an RWKV-7", "x070")
     n_layer = sizes.n_layer()
     vocab_size, n_embd = sizes.shape("emb.weight", 2)

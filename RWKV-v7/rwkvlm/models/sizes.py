@@ -11,7 +11,10 @@ from ..config import UserError
 
 
 class Sizes:
-    """The tensors of a file that should hold a model of this kind, such as "an RWKV-7"; give: the type to ask the user for where it does not."""
+    """The tensors of a file that should hold a model of this kind, such as "an RWKV-7".
+
+    give: the type to ask the user for where it does not.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], kind: str, give: str) -> None:
         self.tensors, self.kind, self.give = tensors, kind, give

@@ -29,8 +29,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Row:
-    """pattern: regular expression over names; init: makes the fp32 values; lr: factor on the learning rate; decay: weight decay or not;
-    like: (part of the name, another in its place): the parameter of that name draws the same random numbers."""
+    """The rule for the parameters whose whole names match `pattern`, a regular expression.
+
+    init: makes the fp32 values; lr: factor on the learning rate; decay: weight decay or not; like: (part of the name,
+    another in its place): the random numbers are those that the parameter of that name draws.
+    """
 
     pattern: str
     init: Callable[[Slot], torch.Tensor]
@@ -53,7 +56,11 @@ def _layer(name: str) -> int:
 
 @torch.no_grad()
 def init_from_table(model: nn.Module, table: list[Row], seed: int) -> None:
-    """Fills every parameter and buffer in place. Values depend on seed and name, not on the order of creation; the last bits of orthogonal ones also on the number of threads."""
+    """Fills every parameter and buffer in place.
+
+    Values depend on seed and name, not on the order of creation; the last bits of orthogonal ones also on the number of
+    threads.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         row = row_of(table, name)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name.replace(*row.like)}".encode()))  # its seed has 32 bits
@@ -62,8 +69,11 @@ def init_from_table(model: nn.Module, table: list[Row], seed: int) -> None:
 
 
 def groups_from_table(model: nn.Module, table: list[Row], weight_decay: float) -> list[dict]:
-    """Optimizer groups in the official form: params, names, weight_decay, my_lr_scale. Decided from names alone,
-    so that sharded parameters (ZeRO-3) fall into the same groups; parameters without gradient are left out."""
+    """Optimizer groups in the official form: params, names, weight_decay, my_lr_scale.
+
+    Decided from names alone, so that sharded parameters (ZeRO-3) fall into the same groups; parameters without gradient
+    are left out.
+    """
     groups: dict[tuple[bool, float], dict] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:

@@ -19,7 +19,10 @@ SECONDS = 0.05  # for the repeats of one measurement
 
 
 def fp32_matmul_choice() -> tuple[str, str]:
-    """For torch.set_float32_matmul_precision: of "highest" and "medium" the faster one whose error is fp32's, measured on the CPU; and a line that says so."""
+    """What to give torch.set_float32_matmul_precision, measured on the CPU, and a line that says so.
+
+    Of "highest" and "medium" it is the faster one whose error is fp32's.
+    """
     before = torch.get_float32_matmul_precision()
     gflops, error = {}, {}
     try:

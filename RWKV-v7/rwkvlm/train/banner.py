@@ -42,9 +42,11 @@ def show_plan(plan: Plan) -> None:
         "batch": f"{run.world_size} x {config.micro_bsz}{accumulated} = {plan.batch} samples, {schedule.tokens_per_step:,} tokens a step",
         "schedule": f"{schedule.exit_tokens:,} tokens, {mini_epochs} mini-epoch{'s' * (mini_epochs != 1)}, "
         f"{rate}, warm-up {schedule.warmup_steps} steps",
-        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * bool(config.cuda_graphs)}, {recurrence(model)} in {KERNELS[plan.kernel]}",
-        "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to "
-        f"go{f', {plan.steps:,} of them now (--max_steps)' * (plan.steps < left)}",
+        "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}"
+        f"{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * bool(config.cuda_graphs)}, "
+        f"{recurrence(model)} in {KERNELS[plan.kernel]}",
+        "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go"
+        f"{f', {plan.steps:,} of them now (--max_steps)' * (plan.steps < left)}",
         "output": f"{plan.proj_dir}",
     }
     for name, text in lines.items():

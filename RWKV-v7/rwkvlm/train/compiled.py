@@ -20,8 +20,9 @@ GRAPHS = 64
 
 
 def compile_blocks(model: LanguageModel, lengths_vary: bool = False, graphs: bool = False) -> None:
-    """In place, names stay as they are; the compiler runs when a block is called first. lengths_vary: from batch to batch, as packed documents do.
-    graphs: compiled, and in CUDA graphs.
+    """Compiles the blocks in place, names stay as they are; the compiler runs when a block is called first.
+
+    lengths_vary: from batch to batch, as packed documents do. graphs: what is compiled runs in CUDA graphs.
 
     Whole blocks only: what cannot be traced, and more than GRAPHS kinds of them, is an error and not a silent way back
     to Python. Shapes are either known or symbols from the first batch on, so that a resumed run has the same kernels as
@@ -36,7 +37,10 @@ def compile_blocks(model: LanguageModel, lengths_vary: bool = False, graphs: boo
 
 
 def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> None:
-    """UserError where --compile 1 would not work, or not well. On a CPU it tries the compiler: some seconds. kernel: who computes the model's recurrence."""
+    """UserError where --compile 1 would not work, or not well. kernel: who computes the model's recurrence.
+
+    On a CPU it tries the compiler, which takes some seconds.
+    """
     if not config.compile:
         return
     if run.strategy.startswith("deepspeed_stage_3"):

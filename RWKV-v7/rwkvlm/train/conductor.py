@@ -143,9 +143,8 @@ class Conductor(pl.Callback):
         self.saver.wait()
         step, samples = self.health.last_ill
         raise UserError(
-            f"{self.health.in_a_row} steps in a row were skipped or undone "
-            f"(--max_skips {self.plan.config.max_skips}), the last one step {step}: "
-            f"{diagnose(self.plan, trainer, module, samples)}"
+            f"{self.health.in_a_row} steps in a row were skipped or undone (--max_skips {self.plan.config.max_skips}), "
+            f"the last one step {step}: {diagnose(self.plan, trainer, module, samples)}"
         )
 
     def on_exception(self, trainer: pl.Trainer, module: TrainModule, exception: BaseException) -> None:
@@ -166,6 +165,6 @@ class Conductor(pl.Callback):
             say(f"stopped after --max_steps {self.plan.config.max_steps} at step {self.position.step}; the training state is saved")
         else:
             say(
-                f"finished at step {self.position.step}: the weights are "
-                f"{self.plan.proj_dir / FINAL_NAME}, the curves {self.plan.proj_dir / REPORT}"
+                f"finished at step {self.position.step}: the weights are {self.plan.proj_dir / FINAL_NAME}, "
+                f"the curves {self.plan.proj_dir / REPORT}"
             )

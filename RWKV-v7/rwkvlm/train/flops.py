@@ -12,21 +12,26 @@ from ..config import HybridConfig, ModelConfig, PhantomConfig
 # Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets, without sparsity (RTX 4090 D: by its multiprocessors, 114 of
 # 128). The first that stands in the device's name, as whole words, counts.
 PEAK = {
-    "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119.5, "L4": 121,
-    "A40": 150, "A30": 165, "A10": 125, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090 D": 147, "RTX 4090": 165, "RTX 3090": 71,
+    "GB200": 2500, "B200": 2250,
+    "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L20": 119.5, "L4": 121, "A40": 150, "A30": 165, "A10": 125,
+    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090 D": 147, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 
 
 def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
-    """Of forward and backward in a long text, nothing recomputed: 6 for each weight of a matrix product whenever it is used, 27 N C for each layer's state.
+    """Of forward and backward in a long text, nothing recomputed.
 
-    2 where nothing is trained, nor anything below: q, k and v with --rosa_grad none. (--freeze, which is no matter of
-    sizes, does not count.) Embeddings are not multiplied, DeepEmbed's no more than the first one; ROSA compares bits,
-    which is no arithmetic of this kind.
-    The recurrence takes 9 N^2 a head: decay 1, and 2 each for S a, its product with b, v k and S r; the backward pass twice that.
-    That of RWKV-4 takes 11 a channel beside its exponentials: two weighted means of numerator and denominator, and
-    their quotient. Attention takes 12 C for each token that a token sees, on average over a sequence of ctx_len, which
-    no other model needs: q k^T and its product with v.
+    Matrix products: 6 for each weight whenever it is used; 2 where nothing is trained, nor anything below: q, k and v with
+    --rosa_grad none. (--freeze, which is no matter of sizes, does not count.) Embeddings are not multiplied, DeepEmbed's
+    no more than the first one; ROSA compares bits, which is no arithmetic of this kind.
+
+    The state of a layer: 27 N C. The recurrence takes 9 N^2 a head: decay 1, and 2 each for S a, its product with b, v k
+    and S r; the backward pass twice that. That of RWKV-4 takes 11 a channel beside its exponentials: two weighted means of
+    numerator and denominator, and their quotient.
+
+    Attention: 12 C for each token that a token sees, on average over a sequence of ctx_len, which no other model needs:
+    q k^T and its product with v.
     """
     with torch.device("meta"):
         named = dict(models.build(sizes).named_parameters())
@@ -49,7 +54,7 @@ def flops_per_token(sizes: ModelConfig, ctx_len: int | None = None) -> int:
 
 
 def _of_test_time_training(sizes: PhantomConfig) -> int:
-    """In a layer, for each token, a step at the end of its segment taking an equal part of each."""
+    """In a layer, for each token; a step at the end of a segment is shared out among its tokens."""
     N = sizes.head_size
     if sizes.has_memory:
         return 3 * sizes.memory_flops

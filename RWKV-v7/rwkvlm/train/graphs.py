@@ -46,14 +46,20 @@ class Recorder:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def try_out(self, work: Callable[[], object]) -> None:
-        """Where it will be recorded: kernels are loaded and libraries choose theirs when they are called first, which must not happen while recording."""
+        """Runs the work where it will be recorded.
+
+        Kernels are loaded, and libraries choose theirs, when they are called first: this must not happen while recording.
+        """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             work()
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """What runs it again, and its results, which lie where each run writes them. Other threads may go on, with NCCL's events and pinned memory."""
+        """What runs the work again, and its results, which lie where each run writes them.
+
+        Other threads may go on, with NCCL's events and pinned memory.
+        """
         graph = torch.cuda.CUDAGraph()
         # where a recording fails, torch.cuda.graph leaves its stream the current one: this gives back the one before
         with torch.cuda.stream(self.stream):
@@ -186,9 +192,10 @@ def _put(tensors: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> N
 
 @torch.enable_grad()
 def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool = False, recorder: Recorder | None = None) -> None:
-    """In place, for training on [batch, tokens]; once the model is on its GPU and what shares its parameters out (DDP, DeepSpeed) has them.
+    """Puts graphs in the place of the blocks' forward, for training on [batch, tokens].
 
-    Values, gradients, random numbers and buffers are afterwards what they were. Raises UserError where a block cannot be recorded.
+    To be called once the model is on its GPU and what shares its parameters out (DDP, DeepSpeed) has them. Values,
+    gradients, random numbers and buffers are afterwards what they were. Raises UserError where a block cannot be recorded.
     """
     weight, recorder = model.emb.weight, recorder or Recorder()
     last, made = len(model.blocks) - 1, []
@@ -211,9 +218,10 @@ def graph_blocks(model: LanguageModel, batch: int, tokens: int, recompute: bool 
 
 @torch.enable_grad()
 def try_graphs(model: LanguageModel, batch: int, tokens: int, recompute: bool = False, recorder: Recorder | None = None) -> str:
-    """graph_blocks where it can be done and gives what the blocks give: the features of random tokens, and the gradient of each parameter of the blocks.
+    """graph_blocks, where it can be done and gives what the blocks give. Returns "", or why the blocks are left as they were.
 
-    "", or why the blocks are left as they were. RuntimeError where the GPU cannot be used any more.
+    Compared are the features of random tokens, and the gradient of each parameter of the blocks. RuntimeError where the
+    GPU cannot be used any more.
     """
     weight = model.emb.weight
     rng = torch.Generator(weight.device).manual_seed(0)
@@ -261,7 +269,10 @@ def _near(got: Tensor, wanted: Tensor) -> bool:
 
 
 def decide_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: str) -> int:
-    """--cuda_graphs, of -1 what is left of it: 0 where graphs would not work or not help, -1 where they are to be tried. UserError for a 1 that would not work."""
+    """--cuda_graphs, of -1 what is left of it: 0 where graphs would not work or not help, -1 where they are to be tried.
+
+    UserError for a 1 that would not work.
+    """
     if config.cuda_graphs != -1:
         check_graphs(config, run, model, kernel)
         return config.cuda_graphs
@@ -285,8 +296,8 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
         # torch.compile's graphs write gradients where autograd keeps those of the micro batch before:
         # https://github.com/pytorch/pytorch/issues/181723
         raise UserError(
-            "--cuda_graphs 1 with --compile 1 would lose gradients of --accumulate_grad_batches "
-            f"{config.accumulate_grad_batches}; use --accumulate_grad_batches 1, or leave --compile out"
+            f"--cuda_graphs 1 with --compile 1 would lose gradients of --accumulate_grad_batches {config.accumulate_grad_batches}; "
+            "use --accumulate_grad_batches 1, or leave --compile out"
         )
     if config.doc_reset:
         raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")

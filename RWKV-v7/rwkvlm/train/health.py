@@ -44,11 +44,13 @@ class Snapshot:
 
 
 class Health:
-    """in_a_row: steps up to the last one judged that were skipped or undone. last_ill: step and samples consumed after it, of the last such.
+    """Judges every step, and undoes spikes.
 
-    guarded: spikes are looked for; then every step must be judged before the next one begins. What they go back to is
-    not part of a training state, which it would make three times as large: a spike soon after a resumption goes back to
-    that, not to an earlier snapshot.
+    in_a_row: steps up to the last one judged that were skipped or undone. last_ill: the last such step, and the samples
+    consumed after it.
+    guarded: spikes are looked for; then every step must be judged before the next one begins. Snapshots are not part of a
+    training state, which they would make three times as large: a spike soon after a resumption goes back to what the run
+    resumed from.
     """
 
     def __init__(self, plan: Plan, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

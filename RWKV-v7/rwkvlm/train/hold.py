@@ -16,7 +16,7 @@ HELD = ".holder"  # in proj_dir; stays there, so that nobody locks one that has 
 
 
 class Hold:
-    """Of the first process on proj_dir. Two runs at once would take each other's files for their own.
+    """The lock of a run's first process on proj_dir. Two runs at once would take each other's files for their own.
 
     The lock goes with the process, however that ends. Where the file system has none, or one for each node as Lustre may have, nobody is
     refused: then the run that began last has the folder, and `check` ends the one before.

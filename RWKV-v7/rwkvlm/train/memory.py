@@ -11,7 +11,8 @@ train/optimizer.py, DeepSpeed 0.19):
     graphs       CUDA graphs: gradients where they are written, b P of the blocks, and in each block those of x and v_first
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
     saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 A (weights, the first process)
-    snapshots    on a CPU: those that --spike_guard goes back to, 12 P each; ZeRO: 12 P / W (on a GPU they lie in the host's memory, which is not told)
+    snapshots    on a CPU: those that --spike_guard goes back to, 12 P each; ZeRO: 12 P / W (on a GPU they lie in the host's
+                 memory, which is not counted)
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def trained(part: torch.nn.Module) -> int:
 
 
 def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: Activations, program: int, copies: bool = False) -> Memory:
-    """Of each process; `program`: bytes of a process before there is a model; copies: whether the optimizer copies gradients (outside DeepSpeed)."""
+    """Of each process. program: its bytes before there is a model; copies: whether the optimizer copies gradients (outside DeepSpeed)."""
     with torch.device("meta"):
         model = models.build(sizes)
     freeze(model, config.freeze)

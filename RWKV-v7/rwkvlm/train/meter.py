@@ -53,7 +53,10 @@ class Meter:
         part_norms: torch.Tensor | None,
         lr: float,
     ) -> None:
-        """After an optimizer step. loss and terms: this process's means, on its device, are reduced in place to means over all. part_norms: [parts]."""
+        """After an optimizer step. Collective.
+
+        loss, terms: this process's means, on its device; in place they become means over all. part_norms: [parts].
+        """
         if self.world > 1:
             for mean in (loss, *terms.values()):
                 torch.distributed.all_reduce(mean)

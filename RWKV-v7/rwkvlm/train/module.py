@@ -17,7 +17,11 @@ from .optimizer import make_optimizer
 
 
 def on_device(batch: tuple[torch.Tensor, ...], device: torch.device) -> tuple:
-    """A batch of data/dataset.py. With --doc_reset (data/reset.py) the bounds of documents stay in the host's memory too, the last of what layers/packed.py has."""
+    """A batch of data/dataset.py.
+
+    With --doc_reset (data/reset.py) the bounds of documents stay in the host's memory too: the last field of
+    layers/packed.py's Packed.
+    """
     return *(tensor.to(device, non_blocking=True) for tensor in batch), *(bounds.numpy() for bounds in batch[2:3])
 
 
@@ -57,7 +61,7 @@ class TrainModule(pl.LightningModule):
         self.head_loss = HeadLoss(model.head.weight, self.config.head_chunk)
 
     def loss(self, batch: tuple[torch.Tensor, ...], grad_cp: bool = False) -> tuple[torch.Tensor, Terms]:
-        """Mean cross entropy of a batch (data/dataset.py, with --doc_reset data/reset.py), and what else the model has its training lower."""
+        """Mean cross entropy of a batch (data/dataset.py; --doc_reset: data/reset.py), and what else the model has its training lower."""
         if self.config.compile and self.config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the graphs have returned until now may be overwritten
         idx, targets, *places = batch
@@ -108,7 +112,10 @@ class TrainModule(pl.LightningModule):
             self.trainer.strategy.optimizers[0].clip(self._grad_norm, self.config.grad_clip)
 
     def gradient_norm(self) -> torch.Tensor | float | None:
-        """Of the last optimizer step, over all parameters and devices, before clipping; a tensor stays on its device. Collective, once a step."""
+        """Of the last optimizer step, over all parameters and devices, before clipping. Collective, once a step.
+
+        A tensor stays on its device.
+        """
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             total = self.trainer.strategy.deepspeed_engine.get_global_grad_norm()
             self.norms.finish(total, self.config.grad_clip)

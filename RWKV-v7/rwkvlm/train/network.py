@@ -17,7 +17,10 @@ OUTSIDE = "192.0.2.1"  # kept for documentation (RFC 5737), no host has it: the 
 
 
 def choose_interface(main_address: str, num_nodes: int) -> None:
-    """For this process and those that it starts, before the process group exists; what the user has set stays. main_address: a name or IPv4 address of rank 0."""
+    """For this process and those that it starts, before the process group exists; what the user has set stays.
+
+    main_address: a name or IPv4 address of rank 0.
+    """
     here = num_nodes == 1
     name = interface_towards("127.0.0.1" if here else main_address)
     if name == "lo" and not here and main_address != "localhost" and not main_address.startswith("127."):
@@ -27,7 +30,10 @@ def choose_interface(main_address: str, num_nodes: int) -> None:
 
 
 def interface_towards(address: str) -> str | None:
-    """The interface by which packets to that address leave, such as "eth0"; None where the kernel knows no way, and for IPv6. Sends nothing."""
+    """The interface by which packets to that address leave, such as "eth0". Sends nothing.
+
+    None where the kernel knows no way, and for IPv6.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             s.connect((address, 9))

@@ -20,7 +20,11 @@ def part_of(name: str) -> str:
 
 
 class GradientNorms:
-    """parts: names, in the order of the model. last: [parts], fp32, on the device: the norms of the last step before clipping; None before."""
+    """Of gradients that every process has whole: under all strategies but DeepSpeed's.
+
+    parts: names, in the order of the model. last: [parts], fp32, on the device: the norms of the last step before
+    clipping; None before the first.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -30,7 +34,7 @@ class GradientNorms:
         self._part_of: torch.Tensor | None = None
 
     def measure(self) -> torch.Tensor:
-        """The norm of the whole gradient. For gradients that every process has whole: all strategies but DeepSpeed's."""
+        """The norm of the whole gradient; `last` becomes its norms by part."""
         names, grads = zip(*((name, parameter.grad) for name, parameter in self._named if parameter.grad is not None))
         if names != self._graded:
             self._graded, self._part_of = names, self._places(names, grads[0].device)

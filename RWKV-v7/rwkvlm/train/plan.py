@@ -41,7 +41,11 @@ SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a s
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with precision and cuda_graphs decided. kernel: who computes the model's recurrence. batch: samples per optimizer step, all devices and micro batches together."""
+    """All that a run needs to know before it is built.
+
+    config: with precision and cuda_graphs decided. kernel: who computes the model's recurrence.
+    batch: samples per optimizer step, all devices and micro batches together.
+    """
 
     config: TrainConfig
     launch: Launch
@@ -157,7 +161,7 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
 
 
 def checked(plan: Plan) -> Plan:
-    """The plan, once the processes together have read the checksums of its training state; where these are wrong, one that begins before it.
+    """The plan, when the checksums of its training state are right, which the processes read together; else one that begins before it.
 
     Collective. Raises UserError when processes do not see the same files, or other data under one name: each would
     train on samples of its own order, or wait in a validation that others do not make.
@@ -229,7 +233,10 @@ def check_data(config: TrainConfig) -> tuple[TrainConfig, Mixture]:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """proj_dir, or the folder where it would be made, can be written to. It is made with the first file in it: a refused run leaves nothing."""
+    """UserError where proj_dir, or the folder where it would be made, cannot be written to.
+
+    It is made with the first file in it: a refused run leaves nothing.
+    """
     folder = Path(config.proj_dir)
     try:
         try_folder(folder)

@@ -1,4 +1,7 @@
-"""Estimates of a run's memory and time before it starts: they decide --grad_cp -1 and take part in deciding --cuda_graphs -1, and train.py --dry_run prints them. Nothing is left behind."""
+"""Estimates of a run's memory and time before it starts, for --grad_cp -1, --cuda_graphs -1 and train.py --dry_run.
+
+They decide --grad_cp -1 and take part in deciding --cuda_graphs -1; --dry_run prints them. Nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ def dry_run(plan: Plan) -> int:
     lines = {
         "epoch": f"{plan.config.epoch_samples * plan.config.ctx_len:,} tokens in a mini-epoch, "
         f"{math.ceil(plan.config.epoch_samples / plan.batch):,} steps",
-        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each "
-        f"process{', with grad_cp' * plan.config.grad_cp}: {'fits' if fits else 'does not fit'}",
+        "memory": f"{memory[plan.config.micro_bsz, plan.config.grad_cp]} of {volume(available)} for each process"
+        f"{', with grad_cp' * plan.config.grad_cp}: {'fits' if fits else 'does not fit'}",
         "advice": _advice(plan, memory, available),
     }
     for name, text in lines.items():
@@ -61,8 +64,11 @@ def dry_run(plan: Plan) -> int:
 
 
 def decide_by_memory(plan: Plan) -> Plan:
-    """The plan with --grad_cp -1 decided: activations are recomputed where the run would otherwise take more than ROOM of what is free; and without
-    the graphs of --cuda_graphs -1 where the run would take more than that with them. Collective."""
+    """The plan with --grad_cp -1 decided, and --cuda_graphs -1 where memory decides it. Collective.
+
+    Activations are recomputed where the run would otherwise take more than ROOM of what is free; --cuda_graphs -1 becomes
+    0 where the run would take more than that with graphs.
+    """
     config = plan.config
     if config.grad_cp != -1 and config.cuda_graphs != -1:
         return plan
@@ -176,9 +182,9 @@ def probe_flags(plan: Plan, folder: str) -> list[str]:
         name: getattr(model, name) for name in OWN if hasattr(model, name)
     }
     changes |= dict(
-        proj_dir=folder, load_model="" if start.fresh or start.path is None else str(start.path), load_partial=0, train_stage=0, epoch_begin=0, dry_run=False,
-        wandb="", tensorboard=0, enable_progress_bar=False, save_steps=10**9, save_minutes=0.0, epoch_save=0, val_every=10**9, val_batches=1, max_steps=0,
-        random_seed=0,
+        proj_dir=folder, load_model="" if start.fresh or start.path is None else str(start.path), load_partial=0, train_stage=0,
+        epoch_begin=0, dry_run=False, wandb="", tensorboard=0, enable_progress_bar=False, save_steps=10**9, save_minutes=0.0,
+        epoch_save=0, val_every=10**9, val_batches=1, max_steps=0, random_seed=0,
     )  # fmt: skip
     default = TrainConfig().as_dict()
     values = {name: int(value) if isinstance(value, bool) and type(default[name]) is int else value for name, value in changes.items()}

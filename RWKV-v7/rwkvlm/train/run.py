@@ -39,7 +39,10 @@ from .watch import Watch
 
 
 def run(config: TrainConfig) -> int:
-    """Returns the exit code: 0 at the last token or after max_steps, 128 + signal when stopped by one, 1 when memory has run out. Raises UserError."""
+    """Does what the settings ask for and returns the exit code. Raises UserError.
+
+    0 at the last token or after max_steps, 128 + signal when stopped by one, 1 when memory has run out.
+    """
     tell(config.flags_without_effect())
     if env.first_process() and not config.dry_run:
         with suppress(OSError):  # what cannot be written is refused in its turn
@@ -50,8 +53,8 @@ def run(config: TrainConfig) -> int:
     tell(config.own_without_effect(plan.start.model))
     if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
         say(
-            f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of "
-            f"{plan.schedule.exit_tokens} tokens are done; nothing to do (a larger --my_exit_tokens trains longer)"
+            f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} "
+            "tokens are done; nothing to do (a larger --my_exit_tokens trains longer)"
         )
         return 0
     if plan.held_out is None:
@@ -101,8 +104,8 @@ def write_init(config: TrainConfig) -> int:
                 publish_weights(config.proj_dir, INIT_NAME, weights)
         done = "would write" if config.dry_run else "wrote"
         print(
-            f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} "
-            f"D{sizes.n_embd}, {count_parameters(weights) / 1e6:.6f} M parameters"
+            f"{done} {config.proj_dir}/{INIT_NAME}: {sizes.model_type} L{sizes.n_layer} D{sizes.n_embd}, "
+            f"{count_parameters(weights) / 1e6:.6f} M parameters"
         )
     return 0
 
@@ -187,8 +190,8 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     if trainer.num_nodes > 1 and trainer.local_rank == 0:
         where = f"{environment.main_address}:{environment.main_port}"
         print(
-            f"node {trainer.node_rank} waits for {trainer.num_nodes} nodes to "
-            f"meet at {where}, {start_timeout(config) / 60:g} minutes at most",
+            f"node {trainer.node_rank} waits for {trainer.num_nodes} nodes to meet at {where}, "
+            f"{start_timeout(config) / 60:g} minutes at most",
             file=sys.stderr,
             flush=True,
         )

@@ -20,8 +20,8 @@ from ..ops.cross_entropy import head_cross_entropy
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # and where a sum cancels, or products are in tf32, more, but no more than so many times what plain PyTorch has in the same dtype
 ROUNDING = 4.0
-# of weights and tokens: a wrong kernel is wrong in all of them; in one, a rounding may have turned a ReLU, or the few
-# numbers of a gradient be far off
+# draws of weights and tokens: a wrong kernel is wrong in all of them; in one alone a rounding may have turned a ReLU, or
+# the few numbers of a gradient be far off
 DRAWS = 3
 CURE = (
     "`python -m rwkvlm doctor` asks each by itself; set RWKV_CACHE_DIR to an empty folder to build them again, "
@@ -31,7 +31,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def check_kernels(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """UserError where loss and gradient of a small model of this kind are not what plain PyTorch makes of the same weights, or a kernel fails."""
+    """UserError where a kernel fails, or a small model of this kind has another loss or gradient than in plain PyTorch."""
     if backend.requested() == "torch":
         return
     dtype = backend.computed_in(dtype)

@@ -48,8 +48,10 @@ def what_goes_on(config: TrainConfig) -> str:
 
 
 def find_start(config: TrainConfig, order: int | str, identity: list[dict], damaged: Collection[Path] = ()) -> Start:
-    """With train_stage 2 and 3 from the newest intact training state, else as officially from the newest
-    rwkv-{n}.pth, else from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
+    """Where a run with these settings begins.
+
+    With train_stage 2 and 3 from the newest intact training state, else as officially from the newest rwkv-{n}.pth, else
+    from rwkv-init.pth; without any of these, and with train_stage 0, from load_model or fresh weights.
 
     order: what decides the order of the data (Mixture.order). identity: which data these are (Mixture.identity).
     damaged: training states that are not to be used.
@@ -68,8 +70,8 @@ def find_start(config: TrainConfig, order: int | str, identity: list[dict], dama
             return start
         if (final := Path(config.proj_dir) / FINAL_NAME).exists():
             raise UserError(
-                f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run "
-                f"would overwrite; choose another --proj_dir, with --load_model {final} to train it further"
+                f"there is nothing to go on from in {config.proj_dir} but {final.name}, which a new run would overwrite; "
+                f"choose another --proj_dir, with --load_model {final} to train it further"
             )
     else:
         refuse_to_overwrite(config, from_mini_epoch=config.epoch_begin)
@@ -102,8 +104,8 @@ def _from_state(config: TrainConfig, order: int | str, identity: list[dict], dam
     if (then := info.meta["epoch_samples"]) != config.epoch_samples:
         say(
             f"--epoch_samples {config.epoch_samples} from here on, and {then} before: "
-            f"mini-epochs and rwkv-{{n}}.pth are counted anew, step {info.step} is "
-            f"in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}"
+            "mini-epochs and rwkv-{n}.pth are counted anew, "
+            f"step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}"
         )
     _same_data(config, info, identity)
     model = _agree(config, model_config(**phantom.as_now(info.meta["model"])), info.path)
@@ -152,7 +154,10 @@ def _from_newest_weights(config: TrainConfig) -> Start | None:
 
 
 def refuse_to_overwrite(config: TrainConfig, from_mini_epoch: int = 0) -> None:
-    """UserError when proj_dir holds a run of which something would be lost, finished or not: stages 0 and 1 are asked to begin another one."""
+    """UserError when proj_dir holds a run of which something would be lost, finished or not.
+
+    Stages 0 and 1 are asked to begin another one.
+    """
     found, cure = newest_weights(config.proj_dir), "continue it with --train_stage 3"
     if (Path(config.proj_dir) / FINAL_NAME).exists():
         held, cure = f"{FINAL_NAME}: it is finished", "train it longer with --train_stage 3 and a larger --my_exit_tokens"
@@ -188,14 +193,17 @@ def _phantom_of(config: TrainConfig, found: ModelConfig, path: Path) -> PhantomC
     sizes = model_config(**found.as_dict() | config.own_settings() | {"model_type": "phantom", "ghost_permuted": True})
     if sizes.has_ghosts and sizes.ghost_activation != "identity":
         raise UserError(
-            f"--ghost_activation {sizes.ghost_activation}: the matrices of the "
-            f"RWKV-7 in {path} can only be factorised with --ghost_activation identity"
+            f"--ghost_activation {sizes.ghost_activation}: the matrices of the RWKV-7 in {path} "
+            "can only be factorised with --ghost_activation identity"
         )
     return sizes
 
 
 def _agree(config: TrainConfig, found: ModelConfig, path: Path, grows: bool = False) -> ModelConfig:
-    """The model of path as the flags want it, if they may. grows: --load_partial may put blocks above its own; a training state's optimizer has none for them."""
+    """The model of path as the flags want it, if they may.
+
+    grows: --load_partial may put blocks above its own; it may not with a training state, whose optimizer has none for them.
+    """
     if config.my_testing != found.model_type:
         raise UserError(
             f"--my_testing {config.my_testing}, but {path} holds a model of type {found.model_type}; "

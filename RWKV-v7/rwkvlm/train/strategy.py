@@ -65,8 +65,8 @@ def launch(config: TrainConfig) -> Launch:
     if accelerator == "gpu" and gpus < launched == devices:
         raise UserError(
             f"the launcher started {launched} processes on this node, and this one sees {gpus} GPU{'s' * (gpus > 1)}; "
-            "let each see all of them (SLURM: --gpus-per-node in"
-            f" place of --gpus-per-task and --gpu-bind), or start {gpus}"
+            "let each see all of them (SLURM: --gpus-per-node in place of --gpus-per-task and --gpu-bind), "
+            f"or start {gpus}"
         )
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"--devices {devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; use --devices {gpus} or auto")
@@ -95,7 +95,7 @@ def launched_here() -> int:
 
 
 def started_apart(run: Launch) -> bool:
-    """Whether processes of this run are started by something else than its first process, which then cannot hand its decisions on to them."""
+    """Whether the other processes of this run are not started by its first one, which then cannot hand its decisions on to them."""
     return run.num_nodes > 1 or (run.world_size > 1 and (env.launched_by_variables() or launched_here() > 0))
 
 
@@ -105,7 +105,10 @@ def param_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def lightning_precision(config: TrainConfig) -> str:
-    """Trainer(precision=...). Outside DeepSpeed Lightning shall do nothing: the model has param_dtype already, MasterAdamW has the masters."""
+    """Trainer(precision=...).
+
+    Outside DeepSpeed Lightning shall do nothing: the model has param_dtype already, MasterAdamW has the masters.
+    """
     if config.strategy.startswith("deepspeed"):
         return {"fp32": "32-true", "tf32": "32-true", "fp16": "16-true", "bf16": "bf16-true"}[config.precision]
     return "32-true"
@@ -178,7 +181,10 @@ class DeepSpeed(DeepSpeedStrategy):
         return super().backward(*args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, *args, **kwargs):
-        """After a step that DeepSpeed has skipped, with the optimizer offloaded, 0.19.8 would add the next gradients to those that are not finite."""
+        """Lightning's, but a step that DeepSpeed has skipped leaves no gradients behind.
+
+        With the optimizer offloaded, 0.19.8 would add the next gradients to those that are not finite.
+        """
         result = super().optimizer_step(*args, **kwargs)
         zero = self.deepspeed_engine.optimizer
         if getattr(zero, "overflow", False) and getattr(zero, "cpu_offload", False):

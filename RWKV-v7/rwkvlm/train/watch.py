@@ -59,8 +59,8 @@ class Watch:
     """One for each process of a run, from before the process group exists to its end; no thread when a run has only one process.
 
     timeout_s: silence, or waiting for others in a collective operation, after which a run ends.
-    processes(): those that this one has started, of the ranks after its own. started: by another of the run. cure: what
-    the user can do then.
+    processes(): those that this one has started, of the ranks after its own. started: whether another process of the run
+    has started this one. cure: what the user can do when the run ends.
     """
 
     def __init__(

@@ -16,7 +16,8 @@ __all__ = ["adamw_", "backend_for", "gradient_norms"]
 
 
 def adamw_(
-    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One step of AdamW, in place (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, with bias correction).
@@ -32,12 +33,18 @@ def adamw_(
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:
-    """The Euclidean norm of each gradient (bf16 or fp32): [len(grads)] fp32. The native kernels' bits are the same on each run, on any number of threads."""
+    """The Euclidean norm of each gradient (bf16 or fp32): [len(grads)] fp32.
+
+    The native kernels' bits are the same on each run, on any number of threads.
+    """
     return _form(grads[0].device).gradient_norms(grads)
 
 
 def backend_for(device: torch.device) -> str:
-    """Who computes it here: "cuda", "cpu", or "torch" (its own fused step); builds what is missing. UserError for a kernel asked for that cannot run."""
+    """Who computes it here: "cuda", "cpu", or "torch" (its own fused step). UserError for a kernel asked for that cannot run.
+
+    Builds what is missing.
+    """
     return backend.choose("adamw", device, {"cuda": cuda.why_not, "cpu": native.why_not})
 
 

@@ -9,7 +9,8 @@ MASTER, GRADIENT = {torch.float32}, {torch.float32, torch.bfloat16}
 
 
 def check_step(
-    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
     """ValueError for other dtypes, sizes that differ, tensors with gaps, several devices."""

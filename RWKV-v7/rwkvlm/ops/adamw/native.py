@@ -14,7 +14,8 @@ def why_not() -> str:
 
 
 def adamw_(
-    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """As `ops.adamw.adamw_`; on a CPU numbers below the smallest normal one (1.2e-38) count as zero."""

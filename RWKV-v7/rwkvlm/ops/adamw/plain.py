@@ -10,7 +10,8 @@ from .arguments import check_gradients, check_step
 
 
 def adamw_(
-    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """As `ops.adamw.adamw_`."""

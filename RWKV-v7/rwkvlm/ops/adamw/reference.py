@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def adamw_(
-    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
+    masters: list[Tensor], rounded: list[Tensor], grads: list[Tensor],
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor],
     scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """As `ops.adamw.adamw_`. Source: arXiv 1711.05101, algorithm 2, with bias correction."""

@@ -1,4 +1,4 @@
-"""Head and loss on a GPU: its own matrix products, and between them one kernel (cuda/loss) that turns logits into gradients in their place."""
+"""Head and loss on a GPU: torch's matrix products, and between them one kernel (cuda/loss) that turns logits into gradients in place."""
 
 from __future__ import annotations
 

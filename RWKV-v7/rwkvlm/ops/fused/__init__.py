@@ -30,7 +30,7 @@ def norm_mix(
     mixes: list[Tensor],
     bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The branch is added to the residual stream, the sum normalised, each token blended with the one before: `token_mix(LayerNorm(x + branch))`.
+    """`token_mix(LayerNorm(x + branch))`: residual addition, norm, and each token blended with the one before.
 
     x, branch: [B, T, C], without a branch nothing is added; weight, bias: [C], eps: of the LayerNorm; last: [B, C], the
     normalised token before x[:, 0], None for zeros; mixes: [1, 1, C] each. bounds: [documents + 1] int32 for documents

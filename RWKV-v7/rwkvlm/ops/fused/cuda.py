@@ -9,6 +9,6 @@ from . import native
 
 
 def why_not(dtypes: tuple[torch.dtype, ...], width: int) -> str:
-    """Empty when the kernels run here on inputs of these dtypes and this last dimension (they are then built and registered), else the reason."""
+    """Empty when the kernels run here on these dtypes and this last dimension (they are then built and registered), else the reason."""
     # The first also defines the operators: a machine with nvcc has a C++ compiler.
     return native.why_not(dtypes, width) or why_not_built("fused")

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rwkvlm import native
 
-NORM_MIXES = (1, 6)  # how many of them the kernel of norm_mix is compiled for
+NORM_MIXES = (1, 6)  # how many mixes the kernel of norm_mix is compiled for
 
 
 def why_not(dtypes: tuple[torch.dtype, ...], width: int) -> str:
-    """Empty when the kernels run here on inputs of these dtypes and this last dimension (they are then built and registered), else the reason."""
+    """Empty when the kernels run here on these dtypes and this last dimension (they are then built and registered), else the reason."""
     if dtypes not in ((torch.bfloat16,), (torch.float32,)):
         return f"they take bfloat16 or float32 alone, not {', '.join(sorted(map(str, dtypes)))}"
     if width % 16:

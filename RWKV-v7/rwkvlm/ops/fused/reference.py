@@ -79,11 +79,14 @@ def relu_square(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-# Broadcasting would make something of nearly any shapes; the kernels refuse what these refuse.
+# Broadcasting would make something of nearly any shapes; the kernels refuse what these two checks refuse.
 
 
 def _check(op: str, **tensors: Tensor | tuple[Tensor | None, tuple[int, ...] | int]) -> None:
-    """The first is there as it is, on whose device the others are that are not None: each with the shape, or the number of elements, that it must have."""
+    """ValueError for one that is not on the device of the first, or has not the shape (or number of elements) that stands beside it.
+
+    The first stands alone; one that is None is passed over.
+    """
     (first, like), *others = tensors.items()
     for name, (x, shape) in others:
         if x is not None:

@@ -46,16 +46,16 @@ def rosa(
 ) -> Tensor | tuple[Tensor, RosaState]:
     """ROSA over symbols of 1 to 8 bits; a bit is x > 0.
 
-    q, k, v: [B, T, C], T >= 1, one dtype; channels g bits .. g bits + bits - 1 form a symbol, least significant bit
-    first, each group a sequence of its own.
-        k and v None: they are q, and turning a bit turns it in all three.
-    low, high: [C], the output where the output symbol's bit is 0, and where it is 1. miss: "zero", then the output is
-    0, or "low", it is `low`. grad: what q, k and v receive.
+    q, k, v: [B, T, C], T >= 1, one dtype; channels g bits .. g bits + bits - 1 form a symbol, least significant bit first,
+        each group a sequence of its own. k and v None: they are q, and turning a bit turns it in all three.
+    low, high: [C], the output where the output symbol's bit is 0, and where it is 1.
+    miss: the output there: "zero": 0; "low": `low`.
+    grad: what q, k and v receive (low and high receive the exact sums over where they were put out):
         "flip"  d x_t = (phi(bit 1) - phi(bit 0)) / (2 max(|x_t|, tau)), phi = sum(d out * out): exact, by turning each single bit
         "soft"  the gradient of a soft ROSA (soft.py): dense, also where two bits would have to change together
-    low and high receive the exact sums over where they were put out.
-    state: what `return_state` gave, to go on behind it: token by token, in pieces or at once, the outputs are the same. Inference only: an
-        input that wants a gradient is an error then. It grows with the text, by 6 bytes for each symbol (q = k = v: 5).
+    state: what `return_state` gave, to go on behind it: token by token, in pieces or at once, the outputs are the same.
+        Inference only: an input that wants a gradient is an error then. It grows with the text, by 6 bytes for each
+        symbol (q = k = v: 5).
     Returns out [B, T, C] in the dtype of q, with return_state also the state. ValueError for anything else.
     """
     check(q, k, v, low, high, bits, miss, tau, grad, state, return_state)
@@ -80,7 +80,10 @@ def _operator(part: str, x: Tensor):
 
 @backend.decided_while_tracing
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
-    """Who computes it here, int64 for tokens: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
+    """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run.
+
+    dtype: of q, k, v; int64 for tokens.
+    """
     dtype = backend.computed_in(dtype)
     supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype)}
     return backend.choose("rosa", device, supported)

@@ -1,4 +1,7 @@
-"""ROSA in plain PyTorch: run lengths by lag, gradients by running again with each bit turned. The oracle, and the form for every device and dtype."""
+"""ROSA in plain PyTorch, the oracle and the form for every device and dtype: run lengths by lag, gradients by turning each bit.
+
+To turn a bit means to run all again with it.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
 """WKV4, the recurrence of RWKV-4: the contract, and the choice of who computes it.
 
-    y_t = (A_{t-1} + exp(u + k_t) v_t) / (B_{t-1} + exp(u + k_t)),   A_t = d A_{t-1} + exp(k_t) v_t,   B_t = d B_{t-1} + exp(k_t),   d = exp(-exp(w))
+    y_t = (A_{t-1} + exp(u + k_t) v_t) / (B_{t-1} + exp(u + k_t))
+    A_t = d A_{t-1} + exp(k_t) v_t,   B_t = d B_{t-1} + exp(k_t),   d = exp(-exp(w))
 
 in each channel by itself: a mean of the values seen so far, each weighted by its key and its age. A and B leave the
-range of numbers, so that the state holds A exp(-p), B exp(-p) and p, the largest exponent among their terms. Source:
-the RWKV-4 paper, arXiv 2305.13048, and RWKV-LM, RWKV-v4neo.
+range of numbers, so that the state holds A exp(-p), B exp(-p) and p, the largest exponent among their terms.
+
+Source: the RWKV-4 paper, arXiv 2305.13048, and RWKV-LM, RWKV-v4neo.
 """
 
 from __future__ import annotations

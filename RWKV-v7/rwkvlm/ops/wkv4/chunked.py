@@ -1,4 +1,4 @@
-"""WKV4 in plain PyTorch: in chunks of tokens, each a softmax over the tokens before it and the state; the form for every other device and dtype."""
+"""WKV4 in plain PyTorch, for every other device and dtype: in chunks of tokens, each a softmax over the tokens before it and the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native kernels (cuda/wkv4) as a torch operator: C++ on the CPU, CUDA (cuda.py) on a GPU; what fake tensors and autograd need to know."""
+"""The native kernels (cuda/wkv4) as a torch operator: C++ on the CPU, CUDA (cuda.py) on a GPU; what fakes and autograd need to know."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _backward(ctx, dy, d_final, _checkpoints):
     w, u, k, v, checkpoints, state = ctx.saved_tensors
     dy = torch.zeros_like(k) if dy is None else dy.contiguous()
     if d_final is not None:
-        # What the kernels carry through the tokens are the gradients of A and B in the scale of their p. Of the
-        # gradient of p a part is theirs.
+        # The kernels carry the gradients of A and B through the tokens, in the scale of their p: a part of the gradient
+        # of p is in these.
         masses = d_final[:, :2]
         rest = d_final[:, 2:] - (masses * state[:, :2]).sum(1, keepdim=True)
         d_final = torch.cat([masses, rest], dim=1)

@@ -1,4 +1,7 @@
-"""The CUDA kernels as torch operators: where they run, and what fake tensors need to know. Launch and derivatives are in C++: cuda/wkv7/gpu.cpp and autograd_gpu.cpp."""
+"""The CUDA kernels as torch operators: where they run, and what fake tensors need to know.
+
+Launch and derivatives are in C++: cuda/wkv7/gpu.cpp and autograd_gpu.cpp.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ class Machine(NamedTuple):
 
 @functools.cache
 def machine(device: torch.device) -> Machine:
-    """The GPU that holds the tensors. Everything here that needs a GPU is in this function: tests put the emulation on the host in its place."""
+    """The GPU that holds the tensors.
+
+    Everything here that needs a GPU is in this function: tests put the emulation on the host in its place.
+    """
     if device.type != "cuda":
         raise ValueError(f"wkv7: the CUDA kernels need tensors on a GPU, got {device}")
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -91,7 +97,10 @@ def chunk_tokens(form: str, N: int) -> int:
 
 
 def saved_bytes(form: str, B: int, T: int, H: int, N: int, documents: int) -> int:
-    """Of what the forward leaves for the backward; documents: 0 without cu_seqlens. The library's own answer, for sizes that are symbols too."""
+    """Bytes that the forward leaves for the backward; documents: 0 without cu_seqlens.
+
+    The same number as the library's own, for sizes that are symbols too.
+    """
     C = chunk_tokens(form, N)
     slots = T // C + documents if documents else B * ((T + C - 1) // C)
     if form == "sequential":

@@ -45,7 +45,10 @@ def wkv7_native(
 def forward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial_state: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, final state, and where `save` the two tensors that `backward` takes: for derivatives that are written out. Where `why_not` has returned ""."""
+    """y, final state, and where `save` the two tensors that `backward` takes: for derivatives that are written out.
+
+    Only where `why_not` has returned "".
+    """
     return torch.ops.rwkvlm.wkv7_forward(r, w, k, v, a, b, initial_state, None, save)
 
 
@@ -104,7 +107,10 @@ def _backward(ctx, dy, d_final, _removed, _checkpoints, *more):
 
 
 class _PassingOn(torch.autograd.Function):
-    """The operator with r, k and v passed on, as they came: what their other uses give arrives with dy, and the backward kernel adds it to what it stores."""
+    """The operator with r, k and v passed on, as they came.
+
+    The gradients of their other uses arrive with dy, and the backward kernel adds them to what it stores.
+    """
 
     @staticmethod
     def forward(ctx, r, w, k, v, *others):

@@ -1,4 +1,4 @@
-"""The CUDA kernels with test-time training of the state inside, as a torch operator: all segments of a text in one call, forwards and backwards."""
+"""The CUDA kernels with test-time training of the state inside, as a torch operator: all segments in one call, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .arguments import check_arguments
 
 @backend.decided_while_tracing
 def runs_here(device: torch.device, dtype: torch.dtype, N: int, segment: int) -> bool:
-    """Whether they take these inputs: bf16 on tensor cores, segments of whole chunks. Only where cuda.why_not has returned "" for this device."""
+    """Whether they take these inputs: bf16 on tensor cores, segments of whole chunks.
+
+    Only where cuda.why_not has returned "" for this device.
+    """
     return cuda.form_for(dtype, cuda.machine(device).capability) == "chunked" and segment % cuda.chunk_tokens("chunked", N) == 0
 
 
@@ -31,10 +34,11 @@ def wkv7_ttt(
     stored: bool,
     pass_on: bool = False,
 ) -> tuple[Tensor, ...]:
-    """wkv7, and after each of the first (T - 1) // segment segments one gradient step on the first `rows` value rows of the state; layers/ttt.py has the formula.
+    """wkv7, and after each of the first (T - 1) // segment segments a gradient step on the state; layers/ttt.py has the formula.
 
     r, w, k, v, a, b [B, T, H, N] bfloat16, a = -kk; initial_state [B, H, N, N] float32 or None. rate [H] float32: eta / segment.
-    head [2, hidden, rows] float32: W1 and the transpose of W2, or None. stored: targets are v (k . kk), else v; they are constants.
+    head [2, hidden, rows] float32: W1 and the transpose of W2, or None. rows: the first value rows of the state, which the
+    steps change. stored: targets are v (k . kk), else v; they are constants.
     Returns y and the state after the last token, with pass_on also r, k, v, as wkv7 does. Gradients reach the six
     inputs, initial_state, rate and head. Only where `runs_here`.
     """

@@ -15,9 +15,11 @@ T = TypeVar("T")
 
 class Log:
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step: step, tokens, loss, lr, grad_norm and grad_norms by part of the model (None: unknown), tokens_per_s,
-        tflops (per device, of the model), mfu (None: the device's peak is unknown), seconds (of this process),
-        memory_mb. Only some steps have
+        """One optimizer step.
+
+        step, tokens, loss, lr, grad_norm and grad_norms by part of the model (None: unknown), tokens_per_s, tflops (per
+        device, of the model), mfu (None: the device's peak is unknown), seconds (of this process), memory_mb. Only some
+        steps have
 
             meta_loss   a Phantom's other term, without its weight; not part of loss
             skipped     True: a number was not finite, and the step has changed nothing
@@ -35,9 +37,9 @@ class Log:
 
 
 class Foreign(Log):
-    """A log that another library keeps. Where it fails, on a full disk or because its service is gone, a line says so, and training goes on without it.
+    """A log that another library keeps, and without which training goes on.
 
-    begin: makes the log, which may fail too.
+    Where it fails, on a full disk or because its service is gone, a line says so. begin: makes the log, which may fail too.
     """
 
     def __init__(self, name: str, begin: Callable[[], Log]) -> None:

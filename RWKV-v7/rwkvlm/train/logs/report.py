@@ -111,8 +111,8 @@ class Curves:
         s = self.settings
         return {
             "title": f"{s.get('my_testing', '')} L{s.get('n_layer')} D{s.get('n_embd')} · {s.get('data_file', '')}",
-            "subtitle": f"{s.get('proj_dir', '')} · context {s.get('ctx_len')} · {s.get('real_bsz')} "
-            f"samples a step · {s.get('precision')} · {s.get('strategy')}",
+            "subtitle": f"{s.get('proj_dir', '')} · context {s.get('ctx_len')} · "
+            f"{s.get('real_bsz')} samples a step · {s.get('precision')} · {s.get('strategy')}",
             "state": state,
             "written": time.time(),
             "refresh": refresh,

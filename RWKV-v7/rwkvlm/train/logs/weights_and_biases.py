@@ -13,11 +13,11 @@ RUN_ID = "run_id"  # in proj_dir/wandb
 
 
 class WeightsAndBiases(Log):
-    """A training that goes on from a training state goes on in the same run of wandb, which leaves out the steps that it has already. From weights,
-    which may lie far behind that run's last step and train otherwise than it did, there is a new one.
+    """A run of wandb, in which a training that goes on from a training state goes on.
 
-    Offline each process has a run of its own: of several with one id, `wandb sync` would leave the last
-    (https://github.com/wandb/wandb/issues/5865).
+    That run leaves out the steps that it has already. From weights, which may lie far behind its last step and train
+    otherwise than it did, there is a new one. Offline each process has a run of its own: of several with one id,
+    `wandb sync` would leave the last (https://github.com/wandb/wandb/issues/5865).
     """
 
     def __init__(self, plan: Plan, now: datetime) -> None:
@@ -49,7 +49,8 @@ class WeightsAndBiases(Log):
             self.run = begin(mode, known)
         except wandb.errors.Error as error:
             say(
-                f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb{f' (if run {known} is gone for good, remove {place}: the next start has a new one)' * bool(known)}"
+                f"wandb: {str(error).splitlines()[0]}; logging offline into {plan.proj_dir}/wandb"
+                f"{f' (if run {known} is gone for good, remove {place}: the next start has a new one)' * bool(known)}"
             )
             self.run = begin("offline")
         else:
