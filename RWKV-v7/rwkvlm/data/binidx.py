@@ -86,8 +86,8 @@ class Index:
         expected = HEADER.size + 12 * n_items + 8 * n_entries
         if n_bytes != expected:
             raise UserError(
-                f"{path} is {n_bytes} bytes long, but its header ({n_items} items, "
-                f"{n_entries} doc_idx entries) means {expected}; copy or make it again"
+                f"{path} is {n_bytes} bytes long, but its header ({n_items} items, {n_entries} doc_idx entries) "
+                f"means {expected}; copy or make it again"
             )
         if n_items == 0 or n_entries == 0:
             raise UserError(f"{path} lists {n_items} items and {n_entries} doc_idx entries; there is no document in it")

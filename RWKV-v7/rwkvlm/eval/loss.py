@@ -17,7 +17,7 @@ from .score import scores
 from .text import Document, bytes_of, documents
 
 AHEAD = 64  # batches that are put in order of length together
-AHEAD_TOKENS = 1 << 22
+AHEAD_TOKENS = 1 << 22  # or fewer batches, with about so many tokens
 
 
 def text_loss(engine: Engine, source: str, ctx_len: int = 0, batch: int = 8, limit: int = 0, text_key: str = "text") -> dict[str, Any]:

@@ -45,13 +45,15 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
         return
     if run.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
-            f"--compile 1 does not work with --strategy {run.strategy}, which has a block's parameters "
-            "only while it runs module by module; use deepspeed_stage_2 or ddp, or leave --compile out"
+            f"--compile 1 does not work with --strategy {run.strategy}, "
+            "which has a block's parameters only while it runs module by module; "
+            "use deepspeed_stage_2 or ddp, or leave --compile out"
         )
     if isinstance(model, PhantomConfig) and model.ttt_enabled:
         raise UserError(
-            "--compile 1 is not made for test-time training, whose segments are in most forms a loop "
-            "in Python that would take minutes to compile; use --ttt_enabled 0, or leave --compile out"
+            "--compile 1 is not made for test-time training, "
+            "whose segments are in most forms a loop in Python that would take minutes to compile; "
+            "use --ttt_enabled 0, or leave --compile out"
         )
     if config.doc_reset and model.model_type in ("hybrid", "x080", "rosa", "x040"):
         raise UserError(
@@ -62,8 +64,9 @@ def check_compile(config: TrainConfig, run: Launch, model: ModelConfig, kernel: 
         raise UserError(f"--compile 1: torch.compile does not work here: {problem}; or leave --compile out")
     if kernel == "torch":
         raise UserError(
-            f"--compile 1 needs the native kernels: in plain PyTorch {recurrence(model)} is a loop in Python that "
-            "would take minutes to compile; python -m rwkvlm doctor says what they need, or leave --compile out"
+            "--compile 1 needs the native kernels: "
+            f"in plain PyTorch {recurrence(model)} is a loop in Python that would take minutes to compile; "
+            "python -m rwkvlm doctor says what they need, or leave --compile out"
         )
 
 

@@ -182,7 +182,7 @@ def _trained(x: Tensor | None) -> bool:
 
 
 def _put(tensors: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> None:
-    """Where they lie there already, as what a neighbour gives, nothing is to be done."""
+    """Copies tensors into their places (None: zeros); one that lies there already, as what a neighbour gives, is left."""
     for tensor, place in zip(tensors, places, strict=True):
         if place is not None and tensor is None:
             place.zero_()
@@ -303,8 +303,9 @@ def check_graphs(config: TrainConfig, run: Launch, model: ModelConfig, kernel: s
         raise UserError("--cuda_graphs 1 needs batches of one shape, and with --doc_reset 1 they differ; leave one of the two out")
     if run.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
-            f"--cuda_graphs 1 does not work with --strategy {run.strategy}, which has a block's parameters "
-            "in other memory each time; use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"
+            f"--cuda_graphs 1 does not work with --strategy {run.strategy}, "
+            "which has a block's parameters in other memory each time; "
+            "use deepspeed_stage_2 or ddp, or leave --cuda_graphs out"
         )
     if isinstance(model, PhantomConfig) and model.dropout:
         raise UserError(

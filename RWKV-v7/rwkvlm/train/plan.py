@@ -139,8 +139,8 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     begins = config.epoch_begin and (start.fresh or (start.state is None and config.load_model and start.path == Path(config.load_model)))
     if begins and (tokens := start.position.samples * config.ctx_len) >= exit_tokens:  # else untrained weights would become rwkv-final.pth
         raise UserError(
-            f"--epoch_begin {config.epoch_begin} begins after {tokens} tokens, and the training ends at "
-            f"{exit_tokens}: nothing would be trained; use --epoch_begin 0, or a larger --my_exit_tokens"
+            f"--epoch_begin {config.epoch_begin} begins after {tokens} tokens, and the training ends at {exit_tokens}: "
+            "nothing would be trained; use --epoch_begin 0, or a larger --my_exit_tokens"
         )
     return Plan(
         config=config,
@@ -211,8 +211,8 @@ def decide_precision(config: TrainConfig, run: Launch, start: Start) -> str:
     if not env.decided_precision():
         if started_apart(run):
             raise UserError(
-                "--precision auto cannot be decided by processes of several nodes "
-                "or of a launcher, which might differ; give --precision bf16 or fp32"
+                "--precision auto cannot be decided by processes of several nodes or of a launcher, which might differ; "
+                "give --precision bf16 or fp32"
             )
         env.hand_on_precision("bf16" if bf16_is_faster() else "fp32")
     return env.decided_precision()

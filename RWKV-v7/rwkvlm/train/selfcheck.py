@@ -16,9 +16,9 @@ from ..config import ModelConfig, UserError
 from ..ops import backend
 from ..ops.cross_entropy import head_cross_entropy
 
-# relative, of the loss and of each parameter's gradient; the kernels have up to 1e-5 and 0.07,
+# relative error that the loss and each parameter's gradient may have; the kernels have up to 1e-5 and 0.07
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-# and where a sum cancels, or products are in tf32, more, but no more than so many times what plain PyTorch has in the same dtype
+# beside it, so many times the error of plain PyTorch in the same dtype: large where a sum cancels, or products are in tf32
 ROUNDING = 4.0
 # draws of weights and tokens: a wrong kernel is wrong in all of them; in one alone a rounding may have turned a ReLU, or
 # the few numbers of a gradient be far off

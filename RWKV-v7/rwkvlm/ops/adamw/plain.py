@@ -1,4 +1,4 @@
-"""The same with torch's own fused AdamW, for every device."""
+"""The optimizer's step and the norms with torch's own fused AdamW, for every device."""
 
 from __future__ import annotations
 

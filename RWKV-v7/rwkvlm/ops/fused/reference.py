@@ -1,4 +1,4 @@
-"""The same in plain PyTorch: the oracle, and the form for every other device and dtype."""
+"""The elementwise parts of a block in plain PyTorch: the oracle, and the form for every other device and dtype."""
 
 from __future__ import annotations
 

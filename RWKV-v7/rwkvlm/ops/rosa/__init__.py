@@ -49,7 +49,7 @@ def rosa(
     q, k, v: [B, T, C], T >= 1, one dtype; channels g bits .. g bits + bits - 1 form a symbol, least significant bit first,
         each group a sequence of its own. k and v None: they are q, and turning a bit turns it in all three.
     low, high: [C], the output where the output symbol's bit is 0, and where it is 1.
-    miss: the output there: "zero": 0; "low": `low`.
+    miss: "zero", then the output there is 0, or "low", then it is `low`.
     grad: what q, k and v receive (low and high receive the exact sums over where they were put out):
         "flip"  d x_t = (phi(bit 1) - phi(bit 0)) / (2 max(|x_t|, tau)), phi = sum(d out * out): exact, by turning each single bit
         "soft"  the gradient of a soft ROSA (soft.py): dense, also where two bits would have to change together
