@@ -1,9 +1,10 @@
 // The entry points of the CUDA kernels of the optimizer, free of CUDA and torch headers. Formulas: RWKV-v7/rwkvlm/ops/adamw/reference.py.
 //
-// Arrays have an entry for each of n tensors and lie in host memory, which is free again when the call returns: addresses and sizes travel in
-// the kernels' parameters. The tensors are contiguous device memory of any size, aligned as their elements are; those at multiples of
-// 16 bytes are read faster. Arithmetic is fp32. Every call is asynchronous on `stream` (a cudaStream_t), can be captured in a CUDA graph, and
-// returns 0, a cudaError_t or ADAMW_UNSUPPORTED. The results are the same bits on each run.
+// Arrays have an entry for each of n tensors and lie in host memory, which is free again when the call returns:
+// addresses and sizes travel in the kernels' parameters. The tensors are contiguous device memory of any size, aligned
+// as their elements are; those at multiples of 16 bytes are read faster. Arithmetic is fp32. Every call is asynchronous
+// on `stream` (a cudaStream_t), can be captured in a CUDA graph, and returns 0, a cudaError_t or ADAMW_UNSUPPORTED. The
+// results are the same bits on each run.
 #pragma once
 
 #include <stdint.h>

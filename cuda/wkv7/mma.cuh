@@ -74,7 +74,8 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x
 #endif
 }
 
-// A store with a condition, but without a branch: behind one the compiler would put all that leads to x, and a loop would do one step after the other.
+// A store with a condition, but without a branch: behind one the compiler would put all that leads to x, and a loop
+// would do one step after the other.
 __device__ __forceinline__ void store_if(bool condition, uint32_t* to, uint32_t x) {
 #ifdef __CUDACC__
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2; }" ::"r"(int(condition)), "l"(to), "r"(x) : "memory");
