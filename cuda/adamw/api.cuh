@@ -20,7 +20,7 @@ struct AdamwStep {
     const uint8_t* narrow;  // whether a gradient is bf16; else it is fp32
     float* const* exp_avgs;
     float* const* exp_avg_sqs;
-    float* const* steps;  // scalars, each another; raised by 1
+    float* const* steps;  // scalars, each in a place of its own; raised by 1
     const float* scale;  // scalar that multiplies the gradients; null: 1
     const float* found_inf;  // scalar: where it is not 0, nothing changes; null: 0
     float* rates;  // memory for [n, 4], 16 byte aligned

@@ -73,7 +73,7 @@ class Hash {
 template <class Symbol, class Transitions>
 class Automaton {
   Transitions next;
-  // of each state: its suffix link, its longest string, where one of its strings ended last (see seen)
+  // Of each state: its suffix link, its longest string, where one of its strings ended last (see seen)
   std::vector<int32_t> link, length, last;
   std::vector<int32_t> prefix;  // the state of the first j + 1 symbols
   int32_t states = 1, seen = 0;  // `last` is right as far as the first `seen` symbols go

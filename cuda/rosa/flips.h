@@ -131,7 +131,7 @@ class Turns {
   const int64_t T;
   LagVector lanes{};  // 0, 1, 2 ...
   Lag *L1, *L2, *L3, *D1, *D2;  // by lag, lag 1 first; of D those of a single bit, else 0
-  // the lags less one of the matches that count one by one, ascending; of those that overlap and begin alike the first
+  // The lags less one of the matches that count one by one, ascending; of those that overlap and begin alike the first
   Lag *overlapping, *to_lengthen;
   const uint8_t *values, *backwards;  // v; k, the last symbol first
   // Of an output, by place inside the match that won, from the first on: the source of the last match that begins after

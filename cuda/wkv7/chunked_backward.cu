@@ -137,7 +137,7 @@ __device__ __forceinline__ void column_sums(const float (&d)[J][4], const T& til
 template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm(GradientsShared<C, N>::size, N == 128 ? 1 : 2))
 __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy,
                                 const bf16* __restrict__ scratch, ChunkGradients out) {
-    // a warp's columns, the value rows of a pass
+    // width: of a warp's columns; values: the value rows of a pass.
     constexpr int threads = C * 4 * column_parts(N), width = part_width(N), values = width, parts = column_parts(N);
     using Token = Tile<C, N>;
     using Value = Tile<C, values>;

@@ -15,7 +15,7 @@ struct Task {
   const float* initial;  // states before the first token, [count, N, N]; null: zeros
   float* final;          // states after the last token, [count, N, N]
   float* checkpoints;    // states before tokens 0, 64, 128, ...: [H, N, N] a slot, from this document's first slot; null: save nothing
-  // backward: the document's tokens that it is about; begin is a multiple of kCheckpoint, so is end unless it is `length`
+  // Backward: the document's tokens that it is about; begin is a multiple of kCheckpoint, so is end unless it is `length`
   int64_t begin, end;
   const float* d_end;    // gradients of the states after token end - 1, [count, N, N]; null: zeros
   float* d_begin;        // gradients of the states before token begin, [count, N, N]; null: not wanted
@@ -30,7 +30,7 @@ struct Tensors {
   float* removed;  // written by the forward when it saves, read by the backward
   const void* dy;
   void *dr, *dw, *dk, *dv, *da, *db;
-  // what other uses of r, k and v have given, which dr, dk and dv then include; each may be null: nothing
+  // What other uses of r, k and v have given, which dr, dk and dv then include; each may be null: nothing
   const void *more_dr, *more_dk, *more_dv;
 };
 

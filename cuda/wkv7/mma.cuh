@@ -1,5 +1,5 @@
-// The PTX instructions that the chunked kernels use, each with its host body. Compiled for a card before compute capability 8.0, which has
-// none of them, the kernels end in a trap: such a card runs sequential.cu.
+// The PTX instructions that the chunked kernels use, each with its host body. Compiled for a card before compute
+// capability 8.0, which has no mma of bf16, the kernels end in a trap: such a card runs sequential.cu.
 #pragma once
 
 #include "../common/copy.cuh"

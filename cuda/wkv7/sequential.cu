@@ -168,7 +168,7 @@ __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, c
         for (int t = 0; t < C; ++t) dk[t] = db[t] = 0.f;
 #pragma unroll 1
         for (int row = 0; row < N; row += C) {
-            if (row) __syncthreads();  // of what the chunk before has left there nobody reads any more
+            if (row) __syncthreads();  // first: of what the chunk before has left there nobody reads any more
             if (i >= row && i < row + C) {
 #pragma unroll
                 for (int j = 0; j < N; ++j) slab.at(i - row, j) = G[j];

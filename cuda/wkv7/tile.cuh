@@ -43,7 +43,7 @@ template <int rows_, int columns_> struct Tile {
     static __device__ __forceinline__ int beside(int offset, int blocks) { return offset ^ blocks * 32; }
     // As many times 16 rows below: 16 rows further the permutation is the same.
     static __device__ __forceinline__ int below(int offset, int blocks) { return offset + blocks * 16 * columns * 2; }
-    // column even
+    // column: even
     __device__ __forceinline__ void put(int row, int column, float x, float y) const { shared<uint32_t>(at(row, column)) = pack(x, y); }
     __device__ __forceinline__ float2 get(int row, int column) const { return unpack(shared<uint32_t>(at(row, column))); }
 };
@@ -64,7 +64,7 @@ template <int rows_, int columns_> struct BlockTile {
     __device__ __forceinline__ int at(int row, int column) const { return base + offset(row, column); }
     static __device__ __forceinline__ int beside(int offset, int blocks) { return offset + blocks * 256; }
     static __device__ __forceinline__ int below(int offset, int blocks) { return offset + blocks * 16 * columns * 2; }
-    // column even
+    // column: even
     __device__ __forceinline__ void put(int row, int column, float x, float y) const { shared<uint32_t>(at(row, column)) = pack(x, y); }
     __device__ __forceinline__ float2 get(int row, int column) const { return unpack(shared<uint32_t>(at(row, column))); }
 };

@@ -308,10 +308,10 @@ __device__ __forceinline__ void fetch_ahead(const Steps& p, int T, int H, int nu
     }
 }
 
-// blockIdx: segment and sequence, head. With P the rows before the step and G the gradient after it (ttt: all tokens of
-// the segment at once):
+// blockIdx: segment and sequence, head. With S the rows before the step and G the gradient after it, for each token:
 //     da += rate (G^T slope - S^T d_u)        sums [1 + 2 hidden rows]: d rate, dW1, dW2^T
-// where d_u is the gradient of u over rate. From the forward's formulas and from the backward's, both anew.
+// slope and d_u are s and q of RWKV-v7/docs/wkv7_chunked.md; rate d_u is the gradient of u. The forward's formulas and
+// the backward's are both computed anew.
 template <int N> __launch_bounds__(N * 2, N == 128 ? 1 : 192 / N)
 __global__ void step_gradients(Steps p, int T, int H, bf16* __restrict__ da, float* __restrict__ sums_) {
     constexpr int n = 32;
