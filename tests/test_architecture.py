@@ -91,6 +91,12 @@ def test_no_file_is_above_500_lines(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.suffix not in {".py", ".sh"}], ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_line_of_a_native_source_is_longer_than_140_columns(path):
+    """Those of Python: ruff, below."""
+    assert not [number for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 140]
+
+
 @pytest.mark.parametrize("command", ["check", "format --check"])
 def test_code_is_in_the_style_of_pyproject(command):
     pytest.importorskip("ruff")

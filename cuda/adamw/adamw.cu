@@ -61,7 +61,8 @@ struct Gradients {
     int n;
 };
 
-static_assert(sizeof(Steps) <= most_bytes && sizeof(Parameters) <= most_bytes && sizeof(Gradients) <= most_bytes, "beyond what a launch may carry");
+static_assert(sizeof(Steps) <= most_bytes && sizeof(Parameters) <= most_bytes && sizeof(Gradients) <= most_bytes,
+              "beyond what a launch may carry");
 
 // The tensor that this block works on: the last one that does not begin behind it. (An empty one begins where the next does.)
 template <class Launch> __device__ __forceinline__ int owner(const Launch& launch) {
@@ -99,9 +100,12 @@ __device__ __forceinline__ void load_piece(const bf16* p, float* x) {
     }
 }
 __device__ __forceinline__ void store(float* p, const float* x) { *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]); }
-__device__ __forceinline__ void store(bf16* p, const float* x) { *reinterpret_cast<uint2*>(p) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3])); }
+__device__ __forceinline__ void store(bf16* p, const float* x) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+}
 
-// To within two units of the last digit. The exact one calls a function where a number is zero or tiny, as the second moments of rare tokens are.
+// To within two units of the last digit. The exact one calls a function where a number is zero or tiny, as the second
+// moments of rare tokens are.
 __device__ __forceinline__ float square_root(float x) {
 #ifdef __CUDACC__
     float root;
@@ -125,10 +129,11 @@ __launch_bounds__(threads) __global__ void begin_step(const Steps launch) {
 }
 
 // A thread has eight numbers: two times four neighbours, or, in a tile that is not whole or not aligned, single ones, one a round.
-template <class G> __device__ __forceinline__ void work(const Parameters& launch, const Parameter& at, const Rates* its_rates, int64_t begin) {
+template <class G>
+__device__ __forceinline__ void work(const Parameters& launch, const Parameter& at, const Rates* its_rates, int64_t begin) {
     const G* const grad = static_cast<const G*>(at.grad);
-    const bool whole = at.size - begin >= Parameters::tile && aligned(at.master) && aligned(at.exp_avg) && aligned(at.exp_avg_sq) && aligned(grad) &&
-                       aligned(at.rounded);
+    const bool whole = at.size - begin >= Parameters::tile && aligned(at.master) && aligned(at.exp_avg) && aligned(at.exp_avg_sq) &&
+                       aligned(grad) && aligned(at.rounded);
     float g[8], p[8], m[8], v[8];
     if (whole) {
 #pragma unroll
@@ -270,13 +275,14 @@ extern "C" int adamw_step(const AdamwStep* task, void* stream) {
         if (error) return error;
     }
     const auto fill = [&](Parameter& at, int64_t i) {
-        at = {task->masters[i], task->exp_avgs[i], task->exp_avg_sqs[i], task->grads[i], task->rounded ? static_cast<device::bf16*>(task->rounded[i]) : nullptr,
-              0, 0, task->narrow[i]};
+        at = {task->masters[i], task->exp_avgs[i], task->exp_avg_sqs[i], task->grads[i],
+              task->rounded ? static_cast<device::bf16*>(task->rounded[i]) : nullptr, 0, 0, task->narrow[i]};
     };
     return in_launches<Parameters>(task->n, task->sizes, fill, [&](Parameters& these, int64_t begin) {
         these.rates = rates + begin;
         these.keep = float(1 - task->lr * task->weight_decay), these.eps = float(task->eps);
-        these.beta1 = float(task->beta1), these.rest1 = float(1 - task->beta1), these.beta2 = float(task->beta2), these.rest2 = float(1 - task->beta2);
+        these.beta1 = float(task->beta1), these.rest1 = float(1 - task->beta1), these.beta2 = float(task->beta2),
+        these.rest2 = float(1 - task->beta2);
         return these.blocks ? launch(update, dim3(these.blocks), threads, 0, stream, these) : 0;
     });
 }
@@ -287,7 +293,8 @@ extern "C" int64_t adamw_norm_parts(int64_t n, const int64_t* sizes) {
     return parts;
 }
 
-extern "C" int adamw_norms(int64_t n, const int64_t* sizes, const void* const* grads, const uint8_t* narrow, float* parts, float* norms, void* stream) {
+extern "C" int adamw_norms(int64_t n, const int64_t* sizes, const void* const* grads, const uint8_t* narrow, float* parts, float* norms,
+                           void* stream) {
     using namespace adamw;
     const auto fill = [&](Gradient& at, int64_t i) { at = {grads[i], 0, 0, narrow[i]}; };
     return in_launches<Gradients>(n, sizes, fill, [&](Gradients& these, int64_t begin) {

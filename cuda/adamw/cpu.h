@@ -16,7 +16,8 @@ struct Piece {
 
 // What is the same for a whole parameter. keep = 1 - lr * weight decay; scale multiplies the gradient.
 struct Rates {
-  float keep, beta1, rest1, beta2, rest2, step, root, eps, scale;  // rest = 1 - beta, step = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t)
+  // rest = 1 - beta, step = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t)
+  float keep, beta1, rest1, beta2, rest2, step, root, eps, scale;
 };
 
 struct Kernels {

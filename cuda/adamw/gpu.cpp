@@ -28,7 +28,8 @@ std::vector<int64_t> sizes_of(TensorList tensors) {
 }
 
 bool fits(const Tensor& x, int64_t size, std::initializer_list<ScalarType> dtypes, c10::Device device) {
-  return x.numel() == size && x.device() == device && x.is_contiguous() && std::find(dtypes.begin(), dtypes.end(), x.scalar_type()) != dtypes.end();
+  return x.numel() == size && x.device() == device && x.is_contiguous() &&
+         std::find(dtypes.begin(), dtypes.end(), x.scalar_type()) != dtypes.end();
 }
 
 // Whether there is one contiguous tensor of each size, all on the device.
@@ -53,24 +54,29 @@ std::vector<uint8_t> narrow_among(TensorList grads) {
   return narrow;
 }
 
-void step(const Library& library, TensorList masters, TensorList rounded, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-          const Maybe& scale, const Maybe& found_inf, double lr, double beta1, double beta2, double eps, double weight_decay) {
+void step(const Library& library, TensorList masters, TensorList rounded, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+          TensorList steps, const Maybe& scale, const Maybe& found_inf, double lr, double beta1, double beta2, double eps,
+          double weight_decay) {
   const std::vector<int64_t> sizes = sizes_of(masters), ones(masters.size(), 1);
   const auto all_fit = [&] {
     const c10::Device device = masters[0].device();
     const auto scalar = [&](const Maybe& x) { return !x || fits(*x, 1, {at::kFloat}, device); };
-    return fit(masters, sizes, {at::kFloat}, device) && fit(exp_avgs, sizes, {at::kFloat}, device) && fit(exp_avg_sqs, sizes, {at::kFloat}, device) &&
-           fit(steps, ones, {at::kFloat}, device) && fit(grads, sizes, {at::kFloat, at::kBFloat16}, device) && scalar(scale) && scalar(found_inf) &&
+    return fit(masters, sizes, {at::kFloat}, device) && fit(exp_avgs, sizes, {at::kFloat}, device) &&
+           fit(exp_avg_sqs, sizes, {at::kFloat}, device) && fit(steps, ones, {at::kFloat}, device) &&
+           fit(grads, sizes, {at::kFloat, at::kBFloat16}, device) && scalar(scale) && scalar(found_inf) &&
            (rounded.empty() || fit(rounded, sizes, {at::kBFloat16}, device));
   };
-  TORCH_CHECK_VALUE(!masters.empty() && all_fit(),
-                    "adamw: expected contiguous tensors of the same sizes on one device: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to");
+  TORCH_CHECK_VALUE(
+      !masters.empty() && all_fit(),
+      "adamw: expected contiguous tensors of the same sizes on one device: fp32 masters, moments and steps, bf16 or fp32 gradients,"
+      " bf16 to round to");
   const auto p = places_of<float>(masters), m = places_of<float>(exp_avgs), v = places_of<float>(exp_avg_sqs), t = places_of<float>(steps);
   const auto g = places_of<const void>(grads);
   const auto to = places_of<void>(rounded);
   const std::vector<uint8_t> narrow = narrow_among(grads);
   const Tensor rates = launch::empty(masters[0], {int64_t(sizes.size()), 4});
-  AdamwStep task{.n = int64_t(sizes.size()), .sizes = sizes.data(), .masters = p.data(), .rounded = rounded.empty() ? nullptr : to.data(), .grads = g.data()};
+  AdamwStep task{.n = int64_t(sizes.size()), .sizes = sizes.data(), .masters = p.data(), .rounded = rounded.empty() ? nullptr : to.data(),
+                 .grads = g.data()};
   task.narrow = narrow.data(), task.exp_avgs = m.data(), task.exp_avg_sqs = v.data(), task.steps = t.data(), task.rates = floats(rates);
   task.scale = scale ? floats(*scale) : nullptr, task.found_inf = found_inf ? floats(*found_inf) : nullptr;
   task.lr = lr, task.beta1 = beta1, task.beta2 = beta2, task.eps = eps, task.weight_decay = weight_decay;
@@ -84,7 +90,8 @@ Tensor gradient_norms(const Library& library, TensorList grads) {
   const int64_t n = int64_t(sizes.size());
   const auto places = places_of<const void>(grads);
   const std::vector<uint8_t> narrow = narrow_among(grads);
-  const Tensor norms = launch::empty_fp32(grads[0], {n}), parts = launch::empty_fp32(grads[0], {library.adamw_norm_parts.call(n, sizes.data())});
+  const Tensor norms = launch::empty_fp32(grads[0], {n}),
+               parts = launch::empty_fp32(grads[0], {library.adamw_norm_parts.call(n, sizes.data())});
   launch::OnDevice(library, grads[0])(library.adamw_norms, n, sizes.data(), places.data(), narrow.data(), floats(parts), floats(norms));
   return norms;
 }

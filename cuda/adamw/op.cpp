@@ -30,7 +30,8 @@ Kernels kernels_here() {
 bool is_bf16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
 void check(bool fits) {
-  expect(fits, "adamw: expected contiguous tensors of the same sizes: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to");
+  expect(fits,
+         "adamw: expected contiguous tensors of the same sizes: fp32 masters, moments and steps, bf16 or fp32 gradients, bf16 to round to");
 }
 
 float* floats(const Tensor& x, int64_t count) {
@@ -43,10 +44,12 @@ char* gradient(const Tensor& x, int64_t count) {
   return static_cast<char*>(x.data_ptr());
 }
 
-void step(Tensors masters, Tensors rounded, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, std::optional<Tensor> scale,
-          std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps, double weight_decay) {
+void step(Tensors masters, Tensors rounded, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
+          std::optional<Tensor> scale, std::optional<Tensor> found_inf, double lr, double beta1, double beta2, double eps,
+          double weight_decay) {
   const size_t n = masters.size();
-  check(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n && (rounded.empty() || rounded.size() == n));
+  check(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n &&
+        (rounded.empty() || rounded.size() == n));
   if (found_inf && *floats(*found_inf, 1) != 0) return;
   std::vector<Rates> rates;
   struct Task {
@@ -62,9 +65,11 @@ void step(Tensors masters, Tensors rounded, Tensors grads, Tensors exp_avgs, Ten
     check(!to || is_bf16(rounded[i]));
     const double t = *floats(steps[i], 1) + 1;
     rates.push_back({float(1 - lr * weight_decay), float(beta1), float(1 - beta1), float(beta2), float(1 - beta2),
-                     float(lr / (1 - std::pow(beta1, t))), float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps), scale ? *floats(*scale, 1) : 1});
+                     float(lr / (1 - std::pow(beta1, t))), float(1 / std::sqrt(1 - std::pow(beta2, t))), float(eps),
+                     scale ? *floats(*scale, 1) : 1});
     for (int64_t at = 0; at < count; at += kPiece)
-      tasks.push_back({i, {p + at, m + at, v + at, g + at * (narrow ? 2 : 4), to ? to + 2 * at : nullptr, std::min(kPiece, count - at), narrow}});
+      tasks.push_back(
+          {i, {p + at, m + at, v + at, g + at * (narrow ? 2 : 4), to ? to + 2 * at : nullptr, std::min(kPiece, count - at), narrow}});
   }
   for (const Tensor& made : steps) *floats(made, 1) += 1;  // when nothing can be refused any more
   const Kernels kernels = kernels_here();
@@ -102,8 +107,8 @@ Tensor norms(Tensors grads) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
   m.def(
-      "adamw_(Tensor(a!)[] masters, Tensor(b!)[] rounded, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps,"
-      " Tensor? scale, Tensor? found_inf, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
+      "adamw_(Tensor(a!)[] masters, Tensor(b!)[] rounded, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+      " Tensor(e!)[] steps, Tensor? scale, Tensor? found_inf, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
   m.def("gradient_norms(Tensor[] grads) -> Tensor");
   m.def("adamw_limit_isa(int level) -> int");
 }

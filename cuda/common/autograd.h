@@ -45,7 +45,8 @@ Tensors once(const Tensors& gradients, const Work& work) {
   if (!again) return made;
   for (Tensor& x : made)
     if (x.defined()) x = x.detach().set_requires_grad(true);
-  return torch::autograd::DelayedError("trying to differentiate twice an operator that has one derivative", made.size()).apply(std::move(made));
+  return torch::autograd::DelayedError("trying to differentiate twice an operator that has one derivative", made.size())
+      .apply(std::move(made));
 }
 
 }  // namespace autograd

@@ -43,8 +43,8 @@ struct Library {
 #define ENTRY(function) \
   launch::Entry<decltype(&::function)> function { handle, #function }
 
-// The device of the operator's tensors is the current one while this lives: the library's own CUDA runtime uses that of the driver's current context.
-// On the CPU (emulated kernels) there is no stream.
+// The device of the operator's tensors is the current one while this lives: the library's own CUDA runtime uses that of
+// the driver's current context. On the CPU (emulated kernels) there is no stream.
 class OnDevice {
  public:
   OnDevice(const Library& library, const Tensor& like) : library_(library) {
@@ -71,13 +71,15 @@ class OnDevice {
 
 inline std::string python_name(ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
 
-// Looks at the tensors that an operator was given: at(name, x, shape) is the address of x. One of them, `first` by name, is bfloat16 or float32; the others are
-// on its device, and of its dtype where at is told no other. The kernels read in order and in pieces of 16 bytes: of a tensor that is not contiguous and
-// aligned a copy is made, which lives as long as this does: until the kernels are on their stream.
+// Looks at the tensors that an operator was given: at(name, x, shape) is the address of x. One of them, `first` by
+// name, is bfloat16 or float32; the others are on its device, and of its dtype where at is told no other. The kernels
+// read in order and in pieces of 16 bytes: of a tensor that is not contiguous and aligned a copy is made, which lives
+// as long as this does: until the kernels are on their stream.
 class Given {
  public:
   Given(const char* op, const char* first, const Tensor& like) : op(op), first_(first), device_(like.device()), own_(like.scalar_type()) {
-    TORCH_CHECK_VALUE(own_ == at::kBFloat16 || own_ == at::kFloat, op, ": ", first, " must be torch.bfloat16 or torch.float32, got ", python_name(own_));
+    TORCH_CHECK_VALUE(own_ == at::kBFloat16 || own_ == at::kFloat, op, ": ", first, " must be torch.bfloat16 or torch.float32, got ",
+                      python_name(own_));
   }
   void* at(const char* name, const Tensor& x, IntArrayRef shape) { return at(name, x, shape, own_); }
   void* at(const char* name, const Tensor& x, IntArrayRef shape, ScalarType dtype) {
@@ -139,8 +141,9 @@ auto over(const std::shared_ptr<const Library>& library, Result (*kernel)(const 
   return [library, kernel](Arguments... arguments) -> Result { return kernel(*library, std::forward<Arguments>(arguments)...); };
 }
 
-// Defines NAME_register, which makes the kernels of a library (of dlopen) their operators' form for a dispatch key, and NAME_unregister, the end of what the
-// first returned. forms(add) calls add("operator", kernel) for each; a kernel takes the Library, and then what its operator takes.
+// Defines NAME_register, which makes the kernels of a library (of dlopen) their operators' form for a dispatch key, and
+// NAME_unregister, the end of what the first returned. forms(add) calls add("operator", kernel) for each; a kernel
+// takes the Library, and then what its operator takes.
 template <class Library, class Forms>
 void define_registration(torch::Library& m, const std::string& name, Forms forms) {
   m.def((name + "_register(int library, str key) -> int").c_str(), [forms](int64_t handle, std::string key) {

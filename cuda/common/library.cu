@@ -1,8 +1,9 @@
 // Linked into every CUDA library: can this driver run what is in it, and what does an error code mean.
 #include "device.cuh"
 
-// 0, or the cudaError_t: a driver serves every release of its CUDA's major version and the older ones. Asking makes no context: each process
-// of a run asks before it has chosen its GPU, and a context takes half a gigabyte of the one that happens to be current.
+// 0, or the cudaError_t: a driver serves every release of its CUDA's major version and the older ones. Asking makes no
+// context: each process of a run asks before it has chosen its GPU, and a context takes half a gigabyte of the one that
+// happens to be current.
 extern "C" int cuda_probe() {
 #ifdef __CUDACC__
     int driver = 0;

@@ -80,8 +80,8 @@ constexpr bool SANITIZED = true;
 constexpr bool SANITIZED = false;
 #endif
 
-// Stores that go past the caches, for results that are not read again soon. p must be aligned to the vector. GCC's sanitizer does not look at
-// them: it is shown an ordinary one.
+// Stores that go past the caches, for results that are not read again soon. p must be aligned to the vector. GCC's
+// sanitizer does not look at them: it is shown an ordinary one.
 INLINE void stream(float* p, vf x) {
   if (SANITIZED) store(p, x);
 #if defined(__AVX512F__)

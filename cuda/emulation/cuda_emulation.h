@@ -1,18 +1,17 @@
 // Runs CUDA kernels on the host: g++ compiles the very .cu file that nvcc compiles, with this header in the place of the CUDA runtime.
 //
-// It finds: wrong maths, wrong fragment layouts, barriers that are missing, that part of a block skips or that are not those of one line for all, warp
-// collectives that diverge or name a part of a warp, reads of shared memory that nobody wrote (every block starts with NaN there), reads of cp.async
-// data before its wait and copies over data still in use (one schedule copies at the wait, the other at once), addresses that ldmatrix and cp.async do
-// not take and, built with -fsanitize=address,undefined, accesses out of bounds and misaligned ones. Races between warps or lanes show when the two
-// schedules (emulation_reverse) give different bits; built with -fsanitize=thread, whether they do or not: races.h. __shared__ is left undefined:
-// kernels take dynamic shared memory, which it can poison.
-// It cannot find: wgmma, TMA and proxy fences (not emulated), bank conflicts, more threads than __launch_bounds__, what fast
-// instructions (ex2.approx, __fdividef) lose, register pressure, anything about speed. The mma sums in the
-// order k = 0..15 in fp32, hardware in an order of its own.
+// It finds: wrong maths; wrong fragment layouts; barriers that are missing, that part of a block skips or that are not those of one line
+// for all; warp collectives that diverge or name a part of a warp; reads of shared memory that nobody wrote (every block starts with NaN
+// there); reads of cp.async data before its wait and copies over data still in use (one schedule copies at the wait, the other at once);
+// addresses that ldmatrix and cp.async do not take; and, built with -fsanitize=address,undefined, accesses out of bounds and misaligned
+// ones. Races between warps or lanes show when the two schedules (emulation_reverse) give different bits; built with -fsanitize=thread,
+// whether they do or not: races.h. __shared__ is left undefined: kernels take dynamic shared memory, which it can poison. It cannot find:
+// wgmma, TMA and proxy fences (not emulated), bank conflicts, more threads than __launch_bounds__, what fast instructions (ex2.approx,
+// __fdividef) lose, register pressure, anything about speed. The mma sums in the order k = 0..15 in fp32, hardware in an order of its own.
 //
-// How: one fiber per CUDA thread. In one schedule a warp runs until each of its lanes waits at the block barrier or has ended, then the next warp
-// does; in the other, which begins with the last warp, they take turns at every collective. At a warp collective a lane parks its operands; the
-// last lane to arrive computes the results of all.
+// How: one fiber per CUDA thread. In one schedule a warp runs until each of its lanes waits at the block barrier or has ended, then the
+// next warp does; in the other, which begins with the last warp, they take turns at every collective. At a warp collective a lane parks
+// its operands; the last lane to arrive computes the results of all.
 #pragma once
 
 #include <algorithm>
@@ -259,8 +258,8 @@ inline void run_block() {
         for (int i = 0; i < m.count; ++i) {
             m.fibers[i].wait = Wait::none;
             if (m.fibers[i].line != m.fibers[0].line) {
-                m.error = "threads 0 and " + std::to_string(i) + " wait at the __syncthreads of different lines: " + std::to_string(m.fibers[0].line) + ", " +
-                          std::to_string(m.fibers[i].line);
+                m.error = "threads 0 and " + std::to_string(i) + " wait at the __syncthreads of different lines: " +
+                          std::to_string(m.fibers[0].line) + ", " + std::to_string(m.fibers[i].line);
                 return;
             }
         }
@@ -313,7 +312,8 @@ inline void collective(const char* site, Operands& mine, Compute compute) {
     int lane = m.current % 32, first = m.current - lane;
     Warp& w = m.warps[m.current / 32];
     if (first + 32 > m.count) fail(std::string(site) + " in a warp of fewer than 32 threads");
-    if (w.arrived && w.site != site && std::strcmp(w.site, site) != 0) fail(std::string("warp collectives diverge: ") + site + " and " + w.site);
+    if (w.arrived && w.site != site && std::strcmp(w.site, site) != 0)
+        fail(std::string("warp collectives diverge: ") + site + " and " + w.site);
     w.site = site;
     w.operands[lane] = &mine;
     w.arrived |= 1u << lane;
@@ -336,7 +336,8 @@ inline void copy(const PendingCopy& c) {
 // The copy may land at any time up to the wait: at the last moment in one schedule, at the first in the other.
 inline void copy_async(void* to, const void* from, int bytes, int valid) {
     const Unwatched here;
-    if (uintptr_t(to) % bytes || (valid && uintptr_t(from) % bytes)) fail("cp.async of " + std::to_string(bytes) + " bytes from or to an address that is no multiple of them");
+    if (uintptr_t(to) % bytes || (valid && uintptr_t(from) % bytes))
+        fail("cp.async of " + std::to_string(bytes) + " bytes from or to an address that is no multiple of them");
     const PendingCopy whole{to, from, bytes, valid};
 #if defined(__SANITIZE_THREAD__)
     watch_copy(whole, false, __builtin_return_address(0));
@@ -383,7 +384,8 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
                 A[g + i % 2 * 8][c + i / 2 * 8] = bf16_low(u), A[g + i % 2 * 8][c + 1 + i / 2 * 8] = bf16_high(u);
                 D[g + i / 2 * 8][c + i % 2] = lane[l]->d[i];
             }
-            for (int i = 0; i < 2; ++i) B[c + i * 8][g / 4][g % 4] = bf16_low(lane[l]->b[i]), B[c + 1 + i * 8][g / 4][g % 4] = bf16_high(lane[l]->b[i]);
+            for (int i = 0; i < 2; ++i)
+                B[c + i * 8][g / 4][g % 4] = bf16_low(lane[l]->b[i]), B[c + 1 + i * 8][g / 4][g % 4] = bf16_high(lane[l]->b[i]);
         }
         for (int row = 0; row < 16; ++row)
             for (int half = 0; half < 2; ++half) {
@@ -449,8 +451,9 @@ inline void __syncwarp(unsigned mask = ~0u) {
     emulation::all_lanes("__syncwarp", mask);
     emulation::collective("__syncwarp", none, [](Operands**) { emulation::pass_warp_barrier(emulation::machine.current / 32); });
 }
-template <class T>
-inline T __shfl_xor_sync(unsigned lanes, T value, int mask) { return emulation::shuffle("__shfl_xor_sync", lanes, value, emulation::own_lane() ^ mask); }
+template <class T> inline T __shfl_xor_sync(unsigned lanes, T value, int mask) {
+    return emulation::shuffle("__shfl_xor_sync", lanes, value, emulation::own_lane() ^ mask);
+}
 template <class T>
 inline T __shfl_sync(unsigned lanes, T value, int source) { return emulation::shuffle("__shfl_sync", lanes, value, source); }
 template <class T>
@@ -474,8 +477,9 @@ inline T change_at_once(T* at, const Change& change, void* where) {
     *at = change(before);
     return before;
 }
-template <class T>
-inline T atomicMax(T* at, T value) { return change_at_once(at, [=](T before) { return value > before ? value : before; }, __builtin_return_address(0)); }
+template <class T> inline T atomicMax(T* at, T value) {
+    return change_at_once(at, [=](T before) { return value > before ? value : before; }, __builtin_return_address(0));
+}
 template <class T>
 inline T atomicAdd(T* at, T value) { return change_at_once(at, [=](T before) { return T(before + value); }, __builtin_return_address(0)); }
 

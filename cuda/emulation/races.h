@@ -1,11 +1,14 @@
-// The race detector of the emulation: what g++ -fsanitize=thread calls at each load and store, in the place of its own runtime (do not link with that flag).
+// The race detector of the emulation: what g++ -fsanitize=thread calls at each load and store, in the place of its own
+// runtime (do not link with that flag).
 //
-// Two accesses of a byte, one of them a store, are a race unless something orders them: __syncthreads between threads of a block, __syncwarp between lanes
-// of a warp, the end of a launch. Nothing orders blocks; two atomic accesses are no race. Collectives other than __syncwarp order nothing. A cp.async stores at
-// any time until the wait of its thread; ldmatrix loads for each of its lanes. It depends on what a thread does, not on the schedule: no race found means that
+// Two accesses of a byte, one of them a store, are a race unless something orders them: __syncthreads between threads
+// of a block, __syncwarp between lanes of a warp, the end of a launch. Nothing orders blocks; two atomic accesses are
+// no race. Collectives other than __syncwarp order nothing. A cp.async stores at any time until the wait of its thread;
+// ldmatrix loads for each of its lanes. It depends on what a thread does, not on the schedule: no race found means that
 // there is none in any order of warps, with these sizes and data. The memory of a thread's own stack does not count.
 //
-// A launch with a race ends with an error that has both places in the library, for `addr2line -Cfe`. emulation_drop takes away what one barrier orders.
+// A launch with a race ends with an error that has both places in the library, for `addr2line -Cfe`. emulation_drop
+// takes away what one barrier orders.
 #pragma once
 
 #include <dlfcn.h>
@@ -27,7 +30,8 @@ struct Byte {
 };
 
 struct Watch {
-    uint32_t launch = 1, block = 1, now = 1, warps[32] = {}, clock = 1;  // when they began: launch, block, time between two barriers, that of each warp
+    // When they began: the launch, the block, the time between two barriers, that of each warp.
+    uint32_t launch = 1, block = 1, now = 1, warps[32] = {}, clock = 1;
     int launches = 0, barriers = 0, warp_barriers[32] = {};  // since emulation_drop; of the block so far
     int drop_launch = -1, drop_barrier = -1, drop_warp = -1, drop_wait = -1;
     bool dropped = false;
@@ -62,7 +66,9 @@ inline std::string place_name(uint32_t place) {
 inline void touch(const void* at, size_t count, int kind, void* place, bool whole_warp = false) {
     Machine& m = machine;
     const auto inside = [&](const void* begin, size_t bytes) { return uintptr_t(at) - uintptr_t(begin) < bytes; };
-    if (inside(m.fibers[m.current].stack.get(), stack_bytes) || inside(&m, sizeof(m)) || inside(m.fibers.data(), m.fibers.size() * sizeof(Fiber))) return;
+    if (inside(m.fibers[m.current].stack.get(), stack_bytes) || inside(&m, sizeof(m)) ||
+        inside(m.fibers.data(), m.fibers.size() * sizeof(Fiber)))
+        return;
     const uint32_t here = uint32_t(uintptr_t(place) - library_begin) - 1;
     const int16_t warp = int16_t(m.current / 32), lane = whole_warp ? -1 : int16_t(m.current % 32);
     const bool stores = kind & is_store, atomic = kind & is_atomic, shared = inside(m.shared, m.shared_bytes);
@@ -74,7 +80,8 @@ inline void touch(const void* at, size_t count, int kind, void* place, bool whol
     };
     const auto race = [&](uintptr_t address, const char* with, uint32_t other) {
         const std::string where = shared ? " of byte " + std::to_string(address - uintptr_t(m.shared)) + " of shared memory" : "";
-        fail("race: a " + std::string(stores ? "store" : "load") + where + " at " + place_name(here) + " and a " + with + " at " + place_name(other));
+        fail("race: a " + std::string(stores ? "store" : "load") + where + " at " + place_name(here) + " and a " + with + " at " +
+             place_name(other));
     };
     for (uintptr_t address = uintptr_t(at); address < uintptr_t(at) + count; ++address) {
         Byte& byte = byte_at(address);
@@ -91,7 +98,8 @@ inline void touch(const void* at, size_t count, int kind, void* place, bool whol
         if (last.time != watch.now) {
             last = mine;
         } else {
-            const bool others = last.warp != warp, lanes = last.warp_time == watch.warps[warp] && last.lane != lane, plain = !last.atomic || !atomic;
+            const bool others = last.warp != warp, lanes = last.warp_time == watch.warps[warp] && last.lane != lane,
+                       plain = !last.atomic || !atomic;
             last = mine, last.atomic = !plain;
             if (others) last.warp = -1;
             if (lanes) last.lane = -1;
@@ -140,9 +148,9 @@ inline void watch_copy(const PendingCopy& c, bool landed, void* place) {
         const emulation::Unwatched here;                                                      \
         emulation::touch(at, bytes, emulation::kind, __builtin_return_address(0));            \
     }
-#define EMULATION_BOTH(bytes)                                  \
-    EMULATION_ACCESS(__tsan_read##bytes, bytes, is_load)       \
-    EMULATION_ACCESS(__tsan_write##bytes, bytes, is_store)     \
+#define EMULATION_BOTH(bytes)                                      \
+    EMULATION_ACCESS(__tsan_read##bytes, bytes, is_load)           \
+    EMULATION_ACCESS(__tsan_write##bytes, bytes, is_store)         \
     EMULATION_ACCESS(__tsan_unaligned_read##bytes, bytes, is_load) \
     EMULATION_ACCESS(__tsan_unaligned_write##bytes, bytes, is_store)
 EMULATION_ACCESS(__tsan_read1, 1, is_load)
@@ -165,12 +173,13 @@ EMULATION_HOOK __tsan_func_exit(void*) {}
 EMULATION_HOOK __tsan_vptr_update(void*, void*) {}
 EMULATION_HOOK __tsan_vptr_read(void*) {}
 
-// From now on, launch `launch` (counted from here) has one barrier of each block less: the n-th __syncthreads, the n-th __syncwarp of each warp, or the n-th wait
-// for copies of each thread, which then waits for one group less; -1: none. emulation_dropped: whether it has come to that;
-// emulation_launches: how many launches so far.
+// From now on, launch `launch` (counted from here) has one barrier of each block less: the n-th __syncthreads, the n-th
+// __syncwarp of each warp, or the n-th wait for copies of each thread, which then waits for one group less; -1: none.
+// emulation_dropped: whether it has come to that; emulation_launches: how many launches so far.
 EMULATION_HOOK emulation_drop(int launch, int barrier, int warp_barrier, int wait) {
     emulation::watch.launches = 0, emulation::watch.dropped = false;
-    emulation::watch.drop_launch = launch, emulation::watch.drop_barrier = barrier, emulation::watch.drop_warp = warp_barrier, emulation::watch.drop_wait = wait;
+    emulation::watch.drop_launch = launch, emulation::watch.drop_barrier = barrier, emulation::watch.drop_warp = warp_barrier,
+    emulation::watch.drop_wait = wait;
 }
 extern "C" inline __attribute__((used)) int emulation_dropped() { return emulation::watch.dropped; }
 extern "C" inline __attribute__((used)) int emulation_launches() { return emulation::watch.launches; }

@@ -1,4 +1,5 @@
-// The entry points of the CUDA kernels for the elementwise parts of a block, free of CUDA and torch headers. Formulas: RWKV-v7/rwkvlm/ops/fused.
+// The entry points of the CUDA kernels for the elementwise parts of a block, free of CUDA and torch headers. Formulas:
+// RWKV-v7/rwkvlm/ops/fused.
 //
 // Tensors are contiguous device memory, 16 byte aligned, bf16 or fp32 alike; C is a multiple of 4, arithmetic is fp32. Every call is
 // asynchronous on `stream` (a cudaStream_t) and returns 0, a cudaError_t, or FUSED_UNSUPPORTED. The results are the same bits on each run:
@@ -21,15 +22,17 @@ struct FusedTokenMix {
     float* parts;
 };
 
-// s = x + branch;  u = s, normalised over the channels of a token, * weight + bias;  out[j] = u + (u of the token before - u) * mix[j], for n = 1 or 6.
-// Backward has s as x. Its parts are [blocks, n + 2, C], and blocks is what fused_norm_parts makes of B, T, C and n.
+// s = x + branch;  u = s, normalised over the channels of a token, * weight + bias;  out[j] = u + (u of the token
+// before - u) * mix[j], for n = 1 or 6. Backward has s as x. Its parts are [blocks, n + 2, C], and blocks is what
+// fused_norm_parts makes of B, T, C and n.
 struct FusedNormMix {
     int32_t B, T, C, n, documents, blocks;
     float eps;
     const void *x, *branch;  // [B, T, C]; branch null: s is x
     const void *weight, *bias;  // [C]
     const void* last;  // [B, C], u of the tokens before the first ones; null: zeros
-    const int32_t* bounds;  // [documents + 1], B = 1: where documents begin, at last T; u of a document's last token is zeros. documents = 0: none
+    // [documents + 1], B = 1: where documents begin, at last T; u of a document's last token is zeros. documents = 0: none
+    const int32_t* bounds;
     const void* mix[6];  // [C]
     void* stream;  // s; not written where branch is null
     float* moments;  // [B, T, 2], from forward to backward
@@ -69,7 +72,7 @@ struct FusedOutput {
 };
 
 extern "C" {
-int64_t fused_parts(int64_t B, int64_t T);  // of rows that are not sequences: B = rows, T = 1 gives too many; pass B = 1, T = rows
+int64_t fused_parts(int64_t B, int64_t T);  // where rows are no sequences: B = 1, T = rows (B = rows, T = 1 makes many more)
 
 // Asks the GPU in use how many blocks it runs at once. 0: a shape that the kernels do not take.
 int64_t fused_norm_parts(const FusedNormMix* task, int dtype);

@@ -35,7 +35,8 @@ void token_mix(const TokenMix& given, int64_t begin, int64_t end) {
     const T* before = !first ? x + (row - 1) * p.C : last ? last + row / p.T * p.C : nullptr;
     for (int64_t c = 0; c < p.C; c += W) {
       const vf here = load(x + row * p.C + c), shift = (before ? load(before + c) : vf{}) - here;
-      for (int64_t j = 0; j < p.n; j++) store(static_cast<T*>(p.out[j]) + row * p.C + c, here + shift * load(static_cast<const T*>(p.mix[j]) + c));
+      for (int64_t j = 0; j < p.n; j++)
+        store(static_cast<T*>(p.out[j]) + row * p.C + c, here + shift * load(static_cast<const T*>(p.mix[j]) + c));
     }
   }
 }

@@ -17,7 +17,7 @@ struct TokenMix {
   void *dx, *dlast;  // dlast null: not wanted
 };
 
-// What lies between the projections and the wkv7 operator; reference.py has the formulas.
+// What lies between the projections and the wkv7 operator; rwkvlm/ops/fused/reference.py has the formulas.
 struct Prepare {
   int64_t C, N;
   const void *w_low, *k, *a_low, *v, *v_first, *v_low;  // v_first null: no value residual

@@ -1,4 +1,5 @@
-// The CUDA kernels as the operators of autograd.cpp on a GPU: looks at the tensors, makes memory for the results, starts the kernel. No maths here.
+// The CUDA kernels as the operators of autograd.cpp on a GPU: looks at the tensors, makes memory for the results,
+// starts the kernel. No maths here.
 #include "../common/launch.h"
 #include "api.cuh"
 
@@ -68,11 +69,12 @@ Tensors likes(const Tensor& x, std::initializer_list<void**> places) {
 }
 
 // stream (nothing without a branch: it is x), newest, moments, and the blends
-Tensors norm_mix(const Library& library, const Tensor& x, const Maybe& branch, const Tensor& weight, const Tensor& bias, double eps, const Maybe& last,
-                 TensorList mixes, const Maybe& bounds) {
+Tensors norm_mix(const Library& library, const Tensor& x, const Maybe& branch, const Tensor& weight, const Tensor& bias, double eps,
+                 const Maybe& last, TensorList mixes, const Maybe& bounds) {
   Given given("norm_mix", "x", x);
   const auto [B, T, C] = sequences(given, x);
-  FusedNormMix task{.B = B, .T = T, .C = C, .n = int32_t(mixes.size()), .documents = bounds ? int32_t(bounds->numel() - 1) : 0, .eps = float(eps)};
+  FusedNormMix task{.B = B, .T = T, .C = C, .n = int32_t(mixes.size()), .documents = bounds ? int32_t(bounds->numel() - 1) : 0,
+                    .eps = float(eps)};
   task.x = given.at("x", x, x.sizes()), task.branch = given.at("branch", branch, x.sizes());
   task.weight = given.vector("weight", weight, C), task.bias = given.vector("bias", bias, C);
   task.last = given.at("last", last, {B, C});
@@ -88,8 +90,9 @@ Tensors norm_mix(const Library& library, const Tensor& x, const Maybe& branch, c
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_mix_backward(const Library& library, const Maybe& dstream, const Maybe& dnewest, TensorList douts, const Tensor& stream,
-                                                     const Tensor& moments, const Tensor& weight, const Tensor& bias, const Maybe& last, TensorList mixes) {
+std::tuple<Tensor, Tensor, Tensor> norm_mix_backward(const Library& library, const Maybe& dstream, const Maybe& dnewest, TensorList douts,
+                                                     const Tensor& stream, const Tensor& moments, const Tensor& weight, const Tensor& bias,
+                                                     const Maybe& last, TensorList mixes) {
   Given given("norm_mix_backward", "stream", stream);
   const auto [B, T, C] = sequences(given, stream);
   const int32_t n = int32_t(mixes.size());
@@ -103,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_mix_backward(const Library& library, con
   douts_of(given, douts, stream, mixes.size(), task.dout);
   const OnDevice start(library, stream);
   task.blocks = int32_t(library.fused_norm_parts.call(&task, given.fp32()));
-  const Tensor dx = like(stream), dlast = empty(stream, {last ? B : 0, C}), sums = empty(stream, {n + 2, C}), parts = empty_fp32(stream, {task.blocks, n + 2, C});
+  const Tensor dx = like(stream), dlast = empty(stream, {last ? B : 0, C}), sums = empty(stream, {n + 2, C}),
+               parts = empty_fp32(stream, {task.blocks, n + 2, C});
   task.dx = dx.data_ptr(), task.dlast = last ? dlast.data_ptr() : nullptr, task.sums = sums.data_ptr(), task.parts = floats(parts);
   start(library.fused_norm_mix_backward, &task, given.fp32());
   return {dx, dlast, sums};
@@ -126,7 +130,8 @@ Tensors token_mix(const Library& library, const Tensor& x, const Maybe& last, Te
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_mix_backward(const Library& library, TensorList douts, const Tensor& x, const Maybe& last, TensorList mixes) {
+std::tuple<Tensor, Tensor, Tensor> token_mix_backward(const Library& library, TensorList douts, const Tensor& x, const Maybe& last,
+                                                      TensorList mixes) {
   Given given("token_mix_backward", "x", x);
   FusedTokenMix task = token_mix_task(given, x, last, mixes);
   douts_of(given, douts, x, mixes.size(), task.dout);
@@ -137,36 +142,42 @@ std::tuple<Tensor, Tensor, Tensor> token_mix_backward(const Library& library, Te
   return {dx, dlast, dmix};
 }
 
-FusedInputs inputs_task(Given& given, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v, const Maybe& v_first, const Maybe& v_low,
-                        const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0, const Maybe& v0, int64_t head_size) {
+FusedInputs inputs_task(Given& given, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v, const Maybe& v_first,
+                        const Maybe& v_low, const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0, const Maybe& v0,
+                        int64_t head_size) {
   const auto [B, T, C] = sequences(given, k);
   const at::IntArrayRef shape = k.sizes();
   FusedInputs task{.rows = B * T, .C = C, .N = int32_t(head_size)};
-  task.w_low = given.at("w_low", w_low, shape), task.k = given.at("k", k, shape), task.a_low = given.at("a_low", a_low, shape), task.v = given.at("v", v, shape);
+  task.w_low = given.at("w_low", w_low, shape), task.k = given.at("k", k, shape), task.a_low = given.at("a_low", a_low, shape),
+  task.v = given.at("v", v, shape);
   task.v_first = given.at("v_first", v_first, shape), task.v_low = given.at("v_low", v_low, shape), task.v0 = given.vector("v0", v0, C);
-  task.w0 = given.vector("w0", w0, C), task.k_k = given.vector("k_k", k_k, C), task.k_a = given.vector("k_a", k_a, C), task.a0 = given.vector("a0", a0, C);
+  task.w0 = given.vector("w0", w0, C), task.k_k = given.vector("k_k", k_k, C), task.k_a = given.vector("k_a", k_a, C),
+  task.a0 = given.vector("a0", a0, C);
   return task;
 }
 
 // w, k, a, b, [v]
-Tensors time_mix_inputs(const Library& library, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v, const Maybe& v_first,
-                        const Maybe& v_low, const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0, const Maybe& v0, int64_t head_size) {
+Tensors time_mix_inputs(const Library& library, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v,
+                        const Maybe& v_first, const Maybe& v_low, const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0,
+                        const Maybe& v0, int64_t head_size) {
   Given given("time_mix_inputs", "k", k);
   FusedInputs task = inputs_task(given, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size);
-  Tensors out = v_first ? likes(k, {&task.w, &task.k_out, &task.a, &task.b, &task.v_out}) : likes(k, {&task.w, &task.k_out, &task.a, &task.b});
+  Tensors out =
+      v_first ? likes(k, {&task.w, &task.k_out, &task.a, &task.b, &task.v_out}) : likes(k, {&task.w, &task.k_out, &task.a, &task.b});
   OnDevice(library, k)(library.fused_time_mix_inputs, &task, given.fp32());
   return out;
 }
 
 // dk, da_low, [dv, dv_first, dv_low], sums [5, C] of w0, k_k, k_a, a0, v0
-Tensors time_mix_inputs_backward(const Library& library, const Tensor& dw, const Tensor& dk_out, const Tensor& da, const Tensor& db, const Maybe& dv_out,
-                                 const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v, const Maybe& v_first, const Maybe& v_low,
-                                 const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0, const Maybe& v0, int64_t head_size,
-                                 const Maybe& more_dv_first) {
+Tensors time_mix_inputs_backward(const Library& library, const Tensor& dw, const Tensor& dk_out, const Tensor& da, const Tensor& db,
+                                 const Maybe& dv_out, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v,
+                                 const Maybe& v_first, const Maybe& v_low, const Tensor& w0, const Tensor& k_k, const Tensor& k_a,
+                                 const Tensor& a0, const Maybe& v0, int64_t head_size, const Maybe& more_dv_first) {
   Given given("time_mix_inputs_backward", "k", k);
   FusedInputs task = inputs_task(given, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0, head_size);
   const at::IntArrayRef shape = k.sizes();
-  task.dw = given.at("dw", dw, shape), task.dk_out = given.at("dk_out", dk_out, shape), task.da = given.at("da", da, shape), task.db = given.at("db", db, shape);
+  task.dw = given.at("dw", dw, shape), task.dk_out = given.at("dk_out", dk_out, shape), task.da = given.at("da", da, shape),
+  task.db = given.at("db", db, shape);
   task.dv_out = given.at("dv_out", dv_out, shape), task.more_dv_first = given.at("more_dv_first", more_dv_first, shape);
   Tensors out = v_first ? likes(k, {&task.dk, &task.da_low, &task.dv, &task.dv_first, &task.dv_low}) : likes(k, {&task.dk, &task.da_low});
   const Tensor parts = empty_fp32(k, {library.fused_parts.call(1, task.rows), 5, task.C});
@@ -175,8 +186,8 @@ Tensors time_mix_inputs_backward(const Library& library, const Tensor& dw, const
   return out;
 }
 
-FusedOutput output_task(Given& given, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& weight,
-                        const Tensor& bias, const Tensor& r_k, int64_t head_size, double eps) {
+FusedOutput output_task(Given& given, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& g,
+                        const Tensor& weight, const Tensor& bias, const Tensor& r_k, int64_t head_size, double eps) {
   const auto [B, T, C] = sequences(given, y);
   const at::IntArrayRef shape = y.sizes();
   FusedOutput task{.rows = B * T, .C = C, .N = int32_t(head_size), .eps = float(eps)};
@@ -186,8 +197,8 @@ FusedOutput output_task(Given& given, const Tensor& y, const Tensor& r, const Te
   return task;
 }
 
-Tensor time_mix_output(const Library& library, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& weight,
-                       const Tensor& bias, const Tensor& r_k, int64_t head_size, double eps) {
+Tensor time_mix_output(const Library& library, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& g,
+                       const Tensor& weight, const Tensor& bias, const Tensor& r_k, int64_t head_size, double eps) {
   Given given("time_mix_output", "y", y);
   FusedOutput task = output_task(given, y, r, k, v, g, weight, bias, r_k, head_size, eps);
   const Tensor out = like(y);
@@ -197,8 +208,9 @@ Tensor time_mix_output(const Library& library, const Tensor& y, const Tensor& r,
 }
 
 // dy, dr, dk, dv, dg, sums [3, C] of weight, bias, r_k
-Tensors time_mix_output_backward(const Library& library, const Tensor& dout, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v,
-                                 const Tensor& g, const Tensor& weight, const Tensor& bias, const Tensor& r_k, int64_t head_size, double eps) {
+Tensors time_mix_output_backward(const Library& library, const Tensor& dout, const Tensor& y, const Tensor& r, const Tensor& k,
+                                 const Tensor& v, const Tensor& g, const Tensor& weight, const Tensor& bias, const Tensor& r_k,
+                                 int64_t head_size, double eps) {
   Given given("time_mix_output_backward", "y", y);
   FusedOutput task = output_task(given, y, r, k, v, g, weight, bias, r_k, head_size, eps);
   task.dout = given.at("dout", dout, y.sizes());
@@ -219,7 +231,8 @@ Tensor relu_square(const Library& library, const Tensor& x) {
 Tensor relu_square_backward(const Library& library, const Tensor& dy, const Tensor& y) {
   Given given("relu_square_backward", "y", y);
   const Tensor dx = like(y);
-  OnDevice(library, y)(library.fused_relu_square_backward, given.at("dy", dy, y.sizes()), given.at("y", y, y.sizes()), dx.data_ptr(), y.numel(), given.fp32());
+  OnDevice(library, y)(library.fused_relu_square_backward, given.at("dy", dy, y.sizes()), given.at("y", y, y.sizes()), dx.data_ptr(),
+                       y.numel(), given.fp32());
   return dx;
 }
 

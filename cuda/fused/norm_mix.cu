@@ -1,6 +1,7 @@
-// What leads from the residual stream into a mixer: the branch before is added, the sum normalised, and each token blended with the one before
-// it; forward and backward, each tensor once. A block has all channels of its tokens, as their moments need all of them. In runs of 16 tokens first
-// its warps share the tokens, then, when the moments are known, strips of 128 channels; what it reads again by then lies in a cache.
+// What leads from the residual stream into a mixer: the branch before is added, the sum normalised, and each token
+// blended with the one before it; forward and backward, each tensor once. A block has all channels of its tokens, as
+// their moments need all of them. In runs of 16 tokens first its warps share the tokens, then, when the moments are
+// known, strips of 128 channels; what it reads again by then lies in a cache.
 #include "rows.cuh"
 
 namespace fused {
@@ -8,7 +9,8 @@ namespace {
 
 constexpr int batch = 4;  // loads of a lane that are under way together, where nothing else keeps it busy
 
-// Of a token: its channels are normalised as (x - mean) * inverse. A negative inverse means padding, whose normalised channels are all zero.
+// Of a token: its channels are normalised as (x - mean) * inverse. A negative inverse means padding, whose normalised
+// channels are all zero.
 struct Moments {
     float mean, inverse;
 
@@ -38,7 +40,8 @@ struct Gathered {
     __device__ __forceinline__ void over_warp() {
 #pragma unroll
         for (int mask = 16; mask; mask /= 2) {
-            const float n = __shfl_xor_sync(~0u, count, mask), m = __shfl_xor_sync(~0u, mean, mask), s = __shfl_xor_sync(~0u, squares, mask);
+            const float n = __shfl_xor_sync(~0u, count, mask), m = __shfl_xor_sync(~0u, mean, mask),
+                        s = __shfl_xor_sync(~0u, squares, mask);
             add(n, m, s);
         }
     }
@@ -58,7 +61,10 @@ struct Run {
     }
 };
 
-template <class T> __device__ __forceinline__ Four at(const void* p, int64_t row, int C, int c) { return load(static_cast<const T*>(p) + row * C + c); }
+template <class T>
+__device__ __forceinline__ Four at(const void* p, int64_t row, int C, int c) {
+    return load(static_cast<const T*>(p) + row * C + c);
+}
 
 // The residual stream, as it is once it has been stored.
 template <class T> __device__ __forceinline__ Four stream(const FusedNormMix& p, int64_t row, int c) {
@@ -146,23 +152,26 @@ template <class T, int n> __launch_bounds__(threads, n == 1 ? 4 : 2) __global__ 
 // The backward. With u = (x - mean) * inverse, e the gradient of u and < > a mean over the channels:
 //     dx = inverse (e - <e> - u <e u>) + dstream
 
-// Tokens that have a place in shared memory. 2048 channels of bf16 take what a block may have on every card from sm_80 on with six blends, half of it
-// with one, where a multiprocessor has two such blocks.
+// Tokens that have a place in shared memory. 2048 channels of bf16 take what a block may have on every card from sm_80
+// on with six blends, half of it with one, where a multiprocessor has two such blocks.
 template <int n> constexpr int ahead = n == 1 ? 4 : 3;
 constexpr int lane_channels = 8, most_row_warps = 8;
 template <class T, int n> constexpr int slot_bytes = (n + 2) * 32 * lane_channels * int(sizeof(T));  // of a token and a warp
 
-// Where a block of at most eight warps has all channels, a lane eight of them, and shared memory holds a few tokens of all tensors. A block walks from
-// the last of its tokens to the first and keeps the sums of the parameters all the way. Each lane copies what it needs of a token into places of its
-// own, `ahead` tokens before their turn: registers would hold too few bytes on their way. Two numbers a token pass between the warps; everything else
-// stays in its lane, so each tensor is read and written once.
-template <class T, int n> __launch_bounds__(32 * most_row_warps, n == 1 ? 2 : 1) __global__ void norm_mix_backward(FusedNormMix p, int each) {
+// Where a block of at most eight warps has all channels, a lane eight of them, and shared memory holds a few tokens of
+// all tensors. A block walks from the last of its tokens to the first and keeps the sums of the parameters all the way.
+// Each lane copies what it needs of a token into places of its own, `ahead` tokens before their turn: registers would
+// hold too few bytes on their way. Two numbers a token pass between the warps; everything else stays in its lane, so
+// each tensor is read and written once.
+template <class T, int n>
+__launch_bounds__(32 * most_row_warps, n == 1 ? 2 : 1) __global__ void norm_mix_backward(FusedNormMix p, int each) {
     constexpr int V = lane_channels, slot = slot_bytes<T, n>, step = slot / (n + 2), pieces = step / 512;
     const int c = threadIdx.x * V, warp = threadIdx.x / 32, lane = threadIdx.x % 32, all_warps = blockDim.x / 32;
     const int begin = blockIdx.x * each, end = min(begin + each, p.B * p.T);
     const Access<T, V> x{c < p.C};
     const Moments* moments = reinterpret_cast<const Moments*>(p.moments);
-    const int own = warp * ahead<n> * slot + lane * 16, behind = own + ahead<n> * slot;  // a lane's pieces of 16 bytes, between those of its neighbours
+    // A lane's pieces of 16 bytes lie between those of its neighbours.
+    const int own = warp * ahead<n> * slot + lane * 16, behind = own + ahead<n> * slot;
     const auto copy = [&](int to, const void* from, int64_t offset, bool valid) {
 #pragma unroll
         for (int i = 0; i < pieces; ++i) copy_async(to + i * 512, static_cast<const T*>(from) + offset + i * 16 / int(sizeof(T)), valid);
@@ -204,7 +213,8 @@ template <class T, int n> __launch_bounds__(32 * most_row_warps, n == 1 ? 2 : 1)
     Numbers<V> unit = here.unit(raw);
     const float one = 1.f / p.C;
     // The sums of the warps have two places that take turns: who writes into one has met, at the barrier between, all who read it.
-    const int of_warps = all_warps * ahead<n> * slot + lane / 16 * most_row_warps * 4, to = of_warps + warp * 4, from = of_warps + lane % 16 * 4;
+    const int of_warps = all_warps * ahead<n> * slot + lane / 16 * most_row_warps * 4, to = of_warps + warp * 4,
+              from = of_warps + lane % 16 * 4;
     int turn = 0, at = own;
 
     for (int row = end - 1; row >= begin; --row) {
@@ -214,7 +224,8 @@ template <class T, int n> __launch_bounds__(32 * most_row_warps, n == 1 ? 2 : 1)
         const int64_t edge = int64_t(b) * p.C + c;
         Numbers<V> shift = (unit_before - unit) * weight;  // the bias is in both, but for padding and tokens of the state
         if (t == 0 || here.padding() || earlier.padding()) {
-            const Numbers<V> bias = x.in(p.bias, c), before = t ? earlier.affine(unit_before, weight, bias) : p.last ? x.in(p.last, edge) : zeros<V>();
+            const Numbers<V> bias = x.in(p.bias, c),
+                             before = t ? earlier.affine(unit_before, weight, bias) : p.last ? x.in(p.last, edge) : zeros<V>();
             shift = before - here.affine(unit, weight, bias);
         }
         if (t + 1 == p.T) next = p.dnewest ? x.in(p.dnewest, edge) : zeros<V>();
@@ -257,13 +268,13 @@ template <class T, int n> __launch_bounds__(32 * most_row_warps, n == 1 ? 2 : 1)
         for (int j = 0; j < n + 2; ++j) store(p.parts + (int64_t(blockIdx.x) * (n + 2) + j) * p.C + c, sums[j]);
 }
 
-// Warps of a block of norm_mix_backward_wide such that two blocks fit a multiprocessor and nothing spills: a lane holds gradients and sums of four
-// channels for each blend.
+// Warps of a block of norm_mix_backward_wide such that two blocks fit a multiprocessor and nothing spills: a lane holds
+// gradients and sums of four channels for each blend.
 template <class T, int n> constexpr int most_warps = n == 1 ? warps : sizeof(T) == 2 ? 6 : 4;
 
-// The same for wider tensors, or small shared memory. First, from the last token of a run to the first, the gradient of the normalised channels,
-// which is left in dx; then, when <e> and <e u> are known, the rest. Lane i keeps the two sums of the run's token i. Parameters are read for each
-// token again, from a cache: registers are short.
+// The same for wider tensors, or small shared memory. First, from the last token of a run to the first, the gradient of
+// the normalised channels, which is left in dx; then, when <e> and <e u> are known, the rest. Lane i keeps the two sums
+// of the run's token i. Parameters are read for each token again, from a cache: registers are short.
 template <class T, int n> __launch_bounds__(32 * most_warps<T, n>, 2) __global__ void norm_mix_backward_wide(FusedNormMix p, int runs) {
     float2* memory = reinterpret_cast<float2*>(shared_memory());  // [warps][run_tokens]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = blockDim.x / 32;
@@ -379,11 +390,13 @@ unsigned threads_for(int C, int most) {
 
 int64_t runs_of(int64_t B, int64_t T) { return B * ((T + run_tokens - 1) / run_tokens); }
 bool takes(const FusedNormMix& p) {
-    return valid(p.B, p.T, p.C) && runs_of(p.B, p.T) <= INT32_MAX && (p.n == 1 || p.n == 6) && p.documents >= 0 && (!p.documents || p.B == 1);
+    return valid(p.B, p.T, p.C) && runs_of(p.B, p.T) <= INT32_MAX && (p.n == 1 || p.n == 6) && p.documents >= 0 &&
+           (!p.documents || p.B == 1);
 }
 
 template <class T, int n> int forward(const FusedNormMix& p, void* stream) {
-    return launch(norm_mix<T, n>, dim3(unsigned(runs_of(p.B, p.T))), threads_for(p.C, warps), (run_tokens + 1) * sizeof(Moments), stream, p);
+    return launch(norm_mix<T, n>, dim3(unsigned(runs_of(p.B, p.T))), threads_for(p.C, warps), (run_tokens + 1) * sizeof(Moments), stream,
+                  p);
 }
 
 // One kernel or the other, and how many blocks of it run at once: each leaves sums of its own, which cost memory.
@@ -419,8 +432,9 @@ template <class T, int n> int backward(const FusedNormMix& p, void* stream) {
 }  // namespace
 }  // namespace fused
 
-#define FUSED_DISPATCH(function, ...)                                                                                                           \
-    if (dtype == FUSED_BF16) return task->n == 6 ? fused::function<fused::bf16, 6>(__VA_ARGS__) : fused::function<fused::bf16, 1>(__VA_ARGS__); \
+#define FUSED_DISPATCH(function, ...)                                                                                      \
+    if (dtype == FUSED_BF16)                                                                                               \
+        return task->n == 6 ? fused::function<fused::bf16, 6>(__VA_ARGS__) : fused::function<fused::bf16, 1>(__VA_ARGS__); \
     return task->n == 6 ? fused::function<float, 6>(__VA_ARGS__) : fused::function<float, 1>(__VA_ARGS__);
 
 extern "C" int64_t fused_norm_parts(const FusedNormMix* task, int dtype) {

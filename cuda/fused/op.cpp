@@ -41,7 +41,8 @@ struct Shape {
   }
   void* at(const Tensor& x, int64_t count) const {
     expect(x.scalar_type() == like.scalar_type() && x.is_contiguous() && x.numel() == count,
-           "fused: expected contiguous tensors of one dtype whose sizes fit, got ", x.numel(), " elements instead of ", count, " or another dtype");
+           "fused: expected contiguous tensors of one dtype whose sizes fit, got ", x.numel(), " elements instead of ", count,
+           " or another dtype");
     return x.data_ptr();
   }
   void* whole(const Tensor& x) const {
@@ -58,12 +59,14 @@ struct Shape {
 template <class Task>
 void over_rows(const Task& task, void (*kernel)(const Task&, int64_t, int64_t), const Shape& shape) {
   const int64_t rows = std::max<int64_t>(1, kElements / shape.C), blocks = (shape.rows + rows - 1) / rows;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(task, begin * rows, std::min(end * rows, shape.rows)); });
+  torch::stable::parallel_for(0, blocks, 1,
+                              [&](int64_t begin, int64_t end) { kernel(task, begin * rows, std::min(end * rows, shape.rows)); });
 }
 
 // The same with sums; returns them as [count, C].
 template <class Task>
-Tensor with_sums(const Task& task, void (*kernel)(const Task&, int64_t, int64_t, float*), const Shape& shape, int64_t count, const Tensor& like) {
+Tensor with_sums(const Task& task, void (*kernel)(const Task&, int64_t, int64_t, float*), const Shape& shape, int64_t count,
+                 const Tensor& like) {
   const int64_t blocks = (shape.rows + kRows - 1) / kRows, width = count * shape.C;
   const Kernels kernels = kernels_for(like);
   const Tensor parts = torch::stable::new_empty(like, {blocks, width}, ScalarType::Float);
@@ -80,7 +83,8 @@ Tensor with_sums(const Task& task, void (*kernel)(const Task&, int64_t, int64_t,
 TokenMix token_mix_task(const Shape& shape, const Tensor& x, const Maybe& last, const Tensors& mixes) {
   expect(x.dim() == 3 && mixes.size() <= fused::kMost, "token_mix: expected x [B, T, C] and at most 8 mixes");
   expect(!last || (last->dim() == 2 && last->size(0) == x.size(0)), "token_mix: expected last [B, C]");
-  TokenMix task{.T = x.size(1), .C = shape.C, .n = int64_t(mixes.size()), .x = shape.whole(x), .last = last ? shape.at(*last, x.size(0) * shape.C) : nullptr};
+  TokenMix task{.T = x.size(1), .C = shape.C, .n = int64_t(mixes.size()), .x = shape.whole(x),
+                .last = last ? shape.at(*last, x.size(0) * shape.C) : nullptr};
   for (size_t i = 0; i < mixes.size(); i++) task.mix[i] = shape.vector(mixes[i]);
   return task;
 }
@@ -108,16 +112,18 @@ std::tuple<Tensor, Tensor, Tensor> token_mix_backward(Tensors douts, Tensor x, M
   return {dx, dlast, sums};
 }
 
-Prepare prepare_task(const Shape& shape, int64_t N, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v, const Maybe& v_first,
-                     const Maybe& v_low, const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0, const Maybe& v0) {
+Prepare prepare_task(const Shape& shape, int64_t N, const Tensor& w_low, const Tensor& k, const Tensor& a_low, const Tensor& v,
+                     const Maybe& v_first, const Maybe& v_low, const Tensor& w0, const Tensor& k_k, const Tensor& k_a, const Tensor& a0,
+                     const Maybe& v0) {
   expect(N > 0 && N % 16 == 0 && shape.C % N == 0 && v_first.has_value() == v_low.has_value() && v_first.has_value() == v0.has_value(),
-                  "time_mix_inputs: heads must be a multiple of 16 wide and divide C; v_first, v_low and v0 come together");
+         "time_mix_inputs: heads must be a multiple of 16 wide and divide C; v_first, v_low and v0 come together");
   return {.C = shape.C, .N = N, .w_low = shape.whole(w_low), .k = shape.whole(k), .a_low = shape.whole(a_low), .v = shape.whole(v),
-          .v_first = shape.maybe(v_first), .v_low = shape.maybe(v_low), .w0 = shape.vector(w0), .k_k = shape.vector(k_k), .k_a = shape.vector(k_a),
-          .a0 = shape.vector(a0), .v0 = v0 ? shape.vector(*v0) : nullptr};
+          .v_first = shape.maybe(v_first), .v_low = shape.maybe(v_low), .w0 = shape.vector(w0), .k_k = shape.vector(k_k),
+          .k_a = shape.vector(k_a), .a0 = shape.vector(a0), .v0 = v0 ? shape.vector(*v0) : nullptr};
 }
 
-Tensors prepare(Tensor w_low, Tensor k, Tensor a_low, Tensor v, Maybe v_first, Maybe v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Maybe v0, int64_t N) {
+Tensors prepare(Tensor w_low, Tensor k, Tensor a_low, Tensor v, Maybe v_first, Maybe v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0,
+                Maybe v0, int64_t N) {
   const Shape shape(k);
   Prepare task = prepare_task(shape, N, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0);
   Tensors out;
@@ -129,12 +135,14 @@ Tensors prepare(Tensor w_low, Tensor k, Tensor a_low, Tensor v, Maybe v_first, M
 }
 
 // dk, da_low, [dv, dv_first, dv_low], sums [5, C] of w0, k_k, k_a, a0, v0
-Tensors prepare_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Maybe dv_out, Tensor w_low, Tensor k, Tensor a_low, Tensor v, Maybe v_first,
-                         Maybe v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Maybe v0, int64_t N, Maybe more_dv_first) {
+Tensors prepare_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Maybe dv_out, Tensor w_low, Tensor k, Tensor a_low, Tensor v,
+                         Maybe v_first, Maybe v_low, Tensor w0, Tensor k_k, Tensor k_a, Tensor a0, Maybe v0, int64_t N,
+                         Maybe more_dv_first) {
   const Shape shape(k);
   Prepare task = prepare_task(shape, N, w_low, k, a_low, v, v_first, v_low, w0, k_k, k_a, a0, v0);
   expect(dv_out.has_value() == v_first.has_value(), "time_mix_inputs: a gradient for each output");
-  task.dw = shape.whole(dw), task.dk_out = shape.whole(dk_out), task.da = shape.whole(da), task.db = shape.whole(db), task.dv_out = shape.maybe(dv_out);
+  task.dw = shape.whole(dw), task.dk_out = shape.whole(dk_out), task.da = shape.whole(da), task.db = shape.whole(db),
+  task.dv_out = shape.maybe(dv_out);
   task.more_dv_first = shape.maybe(more_dv_first);
   Tensors out;
   for (int i = 0; i < (v_first ? 5 : 2); i++) out.push_back(torch::stable::empty_like(k));
@@ -144,8 +152,8 @@ Tensors prepare_backward(Tensor dw, Tensor dk_out, Tensor da, Tensor db, Maybe d
   return out;
 }
 
-Finish finish_task(const Shape& shape, int64_t N, double eps, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& g,
-                   const Tensor& weight, const Tensor& bias, const Tensor& r_k) {
+Finish finish_task(const Shape& shape, int64_t N, double eps, const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v,
+                   const Tensor& g, const Tensor& weight, const Tensor& bias, const Tensor& r_k) {
   expect(N > 0 && N % 16 == 0 && shape.C % N == 0, "time_mix_output: heads must be a multiple of 16 wide and divide C");
   return {.C = shape.C, .N = N, .eps = float(eps), .y = shape.whole(y), .r = shape.whole(r), .k = shape.whole(k), .v = shape.whole(v),
           .g = shape.whole(g), .weight = shape.vector(weight), .bias = shape.vector(bias), .r_k = shape.vector(r_k)};
@@ -161,13 +169,15 @@ Tensor finish(Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, T
 }
 
 // dy, dr, dk, dv, dg, sums [3, C] of weight, bias, r_k
-Tensors finish_backward(Tensor dout, Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, Tensor bias, Tensor r_k, int64_t N, double eps) {
+Tensors finish_backward(Tensor dout, Tensor y, Tensor r, Tensor k, Tensor v, Tensor g, Tensor weight, Tensor bias, Tensor r_k, int64_t N,
+                        double eps) {
   const Shape shape(y);
   Finish task = finish_task(shape, N, eps, y, r, k, v, g, weight, bias, r_k);
   task.dout = shape.whole(dout);
   Tensors out;
   for (int i = 0; i < 5; i++) out.push_back(torch::stable::empty_like(y));
-  task.dy = out[0].data_ptr(), task.dr = out[1].data_ptr(), task.dk = out[2].data_ptr(), task.dv = out[3].data_ptr(), task.dg = out[4].data_ptr();
+  task.dy = out[0].data_ptr(), task.dr = out[1].data_ptr(), task.dk = out[2].data_ptr(), task.dv = out[3].data_ptr(),
+  task.dg = out[4].data_ptr();
   out.push_back(with_sums(task, kernels_for(y).finish_backward, shape, Finish::sums, y));
   return out;
 }

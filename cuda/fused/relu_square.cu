@@ -1,9 +1,10 @@
 // max(x, 0)^2 of the channel mixing, and its backward.
 //
-// Backward reads y = max(x, 0)^2, which the next product keeps anyway, and x need not be kept. Nothing is lost: in binary, the square root of a rounded
-// square is the number itself. For x in [1, 2) with a spacing of e, y is off by e / 2 at most, from 2 on by e, and its root by e / 4, or e / 2^1.5:
-// less than half the spacing. Only where y leaves the normal numbers is it something else, below x = 2^-63 = 1e-19, and 0 from about 2^-67 (bf16) or
-// 2^-75 on: gradients of 1e-19 dy, that no sum over tokens keeps. Above 2^64 the loss is infinite already.
+// Backward reads y = max(x, 0)^2, which the next product keeps anyway, so that x need not be kept. Nothing is lost: in
+// binary, the square root of a rounded square is the number itself. For x in [1, 2) with a spacing of e, y below 2 is
+// off by e/2 at most and y from 2 on by e, its root by e/4 or e/2^1.5: less than half the spacing. Only where y leaves
+// the normal numbers, below x = 2^-63 = 1e-19, is the root another number, and 0 from about 2^-67 (bf16) or 2^-75
+// (fp32) on: gradients of 1e-19 dy, that no sum over tokens keeps. Above 2^64 the loss is infinite already.
 #include "rows.cuh"
 
 namespace fused {
@@ -43,7 +44,8 @@ template <class T> __launch_bounds__(threads) __global__ void relu_square(const 
 template <class T> int run(const void* x, const void* dy, void* out, int64_t count, void* stream) {
     const int64_t of_block = int64_t(each) * threads * 4, blocks = (count + of_block - 1) / of_block;
     if (count < 4 || count % 4 || blocks > INT32_MAX) return FUSED_UNSUPPORTED;
-    return launch(relu_square<T>, dim3(unsigned(blocks)), threads, 0, stream, static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(out), count);
+    return launch(relu_square<T>, dim3(unsigned(blocks)), threads, 0, stream, static_cast<const T*>(x), static_cast<const T*>(dy),
+                  static_cast<T*>(out), count);
 }
 
 }  // namespace

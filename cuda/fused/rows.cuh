@@ -1,6 +1,7 @@
-// How the elementwise kernels walk over [rows, C]: a lane has four neighbouring channels, a warp 128 of them and a run of 16 tokens, a block
-// eight runs. So what a token shares with the next stays in registers, a head lies within a warp, and the gradients of a parameter are summed
-// where they arise: per lane over a run, per block over its runs, then over blocks, always in the same order.
+// How the elementwise kernels walk over [rows, C]: a lane has four neighbouring channels, a warp 128 of them and a run
+// of 16 tokens, a block eight runs. So what a token shares with the next stays in registers, a head lies within a warp,
+// and the gradients of a parameter are summed where they arise: per lane over a run, per block over its runs, then over
+// blocks, always in the same order.
 #pragma once
 
 #include "../common/copy.cuh"
@@ -70,7 +71,9 @@ template <int V> __device__ __forceinline__ void store(float* p, Numbers<V> a) {
 #pragma unroll
     for (int i = 0; i < V; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(a.x[i], a.x[i + 1], a.x[i + 2], a.x[i + 3]);
 }
-__device__ __forceinline__ void store(bf16* p, Four a) { *reinterpret_cast<uint2*>(p) = make_uint2(pack(a.x[0], a.x[1]), pack(a.x[2], a.x[3])); }
+__device__ __forceinline__ void store(bf16* p, Four a) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(pack(a.x[0], a.x[1]), pack(a.x[2], a.x[3]));
+}
 __device__ __forceinline__ void store(bf16* p, Numbers<8> a) {
     *reinterpret_cast<uint4*>(p) = make_uint4(pack(a.x[0], a.x[1]), pack(a.x[2], a.x[3]), pack(a.x[4], a.x[5]), pack(a.x[6], a.x[7]));
 }
@@ -113,7 +116,9 @@ struct Place {
 // A lane's channels of one tensor at a time; nothing where the lane has none.
 template <class T, int V = 4> struct Access {
     bool inside;
-    __device__ __forceinline__ Numbers<V> in(const void* p, int64_t at) const { return inside ? load<V>(static_cast<const T*>(p) + at) : zeros<V>(); }
+    __device__ __forceinline__ Numbers<V> in(const void* p, int64_t at) const {
+        return inside ? load<V>(static_cast<const T*>(p) + at) : zeros<V>();
+    }
     __device__ __forceinline__ void out(void* p, int64_t at, Numbers<V> x) const {
         if (inside) store(static_cast<T*>(p) + at, x);
     }
@@ -155,7 +160,8 @@ template <class T> __launch_bounds__(threads) __global__ void collect(const floa
 }
 
 template <class T> int collect_sums(const float* parts, int64_t count, int size, void* to, void* stream) {
-    return launch(collect<T>, dim3(ceil_div(size, 32)), threads, threads * sizeof(float), stream, parts, int(count), size, static_cast<T*>(to));
+    return launch(collect<T>, dim3(ceil_div(size, 32)), threads, threads * sizeof(float), stream, parts, int(count), size,
+                  static_cast<T*>(to));
 }
 
 inline bool valid(int64_t B, int64_t T, int64_t C) {

@@ -37,13 +37,15 @@ template <class T, bool residual> __launch_bounds__(threads, 4) __global__ void 
     }
 }
 
-// Tokens of a warp that have a place in shared memory. Each lane copies its own channels there ahead of their turn, as in time_mix_output.cu. At most
-// 44 KB a block: two blocks fit a multiprocessor of 100 KB, and the three that registers allow where it has more.
+// Tokens of a warp that have a place in shared memory. Each lane copies its own channels there ahead of their turn, as
+// in time_mix_output.cu. At most 44 KB a block: two blocks fit a multiprocessor of 100 KB, and the three that registers
+// allow where it has more.
 template <bool residual> constexpr int tensors = residual ? 11 : 6;
 template <class T, bool residual> constexpr int slot_bytes = tensors<residual> * width * int(sizeof(T));
 template <class T, bool residual> constexpr int ahead = 44 * 1024 / (warps * slot_bytes<T, residual>);
 
-template <class T, bool residual> __launch_bounds__(threads, sizeof(T) == 2 ? 3 : 2) __global__ void time_mix_inputs_backward(FusedInputs p) {
+template <class T, bool residual>
+__launch_bounds__(threads, sizeof(T) == 2 ? 3 : 2) __global__ void time_mix_inputs_backward(FusedInputs p) {
     constexpr int piece = 4 * int(sizeof(T)), step = 32 * piece, bytes = slot_bytes<T, residual>, slots = ahead<T, residual>;
     const Place at(1, p.rows, p.C);
     const Access<T> x{at.inside};
@@ -51,10 +53,12 @@ template <class T, bool residual> __launch_bounds__(threads, sizeof(T) == 2 ? 3 
     const auto slot_of = [&](int row) { return own + unsigned(row) % slots * bytes; };
     const auto fetch = [&](int row, int64_t i) {
         if (row < at.end) {
-            const void* const from[11] = {p.dw, p.dk_out, p.da, p.db, p.k, p.a_low, p.dv_out, p.v, p.v_first, p.v_low, p.more_dv_first ? p.more_dv_first : p.dw};
+            const void* const from[11] = {p.dw, p.dk_out, p.da, p.db, p.k, p.a_low, p.dv_out, p.v, p.v_first, p.v_low,
+                                          p.more_dv_first ? p.more_dv_first : p.dw};
             const int to = slot_of(row);
 #pragma unroll
-            for (int j = 0; j < tensors<residual>; ++j) copy_async<piece>(to + j * step, static_cast<const T*>(from[j]) + i, at.inside && (j < 10 || p.more_dv_first));
+            for (int j = 0; j < tensors<residual>; ++j)
+                copy_async<piece>(to + j * step, static_cast<const T*>(from[j]) + i, at.inside && (j < 10 || p.more_dv_first));
         }
         copy_commit();
     };
@@ -109,7 +113,10 @@ template <class T, bool residual> int backward(const FusedInputs& p, void* strea
     return error ? error : collect_sums<T>(p.parts, fused_parts(1, p.rows), 5 * p.C, p.sums, stream);
 }
 
-template <class T> int backward(const FusedInputs& p, void* stream) { return p.v_first ? backward<T, true>(p, stream) : backward<T, false>(p, stream); }
+template <class T>
+int backward(const FusedInputs& p, void* stream) {
+    return p.v_first ? backward<T, true>(p, stream) : backward<T, false>(p, stream);
+}
 
 bool takes(const FusedInputs& p) {
     return valid(1, p.rows, p.C) && valid_heads(p.C, p.N) && !p.v_first == !p.v_low && !p.v_first == !p.v0;

@@ -1,5 +1,5 @@
-// Between the wkv7 operator and the output projection: a norm over each head, the current token's own value, the gate; forward and backward,
-// each tensor once.
+// Between the wkv7 operator and the output projection: a norm over each head, the current token's own value, the gate;
+// forward and backward, each tensor once.
 #include "rows.cuh"
 
 namespace fused {
@@ -30,8 +30,8 @@ template <class T> __launch_bounds__(threads) __global__ void time_mix_output(Fu
     }
 }
 
-// Tokens of a warp that have a place in shared memory, six tensors each. Each lane copies its own channels there ahead of their turn: the chains of
-// sums over a head leave too few loads on their way otherwise.
+// Tokens of a warp that have a place in shared memory, six tensors each. Each lane copies its own channels there ahead
+// of their turn: the chains of sums over a head leave too few loads on their way otherwise.
 template <class T> constexpr int ahead = sizeof(T) == 2 ? 3 : 2;
 template <class T> constexpr int slot_bytes = 6 * width * int(sizeof(T));
 

@@ -1,4 +1,5 @@
-// The token shift and its blends, forward and backward, each tensor once (and at the end of a run of 16 tokens the gradients of one token more).
+// The token shift and its blends, forward and backward, each tensor once (and at the end of a run of 16 tokens the
+// gradients of one token more).
 #include "rows.cuh"
 
 namespace fused {
@@ -86,16 +87,16 @@ template <class T, int n> int backward(const FusedTokenMix& p, void* stream) {
 }  // namespace
 }  // namespace fused
 
-#define FUSED_DISPATCH(function)                                                                                              \
-    if (!fused::valid(task->B, task->T, task->C)) return FUSED_UNSUPPORTED;                                        \
-    const bool bf16 = dtype == FUSED_BF16;                                                                         \
-    switch (task->n) {                                                                                             \
+#define FUSED_DISPATCH(function)                                                                                         \
+    if (!fused::valid(task->B, task->T, task->C)) return FUSED_UNSUPPORTED;                                              \
+    const bool bf16 = dtype == FUSED_BF16;                                                                               \
+    switch (task->n) {                                                                                                   \
         case 1: return bf16 ? fused::function<fused::bf16, 1>(*task, stream) : fused::function<float, 1>(*task, stream); \
         case 2: return bf16 ? fused::function<fused::bf16, 2>(*task, stream) : fused::function<float, 2>(*task, stream); \
         case 3: return bf16 ? fused::function<fused::bf16, 3>(*task, stream) : fused::function<float, 3>(*task, stream); \
         case 4: return bf16 ? fused::function<fused::bf16, 4>(*task, stream) : fused::function<float, 4>(*task, stream); \
         case 6: return bf16 ? fused::function<fused::bf16, 6>(*task, stream) : fused::function<float, 6>(*task, stream); \
-    }                                                                                                              \
+    }                                                                                                                    \
     return FUSED_UNSUPPORTED;
 
 extern "C" int64_t fused_parts(int64_t B, int64_t T) {

@@ -32,7 +32,7 @@ struct Kernels {
   void (*softmax)(const Logits&, Totals totals, void* e);
   // The right operand's [rows / 2, width] of bf16 as a left operand [rows, width].
   void (*split)(const uint32_t* e, int64_t rows, int64_t width, void* to);
-  // to [columns, parts-summed, scaled]: to[i][c] = scale[i] * sum over parts of from[part][c][i], for the first W tokens i.
+  // to [W, columns]: to[i][c] = scale[i] * the sum over the parts of from[part][c][i], for W tokens i.
   void (*collect)(const float* from, int64_t parts, int64_t part_stride, int64_t columns, int64_t width, const float* scale, float* to);
   // The right operand's rows of x * scale, two for bf16; `count` of them exist, the others are zero.
   void (*scale_rows)(const void* x, int64_t count, int64_t columns, const float* scale, void* to);

@@ -259,7 +259,8 @@ class Head {
             const int64_t here = std::min(kRows, rows - r);
             const uint32_t* e = chunk.e + (row + r) / pair * width;
             if constexpr (pair == 2) simd.split(e, here, width, left);
-            multiply(here, C, width, left ? left : reinterpret_cast<const T*>(e), width, chunk.scaled_x, C, sum + r * C, C, chunk.begin > 0);
+            multiply(here, C, width, left ? left : reinterpret_cast<const T*>(e), width, chunk.scaled_x, C, sum + r * C, C,
+                     chunk.begin > 0);
           }
         for_rows(entries, row, rows, [&](int64_t r, int64_t token, float value) { simd.add_scaled(sum + r * C, x + token * C, value, C); });
         if (pair == 2 && last) simd.narrow(sum, dw + row * C, rows * C);

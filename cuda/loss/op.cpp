@@ -12,7 +12,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What is needed of it is for the caller to add.
+// Without l2wrap and the places of the results, which the caller adds.
 loss::Problem problem(const Tensor& x, const Tensor& weight, const Tensor& targets, int64_t chunk) {
   const int64_t n = x.size(0), C = x.size(1), V = weight.size(0);
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
@@ -22,12 +22,14 @@ loss::Problem problem(const Tensor& x, const Tensor& weight, const Tensor& targe
                       weight.is_contiguous() && targets.is_contiguous(),
                   "head_ce: inputs do not fit; expected contiguous x [n, C], weight [V, C], targets [n] of int64");
   const int64_t* const given = static_cast<const int64_t*>(targets.data_ptr());
-  STD_TORCH_CHECK(std::all_of(given, given + n, [V](int64_t target) { return target >= 0 && target < V; }), "head_ce: targets must lie in [0, ", V, ")");
+  STD_TORCH_CHECK(std::all_of(given, given + n, [V](int64_t target) { return target >= 0 && target < V; }),
+                  "head_ce: targets must lie in [0, ", V, ")");
   return {.is_bf16 = is_bf16, .n = n, .V = V, .C = C, .chunk = chunk, .x = x.data_ptr(), .weight = weight.data_ptr(),
           .targets = given};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Tensor targets, int64_t chunk, double l2wrap, bool need_dx, bool need_dw) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Tensor targets, int64_t chunk, double l2wrap, bool need_dx,
+                                           bool need_dw) {
   loss::Problem p = problem(x, weight, targets, chunk);
   Tensor loss = torch::stable::new_empty(x, {}, ScalarType::Float);
   Tensor dx = torch::stable::new_empty(x, {need_dx ? p.n : 0, p.C});

@@ -1,7 +1,9 @@
-// The entry points of the CUDA kernels of ROSA, free of CUDA and torch headers. Definition: RWKV-v7/rwkvlm/ops/rosa/__init__.py; gradients: flips.h.
+// The entry points of the CUDA kernels of ROSA, free of CUDA and torch headers. Definition:
+// RWKV-v7/rwkvlm/ops/rosa/__init__.py; gradients: flips.h.
 //
-// x, q, k, v, out, dout and gradients: [B, T, C] contiguous, bf16 or (fp32 = 1) fp32; symbols [B, C / M, n] of M bits, n = L + T with L old ones.
-// Every call is asynchronous on `stream` (a cudaStream_t) and returns 0 or a cudaError_t. The results are the same bits on each run.
+// x, q, k, v, out, dout and gradients: [B, T, C] contiguous, bf16 or (fp32 = 1) fp32; symbols [B, C / M, n] of M bits,
+// n = L + T with L old ones. Every call is asynchronous on `stream` (a cudaStream_t) and returns 0 or a cudaError_t.
+// The results are the same bits on each run.
 #pragma once
 
 #include <stdint.h>

@@ -1,9 +1,10 @@
 // ROSA by a suffix automaton (Blumer et al. 1985), for long rows: a transition or two for each symbol.
 //
-// Each state knows where one of its strings ended last. To keep that up to date after each symbol would take a walk along all suffix links, as
-// many as there are symbols on a constant row. But it is asked for only where the match in hand does not go on: while the latest longest match goes
-// on it stays the latest longest one, since one that is longer, or as long and later, would have been so a symbol before. So the walks are put off
-// until somebody asks, and then made latest symbol first, each up to the first state that a later one has seen: a constant row makes none.
+// Each state knows where one of its strings ended last. To keep that up to date after each symbol would take a walk
+// along all suffix links, as many as there are symbols on a constant row. But it is asked for only where the match in
+// hand does not go on: while the latest longest match goes on it stays the latest longest one, since one that is
+// longer, or as long and later, would have been so a symbol before. So the walks are put off until somebody asks, and
+// then made latest symbol first, each up to the first state that a later one has seen: a constant row makes none.
 #include <algorithm>
 #include <cstring>
 
@@ -72,7 +73,8 @@ class Hash {
 template <class Symbol, class Transitions>
 class Automaton {
   Transitions next;
-  std::vector<int32_t> link, length, last;  // of each state: its suffix link, its longest string, where one of its strings ended last (see seen)
+  // Of each state: its suffix link, its longest string, where one of its strings ended last (see seen)
+  std::vector<int32_t> link, length, last;
   std::vector<int32_t> prefix;  // the state of the first j + 1 symbols
   int32_t states = 1, seen = 0;  // `last` is right as far as the first `seen` symbols go
 

@@ -1,4 +1,5 @@
-// Loops of ROSA over one row of symbols (cpu.cpp, automaton.cpp) for op.cpp. Definition: RWKV-v7/rwkvlm/ops/rosa/__init__.py; gradients: flips.h.
+// Loops of ROSA over one row of symbols (cpu.cpp, automaton.cpp) for op.cpp. Definition:
+// RWKV-v7/rwkvlm/ops/rosa/__init__.py; gradients: flips.h.
 #pragma once
 #include <stdint.h>
 
@@ -25,7 +26,8 @@ struct Flips {
   const uint8_t *q, *k, *v;  // [T]; k and v null: they are q, and turn together with it
   const float* dout;  // [T, M]
   const float *low, *high;  // [M]
-  float *dq, *dk, *dv;  // [T, M], phi(bit turned) - phi(bit as it is); dk and dv null where k and v are, all where only dlow and dhigh are wanted
+  // [T, M], phi(bit turned) - phi(bit as it is); dk and dv null where k and v are, all where only dlow and dhigh are wanted
+  float *dq, *dk, *dv;
   double *dlow, *dhigh;  // [M]
 };
 

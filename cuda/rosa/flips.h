@@ -1,18 +1,21 @@
 // What turning each single bit of a row would change, exactly, in at most O(T^2) time whatever the symbols are. Included in cpu.cpp.
 //
-// For an output i and an end of match j < i, at lag d = i - j, let L1 < L2 < L3 be how far back the first, second and third mismatch lie (j + 1,
-// the beginning, where there is none), D1 and D2 the bits in which the symbols differ at the first two. One symbol on, each L is one more where
-// it matches; where it does not, it is the new first mismatch. Turning bit b of k_t does to the match at j, with s = j - L1 the place of its mismatch,
+// For an output i and an end of match j < i, at lag d = i - j, let L1 < L2 < L3 be how far back the first, second and
+// third mismatch lie (j + 1, the beginning, where there is none), D1 and D2 the bits in which the symbols differ at the
+// first two. One symbol on, each L is one more where it matches; where it does not, it is the new first mismatch.
+// Turning bit b of k_t does to the match at j, with s = j - L1 the place of its mismatch,
 //
 //     t > j or t < s    nothing               s < t <= j   cuts it to j - t               t = s and D1 = b    lengthens it to L2
 //
-// and turning that of q_t, with m = i - t: nothing where L1 < m, a cut to m where L1 > m, L2 where L1 = m and D1 = b. Where q = k both sides turn
-// at once: at the offset j - t, if that is not negative, and at i - t, which lies further back. Only two kinds of t matter: those inside the match
-// that won, and those where another is lengthened beyond it; after a turn at t the longest is the best of a few maxima over j.
+// and turning that of q_t, with m = i - t: nothing where L1 < m, a cut to m where L1 > m, L2 where L1 = m and D1 = b.
+// Where q = k both sides turn at once: at the offset j - t, if that is not negative, and at i - t, which lies further
+// back. Only two kinds of t matter: those inside the match that won, and those where another is lengthened beyond it;
+// after a turn at t the longest is the best of a few maxima over j.
 //
-// Few matches count one by one: those that overlap the one that won, and those that a turn can make win. A pass over the lags, a vector at a time,
-// finds them; of the others only the best counts, and the last that is m long. Where q turns less than `few` symbols back a match can win from
-// nearly anywhere, so there the best is sought by a pass of its own.
+// Few matches count one by one: those that overlap the one that won, and those that a turn can make win. A pass over
+// the lags, a vector at a time, finds them; of the others only the best counts, and the last that is m long. Where q
+// turns less than `few` symbols back a match can win from nearly anywhere, so there the best is sought by a pass of its
+// own.
 #pragma once
 
 #include <algorithm>
@@ -128,16 +131,19 @@ class Turns {
   const int64_t T;
   LagVector lanes{};  // 0, 1, 2 ...
   Lag *L1, *L2, *L3, *D1, *D2;  // by lag, lag 1 first; of D those of a single bit, else 0
-  Lag *overlapping, *to_lengthen;  // the lags less one of the matches that count one by one, ascending; of those that overlap and begin alike the first
+  // The lags less one of the matches that count one by one, ascending; of those that overlap and begin alike the first
+  Lag *overlapping, *to_lengthen;
   const uint8_t *values, *backwards;  // v; k, the last symbol first
-  // Of an output, by place inside the match that won, from the first on: the source of the last match that begins after the place before it (slot 0: or
-  // earlier); the best that begins there or later; where q = k, the source of the last which, q turned there, is cut to what comes behind it.
+  // Of an output, by place inside the match that won, from the first on: the source of the last match that begins after
+  // the place before it (slot 0: or earlier); the best that begins there or later; where q = k, the source of the last
+  // which, q turned there, is cut to what comes behind it.
   Match *starts, *later, *by_cut;
   Match *longer, *longer_q;  // by t M + bit: the best that is lengthened; the same by m M + bit, where q turns alone
   int32_t* beyond;  // t M + bit where a turn outside the match that won lengthens another beyond it
   float* weight;  // of the output by its symbol, behind that of a miss
   int64_t few = 1;  // see above
-  // The output in hand: the match that won, its lag less one, the last and the place before the first of its symbols, in k and in q; what it is worth.
+  // The output in hand: the match that won, its lag less one, the last and the place before the first of its symbols,
+  // in k and in q; what it is worth.
   int64_t i = 0, length = 0, lag_won = -1, j_won = -1, s_won = -1, q_won = 0, beyonds = 0, overlaps = 0;
   bool joined = false;  // q = k, and the matches' symbols in k and in q overlap
   Match won = 0;
@@ -193,7 +199,8 @@ class Turns {
     const Lag symbol = f.q[i];
     LagVector longest{};
     for (int64_t c = 0; c < i; c += Lags::count) {
-      const LagVector differ = __builtin_convertvector(Bytes::load(k + c), LagVector) ^ symbol, first = Lags::load(L1 + c), second = Lags::load(L2 + c);
+      const LagVector differ = __builtin_convertvector(Bytes::load(k + c), LagVector) ^ symbol, first = Lags::load(L1 + c),
+                      second = Lags::load(L2 + c);
       const LagVector match = differ == 0, there = lanes < Lag(std::min<int64_t>(i - c, Lags::count));
       const LagVector single = BITS == 1 ? differ : differ & (LagVector)((differ & (differ - 1)) == 0), d = Lags::load(D1 + c);
       if constexpr (SELF) {
@@ -254,8 +261,8 @@ class Turns {
     return many;
   }
 
-  // Which matches count one by one: those that overlap the one that won; and those that a turn inside that one, beyond it, or `few` or more symbols
-  // back in q lengthens.
+  // Which matches count one by one: those that overlap the one that won; and those that a turn inside that one, beyond
+  // it, or `few` or more symbols back in q lengthens.
   void list_matches() {
     const Lag least = Lag(few), longest = Lag(length), at_won = Lag(length ? lag_won : i);
     const Lag from = Lag(joined ? -1 : lag_won), to = Lag(length ? lag_won + length - 1 : -1);  // lags of what ends, or begins, inside
@@ -264,7 +271,8 @@ class Turns {
     overlaps = 0;
     for (int64_t c = 0; c < i; c += Lags::count) {
       const LagVector at = lanes + Lag(c), first = Lags::load(L1 + c), second = Lags::load(L2 + c), begin = at + first;
-      LagVector lengthened = (first >= least) | (second > longest) | ((second == longest) & (at < at_won)) | ((begin <= to) & (begin >= from));
+      LagVector lengthened =
+          (first >= least) | (second > longest) | ((second == longest) & (at < at_won)) | ((begin <= to) & (begin >= from));
       if constexpr (SELF) lengthened |= begin < longest;
       const LagVector one_bit = Lags::load(D1 + c) != 0;
       few_back |= one_bit & (first < least);
@@ -426,7 +434,8 @@ class Turns {
     Many::store(copied, source);
     for (Match& y : copied) y = values[y];
     const Vector y = Many::load(copied) ^ ((Vector)(source == at) & Match(SELF));
-    const vf hit = select((vi)(y != 0), splat(weight[2]), splat(weight[1])), worth = select((vi)(wins >> kSource != 0), hit, splat(weight[0]));
+    const vf hit = select((vi)(y != 0), splat(weight[2]), splat(weight[1])),
+             worth = select((vi)(wins >> kSource != 0), hit, splat(weight[0]));
     store(d, load(d) + select((vi)in, worth - before, vf{}));
     Many::store(longer + t, ~in & lengthened);
   }

@@ -19,7 +19,8 @@ using launch::OnDevice;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kMostBits = 8;
-constexpr int64_t kRowsAtOnce = 2048;  // of a backward: each has memory of its own, 36 bytes for a symbol of one bit
+// Rows of a backward: each has memory of its own, for each symbol of one bit 36 bytes, or at most 57 where its lags are there too.
+constexpr int64_t kRowsAtOnce = 2048;
 
 struct Library : launch::Library {
   using launch::Library::Library;
@@ -50,7 +51,8 @@ struct Call {
   Call(const char* op, const Library& library, const Tensor& q, const Maybe& k, const Maybe& v, int64_t bits, int64_t old)
       : start(library, q), library(library), given(op, "q", q), q(q), self(!k), M(bits), L(old) {
     TORCH_CHECK_VALUE(q.dim() == 3 && bits >= 1 && bits <= kMostBits && q.size(2) % bits == 0 && k.has_value() == v.has_value(), op,
-                      ": expected q [B, T, C], bits from 1 to ", kMostBits, " that divide C, k and v or neither, got ", q.sizes(), ", ", bits, " bits");
+                      ": expected q [B, T, C], bits from 1 to ", kMostBits, " that divide C, k and v or neither, got ", q.sizes(), ", ",
+                      bits, " bits");
     B = q.size(0), T = q.size(1), C = q.size(2), G = C / M;
     TORCH_CHECK_VALUE(L + T < INT32_MAX && B * G < INT32_MAX, op, ": too long: ", L, " symbols and ", T, " in ", B * G, " rows");
     given.at("k", k, q.sizes()), given.at("v", v, q.sizes());
@@ -66,9 +68,9 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Library& library, const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& low,
-                                                   const Tensor& high, int64_t bits, bool miss_low, double, bool, const Maybe& old_k, const Maybe& old_v,
-                                                   const Maybe& old_runs, bool with_state) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Library& library, const Tensor& q, const Maybe& k, const Maybe& v,
+                                                   const Tensor& low, const Tensor& high, int64_t bits, bool miss_low, double, bool,
+                                                   const Maybe& old_k, const Maybe& old_v, const Maybe& old_runs, bool with_state) {
   Call call("rosa", library, q, k, v, bits, old_k ? old_k->size(-1) : 0);
   const auto [B, T, C, G, L] = std::tuple(call.B, call.T, call.C, call.G, call.L);
   TORCH_CHECK_VALUE(L == 0 || (old_runs && (old_v || call.self)), "rosa: expected old_k, old_v and old_runs, or none of them");
@@ -76,11 +78,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Library& library, const
   if (!call.self) call.given.at("old_v", old_v, {B, G, L}, at::kByte);
   const void *const lows = call.given.at("low", low, {C}), *const highs = call.given.at("high", high, {C});
   const Tensor all_k = call.symbols(call.self ? "q" : "k", call.self ? q : *k, old_k, L);
-  const Tensor new_q = call.self ? all_k : call.symbols("q", q, std::nullopt, L), all_v = call.self ? all_k : call.symbols("v", *v, old_v, L);
+  const Tensor new_q = call.self ? all_k : call.symbols("q", q, std::nullopt, L),
+               all_v = call.self ? all_k : call.symbols("v", *v, old_v, L);
   const Tensor runs = zeros(q, {B, G, L + T}, at::kInt), out = like(q);
   if (L) runs.narrow(2, 0, L).copy_(*old_runs);
-  const RosaForward task{.size = call.size(), .q = place<uint8_t>(new_q), .k = place<uint8_t>(all_k), .v = place<uint8_t>(all_v), .runs = place<int32_t>(runs),
-                         .low = lows, .high = highs, .out = out.data_ptr(), .miss_low = miss_low};
+  const RosaForward task{.size = call.size(), .q = place<uint8_t>(new_q), .k = place<uint8_t>(all_k), .v = place<uint8_t>(all_v),
+                         .runs = place<int32_t>(runs), .low = lows, .high = highs, .out = out.data_ptr(), .miss_low = miss_low};
   if (out.numel()) call.start(library.rosa_forward, &task, call.given.fp32());
   const auto nothing = [&](ScalarType dtype) { return empty(q, {B, G, 0}, dtype); };
   if (!with_state) return {out, nothing(at::kByte), nothing(at::kByte), nothing(at::kInt)};
@@ -88,13 +91,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Library& library, const
 }
 
 // With `flips` the gradients of q, k and v, or of q alone where k and v are it; then those of low and high.
-Tensors backward(const Library& library, const Tensor& dout, const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& low, const Tensor& high,
-                 int64_t bits, bool miss_low, double tau, bool flips) {
+Tensors backward(const Library& library, const Tensor& dout, const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& low,
+                 const Tensor& high, int64_t bits, bool miss_low, double tau, bool flips) {
   Call call("rosa_backward", library, q, k, v, bits, 0);
   const int64_t B = call.B, C = call.C;
   const Tensors inputs = call.self ? Tensors{q} : Tensors{q, *k, *v};
   RosaBackward task{.size = call.size(), .blocks = std::min(B * call.G, kRowsAtOnce), .tau = float(tau), .miss_low = miss_low};
-  task.dout = call.given.at("dout", dout, q.sizes()), task.low = call.given.at("low", low, {C}), task.high = call.given.at("high", high, {C});
+  task.dout = call.given.at("dout", dout, q.sizes()), task.low = call.given.at("low", low, {C}),
+  task.high = call.given.at("high", high, {C});
   const char* const names[] = {"q", "k", "v"};
   const uint8_t** const symbols_of[] = {&task.q, &task.k, &task.v};
   Tensors symbols, gradients;
@@ -103,22 +107,25 @@ Tensors backward(const Library& library, const Tensor& dout, const Tensor& q, co
     *symbols_of[i] = place<uint8_t>(symbols.emplace_back(call.symbols(names[i], inputs[i], std::nullopt, 0)));
     if (flips) task.gradients[i] = gradients.emplace_back(like(inputs[i])).data_ptr();
   }
-  const Tensor sums = zeros(q, {2, B, C}, at::kDouble), scratch = empty(q, {task.blocks * library.rosa_scratch_bytes.call(call.T, bits, call.self)}, at::kByte);
+  const Tensor sums = zeros(q, {2, B, C}, at::kDouble),
+               scratch = empty(q, {task.blocks * library.rosa_scratch_bytes.call(call.T, bits, call.self)}, at::kByte);
   task.sums = place<double>(sums), task.scratch = place<char>(scratch);
   if (dout.numel()) call.start(library.rosa_backward, &task, call.given.fp32());
   for (const Tensor& x : sums.sum(1).to(low.scalar_type()).unbind(0)) gradients.push_back(x);
   return gradients;
 }
 
-std::tuple<Tensor, Tensor, Tensor> tokens(const Library& library, const Tensor& x, const Maybe& old, const Maybe& old_runs, bool with_state) {
+std::tuple<Tensor, Tensor, Tensor> tokens(const Library& library, const Tensor& x, const Maybe& old, const Maybe& old_runs,
+                                          bool with_state) {
   const auto said = [](const Tensor& x) { return c10::str(x.sizes(), " of ", launch::python_name(x.scalar_type()), " on ", x.device()); };
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kLong && x.size(1) >= 1, "rosa_tokens: expected [B, T] int64, T >= 1, got ", said(x));
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kLong && x.size(1) >= 1, "rosa_tokens: expected [B, T] int64, T >= 1, got ",
+                    said(x));
   const int64_t B = x.size(0), T = x.size(1), L = old ? old->size(-1) : 0;
   TORCH_CHECK_VALUE(L + T < INT32_MAX && B < INT32_MAX, "rosa_tokens: too long: ", L, " tokens and ", T, " in ", B, " rows");
   TORCH_CHECK_VALUE(old.has_value() == old_runs.has_value(), "rosa_tokens: expected old and old_runs, or neither");
   const auto fits = [&](const char* name, const Tensor& t, ScalarType dtype) {
-    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef({B, L}) && t.scalar_type() == dtype && t.device() == x.device(), "rosa: expected state.", name, " [", B, ", ",
-                      L, "] of ", launch::python_name(dtype), " on ", x.device(), ", got ", said(t));
+    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef({B, L}) && t.scalar_type() == dtype && t.device() == x.device(), "rosa: expected state.",
+                      name, " [", B, ", ", L, "] of ", launch::python_name(dtype), " on ", x.device(), ", got ", said(t));
   };
   if (old) fits("k", *old, at::kLong), fits("runs", *old_runs, at::kInt);
   const Tensor k = empty(x, {B, L + T}, at::kLong), runs = zeros(x, {B, L + T}, at::kInt), y = empty(x, {B, T}, at::kLong);

@@ -1,8 +1,9 @@
-// ROSA on a GPU: a block for each row of symbols. Run lengths of all lags at once; for the gradients the second and third mismatch too, and for each
-// output all turns of a bit together (flips.h says what a turn does). Two passes over the lags: one symbol on, and, once it is known which match won,
-// those that a turn can make win written down where it turns. What is left is as short as the match that won: maxima over its places give what wins
-// after each turn. O(T^2) steps a row, whatever the symbols. A row's lags, and what is written down near the output, are in shared memory where they
-// fit. Lengths, sources and maxima are integers, and each sum has one thread at a time, between barriers: no order of threads shows.
+// ROSA on a GPU: a block for each row of symbols. Run lengths of all lags at once; for the gradients the second and third mismatch
+// too, and for each output all turns of a bit together (flips.h says what a turn does). Two passes over the lags: one symbol on; then,
+// once it is known which match won, the matches that a turn can make win are written down where it turns. What is left is as short as
+// the match that won: maxima over its places give what wins after each turn. O(T^2) steps a row, whatever the symbols. A row's lags,
+// and what is written down near the output, are in shared memory where they fit. Lengths, sources and maxima are integers, and each
+// sum has one thread at a time, between barriers: no order of threads shows.
 #include <type_traits>
 
 #include "../common/device.cuh"
@@ -15,8 +16,8 @@ using namespace device;
 
 constexpr int threads = 128, warps = threads / 32;
 
-// A match: its length, then where the output comes from, behind its end; the larger one wins. Word: unsigned where lags are in shared memory, T below
-// 65536 then, else unsigned long long; two numbers either way.
+// A match: its length, then where the output comes from, behind its end; the larger one wins. Word: unsigned where lags
+// are in shared memory, T below 65536 then, else unsigned long long; two numbers either way.
 using Near = unsigned;
 using Far = unsigned long long;
 template <class Word> constexpr int half = 4 * sizeof(Word);  // of its bits
@@ -31,10 +32,10 @@ template <class Number> __device__ __forceinline__ Number best_of_warp(Number m)
     return m;
 }
 
-// The best of this lane and those before it.
+// The best of this lane and those before it. (Who has none so far back is given its own.)
 template <class Number> __device__ __forceinline__ Number best_so_far(Number m) {
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) m = better(m, __shfl_up_sync(~0u, m, distance));  // who has none so far back gets its own
+    for (int distance = 1; distance < 32; distance *= 2) m = better(m, __shfl_up_sync(~0u, m, distance));
     return m;
 }
 
@@ -113,7 +114,8 @@ template <class X, class Word> __launch_bounds__(threads) __global__ void forwar
     for (int64_t i = size.L; i < n; ++i) {
         const Word won = scan<Word>(i, q[i], k, runs);
         if (threadIdx.x >= size.M) continue;
-        const X low = static_cast<const X*>(task.low)[channel + threadIdx.x], high = static_cast<const X*>(task.high)[channel + threadIdx.x];
+        const X low = static_cast<const X*>(task.low)[channel + threadIdx.x],
+                high = static_cast<const X*>(task.high)[channel + threadIdx.x];
         X value = won && v[source_of(won)] >> threadIdx.x & 1 ? high : low;
         if (!won && !task.miss_low) value = from_float<X>(0.f);
         out[(i - size.L) * size.C + threadIdx.x] = value;
@@ -151,8 +153,8 @@ constexpr int quick = 32;  // places of what is written down that are in shared 
 template <class X, bool self, class Word> struct Row {
     static constexpr bool is_near = sizeof(Word) == sizeof(Near);
     static constexpr Word one = Word(1) << half<Word>, low_half = one - 1;
-    // By lag, lag 1 first: how far back the first mismatch lies and, in the upper half, the second; the bits that differ at the first and, self,
-    // at the second (8 bits on), and in the upper half how far back the third lies.
+    // By lag, lag 1 first: how far back the first mismatch lies and, in the upper half, the second; the bits that
+    // differ at the first and, self, at the second (8 bits on), and in the upper half how far back the third lies.
     using Extra = std::conditional_t<self, Word, uint8_t>;
 
     const RosaBackward& task;
@@ -162,7 +164,7 @@ template <class X, bool self, class Word> struct Row {
     Word* lags;
     Extra* extra;
     uint8_t* copy;  // of k, where lags are near
-    Word *longer, *longer_q;  // [T, M], the best match that a turn lengthens, of those that can win; the same where q turns alone (self: one array)
+    Word *longer, *longer_q;  // [T, M], the best that a turn lengthens, if it can win; where q turns alone (self: the same array)
     Word* quick_longer;  // [quick, M], where q turns (self: or both) less than `quick` symbols back
     Word* later;  // [T], the best match that begins behind t
     Word* maxima;  // [2, warps]
@@ -227,7 +229,9 @@ template <class X, bool self, class Word> struct Row {
     __device__ __forceinline__ float worth(Word m, int turned) const { return weights[length_of(m) ? 1 + (v[source_of(m)] ^ turned) : 0]; }
     // Whether a turn at t, in k or (self) on both sides, changes the match that won.
     __device__ __forceinline__ bool inside(int t) const { return (t > s_won && t <= j_won) || (self && t > q_won); }
-    __device__ __forceinline__ Word* turned_q(int t, int b) const { return i - t < quick ? quick_longer + (i - t) * M + b : longer_q + t * M + b; }
+    __device__ __forceinline__ Word* turned_q(int t, int b) const {
+        return i - t < quick ? quick_longer + (i - t) * M + b : longer_q + t * M + b;
+    }
     __device__ __forceinline__ Word* turned_k(int t, int b) const { return self ? turned_q(t, b) : longer + t * M + b; }
     __device__ __forceinline__ unsigned* start(int t) const { return t < quick ? quick_starts + t : starts + t; }
     __device__ __forceinline__ unsigned* cut(int m) const { return m < quick ? quick_cuts + m : cuts + m; }
@@ -271,7 +275,7 @@ template <class X, bool self, class Word> struct Row {
         }
     }
 
-    // Writes down what a turn does to the other matches. Returns the best one that no turn in k (joined: or q) inside the one that won touches.
+    // Writes down what a turn does to the other matches. Returns the best that no turn in k (joined: or q) inside the winner touches.
     __device__ __forceinline__ Word write_down() {
         before = worth(won, 0);
         const int last = joined ? i : j_won;
@@ -281,7 +285,7 @@ template <class X, bool self, class Word> struct Row {
             const unsigned differ = unsigned(extra[c] & 0xff);
             const int run = int(ago & low_half), second = int(ago >> half<Word>), j = i - 1 - c, s = j - run;
             if (run) {
-                const int later_run = c ? int(lags[c - 1] & low_half) : 0;  // of the match one symbol later, which is enough where it is as long or begins alike
+                const int later_run = c ? int(lags[c - 1] & low_half) : 0;  // at j + 1: enough where as long or begun alike
                 if (later_run < run || (self && run >= c)) raise(cut(self ? min(run, c) : run), unsigned(j + 1));
                 if (j > s_won && s <= last) {
                     if (later_run != run + 1) raise(start(max(s - s_won, 0)), unsigned(j + 1));
@@ -306,33 +310,39 @@ template <class X, bool self, class Word> struct Row {
     }
 
     // The match at j = t - 1; the last one whose first mismatch is at t.
-    __device__ __forceinline__ Word ending(int t) const { return t ? Word(lags[i - t] & low_half) << half<Word> | (lags[i - t] & low_half ? t : 0) : 0; }
+    __device__ __forceinline__ Word ending(int t) const {
+        return t ? Word(lags[i - t] & low_half) << half<Word> | (lags[i - t] & low_half ? t : 0) : 0;
+    }
     __device__ __forceinline__ Word beginning(int t) const {
         const unsigned source = *start(t - s_won);
         return source ? match<Word>(int(source) - 1 - t, source - 1) : 0;
     }
 
-    // All turns inside the match that won, those of k and those of q: a team of warps for either (joined: one for both), 32 places at a time.
+    // All turns inside the match that won, of k and of q: a team of warps for either (joined: one for both), 32 places at a time.
     __device__ __forceinline__ void turn(Word apart) const {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, length = length_of(won), team = joined ? warps : warps / 2, mine = warp % team;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, length = length_of(won), team = joined ? warps : warps / 2,
+                  mine = warp % team;
         const bool keys = joined || warp < team;
         const int first = keys ? s_won + 1 : q_won, last = keys && !joined ? j_won : i;
-        const int each = ceil_div(ceil_div(last - first + 1, 32), team) * 32, begin = min(first + mine * each, last + 1), end = min(begin + each, last + 1);
+        const int each = ceil_div(ceil_div(last - first + 1, 32), team) * 32, begin = min(first + mine * each, last + 1),
+                  end = min(begin + each, last + 1);
         Word untouched = apart, behind = 0;  // the best that ends before t, or is not touched; the best that begins at a place not yet seen
         const unsigned first_of_all = keys ? *start(0) : 0u;
-        unsigned before_t = 0, started = first_of_all;  // the sources of the last that a turn of q at t cuts; of the last that begins at t or before
+        unsigned before_t = 0, started = first_of_all;  // sources: of the last that a turn of q at t cuts, that begins up to t
         if ((joined ? i - s_won : length + 1) > 32) {  // more than one warp of a team has places
             Word ended = 0;
             for (int t = begin + lane; t < end; t += 32) {
                 if (!keys || (joined && t >= q_won)) before_t = better(before_t, *cut(i - t));
-                if (keys) ended = better(ended, ending(t)), behind = better(behind, beginning(t)), started = better(started, *start(t - s_won));
+                if (keys)
+                    ended = better(ended, ending(t)), behind = better(behind, beginning(t)), started = better(started, *start(t - s_won));
             }
             ended = best_of_warp(ended), behind = best_of_warp(behind), before_t = best_of_warp(before_t), started = best_of_warp(started);
             if (lane == 0) maxima[warp] = ended, maxima[warps + warp] = behind, sources[warp] = before_t, sources[warps + warp] = started;
             __syncthreads();
             behind = 0, before_t = 0, started = first_of_all;
             for (int w = warp - mine; w < warp; ++w)
-                untouched = better(untouched, maxima[w]), before_t = better(before_t, sources[w]), started = better(started, sources[warps + w]);
+                untouched = better(untouched, maxima[w]), before_t = better(before_t, sources[w]),
+                started = better(started, sources[warps + w]);
             for (int w = warp + 1; w < warp - mine + team; ++w) behind = better(behind, maxima[warps + w]);
         }
         Word of_first = 0;  // `later` of the first 32 places, a lane each
@@ -394,7 +404,8 @@ template <class X, bool self, class Word> struct Row {
 };
 
 // So many blocks on a multiprocessor: with more, or left to choose, ptxas takes so few registers that some spill.
-template <class X, bool self, class Word> __launch_bounds__(threads, sizeof(Word) == sizeof(Near) ? 5 : 4) __global__ void backward(const RosaBackward task) {
+template <class X, bool self, class Word>
+__launch_bounds__(threads, sizeof(Word) == sizeof(Near) ? 5 : 4) __global__ void backward(const RosaBackward task) {
     const RosaSize& size = task.size;
     const int T = int(size.T), M = int(size.M), G = int(size.C) / M;
     Row<X, self, Word> r(task);
@@ -477,7 +488,9 @@ extern "C" int rosa_token_rows(int64_t B, int64_t T, int64_t L, const int64_t* k
     return launch(token_rows, dim3(unsigned(B)), threads, reduction_bytes, stream, T, L, k, runs, y);
 }
 
-extern "C" int64_t rosa_scratch_bytes(int64_t T, int64_t M, int self) { return self ? rosa::scratch_bytes<true>(T, M) : rosa::scratch_bytes<false>(T, M); }
+extern "C" int64_t rosa_scratch_bytes(int64_t T, int64_t M, int self) {
+    return self ? rosa::scratch_bytes<true>(T, M) : rosa::scratch_bytes<false>(T, M);
+}
 
 extern "C" int rosa_backward(const RosaBackward* task, int fp32, void* stream) {
     using namespace rosa;

@@ -12,8 +12,8 @@ struct Matrix {
 
 // The [C] vectors of a block; the order is that of VECTORS in rwkvlm/ops/rwkv7_step.py.
 struct Vectors {
-  const float *ln1_weight, *ln1_bias, *x_r, *x_w, *x_k, *x_v, *x_a, *x_g, *w0, *a0, *v0, *k_k, *k_a, *r_k, *ln_x_weight, *ln_x_bias, *ln2_weight,
-      *ln2_bias, *ffn_x_k;
+  const float *ln1_weight, *ln1_bias, *x_r, *x_w, *x_k, *x_v, *x_a, *x_g, *w0, *a0, *v0, *k_k, *k_a, *r_k, *ln_x_weight, *ln_x_bias,
+      *ln2_weight, *ln2_bias, *ffn_x_k;
 };
 
 // What one head of time mixing reads and writes.

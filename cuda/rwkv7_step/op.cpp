@@ -36,13 +36,16 @@ struct Reader {
 
 constexpr int64_t kMatrices = 14, kVectors = sizeof(Vectors) / sizeof(float*);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, std::vector<Tensor> matrices, std::vector<Tensor> vectors, Tensor norms, Tensor head,
-                                                std::vector<Tensor> att_x, std::vector<Tensor> wkv, std::vector<Tensor> ffn_x, int64_t head_size) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, std::vector<Tensor> matrices, std::vector<Tensor> vectors, Tensor norms,
+                                                Tensor head, std::vector<Tensor> att_x, std::vector<Tensor> wkv, std::vector<Tensor> ffn_x,
+                                                int64_t head_size) {
   const int64_t C = x.numel(), L = int64_t(vectors.size()), N = head_size;
   STD_TORCH_CHECK(head.scalar_type() == ScalarType::BFloat16 || head.scalar_type() == ScalarType::Float,
                   "rwkv7_step: expected bfloat16 or float32 matrices");
-  STD_TORCH_CHECK(N > 0 && N % 16 == 0 && N <= rwkv7_step::kMaxHead && C % N == 0, "rwkv7_step: head size ", N, " does not fit ", C, " channels");
-  STD_TORCH_CHECK(L > 0 && int64_t(matrices.size()) == L * kMatrices && int64_t(att_x.size()) == L && int64_t(wkv.size()) == L && int64_t(ffn_x.size()) == L,
+  STD_TORCH_CHECK(N > 0 && N % 16 == 0 && N <= rwkv7_step::kMaxHead && C % N == 0, "rwkv7_step: head size ", N, " does not fit ", C,
+                  " channels");
+  STD_TORCH_CHECK(L > 0 && int64_t(matrices.size()) == L * kMatrices && int64_t(att_x.size()) == L && int64_t(wkv.size()) == L &&
+                      int64_t(ffn_x.size()) == L,
                   "rwkv7_step: lists do not fit ", L, " blocks");
   Tensor logits = torch::stable::new_empty(x, {head.size(0)});
   Tensor next_att_x = torch::stable::new_empty(x, {L, 1, C}), next_ffn_x = torch::stable::new_empty(x, {L, 1, C});

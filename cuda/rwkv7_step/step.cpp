@@ -51,7 +51,8 @@ void step(const Model& model, const float* embedding, float* logits) {
   for (const Block& block : model.blocks) {
     const Vectors& p = block.vectors;
     const bool first = &block == &model.blocks.front();
-    w1.resize(block.w1.rows), a1.resize(block.a1.rows), v1.resize(block.v1.rows), g1.resize(block.g1.rows), hidden.resize(block.ffn_key.rows);
+    w1.resize(block.w1.rows), a1.resize(block.a1.rows), v1.resize(block.v1.rows), g1.resize(block.g1.rows),
+        hidden.resize(block.ffn_key.rows);
 
     kernels.layer_norm(x.data(), p.ln1_weight, p.ln1_bias, block.next_att_x, C);
     const auto blend = [&](const float* mix, std::vector<float>& to) { kernels.blend(block.next_att_x, block.att_x, mix, to.data(), C); };

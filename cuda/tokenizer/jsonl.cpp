@@ -194,7 +194,8 @@ struct Parser {
 
 }  // namespace
 
-int64_t jsonl_texts(const uint8_t* block, int64_t size, const uint8_t* key, int64_t key_size, uint8_t* text, int64_t* ends, int64_t* lines) {
+int64_t jsonl_texts(const uint8_t* block, int64_t size, const uint8_t* key, int64_t key_size, uint8_t* text, int64_t* ends,
+                    int64_t* lines) {
   int64_t n = 0;
   uint8_t* to = text;
   const uint8_t *at = block, *end = block + size;

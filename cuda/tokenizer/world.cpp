@@ -23,7 +23,8 @@ struct Node {
 
 std::vector<Token> sorted_tokens(const uint8_t* bytes, const int64_t* lengths, int64_t n) {
   std::vector<Token> tokens;
-  for (int64_t i = 0; i < n; bytes += lengths[i++]) tokens.push_back({{reinterpret_cast<const char*>(bytes), size_t(lengths[i])}, uint16_t(i + 1)});
+  for (int64_t i = 0; i < n; bytes += lengths[i++])
+    tokens.push_back({{reinterpret_cast<const char*>(bytes), size_t(lengths[i])}, uint16_t(i + 1)});
   std::sort(tokens.begin(), tokens.end(), [](const Token& a, const Token& b) { return a.bytes < b.bytes; });
   return tokens;
 }
@@ -47,7 +48,8 @@ World::World(const uint8_t* bytes, const int64_t* lengths, int64_t n) {
   uint32_t first_free = 1;
   for (size_t next = 0; next < nodes.size(); ++next) {
     Node node = nodes[next];
-    for (; node.first < node.last && tokens[node.first].bytes.size() == node.depth; ++node.first) cells_[node.cell].id = tokens[node.first].id;
+    for (; node.first < node.last && tokens[node.first].bytes.size() == node.depth; ++node.first)
+      cells_[node.cell].id = tokens[node.first].id;
     if (node.first == node.last) {
       leaves.push_back(node.cell);
       continue;

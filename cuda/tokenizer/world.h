@@ -7,7 +7,8 @@
 namespace tokenizer {
 
 // A trie in a double array: the child of a node by byte c lies in cells[base ^ c], if that cell's label is c. Bases are unique to
-// their nodes and no free cell has a label that some base reaches, so the label alone tells.
+// their nodes (but of leaves, which share one that leads nowhere) and no free cell has a label that some base reaches, so the
+// label alone tells.
 class World {
  public:
   // Tokens 1 to n, one after the other in `bytes`. `complete()` says whether all 256 single bytes are among them: only then

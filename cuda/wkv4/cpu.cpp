@@ -1,11 +1,14 @@
-// WKV4 on the CPU: lanes are channels, a thread has a strip of them and walks through the tokens. Compiled once per instruction set (common/isa.h).
+// WKV4 on the CPU: lanes are channels, a thread has a strip of them and walks through the tokens. Compiled once per
+// instruction set (common/isa.h).
 //
 // With a, b, p the state before a token, and two pairs of weights, of each of which the larger one is 1:
 //     e, e' = exp(p - q), exp(u + k - q)    q = max(p, u + k)      y  = (e a + e' v) / (e b + e')
 //     f, f' = exp(p + w - q), exp(k - q)    q = max(p + w, k)      a' = f a + f' v,   b' = f b + f',   p' = q
 // Backward, with ga, gb the gradients of a', b', and z = dy / (e b + e'):
-//     dv = f' ga + e' z    du += e' z (v - y)    dk = e' z (v - y) + f' (ga v + gb)    dw += f (ga a + gb b)    ga, gb = f ga + e z, f gb - e z y
-// Every factor is at most 1: nothing overflows, whatever the keys. What the loss takes of p itself goes to the token or to the state that was q.
+//     dv = f' ga + e' z    du += e' z (v - y)    dk = e' z (v - y) + f' (ga v + gb)    dw += f (ga a + gb b)
+//     ga, gb = f ga + e z, f gb - e z y    (from here on those of a, b)
+// Every factor is at most 1: nothing overflows, whatever the keys. What the loss takes of p itself goes to the token or
+// to the state that was q.
 #include "cpu.h"
 
 #include "../common/simd.h"

@@ -1,12 +1,13 @@
-// The face of the WKV4 CPU kernels towards op.cpp. A state is three rows of C numbers: numerator, denominator, and the exponent p that both are
-// in the scale of.
+// The face of the WKV4 CPU kernels towards op.cpp. A state is three rows of C numbers: numerator and denominator, both
+// in units of exp(p), and p.
 #pragma once
 #include <stdint.h>
 
 namespace wkv4 {
 
 constexpr int kCheckpoint = 32;  // tokens from one saved state to the next
-constexpr int kStrip = 64;       // channels of one task: lines of the cache and work for each token, always cut alike, so that the bits are
+// Channels of one task: whole lines of the cache. Fixed, so that the bits do not depend on the number of threads.
+constexpr int kStrip = 64;
 
 // Channels begin .. end - 1 of one sequence: a multiple of 16. All pointers are to the sequence's first element.
 struct Task {

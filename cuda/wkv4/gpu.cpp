@@ -34,7 +34,9 @@ struct Call {
     task.w = numbers("w", w, {C}), task.u = numbers("u", u, {C});
     task.k = given.at("k", k, k.sizes()), task.v = given.at("v", v, k.sizes());
   }
-  float* numbers(const char* name, const Maybe& x, at::IntArrayRef shape) { return static_cast<float*>(given.at(name, x, shape, at::kFloat)); }
+  float* numbers(const char* name, const Maybe& x, at::IntArrayRef shape) {
+    return static_cast<float*>(given.at(name, x, shape, at::kFloat));
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Library& library, const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
@@ -47,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Library& library, const Tensor&
   return {y, final, save ? starts : empty(w, {0, call.segments, 3, call.C})};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Library& library, const Tensor& dy, const Maybe& d_final, const Tensor& w, const Tensor& u,
-                                                    const Tensor& k, const Tensor& v, const Tensor& checkpoints) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Library& library, const Tensor& dy, const Maybe& d_final, const Tensor& w,
+                                                    const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& checkpoints) {
   Call call("wkv4_backward", w, u, k, v);
   call.task.dy = call.given.at("dy", dy, k.sizes());
   call.task.d_final = call.numbers("d_final", d_final, {call.B, 3, call.C});

@@ -1,5 +1,5 @@
-// Registration of the WKV4 CPU kernels with torch, on its stable ABI; their CUDA forms: gpu.cpp; fake tensors and autograd: rwkvlm/ops/wkv4/native.py.
-// No maths here.
+// Registration of the WKV4 CPU kernels with torch, on its stable ABI; their CUDA forms: gpu.cpp; fake tensors and
+// autograd: rwkvlm/ops/wkv4/native.py. No maths here.
 #include "../common/torch.h"
 
 #include <algorithm>
@@ -24,7 +24,8 @@ Kernels kernels_for(const Tensor& like) {
 }
 
 void* of_size(const Tensor& x, ScalarType type, int64_t count) {
-  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == count, "wkv4: expected contiguous tensors whose dtypes and sizes fit");
+  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == count,
+                  "wkv4: expected contiguous tensors whose dtypes and sizes fit");
   return x.data_ptr();
 }
 
@@ -96,7 +97,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Maybe d_final, Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
-  m.def("wkv4_forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial_state, bool save) -> (Tensor y, Tensor final_state, Tensor checkpoints)");
+  m.def(
+      "wkv4_forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? initial_state, bool save)"
+      " -> (Tensor y, Tensor final_state, Tensor checkpoints)");
   m.def(
       "wkv4_backward(Tensor dy, Tensor? d_final, Tensor w, Tensor u, Tensor k, Tensor v, Tensor checkpoints)"
       " -> (Tensor sums, Tensor dk, Tensor dv, Tensor d_initial)");

@@ -1,10 +1,12 @@
 // WKV4 on the GPU, a thread for each channel of each segment of 32 tokens: B C threads alone would leave most of the chip idle.
 //
-// A segment maps the state before it to the one after it as A, B -> exp(32 w) A + (its own A), likewise B. So: its own state from nothing (ends), the
-// states before all segments (carry), then all outputs side by side. Backward likewise: what the segment's tokens send to the state before it, and by
-// how much it passes on what comes from behind (slopes), the gradients behind all segments (carry_back), then all gradients side by side.
-// Names and formulas are those of cpu.cpp: weights that are at most 1, of two the larger one exactly, so that nothing overflows, whatever the keys.
-// Bytes: forward reads k and v twice; backward reads k, v and dy twice, and each state of 12 bytes stands for 32 tokens.
+// A segment maps the state before it to the one after it as A, B -> exp(32 w) A + (its own A), likewise B. So: its own
+// state from nothing (ends), the states before all segments (carry), then all outputs side by side. Backward likewise:
+// what the segment's tokens send to the state before it, and by how much it passes on what comes from behind (slopes),
+// the gradients behind all segments (carry_back), then all gradients side by side. Names and formulas are those of
+// cpu.cpp: weights that are at most 1, of two the larger one exactly, so that nothing overflows, whatever the keys.
+// Bytes: forward reads k and v twice; backward reads k, v and dy twice, most of k and v soon after once more, and each
+// state of 12 bytes stands for 32 tokens.
 #include "../common/device.cuh"
 #include "api.cuh"
 
@@ -56,8 +58,12 @@ struct Place {
         end = min(begin + segment, p.T);
     }
     __device__ __forceinline__ int64_t token(const Wkv4Task& p, int t) const { return (int64_t(b) * p.T + t) * p.C + c; }
-    __device__ __forceinline__ float* start(const Wkv4Task& p, int which) const { return p.starts + (int64_t(b) * segments + which) * 3 * p.C + c; }
-    __device__ __forceinline__ float* slope(const Wkv4Task& p, int which) const { return p.d_starts + (int64_t(b) * segments + which) * 4 * p.C + c; }
+    __device__ __forceinline__ float* start(const Wkv4Task& p, int which) const {
+        return p.starts + (int64_t(b) * segments + which) * 3 * p.C + c;
+    }
+    __device__ __forceinline__ float* slope(const Wkv4Task& p, int which) const {
+        return p.d_starts + (int64_t(b) * segments + which) * 4 * p.C + c;
+    }
 };
 
 // Numbers of tokens t0 .. t0 + stretch - 1, fetched together; zeros from `end` on.
@@ -121,15 +127,16 @@ template <class T> __launch_bounds__(threads) __global__ void outputs(Wkv4Task p
         for (int i = 0; i < stretch; ++i)
             if (t + i < at.end) {
                 const Weights e(state.p, u + k.x[i]);
-                static_cast<T*>(p.y)[first + int64_t(i) * p.C] = from_float<T>((e.old * state.a + e.fresh * v.x[i]) / (e.old * state.b + e.fresh));
+                static_cast<T*>(p.y)[first + int64_t(i) * p.C] =
+                    from_float<T>((e.old * state.a + e.fresh * v.x[i]) / (e.old * state.b + e.fresh));
                 state.advance(w, k.x[i], v.x[i]);
             }
     }
     if (at.s + 1 == at.segments) store(p.final + int64_t(at.b) * 3 * p.C + at.c, p.C, state);
 }
 
-// Of a segment: the gradients of the a and b before it that its own outputs make; the factor by which it passes on those behind it; whether the
-// exponent behind it is still that of the state before it.
+// Of a segment: the gradients of the a and b before it that its own outputs make; the factor by which it passes on
+// those behind it; whether the exponent behind it is still that of the state before it.
 template <class T> __launch_bounds__(threads) __global__ void slopes(Wkv4Task p) {
     const Place at(p);
     if (at.c >= p.C) return;
@@ -235,7 +242,8 @@ template <class T> __launch_bounds__(threads) __global__ void gradients(Wkv4Task
 
 bool valid(const Wkv4Task& p) {
     const int64_t segments = (int64_t(p.T) + segment - 1) / segment, columns = (int64_t(p.C) + threads - 1) / threads;
-    return p.B >= 1 && p.T >= 1 && p.T <= INT32_MAX - segment && p.C >= 1 && int64_t(p.B) * p.C <= INT32_MAX - threads && p.B * segments * columns <= INT32_MAX;
+    return p.B >= 1 && p.T >= 1 && p.T <= INT32_MAX - segment && p.C >= 1 && int64_t(p.B) * p.C <= INT32_MAX - threads &&
+           p.B * segments * columns <= INT32_MAX;
 }
 dim3 all(const Wkv4Task& p) { return dim3(unsigned(p.B) * unsigned(ceil_div(p.T, segment)) * unsigned(ceil_div(p.C, threads))); }
 dim3 channels(const Wkv4Task& p) { return dim3(unsigned(ceil_div(p.B * p.C, threads))); }

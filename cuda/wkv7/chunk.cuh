@@ -1,5 +1,5 @@
-// What the chunk-parallel kernels share: the chunk length, what the forward leaves behind, and the tokens of a chunk scaled by their decays.
-// The mathematics is derived in RWKV-v7/docs/wkv7_chunked.md; names are those of that document.
+// What the chunk-parallel kernels share: the chunk length, what the forward leaves behind, and the tokens of a chunk
+// scaled by their decays. The mathematics is derived in RWKV-v7/docs/wkv7_chunked.md; names are those of that document.
 #pragma once
 
 #include "tile.cuh"
@@ -28,7 +28,8 @@ constexpr int blocks_per_sm(int bytes, int wanted) {
 struct ChunkInputs {
     const bf16 *r, *w, *k, *v, *a, *b;
     explicit ChunkInputs(const Wkv7Inputs& in)
-        : r((const bf16*)in.r), w((const bf16*)in.w), k((const bf16*)in.k), v((const bf16*)in.v), a((const bf16*)in.a), b((const bf16*)in.b) {}
+        : r((const bf16*)in.r), w((const bf16*)in.w), k((const bf16*)in.k), v((const bf16*)in.v), a((const bf16*)in.a),
+          b((const bf16*)in.b) {}
 };
 
 // A record for each (slot, head): what the forward leaves for the scan and the backward. bf16 matrices in blocks, the decay in fp32.
@@ -49,7 +50,8 @@ struct Place {
 
 // The chunk of sequence s that begins at its token t0.
 template <int C, class Q> __device__ __forceinline__ Place place_of(const Q& q, int N, int s, int t0, int head) {
-    return {int64_t(q.template first_slot<C>(s) + t0 / C) * q.H + head, (int64_t(q.start(s) + t0) * q.H + head) * N, min(C, q.length(s) - t0), q.H * N};
+    return {int64_t(q.template first_slot<C>(s) + t0 / C) * q.H + head, (int64_t(q.start(s) + t0) * q.H + head) * N,
+            min(C, q.length(s) - t0), q.H * N};
 }
 
 // The chunk in `slot`, found by bisection among packed documents; tokens < 1: the slot is empty.
@@ -67,8 +69,8 @@ template <int C> __device__ __forceinline__ Place place_in_slot(const Sequences&
     return place;
 }
 
-// Elementwise passes: warp w of the `warps` of a part has tokens w * rows .. of the chunk, lane l channels 2 l and 2 l + 1 of the part (none where
-// N < 64 runs out).
+// Elementwise passes: warp w of the `warps` of a part has `rows` tokens of the chunk from w * rows on, lane l channels
+// 2 l and 2 l + 1 of the part (none where N < 64 runs out).
 template <int C, int N, int warps> struct Columns {
     static_assert(C % warps == 0, "as many tokens for each warp");
     static constexpr int rows = C / warps;
@@ -85,7 +87,8 @@ template <int C, int N, int warps> struct Columns {
         for (int t = 0; t < rows; ++t) to[t] = active() && row() + t < place.tokens ? from[int64_t(t) * (place.stride / 2)] : padding;
     }
 
-    // Two channels of w whose token does not decay: -infinity. A condition would become a branch, and the sums would wait at each for the sigmoids before it.
+    // Two channels of w whose token does not decay: -infinity. A condition would become a branch, and the sums would
+    // wait at each for the sigmoids before it.
     static constexpr uint32_t no_decay = 0xff80ff80u;
 
     __device__ static float2 add_log_decay(float2 sum, float2 w) {  // to a sum of log2 of decays
@@ -149,10 +152,10 @@ template <int J> __device__ __forceinline__ void scale_columns(float (&d)[J][4],
 constexpr int scan_stages = 2;  // chunks of factors that a scan has in flight or in use
 constexpr int scan_blocks(int N) { return N == 64 ? 4 : 160 / N; }  // per multiprocessor, wanted
 
-// With few (sequence, head) pairs a scan divides a head's value rows over blocks, to fill the chip: into as many parts as run at once there, but no
-// more, for each part reads all of F and E. bytes: of a block's shared memory.
+// With few (sequence, head) pairs a scan divides a head's value rows over blocks, to fill the chip: into as many parts
+// as run at once there, but no more, for each part reads all of F and E. bytes: of a block's shared memory.
 inline int parts_of_scan(int64_t pairs, int N, int bytes) {
-    constexpr int multiprocessors = 132;
+    constexpr int multiprocessors = 132;  // of an H100 or H200
     int parts = N / 16;
     while (parts > 1 && pairs * parts > int64_t(multiprocessors) * blocks_per_sm(bytes, 32)) parts /= 2;
     return parts;

@@ -1,9 +1,11 @@
 // WKV7 backward in chunks of 64 tokens (32 where a head has 128 channels) on the tensor cores. Two kernels:
-//   gradient_scan     from the last chunk to the first: the gradient of the state, G <- G F^T + dY^T E, in fp32 registers; leaves for each chunk
-//                     the gradient of its leaving state, scaled by the chunk's decay. Value rows do not meet: each warp carries 16 of them. In segments it
-//                     is the first and the last of the passes of segments.cuh.
-//   chunk_gradients   all chunks at once: the six gradients, from the entering state (saved by the forward) and the leaving gradient.
-// No state is ever recomputed backwards, nothing is divided by a decay. RWKV-v7/docs/wkv7_chunked.md derives the formulas.
+//   gradient_scan     from the last chunk to the first: the gradient of the state, G <- G F^T + dY^T E, in fp32 registers;
+//                     leaves for each chunk the gradient of the state after it, scaled by the chunk's decay. Value rows do
+//                     not meet: each warp carries 16 of them. In segments it is the first and the last of the passes of
+//                     segments.cuh; with steps of test-time training (ttt.cuh) they come between two chunks.
+//   chunk_gradients   all chunks at once: the six gradients, from the state before the chunk (saved by the forward) and the
+//                     gradient of that after it.
+// No state is ever recomputed backwards, which would divide by decays. RWKV-v7/docs/wkv7_chunked.md derives the formulas.
 #include "segments.cuh"
 #include "ttt.cuh"
 
@@ -14,8 +16,8 @@ struct ChunkGradients {
     bf16 *dr, *dw, *dk, *dv, *da, *db;
     const bf16 *more_dr, *more_dk, *more_dv;
     explicit ChunkGradients(const Wkv7Gradients& g)
-        : dr((bf16*)g.dr), dw((bf16*)g.dw), dk((bf16*)g.dk), dv((bf16*)g.dv), da((bf16*)g.da), db((bf16*)g.db), more_dr((const bf16*)g.more_dr),
-          more_dk((const bf16*)g.more_dk), more_dv((const bf16*)g.more_dv) {}
+        : dr((bf16*)g.dr), dw((bf16*)g.dw), dk((bf16*)g.dk), dv((bf16*)g.dv), da((bf16*)g.da), db((bf16*)g.db),
+          more_dr((const bf16*)g.more_dr), more_dk((const bf16*)g.more_dk), more_dv((const bf16*)g.more_dv) {}
 };
 
 template <int C, int N> struct ScanShared {
@@ -23,11 +25,12 @@ template <int C, int N> struct ScanShared {
     static constexpr size_t size = scan_stages * stage;
 };
 
-// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps. With steps of test-time training a block has
-// all of them.
+// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps. With
+// steps of test-time training a block has all of them.
 template <int C, int N, class Stepping> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
-__global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ dy, const float* __restrict__ d_final_state,
-                              bf16* __restrict__ scratch, float* __restrict__ d_initial_state, Stepping steps) {
+__global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ dy,
+                              const float* __restrict__ d_final_state, bf16* __restrict__ scratch, float* __restrict__ d_initial_state,
+                              Stepping steps) {
     using State = BlockTile<N, N>;
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16;
     const int chunks = ceil_div(q.length(sequence), C);
@@ -50,7 +53,8 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
 
     Sums<N> G;
     for_pairs(G, slab, [&](int row, int column, float& x0, float& x1) {
-        const float2 g = d_final_state ? *reinterpret_cast<const float2*>(d_final_state + state_offset + row * N + column) : make_float2(0.f, 0.f);
+        const float2 g =
+            d_final_state ? *reinterpret_cast<const float2*>(d_final_state + state_offset + row * N + column) : make_float2(0.f, 0.f);
         x0 = g.x, x1 = g.y;
     });
     for (int i = 1; i < scan_stages; ++i) fetch(chunks - i);
@@ -67,7 +71,9 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
         const Tile<C, N> Y{E.end()};
 
         scale_columns(G, Y.end());
-        store_blocks(G, scratch + place_of<C>(q, N, sequence, chunk * C, head).record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G, slab);
+        store_blocks(G,
+                     scratch + place_of<C>(q, N, sequence, chunk * C, head).record * BackwardScratch<C, N>::size + BackwardScratch<C, N>::G,
+                     slab);
         __syncwarp();  // or else ptxas fetches ahead until it spills
         multiply_transpose(G, g, F);
         __syncwarp();
@@ -76,7 +82,8 @@ __global__ void gradient_scan(Segments q, const bf16* __restrict__ saved, const 
         multiply_rows(G, y, E);
         __syncthreads();
         if constexpr (Stepping::on)
-            make_step<N, true>(steps, q.T, q.H, G, slab, steps.after(forget(chunk) - 1, C), sequence, head, chunk % scan_stages, ScanShared<C, N>::stage);
+            make_step<N, true>(steps, q.T, q.H, G, slab, steps.after(forget(chunk) - 1, C), sequence, head, chunk % scan_stages,
+                               ScanShared<C, N>::stage);
     }
     if (d_initial_state)
         for_pairs(G, slab, [&](int row, int column, float x0, float x1) {
@@ -102,7 +109,8 @@ template <int C, int N> struct GradientsShared {
 };
 
 // Sums over this warp's 16 rows of tile o d go to, or are added to, sums [columns of the tile]; d has its columns from column0 on.
-template <int J, class T> __device__ __forceinline__ void column_sums(const float (&d)[J][4], const T& tile, int row0, int column0, int sums, bool add) {
+template <int J, class T>
+__device__ __forceinline__ void column_sums(const float (&d)[J][4], const T& tile, int row0, int column0, int sums, bool add) {
     const int lane = lane_index(), row = row0 + lane / 4, column = column0 + lane % 4 * 2;
     const bool right = lane & 16, odd = lane & 8;
 #pragma unroll
@@ -127,9 +135,10 @@ template <int J, class T> __device__ __forceinline__ void column_sums(const floa
 
 // Two blocks of 8 warps on a multiprocessor; for N = 128 one, whose sums last through both passes and take the registers of two.
 template <int C, int N> __launch_bounds__(C * 4 * column_parts(N), blocks_per_sm(GradientsShared<C, N>::size, N == 128 ? 1 : 2))
-__global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy, const bf16* __restrict__ scratch,
-                                ChunkGradients out) {
-    constexpr int threads = C * 4 * column_parts(N), width = part_width(N), values = width, parts = column_parts(N);  // a warp's columns, the value rows of a pass
+__global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restrict__ saved_, const bf16* __restrict__ dy,
+                                const bf16* __restrict__ scratch, ChunkGradients out) {
+    // width: of a warp's columns; values: the value rows of a pass.
+    constexpr int threads = C * 4 * column_parts(N), width = part_width(N), values = width, parts = column_parts(N);
     using Token = Tile<C, N>;
     using Value = Tile<C, values>;
     using Unknown = BlockTile<C, values>;  // written and read in blocks only
@@ -143,7 +152,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     const Value V{GradientsShared<C, N>::factors}, Y{V.end()};
     const Unknown U{Y.end()}, Z{U.end()};
     const State S{Z.end()}, G{S.end()};
-    constexpr int n_blocks = C / 16, decay = GradientsShared<C, N>::size - N * 4, totals = decay - C / 8 * N * 4, sums = totals - (n_blocks + 1) * N * 4;
+    constexpr int n_blocks = C / 16, decay = GradientsShared<C, N>::size - N * 4, totals = decay - C / 8 * N * 4,
+                  sums = totals - (n_blocks + 1) * N * 4;
 
     // A pass takes `values` value rows of all that has them; the gradients of r, a, k and b are sums over the passes.
     const auto fetch = [&](int value0) {
@@ -155,7 +165,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     };
     copy_blocks<threads>(X, saved + SavedChunk<C, N>::X);
     fetch(0);
-    const int warp = uniform(warp_index()), group = warp % (C / 8), part = parts == 1 ? 0 : warp / (C / 8), block = group % n_blocks, row0 = block * 16;
+    const int warp = uniform(warp_index()), group = warp % (C / 8), part = parts == 1 ? 0 : warp / (C / 8), block = group % n_blocks,
+              row0 = block * 16;
     Columns<C, N, C / 8>{group, part}.scaled_tokens(in, place, At, Rt, Bt, Kt, totals, decay);
 
     // Half of the warps follow a (and what it shares with b), the other half r (and k). Each has 16 rows, and a part of the columns.
@@ -212,7 +223,9 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             const Rows<Token> keys(Kt, rows16 * 16);
             const auto at = [&](int row, int column) { return place.first + int64_t(row) * place.stride + value0 + mine + column; };
             for_pairs(dv, forget(rows16 * 16), [&](int row, int column, float& x, float& y) {
-                const float2 more = out.more_dv && row < place.tokens ? unpack(*reinterpret_cast<const uint32_t*>(out.more_dv + at(row, column))) : make_float2(0.f, 0.f);
+                const float2 more = out.more_dv && row < place.tokens
+                                        ? unpack(*reinterpret_cast<const uint32_t*>(out.more_dv + at(row, column)))
+                                        : make_float2(0.f, 0.f);
                 x = more.x, y = more.y;
             });
             multiply_transpose(dv, keys, G, mine);
@@ -222,9 +235,10 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
             });
         }
 
-        // Half of the warps have what reads the state, the other half what writes it: both of their gradients meet the same right factors, fetched once.
-        // dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt, dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt
-        // dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt,      dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt
+        // Half of the warps have what reads the state, the other half what writes it: both of their gradients meet the
+        // same right factors, fetched once.
+        //     dAt = Z S + tril(Z U^T, -1) Bt + tril(Z V^T, -1) Kt,   dRt = Y S + tril(Y U^T) Bt + tril(Y V^T) Kt
+        //     dBt = U G + triu(U Z^T, 1) At + triu(U Y^T) Rt,        dKt = V G + triu(V Z^T, 1) At + triu(V Y^T) Rt
         const int lane = forgotten_lane();
         const Rows<Unknown> rows0(choose(Z, U), row0);
         const Rows<Value, false> rows1(choose(Y, V), row0);  // fetched with each use: registers are short
@@ -237,8 +251,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
                 rows0.fragment(left[0], k, lane), rows1.fragment(left[1], k, lane);
                 multiply<false>(fresh, left, choose(S, G), {0, 1}, {0, width / 16}, column0, k * 16, lane);
             }
-            // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to all tokens alike, and so does that of S
-            // decaying through the whole chunk.
+            // U G and V G belong to the tokens scaled to the chunk's end: their share in the decay's gradient goes to
+            // all tokens alike, and so does that of S decaying through the whole chunk.
             if (for_a) {
                 for (int column = column0 + block * 8; column < column0 + width; column += n_blocks * 8) {
                     const int mine = column + lane % 4 * 2;
@@ -263,7 +277,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
 #pragma unroll
             for (int i = 0; i < width; ++i) {
                 float& x = d[i / (width / 2)][i / 4 % (width / 8)][i % 4];
-                x = values == N ? fresh[i / (width / 2)][i / 4 % (width / 8)][i % 4] : x + fresh[i / (width / 2)][i / 4 % (width / 8)][i % 4];
+                x = values == N ? fresh[i / (width / 2)][i / 4 % (width / 8)][i % 4]
+                                : x + fresh[i / (width / 2)][i / 4 % (width / 8)][i % 4];
             }
         }
 #pragma unroll 1
@@ -279,9 +294,10 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     copy_wait<0>();
     __syncthreads();
 
-    // The tiles behind X are dead. Through their place the sums go to where a thread has eight tokens of two channels: the decays and what they earn are sums
-    // along a channel, and stay in registers there. There is room for three planes; dKt comes when one is free. No condition between the tokens becomes a branch,
-    // behind which each would wait for the one before.
+    // The tiles behind X are dead. Through their place the sums go to where a thread has eight tokens of two channels:
+    // the decays and what they earn are sums along a channel, and stay in registers there. There is room for three
+    // planes; dKt comes when one is free. No condition between the tokens becomes a branch, behind which each would
+    // wait for the one before.
     const Columns<C, N, C / 8> channels{group, part};
     const Plane<C, N> first{V.base}, second{first.end()}, third{second.end()};
     const auto lay = [&](auto& d, const Plane<C, N>& plane) {
@@ -300,7 +316,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     float2 g[rows], before, after, sum = make_float2(0.f, 0.f);  // g: log2 decay up to and with the token, then 2^-g
 #pragma unroll
     for (int t = 0; t < rows; ++t) {
-        const uint32_t raw = t < inside && channels.active() ? shared<uint32_t>(w.at(channels.row() + t, channels.column())) : channels.no_decay;
+        const uint32_t raw =
+            t < inside && channels.active() ? shared<uint32_t>(w.at(channels.row() + t, channels.column())) : channels.no_decay;
         sum = g[t] = channels.add_log_decay(sum, unpack(raw));
     }
     channels.across_warps(sum, totals, before, after);  // its barrier is also that of the planes
@@ -310,7 +327,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     };
     // Writes the gradient of one token of a tile; returns what the decay in it earns.
     const auto finish = [&](const Plane<C, N>& plane, const Token& tile, int t, float2 scale, bf16* to, uint32_t more) {
-        const float2 d = plane.at(channels.row() + t, channels.column()), x = tile.get(channels.row() + t, channels.column()), others = unpack(more);
+        const float2 d = plane.at(channels.row() + t, channels.column()), x = tile.get(channels.row() + t, channels.column()),
+                     others = unpack(more);
         write(to, t, d.x * scale.x + others.x, d.y * scale.y + others.y);
         return make_float2(d.x * x.x, d.y * x.y);
     };
@@ -318,7 +336,8 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
     if (channels.active())
 #pragma unroll
         for (int t = 0; t < rows; ++t) {
-            const float2 a = finish(first, At, t, scale, out.da, 0u);  // a_t meets the decays before its token, r_t that of its token as well
+            // a_t meets the decays before its token, r_t that of its token as well
+            const float2 a = finish(first, At, t, scale, out.da, 0u);
             earned[t] = make_float2(earned[t].x + a.x, earned[t].y + a.y);
             g[t] = make_float2(before.x + g[t].x, before.y + g[t].y);
             scale = make_float2(exp2_fast(g[t].x), exp2_fast(g[t].y));
@@ -348,37 +367,40 @@ __global__ void chunk_gradients(Sequences q, ChunkInputs in, const bf16* __restr
 #pragma unroll
     for (int t = 0; t < rows; ++t) {
         const float2 w_t = w.get(channels.row() + t, channels.column());
-        write(out.dw, t, (earned[t + 1].x + after.x) * log_decay_slope_fast(w_t.x), (earned[t + 1].y + after.y) * log_decay_slope_fast(w_t.y));
+        write(out.dw, t, (earned[t + 1].x + after.x) * log_decay_slope_fast(w_t.x),
+              (earned[t + 1].y + after.y) * log_decay_slope_fast(w_t.y));
     }
 }
 
 template <int N>
-int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const Wkv7Steps* steps, const void* saved, const void* dy, const float* d_final_state,
-             const Wkv7Gradients& out, float* sums, void* scratch, void* stream) {
+int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const Wkv7Steps* steps, const void* saved, const void* dy,
+             const float* d_final_state, const Wkv7Gradients& out, float* sums, void* scratch, void* stream) {
     constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
     const Segments segments = segments_of(shape);
     const int count = segments.count * segments.each, parts = parts_of_scan(int64_t(count) * q.H, N, ScanShared<C, N>::size);
     const auto scan = [&](const float* last, float* first) {
-        return launch(gradient_scan<C, N, NoSteps>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, (const bf16*)saved, (const bf16*)dy,
-                      last, (bf16*)scratch, first, NoSteps());
+        return launch(gradient_scan<C, N, NoSteps>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments,
+                      (const bf16*)saved, (const bf16*)dy, last, (bf16*)scratch, first, NoSteps());
     };
     const auto gradients = [&] {
-        return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), GradientsShared<C, N>::size, stream, q, ChunkInputs(in),
-                      (const bf16*)saved, (const bf16*)dy, (const bf16*)scratch, ChunkGradients(out));
+        return launch(chunk_gradients<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), GradientsShared<C, N>::size, stream, q,
+                      ChunkInputs(in), (const bf16*)saved, (const bf16*)dy, (const bf16*)scratch, ChunkGradients(out));
     };
     int error;
     if (steps) {
-        const Steps p(shape, *steps, in, (char*)saved + records_bytes<SavedChunk>(shape), (char*)scratch + records_bytes<BackwardScratch>(shape));
-        error = launch(gradient_scan<C, N, Steps>, dim3(shape.B, q.H), N * 2, scan_bytes<N>(ScanShared<C, N>::size, *steps), stream, segments, (const bf16*)saved,
-                       (const bf16*)dy, d_final_state, (bf16*)scratch, out.d_initial_state, p);
+        const Steps p(shape, *steps, in, (char*)saved + records_bytes<SavedChunk>(shape),
+                      (char*)scratch + records_bytes<BackwardScratch>(shape));
+        error = launch(gradient_scan<C, N, Steps>, dim3(shape.B, q.H), N * 2, scan_bytes<N>(ScanShared<C, N>::size, *steps), stream,
+                       segments, (const bf16*)saved, (const bf16*)dy, d_final_state, (bf16*)scratch, out.d_initial_state, p);
         if (!error) error = gradients();
         return error ? error : launch_step_gradients<N>(p, shape, out.da, sums, stream);
     }
     if (segments.each > 1) {
         const SegmentMatrices m(segments, N, (char*)scratch + records_bytes<BackwardScratch>(shape));
         error = scan(nullptr, m.states);
-        if (!error) error = enter_segments<C, N>(segments, (const bf16*)saved, nullptr, m, d_final_state, out.d_initial_state, true, stream);
+        if (!error)
+            error = enter_segments<C, N>(segments, (const bf16*)saved, nullptr, m, d_final_state, out.d_initial_state, true, stream);
         if (!error) error = scan(m.states, nullptr);
     } else {
         error = scan(d_final_state, out.d_initial_state);
@@ -394,8 +416,8 @@ extern "C" int64_t wkv7_chunked_backward_scratch_bytes(const Wkv7Shape* shape) {
 }
 
 namespace {
-int backward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, const void* saved, const void* dy, const float* d_final_state,
-             const Wkv7Gradients& out, float* sums, void* scratch, void* stream) {
+int backward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, const void* saved, const void* dy,
+             const float* d_final_state, const Wkv7Gradients& out, float* sums, void* scratch, void* stream) {
     switch (wkv7::valid(s) ? s.N : 0) {
         case 16: return wkv7::backward<16>(s, in, steps, saved, dy, d_final_state, out, sums, scratch, stream);
         case 32: return wkv7::backward<32>(s, in, steps, saved, dy, d_final_state, out, sums, scratch, stream);
@@ -406,8 +428,8 @@ int backward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, c
 }
 }  // namespace
 
-extern "C" int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const void* saved, const void* dy, const float* d_final_state,
-                                     const Wkv7Gradients* out, void* scratch, void* stream) {
+extern "C" int wkv7_chunked_backward(const Wkv7Shape* shape, const Wkv7Inputs* in, const void* saved, const void* dy,
+                                     const float* d_final_state, const Wkv7Gradients* out, void* scratch, void* stream) {
     return backward(*shape, *in, nullptr, saved, dy, d_final_state, *out, nullptr, scratch, stream);
 }
 

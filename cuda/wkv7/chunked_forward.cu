@@ -1,8 +1,9 @@
 // WKV7 forward in chunks of 64 tokens (32 where a head has 128 channels) on the tensor cores. Two kernels:
 //   chunk_maps   all chunks at once: F and H, which carry the state through the chunk (S <- S F + H), E and O, which give its output
 //                (Y = E S^T + O), and X = (I - L)^-1 for the backward;
-//   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of them. In segments it is
-//                the last of the passes of segments.cuh; with steps of test-time training (ttt.cuh) they come between two chunks.
+//   chunk_scan   one chunk after the other, the state in fp32 registers. Value rows do not meet: each warp carries 16 of
+//                them. In segments it is the last of the passes of segments.cuh; with steps of test-time training (ttt.cuh)
+//                they come between two chunks.
 // RWKV-v7/docs/wkv7_chunked.md derives the formulas.
 #include "segments.cuh"
 #include "ttt.cuh"
@@ -10,7 +11,8 @@
 namespace wkv7 {
 namespace {
 
-// X = (I - L)^-1 of a 16 x 16 strictly lower triangle, by forward substitution in fp32. L: [16][16] floats at an offset in shared memory; lane j has column j.
+// X = (I - L)^-1 of a 16 x 16 strictly lower triangle, by forward substitution in fp32. L: [16][16] floats at an offset
+// in shared memory; lane j has column j.
 __device__ __forceinline__ void invert_block(float (&x)[16], int L) {
     const int column = lane_index() % 16;
 #pragma unroll
@@ -27,9 +29,9 @@ __device__ __forceinline__ void invert_block(float (&x)[16], int L) {
     }
 }
 
-// One step of the merge of diagonal blocks: where X holds the inverses of the diagonal blocks of h x h 16-blocks, fills the blocks below the
-// diagonal of the pairs of them: X21 = X22 L21 X11. A warp makes one 16-block; T = L21 X11 is computed transposed, since then its registers
-// are the right factor of the second product.
+// One step of the merge of diagonal blocks: where X holds the inverses of the diagonal blocks of h x h 16-blocks, fills
+// the blocks below the diagonal of the pairs of them: X21 = X22 L21 X11. A warp makes one 16-block; T = L21 X11 is
+// computed transposed, since then its registers are the right factor of the second product.
 template <int h, class T> __device__ __forceinline__ void merge_inverses(const T& X, const T& L, int job) {
     const int top = job / (h * h) * 2 * h, row = top + h + job / h % h, column = top + job % h;
     float t[2 * h][4], x[2][4];
@@ -91,7 +93,8 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     copy_wait<0>();
     __syncthreads();
 
-    // Half of the warps follow a: L, its inverse X, W = X At. The other half: M V and Qk V, then P, Qb, E and O. Each has 16 rows. Then F and H.
+    // Half of the warps follow a: L, its inverse X, W = X At. The other half: M V and Qk V, then P, Qb, E and O. Each
+    // has 16 rows. Then F and H.
     const bool for_a = group < n_blocks;
     const Blocks all{0, N / 16}, lower{0, block + 1};
     float both[2][width / 8][4];  // M V; Qk V, which becomes O
@@ -107,9 +110,13 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
             else
                 triangle_block<true>(t, rows, Bt, block, i, 1);
             if (i == block)
-                for_pairs(t, 0, [&](int row, int column, float x, float y) { shared<float2>(mine + (row * 16 + column) * 4) = make_float2(x, y); });
+                for_pairs(t, 0, [&](int row, int column, float x, float y) {
+                    shared<float2>(mine + (row * 16 + column) * 4) = make_float2(x, y);
+                });
             else
-                for_pairs(t, block * 16, [&](int row, int column, float x, float y) { Square{i < block ? L.base : X.base}.put(row, i * 16 + column, x, y); });
+                for_pairs(t, block * 16, [&](int row, int column, float x, float y) {
+                    Square{i < block ? L.base : X.base}.put(row, i * 16 + column, x, y);
+                });
         }
         __syncwarp();
         float x[16];
@@ -189,7 +196,8 @@ __global__ void chunk_maps(Sequences q, ChunkInputs in, bf16* __restrict__ saved
     }
     for_threads<Square::bytes / 16, threads>([&](unsigned i) {
         const unsigned piece = i / 8;
-        *reinterpret_cast<uint4*>(saved + SavedChunk<C, N>::X + i * 8) = shared<uint4>(X.at(piece / Square::pieces * 8 + i % 8, piece % Square::pieces * 8));
+        *reinterpret_cast<uint4*>(saved + SavedChunk<C, N>::X + i * 8) =
+            shared<uint4>(X.at(piece / Square::pieces * 8 + i % 8, piece % Square::pieces * 8));
     });
     if (threadIdx.x < N) reinterpret_cast<float*>(saved + SavedChunk<C, N>::decay)[threadIdx.x] = shared<float>(decay + threadIdx.x * 4);
 }
@@ -199,11 +207,11 @@ template <int C, int N> struct ScanShared {
     static constexpr size_t size = scan_stages * stage;
 };
 
-// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps. With steps of test-time training a block has
-// all of them.
+// blockIdx: sequence or segment, head, and the part of the value rows where a block has fewer than N / 16 warps. With
+// steps of test-time training a block has all of them.
 template <int C, int N, class Stepping> __launch_bounds__(N * 2, blocks_per_sm(ScanShared<C, N>::size, scan_blocks(N)))
-__global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch, bf16* __restrict__ y,
-                           float* __restrict__ final_state, Stepping steps) {
+__global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, bf16* __restrict__ saved, const bf16* __restrict__ scratch,
+                           bf16* __restrict__ y, float* __restrict__ final_state, Stepping steps) {
     const int sequence = blockIdx.x, head = blockIdx.y, slab = (blockIdx.z * blockDim.x + threadIdx.x) / 32 * 16, lane = lane_index();
     using Token = BlockTile<C, N>;
     using State = BlockTile<N, N>;
@@ -232,7 +240,8 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
 
     Sums<N> S;
     for_pairs(S, slab, [&](int row, int column, float& x0, float& x1) {
-        const float2 s = initial_state ? *reinterpret_cast<const float2*>(initial_state + state_offset + row * N + column) : make_float2(0.f, 0.f);
+        const float2 s =
+            initial_state ? *reinterpret_cast<const float2*>(initial_state + state_offset + row * N + column) : make_float2(0.f, 0.f);
         x0 = s.x, x1 = s.y;
     });
     for (int chunk = 0; chunk < scan_stages - 1; ++chunk) fetch(chunk);
@@ -286,16 +295,19 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
             store(d, O, t * 16, slab);  // Y takes the place of O
         }
         __syncwarp();
+        // 16 bytes each of this warp's 16 columns: eight neighbours have eight rows, which lie in different banks.
 #pragma unroll
-        for (int i = lane; i < C * 2; i += 32) {  // 16 bytes each of this warp's 16 columns: neighbours on eight rows, which lie in different banks
+        for (int i = lane; i < C * 2; i += 32) {
             const int t = i / 32 * 16 + i % 16, column = slab + i / 16 % 2 * 8;
-            if (t < place.tokens) *reinterpret_cast<uint4*>(y + place.first + int64_t(t) * place.stride + column) = shared<uint4>(O.at(t, column));
+            if (t < place.tokens)
+                *reinterpret_cast<uint4*>(y + place.first + int64_t(t) * place.stride + column) = shared<uint4>(O.at(t, column));
         }
 
         multiply_rows(S, s, F);
         __syncthreads();
         if constexpr (Stepping::on)
-            make_step<N, false>(steps, q.T, q.H, S, slab, steps.after(forget(chunk), C), sequence, head, chunk % scan_stages, ScanShared<C, N>::stage);
+            make_step<N, false>(steps, q.T, q.H, S, slab, steps.after(forget(chunk), C), sequence, head, chunk % scan_stages,
+                                ScanShared<C, N>::stage);
     }
     if (final_state)
         for_pairs(S, slab, [&](int row, int column, float x0, float x1) {
@@ -304,28 +316,30 @@ __global__ void chunk_scan(Segments q, const float* __restrict__ initial_state, 
 }
 
 template <int N>
-int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch,
+            void* stream) {
     constexpr int C = chunk_tokens(N);
     const Sequences q = sequences_of(shape);
-    const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), MapsShared<C, N>::size, stream, q, ChunkInputs(in), (bf16*)saved,
-                             (bf16*)scratch);
+    const int error = launch(chunk_maps<C, N>, dim3(q.slots<C>(), q.H), C * 4 * column_parts(N), MapsShared<C, N>::size, stream, q,
+                             ChunkInputs(in), (bf16*)saved, (bf16*)scratch);
     if (error) return error;
     const Segments segments = segments_of(shape);
     if (steps) {
         const Steps p(shape, *steps, in, (char*)saved + records_bytes<SavedChunk>(shape), nullptr);
-        return launch(chunk_scan<C, N, Steps>, dim3(shape.B, q.H), N * 2, scan_bytes<N>(ScanShared<C, N>::size, *steps), stream, segments, in.initial_state,
-                      (bf16*)saved, (const bf16*)scratch, (bf16*)y, final_state, p);
+        return launch(chunk_scan<C, N, Steps>, dim3(shape.B, q.H), N * 2, scan_bytes<N>(ScanShared<C, N>::size, *steps), stream, segments,
+                      in.initial_state, (bf16*)saved, (const bf16*)scratch, (bf16*)y, final_state, p);
     }
     const float* entering = in.initial_state;
     if (segments.each > 1) {
         const SegmentMatrices m(segments, N, (char*)scratch + records_bytes<ForwardScratch>(shape));
-        const int error = enter_segments<C, N>(segments, (const bf16*)saved, (const bf16*)scratch, m, in.initial_state, final_state, false, stream);
+        const int error =
+            enter_segments<C, N>(segments, (const bf16*)saved, (const bf16*)scratch, m, in.initial_state, final_state, false, stream);
         if (error) return error;
         entering = m.states, final_state = nullptr;
     }
     const int count = segments.count * segments.each, parts = parts_of_scan(int64_t(count) * q.H, N, ScanShared<C, N>::size);
-    return launch(chunk_scan<C, N, NoSteps>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, entering, (bf16*)saved,
-                  (const bf16*)scratch, (bf16*)y, final_state, NoSteps());
+    return launch(chunk_scan<C, N, NoSteps>, dim3(count, q.H, parts), N * 2 / parts, ScanShared<C, N>::size, stream, segments, entering,
+                  (bf16*)saved, (const bf16*)scratch, (bf16*)y, final_state, NoSteps());
 }
 
 }  // namespace
@@ -338,7 +352,8 @@ extern "C" int64_t wkv7_chunked_forward_scratch_bytes(const Wkv7Shape* shape) {
 }
 
 namespace {
-int forward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+int forward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch,
+            void* stream) {
     switch (wkv7::valid(s) ? s.N : 0) {
         case 16: return wkv7::forward<16>(s, in, steps, y, final_state, saved, scratch, stream);
         case 32: return wkv7::forward<32>(s, in, steps, y, final_state, saved, scratch, stream);
@@ -349,16 +364,18 @@ int forward(const Wkv7Shape& s, const Wkv7Inputs& in, const Wkv7Steps* steps, vo
 }
 }  // namespace
 
-extern "C" int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* scratch, void* stream) {
+extern "C" int wkv7_chunked_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* scratch,
+                                    void* stream) {
     return forward(*shape, *in, nullptr, y, final_state, saved, scratch, stream);
 }
 
 extern "C" int64_t wkv7_ttt_saved_bytes(const Wkv7Shape* shape, const Wkv7Steps* steps) {
-    return wkv7::records_bytes<wkv7::SavedChunk>(*shape) + wkv7::Steps::core_bytes(*shape, *steps) + wkv7::Steps::mask_bytes(*shape, *steps);
+    return wkv7::records_bytes<wkv7::SavedChunk>(*shape) + wkv7::Steps::core_bytes(*shape, *steps) +
+           wkv7::Steps::mask_bytes(*shape, *steps);
 }
 
-extern "C" int wkv7_ttt_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, const Wkv7Steps* steps, void* y, float* final_state, void* saved, void* scratch,
-                                void* stream) {
+extern "C" int wkv7_ttt_forward(const Wkv7Shape* shape, const Wkv7Inputs* in, const Wkv7Steps* steps, void* y, float* final_state,
+                                void* saved, void* scratch, void* stream) {
     if (!wkv7::Steps::valid(*shape, *steps)) return WKV7_UNSUPPORTED;
     return forward(*shape, *in, steps, y, final_state, saved, scratch, stream);
 }

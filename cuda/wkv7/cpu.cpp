@@ -62,7 +62,8 @@ struct alignas(64) ForwardScratch {
 
 // One token for NR vectors of value channels; u enters as S_{t-1} a_t and leaves as S_t a_{t+1}.
 template <int N, int V, int NR, class T>
-INLINE void step(float* S, const float* d, const float* r, const float* k, const float* b, const float* a_next, const T* v, float* u, T* y) {
+INLINE void step(float* S, const float* d, const float* r, const float* k, const float* b, const float* a_next, const T* v, float* u,
+                 T* y) {
   vf removed[NR], value[NR], out[NR], next[NR];
 #pragma GCC unroll 4
   for (int i = 0; i < NR; i++) {
@@ -133,8 +134,9 @@ void forward(const Task& task, const Tensors& io, void* memory) {
             if (io.removed)
               for (int q = i; q < i + NR * W; q += W) stream(rows.removed[t0 + t] + task.value + q, load(u + q));
             const float* a_next = t0 + t + 1 < task.length ? as_float<N>(rows.a[t0 + t + 1], x.a) : x.zeros;
-            step<N, V, NR>(S[0] + i, x.d[t], as_float<N>(rows.r[t0 + t], x.r), as_float<N>(rows.k[t0 + t], x.k), as_float<N>(rows.b[t0 + t], x.b),
-                           a_next, rows.v[t0 + t] + task.value + i, u + i, rows.y[t0 + t] + task.value + i);
+            step<N, V, NR>(S[0] + i, x.d[t], as_float<N>(rows.r[t0 + t], x.r), as_float<N>(rows.k[t0 + t], x.k),
+                           as_float<N>(rows.b[t0 + t], x.b), a_next, rows.v[t0 + t] + task.value + i, u + i,
+                           rows.y[t0 + t] + task.value + i);
           }
       }
     }
@@ -343,7 +345,9 @@ void backward(const Task& task, const Tensors& io, void* memory) {
       const Inputs<N, T> in(io, task, h);
       const Outputs<N, T> out(io, task, h);
       const int tokens = int(min(task.end - first, kCheckpoint)), chunks = (tokens + C - 1) / C;
-      const auto checkpoint = [&](int64_t t, int64_t h) { return task.checkpoints + ((t / kCheckpoint) * task.heads + task.head + h) * N * N; };
+      const auto checkpoint = [&](int64_t t, int64_t h) {
+        return task.checkpoints + ((t / kCheckpoint) * task.heads + task.head + h) * N * N;
+      };
       const bool last = first + tokens == task.length;
       const auto before = [&](int c) { return c ? y.S[c - 1][0] : checkpoint(first, h); };
       for (int c = 0; c < chunks; c++) {

@@ -15,7 +15,8 @@ struct Task {
   const float* initial;  // states before the first token, [count, N, N]; null: zeros
   float* final;          // states after the last token, [count, N, N]
   float* checkpoints;    // states before tokens 0, 64, 128, ...: [H, N, N] a slot, from this document's first slot; null: save nothing
-  int64_t begin, end;    // backward: the document's tokens that it is about; begin is a multiple of kCheckpoint, so is end unless it is `length`
+  // Backward: the document's tokens that it is about; begin is a multiple of kCheckpoint, so is end unless it is `length`
+  int64_t begin, end;
   const float* d_end;    // gradients of the states after token end - 1, [count, N, N]; null: zeros
   float* d_begin;        // gradients of the states before token begin, [count, N, N]; null: not wanted
   float* d_checkpoints;  // scan: gradients of the checkpoints, the same layout
@@ -29,7 +30,8 @@ struct Tensors {
   float* removed;  // written by the forward when it saves, read by the backward
   const void* dy;
   void *dr, *dw, *dk, *dv, *da, *db;
-  const void *more_dr, *more_dk, *more_dv;  // what other uses of r, k and v have given, which dr, dk and dv then include; each may be null: nothing
+  // What other uses of r, k and v have given, which dr, dk and dv then include; each may be null: nothing
+  const void *more_dr, *more_dk, *more_dv;
 };
 
 using Kernel = void (*)(const Task&, const Tensors&, void* scratch);

@@ -34,8 +34,8 @@ inline Sequences sequences_of(const Wkv7Shape& shape) {
 }
 
 inline bool valid(const Wkv7Shape& s) {
-    return s.B >= 1 && s.T >= 1 && s.H >= 1 && s.H <= 65535 && s.segment_chunks >= 0 && (s.cu_seqlens ? s.B == 1 && s.documents >= 1 : true) &&
-           int64_t(s.B) * s.T <= INT32_MAX;
+    return s.B >= 1 && s.T >= 1 && s.H >= 1 && s.H <= 65535 && s.segment_chunks >= 0 &&
+           (s.cu_seqlens ? s.B == 1 && s.documents >= 1 : true) && int64_t(s.B) * s.T <= INT32_MAX;
 }
 
 }  // namespace wkv7

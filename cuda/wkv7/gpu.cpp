@@ -1,5 +1,5 @@
-// The CUDA kernels as operators: which of them runs, looks at the tensors, makes memory, starts the kernel. Fake tensors: rwkvlm/ops/wkv7/cuda.py; derivatives:
-// autograd_gpu.cpp. No maths here.
+// The CUDA kernels as operators: which of them runs, looks at the tensors, makes memory, starts the kernel. Fake
+// tensors: rwkvlm/ops/wkv7/cuda.py; derivatives: autograd_gpu.cpp. No maths here.
 #include "../common/launch.h"
 #include "api.cuh"
 
@@ -23,7 +23,8 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kFewPairs = 64, kManyChunks = 64;  // of (sequence, head), and in a sequence: where the chunked scans run in segments
 constexpr int64_t kMostHidden = 32;  // units of the head of test-time training, a bit each
 
-// Where kernels run: a GPU; in tests the emulation on the host. Operators are given its number: the device of the tensors does not say which library.
+// Where kernels run: a GPU; in tests the emulation on the host. Operators are given its number: the device of the
+// tensors does not say which library.
 struct Machine : launch::Library {
   ENTRY(wkv7_sequential_saved_bytes);
   ENTRY(wkv7_sequential_forward);
@@ -56,8 +57,9 @@ const Machine& machine_of(int64_t number) {
 
 int64_t chunk_tokens(int64_t N) { return N == 128 ? 32 : 64; }
 
-// Chunks of a segment of the chunked scans, 0 where the scans walk whole sequences. The rule is argued in docs/wkv7_chunked.md, "Time", and measured at two
-// shapes. Sequences of packed documents count as if each could have all T tokens, for their lengths lie on the device.
+// Chunks of a segment of the chunked scans, 0 where the scans walk whole sequences. The rule is argued in
+// RWKV-v7/docs/wkv7_chunked.md, "Time on an H200", and measured at two shapes. Sequences of packed documents count as
+// if each could have all T tokens, for their lengths lie on the device.
 int64_t segment_chunks(int64_t sequences, int64_t T, int64_t H, int64_t N, int64_t multiprocessors) {
   if (segments_asked_for >= 0) return segments_asked_for;
   const int64_t pairs = sequences * H, chunks = (T + chunk_tokens(N) - 1) / chunk_tokens(N);
@@ -105,9 +107,10 @@ struct Backward {
   Tensors results;
   Wkv7Gradients out{};
 
-  Backward(Call& call, const Tensor& given_saved, const Tensor& given_dy, const Maybe& d_final, bool state_gradient, const Maybe& more_dr, const Maybe& more_dk,
-           const Maybe& more_dv) {
-    TORCH_CHECK(given_saved.numel() == call.saved, "wkv7: the backward needs what a forward with save has left, ", call.saved, " bytes, got ", given_saved.numel());
+  Backward(Call& call, const Tensor& given_saved, const Tensor& given_dy, const Maybe& d_final, bool state_gradient, const Maybe& more_dr,
+           const Maybe& more_dk, const Maybe& more_dv) {
+    TORCH_CHECK(given_saved.numel() == call.saved, "wkv7: the backward needs what a forward with save has left, ", call.saved,
+                " bytes, got ", given_saved.numel());
     const at::IntArrayRef sizes = call.r.sizes();
     saved = call.given.at("saved", given_saved, {call.saved}, at::kByte), dy = call.given.at("dy", given_dy, sizes);
     d_final_state = static_cast<float*>(call.given.at("d_final_state", d_final, call.states, at::kFloat));
@@ -119,29 +122,33 @@ struct Backward {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-                                           const Maybe& initial_state, const Maybe& cu_seqlens, bool save, int64_t machine) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
+                                           const Tensor& b, const Maybe& initial_state, const Maybe& cu_seqlens, bool save,
+                                           int64_t machine) {
   Call call("wkv7", machine, r, w, k, v, a, b, initial_state, cu_seqlens);
   const Tensor y = like(r), final_state = empty_fp32(r, call.states), saved = call.bytes(save || call.chunked ? call.saved : 0);
   const OnDevice start(call.machine, r);
   if (call.chunked) {
     const Tensor scratch = call.bytes(call.machine.wkv7_chunked_forward_scratch_bytes.call(&call.shape));
-    start(call.machine.wkv7_chunked_forward, &call.shape, &call.in, y.data_ptr(), floats(final_state), saved.data_ptr(), scratch.data_ptr());
+    start(call.machine.wkv7_chunked_forward, &call.shape, &call.in, y.data_ptr(), floats(final_state), saved.data_ptr(),
+          scratch.data_ptr());
   } else {
-    start(call.machine.wkv7_sequential_forward, &call.shape, call.dtype(), &call.in, y.data_ptr(), floats(final_state), save ? saved.data_ptr() : nullptr);
+    start(call.machine.wkv7_sequential_forward, &call.shape, call.dtype(), &call.in, y.data_ptr(), floats(final_state),
+          save ? saved.data_ptr() : nullptr);
   }
   return {y, final_state, save ? saved : call.bytes(0)};
 }
 
-Tensors backward(const Tensor& dy, const Maybe& d_final_state, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
-                 const Tensor& b, const Maybe& initial_state, const Maybe& cu_seqlens, const Tensor& saved, bool state_gradient, int64_t machine,
-                 const Maybe& more_dr, const Maybe& more_dk, const Maybe& more_dv) {
+Tensors backward(const Tensor& dy, const Maybe& d_final_state, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
+                 const Tensor& a, const Tensor& b, const Maybe& initial_state, const Maybe& cu_seqlens, const Tensor& saved,
+                 bool state_gradient, int64_t machine, const Maybe& more_dr, const Maybe& more_dk, const Maybe& more_dv) {
   Call call("wkv7_backward", machine, r, w, k, v, a, b, initial_state, cu_seqlens);
   Backward task(call, saved, dy, d_final_state, state_gradient, more_dr, more_dk, more_dv);
   const OnDevice start(call.machine, r);
   if (call.chunked) {
     const Tensor scratch = call.bytes(call.machine.wkv7_chunked_backward_scratch_bytes.call(&call.shape));
-    start(call.machine.wkv7_chunked_backward, &call.shape, &call.in, task.saved, task.dy, task.d_final_state, &task.out, scratch.data_ptr());
+    start(call.machine.wkv7_chunked_backward, &call.shape, &call.in, task.saved, task.dy, task.d_final_state, &task.out,
+          scratch.data_ptr());
   } else {
     start(call.machine.wkv7_sequential_backward, &call.shape, call.dtype(), &call.in, task.saved, task.dy, task.d_final_state, &task.out);
   }
@@ -152,15 +159,16 @@ Tensors backward(const Tensor& dy, const Maybe& d_final_state, const Tensor& r, 
 struct TttCall : Call {
   Wkv7Steps steps{};
 
-  TttCall(const char* op, int64_t number, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-          const Maybe& initial_state, const Tensor& rate, const Maybe& head, int64_t rows, int64_t segment, bool stored)
+  TttCall(const char* op, int64_t number, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
+          const Tensor& b, const Maybe& initial_state, const Tensor& rate, const Maybe& head, int64_t rows, int64_t segment, bool stored)
       : Call(op, number, r, w, k, v, a, b, initial_state, std::nullopt) {
-    TORCH_CHECK_VALUE(chunked, op, ": expected bfloat16 and a GPU with bfloat16 tensor cores, got ", launch::python_name(r.scalar_type()), " on ", r.device());
+    TORCH_CHECK_VALUE(chunked, op, ": expected bfloat16 and a GPU with bfloat16 tensor cores, got ", launch::python_name(r.scalar_type()),
+                      " on ", r.device());
     const int64_t N = r.size(3), chunk = chunk_tokens(N);
-    TORCH_CHECK_VALUE(rows >= 8 && rows <= N && rows % 8 == 0 && segment >= chunk && segment % chunk == 0, op, ": expected rows from 8 to ", N,
-                      " in steps of 8 and segments of a multiple of ", chunk, " tokens, got ", rows, " and ", segment);
-    TORCH_CHECK_VALUE(!head || (head->dim() == 3 && head->size(1) >= 1 && head->size(1) <= kMostHidden), op, ": head must be [2, hidden, ", rows,
-                      "] with 1 to ", kMostHidden, " hidden units, got ", head ? head->sizes() : at::IntArrayRef());
+    TORCH_CHECK_VALUE(rows >= 8 && rows <= N && rows % 8 == 0 && segment >= chunk && segment % chunk == 0, op, ": expected rows from 8 to ",
+                      N, " in steps of 8 and segments of a multiple of ", chunk, " tokens, got ", rows, " and ", segment);
+    TORCH_CHECK_VALUE(!head || (head->dim() == 3 && head->size(1) >= 1 && head->size(1) <= kMostHidden), op, ": head must be [2, hidden, ",
+                      rows, "] with 1 to ", kMostHidden, " hidden units, got ", head ? head->sizes() : at::IntArrayRef());
     shape.segment_chunks = 0;  // between two steps the state is no affine map of an earlier one
     const int64_t hidden = head ? head->size(1) : 0;
     steps = {int32_t(rows), int32_t(hidden), int32_t(segment), int32_t(stored)};
@@ -170,27 +178,29 @@ struct TttCall : Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> ttt_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-                                               const Maybe& initial_state, const Tensor& rate, const Maybe& head, int64_t rows, int64_t segment, bool stored,
-                                               bool save, int64_t machine) {
+std::tuple<Tensor, Tensor, Tensor> ttt_forward(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
+                                               const Tensor& b, const Maybe& initial_state, const Tensor& rate, const Maybe& head,
+                                               int64_t rows, int64_t segment, bool stored, bool save, int64_t machine) {
   TttCall call("wkv7_ttt", machine, r, w, k, v, a, b, initial_state, rate, head, rows, segment, stored);
   const Tensor y = like(r), final_state = empty_fp32(r, call.states), saved = call.bytes(call.saved);
   const Tensor scratch = call.bytes(call.machine.wkv7_chunked_forward_scratch_bytes.call(&call.shape));
-  OnDevice(call.machine, r)(call.machine.wkv7_ttt_forward, &call.shape, &call.in, &call.steps, y.data_ptr(), floats(final_state), saved.data_ptr(), scratch.data_ptr());
+  OnDevice(call.machine, r)(call.machine.wkv7_ttt_forward, &call.shape, &call.in, &call.steps, y.data_ptr(), floats(final_state),
+                            saved.data_ptr(), scratch.data_ptr());
   return {y, final_state, save ? saved : call.bytes(0)};
 }
 
 // Those of backward, then of rate and head.
-Tensors ttt_backward(const Tensor& dy, const Maybe& d_final_state, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a,
-                     const Tensor& b, const Tensor& rate, const Maybe& head, const Tensor& saved, int64_t rows, int64_t segment, bool stored,
-                     bool state_gradient, int64_t machine, const Maybe& more_dr, const Maybe& more_dk, const Maybe& more_dv) {
+Tensors ttt_backward(const Tensor& dy, const Maybe& d_final_state, const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
+                     const Tensor& a, const Tensor& b, const Tensor& rate, const Maybe& head, const Tensor& saved, int64_t rows,
+                     int64_t segment, bool stored, bool state_gradient, int64_t machine, const Maybe& more_dr, const Maybe& more_dk,
+                     const Maybe& more_dv) {
   TttCall call("wkv7_ttt_backward", machine, r, w, k, v, a, b, std::nullopt, rate, head, rows, segment, stored);
   Backward task(call, saved, dy, d_final_state, state_gradient, more_dr, more_dk, more_dv);
   const int64_t steps = (r.size(1) - 1) / segment * r.size(0), of_head = head ? head->numel() : 0;
   Tensor sums = empty_fp32(r, {steps, r.size(2), 1 + of_head});
   const Tensor scratch = call.bytes(call.machine.wkv7_ttt_backward_scratch_bytes.call(&call.shape, &call.steps));
-  OnDevice(call.machine, r)(call.machine.wkv7_ttt_backward, &call.shape, &call.in, &call.steps, task.saved, task.dy, task.d_final_state, &task.out, floats(sums),
-                         scratch.data_ptr());
+  OnDevice(call.machine, r)(call.machine.wkv7_ttt_backward, &call.shape, &call.in, &call.steps, task.saved, task.dy, task.d_final_state,
+                            &task.out, floats(sums), scratch.data_ptr());
   sums = sums.sum(0);
   task.results.push_back(sums.select(1, 0).clone());
   task.results.push_back(head ? sums.slice(1, 1).sum(0).view(head->sizes()) : sums.new_empty({0}));
@@ -213,18 +223,19 @@ TORCH_LIBRARY_FRAGMENT(rwkvlm, m) {
   m.def("wkv7_segment_chunks(int sequences, int T, int H, int N, int multiprocessors) -> int", segment_chunks);
   m.def("wkv7_ask_for_segments(int chunks) -> ()", ask_for_segments);
   m.def(
-      "wkv7_cuda_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens, bool save, int machine)"
-      " -> (Tensor, Tensor, Tensor)");
+      "wkv7_cuda_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens,"
+      " bool save, int machine) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "wkv7_cuda_backward(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state,"
-      " Tensor? cu_seqlens, Tensor saved, bool state_gradient, int machine, Tensor? more_dr=None, Tensor? more_dk=None, Tensor? more_dv=None) -> Tensor[]");
+      "wkv7_cuda_backward(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b,"
+      " Tensor? initial_state, Tensor? cu_seqlens, Tensor saved, bool state_gradient, int machine, Tensor? more_dr=None,"
+      " Tensor? more_dk=None, Tensor? more_dv=None) -> Tensor[]");
   m.def(
-      "wkv7_ttt_cuda_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor rate, Tensor? head, int rows, int segment,"
-      " bool stored, bool save, int machine) -> (Tensor, Tensor, Tensor)");
+      "wkv7_ttt_cuda_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? initial_state, Tensor rate,"
+      " Tensor? head, int rows, int segment, bool stored, bool save, int machine) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "wkv7_ttt_cuda_backward(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor rate, Tensor? head,"
-      " Tensor saved, int rows, int segment, bool stored, bool state_gradient, int machine, Tensor? more_dr=None, Tensor? more_dk=None, Tensor? more_dv=None)"
-      " -> Tensor[]");
+      "wkv7_ttt_cuda_backward(Tensor dy, Tensor? d_final_state, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor rate,"
+      " Tensor? head, Tensor saved, int rows, int segment, bool stored, bool state_gradient, int machine, Tensor? more_dr=None,"
+      " Tensor? more_dk=None, Tensor? more_dv=None) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(rwkvlm, CompositeExplicitAutograd, m) {

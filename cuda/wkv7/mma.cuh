@@ -1,5 +1,5 @@
-// The PTX instructions that the chunked kernels use, each with its host body. Compiled for a card before compute capability 8.0, which has
-// none of them, the kernels end in a trap: such a card runs sequential.cu.
+// The PTX instructions that the chunked kernels use, each with its host body. Compiled for a card before compute
+// capability 8.0, which has no mma of bf16, the kernels end in a trap: such a card runs sequential.cu.
 #pragma once
 
 #include "../common/copy.cuh"
@@ -74,7 +74,8 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix(uint32_t (&x
 #endif
 }
 
-// A store with a condition, but without a branch: behind one the compiler would put all that leads to x, and a loop would do one step after the other.
+// A store with a condition, but without a branch: behind one the compiler would put all that leads to x, and a loop
+// would do one step after the other.
 __device__ __forceinline__ void store_if(bool condition, uint32_t* to, uint32_t x) {
 #ifdef __CUDACC__
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.b32 [%1], %2; }" ::"r"(int(condition)), "l"(to), "r"(x) : "memory");

@@ -77,7 +77,9 @@ struct Documents {
   int64_t checkpoints(int64_t i) const { return (length[i] + wkv7::kCheckpoint - 1) / wkv7::kCheckpoint; }
 };
 
-bool fewer_heads_than_threads(const Documents& documents, int64_t heads) { return documents.count() * heads < torch::stable::get_num_threads(); }
+bool fewer_heads_than_threads(const Documents& documents, int64_t heads) {
+  return documents.count() * heads < torch::stable::get_num_threads();
+}
 
 // Heads of one task: as many as leave each thread two tasks, and a document in even parts.
 int64_t group_size(const Documents& documents, int64_t heads) {
@@ -104,8 +106,8 @@ float* state_at(const Tensor& states, int64_t slot, int64_t head) {
   return static_cast<float*>(states.data_ptr()) + (slot * states.size(1) + head) * states.size(2) * states.size(3);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, std::optional<Tensor> initial,
-                                                   std::optional<Tensor> cu_seqlens, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b,
+                                                   std::optional<Tensor> initial, std::optional<Tensor> cu_seqlens, bool save) {
   const Kernels kernels = kernels_for(r);
   const Documents documents(r, cu_seqlens);
   const int64_t H = r.size(2), N = r.size(3);
@@ -136,9 +138,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor r, Tensor w, Tensor k,
   return {y, final, removed, checkpoints};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, std::optional<Tensor> d_final, Tensor r, Tensor w, Tensor k,
-                                                                            Tensor v, Tensor a, Tensor b, std::optional<Tensor> cu_seqlens,
-                                                                            Tensor removed, Tensor checkpoints, std::optional<Tensor> more_dr,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, std::optional<Tensor> d_final, Tensor r, Tensor w,
+                                                                            Tensor k, Tensor v, Tensor a, Tensor b,
+                                                                            std::optional<Tensor> cu_seqlens, Tensor removed,
+                                                                            Tensor checkpoints, std::optional<Tensor> more_dr,
                                                                             std::optional<Tensor> more_dk, std::optional<Tensor> more_dv) {
   const Kernels kernels = kernels_for(r);
   const Documents documents(r, cu_seqlens);

@@ -47,7 +47,8 @@ struct ForwardRows {
       : r(io.r, task, head), w(io.w, task, head), k(io.k, task, head), v(io.v, task, head), a(io.a, task, head), b(io.b, task, head),
         y(io.y, task, head), removed(io.removed, task, head) {}
   INLINE void prefetch(int64_t t) const {
-    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]), prefetch_row<N>(a[t]), prefetch_row<N>(b[t]);
+    prefetch_row<N>(r[t]), prefetch_row<N>(w[t]), prefetch_row<N>(k[t]), prefetch_row<N>(v[t]), prefetch_row<N>(a[t]),
+        prefetch_row<N>(b[t]);
   }
 };
 
@@ -83,7 +84,8 @@ template <int N, class T>
 struct Outputs {
   Rows<N, T> dr, dw, dk, dv, da, db;
   Outputs(const Tensors& io, const Task& task, int64_t head)
-      : dr(io.dr, task, head), dw(io.dw, task, head), dk(io.dk, task, head), dv(io.dv, task, head), da(io.da, task, head), db(io.db, task, head) {}
+      : dr(io.dr, task, head), dw(io.dw, task, head), dk(io.dk, task, head), dv(io.dv, task, head), da(io.da, task, head),
+        db(io.db, task, head) {}
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
-// The scans in segments, for few (sequence, head) pairs with many chunks each. The chunks of a segment are together one affine map of the state,
-// S <- S P + R: P the product of their F, R what they leave of a zero state. Three passes, forwards as backwards:
+// The scans in segments, for few (sequence, head) pairs with many chunks each. The chunks of a segment are together one
+// affine map of the state, S <- S P + R: P the product of their F, R what they leave of a zero state. Three passes,
+// forwards as backwards:
 //   segment_maps   all segments at once: P and R (backwards P alone: gradient_scan, begun with zeros, leaves R);
 //   carry_states   from segment to segment: the state that enters each. In fp32, as P holds the decay that the scans keep exact;
 //   the scan       itself, in all segments at once, each from its state.
@@ -9,8 +10,8 @@
 
 namespace wkv7 {
 
-// Sequences cut into segments of whole chunks, which stand for sequences in a scan: segment j of sequence s is s * each + j. Behind the end of a
-// sequence that is shorter than others they are empty.
+// Sequences cut into segments of whole chunks, which stand for sequences in a scan: segment j of sequence s has the
+// number s * each + j. Behind the end of a sequence that is shorter than others they are empty.
 struct Segments : Sequences {
     int each, tokens;  // segments of a sequence, tokens of a segment
 
@@ -45,10 +46,11 @@ template <int N> struct SegmentShared {
     static constexpr size_t size = scan_stages * stage;
 };
 
-// blockIdx: segment, head, and which matrix: 0 is P, an identity carried through the chunks without their H (stored transposed for the way back);
-// 1 is R. Both are rounded as a scan rounds: to bf16 as a factor only.
+// blockIdx: segment, head, and which matrix: 0 is P, an identity carried through the chunks without their H (stored
+// transposed for the way back); 1 is R. Both are rounded as a scan rounds: to bf16 as a factor only.
 template <int C, int N> __launch_bounds__(N * 2, blocks_per_sm(SegmentShared<N>::size, scan_blocks(N)))
-__global__ void segment_maps(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ scratch, SegmentMatrices out, bool transposed) {
+__global__ void segment_maps(Segments q, const bf16* __restrict__ saved, const bf16* __restrict__ scratch, SegmentMatrices out,
+                             bool transposed) {
     using State = BlockTile<N, N>;
     const int segment = blockIdx.x, head = blockIdx.y, slab = uniform(warp_index()) * 16, lane = lane_index();
     const bool for_P = blockIdx.z == 0;
@@ -74,7 +76,8 @@ __global__ void segment_maps(Segments q, const bf16* __restrict__ saved, const b
         uint32_t h[N / 8][2];
         if (!for_P) {
             const int64_t record = place_of<C>(q, N, segment, chunk * C, head).record;
-            const uint32_t* from = reinterpret_cast<const uint32_t*>(scratch + record * ForwardScratch<C, N>::size + ForwardScratch<C, N>::H) + lane;
+            const uint32_t* from =
+                reinterpret_cast<const uint32_t*>(scratch + record * ForwardScratch<C, N>::size + ForwardScratch<C, N>::H) + lane;
 #pragma unroll
             for (int j = 0; j < N / 8; ++j)
 #pragma unroll
@@ -107,8 +110,8 @@ __global__ void segment_maps(Segments q, const bf16* __restrict__ saved, const b
     });
 }
 
-// Up to 2048 numbers of a state are the share of a block, 16 those of a thread. Shared memory has them twice, for the segments in turn, and the next
-// 16 KB pieces of the P, which wait for no state.
+// Up to 2048 numbers of a state are the share of a block, 16 those of a thread. Shared memory has them twice, for the
+// segments in turn, and the next 16 KB pieces of the P, which wait for no state.
 template <int N> struct CarryShared {
     static constexpr int rows = N < 2048 / N ? N : 2048 / N, threads = rows * N / 16;
     static constexpr int slice = N < 4096 / N ? N : 4096 / N, slices = N / slice, stages = 3;  // rows of P in a piece
@@ -116,12 +119,13 @@ template <int N> struct CarryShared {
     static constexpr size_t size = P + stages * piece;
 };
 
-// blockIdx: sequence, head, and which of the state's rows. A thread has four columns of four rows. begin, end: the states [sequences, H, N, N] that
-// enter the first segment on the way and leave the last; may be null.
+// blockIdx: sequence, head, and which of the state's rows. A thread has four columns of four rows. begin, end: the
+// states [sequences, H, N, N] that enter the first segment on the way and leave the last; may be null.
 template <int N> __launch_bounds__(CarryShared<N>::threads)
 __global__ void carry_states(Segments q, SegmentMatrices m, const float* __restrict__ begin, float* __restrict__ end, bool backwards) {
     using Shared = CarryShared<N>;
-    const int sequence = blockIdx.x, head = blockIdx.y, row0 = threadIdx.x % (Shared::rows / 4) * 4, column0 = threadIdx.x / (Shared::rows / 4) * 4;
+    const int sequence = blockIdx.x, head = blockIdx.y, row0 = threadIdx.x % (Shared::rows / 4) * 4,
+              column0 = threadIdx.x / (Shared::rows / 4) * 4;
     const int used = q.used(sequence), products = used - !end;
     const int64_t mine = int64_t(blockIdx.z * Shared::rows + row0) * N + column0, whole = (int64_t(sequence) * q.H + head) * N * N + mine;
     auto matrix = [&](int i) { return (int64_t(sequence * q.each + (backwards ? used - 1 - i : i)) * q.H + head) * N * N; };
@@ -154,7 +158,8 @@ __global__ void carry_states(Segments q, SegmentMatrices m, const float* __restr
         if (i == products) break;
         const int factor = i % 2 * Shared::state + row0 * 4;  // column by column: all rows of one meet the same number of P
 #pragma unroll
-        for (int j = 0; j < 4; ++j) shared<float4>(factor + (column0 + j) * Shared::rows * 4) = make_float4(S[0][j], S[1][j], S[2][j], S[3][j]);
+        for (int j = 0; j < 4; ++j)
+            shared<float4>(factor + (column0 + j) * Shared::rows * 4) = make_float4(S[0][j], S[1][j], S[2][j], S[3][j]);
 #pragma unroll
         for (int r = 0; r < 4; ++r)
 #pragma unroll
@@ -165,7 +170,8 @@ __global__ void carry_states(Segments q, SegmentMatrices m, const float* __restr
             copy_wait<Shared::stages - 2>();
             __syncthreads();  // the piece is there, and so is the factor; nobody needs the piece before any more
             fetch(piece + Shared::stages - 1);
-            const int column = factor + part * Shared::slice * Shared::rows * 4, P = Shared::P + piece % Shared::stages * Shared::piece + column0 * 4;
+            const int column = factor + part * Shared::slice * Shared::rows * 4,
+                      P = Shared::P + piece % Shared::stages * Shared::piece + column0 * 4;
 #pragma unroll 8
             for (int k = 0; k < Shared::slice; ++k) {
                 const float4 s = shared<float4>(column + k * Shared::rows * 4), p = shared<float4>(P + k * N * 4);
@@ -182,13 +188,14 @@ __global__ void carry_states(Segments q, SegmentMatrices m, const float* __restr
 
 // The last step of both directions, once m has R: the states that enter the segments.
 template <int C, int N>
-int enter_segments(const Segments& q, const bf16* saved, const bf16* scratch, const SegmentMatrices& m, const float* begin, float* end, bool backwards,
-                   void* stream) {
-    const int error = launch(segment_maps<C, N>, dim3(q.count * q.each, q.H, backwards ? 1 : 2), N * 2, SegmentShared<N>::size, stream, q, saved, scratch, m,
-                             backwards);
+int enter_segments(const Segments& q, const bf16* saved, const bf16* scratch, const SegmentMatrices& m, const float* begin, float* end,
+                   bool backwards, void* stream) {
+    const int error = launch(segment_maps<C, N>, dim3(q.count * q.each, q.H, backwards ? 1 : 2), N * 2, SegmentShared<N>::size, stream, q,
+                             saved, scratch, m, backwards);
     if (error) return error;
     using Shared = CarryShared<N>;
-    return launch(carry_states<N>, dim3(q.count, q.H, N / Shared::rows), Shared::threads, Shared::size, stream, q, m, begin, end, backwards);
+    return launch(carry_states<N>, dim3(q.count, q.H, N / Shared::rows), Shared::threads, Shared::size, stream, q, m, begin, end,
+                  backwards);
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ template <class T> struct Inputs {
     const T *r, *w, *k, *v, *a, *b;
     const float* initial_state;
     explicit Inputs(const Wkv7Inputs& in)
-        : r((const T*)in.r), w((const T*)in.w), k((const T*)in.k), v((const T*)in.v), a((const T*)in.a), b((const T*)in.b), initial_state(in.initial_state) {}
+        : r((const T*)in.r), w((const T*)in.w), k((const T*)in.k), v((const T*)in.v), a((const T*)in.a), b((const T*)in.b),
+          initial_state(in.initial_state) {}
 };
 
 template <class T> struct Gradients {
@@ -34,7 +35,8 @@ template <class T> struct Gradients {
 // What the forward leaves for the backward, fp32: the state after each chunk [slots, H, N, N] and s_t = S_{t-1} a_t [B, T, H, N].
 template <int N> struct Saved {
     float *checkpoints, *s;
-    Saved(const Sequences& q, void* memory) : checkpoints((float*)memory), s(checkpoints ? checkpoints + int64_t(q.slots<C>()) * q.H * N * N : nullptr) {}
+    Saved(const Sequences& q, void* memory)
+        : checkpoints((float*)memory), s(checkpoints ? checkpoints + int64_t(q.slots<C>()) * q.H * N * N : nullptr) {}
 };
 
 // Tokens of a chunk in shared memory: rows of N floats, padded so that float4 reads of different rows touch different banks.
@@ -48,10 +50,14 @@ template <int N> struct Tokens {
 
 __device__ __forceinline__ float dot(float4 x, float4 y, float sum) { return sum + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w; }
 
-constexpr int blocks_per_sm(int N) { return N > 32 ? 256 / N : 8; }  // 8 warps: a thread may have 255 registers, its row and its sums need them
+// Blocks on a multiprocessor: of 8 warps together, so that a thread may have 255 registers. Its row and its sums need them.
+constexpr int blocks_per_sm(int N) { return N > 32 ? 256 / N : 8; }
 
 // Token t of the chunk, channel i = the thread; 0 behind the end (then k = v = a = b = r = 0 and d = 1 leave state and gradients alone).
-template <class T> __device__ __forceinline__ float load(const T* x, int64_t offset, bool inside) { return inside ? to_float(x[offset]) : 0.f; }
+template <class T>
+__device__ __forceinline__ float load(const T* x, int64_t offset, bool inside) {
+    return inside ? to_float(x[offset]) : 0.f;
+}
 
 template <class T, int N> __launch_bounds__(N, blocks_per_sm(N))
 __global__ void sequential_forward(Sequences q, Inputs<T> in, T* __restrict__ y, float* __restrict__ final_state, Saved<N> saved) {
@@ -101,7 +107,8 @@ __global__ void sequential_forward(Sequences q, Inputs<T> in, T* __restrict__ y,
             if (saved.s) saved.s[x] = s;
         }
         if (saved.checkpoints) {
-            float4* row = reinterpret_cast<float4*>(saved.checkpoints + (int64_t(q.first_slot<C>(sequence) + t0 / C) * q.H + head) * N * N + i * N);
+            float4* row =
+                reinterpret_cast<float4*>(saved.checkpoints + (int64_t(q.first_slot<C>(sequence) + t0 / C) * q.H + head) * N * N + i * N);
 #pragma unroll
             for (int j = 0; j < N; j += 4) row[j / 4] = make_float4(S[j], S[j + 1], S[j + 2], S[j + 3]);
         }
@@ -118,8 +125,8 @@ constexpr int table_stride = C + 1;
 template <int N> constexpr size_t backward_shared = (10 * Tokens<N>::size + 4 * C * table_stride) * sizeof(float);
 
 template <class T, int N> __launch_bounds__(N, blocks_per_sm(N))
-__global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, const T* __restrict__ dy_, const float* __restrict__ d_final_state,
-                                    Gradients<T> out) {
+__global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, const T* __restrict__ dy_,
+                                    const float* __restrict__ d_final_state, Gradients<T> out) {
     const int sequence = blockIdx.x, head = blockIdx.y, i = threadIdx.x;
     const int start = q.start(sequence), length = q.length(sequence);
     const int64_t state_block = (int64_t(sequence) * q.H + head) * N * N;
@@ -161,7 +168,7 @@ __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, c
         for (int t = 0; t < C; ++t) dk[t] = db[t] = 0.f;
 #pragma unroll 1
         for (int row = 0; row < N; row += C) {
-            if (row) __syncthreads();  // of what the chunk before has left there nobody reads any more
+            if (row) __syncthreads();  // first: of what the chunk before has left there nobody reads any more
             if (i >= row && i < row + C) {
 #pragma unroll
                 for (int j = 0; j < N; ++j) slab.at(i - row, j) = G[j];
@@ -282,28 +289,31 @@ __global__ void sequential_backward(Sequences q, Inputs<T> in, Saved<N> saved, c
     }
 }
 
-template <class T, int N> int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void* y, float* final_state, void* saved, void* stream) {
+template <class T, int N>
+int forward(const Wkv7Shape& shape, const Wkv7Inputs& in, void* y, float* final_state, void* saved, void* stream) {
     const Sequences q = sequences_of(shape);
-    return launch(sequential_forward<T, N>, dim3(q.count, q.H), N, forward_shared<N>, stream, q, Inputs<T>(in), (T*)y, final_state, Saved<N>(q, saved));
+    return launch(sequential_forward<T, N>, dim3(q.count, q.H), N, forward_shared<N>, stream, q, Inputs<T>(in), (T*)y, final_state,
+                  Saved<N>(q, saved));
 }
 
 template <class T, int N>
-int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, const void* dy, const float* d_final_state, const Wkv7Gradients& out, void* stream) {
+int backward(const Wkv7Shape& shape, const Wkv7Inputs& in, const void* saved, const void* dy, const float* d_final_state,
+             const Wkv7Gradients& out, void* stream) {
     const Sequences q = sequences_of(shape);
-    return launch(sequential_backward<T, N>, dim3(q.count, q.H), N, backward_shared<N>, stream, q, Inputs<T>(in), Saved<N>(q, const_cast<void*>(saved)),
-                  (const T*)dy, d_final_state, Gradients<T>(out));
+    return launch(sequential_backward<T, N>, dim3(q.count, q.H), N, backward_shared<N>, stream, q, Inputs<T>(in),
+                  Saved<N>(q, const_cast<void*>(saved)), (const T*)dy, d_final_state, Gradients<T>(out));
 }
 
 }  // namespace
 }  // namespace wkv7
 
-#define WKV7_DISPATCH(function, ...)                                                                                             \
-    switch (wkv7::valid(*shape) ? shape->N : 0) {                                                                                \
+#define WKV7_DISPATCH(function, ...)                                                                                                  \
+    switch (wkv7::valid(*shape) ? shape->N : 0) {                                                                                     \
         case 16: return dtype == WKV7_BF16 ? wkv7::function<wkv7::bf16, 16>(__VA_ARGS__) : wkv7::function<float, 16>(__VA_ARGS__);    \
         case 32: return dtype == WKV7_BF16 ? wkv7::function<wkv7::bf16, 32>(__VA_ARGS__) : wkv7::function<float, 32>(__VA_ARGS__);    \
         case 64: return dtype == WKV7_BF16 ? wkv7::function<wkv7::bf16, 64>(__VA_ARGS__) : wkv7::function<float, 64>(__VA_ARGS__);    \
         case 128: return dtype == WKV7_BF16 ? wkv7::function<wkv7::bf16, 128>(__VA_ARGS__) : wkv7::function<float, 128>(__VA_ARGS__); \
-        default: return WKV7_UNSUPPORTED;                                                                                        \
+        default: return WKV7_UNSUPPORTED;                                                                                             \
     }
 
 extern "C" int64_t wkv7_sequential_saved_bytes(const Wkv7Shape* shape) {
@@ -311,7 +321,8 @@ extern "C" int64_t wkv7_sequential_saved_bytes(const Wkv7Shape* shape) {
     return 4 * N * shape->H * (slots * N + int64_t(shape->B) * shape->T);
 }
 
-extern "C" int wkv7_sequential_forward(const Wkv7Shape* shape, int dtype, const Wkv7Inputs* in, void* y, float* final_state, void* saved, void* stream) {
+extern "C" int wkv7_sequential_forward(const Wkv7Shape* shape, int dtype, const Wkv7Inputs* in, void* y, float* final_state, void* saved,
+                                       void* stream) {
     WKV7_DISPATCH(forward, *shape, *in, y, final_state, saved, stream)
 }
 

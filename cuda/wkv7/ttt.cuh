@@ -1,8 +1,9 @@
-// Test-time training of the state inside the scans: a gradient step after each segment, its derivative, and what keys, rate and prediction head earn by it.
-// RWKV-v7/docs/wkv7_chunked.md has the formulas.
+// Test-time training of the state inside the scans: a gradient step after each segment, its derivative, and what keys,
+// rate and prediction head earn by it. RWKV-v7/docs/wkv7_chunked.md has the formulas.
 //
-// The state's rows stay in the registers of the warps that carry them. Their products with the keys, which are bf16 as they come, run on the tensor cores with
-// the other factor as the sum of two bf16 numbers: relative error 2^-17. The head, small, is plain fp32 on all threads.
+// The state's rows stay in the registers of the warps that carry them. Their products with the keys, which are bf16 as
+// they come, run on the tensor cores with the other factor as the sum of two bf16 numbers: relative error 2^-17. The
+// head, small, is plain fp32 on all threads.
 #pragma once
 
 #include "chunk.cuh"
@@ -35,16 +36,16 @@ struct Steps {
     }
 
     static bool valid(const Wkv7Shape& s, const Wkv7Steps& t) {
-        return !s.cu_seqlens && s.segment_chunks == 0 && t.rows >= 8 && t.rows % 8 == 0 && t.rows <= s.N && t.hidden >= 0 && t.hidden <= 32 &&
-               (t.hidden == 0 || t.head) && t.segment >= 1 && t.segment % chunk_tokens(s.N) == 0;
+        return !s.cu_seqlens && s.segment_chunks == 0 && t.rows >= 8 && t.rows % 8 == 0 && t.rows <= s.N && t.hidden >= 0 &&
+               t.hidden <= 32 && (t.hidden == 0 || t.head) && t.segment >= 1 && t.segment % chunk_tokens(s.N) == 0;
     }
     static int steps(const Wkv7Shape& s, const Wkv7Steps& t) { return (s.T - 1) / t.segment; }
     static int64_t core_bytes(const Wkv7Shape& s, const Wkv7Steps& t) { return int64_t(4) * steps(s, t) * s.B * s.H * t.rows * s.N; }
     static int64_t mask_bytes(const Wkv7Shape& s, const Wkv7Steps& t) { return t.hidden ? int64_t(4) * s.B * s.T * s.H : 0; }
     Steps(const Wkv7Shape& s, const Wkv7Steps& t, const Wkv7Inputs& in, void* saved, void* scratch)
-        : rows(t.rows), hidden(t.hidden), segment(t.segment), count(steps(s, t)), sequences(s.B), stored(t.stored), rate(t.rate), head(t.head),
-          k((const bf16*)in.k), v((const bf16*)in.v), a((const bf16*)in.a), cores((float*)saved), masks((uint32_t*)((char*)saved + core_bytes(s, t))),
-          d_cores((float*)scratch) {}
+        : rows(t.rows), hidden(t.hidden), segment(t.segment), count(steps(s, t)), sequences(s.B), stored(t.stored), rate(t.rate),
+          head(t.head), k((const bf16*)in.k), v((const bf16*)in.v), a((const bf16*)in.a), cores((float*)saved),
+          masks((uint32_t*)((char*)saved + core_bytes(s, t))), d_cores((float*)scratch) {}
 };
 
 namespace {
@@ -56,9 +57,11 @@ struct Rows32 {
     __device__ __forceinline__ float4& four(int t, int i) const { return shared<float4>(base + (t * stride + i) * 4); }
 };
 
-__host__ __device__ constexpr int step_tokens(int N) { return N == 16 || N == 128 ? 32 : 64; }  // that a scan treats at a time: they divide a chunk
+// Tokens that a step treats at a time. They divide a chunk.
+__host__ __device__ constexpr int step_tokens(int N) { return N == 16 || N == 128 ? 32 : 64; }
 
-// n tokens of a segment in shared memory: keys, targets' values and factors (or masks), and `copies` times a value for each row and for each hidden unit.
+// n tokens of a segment in shared memory: keys, targets' values and factors (or masks), and `copies` times a value for
+// each row and for each hidden unit.
 template <int N, int n, int copies> struct StepTokens {
     Tile<n, N> keys;  // first: it wants the alignment of its base
     int rows, hidden, planes, layers, values, factors;
@@ -69,18 +72,21 @@ template <int N, int n, int copies> struct StepTokens {
         return n * (N * 2 + copies * (row_stride(rows) + (hidden | 1)) * 4 + rows * 2 + 4);
     }
     __device__ StepTokens(int base, int rows_, int hidden_)
-        : keys{base}, rows(rows_), hidden(hidden_), planes(keys.end()), values(planes + copies * n * row_stride(rows) * 4), factors(values + n * rows * 2) {
+        : keys{base}, rows(rows_), hidden(hidden_), planes(keys.end()), values(planes + copies * n * row_stride(rows) * 4),
+          factors(values + n * rows * 2) {
         layers = factors + n * 4;
     }
     __device__ __forceinline__ Rows32 plane(int i) const { return {planes + i * n * row_stride(rows) * 4, row_stride(rows)}; }
     __device__ __forceinline__ Rows32 layer(int i) const { return {layers + i * n * (hidden | 1) * 4, hidden | 1}; }
 
-    // Keys and values; k . kk, the factor of targets that are what the delta rule has stored, or 1. All threads; visible behind the caller's next barrier.
+    // Keys and values; k . kk, the factor of targets that are what the delta rule has stored, or 1. All threads;
+    // visible behind the caller's next barrier.
     __device__ __forceinline__ void load(const Steps& p, int64_t first, int stride) const {
         copy_tokens(keys, p.a + first, stride, n);
         const int pieces = rows / 8, thread = forget(threadIdx.x);
 #pragma unroll 1
-        for (int i = thread; i < n * pieces; i += 2 * N) copy_async(values + i * 16, p.v + first + int64_t(i / pieces) * stride + i % pieces * 8, true);
+        for (int i = thread; i < n * pieces; i += 2 * N)
+            copy_async(values + i * 16, p.v + first + int64_t(i / pieces) * stride + i % pieces * 8, true);
         copy_commit();
         constexpr int sharing = 2 * N / n, channels = N / sharing;  // threads of a token, and what each has
         const int t = thread / sharing, channel0 = thread % sharing * channels;
@@ -134,7 +140,8 @@ template <int N, int n, int copies> struct StepTokens {
         }
     }
     // to[t] = f(t, from[t] + W^T h[t]), four rows of it at a time
-    template <class F> __device__ __forceinline__ void from_hidden(const Rows32& from, const Rows32& to, const Rows32& h, const float* W, F f) const {
+    template <class F>
+    __device__ __forceinline__ void from_hidden(const Rows32& from, const Rows32& to, const Rows32& h, const float* W, F f) const {
         for (int job = threadIdx.x; job < n * rows / 4; job += 2 * N) {
             const int t = job % n, i = job / n * 4;
             float4 x = from.four(t, i);
@@ -172,7 +179,9 @@ template <int N, int n, int copies> struct StepTokens {
                 multiply<true>(d, rounded, keys, {0, 1}, {0, 2}, t, k * 16, lane);
                 multiply<true>(d, rest, keys, {0, 1}, {0, 2}, t, k * 16, lane);
             }
-            for_pairs(d, slab, [&](int row, int column, float x, float y) { to.at(t + column, row) = sign * x, to.at(t + column + 1, row) = sign * y; });
+            for_pairs(d, slab, [&](int row, int column, float x, float y) {
+                to.at(t + column, row) = sign * x, to.at(t + column + 1, row) = sign * y;
+            });
         }
     }
     // The same from rows in global memory; those of a lane are the ones that for_pairs gives it.
@@ -211,16 +220,21 @@ template <int N> int scan_bytes(int stages, const Wkv7Steps& t) {
     return needed <= stages / scan_stages ? stages : stages + needed;
 }
 
-// A step of one sequence and head, after segment `number`; below 0: none. S: 16 rows of the state in each warp, all of them in the block; backwards those
-// of its gradient. stage: that of the chunk before, which nobody reads any more. All threads, behind a barrier; ends with one.
+// A step of one sequence and head, after segment `number`; below 0: none. S: 16 rows of the state in each warp, all of
+// them in the block; backwards those of its gradient. stage: that of the chunk before, which nobody reads any more. All
+// threads, behind a barrier; ends with one.
 //
-// The way back has the same program: with e = G a in the place of u, without targets, and with the hidden units chosen that were above zero on the way there.
+// The way back has the same program: with e = G a in the place of u, without targets, and with the hidden units chosen
+// that were above zero on the way there.
 template <int N, bool backwards>
-__device__ __forceinline__ void make_step(const Steps& p, int T, int H, Sums<N>& S, int slab, int number, int sequence, int head, int stage, int stage_bytes) {
+__device__ __forceinline__ void make_step(const Steps& p, int T, int H, Sums<N>& S, int slab, int number, int sequence, int head, int stage,
+                                          int stage_bytes) {
     if (number < 0) return;
     constexpr int n = step_tokens(N);
-    const int base = ScanTokens<N>::bytes(p.rows, p.hidden) <= stage_bytes ? stage * stage_bytes : scan_stages * stage_bytes, stride = H * N;
-    const ScanTokens<N> tokens(forget(base), forget(p.rows), forget(p.hidden));  // or else addresses made of them wait in registers through all chunks
+    const int base = ScanTokens<N>::bytes(p.rows, p.hidden) <= stage_bytes ? stage * stage_bytes : scan_stages * stage_bytes,
+              stride = H * N;
+    // Forgotten, or else addresses made of them wait in registers through all chunks.
+    const ScanTokens<N> tokens(forget(base), forget(p.rows), forget(p.hidden));
     const Rows32 plane = tokens.plane(0), layer = tokens.layer(0);
     const bool owner = uniform(slab) < p.rows;
     const float rate = p.rate[head];
@@ -239,7 +253,8 @@ __device__ __forceinline__ void make_step(const Steps& p, int T, int H, Sums<N>&
         if (owner) {
             const float sign = backwards ? 1.f : -1.f;
             if (t0 == 0)
-                tokens.project(plane, slab, sign, [&](int k, int i) { return make_float2(S[2 * k + i / 2][i % 2 * 2], S[2 * k + i / 2][i % 2 * 2 + 1]); });
+                tokens.project(plane, slab, sign,
+                               [&](int k, int i) { return make_float2(S[2 * k + i / 2][i % 2 * 2], S[2 * k + i / 2][i % 2 * 2 + 1]); });
             else  // the registers have gone on
                 tokens.project_stored(plane, slab, sign, core);
         }
@@ -279,7 +294,8 @@ __device__ __forceinline__ void make_step(const Steps& p, int T, int H, Sums<N>&
 }
 
 // All threads: the tokens of segment `number` on their way to the cache while the chunk before the step is computed.
-template <int N> __device__ __forceinline__ void fetch_ahead(const Steps& p, int T, int H, int number, int sequence, int head, bool targets) {
+template <int N>
+__device__ __forceinline__ void fetch_ahead(const Steps& p, int T, int H, int number, int sequence, int head, bool targets) {
     if (number < 0) return;
     constexpr int lines = (N * 2 + 127) / 128;
     const int64_t first = ((int64_t(sequence) * T + int64_t(number) * p.segment) * H + head) * N;
@@ -292,13 +308,15 @@ template <int N> __device__ __forceinline__ void fetch_ahead(const Steps& p, int
     }
 }
 
-// blockIdx: segment and sequence, head. With P the rows before the step and G the gradient after it (ttt: all tokens of the segment at once):
+// blockIdx: segment and sequence, head. With S the rows before the step and G the gradient after it, for each token:
 //     da += rate (G^T slope - S^T d_u)        sums [1 + 2 hidden rows]: d rate, dW1, dW2^T
-// where d_u is the gradient of u over rate. From the forward's formulas and from the backward's, both anew.
+// slope and d_u are s and q of RWKV-v7/docs/wkv7_chunked.md; rate d_u is the gradient of u. The forward's formulas and
+// the backward's are both computed anew.
 template <int N> __launch_bounds__(N * 2, N == 128 ? 1 : 192 / N)
 __global__ void step_gradients(Steps p, int T, int H, bf16* __restrict__ da, float* __restrict__ sums_) {
     constexpr int n = 32;
-    const int number = blockIdx.x / p.sequences, sequence = blockIdx.x % p.sequences, head = blockIdx.y, slab = warp_index() * 16, stride = H * N;
+    const int number = blockIdx.x / p.sequences, sequence = blockIdx.x % p.sequences, head = blockIdx.y, slab = warp_index() * 16,
+              stride = H * N;
     const StepTokens<N, n, 4> tokens(0, p.rows, p.hidden);
     const Rows32 u = tokens.plane(0), miss = tokens.plane(1), e = tokens.plane(2), d_miss = tokens.plane(3);
     const Rows32 hid = tokens.layer(0), inner = tokens.layer(1), d_inner = tokens.layer(2), d_hid = tokens.layer(3);
@@ -346,7 +364,8 @@ __global__ void step_gradients(Steps p, int T, int H, bf16* __restrict__ da, flo
             __syncthreads();
         }
         const Rows32 slope = miss, d_u = d_miss;
-        for (int job = threadIdx.x; job < n * p.rows; job += 2 * N) d_rate += slope.at(job / p.rows, job % p.rows) * e.at(job / p.rows, job % p.rows);
+        for (int job = threadIdx.x; job < n * p.rows; job += 2 * N)
+            d_rate += slope.at(job / p.rows, job % p.rows) * e.at(job / p.rows, job % p.rows);
         const int j = threadIdx.x % (N / 2) * 2, t1 = threadIdx.x / (N / 2);
         float2 x[n / 4];
 #pragma unroll
@@ -362,8 +381,10 @@ __global__ void step_gradients(Steps p, int T, int H, bf16* __restrict__ da, flo
 #pragma unroll
             for (int t = 0; t < n / 4; ++t) {
                 const float4 y = slope.four(t * 4 + t1, i), d = d_u.four(t * 4 + t1, i);
-                x[t].x += g[0].x * y.x - s[0].x * d.x + g[1].x * y.y - s[1].x * d.y + g[2].x * y.z - s[2].x * d.z + g[3].x * y.w - s[3].x * d.w;
-                x[t].y += g[0].y * y.x - s[0].y * d.x + g[1].y * y.y - s[1].y * d.y + g[2].y * y.z - s[2].y * d.z + g[3].y * y.w - s[3].y * d.w;
+                x[t].x +=
+                    g[0].x * y.x - s[0].x * d.x + g[1].x * y.y - s[1].x * d.y + g[2].x * y.z - s[2].x * d.z + g[3].x * y.w - s[3].x * d.w;
+                x[t].y +=
+                    g[0].y * y.x - s[0].y * d.x + g[1].y * y.y - s[1].y * d.y + g[2].y * y.z - s[2].y * d.z + g[3].y * y.w - s[3].y * d.w;
             }
         }
 #pragma unroll
@@ -372,7 +393,8 @@ __global__ void step_gradients(Steps p, int T, int H, bf16* __restrict__ da, flo
             const float2 others = unpack(pair);
             pair = pack(others.x + rate * x[t].x, others.y + rate * x[t].y);
         }
-        // No barrier: the keys and values that the next copies overwrite were last read before those above, all else is written behind that of `load`.
+        // No barrier: the keys and values that the next copies overwrite were last read before those above, all else is
+        // written behind that of `load`.
     }
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) d_rate += __shfl_xor_sync(~0u, d_rate, mask);

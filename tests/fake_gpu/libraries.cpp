@@ -1,4 +1,5 @@
-// cuBLAS and NCCL of the fake GPU. cuBLAS takes what it is given and computes nothing: operators.cpp does. NCCL's processes exchange files in /dev/shm.
+// cuBLAS and NCCL of the fake GPU. cuBLAS takes what it is given and computes nothing: operators.cpp does. NCCL's
+// processes exchange files in /dev/shm.
 #include "runtime.h"
 
 #include <fcntl.h>
@@ -18,11 +19,11 @@
 #define TAKES(name) \
   API int name() { return 0; }
 TAKES(cublasDestroy_v2) TAKES(cublasSetMathMode) TAKES(cublasSetPointerMode_v2) TAKES(cublasSetStream_v2) TAKES(cublasSetWorkspace_v2)
-TAKES(cublasGemmEx) TAKES(cublasGemmStridedBatchedEx) TAKES(cublasSgemm_v2) TAKES(cublasDgemm_v2) TAKES(cublasSgemmEx) TAKES(cublasSgemmStridedBatched)
-TAKES(cublasDgemmStridedBatched) TAKES(cublasSgemv_v2) TAKES(cublasDgemv_v2) TAKES(cublasSdot_v2) TAKES(cublasDdot_v2) TAKES(cublasDotEx)
-TAKES(cublasStrsm_v2) TAKES(cublasDtrsm_v2) TAKES(cublasStrsmBatched) TAKES(cublasDtrsmBatched) TAKES(cublasLtMatmul) TAKES(cublasLtMatmulDescDestroy)
-TAKES(cublasLtMatmulDescSetAttribute) TAKES(cublasLtMatmulPreferenceDestroy) TAKES(cublasLtMatmulPreferenceSetAttribute) TAKES(cublasLtMatrixLayoutDestroy)
-TAKES(cublasLtMatrixLayoutSetAttribute)
+TAKES(cublasGemmEx) TAKES(cublasGemmStridedBatchedEx) TAKES(cublasSgemm_v2) TAKES(cublasDgemm_v2) TAKES(cublasSgemmEx)
+TAKES(cublasSgemmStridedBatched) TAKES(cublasDgemmStridedBatched) TAKES(cublasSgemv_v2) TAKES(cublasDgemv_v2) TAKES(cublasSdot_v2)
+TAKES(cublasDdot_v2) TAKES(cublasDotEx) TAKES(cublasStrsm_v2) TAKES(cublasDtrsm_v2) TAKES(cublasStrsmBatched) TAKES(cublasDtrsmBatched)
+TAKES(cublasLtMatmul) TAKES(cublasLtMatmulDescDestroy) TAKES(cublasLtMatmulDescSetAttribute) TAKES(cublasLtMatmulPreferenceDestroy)
+TAKES(cublasLtMatmulPreferenceSetAttribute) TAKES(cublasLtMatrixLayoutDestroy) TAKES(cublasLtMatrixLayoutSetAttribute)
 static int handle;  // something that is not null
 API int cublasCreate_v2(void** made) { return *made = &handle, 0; }
 API int cublasGetMathMode(void*, int* mode) { return *mode = 0; }
@@ -74,7 +75,8 @@ Bytes take(const std::string& file, size_t n) {
   Bytes bytes(n);
   struct stat found;
   const int from = open(file.c_str(), O_RDONLY);
-  if (fstat(from, &found) || size_t(found.st_size) != n) end(file + " has " + std::to_string(found.st_size) + " bytes, not " + std::to_string(n) + ": the ranks differ");
+  if (fstat(from, &found) || size_t(found.st_size) != n)
+    end(file + " has " + std::to_string(found.st_size) + " bytes, not " + std::to_string(n) + ": the ranks differ");
   for (size_t done = 0; done < n;) done += read(from, bytes.data() + done, n - done);
   close(from);
   unlink(file.c_str());
@@ -87,7 +89,8 @@ std::vector<Bytes> exchanged(const Group& group, uint64_t call, const void* mine
   for (int rank = 0; rank < group.size; rank++)
     if (rank != group.rank) put(file_of(group.name, group.rank, rank, call), mine, n);
   for (int rank = 0; rank < group.size; rank++)
-    all[rank] = rank == group.rank ? Bytes(static_cast<const char*>(mine), static_cast<const char*>(mine) + n) : take(file_of(group.name, rank, group.rank, call), n);
+    all[rank] = rank == group.rank ? Bytes(static_cast<const char*>(mine), static_cast<const char*>(mine) + n)
+                                   : take(file_of(group.name, rank, group.rank, call), n);
   return all;
 }
 
@@ -170,7 +173,8 @@ API int ncclCommSplit(void* communicator, int color, int key, void** made, void*
   }
   std::sort(members.begin(), members.end());
   const int rank = int(std::find(members.begin(), members.end(), std::pair(key, group->rank)) - members.begin());
-  *made = color < 0 ? nullptr : new Group{group->name + "-" + std::to_string(call) + "-" + std::to_string(color), rank, int(members.size())};
+  *made =
+      color < 0 ? nullptr : new Group{group->name + "-" + std::to_string(call) + "-" + std::to_string(color), rank, int(members.size())};
   return 0;
 }
 API int ncclCommCount(void* group, int* size) { return *size = of(group)->size, 0; }
@@ -196,19 +200,23 @@ API int ncclReduceScatter(const void* from, void* to, size_t n, int dtype, int o
 }
 API int ncclAllGather(const void* from, void* to, size_t n, int dtype, void* group, cudaStream_t stream) {
   return collective(group, stream, from, bytes_of(n, dtype), [=](const auto& all) {
-    for (size_t rank = 0; rank < all.size(); rank++) memcpy(static_cast<char*>(to) + rank * all[rank].size(), all[rank].data(), all[rank].size());
+    for (size_t rank = 0; rank < all.size(); rank++)
+      memcpy(static_cast<char*>(to) + rank * all[rank].size(), all[rank].data(), all[rank].size());
   });
 }
 API int ncclBroadcast(const void* from, void* to, size_t n, int dtype, int root, void* group, cudaStream_t stream) {
   const void* mine = of(group)->rank == root ? from : to;
   return collective(group, stream, mine, bytes_of(n, dtype), [=](const auto& all) { memcpy(to, all[root].data(), all[root].size()); });
 }
-API int ncclBcast(void* place, size_t n, int dtype, int root, void* group, cudaStream_t stream) { return ncclBroadcast(place, place, n, dtype, root, group, stream); }
+API int ncclBcast(void* place, size_t n, int dtype, int root, void* group, cudaStream_t stream) {
+  return ncclBroadcast(place, place, n, dtype, root, group, stream);
+}
 API int ncclSend(const void* from, size_t n, int dtype, int peer, void* group, cudaStream_t stream) {
   const std::string file = file_of(of(group)->name + ".peer", of(group)->rank, peer, of(group)->sent[peer]++);
   return fake_gpu_submit(stream, [=] { put(file, from, bytes_of(n, dtype)); }), 0;
 }
-API int ncclRecv(void* to, size_t n, int dtype, int peer, void* group, cudaStream_t stream) {  // one before its own send, in a group, waits for ever
+// One that comes before its own send, in a group, waits for ever.
+API int ncclRecv(void* to, size_t n, int dtype, int peer, void* group, cudaStream_t stream) {
   const std::string file = file_of(of(group)->name + ".peer", peer, of(group)->rank, of(group)->received[peer]++);
   return fake_gpu_submit(stream, [=] { memcpy(to, take(file, bytes_of(n, dtype)).data(), bytes_of(n, dtype)); }), 0;
 }

@@ -1,5 +1,6 @@
-// What torch's own operators compute on the fake GPU. Each runs as on any GPU, down to its kernels, which do nothing (runtime.cpp): so it makes the outputs,
-// takes the memory and asks for what it would ask for there. Then its form for the CPU, over the same memory, is put on the stream.
+// What torch's own operators compute on the fake GPU. Each runs as on any GPU, down to its kernels, which do nothing
+// (runtime.cpp): so it makes the outputs, takes the memory and asks for what it would ask for there. Then its form for
+// the CPU, over the same memory, is put on the stream.
 //
 // The operators of the package are not touched: their kernels are emulated, and put themselves on the stream (run.py).
 // What the CPU has no form of (flash attention, say) is left undone and named on stderr; so is what ends in an error there.
@@ -28,9 +29,11 @@ using Without = c10::impl::ExcludeDispatchKeyGuard;
 using Maybe = std::optional<Tensor>;
 using torch::jit::Stack;
 
-// Fake is a key between autograd and the devices, meant for libraries outside torch. `enable` puts it on for a thread; threads of autograd inherit it.
+// Fake is a key between autograd and the devices, meant for libraries outside torch. `enable` puts it on for a thread;
+// threads of autograd inherit it.
 const DispatchKeySet HERE(DispatchKey::Fake);
-const DispatchKeySet ABOVE_THE_CPU = HERE | c10::autograd_dispatch_keyset_with_ADInplaceOrView | DispatchKeySet({DispatchKey::AutocastCUDA, DispatchKey::AutocastCPU});
+const DispatchKeySet ABOVE_THE_CPU =
+    HERE | c10::autograd_dispatch_keyset_with_ADInplaceOrView | DispatchKeySet({DispatchKey::AutocastCUDA, DispatchKey::AutocastCPU});
 
 Tensor on_cpu(const Tensor& x) {
   if (!x.defined()) return x;
@@ -71,10 +74,12 @@ std::optional<c10::Device> gpu_of(const IValue& value) {
   return std::nullopt;
 }
 
-// Whether the operator has kernels of its own; what only looks at memory in another way, makes it, or calls other operators is left as it is.
+// Whether the operator has kernels of its own; what only looks at memory in another way, makes it, or calls other
+// operators is left as it is.
 bool computes(const OperatorHandle& op) {
-  static const std::set<std::string> memory_alone = {"aten::empty", "aten::empty_strided", "aten::set_", "aten::resize_", "aten::_local_scalar_dense", "aten::record_stream",
-                                                     "aten::is_pinned", "aten::_pin_memory", "aten::as_strided", "aten::view", "aten::_reshape_alias", "aten::unfold"};
+  static const std::set<std::string> memory_alone = {
+      "aten::empty", "aten::empty_strided", "aten::set_", "aten::resize_", "aten::_local_scalar_dense", "aten::record_stream",
+      "aten::is_pinned", "aten::_pin_memory", "aten::as_strided", "aten::view", "aten::_reshape_alias", "aten::unfold"};
   thread_local std::unordered_map<c10::OperatorName, bool> known;
   const auto [found, fresh] = known.try_emplace(op.operator_name(), false);
   if (!fresh) return found->second;
@@ -87,8 +92,8 @@ bool computes(const OperatorHandle& op) {
 
 // Whether the shape of what comes out, or a number for the host, depends on what is computed: then a GPU waits.
 bool waits(const OperatorHandle& op, const Stack& inputs) {
-  static const std::set<std::string> names = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
-                                              "aten::equal", "aten::repeat_interleave"};
+  static const std::set<std::string> names = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
+                                              "aten::unique_consecutive", "aten::bincount", "aten::equal", "aten::repeat_interleave"};
   if (op.schema().name() == "aten::index")
     for (const Maybe& x : inputs[1].toOptionalTensorList().vec())
       if (x && x->defined() && (x->scalar_type() == at::kBool || x->scalar_type() == at::kByte)) return true;
@@ -97,7 +102,8 @@ bool waits(const OperatorHandle& op, const Stack& inputs) {
 
 void run_on_cpu(const OperatorHandle& op, Stack& stack) {
   const Stack inputs = stack;
-  if (op.schema().name() == "aten::log_sigmoid_backward") stack[2] = at::exp(-at::abs(stack[1].toTensor()));  // the CPU's buffer, which the GPU has not
+  // Its buffer is the CPU's alone; the GPU has none.
+  if (op.schema().name() == "aten::log_sigmoid_backward") stack[2] = at::exp(-at::abs(stack[1].toTensor()));
   try {
     op.callBoxed(&stack);
   } catch (const c10::Error& error) {

@@ -1,8 +1,9 @@
 // A CUDA runtime without a GPU, for a torch that is built for CUDA: loaded before the real one (LD_PRELOAD, see run.py).
 //
-// Memory of a "GPU" is the host's, filled with NaN when it is given out. A stream is a queue: its work runs at once or, with FAKE_GPU_LAZY=1, as late
-// as synchronisation allows, so that what reads a result too early, or changes an input too early, shows. A graph is the list of what its streams were
-// given while they captured. What CUDA forbids while somebody captures is an error here too. Kernels of torch's own libraries are not run: operators.cpp.
+// Memory of a "GPU" is the host's, filled with NaN when it is given out (up to 64 MiB). A stream is a queue: its work runs at once or,
+// with FAKE_GPU_LAZY=1, as late as synchronisation allows, so that what reads a result too early, or changes an input
+// too early, shows. A graph is the list of what its streams were given while they captured. What CUDA forbids while
+// somebody captures is an error here too. Kernels of torch's own libraries are not run: operators.cpp.
 //
 // FAKE_GPUS: how many there are (1); FAKE_GPU_GIB: memory of each (141); FAKE_GPU_NAME.
 #include "runtime.h"
@@ -180,7 +181,9 @@ API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
   found->maxThreadsPerBlock = 1024, found->numRegs = 32, found->binaryVersion = found->ptxVersion = 90;
   return cudaSuccess;
 }
-API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void*, int, size_t, unsigned) { return *n = 2, cudaSuccess; }
+API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void*, int, size_t, unsigned) {
+  return *n = 2, cudaSuccess;
+}
 API cudaError_t cudaGetSymbolAddress(void** place, const void* symbol) { return *place = const_cast<void*>(symbol), cudaSuccess; }
 API cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) { return cudaSuccess; }
 
@@ -200,7 +203,8 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int chosen) {
   p->pciBusID = chosen + 1, p->totalGlobalMem = memory(), p->major = 9, p->multiProcessorCount = 132, p->warpSize = 32;
   p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64, p->maxThreadsPerMultiProcessor = 2048;
   p->maxGridSize[0] = INT32_MAX, p->maxGridSize[1] = p->maxGridSize[2] = 65535, p->regsPerBlock = p->regsPerMultiprocessor = 65536;
-  p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10, p->l2CacheSize = 60 << 20;
+  p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10,
+  p->l2CacheSize = 60 << 20;
   p->unifiedAddressing = p->concurrentKernels = p->canMapHostMemory = p->managedMemory = p->cooperativeLaunch = 1;
   return cudaSuccess;
 }
@@ -225,24 +229,33 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
   }
   return cudaSuccess;
 }
-API cudaError_t cudaDeviceGetPCIBusId(char* text, int size, int chosen) { return snprintf(text, size, "0000:%02x:00.0", chosen + 1), cudaSuccess; }
+API cudaError_t cudaDeviceGetPCIBusId(char* text, int size, int chosen) {
+  return snprintf(text, size, "0000:%02x:00.0", chosen + 1), cudaSuccess;
+}
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { return *least = 0, *greatest = -5, cudaSuccess; }
 API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 1, cudaSuccess; }
 API cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
 API cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) { return *pool = nullptr, cudaSuccess; }
-API cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr, void* value) { return *static_cast<uint64_t*>(value) = 0, cudaSuccess; }
+API cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr, void* value) {
+  return *static_cast<uint64_t*>(value) = 0, cudaSuccess;
+}
 API cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
 API cudaError_t cudaMemPoolSetAccess(cudaMemPool_t, const cudaMemAccessDesc*, size_t) { return cudaSuccess; }
 API cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) { return cudaSuccess; }
 API cudaError_t cudaProfilerStart() { return cudaSuccess; }
 API cudaError_t cudaProfilerStop() { return cudaSuccess; }
-API cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+API cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                                 cudaDriverEntryPointQueryResult* result) {
   *function = reinterpret_cast<void*>(+[] { return 0; });
   if (result) *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
-API const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "an error of the fake GPU"; }
-API const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the fake GPU"; }
+API const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "an error of the fake GPU";
+}
+API const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the fake GPU";
+}
 API cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
 API cudaError_t cudaPeekAtLastError() { return last; }
 
@@ -279,7 +292,8 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMe
   const Lock lock(mutex);
   const Block *target = block_of(to), *source = block_of(from);
   const bool to_gpu = target && target->kind == Kind::device, from_gpu = source && source->kind == Kind::device;
-  if ((kind == cudaMemcpyHostToDevice && !to_gpu) || (kind == cudaMemcpyDeviceToHost && !from_gpu) || (kind == cudaMemcpyDeviceToDevice && !(to_gpu && from_gpu)))
+  if ((kind == cudaMemcpyHostToDevice && !to_gpu) || (kind == cudaMemcpyDeviceToHost && !from_gpu) ||
+      (kind == cudaMemcpyDeviceToDevice && !(to_gpu && from_gpu)))
     return failed(cudaErrorInvalidValue, "a copy whose places are not where it says");
   if (of(stream)->capture && !(target && source)) fprintf(stderr, "fake GPU: a graph copies from or to pageable memory\n");
   if (source || of(stream)->capture) {
@@ -295,10 +309,12 @@ API cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t
   const Lock lock(mutex);
   return submit(of(stream), [=] { memmove(to, from, bytes); }), cudaSuccess;
 }
-API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows, cudaMemcpyKind, cudaStream_t stream) {
+API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t rows, cudaMemcpyKind,
+                                  cudaStream_t stream) {
   const Lock lock(mutex);
   submit(of(stream), [=] {
-    for (size_t i = 0; i < rows; i++) memmove(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
+    for (size_t i = 0; i < rows; i++)
+      memmove(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
   });
   return finish(of(stream)), cudaSuccess;
 }
@@ -337,13 +353,15 @@ API cudaError_t cudaStreamDestroy(cudaStream_t stream) {  // its memory stays: e
 API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) { return *priority = of(stream)->priority, cudaSuccess; }
 API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Lock lock(mutex);
-  if (auto& capture = of(stream)->capture) return capture->broken = true, failed(cudaErrorStreamCaptureUnsupported, "a wait for a stream that captures");
+  if (auto& capture = of(stream)->capture)
+    return capture->broken = true, failed(cudaErrorStreamCaptureUnsupported, "a wait for a stream that captures");
   REFUSED_IN_CAPTURE("a wait for a stream");
   return finish(of(stream)), cudaSuccess;
 }
 API cudaError_t cudaStreamQuery(cudaStream_t stream) {
   const Lock lock(mutex);
-  if (auto& capture = of(stream)->capture) return capture->broken = true, failed(cudaErrorStreamCaptureUnsupported, "a question to a stream that captures");
+  if (auto& capture = of(stream)->capture)
+    return capture->broken = true, failed(cudaErrorStreamCaptureUnsupported, "a question to a stream that captures");
   if (of(stream)->queue.empty()) return cudaSuccess;
   return step(of(stream)), cudaErrorNotReady;
 }
@@ -357,7 +375,8 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t waiting, cudaEvent_t for_event,
   }
   const uint64_t version = event->recorded;
   if (event->done >= version) return cudaSuccess;
-  if (stream->capture) return stream->capture->broken = true, failed(cudaErrorStreamCaptureIsolation, "a stream that captures waits for one that does not");
+  if (stream->capture)
+    return stream->capture->broken = true, failed(cudaErrorStreamCaptureIsolation, "a stream that captures waits for one that does not");
   return submit(stream, [=] { finish(event, version); }), cudaSuccess;
 }
 API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t call, void* data, unsigned) {
@@ -373,7 +392,9 @@ API cudaError_t cudaDeviceSynchronize() {
   REFUSED_IN_CAPTURE("a wait for everything");
   return finish_all(), cudaSuccess;
 }
-API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = reinterpret_cast<cudaEvent_t>(new Event), cudaSuccess; }
+API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return *event = reinterpret_cast<cudaEvent_t>(new Event), cudaSuccess;
+}
 API cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 API cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }  // its memory stays: queues name it
 API cudaError_t cudaEventRecordWithFlags(cudaEvent_t recorded, cudaStream_t on, unsigned) {
@@ -388,7 +409,8 @@ API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return
 API cudaError_t cudaEventQuery(cudaEvent_t asked) {
   const Lock lock(mutex);
   Event* event = of(asked);
-  if (captures.count(event->capture)) return event->capture->broken = true, failed(cudaErrorCapturedEvent, "a question to an event that is captured");
+  if (captures.count(event->capture))
+    return event->capture->broken = true, failed(cudaErrorCapturedEvent, "a question to an event that is captured");
   REFUSED_IN_CAPTURE("a question to an event");
   if (event->done < event->recorded) step(event->stream);
   return event->done < event->recorded ? cudaErrorNotReady : cudaSuccess;
@@ -454,5 +476,7 @@ API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   return delete of(graph), cudaSuccess;
 }
 API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* n) { return *n = (*of(graph))->works.size(), cudaSuccess; }
-API cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, cudaGraphEdgeData*, size_t* n) { return *n = 0, cudaSuccess; }
+API cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, cudaGraphEdgeData*, size_t* n) {
+  return *n = 0, cudaSuccess;
+}
 API cudaError_t cudaGraphDebugDotPrint(cudaGraph_t, const char*, unsigned) { return cudaSuccess; }
