@@ -89,9 +89,12 @@ def test_numpy(tmp_path, dtype):
 def test_what_is_no_row_of_tokens(tmp_path):
     path = tmp_path / "a.npy"
     for array, said in (
-        (np.zeros(5), "float64 .5."), (np.zeros((2, 3), np.int32), r"int32 \[2, 3\]"), (np.zeros(0, np.uint16), r"\[0\]"),
-        (np.int32(5), r"\[\]"), (np.array([1, None]), "cannot be read|can be read"),
-    ):  # fmt: skip
+        (np.zeros(5), "float64 .5."),
+        (np.zeros((2, 3), np.int32), r"int32 \[2, 3\]"),
+        (np.zeros(0, np.uint16), r"\[0\]"),
+        (np.int32(5), r"\[\]"),
+        (np.array([1, None]), "cannot be read|can be read"),
+    ):
         np.save(path, array, allow_pickle=True)
         with pytest.raises(UserError, match=said) as caught:
             NumpyTokens(path)
@@ -118,7 +121,10 @@ def test_missing_and_empty_files(tmp_path, form):
 
 
 def test_a_fingerprint_is_of_the_tokens_alone(tmp_path):
-    """The same in every dtype and format; another one when a token is another, or two have changed places; only tokens that are read count."""
+    """The same in every dtype and format; another one when a token is another, or two have changed places.
+
+    Only tokens that are read count.
+    """
     tokens = np.random.default_rng(0).integers(1, 250, size=5000)
     (tmp_path / "bytes").write_bytes(tokens.astype(np.uint8).tobytes())
     found = {ByteTokens(tmp_path / "bytes").fingerprint(4000)}

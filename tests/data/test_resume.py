@@ -248,7 +248,10 @@ def test_a_full_disk_loses_no_work(here, monkeypatch, capsys, at):
 
 
 def test_bad_input_after_hours_loses_nothing(here, monkeypatch, capsys):
-    """--skip_bad goes on where a run without it has stopped; without it again the same input is refused, also if a run with it has passed over it."""
+    """--skip_bad goes on where a run without it has stopped.
+
+    Without it again the same input is refused, also if a run with it has passed over it.
+    """
     monkeypatch.setattr(documents, "BLOCK", 20_000)
     monkeypatch.setattr(pack, "LISTED", 2)
     lines = Path("a.jsonl").read_text().split("\n")
