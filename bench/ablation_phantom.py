@@ -1,14 +1,15 @@
 """The models of the Phantom ablation, made equal in size, and what came of their runs. bench/ablation_phantom.sh calls it.
 
     python bench/ablation_phantom.py plan OUT --n_layer 4 --n_embd 128 --vocab_size 2048 ...      variants, a table, flags for train.py
-    python bench/ablation_phantom.py result OUT rwkv7-1                                           what a finished run reached, as OUT/rwkv7-1.json
+    python bench/ablation_phantom.py result OUT rwkv7-1                                           keeps the result of a finished run
     python bench/ablation_phantom.py report OUT                                                   tables, report.json, curves as SVG
     python bench/ablation_phantom.py tokenizer demo.jsonl --vocab_size 2048 --out bpe.json        byte pairs of the text itself
 
-plan: RWKV-7 has the sizes that are given. Every other variant gets the width n_embd and the dim_ffn with which it has as many parameters, all but the
-embedding counted, dim_ffn / n_embd being as near as possible to RWKV-7's; more than 2 % of difference is an error (exit code 2).
-FLOPs per token of forward and backward: torch's own count of the matrix products of one pass over a whole sample (each segment of test-time
-training included), and the formulas of train/flops.py for the head and for what the kernels of wkv7 compute.
+plan: RWKV-7 has the sizes that are given. Every other variant gets the width n_embd and the dim_ffn with which it has as
+many parameters, all but the embedding counted, dim_ffn / n_embd being as near as possible to RWKV-7's; more than 2 % of
+difference is an error (exit code 2). FLOPs per token of forward and backward: torch's own count of the matrix products of one
+pass over a whole sample (each segment of test-time training included), and the formulas of train/flops.py for the head and
+for what the kernels of wkv7 compute.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def fitted(base: ModelConfig, settings: dict[str, object]) -> ModelConfig:
     outside, _, difference, _, config = min(found, key=lambda entry: entry[:4])
     if outside:
         raise UserError(
-            f"no {settings} has within {TOLERANCE:.0%} the {wanted:,} parameters of RWKV-7 (nearest: {difference:.1%}); use a larger --n_embd, or a --head_size that divides it more finely"
+            f"no {settings} has within {TOLERANCE:.0%} the {wanted:,} parameters of RWKV-7 (nearest: {difference:.1%}); "
+            "use a larger --n_embd, or a --head_size that divides it more finely"
         )
     return config
 
@@ -100,7 +102,8 @@ def check_equal(configs: dict[str, ModelConfig]) -> None:
     for name in others:
         if abs(parameters(configs[name]) / parameters(configs[first]) - 1) > TOLERANCE:
             raise UserError(
-                f"{name} has {parameters(configs[name]):,} parameters and {first} {parameters(configs[first]):,}, which is more than {TOLERANCE:.0%} apart"
+                f"{name} has {parameters(configs[name]):,} parameters and {first} {parameters(configs[first]):,}, "
+                f"which is more than {TOLERANCE:.0%} apart"
             )
 
 
@@ -139,14 +142,22 @@ def plan(options: argparse.Namespace) -> None:
             raise UserError(f"{options.out} was planned with {name} as {rows[name]['flags']} and now it is {flags}; choose another OUT")
         (options.out / f"{name}.flags").write_text(" ".join(f"--{key} {value}" for key, value in flags.items()) + "\n")
         rows[name] = {
-            "n_embd": config.n_embd, "dim_ffn": config.dim_ffn, "parameters": parameters(config), "flops": flops(config, options.ctx_len), "state": state_numbers(config), "flags": flags,
-        }  # fmt: skip
+            "n_embd": config.n_embd,
+            "dim_ffn": config.dim_ffn,
+            "parameters": parameters(config),
+            "flops": flops(config, options.ctx_len),
+            "state": state_numbers(config),
+            "flags": flags,
+        }
     print("\n".join(size_table(rows)))
     (options.out / "plan.json").write_text(json.dumps({**whole, "models": rows}, indent=1) + "\n")
 
 
 def earlier(out: Path, whole: dict[str, object]) -> dict[str, dict]:
-    """The models that are planned in this folder already, and their seeds added to the new ones. UserError where they were planned differently."""
+    """The models that are planned in this folder already; their seeds are added to the new ones.
+
+    UserError where they were planned differently.
+    """
     if not (out / "plan.json").exists():
         return {}
     then = json.loads((out / "plan.json").read_text())
@@ -182,7 +193,8 @@ def size_table(rows: dict[str, dict]) -> list[str]:
     for name, row in rows.items():
         more, work = row["parameters"] / first["parameters"] - 1, row["flops"] / first["flops"]
         lines.append(
-            f"| {name} | {row['n_embd']} | {row['dim_ffn']} | {row['parameters']:,} ({more:+.2%}) | {row['flops']:,} ({work:.2f}x) | {row['state']:,} |"
+            f"| {name} | {row['n_embd']} | {row['dim_ffn']} | {row['parameters']:,} ({more:+.2%}) "
+            f"| {row['flops']:,} ({work:.2f}x) | {row['state']:,} |"
         )
     return lines
 
@@ -194,7 +206,10 @@ def finished(out: Path, name: str) -> dict[int, dict]:
 
 
 def keep_result(out: Path, run: str) -> None:
-    """Writes OUT/RUN.json, all that a report needs of a run, whose weights and logs may be deleted then. FileNotFoundError where the run has not ended."""
+    """Writes OUT/RUN.json, all that a report needs of a run: its weights and logs may be deleted then.
+
+    FileNotFoundError where the run has not ended.
+    """
     if not (out / run / "rwkv-final.pth").exists():
         raise FileNotFoundError(f"{out / run} has no rwkv-final.pth; the run has not come to its end")
     found = result(out / run, json.loads((out / "plan.json").read_text()))
@@ -225,7 +240,10 @@ def result(folder: Path, planned: dict) -> dict[str, object]:
 
 
 def report(out: Path) -> list[str]:
-    """Writes report.json, val_loss.svg and, for recall, accuracy.svg and by_pairs.svg; returns the lines of the tables. A run that is missing is named."""
+    """Writes report.json, val_loss.svg and, for recall, accuracy.svg and by_pairs.svg; returns the lines of the tables.
+
+    A run that is missing is named.
+    """
     planned = json.loads((out / "plan.json").read_text())
     runs = {name: finished(out, name) for name in planned["models"]}
     missing = [f"{name}-{seed}" for name, seeds in runs.items() for seed in planned["seeds"] if seed not in seeds]
@@ -282,8 +300,10 @@ def _spread(values: list[float]) -> str:
 
 
 def picture(curves: dict[str, list[Curve]], label: str, below: str = "million tokens", marks: dict[float, str] | None = None) -> str:
-    """One colour for each variant, one line for each of its seeds, a dot at each line's end. marks: what is written where on the axis below, from
-    its first to its last; otherwise x are tokens from 0 on."""
+    """One colour for each variant, one line for each of its seeds, a dot at each line's end.
+
+    marks: what is written where on the axis below, from its first to its last; otherwise x are tokens from 0 on.
+    """
     everything = [point for seeds in curves.values() for curve in seeds for point in curve]
     marks = marks or {value: f"{value / 1e6:g}" for value in ticks(0, max(x for x, _ in everything) or 1)}
     frame = Frame(everything, marks, f"{below} (upwards: {label})", RIGHT + 110)  # room for the names

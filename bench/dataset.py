@@ -2,11 +2,11 @@
 
     python bench/dataset.py --folder /tmp/bench-dataset --out dataset.json
 
-Writes a file of random tokens (--tokens, 2 bytes each) and reads samples of it in the training order. Correctness first: every form must
-give the same samples. `one by one` slices a memory map and converts each sample, without collating; `gathered` is dataset[array] in this process;
-`mixed` the same over two files; `ahead` is what training uses, a thread that reads ahead; `2 workers` a DataLoader with two worker processes. Rounds
-of all forms alternate. `cold` rounds begin with the file dropped from the page cache. Each figure is set against what a model consumes
-(--consumers, tokens/s).
+Writes a file of random tokens (--tokens, 2 bytes each) and reads samples of it in the training order. Correctness first:
+every form must give the same samples. `one by one` slices a memory map and converts each sample, without collating;
+`gathered` is dataset[array] in this process; `mixed` the same over two files; `ahead` is what training uses, a thread
+that reads ahead; `2 workers` a DataLoader with two worker processes. Rounds of all forms alternate. `cold` rounds begin
+with the file dropped from the page cache. Each figure is set against what a model consumes (--consumers, tokens/s).
 """
 
 from __future__ import annotations
@@ -118,8 +118,11 @@ def measure(folder: Path, ctx_len: int, options: argparse.Namespace) -> dict[str
 
 
 def measure_cold(folder: Path, ctx_len: int, options: argparse.Namespace) -> dict[str, float]:
-    """Every round opens the file anew: pages that are mapped cannot be dropped. Counted from the first batch on: each miss reads 128 KiB
-    around it, so that forms which do not say what they need soon have much of the file in memory, and the more, the smaller it is."""
+    """Every round opens the file anew: pages that are mapped cannot be dropped.
+
+    Counted from the first batch on: each miss reads 128 KiB around it, so that forms which do not say what they need soon
+    have much of the file in memory, and the more, the smaller it is.
+    """
     rates: dict[str, list[float]] = {}
     for _ in range(options.cold_rounds):
         for name, make in (("one by one", None), ("gathered", gathered), ("ahead", ahead)):

@@ -88,7 +88,7 @@ def one_by_one(form: Form, tokens: list[int], state: list | None) -> tuple[torch
 
 
 def errors(forms: dict[str, Form], tokens: list[int]) -> tuple[dict[str, float], float]:
-    """Largest difference of each form's logits from the package's, after the prompt and after tokens fed one by one; the logits' deviation."""
+    """Of each form's logits the largest difference from the package's, after the prompt and token by token; their deviation."""
     results = {}
     for name, form in forms.items():
         after_prompt, state = form.read(tokens[CHECKED:], None)

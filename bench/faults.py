@@ -36,9 +36,9 @@ from rwkvlm.train.module import TrainModule
 RANKS, BATCH, CTX, STEPS = 2, 2, 16, 200
 TIMEOUT = 15  # seconds, --dist_timeout where a process is frozen: longer than a slow machine keeps one waiting
 FLAGS = dict(
-    vocab_size=64, n_layer=1, n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * RANKS * BATCH * CTX, lr_init=2e-3,
-    lr_final=2e-4, warmup_steps=5, epoch_samples=100, epoch_save=1, random_seed=1, accelerator="cpu", precision="fp32", kernel="torch",
-    train_stage=3, save_steps=2, keep_last=3, enable_progress_bar=False,
+    vocab_size=64, n_layer=1, n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * RANKS * BATCH * CTX,
+    lr_init=2e-3, lr_final=2e-4, warmup_steps=5, epoch_samples=100, epoch_save=1, random_seed=1, accelerator="cpu", precision="fp32",
+    kernel="torch", train_stage=3, save_steps=2, keep_last=3, enable_progress_bar=False,
 )  # fmt: skip
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
 FAULTS_A_RUN = 8
@@ -104,7 +104,10 @@ class Trial:
         return any((self.out / "state").glob("step*.tmp"))
 
     def over(self, world: World) -> bool:
-        """Whether it was at its last token before the fault was through. Such a fault does not count: what is left is killed, the next start ends the run."""
+        """Whether it was at its last token before the fault was through.
+
+        Such a fault does not count: what is left is killed, the next start ends the run.
+        """
         if not any(line["step"] == STEPS for line in self._lines("loss")):
             return False
         world.kill(world.living())
@@ -279,7 +282,10 @@ def file_limit(trial: Trial, world: World):
 
 @contextmanager
 def full_disk(trial: Trial, world: World):
-    """The folder of the run is a small file system (inject); what is left of it is filled, and again whatever is freed: a save under way may still delete an older state."""
+    """The folder of the run is a small file system (inject), and all that is free there is filled.
+
+    Again whatever is freed: a save under way may still delete an older state.
+    """
     ballast = trial.out / "ballast"
     with open(ballast, "wb", buffering=0) as file:
 

@@ -1,7 +1,8 @@
 """Training runs of several processes that begin within a second: forked from one that has imported everything and computed nothing.
 
-They are processes as a launcher makes them, with ranks in their environment and signals of their own; only the imports are shared. For
-bench/faults.py, and bench/saving.py and bench/logging_cost.py, which measure one run of two processes; to be imported before anything else that matters.
+They are processes as a launcher makes them, with ranks in their environment and signals of their own; only the imports are
+shared. For bench/faults.py, and bench/saving.py and bench/logging_cost.py, which measure one run of two processes; to be
+imported before anything else that matters.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def write_tokens(prefix: Path, n: int, vocab_size: int) -> str:
 
 
 def measuring(measure: Callable[[argparse.Namespace, Path], dict], description: str, **own: tuple[float, str]) -> int:
-    """The command of a benchmark: measure(arguments, an empty folder) -> what is printed, and written to --out, as JSON. own: default and help of its arguments."""
+    """The command of a benchmark: measure(arguments, an empty folder) -> what is printed, and written to --out, as JSON.
+
+    own: default and help of its arguments.
+    """
     parser = argparse.ArgumentParser(description=description)
     for name, (default, help) in ({name: (default, None) for name, default in SIZES.items()} | own).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
@@ -67,8 +71,8 @@ def measuring(measure: Callable[[argparse.Namespace, Path], dict], description: 
 def measured_run(args: argparse.Namespace, place: Path, **more) -> dict[str, object]:
     """Flags of a run of the sizes of `measuring` on the CPU, with its data in the folder."""
     return {name: getattr(args, name) for name in SIZES} | dict(
-        data_file=write_tokens(place / "data", 400_000, args.vocab_size), proj_dir=place / "out", accelerator="cpu", random_seed=1, train_stage=3,
-        epoch_save=0, lr_init=1e-4, lr_final=1e-4,
+        data_file=write_tokens(place / "data", 400_000, args.vocab_size), proj_dir=place / "out", accelerator="cpu", random_seed=1,
+        train_stage=3, epoch_save=0, lr_init=1e-4, lr_final=1e-4,
     ) | more  # fmt: skip
 
 

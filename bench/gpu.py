@@ -1,11 +1,14 @@
-"""What bench/gpu.sh runs: the steps, what has been done of them, and the time that is left. Standard library, torch for the chip's name, and the package's guarded processes.
+"""What bench/gpu.sh runs: the steps, what has been done of them, and the time that is left.
 
-A step is a list of items, each a process of its own with its own log. An item that succeeded is not run again, one that failed is, the next time;
-an item that is still running when the minutes are over is stopped (SIGTERM first: training saves), and one that hangs (MOST) has failed. results.json is
-written after every item. It belongs to one commit, one chip and one torch: with another of them the file is set aside and a new one begun.
+It needs the standard library, torch for the chip's name, and the package's guarded processes.
 
-Exit codes: 0 all that was asked for is done, 1 something failed, 2 it cannot start, 3 time is over: the same command goes on; 130 and 143 after
-Ctrl-C and SIGTERM, with which what is running is stopped too.
+A step is a list of items, each a process of its own with its own log. An item that succeeded is not run again, one that
+failed is, the next time; an item that is still running when the minutes are over is stopped (SIGTERM first: training
+saves), and one that hangs (MOST) has failed. results.json is written after every item. It belongs to one commit, one chip
+and one torch: with another of them the file is set aside and a new one begun.
+
+Exit codes: 0 all that was asked for is done, 1 something failed, 2 it cannot start, 3 time is over: the same command goes
+on; 130 and 143 after Ctrl-C and SIGTERM, with which what is running is stopped too.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Kernels on a GPU: checked against float64, then timed. bench/gpu.sh calls it; the last line of its output is JSON.
 
-    python bench/gpu_kernels.py wkv7 [--peer NAME=PATH] [--shape 8x4096x64x64]     forward, and forward + backward; B x T x H x N in bf16;
+    python bench/gpu_kernels.py wkv7 [--peer NAME=PATH] [--shape 8x4096x64x64]     forward, and with backward; B x T x H x N in bf16;
                                                                                    where the scans run in segments, without them too
-    python bench/gpu_kernels.py norm_mix [--shape 16x512x12x64]                    and the other elementwise operators: ours, plain PyTorch, torch.compile
+    python bench/gpu_kernels.py norm_mix [--shape 16x512x12x64]                    or another elementwise operator: ours, plain, compiled
     python bench/gpu_kernels.py loss [--shape 16x512x12x64] [--vocabulary 65536]   the head with its loss: ours, plain PyTorch in chunks
-    python bench/gpu_kernels.py adamw [--shape 16x512x12x64] [--layers 12]         the optimizer's step on a model's parameters, and the norms of its gradients
+    python bench/gpu_kernels.py adamw [--shape 16x512x12x64] [--layers 12]         the optimizer's step on a model; its gradients' norms
     python bench/gpu_kernels.py once                                               every kernel once on small shapes, for compute-sanitizer
 
-Nothing is timed on wrong results: exit code 1. The inputs of a round are not those of the round before, unless they are larger than the second-level
-cache anyway; all forms of a comparison take turns, each time between two events; the medians count. The GPU is kept busy before the first of the
-two, until all is on its stream: what is timed is the GPU's time, not Python's, which bench/gpu_step.py shows. --device cpu is a rehearsal of this
-file on the C++ kernels.
+Nothing is timed on wrong results: exit code 1. The inputs of a round are not those of the round before, unless they are
+larger than the second-level cache anyway; all forms of a comparison take turns, each time between two events; the medians
+count. The GPU is kept busy before the first of the two, until all is on its stream: what is timed is the GPU's time, not
+Python's, which bench/gpu_step.py shows. --device cpu is a rehearsal of this file on the C++ kernels.
 """
 
 from __future__ import annotations
@@ -356,8 +356,10 @@ def check_logits(V: int, options: argparse.Namespace) -> float:
 
 
 def check_steps(sizes: tuple[int, ...], options: argparse.Namespace) -> float:
-    """Test-time training of the state, all segments at once where a kernel can: outputs and gradients against segment by segment in float64. The head is
-    weak: where a unit comes out on the other side of zero, gradients jump."""
+    """Test-time training of the state, all segments at once where a kernel can, against segment by segment in float64.
+
+    The head is weak: where a unit comes out on the other side of zero, gradients jump.
+    """
     _, _, H, N = sizes
     ttt = StateTTT(PhantomConfig(n_layer=1, n_embd=H * N, head_size=N, vocab_size=8))
     g = torch.Generator().manual_seed(0)
@@ -431,7 +433,7 @@ def measure_adamw(options: argparse.Namespace) -> dict:
 
 
 def once(options: argparse.Namespace) -> dict:
-    """Every kernel, forward and backward, on small shapes; right, besides. But ROSA's gradient of rows beyond shared memory: of 25,000 symbols, hours in a sanitizer."""
+    """Every kernel, forward and backward, on small shapes, and right; but ROSA's gradient beyond shared memory (25,000 symbols: hours)."""
     found: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         options.dtype = dtype

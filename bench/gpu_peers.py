@@ -1,14 +1,18 @@
 """Public wkv7 kernels as bench/gpu_kernels.py times them, from sources that lie where the user says; nothing of them is kept here.
 
-    --peer official=RWKV-LM/RWKV-v7/train_temp    cuda/rwkv7_clampw.cu with its .cpp: torch.ops.rwkv7_clampw.forward(r, w, k, v, a, b, y, s, sa), backward(...)
-    --peer official_v3=RWKV-LM/RWKV-v7/train_temp the same of cuda/rwkv7_clampw_v3.cpp and rwkv7_clampw_v3_for_h100.cu, torch.ops.rwkv7_clampw_v3
-    --peer wind=wind_rwkv                         wind_rwkv.rwkv7: load_chunked_cuda(64), attn_chunked_cuda(r, w, k, v, a, b); decay exp(-exp(w))
+    --peer official=RWKV-LM/RWKV-v7/train_temp    cuda/rwkv7_clampw.cu with its .cpp: torch.ops.rwkv7_clampw.forward(r, w, k, v, a, b,
+                                                  y, s, sa), backward(...)
+    --peer official_v3=RWKV-LM/RWKV-v7/train_temp the same of cuda/rwkv7_clampw_v3.cpp and rwkv7_clampw_v3_for_h100.cu,
+                                                  torch.ops.rwkv7_clampw_v3
+    --peer wind=wind_rwkv                         wind_rwkv.rwkv7: load_chunked_cuda(64), attn_chunked_cuda(r, w, k, v, a, b);
+                                                  decay exp(-exp(w))
     --peer fla=flash-linear-attention             fla.ops.rwkv7.chunk_rwkv7(r=, w=, k=, v=, a=, b=), w the logarithm of the decay
-    --peer anything=file.py                       a file with `wkv7(r, w, k, v, a, b) -> y`, and perhaps `prepare(r, w, k, v, a, b)`, which makes its inputs of ours
+    --peer anything=file.py                       a file with `wkv7(r, w, k, v, a, b) -> y`, and perhaps
+                                                  `prepare(r, w, k, v, a, b)`, which makes its inputs of ours
 
-All tensors are [B, T, H, N]; our w is raw: decay = exp(-exp(-1/2) sigmoid(w)). What `prepare` does is not timed. The first two and wind build with
-torch.utils.cpp_extension, and so need nvcc and ninja; fla needs triton. Interfaces as of the snapshots read in November 2026; one that has changed
-shows as an error or as wrong results, and is not timed.
+All tensors are [B, T, H, N]; our w is raw: decay = exp(-exp(-1/2) sigmoid(w)). What `prepare` does is not timed. The first
+two and wind build with torch.utils.cpp_extension, and so need nvcc and ninja; fla needs triton. Interfaces as of the
+snapshots read in November 2026; one that has changed shows as an error or as wrong results, and is not timed.
 """
 
 from __future__ import annotations

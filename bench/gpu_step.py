@@ -5,13 +5,15 @@
     python bench/gpu_step.py L12-D768x16x512 --graphs               the blocks in CUDA graphs, as --cuda_graphs 1 of training has them
     python bench/gpu_step.py L12-D768x16x512 --compile default      the blocks compiled, as --compile 1 of training has them;
                                                     reduce-overhead: as --compile 1 --cuda_graphs 1
-    python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state: beside L, its price
+    python bench/gpu_step.py P12-D768x16x512        P: a Phantom without Ghost layers, RWKV-7 with test-time training of the state:
+                                                    beside L, its price
     python bench/gpu_step.py X12-D768x16x512        X: x080, RWKV-7 with ROSA beside it; --rosa_grad none: without a gradient of its bits
 
-Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and the gradient of each parameter of
-a small model against plain PyTorch in float64 (x080's in fp32: rounded to bf16, ROSA's bits would be others); exit code 1, and nothing is timed,
-where they are wrong. Steps are timed between events without waiting in between. mfu: of the arithmetic that the model needs (train/flops.py) and the chip's data
-sheet; share_of_gemm: of the rate of a large matrix product, measured in the same run. --device cpu is a rehearsal.
+Model, loss, gradient norms, clipping and optimizer are those of training in one process. Correctness first: loss and the
+gradient of each parameter of a small model against plain PyTorch in float64 (x080's in fp32: rounded to bf16, ROSA's bits
+would be others); exit code 1, and nothing is timed, where they are wrong. Steps are timed between events without waiting in
+between. mfu: of the arithmetic that the model needs (train/flops.py) and the chip's data sheet; share_of_gemm: of the rate
+of a large matrix product, measured in the same run. --device cpu is a rehearsal.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from rwkvlm.train.optimizer import make_optimizer
 from rwkvlm.train.selfcheck import DRAWS, with_gradients, worst
 from rwkvlm.train.strategy import make_strategy, param_dtype
 
-# relative: loss and the whole gradient in bf16, against float64, in every pass; of each parameter by itself as before a run, in one of the last
+# Relative: loss and the whole gradient in bf16, against float64, in every pass; of each parameter by itself as before a run,
+# in one of the last.
 LIMIT = 2e-2
 GRAPHED = MODES[1]
 WARM_UP = 5  # steps. With CUDA graphs the first of them run without, then they are recorded
@@ -70,8 +73,9 @@ class Training(train_step.Training):
         self.module = TrainModule(config)
         with torch.device(options.device):
             model = models.build(sizes)
-        # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows them. Twice as large, they make a
-        # model in which roundings of bf16 grow, in some to 5 or 10 percent of the gradient, in plain PyTorch as well.
+        # The table's own are orthogonal, which takes a CPU minutes at these sizes, or zeros, which would hide what follows
+        # them. Twice as large, they make a model in which roundings of bf16 grow, in some to 5 or 10 percent of the
+        # gradient, in plain PyTorch as well.
         rng = torch.Generator(options.device).manual_seed(0)
         matrices = "|".join(
             re.escape(name) for name, x in model.state_dict().items() if x.dim() == 2 and not name.endswith("r_k") and ".rosa." not in name
@@ -93,7 +97,8 @@ class Training(train_step.Training):
 def errors(kind: str, kernel: str, options: argparse.Namespace) -> dict:
     """Of a small model, against plain PyTorch in float64 from the same rounded weights, relative.
 
-    "loss", "gradient": the most in any pass; "parameter": what is furthest off in the best of the last passes, which are replays where there are graphs.
+    "loss", "gradient": the most in any pass; "parameter": what is furthest off in the best of the last passes, which are
+    replays where there are graphs.
     """
     small = model_sizes(kind, options.rosa_grad, n_layer=3, n_embd=128, vocab_size=1000, head_size=64)
     # plain PyTorch takes its time for ROSA
@@ -152,7 +157,10 @@ def gemm_flops(options: argparse.Namespace) -> float:
 
 
 def by_kernel(training: Training, device: str, most: int = 50) -> dict:
-    """What the time of one step goes to, the longest first, and the sum: where the step takes longer than its kernels, Python is what it waits for."""
+    """What the time of one step goes to, the longest first, and the sum.
+
+    Where the step takes longer than its kernels, Python is what it waits for.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profile:
         training.step()

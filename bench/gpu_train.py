@@ -15,11 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {  # of train.py -> knob; the rest stands in the scripts' commands
-    "my_testing": "MODEL_TYPE", "n_layer": "N_LAYER", "n_embd": "N_EMBD", "head_size": "HEAD_SIZE", "ctx_len": "CTX_LEN", "random_seed": "RANDOM_SEED",
-    "my_exit_tokens": "EXIT_TOKENS", "micro_bsz": "M_BSZ", "kernel": "KERNEL", "lr_init": "LR_INIT", "lr_final": "LR_FINAL", "beta2": "BETA_2",
-    "adam_eps": "ADAM_EPS", "weight_decay": "W_DECAY", "epoch_save": "EPOCH_SAVE", "epoch_samples": "EPOCH_SAMPLES", "save_minutes": "SAVE_MINUTES",
-    "head_chunk": "HEAD_CHUNK", "precision": "PRECISION", "strategy": "STRATEGY", "grad_cp": "GRAD_CP", "compile": "COMPILE",
-    "cuda_graphs": "CUDA_GRAPHS",
+    "my_testing": "MODEL_TYPE", "n_layer": "N_LAYER", "n_embd": "N_EMBD", "head_size": "HEAD_SIZE", "ctx_len": "CTX_LEN",
+    "random_seed": "RANDOM_SEED", "my_exit_tokens": "EXIT_TOKENS", "micro_bsz": "M_BSZ", "kernel": "KERNEL", "lr_init": "LR_INIT",
+    "lr_final": "LR_FINAL", "beta2": "BETA_2", "adam_eps": "ADAM_EPS", "weight_decay": "W_DECAY", "epoch_save": "EPOCH_SAVE",
+    "epoch_samples": "EPOCH_SAMPLES", "save_minutes": "SAVE_MINUTES", "head_chunk": "HEAD_CHUNK", "precision": "PRECISION",
+    "strategy": "STRATEGY", "grad_cp": "GRAD_CP", "compile": "COMPILE", "cuda_graphs": "CUDA_GRAPHS",
 }  # fmt: skip
 MISSING = "orjson, with which the data are made, is not installed, and there is no data/demo.bin; bring data/demo.* of another machine"
 OTHERS = {"data_file": "data/demo", "vocab_size": "65536", "warmup_steps": "10", "devices": "1"}
@@ -46,8 +46,10 @@ def main() -> int:
         if importlib.util.find_spec("orjson") is None:
             print(f"error: {MISSING}", file=sys.stderr)
             return 2
-        for command in (["-m", "rwkvlm", "demo_corpus", "--out", "data/demo.jsonl"],
-                        ["make_data.py", "data/demo.jsonl", "1", given["CTX_LEN"], "--out", "data/demo", "--val_split", "0.03"]):  # fmt: skip
+        for command in (
+            ["-m", "rwkvlm", "demo_corpus", "--out", "data/demo.jsonl"],
+            ["make_data.py", "data/demo.jsonl", "1", given["CTX_LEN"], "--out", "data/demo", "--val_split", "0.03"],
+        ):
             if code := subprocess.run([sys.executable, *command]).returncode:
                 return code
     if not (folder / "rwkv-init.pth").exists():

@@ -142,7 +142,8 @@ def main() -> int:
         row = measure(*map(int, shape.split("x")), options)
         rows.append(row)
         print(
-            f"{shape} {options.dtype}: products at {row['product_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; added MiB {row['added_mib']}"
+            f"{shape} {options.dtype}: products at {row['product_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; "
+            f"added MiB {row['added_mib']}"
         )
         for key in ("median", "fastest"):
             cells = "  ".join(

@@ -2,8 +2,9 @@
 
     python bench/hybrid.py --width 256 --tokens 2048,2048,4096 --lengths 256,1024,4096 --window 512 --out hybrid.json
 
-Correctness first: attention reading a text at once must give what it gives in pieces; nothing is timed otherwise. A mixer is norm, token shift, projections and
-what is between them. The environment is that of the demo's training. Rounds of all mixers alternate, so that a busy machine hits them alike; medians.
+Correctness first: attention reading a text at once must give what it gives in pieces; nothing is timed otherwise. A mixer is
+norm, token shift, projections and what is between them. The environment is that of the demo's training. Rounds of all mixers
+alternate, so that a busy machine hits them alike; medians.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python bench/logging_cost.py --seconds 200 --out logging.json          # 38.8 M parameters: 6 layers of width 256, vocabulary 65536
 
-Five steps in turn "logs": as a run is, with train_log.txt, metrics.jsonl, report.html (its thread too), the line of progress, and TensorBoard where it
-is installed; "numbers": loss, norms and speed are collected from both processes and judged, and nobody is told; "nothing": not even that.
-So all three meet the same machine. An overhead is that of the mean step, its error the standard error over the rounds. Beside it, by the clock
-of the first process: what the training thread spends there in a step (of "numbers" much is waiting for the other process), and a page of report.html.
+Five steps in turn "logs": as a run is, with train_log.txt, metrics.jsonl, report.html (its thread too), the line of progress,
+and TensorBoard where it is installed; "numbers": loss, norms and speed are collected from both processes and judged, and
+nobody is told; "nothing": not even that. So all three meet the same machine. An overhead is that of the mean step, its error
+the standard error over the rounds. Beside it, by the clock of the first process: what the training thread spends there in a
+step (of "numbers" much is waiting for the other process), and a page of report.html.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ WAYS = ("logs", "numbers", "nothing")
 
 
 def in_turns(moments: Path, rank: int) -> None:
-    """Replaces, in this process, what is to be measured by the same that is silent in its turn; rank 0 writes when each step ended, and times spent."""
+    """Replaces, in this process, what is to be measured by the same that is silent in its turn.
+
+    Rank 0 writes when each step ended, and times spent.
+    """
     step, page, close = Meter.step, Follower.write, Meter.close
     ended: list[float] = []
     spent: dict[str, list[float]] = {name: [] for name in (*WAYS, "page")}

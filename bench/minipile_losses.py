@@ -1,6 +1,7 @@
 """The losses of the first mini-epochs of MiniPile against the published ones. bench/minipile_losses.sh calls it. Standard library only.
 
-Exit codes: 0 every mini-epoch that was asked for is there and within the tolerance, 1 one is not within it, 2 it cannot start, 3 some are missing.
+Exit codes: 0 every mini-epoch that was asked for is there and within the tolerance, 1 one is not within it, 2 it cannot
+start, 3 some are missing.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = (4.875856, 4.028621, 3.801625, 3.663070, 3.578974, 3.510906, 3.462345, 3.412196, 3.376724, 3.336911, 3.313411, 3.295895)
 TOLERANCE = 0.01
 RECIPE = {
-    "DATA": "minipile", "MODEL_TYPE": "x070", "N_LAYER": "12", "N_EMBD": "768", "CTX_LEN": "512", "M_BSZ": "16", "LR_INIT": "6e-4", "LR_FINAL": "6e-5",
-    "W_DECAY": "0.001", "BETA_2": "0.99", "ADAM_EPS": "1e-18", "EPOCH_SAMPLES": "40320", "GPU_PER_NODE": "1", "N_NODE": "1", "PROMPT": "", "ACCELERATOR": "gpu",
+    "DATA": "minipile", "MODEL_TYPE": "x070", "N_LAYER": "12", "N_EMBD": "768", "CTX_LEN": "512", "M_BSZ": "16", "LR_INIT": "6e-4",
+    "LR_FINAL": "6e-5", "W_DECAY": "0.001", "BETA_2": "0.99", "ADAM_EPS": "1e-18", "EPOCH_SAMPLES": "40320", "GPU_PER_NODE": "1",
+    "N_NODE": "1", "PROMPT": "", "ACCELERATOR": "gpu",
 }  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
     python bench/phantom_step.py --layers 4 --width 256 --shapes 8x256,2x1024 --out phantom_step.json
 
-Correctness first: with TTT off and no Ghost layers the loss and all gradients are RWKV-7's to the bit, and with TTT on the logits of the whole
-sequence are those of its pieces; nothing is timed otherwise. A step is features, fused head and loss, and the backward pass, without the optimizer.
-The environment is that of the demo's training. Rounds of all models alternate, so that a busy machine hits them alike; the ratio is the median over rounds, and of the fastest rounds beside it.
+Correctness first: with TTT off and no Ghost layers the loss and all gradients are RWKV-7's to the bit, and with TTT on the
+logits of the whole sequence are those of its pieces; nothing is timed otherwise. A step is features, fused head and loss, and
+the backward pass, without the optimizer. The environment is that of the demo's training. Rounds of all models alternate, so
+that a busy machine hits them alike; the ratio is the median over rounds, and of the fastest rounds beside it.
 """
 
 from __future__ import annotations
@@ -81,12 +82,14 @@ def measure(B: int, T: int, options: argparse.Namespace) -> dict:
             times[name].append(seconds(lambda: step(model, idx)))
     ratios = [on / off for on, off in zip(times["ttt_on"], times["ttt_off"])]
     return {
-        "B": B, "T": T, **vars(options) | {"out": None, "shapes": None},
+        "B": B,
+        "T": T,
+        **vars(options) | {"out": None, "shapes": None},
         "ms": {name: round(statistics.median(t) * 1e3, 2) for name, t in times.items()},
         "ms_fastest": {name: round(min(t) * 1e3, 2) for name, t in times.items()},
         "ttt_on/ttt_off": round(statistics.median(ratios), 3),
         "ttt_on/ttt_off_fastest": round(min(times["ttt_on"]) / min(times["ttt_off"]), 3),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:

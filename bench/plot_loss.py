@@ -61,7 +61,8 @@ class Frame:
         for value in ticks(self.low, self.high):
             y = self.y(value)
             self.parts.append(
-                f'<path d="M{LEFT} {y:.1f}H{WIDTH - right}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+                f'<path d="M{LEFT} {y:.1f}H{WIDTH - right}" stroke="#ddd"/>'
+                f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
             )
         for at, mark in marks.items():
             self.parts.append(f'<text x="{self.x(at):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{mark}</text>')
@@ -94,7 +95,8 @@ def picture(runs: list[tuple[str, Points, Points]]) -> str:
         for tokens, loss in held_out:
             frame.dot(tokens, loss, colour)
         frame.parts.append(
-            f'<text x="{WIDTH - RIGHT - 8}" y="{TOP + 16 * (i + 1)}" text-anchor="end" fill="{colour}">{html.escape(name)}: line training, dots validation</text>'
+            f'<text x="{WIDTH - RIGHT - 8}" y="{TOP + 16 * (i + 1)}" text-anchor="end" fill="{colour}">'
+            f"{html.escape(name)}: line training, dots validation</text>"
         )
     return frame.svg()
 

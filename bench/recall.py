@@ -5,14 +5,18 @@
 
     k1 v1 k2 v2 ... | k7 v7 k3 v3 ...      a sequence is 4 * PAIRS tokens: PAIRS pairs, then the same in another order
 
-Keys differ within a sequence; which value belongs to a key is drawn anew in each, so that nothing can be learned by heart. Token 0, the end of a
-document, does not occur; 1 to KEYS are keys, the next VALUES values. Sequence n of a seed is a pure function of (seed, n).
+Keys differ within a sequence; which value belongs to a key is drawn anew in each, so that nothing can be learned by heart.
+Token 0, the end of a document, does not occur; 1 to KEYS are keys, the next VALUES values. Sequence n of a seed is a pure
+function of (seed, n).
 
-What is trained on is a mixture: a sequence begins with PAIRS pairs, or half as many, or a quarter, ... down to 4, each as likely; then it asks for all
-of them, and again in another order, until it is 4 * PAIRS tokens long. From whole tasks of 24 pairs alone a small RWKV-7 learned nothing in 4 million
-tokens; the short ones teach it to recall, and they are full of answers. What is evaluated is each number of pairs, every key asked for once.
-Source: "Zoology" (arXiv 2312.04927). There the loss is taken at the answers alone; the trainer here takes it at all tokens, of which
-the keys and the first values cannot be foreseen, so a training loss falls to a floor far above 0. `evaluate` reads the answers alone.
+What is trained on is a mixture: a sequence begins with PAIRS pairs, or half as many, or a quarter, ... down to 4, each as
+likely; then it asks for all of them, and again in another order, until it is 4 * PAIRS tokens long. From whole tasks of 24
+pairs alone a small RWKV-7 learned nothing in 4 million tokens; the short ones teach it to recall, and they are full of
+answers. What is evaluated is each number of pairs, every key asked for once.
+
+Source: "Zoology" (arXiv 2312.04927). There the loss is taken at the answers alone; the trainer here takes it at all tokens,
+of which the keys and the first values cannot be foreseen, so a training loss falls to a floor far above 0. `evaluate` reads
+the answers alone.
 """
 
 from __future__ import annotations
@@ -63,15 +67,17 @@ class Task:
 
 
 def sequences(task: Task, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` sequences of a seed, uint16 [count, task.length], and in which place of a sequence's pairs each query's pair stood,
-    [count, task.pairs]."""
+    """The first `count` sequences of a seed, uint16 [count, task.length].
+
+    And in which place of a sequence's pairs each query's pair stood, [count, task.pairs].
+    """
     blocks = [_block(task, seed, n) for n in range(-(-count // BLOCK))]
     tokens, order = (np.concatenate(parts)[:count] for parts in zip(*blocks))
     return tokens, order
 
 
 def levels(task: Task) -> list[Task]:
-    """The tasks of a mixture, by pairs: task itself, one of half as many pairs, of a quarter, ... that are whole numbers of SHORTEST and more."""
+    """The tasks of a mixture: task itself, one of half as many pairs, of a quarter, ... while it is a whole number >= SHORTEST."""
     found = [task]
     while found[-1].pairs % 2 == 0 and found[-1].pairs >= 2 * SHORTEST:
         found.append(replace(task, pairs=found[-1].pairs // 2))
@@ -79,7 +85,10 @@ def levels(task: Task) -> list[Task]:
 
 
 def mixture(task: Task, seed: int, count: int) -> np.ndarray:
-    """The first `count` training sequences of a seed, uint16 [count, task.length]: the pairs of one of levels(task), then questions to the end."""
+    """The first `count` training sequences of a seed, uint16 [count, task.length].
+
+    The pairs of one of levels(task), then questions to the end.
+    """
     parts, blocks = levels(task), []
     for n in range(-(-count // BLOCK)):
         drawn = np.random.default_rng([seed, n]).integers(len(parts), size=BLOCK)
@@ -104,8 +113,10 @@ def _block(task: Task, *entropy: int, rounds: int = 1) -> tuple[np.ndarray, np.n
 
 @torch.inference_mode()
 def answers(model: LanguageModel, task: Task, count: int, batch: int = 32) -> dict[str, object]:
-    """Of `count` held-out sequences: mean cross entropy and share of right answers, over all tokens of the vocabulary; the share also by the
-    quarter of the pairs, first to last, in which the answer stood."""
+    """Of `count` held-out sequences: mean cross entropy and share of right answers, over all tokens of the vocabulary.
+
+    The share also by the quarter of the pairs, first to last, in which the answer stood.
+    """
     tokens, order = sequences(task, HELD_OUT, count)
     loss, right = 0.0, np.empty(order.shape, dtype=bool)
     for begin in range(0, count, batch):
@@ -179,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     options.out.write_text(json.dumps({"task": asdict(task), "results": results}, indent=1) + "\n")
     last = results[-1]
     print(
-        f"{options.run}: {last['accuracy']:.1%} of the answers right, loss {last['loss']:.3f} (guessing: {1 / task.values:.1%}, {np.log(task.values):.3f})"
+        f"{options.run}: {last['accuracy']:.1%} of the answers right, loss {last['loss']:.3f} "
+        f"(guessing: {1 / task.values:.1%}, {np.log(task.values):.3f})"
     )
     return 0
 

@@ -3,8 +3,9 @@
     python bench/rosa.py --official RWKV-LM/RWKV-v8/251014_rosa_1bit_layer.py --out rosa.json
     python bench/rosa.py --device cuda --bits 4 --shapes 8x512x768,8x4096x768
 
-One thread of the CPU. Correctness first: the kernel is compared with the plain form, and the official function with the kernel, and nothing is timed on a wrong
-result. Times are the fastest of some rounds; those of the official Python, which grow with T^3, are of one row, times the rows.
+One thread of the CPU. Correctness first: the kernel is compared with the plain form, and the official function with the
+kernel, and nothing is timed on a wrong result. Times are the fastest of some rounds; those of the official Python, which grow
+with T^3, are of one row, times the rows.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
     python bench/rosa_tasks.py --out out/rosa-tasks.json             all that take minutes
     python bench/rosa_tasks.py --out copy.json recall copy           those whose names begin so
 
-counting  consecutive integers, digit by digit: what follows the longest known suffix is the number before, and where it differs from the next one
-          only learned bits can say. The toy models of the official files (RWKV-LM, RWKV-v8), with the starting values and the schedule there:
-          an embedding of what ROSA of the tokens expects; 1-bit layers behind it, or four of 4 bits at twice the learning rate, trained by exact flips
-recall    pairs of a key and a value, keys coming again and again in one sequence, each with its value of this sequence: asked are the values of keys
-          seen before. The pure ROSA model with one block, whose keys begin as its queries; and with keys that begin apart from them, trained, and with
-          q, k, v left so, which together show that the bits are learned
+counting  consecutive integers, digit by digit: what follows the longest known suffix is the number before, and where it
+          differs from the next one only learned bits can say. The toy models of the official files (RWKV-LM, RWKV-v8), with
+          the starting values and the schedule there: an embedding of what ROSA of the tokens expects; 1-bit layers behind it,
+          or four of 4 bits at twice the learning rate, trained by exact flips
+recall    pairs of a key and a value, keys coming again and again in one sequence, each with its value of this sequence: asked
+          are the values of keys seen before. The pure ROSA model with one block, whose keys begin as its queries; and with
+          keys that begin apart from them, trained, and with q, k, v left so, which together show that the bits are learned
 copy      random symbols, then the same once more: asked is the second half
 reverse   a number of up to 60 digits, then its digits the other way round, by the official model of 40 thousand parameters. 16 minutes on
           one thread, with which it has 0.942 right, not the 0.995 of the official file (records/2026-11-27-rosa-toys): only by its name
@@ -89,10 +90,12 @@ def copy(B: int, rng: torch.Generator, length: int = 64, symbols: int = 16) -> B
 
 
 def reverse(B: int, rng: torch.Generator, done: float | None = None, most: int = 60) -> Batch:
-    """`12,21#`, filled up with `#`: asked are the digits behind the comma, and the first `#`. Numbers of 1 to `most` digits, each count as likely.
+    """`12,21#`, filled up with `#`: asked are the digits behind the comma, and the first `#`.
 
-    done: the share of the training that is over. Then those of a batch are as long, up to a limit that grows from 4 digits to `most` in two fifths of the training;
-    two batches in five have the longest, and shorter ones are up to four times as many.
+    Numbers of 1 to `most` digits, each count as likely.
+
+    done: the share of the training that is over. Then those of a batch are as long, up to a limit that grows from 4 digits to
+    `most` in two fifths of the training; two batches in five have the longest, and shorter ones are up to four times as many.
     """
     if done is None:
         digits = [integer(1, most, rng) for _ in range(B)]
@@ -111,8 +114,10 @@ def reverse(B: int, rng: torch.Generator, done: float | None = None, most: int =
 
 
 class RosaSelf(nn.Module):
-    """The official self layer: the input's own symbols as queries, keys and values, [B, T, C] -> [B, T, C]: emb0 or emb1 for each bit of what
-    followed; a miss gives 0 (1 bit) or emb0 (4 bits)."""
+    """The official self layer: the input's own symbols as queries, keys and values, [B, T, C] -> [B, T, C].
+
+    emb0 or emb1 for each bit of what followed; a miss gives 0 (1 bit) or emb0 (4 bits).
+    """
 
     def __init__(self, width: int, bits: int) -> None:
         super().__init__()
@@ -210,8 +215,12 @@ def measured(model: nn.Module, draw: Draw, rng: torch.Generator, device: str) ->
 
 
 class Task(NamedTuple):
-    """make(seed) -> model; figure: "loss", at most the bar, or "accuracy", at least it, or with `at_most` at most it; clip: of the gradient's norm, 0: none;
-    gradual: the draw is told how much of the training is over; long: runs only if its name is given."""
+    """What is trained, and when it counts as learned.
+
+    make(seed) -> model; figure: "loss", at most the bar, or "accuracy", at least it, or with `at_most` at most it; clip: of
+    the gradient's norm, 0: none; gradual: the draw is told how much of the training is over; long: runs only if its name is
+    given.
+    """
 
     draw: Draw
     make: Callable[[int], nn.Module]
@@ -266,9 +275,17 @@ def run(name: str, seed: int, device: str = "cpu", steps: int = 0) -> dict[str, 
     found = measured(model, task.draw, rng, device)
     parameters = sum(p.numel() for p in model.parameters())
     return {
-        "task": name, "seed": seed, "parameters": parameters, "steps": len(curve), "seconds": round(time.perf_counter() - begin, 1), **found,
-        "figure": task.figure, "bar": task.bar, "met": task.met(found[task.figure]), "losses_of_10_steps": [round(sum(ten) / len(ten), 4) for ten in (curve[at : at + 10] for at in range(0, len(curve), 10))],
-    }  # fmt: skip
+        "task": name,
+        "seed": seed,
+        "parameters": parameters,
+        "steps": len(curve),
+        "seconds": round(time.perf_counter() - begin, 1),
+        **found,
+        "figure": task.figure,
+        "bar": task.bar,
+        "met": task.met(found[task.figure]),
+        "losses_of_10_steps": [round(sum(ten) / len(ten), 4) for ten in (curve[at : at + 10] for at in range(0, len(curve), 10))],
+    }
 
 
 def main(argv: list[str]) -> int:

@@ -1,9 +1,10 @@
-"""What training states cost: time of a save, stall of the training, slower steps beside it, and the time to resume; two processes on the CPU.
+"""What training states cost: a save, the training's stall, slower steps beside it, the time to resume; two processes on the CPU.
 
     python bench/saving.py --out saving.json            # 38.8 M parameters: 6 layers of width 256, vocabulary 65536
 
-One run saves at every fifth step in turn in three ways: beside the training, as it does; with the training waiting for the files; not at
-all. So all three meet the same machine. A block is the five steps from one turn to the next; a second start then resumes from the last state.
+One run saves at every fifth step in turn in three ways: beside the training, as it does; with the training waiting for the
+files; not at all. So all three meet the same machine. A block is the five steps from one turn to the next; a second start
+then resumes from the last state.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = (
-    "aptitude-common aspell-doc coreutils debian-policy debian-reference-de debian-reference-fr debian-reference-ja debian-reference-zh-cn "
-    "developers-reference-ja erlang-doc git-doc gnome-user-docs installation-guide-amd64 iso-codes libglib2.0-data libgtk-3-common libreoffice-help-el "
-    "libreoffice-help-hi libreoffice-help-ja libreoffice-help-ko libreoffice-help-ru libreoffice-help-vi libreoffice-help-zh-cn manpages manpages-de "
-    "manpages-dev manpages-es manpages-fr manpages-it manpages-ja manpages-pl manpages-ru manpages-tr manpages-uk manpages-zh postgresql-doc-15 "
-    "python3.11-doc"
+    "aptitude-common aspell-doc coreutils debian-policy debian-reference-de debian-reference-fr debian-reference-ja "
+    "debian-reference-zh-cn developers-reference-ja erlang-doc git-doc gnome-user-docs installation-guide-amd64 iso-codes "
+    "libglib2.0-data libgtk-3-common libreoffice-help-el libreoffice-help-hi libreoffice-help-ja libreoffice-help-ko "
+    "libreoffice-help-ru libreoffice-help-vi libreoffice-help-zh-cn manpages manpages-de manpages-dev manpages-es manpages-fr "
+    "manpages-it manpages-ja manpages-pl manpages-ru manpages-tr manpages-uk manpages-zh postgresql-doc-15 python3.11-doc"
 ).split()
 HIDDEN = re.compile(r"<(script|style)\b.*?</\1>|<!--.*?-->", re.S | re.I)
 TAG = re.compile(r"<[^<>]*>")

@@ -188,7 +188,8 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict:
 
 def report(row: dict) -> None:
     print(
-        f"{row['model']} {row['precision']}: GEMMs at {row['gemm_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; peak memory {row['peak_mib']} MiB"
+        f"{row['model']} {row['precision']}: GEMMs at {row['gemm_gflops']} GFLOP/s, ideal {row['ideal_ms']} ms; "
+        f"peak memory {row['peak_mib']} MiB"
     )
     for key in ("median", "fastest"):
         print(f"  {key:7} {row[f'ms_{key}']:8.1f} ms {row[f'tokens_per_s_{key}']:7} tokens/s {row[f'ideal_share_{key}']:6.1%} of ideal")

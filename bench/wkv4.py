@@ -3,14 +3,15 @@
     python bench/wkv4.py --shapes 1x512x768,8x512x768 --threads 2 --json wkv4.json
     python bench/wkv4.py --device cuda --dtype bfloat16 --shapes 8x1024x768,8x4096x4096 --official RWKV-LM/RWKV-v4neo/cuda --json wkv4.json
 
-Correctness first: every form is compared with float64, on usual keys, keys up to 100 and decays near 1, and nothing is timed on a wrong result.
-Rounds of all forms alternate, so that a busy machine hits them alike; a loop slower than --slow seconds is timed in three rounds only.
+Correctness first: every form is compared with float64, on usual keys, keys up to 100 and decays near 1, and nothing is timed
+on a wrong result. Rounds of all forms alternate, so that a busy machine hits them alike; a loop slower than --slow seconds is
+timed in three rounds only.
 
---official FOLDER, on a GPU with bfloat16: the official kernel too, from its folder with wkv_op_bf16.cpp and wkv_cuda_bf16.cu, built by torch as
-officially, for the longest T of the shapes.
+--official FOLDER, on a GPU with bfloat16: the official kernel too, from its folder with wkv_op_bf16.cpp and wkv_cuda_bf16.cu,
+built by torch as officially, for the longest T of the shapes.
 
-"ideal_ms" is the time of the bytes of k, v, y, dy, dk and dv, read or written once each way as autograd must (k and v twice), at the rate of a copy
-measured in the same run. The last line of the output is JSON, for bench/gpu.sh.
+"ideal_ms" is the time of the bytes of k, v, y, dy, dk and dv, read or written once each way as autograd must (k and v twice),
+at the rate of a copy measured in the same run. The last line of the output is JSON, for bench/gpu.sh.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def errors_of(forms: dict[str, Callable], options: argparse.Namespace) -> dict[s
 
 
 def seconds(work: Callable[[], object], at_least: float, device: torch.device) -> float:
-    """Seconds a call, over as many as fill `at_least` seconds, by the first of them. A GPU is waited for at the end alone: where Python is slower, it is Python's time."""
+    """Seconds a call, over as many as fill `at_least` seconds, by the first of them.
+
+    A GPU is waited for at the end alone: where Python is slower, it is Python's time.
+    """
 
     def run(count: int) -> float:
         start = time.perf_counter()

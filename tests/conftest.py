@@ -1,4 +1,7 @@
-"""Every test starts in a process as it was at first: runs of the trainer in this process choose kernels, threads, precision, environment and signals for themselves."""
+"""Every test starts in a process as it was at first.
+
+Runs of the trainer in this process choose kernels, threads, precision, environment and signals for themselves.
+"""
 
 import os
 import signal
@@ -7,8 +10,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 SHARED = "PYTEST_XDIST_WORKER" in os.environ
 if SHARED:
-    # OpenMP's threads that wait for each other sleep at once, in what tests start too: beside another worker, which has as many threads on the same cores,
-    # they would spin for whole time slices. To be set before torch is imported.
+    # OpenMP's threads that wait for each other sleep at once, in what tests start too: beside another worker, which has as
+    # many threads on the same cores, they would spin for whole time slices. To be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
@@ -21,8 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 THREADS, PRECISION = torch.get_num_threads(), torch.get_float32_matmul_precision()
-# Beside another worker torch's threads wait for each other: the QR of an initial matrix, 0.3 ms on one, takes 0.3 s on two. What of ours divides its work
-# among them are the C++ kernels, and their tests have them all.
+# Beside another worker torch's threads wait for each other: the QR of an initial matrix, 0.3 ms on one, takes 0.3 s on two.
+# What of ours divides its work among them are the C++ kernels, and their tests have them all.
 KERNELS = {"ops", "test_step.py"}
 if SHARED:
     torch.set_num_threads(1)

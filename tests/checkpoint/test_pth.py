@@ -21,8 +21,12 @@ BLOCK = [
     "ffn.value.weight",
 ]
 OFFICIAL_ORDER = [
-    "emb.weight", *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK if i == 0 or "ln0" not in name), "ln_out.weight", "ln_out.bias", "head.weight"
-]  # fmt: skip
+    "emb.weight",
+    *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK if i == 0 or "ln0" not in name),
+    "ln_out.weight",
+    "ln_out.bias",
+    "head.weight",
+]
 
 
 def build(config=SIZES, seed=0):
@@ -225,7 +229,8 @@ def test_load_into_names_the_first_problem_and_changes_nothing():
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(
         UserError,
-        match="^the checkpoint lacks blocks.1.ffn.x_k .1 missing in all.: it is damaged, or of a model that is not known here; give another one$",
+        match="^the checkpoint lacks blocks.1.ffn.x_k .1 missing in all.: it is damaged, "
+        "or of a model that is not known here; give another one$",
     ):
         model_from(missing, "cpu", torch.float32)  # which generate, evaluate and compress read: none of them has --load_partial
     assert load_into(model, missing, partial=True) == ["blocks.1.ffn.x_k"]

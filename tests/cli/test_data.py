@@ -31,8 +31,8 @@ def test_info(prefix, capsys):
     assert f"{prefix}.bin/idx: {data.n_tokens} tokens, 4 documents, uint16\ntoken ids 0 to " in out
     assert "token 0 ends 4 of 4 documents and stands 0 times inside\ntokenizer: World (rwkv_vocab_v20230424): 3 of 3 documents" in out
     assert (
-        "ctx_len 16: --magic_prime 23, 0.001 mini-epochs of 40320 samples\nctx_len 4096: too short: --ctx_len 4096 needs at least 8193 tokens"
-        in out
+        "ctx_len 16: --magic_prime 23, 0.001 mini-epochs of 40320 samples\n"
+        "ctx_len 4096: too short: --ctx_len 4096 needs at least 8193 tokens" in out
     )
     assert main(["data", "info", prefix, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -24,21 +24,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What the four official scripts (RWKV-LM, RWKV-v7/train_temp/demo-training-*.sh) pass, one string each.
 OFFICIAL = {
-    "prepare": """--wandb "" --proj_dir out/L12-D768-x070 --data_file data/minipile --data_type binidx --vocab_size 65536 --my_testing x070
-        --ctx_len 512 --train_stage 1 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --weight_decay 0 --head_size 64 --num_nodes 1 --micro_bsz 1
-        --n_layer 12 --n_embd 768 --my_exit_tokens 1498226207 --magic_prime 2926181 --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10
-        --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1""",
-    "run": """--load_model 0 --wandb Test --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 512 --train_stage 3 --epoch_count 999999
-        --epoch_begin 0 --data_file data/minipile --my_exit_tokens 1498226207 --magic_prime 2926181 --num_nodes 1 --micro_bsz 16 --n_layer 12
-        --n_embd 768 --kernel @rwkv3 --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18
-        --data_type binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64 --head_chunk 0 --accelerator gpu --devices 1
+    "prepare": """--wandb "" --proj_dir out/L12-D768-x070 --data_file data/minipile --data_type binidx --vocab_size 65536
+        --my_testing x070 --ctx_len 512 --train_stage 1 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --weight_decay 0
+        --head_size 64 --num_nodes 1 --micro_bsz 1 --n_layer 12 --n_embd 768 --my_exit_tokens 1498226207 --magic_prime 2926181
+        --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator cpu --devices 1
+        --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1""",
+    "run": """--load_model 0 --wandb Test --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 512 --train_stage 3
+        --epoch_count 999999 --epoch_begin 0 --data_file data/minipile --my_exit_tokens 1498226207 --magic_prime 2926181
+        --num_nodes 1 --micro_bsz 16 --n_layer 12 --n_embd 768 --kernel @rwkv3 --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10
+        --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 --data_type binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10
+        --head_size 64 --head_chunk 0 --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1
+        --enable_progress_bar True""",
+    "pile": """--load_model 0 --wandb RWKV-7-Pile --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 4096 --train_stage 3
+        --epoch_count 999999 --epoch_begin 0 --data_file /mnt/nvme0n1/pile/pile_20B_tokenizer_text_document
+        --my_exit_tokens 332115325534 --magic_prime 81082817 --num_nodes 1 --micro_bsz 30 --n_layer 12 --n_embd 768
+        --lr_init 8e-4 --lr_final 3e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 --data_type binidx
+        --vocab_size 50304 --weight_decay 0.1 --epoch_save 50 --head_size 64 --accelerator gpu --devices 8
         --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True""",
-    "pile": """--load_model 0 --wandb RWKV-7-Pile --proj_dir out/L12-D768-x070 --my_testing x070 --ctx_len 4096 --train_stage 3 --epoch_count 999999
-        --epoch_begin 0 --data_file /mnt/nvme0n1/pile/pile_20B_tokenizer_text_document --my_exit_tokens 332115325534 --magic_prime 81082817
-        --num_nodes 1 --micro_bsz 30 --n_layer 12 --n_embd 768 --lr_init 8e-4 --lr_final 3e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99
-        --adam_eps 1e-18 --data_type binidx --vocab_size 50304 --weight_decay 0.1 --epoch_save 50 --head_size 64 --accelerator gpu --devices 8
-        --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True""",
-    "older": """--my_pile_stage 3 --my_pile_edecay 0 --pre_ffn 0 --head_qk 0 --head_size_a 64 --epoch_steps 1000 --accumulate_grad_batches 4""",
+    "older": """--my_pile_stage 3 --my_pile_edecay 0 --pre_ffn 0 --head_qk 0 --head_size_a 64 --epoch_steps 1000
+        --accumulate_grad_batches 4""",
 }
 
 
@@ -166,7 +170,8 @@ def test_a_path_that_cannot_be_looked_at_is_one_line_and_code_2(argv, capsys):
         ),
         (
             0,
-            "dim_att dim_ffn n_layer n_embd vocab_size head_size magic_prime epoch_begin epoch_save weight_decay grad_clip head_chunk save_steps save_minutes val_every max_steps",
+            "dim_att dim_ffn n_layer n_embd vocab_size head_size magic_prime epoch_begin epoch_save weight_decay grad_clip head_chunk "
+            "save_steps save_minutes val_every max_steps",
         ),
         (0, "spike_guard lr_init lr_final adam_eps my_exit_tokens"),
         (-1, "warmup_steps random_seed"),
@@ -182,11 +187,18 @@ def test_the_least_that_a_number_may_be(least, names):
 @pytest.mark.parametrize(
     "name, taken, refused",
     [
-        ("beta1", (0.0, 0.5), (-0.1, 1.0)), ("beta2", (0.0, 0.5), (-0.1, 1.0)), ("wsd_decay", (0.1, 1.0), (0.0, 1.1)), ("dist_timeout", (0.1,), (0.0, -1.0)),
-        ("devices", ("auto", "1", "8"), ("0", "-1", "1.5")), ("train_stage", (0, 1, 2, 3), (-1, 4)), ("grad_cp", (-1, 0, 1), (-2, 2)), ("cuda_graphs", (-1, 0, 1), (-2, 2)), ("lr_init", (1.0,), (math.inf, math.nan)),
+        ("beta1", (0.0, 0.5), (-0.1, 1.0)),
+        ("beta2", (0.0, 0.5), (-0.1, 1.0)),
+        ("wsd_decay", (0.1, 1.0), (0.0, 1.1)),
+        ("dist_timeout", (0.1,), (0.0, -1.0)),
+        ("devices", ("auto", "1", "8"), ("0", "-1", "1.5")),
+        ("train_stage", (0, 1, 2, 3), (-1, 4)),
+        ("grad_cp", (-1, 0, 1), (-2, 2)),
+        ("cuda_graphs", (-1, 0, 1), (-2, 2)),
+        ("lr_init", (1.0,), (math.inf, math.nan)),
         *((switch, (0, 1), (-1, 2)) for switch in ("compile", "tensorboard", "doc_reset", "load_partial", "check_kernels")),
     ],
-)  # fmt: skip
+)
 def test_the_ends_of_what_a_flag_takes(name, taken, refused):
     for value in taken:
         assert getattr(TrainConfig(**{name: value}), name) == value
@@ -359,7 +371,8 @@ def test_a_reader_that_has_enough_is_no_error():
         ),
         (
             OSError(28, "No space left on device"),
-            "error: cannot write standard output, or a file: No space left on device; free some space, or choose another place, then start again\n",
+            "error: cannot write standard output, or a file: No space left on device; "
+            "free some space, or choose another place, then start again\n",
         ),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
@@ -422,7 +435,10 @@ def test_what_every_command_may_lack_is_what_is_required():
 @pytest.mark.parametrize("size", [1, 10**5])
 def test_a_full_disk_under_the_output_is_one_line(size):
     """`python -m rwkvlm ... > log`, also where nothing is written before the end."""
-    code = f"import sys; from rwkvlm import cli; cli._command = lambda name: lambda argv: print('x' * {size}); sys.exit(cli.main(['generate']))"
+    code = (
+        "import sys; from rwkvlm import cli; "
+        f"cli._command = lambda name: lambda argv: print('x' * {size}); sys.exit(cli.main(['generate']))"
+    )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)

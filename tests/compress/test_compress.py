@@ -249,11 +249,16 @@ def test_what_units_put_out_on_the_training_text_decides(text, file):
 
 @pytest.mark.parametrize("kind", ["rwkv7", "phantom of an rwkv7"])
 def test_command_measures_the_loss_and_training_goes_on(text, file, tmp_path, capsys, kind):
-    flags = ["train", "--my_testing", KINDS[kind]["model_type"], "--data_file", text, "--ctx_len", "32", "--micro_bsz", "4", "--accelerator", "cpu", "--precision", "fp32", "--kernel", "torch", "--random_seed", "1",
-             "--epoch_samples", "16", "--lr_init", "2e-3", "--warmup_steps", "2", "--devices", "1", "--enable_progress_bar", "0", "--train_stage", "3"]  # fmt: skip
+    flags = [
+        "train", "--my_testing", KINDS[kind]["model_type"], "--data_file", text, "--ctx_len", "32", "--micro_bsz", "4",
+        "--accelerator", "cpu", "--precision", "fp32", "--kernel", "torch", "--random_seed", "1", "--epoch_samples", "16",
+        "--lr_init", "2e-3", "--warmup_steps", "2", "--devices", "1", "--enable_progress_bar", "0", "--train_stage", "3",
+    ]  # fmt: skip
     path, out = file(kind), tmp_path / "out.pth"
-    command = ["compress", "--model", str(path), "--out", str(out), "--svd_rank_ratio", "0.5", "--sparsity_ratio", "0.3", "--data", text, "--ctx_len", "64",
-               "--samples", "4", "--report", str(tmp_path / "folder" / "report.json")]  # fmt: skip
+    command = [
+        "compress", "--model", str(path), "--out", str(out), "--svd_rank_ratio", "0.5", "--sparsity_ratio", "0.3", "--data", text,
+        "--ctx_len", "64", "--samples", "4", "--report", str(tmp_path / "folder" / "report.json"),
+    ]  # fmt: skip
     assert main(command) == 0
     report = json.loads((tmp_path / "folder" / "report.json").read_text())
     table = capsys.readouterr().out

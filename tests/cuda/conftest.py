@@ -43,8 +43,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, name: str, flag: str, sou
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where a file's operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN.
 
-    The file says which in OPERATORS: the folder in cuda/, the package's modules of its CUDA and of its C++ form, and what their why_not takes.
-    Without the second the operators are defined where the first is imported.
+    The file says which in OPERATORS: the folder in cuda/, the package's modules of its CUDA and of its C++ form, and what
+    their why_not takes. Without the second the operators are defined where the first is imported.
     """
     folder, cuda, native, arguments = request.module.OPERATORS
     torch.use_deterministic_algorithms(True, warn_only=True)

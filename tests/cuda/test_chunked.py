@@ -1,4 +1,4 @@
-"""The chunk-parallel tensor-core kernels, emulated, against float64: outputs, all gradients, states, tails, packed documents, both schedules."""
+"""The chunked tensor-core kernels, emulated, against float64: outputs, all gradients, states, tails, packed documents, both schedules."""
 
 from __future__ import annotations
 
@@ -138,8 +138,16 @@ def test_what_it_cannot_do_is_refused(kernels: Kernels) -> None:
     bounds = ctypes.addressof((ctypes.c_int32 * 2)(0, 64))
     right = dict(B=1, T=64, H=2, N=64, documents=0, cu_seqlens=None, segment_chunks=0)
     for wrong in (
-        dict(N=48), dict(B=0), dict(T=0), dict(H=0), dict(H=65536), dict(B=2, T=2**30), dict(segment_chunks=-1), dict(cu_seqlens=bounds), dict(B=2, documents=1, cu_seqlens=bounds),
-    ):  # fmt: skip
+        dict(N=48),
+        dict(B=0),
+        dict(T=0),
+        dict(H=0),
+        dict(H=65536),
+        dict(B=2, T=2**30),
+        dict(segment_chunks=-1),
+        dict(cu_seqlens=bounds),
+        dict(B=2, documents=1, cu_seqlens=bounds),
+    ):
         shape = Shape(**right | wrong)
         assert (
             kernels.library.wkv7_chunked_forward(shape, *[None] * 6) == kernels.library.wkv7_sequential_forward(shape, 0, *[None] * 5) == -1

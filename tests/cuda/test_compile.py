@@ -21,7 +21,10 @@ SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 @pytest.mark.slow
 @pytest.mark.parametrize("source", sorted({*SOURCES, *AROUND}), ids=lambda path: path.stem)
 def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
-    """For all architectures in one call: what is for the host is compiled once. One after another (no -t), or what ptxas tells would be mixed."""
+    """For all architectures in one call: what is for the host is compiled once.
+
+    One after another (no -t), or what ptxas tells would be mixed.
+    """
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
@@ -29,7 +32,10 @@ def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     build = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert build.returncode == 0, build.stderr
     assert "warning" not in build.stderr, build.stderr
-    told = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    told = (
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
     kernels = re.findall(told, build.stderr, re.S)
     assert len(kernels) == build.stderr.count("Compiling entry function")
     assert {kernel[1] for kernel in kernels} == {f"sm_{a}" for a in ARCHITECTURES} or source.parent.name == "common"

@@ -67,7 +67,7 @@ __global__ void beyond(float* out, int index) {
     shared<float>(4 * threadIdx.x) = 1.f;
     out[threadIdx.x] = shared<float>(4 * (threadIdx.x + index));
 }
-// Neighbours within a warp, which no schedule tells from right ones where each lane goes on until the next collective; a shuffle orders nothing.
+// Neighbours within a warp, which no schedule tells from right ones, lanes going on until the next collective; a shuffle orders nothing.
 __global__ void lanes(float* out, int ordered) {
     shared<float>(4 * threadIdx.x) = float(threadIdx.x);
     if (ordered) __syncwarp(); else __shfl_xor_sync(~0u, 1.f, 1);

@@ -15,7 +15,8 @@ from rwkvlm.ops.fused import cuda, native, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 OPERATORS = "fused", cuda, native, ((FP32,), 16)  # for the device of conftest.py
-# Relative rms of each output and gradient. bf16: each is computed in fp32 and rounded once, by 2^-8 of its size at most; the dx of a wide norm_mix twice.
+# Relative rms of each output and gradient. bf16: each is computed in fp32 and rounded once, by 2^-8 of its size at most; the
+# dx of a wide norm_mix twice.
 TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 CASES = {
     "norm_mix": [

@@ -1,4 +1,7 @@
-"""CUDA graphs of the blocks on a GPU: bits, random numbers, memory, nothing that waits, a whole run; without a GPU: tests/train/test_graphs.py, and test_model.py here"""
+"""CUDA graphs of the blocks on a GPU: bits, random numbers, memory, nothing that waits, a whole run.
+
+Without a GPU: tests/train/test_graphs.py, and test_model.py here.
+"""
 
 from __future__ import annotations
 
@@ -121,8 +124,9 @@ def test_a_run_on_a_gpu(tmp_path, capsys, compiled):
         for document in np.array_split(np.cumsum(np.random.default_rng(1).integers(0, 7, 20000)) % 256, 20):
             writer.add(document.astype(np.uint16))
     flags = dict(
-        data_file=tmp_path / "data", vocab_size=256, n_layer=2, n_embd=64, head_size=32, ctx_len=32, micro_bsz=2, accumulate_grad_batches=2 - compiled, compile=compiled, random_seed=1, epoch_samples=40,
-        accelerator="gpu", devices=1, precision="bf16", kernel="cuda", train_stage=3, my_exit_tokens=10**6, lr_init=2e-3, enable_progress_bar=False,
+        data_file=tmp_path / "data", vocab_size=256, n_layer=2, n_embd=64, head_size=32, ctx_len=32, micro_bsz=2,
+        accumulate_grad_batches=2 - compiled, compile=compiled, random_seed=1, epoch_samples=40, accelerator="gpu", devices=1,
+        precision="bf16", kernel="cuda", train_stage=3, my_exit_tokens=10**6, lr_init=2e-3, enable_progress_bar=False,
     )  # fmt: skip
     curves = []
     for name, cuda_graphs, stops in (("eager", 0, [16]), ("graphs", 1, [16]), ("parts", 1, [7, 9]), ("tried", -1, [16])):

@@ -1,4 +1,4 @@
-"""The CUDA kernel of cuda/loss and the head around it, against float64: emulated on the host, and on this machine's GPU where there is one."""
+"""The CUDA kernel of cuda/loss and the head around it, against float64: emulated on the host, and on a GPU where there is one."""
 
 from __future__ import annotations
 

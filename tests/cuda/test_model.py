@@ -1,4 +1,7 @@
-"""A small RWKV-7, and its kin, over all CUDA kernels together, against plain PyTorch in float64, and compiled; emulated, and on a GPU where there is one."""
+"""A small RWKV-7, and its kin, over all CUDA kernels together, against plain PyTorch in float64, and compiled.
+
+Emulated, and on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +144,10 @@ def test_loss_and_gradients_of_a_phantom(device, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, recompute", [("x070", False), ("phantom", True), ("x080", False)])
 def test_blocks_in_graphs(device, kind, recompute, monkeypatch):
-    """The bits of eager blocks, two passes over other tokens summed. Emulated kernels are on a tape: that they are operators which read and write tensors alone."""
+    """The bits of eager blocks, two passes over other tokens summed.
+
+    Emulated kernels are on a tape: that they are operators which read and write tensors alone.
+    """
     (eager, idx), (graphed, _) = (make_model(device, torch.bfloat16, MODELS[kind]) for _ in range(2))
     if device == "cpu":
         monkeypatch.setattr(graphs, "WARM_UP", 1)

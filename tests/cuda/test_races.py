@@ -19,9 +19,9 @@ from rwkvlm.ops.rosa import native as rosa
 
 pytestmark = pytest.mark.slow
 
-# Of each launch that has any: what taking away each barrier of a block, each __syncwarp of a warp, each wait for copies of a thread does; R: a race. A dot is
-# right for the last barrier of a scan, behind which no chunk comes, for one before anything was read, where a step of training has waited for the next chunk
-# already, and for a __syncwarp that is there for ptxas.
+# Of each launch that has any: what taking away each barrier of a block, each __syncwarp of a warp, each wait for copies of a
+# thread does; R: a race. A dot is right for the last barrier of a scan, behind which no chunk comes, for one before anything
+# was read, where a step of training has waited for the next chunk already, and for a __syncwarp that is there for ptxas.
 SCAN, COLLECT = ("R.R.", "RR", "RR"), ("R", "", "")
 WKV7 = {
     "chunked": [("RRRRRRR", "R.", "R"), SCAN, ("R.R.", "....", "RR"), ("RRRRRRRRRR", "", "RR")],

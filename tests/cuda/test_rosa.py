@@ -1,4 +1,4 @@
-"""The CUDA kernels of cuda/rosa as operators, against turning every bit: emulated on the host, and on this machine's GPU where there is one."""
+"""The CUDA kernels of cuda/rosa as operators, against turning every bit: emulated on the host, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ def in_cpp(request):
         pytest.skip("no C++ kernels")
 
     def gradients(T, bits):
-        """Arguments and results. Weights and slopes are small integers, and all sums are exact: a single turn whose match is another one shows."""
+        """Arguments and results.
+
+        Weights and slopes are small integers, and all sums are exact: a single turn whose match is another one shows.
+        """
         rng = torch.Generator().manual_seed(T)
         whole = lambda *shape: torch.randint(-8, 9, shape, generator=rng).float()
         x = structured(T)
@@ -124,8 +127,11 @@ def test_rows_whose_lags_do_not_fit_into_shared_memory(in_cpp, device, T, bits, 
 
 @pytest.mark.parametrize("form", ["self", "rosa"])
 def test_steps_grow_with_the_square_of_the_length_whatever_the_symbols(counted_steps, form):
-    """Blocks of code of the compiled kernel that are entered. One that made a pass over the lags for each turn inside the match that won took 14 times as many
-    on 512 equal bits as on random ones, 25 times with q, k and v; one that looked at every place for each output 374 times 512^2 on either."""
+    """Blocks of code of the compiled kernel that are entered.
+
+    One that made a pass over the lags for each turn inside the match that won took 14 times as many on 512 equal bits as on
+    random ones, 25 times with q, k and v; one that looked at every place for each output 374 times 512^2 on either.
+    """
     found = {}
     for T in (128, 512):
         x, slopes, ends = structured(T), torch.ones(1, T, 1), torch.tensor([[-1.0], [1.0]])
@@ -274,7 +280,10 @@ def test_no_batch(device):
 
 
 def test_the_emulated_kernels_have_run(block_kernels):
-    """The seam is not empty: with it, a call reaches the library, which has an error of its own; without it, the C++ kernels, which agree."""
+    """The seam is not empty.
+
+    With it, a call reaches the library, which has an error of its own; without it, the C++ kernels, which agree.
+    """
     if native.why_not(FP32):
         pytest.skip("no C++ kernels")
     x, ends = torch.ones(1, 3, 2), torch.ones(2, 2)

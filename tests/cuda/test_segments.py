@@ -1,4 +1,4 @@
-"""The chunked scans in segments, emulated: as near to float64 as the plain scans, with states, tails, packed documents, both schedules; and the rule."""
+"""The chunked scans in segments, emulated: as near to float64 as plain scans, with states, tails, documents, both schedules; the rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ LIMIT = 6.2e-3  # relative rms against float64 of the worst result of the plain 
 
 
 def check(kernels: Kernels, case: Case, limit: float = LIMIT) -> None:
-    """The segments may be hardly worse than the plain scans, measured 0.3 percent: P is rounded as the state is. P in bf16 costs the states 28 percent.
+    """The segments may be hardly worse than the plain scans, measured 0.3 percent: P is rounded as the state is.
+
+    P in bf16 costs the states 28 percent.
 
     Only dw scatters, by 15 percent: where the decays are slow a few elements make up its norm.
     """

@@ -1,4 +1,4 @@
-"""The chunked kernels with steps of test-time training in their scans, emulated, against float64: outputs, states, all gradients, every size of head."""
+"""The chunked kernels with test-time training in their scans, emulated, against float64: outputs, states, all gradients, all head sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Test-time training inside the CUDA kernels as a torch operator, and StateTTT over it: emulated on the host, and on this machine's GPU where there is one."""
+"""Test-time training inside the CUDA kernels as a torch operator, and StateTTT over it.
+
+Emulated on the host, and on this machine's GPU where there is one.
+"""
 
 from __future__ import annotations
 

@@ -63,7 +63,10 @@ def test_an_error_comes_with_its_batch(samples):
 
 @pytest.mark.parametrize("size", [4096, 200000])
 def test_a_file_that_is_overwritten_while_it_is_read_ends_in_an_error(samples, size, monkeypatch):
-    """As by `cp other.bin data.bin`. What was cut off cannot be read: the kernel would kill the process, as it does in the microseconds in which a batch is copied."""
+    """As by `cp other.bin data.bin`. What was cut off cannot be read.
+
+    The kernel would kill the process, as it does in the microseconds in which a batch is copied.
+    """
     read, done = Ahead._read, []
     monkeypatch.setattr(Ahead, "_read", lambda self, ii: (read(self, ii), done.append(ii))[0])
     path = samples.data.bin_path

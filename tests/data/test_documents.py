@@ -61,11 +61,15 @@ NOT_TAKEN_BUT_FINE = [
     b'{"x": "\\ud83d", "text": "a"}',
 ]
 BAD = [
-    b"", b"{", b'"text"', b'{"text"}', b'{"text": "a"', b'{"text": "a",}', b'{"text": "a"}}', b'{"text": "a"} x', b"{'text': 'a'}", b'{"text": "a\nb"}', b'{"text": "\x1f"}', b'{"text": "\\x"}',
-    b'{"text": "\\u12g4"}', b'{"text": "\\ud83d"}', b'{"text": "\\ude00\\ud83d"}', b'{"text": "\\ud83d\\u0041"}', b'{"text": "\\ud83d\\ue000"}', b'{"text": "\xf5\x80\x80\x80"}', b'{"text": "\xff"}', b'{"text": "\xc0\x80"}', b'{"text": "\xe0\x80\x80"}',
-    b'{"text": "\xed\xa0\x80"}', b'{"text": "\xf0\x80\x80\x80"}', b'{"text": "\xf4\x90\x80\x80"}', b'{"text": "\xe4\xb8"}', b'{"text": "\xf0\x9f\x98', b'{"text": "a", "x": 01}', b'{"text": "a", "x": 1.}',
-    b'{"text": "a", "x": .5}', b'{"text": "a", "x": -}', b'{"text": "a", "x": 1e}', b'{"text": "a", "x": +1}', b'{"text": "a", "x": tru}', b'{"text": "a", "x": [1,]}', b'{"text": "a", "x": {1: 2}}',
-    b'{"text": "a" "x": 1}', b'{"text": ["a"]}', b'{"text": null}', b"[]", b"{}", b'{"text": "a", "x": [1}', b'\x0c{"text": "a"}', b'{"x": "\xff", "text": "a"}', b'{"text": "a", "x": ' + b"1" * 5000 + b"}",
+    b"", b"{", b'"text"', b'{"text"}', b'{"text": "a"', b'{"text": "a",}', b'{"text": "a"}}', b'{"text": "a"} x', b"{'text': 'a'}",
+    b'{"text": "a\nb"}', b'{"text": "\x1f"}', b'{"text": "\\x"}', b'{"text": "\\u12g4"}', b'{"text": "\\ud83d"}',
+    b'{"text": "\\ude00\\ud83d"}', b'{"text": "\\ud83d\\u0041"}', b'{"text": "\\ud83d\\ue000"}', b'{"text": "\xf5\x80\x80\x80"}',
+    b'{"text": "\xff"}', b'{"text": "\xc0\x80"}', b'{"text": "\xe0\x80\x80"}', b'{"text": "\xed\xa0\x80"}',
+    b'{"text": "\xf0\x80\x80\x80"}', b'{"text": "\xf4\x90\x80\x80"}', b'{"text": "\xe4\xb8"}', b'{"text": "\xf0\x9f\x98',
+    b'{"text": "a", "x": 01}', b'{"text": "a", "x": 1.}', b'{"text": "a", "x": .5}', b'{"text": "a", "x": -}', b'{"text": "a", "x": 1e}',
+    b'{"text": "a", "x": +1}', b'{"text": "a", "x": tru}', b'{"text": "a", "x": [1,]}', b'{"text": "a", "x": {1: 2}}',
+    b'{"text": "a" "x": 1}', b'{"text": ["a"]}', b'{"text": null}', b"[]", b"{}", b'{"text": "a", "x": [1}', b'\x0c{"text": "a"}',
+    b'{"x": "\xff", "text": "a"}', b'{"text": "a", "x": ' + b"1" * 5000 + b"}",
 ]  # fmt: skip
 
 

@@ -171,8 +171,8 @@ def test_hugging_face_tokenizer(here, capsys):
     capsys.readouterr()
     assert main(["caps.jsonl", "1", "4", "--tokenizer", "lower.json"]) == 2
     assert (
-        capsys.readouterr().err
-        == "error: caps.jsonl, line 2: the text does not come back from its tokens; use a tokenizer that keeps all text (--tokenizer world)\n"
+        capsys.readouterr().err == "error: caps.jsonl, line 2: the text does not come back from its tokens; "
+        "use a tokenizer that keeps all text (--tokenizer world)\n"
     )
     assert not Path("caps.bin").exists()
 
@@ -299,8 +299,8 @@ def test_an_input_that_is_written_to_meanwhile(here, capsys, monkeypatch, inputs
     monkeypatch.setattr(pack_module, "_add", lambda *args: (add(*args), Path("book.txt").open("a").write(" and more")))
     assert main([*inputs, "1", "2", *(["--out", "made"] if len(inputs) > 1 else [])]) == 2
     assert (
-        capsys.readouterr().err
-        == "error: input book.txt has been written to while it was read: what is in it now may be missing; start again when it is complete\n"
+        capsys.readouterr().err == "error: input book.txt has been written to while it was read: "
+        "what is in it now may be missing; start again when it is complete\n"
     )
     assert sorted(os.listdir()) == sorted(inputs)
 

@@ -1,6 +1,7 @@
 """The official trainer's own reader, writer and dataset against ours, byte for byte.
 
-They are not part of this repository: RWKV_OFFICIAL_SRC names RWKV-v7/train_temp/src of a clone of RWKV-LM; without it these tests are skipped.
+They are not part of this repository: RWKV_OFFICIAL_SRC names RWKV-v7/train_temp/src of a clone of RWKV-LM; without it these
+tests are skipped.
 """
 
 import importlib.util

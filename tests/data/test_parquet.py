@@ -168,7 +168,10 @@ def test_a_reader_that_crashes_is_one_line(here, monkeypatch, capfd, target, wor
 
 @st.composite
 def damaged(draw):
-    """The bytes of a table of which a part is lost, or some bytes are others; what was in it; whether its footer, which has no checksum, is another."""
+    """The bytes of a table of which a part is lost, or some bytes are others; what was in it; whether its footer is another.
+
+    The footer has no checksum.
+    """
     texts = draw(st.lists(st.text(max_size=30), min_size=1, max_size=40))
     options = {
         "compression": draw(st.sampled_from(["none", "snappy", "zstd"])),

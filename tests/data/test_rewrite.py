@@ -149,7 +149,10 @@ def test_bytes_are_told_in_the_unit_that_suits_them():
 
 @pytest.mark.parametrize("limit", [2000, 12000])
 def test_a_disk_that_is_full_at_the_end_is_one_line_and_leaves_nothing(tmp_path, limit):
-    """The last tokens and the index are written when the pair is complete; of the two parts of a split the smaller one has room, and is not left alone."""
+    """The last tokens and the index are written when the pair is complete.
+
+    Of the two parts of a split the smaller one has room, and is not left alone.
+    """
     prefix = write(tmp_path / "a", documents(8))
     assert (tmp_path / "a.bin").stat().st_size > 14000
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -207,7 +210,10 @@ def test_copies_on_both_sides_are_told(tmp_path, monkeypatch, compared):
 
 
 def test_what_is_a_copy(tmp_path):
-    """Not what begins alike, nor what has the same tokens in another number; a few that come again are no matter, and where they lie does not count."""
+    """Not what begins alike, nor what has the same tokens in another number.
+
+    A few that come again are no matter, and where they lie does not count.
+    """
     rng, told = np.random.default_rng(3), []
     begins_alike = [np.append(np.arange(60), last).astype(np.uint16) for last in range(100, 200)]
     alike = [np.full(n, 7, np.uint16) for n in range(1, 200)]

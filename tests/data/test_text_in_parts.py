@@ -1,4 +1,4 @@
-"""A .txt of any size comes in parts, and its tokens are those of the whole text; documents too large for memory are shuffled where they lie."""
+"""A .txt of any size comes in parts, its tokens those of the whole text; documents too large for memory are shuffled where they lie."""
 
 import gzip
 import json
@@ -47,7 +47,10 @@ def in_parts(tokenizer, text, cuts):
 
 
 def hostile(tokens, rng, size):
-    """Text in which a cut anywhere may change the tokens before it: long tokens, beginnings and ends of them, characters of many bytes, runs."""
+    """Text in which a cut anywhere may change the tokens before it.
+
+    Long tokens, beginnings and ends of them, characters of many bytes, runs.
+    """
     long = [t for t in tokens if len(t) > 20]
     parts, n = [], 0
     while n < size:
@@ -219,8 +222,8 @@ def test_a_tokenizer_that_takes_whole_texts_has_a_limit(here, monkeypatch, capsy
     capsys.readouterr()
     assert run("a.txt", 1, 4, "--tokenizer", "tok.json") == 2
     assert (
-        "error: a.txt: a .txt is one document, and this one is larger than 0 MiB, the most that this tokenizer takes at once; split it, or use --tokenizer world"
-        in capsys.readouterr().err
+        "error: a.txt: a .txt is one document, and this one is larger than 0 MiB, the most that this tokenizer takes at once; "
+        "split it, or use --tokenizer world" in capsys.readouterr().err
     )
 
 

@@ -1,12 +1,14 @@
 """A GPU that computes on the CPU: `python tests/fake_gpu/run.py COMMAND...` runs COMMAND with it. For what else runs on a GPU only.
 
-torch has to be a build for CUDA 13 (2.11 tried), as it is on a login node; that toolkit's headers are needed (CUDA_HOME, /usr/local/cuda), a driver or a GPU is not.
-Allocator, streams, events, graphs, dispatch, autograd's threads, DDP, DeepSpeed and NCCL's calls are torch's own: runtime.cpp, libraries.cpp and
-operators.cpp stand below them. The package's kernels are those of cuda/ in emulation. It says nothing about speed;
-torch.compile, attention's own kernels and opcheck do not work with it.
+torch has to be a build for CUDA 13 (2.11 tried), as it is on a login node; that toolkit's headers are needed (CUDA_HOME,
+/usr/local/cuda), a driver or a GPU is not. Allocator, streams, events, graphs, dispatch, autograd's threads, DDP, DeepSpeed
+and NCCL's calls are torch's own: runtime.cpp, libraries.cpp and operators.cpp stand below them. The package's kernels are
+those of cuda/ in emulation. It says nothing about speed; torch.compile, attention's own kernels and opcheck do not work with
+it.
 
     python tests/fake_gpu/run.py python -m pytest tests/cuda -k gpu
-    FAKE_GPUS=2 FAKE_GPU_LAZY=1 PYTHON=$(which python) DATA=data/my N_LAYER=2 N_EMBD=128 CTX_LEN=64 M_BSZ=2 GPU_PER_NODE=2 python tests/fake_gpu/run.py ./demo-training-run.sh
+    FAKE_GPUS=2 FAKE_GPU_LAZY=1 PYTHON=$(which python) DATA=data/my N_LAYER=2 N_EMBD=128 CTX_LEN=64 M_BSZ=2 GPU_PER_NODE=2 \
+        python tests/fake_gpu/run.py ./demo-training-run.sh
 """
 
 from __future__ import annotations
@@ -74,9 +76,13 @@ def build(folder: Path) -> None:
 def environment(folder: Path) -> dict[str, str]:
     first = lambda name, path: {name: os.pathsep.join(filter(None, (str(path), os.environ.get(name))))}
     return {
-        **os.environ, **first("PATH", folder / "bin"), **first("PYTHONPATH", HERE), **first("LD_LIBRARY_PATH", folder),
-        "LD_PRELOAD": str(folder / "runtime.so"), "FAKE_GPU_BUILT": str(folder),
-    }  # fmt: skip
+        **os.environ,
+        **first("PATH", folder / "bin"),
+        **first("PYTHONPATH", HERE),
+        **first("LD_LIBRARY_PATH", folder),
+        "LD_PRELOAD": str(folder / "runtime.so"),
+        "FAKE_GPU_BUILT": str(folder),
+    }
 
 
 def main() -> None:

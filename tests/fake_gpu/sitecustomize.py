@@ -1,4 +1,4 @@
-"""Python loads this by itself where run.py has set PYTHONPATH: torch then computes on the fake GPU, and the package's CUDA kernels are emulated ones."""
+"""Python loads this by itself where run.py has set PYTHONPATH: torch computes on the fake GPU, the CUDA kernels are emulated ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Conversations: which tokens a state has read, told by a model whose answers are written down, and by bits that agree with a fresh reading."""
+"""Conversations: which tokens a state has read, in a script, a pipe and a terminal; penalties.
+
+Told by a model whose answers are written down, and by bits that agree with a fresh reading.
+"""
 
 import contextlib
 import io
@@ -88,9 +91,20 @@ BLANK = WORLD.encode("\n\n")
         (spelled(" a\n") + [0], "a", spelled(" a") + BLANK),
         (BLANK, "", BLANK),
     ],
-    ids=["one token", "two line ends", "the user's next turn", "no stop after all", "more than the stop", "text before it in its token", "read as it was chosen", "half a character",
-         "end of document", "half a stop", "empty"],
-)  # fmt: skip
+    ids=[
+        "one token",
+        "two line ends",
+        "the user's next turn",
+        "no stop after all",
+        "more than the stop",
+        "text before it in its token",
+        "read as it was chosen",
+        "half a character",
+        "end of document",
+        "half a stop",
+        "empty",
+    ],
+)
 def test_a_stop_is_read_once_however_it_came(scripted, answer, shown, read):
     chat = scripted(answer)
     assert "".join(chat.answer("hi")) == shown

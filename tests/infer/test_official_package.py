@@ -1,4 +1,4 @@
-"""RWKV-7 files in both directions: the PyPI package `rwkv` computes our logits from our file, and we its from a file with the released layout."""
+"""RWKV-7 files in both directions: the PyPI package `rwkv` gets our logits from our file, and we its from one in the released layout."""
 
 import importlib
 
@@ -73,7 +73,10 @@ def test_what_is_no_rwkv7_is_not_read_as_one(official, tmp_path, model_type, say
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A file with the names, shapes and order of the released ones, made without our model: no v0, v1, v2 in block 0, and ranks (of 2.9B) that our trainer would not choose."""
+    """A file with the names, shapes and order of the released ones, made without our model.
+
+    No v0, v1, v2 in block 0, and ranks (of 2.9B) that our trainer would not choose.
+    """
     g, C, H = torch.Generator().manual_seed(21), 128, 2
     normal = lambda *shape: torch.randn(*shape, generator=g)
     ranks = dict(w=96, a=96, g=320, v=64)

@@ -1,4 +1,4 @@
-"""RWKV-4 files in both directions: the PyPI package `rwkv` computes our logits from our file, and we its from a file with the official layout."""
+"""RWKV-4 files in both directions: the PyPI package `rwkv` gets our logits from our file, and we its from one in the official layout."""
 
 import importlib.util
 
@@ -63,7 +63,10 @@ def theirs(path):
 
 
 def exact_copy(path):
-    """The same numbers in fp32: the package keeps what ln0 makes of the embedding in the dtype of the file, which costs it digits that we do not lose."""
+    """The same numbers in fp32.
+
+    The package keeps what ln0 makes of the embedding in the dtype of the file, which costs it digits that we do not lose.
+    """
     copy = path.with_name("copy.pth")
     torch.save({name: tensor.float() for name, tensor in load_weights(path).items()}, copy)
     return copy

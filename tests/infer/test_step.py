@@ -188,13 +188,25 @@ def test_what_does_not_fit_the_step_is_refused():
     assert call()[0].shape == (V,)
     m = step.matrices
     wrong = [
-        dict(x=torch.zeros(C, dtype=torch.float64)), dict(norms=step.norms[:3]), dict(vectors=[v[:-C] for v in step.vectors]), dict(vectors=step.vectors[:2]),
-        dict(head_size=24), dict(head_size=0), dict(head=step.head.half(), **{f"m{i}": t.half() for i, t in enumerate(m)}), dict(head=step.head.float()), dict(head=step.head[:, : C // 2].contiguous()),
-        dict(m0=m[0].t()), dict(m0=m[0][:-1]), dict(m1=m[1].flatten()), dict(m2=m[2].float()), dict(m7=m[7][:, 1:].contiguous()), dict(m13=m[13][:-1]),
+        dict(x=torch.zeros(C, dtype=torch.float64)),
+        dict(norms=step.norms[:3]),
+        dict(vectors=[v[:-C] for v in step.vectors]),
+        dict(vectors=step.vectors[:2]),
+        dict(head_size=24),
+        dict(head_size=0),
+        dict(head=step.head.half(), **{f"m{i}": t.half() for i, t in enumerate(m)}),
+        dict(head=step.head.float()),
+        dict(head=step.head[:, : C // 2].contiguous()),
+        dict(m0=m[0].t()),
+        dict(m0=m[0][:-1]),
+        dict(m1=m[1].flatten()),
+        dict(m2=m[2].float()),
+        dict(m7=m[7][:, 1:].contiguous()),
+        dict(m13=m[13][:-1]),
         *(dict(state=[lists[:2] if i == j else lists for i, lists in enumerate(state)]) for j in range(3)),
         *(dict(state=[[t.flatten()[1:] for t in lists] if i == j else lists for i, lists in enumerate(state)]) for j in range(3)),
         *(dict(state=[state[0], [t.transpose(2, 3)[..., :n] for t in state[1]], state[2]]) for n in (16, 32)),
-    ]  # fmt: skip
+    ]
     for change in wrong:
         with pytest.raises(RuntimeError, match="rwkv7_step: "):
             pytest.fail(f"{ {name: getattr(value, 'shape', value) for name, value in change.items()} } was taken: {call(**change)[0][:1]}")

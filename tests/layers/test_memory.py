@@ -1,4 +1,4 @@
-"""The memory beside the recurrence: against its formulas token by token, derivatives through its steps, and that it learns while reading."""
+"""The memory beside the recurrence: its formulas token by token, derivatives through its steps, and that it learns while reading."""
 
 import pytest
 import torch

@@ -101,7 +101,10 @@ def test_the_block_is_the_official_one_with_its_names():
 
 
 def test_the_stream_gets_a_tenth_of_what_trains_the_bits_and_queries_and_keys_a_fiftieth_of_their_difference():
-    """Of the gradients of q, k and v as they are put into the operator; q, k and v themselves get the whole of it, but for that difference."""
+    """Of the gradients of q, k and v as they are put into the operator.
+
+    q, k and v themselves get the whole of it, but for that difference.
+    """
     mix, norm, x, weight = (
         RosaMix(RosaConfig(n_embd=32, head_size=16)).double(),
         NormMix(32).double(),

@@ -1,4 +1,7 @@
-"""Every model in half precision: in float16, as --precision fp16 trains it, loss and gradients of a step against float32; in bf16 with a state, as it generates."""
+"""Every model in half precision: a training step in float16 against float32, and generation in bf16.
+
+In float16, as --precision fp16 trains it, loss and gradients of a step against float32; in bf16 with a state, as it generates.
+"""
 
 import pytest
 import torch

@@ -42,8 +42,11 @@ def run(root: Path, *words: object) -> str:
 @pytest.mark.slow
 def test_the_page_makes_a_model_that_trains_resumes_and_generates(checkout, tmp_path):
     (tmp_path / "text.txt").write_text("abcabcabd" * 400)
-    flags = dict(data_file=tmp_path / "text.txt", data_type="utf-8", my_testing="x071", n_layer=2, n_embd=64, head_size=32, ctx_len=32, micro_bsz=8, my_exit_tokens=40 * 8 * 32,
-                 lr_init=5e-3, lr_final=1e-3, adam_eps=1e-8, train_stage=3, random_seed=1, precision="fp32", accelerator="cpu")  # fmt: skip
+    flags = dict(
+        data_file=tmp_path / "text.txt", data_type="utf-8", my_testing="x071", n_layer=2, n_embd=64, head_size=32, ctx_len=32,
+        micro_bsz=8, my_exit_tokens=40 * 8 * 32, lr_init=5e-3, lr_final=1e-3, adam_eps=1e-8, train_stage=3, random_seed=1,
+        precision="fp32", accelerator="cpu",
+    )  # fmt: skip
     words = ["train.py", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
     for folder, stops in (("whole", [0]), ("parts", [15, 0])):
         for stop in stops:

@@ -1,7 +1,8 @@
-"""RWKV-LM's own RWKV-8 models, which turn numbers round and add them, in our x080: the logits of the official program, and nearly all digits right.
+"""RWKV-LM's own RWKV-8 models, which turn numbers round and add them, in our x080: the official logits, nearly all digits right.
 
-They are not part of this repository: RWKV_OFFICIAL_SRC names RWKV-v7/train_temp/src of a clone of RWKV-LM; without it these tests are skipped. The program is run
-on the CPU up to where it has loaded its model, with our wkv7 in the place of its CUDA kernel.
+They are not part of this repository: RWKV_OFFICIAL_SRC names RWKV-v7/train_temp/src of a clone of RWKV-LM; without it these
+tests are skipped. The program is run on the CPU up to where it has loaded its model, with our wkv7 in the place of its CUDA
+kernel.
 """
 
 import os

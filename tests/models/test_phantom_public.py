@@ -171,9 +171,16 @@ def test_rwkv7_with_ghosts_and_steps(tmp_path):
 
 @pytest.mark.parametrize(
     "bad,word",
-    [(dict(core_ratio=0.3, ghost_ratio=0.6), "do not sum to 1"), (dict(n_head=5), "n_head 5 times head_size 64 is not n_embd 768"), (dict(core_ratio=0), "core_ratio"),
-     (dict(ttt_chunk=30), "multiple of 16"), (dict(ttt_steps=0), "ttt_steps"), (dict(svd_rank_ratio=0), "svd_rank_ratio"), (dict(sparsity_ratio=1.5), "sparsity_ratio")],
-)  # fmt: skip
+    [
+        (dict(core_ratio=0.3, ghost_ratio=0.6), "do not sum to 1"),
+        (dict(n_head=5), "n_head 5 times head_size 64 is not n_embd 768"),
+        (dict(core_ratio=0), "core_ratio"),
+        (dict(ttt_chunk=30), "multiple of 16"),
+        (dict(ttt_steps=0), "ttt_steps"),
+        (dict(svd_rank_ratio=0), "svd_rank_ratio"),
+        (dict(sparsity_ratio=1.5), "sparsity_ratio"),
+    ],
+)
 def test_bad_settings(bad, word):
     with pytest.raises(UserError, match=word):
         RWKV7PhantomConfig(**bad)
@@ -185,8 +192,10 @@ def test_train_model(tmp_path):
     walk = np.cumsum(np.random.default_rng(0).integers(0, 7, 8000)) % 256
     with BinIdxWriter(tmp_path / "data", np.uint16) as writer:
         writer.add(walk.astype(np.uint16))
-    flags = dict(ctx_len=32, micro_bsz=4, my_exit_tokens=12 * 4 * 32, epoch_samples=24, lr_init=3e-3, accelerator="cpu", precision="fp32", kernel="torch",
-                 random_seed=1, enable_progress_bar=False)  # fmt: skip
+    flags = dict(
+        ctx_len=32, micro_bsz=4, my_exit_tokens=12 * 4 * 32, epoch_samples=24, lr_init=3e-3, accelerator="cpu", precision="fp32",
+        kernel="torch", random_seed=1, enable_progress_bar=False,
+    )  # fmt: skip
     with pytest.raises(RuntimeError, match="max_steps"):  # and no model: the one that is there is the initial one
         train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags, max_steps=2)
     model = train_model(tmp_path / "data", tmp_path / "out", RWKV7PhantomConfig(**SMALL), **flags)
@@ -222,7 +231,10 @@ def test_train_model_says_why_training_ended_early(tmp_path, monkeypatch, code, 
 
 def test_example_of_its_docstring_runs_outside_the_checkout(tmp_path):
     root = Path(__file__).resolve().parents[2] / "RWKV-v7"
-    code = (f"import sys; sys.path.insert(0, {str(root)!r}); import torch; from rwkv7_ttt_phantom import create_model, RWKV7PhantomConfig as C;"
-            "m = create_model(C(n_layer=1, n_embd=64, n_head=1, vocab_size=100, use_cuda_kernel=False)); x, s = m(torch.tensor([[1, 2, 3]])); print(x.shape[-1], len(m.generate([1, 2, 3])))")  # fmt: skip
+    code = (
+        f"import sys; sys.path.insert(0, {str(root)!r}); import torch; from rwkv7_ttt_phantom import create_model, RWKV7PhantomConfig as C;"
+        "m = create_model(C(n_layer=1, n_embd=64, n_head=1, vocab_size=100, use_cuda_kernel=False)); "
+        "x, s = m(torch.tensor([[1, 2, 3]])); print(x.shape[-1], len(m.generate([1, 2, 3])))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == "100 20\n", done.stderr

@@ -134,7 +134,10 @@ def test_without_its_rosa_it_is_rwkv7():
 
 
 def test_recall_reaches_as_far_back_as_the_text():
-    """Two texts that differ in their first six tokens alone, 2000 tokens ago, are told apart by the pure ROSA model, whose state grows with each token."""
+    """Two texts that differ in their first six tokens alone, 2000 tokens ago, are told apart by the pure ROSA model.
+
+    Its state grows with each token.
+    """
     model, answers = alive(model_config("rosa", **SIZES)).eval(), []
     filler, query = tokens(1, 2000, vocab=3, seed=6), tokens(1, 6, seed=5)
     with torch.no_grad():

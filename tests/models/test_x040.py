@@ -1,4 +1,4 @@
-"""RWKV-4 against a float64 model written from the formulas; its table and groups against the official ones; its files; every mode against every other."""
+"""RWKV-4 against a float64 model written from the formulas; its table and groups are the official ones; its files; all modes agree."""
 
 import math
 

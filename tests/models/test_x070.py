@@ -56,8 +56,11 @@ class Additions(TorchDispatchMode):
 
 @pytest.mark.skipif(bool(native.why_not((torch.float32,), 64)), reason="plain PyTorch adds them up one by one")
 def test_kernels_add_up_the_gradients_of_what_they_pass_on():
-    """What is left to autograd: block 0's value, which all others read; of each other block the input of the value residual's rate; on a CPU, where a norm and what
-    is around it are several operators, the residual stream twice a block."""
+    """What is left to autograd.
+
+    Block 0's value, which all others read; of each other block the input of the value residual's rate; on a CPU, where a norm
+    and what is around it are several operators, the residual stream twice a block.
+    """
     layers = 4
     model = alive(ModelConfig(n_layer=layers, n_embd=64, vocab_size=37, head_size=32), torch.float32)
     features = model.features(tokens(model.config, 2, 20))

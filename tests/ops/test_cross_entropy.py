@@ -232,8 +232,10 @@ for V in (5, 31, 63, 287):
         bytes, weight = V * 32 * dtype.itemsize, torch.randn(V, 32).to(dtype)
         whole = -(-bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + whole), mmap.PAGESIZE, 0) == 0
-        inside = torch.frombuffer(memory, dtype=dtype, count=weight.numel(), offset=whole - bytes).view(V, 32).copy_(weight).requires_grad_()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + whole), mmap.PAGESIZE, 0) == 0
+        inside = torch.frombuffer(memory, dtype=dtype, count=weight.numel(), offset=whole - bytes).view(V, 32)
+        inside = inside.copy_(weight).requires_grad_()
         head_cross_entropy(torch.randn(20, 32).to(dtype).requires_grad_(), inside, torch.zeros(20, dtype=torch.int64)).backward()
 print("done")
 """
@@ -309,7 +311,10 @@ def test_of_equal_maxima_the_first_counts(form):
 
 
 def test_rounded_logits_are_summed_in_full():
-    """In bf16 the logits of the plain form are rounded, by up to 2^-9 of them, and nothing after them: their sum of exponentials would lose as much again."""
+    """In bf16 the logits of the plain form are rounded, by up to 2^-9 of them, and nothing after them.
+
+    Their sum of exponentials would lose as much again.
+    """
     x, weight, targets = (t.detach() for t in make((20,), 16, 300, torch.bfloat16))
     logits = (x @ weight.t()).double()
     nats, likeliest = chunked.scores(x, weight, targets)

@@ -229,7 +229,10 @@ def test_the_operators_are_well_formed(form, dtype, residual):
 
 
 def test_a_state_of_another_dtype_is_not_read_as_if_it_were_the_same(form):
-    """Four bytes taken for two: numbers that are not there. Asked for by name the kernels refuse, like any other mixture; by itself, plain PyTorch runs."""
+    """Four bytes taken for two: numbers that are not there.
+
+    Asked for by name the kernels refuse, like any other mixture; by itself, plain PyTorch runs.
+    """
     x, last, mix = torch.randn(2, 5, 64, dtype=torch.bfloat16), torch.randn(2, 64), torch.randn(1, 1, 64, dtype=torch.bfloat16)
     for call in (
         lambda: fused.token_mix(x, last, [mix])[0],

@@ -1,4 +1,7 @@
-"""What the CUDA operators are given (cuda/common/launch.h): which tensor reaches a kernel, which is copied, which is refused; and what its error code becomes."""
+"""What the CUDA operators are given: which tensor reaches a kernel, which is copied, which is refused; and what its error code becomes.
+
+Their code is cuda/common/launch.h.
+"""
 
 import ctypes
 import subprocess

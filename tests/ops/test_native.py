@@ -133,7 +133,8 @@ def test_a_folder_from_which_nothing_may_be_executed_is_named_with_the_cure(toy,
     built = native.build("toy")
     assert native.available("toy") == (
         False,
-        f"native kernel toy does not load: {built}: failed to map segment from shared object; its folder may be mounted noexec: set RWKV_CACHE_DIR to one that is not",
+        f"native kernel toy does not load: {built}: failed to map segment from shared object; "
+        "its folder may be mounted noexec: set RWKV_CACHE_DIR to one that is not",
     )
 
 
@@ -156,7 +157,10 @@ def test_a_library_that_does_not_load_is_one_line(toy, monkeypatch):
 def test_what_a_killed_builder_left_behind_blocks_nobody(toy):
     cache = toy.parents[1] / "cache" / "native"
     cache.mkdir(parents=True)
-    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); f.write('9'); f.flush(); print('held', flush=True); time.sleep(60)"
+    hold = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); f.write('9'); f.flush(); "
+        "print('held', flush=True); time.sleep(60)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(cache / "toy.lock")], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     (cache / "toy-abandoned.building").mkdir()
@@ -284,7 +288,10 @@ def test_what_nvcc_says_is_one_line(toy_cuda, tmp_path, monkeypatch):
 
 
 def emulating_nvcc(tmp_path, monkeypatch):
-    """nvcc's place is taken by g++ and the emulation: what is built and loaded is real, the GPU is not. Where its calls are written down."""
+    """nvcc's place is taken by g++ and the emulation: what is built and loaded is real, the GPU is not.
+
+    Gives the file where its calls are written down.
+    """
     log = tmp_path / "log"
     stand_in(
         tmp_path,
@@ -394,7 +401,10 @@ def test_an_nvcc_that_does_not_start_is_one_line(toy_cuda, tmp_path, monkeypatch
 def test_the_line_that_is_told_is_the_one_that_says_why():
     full = "/usr/bin/ld: final link failed: No space left on device\ncollect2: error: ld returned 1 exit status\n"
     assert native._one_line(full) == "/usr/bin/ld: final link failed: No space left on device"
-    warned = "nvcc warning : Support for offline compilation for architectures prior to ... will be removed\nnvcc fatal   : Unsupported gpu architecture 'compute_120'\n"
+    warned = (
+        "nvcc warning : Support for offline compilation for architectures prior to ... will be removed\n"
+        "nvcc fatal   : Unsupported gpu architecture 'compute_120'\n"
+    )
     assert native._one_line(warned) == "nvcc fatal   : Unsupported gpu architecture 'compute_120'"
 
 

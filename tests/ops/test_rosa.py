@@ -126,7 +126,10 @@ def test_the_automaton_goes_on_behind_a_state(split, rng):
 
 @needs_native
 def test_the_automaton_is_the_scan_on_many_rows(rng):
-    """Random, nearly and wholly periodic ones: states that are divided again and again, a match in hand behind a state, matches longer than all that is new."""
+    """Random, nearly and wholly periodic ones.
+
+    States that are divided again and again, a match in hand behind a state, matches longer than all that is new.
+    """
     rows, T = 600, 1200
     periods, symbols = torch.randint(1, 8, (rows,), generator=rng), torch.randint(4, (T, rows), generator=rng)
     often = torch.tensor([0.0, 1 / 12, 1.0, 1.0]).repeat(rows // 4)
@@ -174,8 +177,10 @@ def test_flips_of_longer_rows(kind, bits, rng):
 @pytest.mark.parametrize("bits", [1, 4])
 @pytest.mark.parametrize("kind", ["random", "repeated", "constant"])
 def test_flips_of_rows_longer_than_a_vector(kind, bits, rng):
-    """Against the forward kernel over all rows with a bit turned: long enough for matches that are not looked at one by one. Other rows go before it,
-    in the same memory."""
+    """Against the forward kernel over all rows with a bit turned: long enough for matches that are not looked at one by one.
+
+    Other rows go before it, in the same memory.
+    """
     T = 300
     low, high = torch.randn(2, bits, generator=rng)
     slopes = torch.randn(T, bits, generator=rng)
@@ -199,7 +204,10 @@ def test_flips_of_rows_longer_than_a_vector(kind, bits, rng):
 @needs_native
 @pytest.mark.slow
 def test_flips_where_places_have_more_than_16_bits(rng):
-    """Of the last outputs alone, for speed, whose match lies at such a place; and of the same row without its beginning, in which no long match can lie."""
+    """Of the last outputs alone, for speed, whose match lies at such a place.
+
+    And of the same row without its beginning, in which no long match can lie.
+    """
     start, T = 700, 66_000
     x = torch.randn(1, T, 1, generator=rng)
     x[:, :start], x[:, start], x[:, -150:] = -1, 1, x[:, -300:-150].clone()

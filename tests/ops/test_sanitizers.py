@@ -1,4 +1,4 @@
-"""Every folder of kernels in C++ under the address and undefined-behaviour sanitizers: its own tests, with what they try at each instruction set."""
+"""Every folder of C++ kernels under the address and undefined-behaviour sanitizers: its own tests, with every instruction set they try."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ FOLDERS = sorted({path.parent.name for path in native.SOURCE_DIR.glob("*/*.cpp")
 # the others: ops/test_NAME*.py
 FILES = {"loss": "ops/test_cross_entropy.py", "rwkv7_step": "infer/test_step.py", "tokenizer": "data/test_native_tokenizer.py"}
 ALSO_USED = {"rwkv7_step": ["fused", "wkv7"]}  # by the model with which it is compared
-# -O1, or checks that are no calls, would compile wkv7 for minutes. A vector's indices are looked at too, and its memory behind what is in use.
+# -O1, or checks that are no calls, would compile wkv7 for minutes. A vector's indices are looked at too, and its memory behind
+# what is in use.
 FLAGS = (
     "-O0 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0"
     " -D_GLIBCXX_ASSERTIONS -D_GLIBCXX_SANITIZE_VECTOR"
 )
 # Forms in plain PyTorch; what looks at torch's side of an operator, measures memory or takes long for what shorter tests do too.
 LEFT_OUT = (
-    "[torch] or [torch- or -torch] or -torch- or compile or opcheck or well_formed or never_whole or default_is_native or more_exponentials or every_code_point"
-    " or automaton_is_the_scan or (longer_than_a_vector and -4) or (same_bits_on_every_run and dtype1)"
+    "[torch] or [torch- or -torch] or -torch- or compile or opcheck or well_formed or never_whole or default_is_native"
+    " or more_exponentials or every_code_point or automaton_is_the_scan or (longer_than_a_vector and -4)"
+    " or (same_bits_on_every_run and dtype1)"
 )
 TESTED = "import sys, pytest; from rwkvlm import native; getattr(native, sys.argv[1])(sys.argv[2]); sys.exit(pytest.main(sys.argv[3:]))"
 

@@ -14,8 +14,8 @@ needs_native = pytest.mark.skipif(bool(FAILURE), reason=FAILURE)
 FP32, BF16 = torch.float32, torch.bfloat16
 FORMS = {"torch": wkv4_chunked, "cpu": wkv4_native}
 FORM = [pytest.param("torch"), pytest.param("cpu", marks=needs_native)]
-# p is as large as the keys, and float32 keeps seven digits of it: with keys of 100 exp(k - p) has an error of 1e-5, in the official kernel as in the
-# loop in float32. A decay near 1 is added to p token by token, each time with a rounding.
+# p is as large as the keys, and float32 keeps seven digits of it: with keys of 100 exp(k - p) has an error of 1e-5, in the
+# official kernel as in the loop in float32. A decay near 1 is added to p token by token, each time with a rounding.
 TOLERANCE = {"large": 5e-5, "slow": 2e-5}
 
 

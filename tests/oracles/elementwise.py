@@ -67,7 +67,10 @@ class Case:
 
 
 def misfits(case):
-    """(what is wrong, inputs) for each input but the one that the others are measured by: one channel too few, as many numbers in another shape, another dtype."""
+    """(what is wrong, inputs) for each input but the one that the others are measured by.
+
+    One channel too few, as many numbers in another shape, another dtype.
+    """
     measure = {"time_mix_inputs": 1}.get(case.name, 0)
     for i, x in enumerate(case.inputs):
         if x is None or i == measure:

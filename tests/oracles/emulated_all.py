@@ -1,4 +1,7 @@
-"""Every kernel in emulation once or more, on small odd sizes, in both schedules: for what watches it meanwhile. What they compute, tests/cuda checks."""
+"""Every kernel in emulation once or more, on small odd sizes, in both schedules: for what watches it meanwhile.
+
+What they compute, tests/cuda checks.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,16 @@ def run_wkv7(path: Path) -> None:
     kernels = Kernels(path)
     for reverse in (False, True):
         for options in (
-            dict(T=67, H=2), dict(T=35, N=32), dict(T=17, N=16, B=2), dict(T=70, documents=[1, 64, 5]), dict(T=35, N=128, H=1),
-            dict(T=200, N=32, documents=[1, 199], segment_chunks=1), dict(T=90, N=128, H=1, segment_chunks=1), dict(T=67, more="rkv"), dict(T=35, N=16, more="v"),
-        ):  # fmt: skip
+            dict(T=67, H=2),
+            dict(T=35, N=32),
+            dict(T=17, N=16, B=2),
+            dict(T=70, documents=[1, 64, 5]),
+            dict(T=35, N=128, H=1),
+            dict(T=200, N=32, documents=[1, 199], segment_chunks=1),
+            dict(T=90, N=128, H=1, segment_chunks=1),
+            dict(T=67, more="rkv"),
+            dict(T=35, N=16, more="v"),
+        ):
             kernels.run("chunked", make_case(**options), reverse=reverse)
             kernels.run("sequential", make_case(**options), reverse=reverse)
         for bounds in WRONG_BOUNDS:
@@ -48,8 +58,12 @@ def run_wkv7(path: Path) -> None:
                     kernel, with_bounds(make_case(T=100, N=32, H=1, documents=[1, 99], segment_chunks=chunks), bounds), reverse=reverse
                 )
         for options in (
-            dict(T=140, rows=8), dict(T=67, rows=64), dict(T=130, N=16, rows=16, B=2), dict(T=140, N=32, rows=24, segment=128, head=False), dict(T=35, N=128, rows=128, segment=32),
-        ):  # fmt: skip
+            dict(T=140, rows=8),
+            dict(T=67, rows=64),
+            dict(T=130, N=16, rows=16, B=2),
+            dict(T=140, N=32, rows=24, segment=128, head=False),
+            dict(T=35, N=128, rows=128, segment=32),
+        ):
             run(kernels, make_ttt_case(H=1, **options), reverse=reverse)
 
 

@@ -24,8 +24,9 @@ class TttCase:
     def expected(self, masks: Tensor | None = None, watch: list[Tensor] | None = None) -> dict[str, Tensor]:
         """The results of the kernels, in float64: the token by token reference, and each step the gradient of the inner loss by autograd.
 
-        d_rate [steps, B, H] is the gradient of each step's eta / segment, d_head that of W1 and the transpose of W2. masks [B, T, H] int32: which hidden units are above zero. Where the
-        kernels' state, whose factors are bf16, puts one on the other side of zero, gradients jump, and no limit on rounding errors would hold.
+        d_rate [steps, B, H] is the gradient of each step's eta / segment, d_head that of W1 and the transpose of W2.
+        masks [B, T, H] int32: which hidden units are above zero. Where the kernels' state, whose factors are bf16, puts one on
+        the other side of zero, gradients jump, and no limit on rounding errors would hold.
         watch: receives for each step which are, [B, tokens, H, hidden].
         """
         case, ttt = self.case, self.ttt

@@ -71,8 +71,12 @@ def make_case(
     segment_chunks: int = 0,
     more: str = "",
 ) -> Case:
-    """kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay, w = +8)
-    | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay). more: of which tensors there are gradients from elsewhere, "rkv" at most."""
+    """Inputs, states and gradients of a call, drawn from a seed.
+
+    kind: normal | slow (little decays, little is removed: the state lasts for thousands of tokens) | clamp (the fastest decay,
+    w = +8) | repeated (keys with a cosine >= 0.99 and a rate >= 0.9, slow decay). more: of which tensors there are gradients
+    from elsewhere, "rkv" at most.
+    """
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     r, w, k, v, keys, rate = (normal(B, T, H, N) for _ in range(6))

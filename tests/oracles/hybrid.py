@@ -1,4 +1,4 @@
-"""RWKV-7 with attention in some blocks, straight from the formulas: one token after the other, one head after the other, in the dtype of its weights.
+"""RWKV-7 with attention in some blocks, straight from the formulas: token by token, head by head, in the dtype of its weights.
 
 Written independently of the package (it imports nothing of it) so that the two can be held against each other.
 """
@@ -12,7 +12,10 @@ from oracles.x070 import layer_norm
 
 
 def attention(p, x, x_prev, past, N, window):
-    """One token of one sequence. x, x_prev: [C]; past: the keys and values of all tokens before it, a list of pairs [G, N]. Adds its own to past."""
+    """One token of one sequence. x, x_prev: [C].
+
+    past: the keys and values of all tokens before it, a list of pairs [G, N]. Adds its own to past.
+    """
     xq, xk, xv, xg = (x + (x_prev - x) * p[f"x_{c}"].flatten() for c in "qkvg")
     q, k, v = ((p[f"{name}.weight"] @ y).split(N) for name, y in (("query", xq), ("key", xk), ("value", xv)))
     past.append(([layer_norm(head, 1, 0) for head in k], v))

@@ -1,7 +1,8 @@
-"""RWKV-LM's own RWKV-7 trainer (RWKV-v7/train_temp) on a CPU: each CUDA operator that it loads is here as a formula, under the operator's own name.
+"""RWKV-LM's own RWKV-7 trainer on a CPU: each CUDA operator that it loads is here as a formula, under the operator's own name.
 
-Nothing of that repository is in this one. `prepared` copies its program to a folder outside, `operators` puts the formulas where it looks for its kernels, and what
-is left, model, loss, groups, schedule, order of samples, saving and logs, runs as it is written there. As a whole, with the Lightning that it is made for on the path:
+Nothing of that repository (the trainer is its RWKV-v7/train_temp) is in this one. `prepared` copies its program to a folder
+outside, `operators` puts the formulas where it looks for its kernels, and what is left, model, loss, groups, schedule, order
+of samples, saving and logs, runs as it is written there. As a whole, with the Lightning that it is made for on the path:
 
     PYTHONPATH=FOLDER_OF_LIGHTNING_1_9_5 python tests/oracles/official_trainer.py SRC FOLDER --epoch_samples 64 -- --proj_dir out ...
 """
@@ -117,7 +118,10 @@ class Loss:
 
 
 class Wkv4:
-    """RWKV-4's kernel: w is minus the exponential of the parameter, k and v are [B, T, C], and the gradient of w is asked for the parameter, one of each sequence."""
+    """RWKV-4's kernel: w is minus the exponential of the parameter, k and v are [B, T, C].
+
+    The gradient of w is asked for the parameter, one of each sequence.
+    """
 
     @staticmethod
     def formula(w, u, k, v):
@@ -229,7 +233,10 @@ def operators():
 
 
 def prepared(src, folder, epoch_samples, any_dtype):
-    """Copies the program (src: the folder `src` in it) to folder; the only words of it that change are the size of a mini-epoch and, for any_dtype, "bf16 only"."""
+    """Copies the program (src: the folder `src` in it) to folder.
+
+    The only words of it that change are the size of a mini-epoch and, for any_dtype, "bf16 only".
+    """
     texts = {f"src/{name}.py": (Path(src) / f"{name}.py").read_text() for name in ("__init__", "binidx", "dataset", "model", "trainer")}
     texts["train.py"] = (Path(src).parent / "train.py").read_text()
     for name, there, here in (

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on the CPU: operators recorded with the memory that they read and write, run again without Python around them"""
+"""A stand-in for CUDA graphs on the CPU: operators recorded with the memory that they read and write, run again without Python."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class _Listener(TorchDispatchMode):
 class Tape:
     """In the place of rwkvlm.train.graphs.Recorder, for a model of so many blocks. `ran`: which recordings, in order.
 
-    As graphs do, a run writes over what the run before has left; no Python of what was recorded runs again, and no version counter moves. All
-    recordings have their memory in common, as those of a pool: a run spoils everything that later ones write, and what earlier ones have not returned,
-    once it may have been freed: what a forward pass keeps is there until its backward pass has run. Numbers become NaN; whole ones 1, which is a token
-    and a place too, so that whoever reads it does so in memory that there is, and has other bits than without.
+    As graphs do, a run writes over what the run before has left; no Python of what was recorded runs again, and no version
+    counter moves. All recordings have their memory in common, as those of a pool: a run spoils everything that later ones
+    write, and what earlier ones have not returned, once it may have been freed: what a forward pass keeps is there until its
+    backward pass has run. Numbers become NaN; whole ones 1, which is a token and a place too, so that whoever reads it does so
+    in memory that there is, and has other bits than without.
     """
 
     def __init__(self, blocks: int, recompute: bool = False) -> None:

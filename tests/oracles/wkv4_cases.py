@@ -12,8 +12,9 @@ NAMES = ("y", "final state", "dw", "du", "dk", "dv", "d_initial")
 class Case:
     """w (the logarithm of the decay), u, k, v, initial state, and the gradients of y and of the final state.
 
-    kind: normal | large (keys up to 100) | slow (decays near 1) | fast (the state is forgotten in a token or two) | repeated (the same key everywhere,
-    one more at the beginning: the state's exponent is that token's, decayed) | empty (a state that has seen nothing, given as a tensor)
+    kind: normal | large (keys up to 100) | slow (decays near 1) | fast (the state is forgotten in a token or two) | repeated
+    (the same key everywhere, one more at the beginning: the state's exponent is that token's, decayed) | empty (a state that
+    has seen nothing, given as a tensor)
     """
 
     def __init__(self, B=2, T=70, C=48, dtype=torch.float32, state=True, kind="normal", device="cpu", seed=0):

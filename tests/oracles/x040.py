@@ -1,6 +1,7 @@
 """RWKV-4 straight from the formulas: one token after the other, sums of exponentials as they stand, in the dtype of its weights.
 
-Written independently of the package (it imports nothing of it) so that the two can be held against each other. Loss and optimizer: oracles/x070.py.
+Written independently of the package (it imports nothing of it) so that the two can be held against each other. Loss and
+optimizer: oracles/x070.py.
 """
 
 import torch
@@ -15,7 +16,10 @@ def shares(p, name, x, x_prev):
 
 
 def time_mix(p, x, x_prev, seen, v_first, head_size):
-    """One token of one sequence. x, x_prev: [C]; seen: the sums of exp(k) v and of exp(k), each decayed; None at the beginning. The last two: RWKV-7's."""
+    """One token of one sequence. x, x_prev: [C].
+
+    seen: the sums of exp(k) v and of exp(k), each decayed; None at the beginning. The last two arguments are RWKV-7's.
+    """
     k = p["key.weight"] @ shares(p, "k", x, x_prev)
     v = p["value.weight"] @ shares(p, "v", x, x_prev)
     r = torch.sigmoid(p["receptance.weight"] @ shares(p, "r", x, x_prev))

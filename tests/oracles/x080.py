@@ -9,7 +9,10 @@ from . import x070
 
 
 def recalled(q, k, v):
-    """Three lists of symbols. Element i: v[j + 1] for the j < i where q up to i matches k up to j longest, the latest such j; -1 where none does."""
+    """Three lists of symbols -> one, of which element i recalls what followed the longest match; -1 where nothing matches.
+
+    Element i: v[j + 1] for the j < i where q up to i matches k up to j longest, the latest such j.
+    """
     found = []
     for i in range(len(q)):
         longest, where = 0, None
@@ -45,7 +48,10 @@ def layer(q, k, v, low, high, M, miss_is_low):
 
 
 class Recall(torch.autograd.Function):
-    """One sequence, q, k, v [T, C], emb [C] -> [T, C]; the gradient of a bit is what the output's weighted sum would gain by it, over twice its distance."""
+    """One sequence, q, k, v [T, C], emb [C] -> [T, C].
+
+    The gradient of a bit is what the output's weighted sum would gain by it, over twice its distance.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, emb, M, tau):
@@ -84,7 +90,10 @@ def shifted(x):
 
 
 def rosa_mix(p, x, M, tau):
-    """x: [T, C]. Of their gradients q and k get half the sum, and a fiftieth of what each has beside it; a tenth goes on to what q, k and v are made of."""
+    """x: [T, C]. Of their gradients q and k get half the sum, and a fiftieth of what each has beside it.
+
+    A tenth goes on to what q, k and v are made of.
+    """
     xx = shifted(x) - x
     mixed = (x + xx * p[f"x_{c}"].flatten() for c in "qkv")
     q, k, v = ((0.1 * m + 0.9 * m.detach()) @ p[f"{c}.weight"].T + p[f"{c}.bias"] for c, m in zip("qkv", mixed))

@@ -40,9 +40,13 @@ def test_variants_are_what_they_are_called():
 
     found = {name: parts(settings) for name, settings in tool.variants(0.5, 32).items() if settings}
     assert found == {
-        "ghost": (True, False, False), "state": (False, True, False), "memory": (False, False, True), "memory_wide": (False, False, True),
-        "ghost_state": (True, True, False), "ghost_memory": (True, False, True),
-    }  # fmt: skip
+        "ghost": (True, False, False),
+        "state": (False, True, False),
+        "memory": (False, False, True),
+        "memory_wide": (False, False, True),
+        "ghost_state": (True, True, False),
+        "ghost_memory": (True, False, True),
+    }
     given = tool.variants(0.5, 32, 128)
     default, wide = (tool.fitted(BASE, given[name]) for name in ("memory", "memory_wide"))
     assert (default.ttt_features, wide.ttt_features) == (32, 128) and wide.dim_ffn < default.dim_ffn
@@ -90,7 +94,8 @@ def test_a_folder_takes_one_plan(capsys, tmp_path):
 
 def test_report_of_runs(tmp_path):
     tool.main(
-        f"plan {tmp_path} --n_layer 1 --n_embd 32 --head_size 16 --vocab_size 20 --ctx_len 32 --ttt_chunk 16 --epoch_samples 10 --variants rwkv7 memory --seeds 1 2".split()
+        f"plan {tmp_path} --n_layer 1 --n_embd 32 --head_size 16 --vocab_size 20 --ctx_len 32 --ttt_chunk 16 --epoch_samples 10 "
+        "--variants rwkv7 memory --seeds 1 2".split()
     )
     for name, losses in (("rwkv7-1", (4.0, 3.0)), ("rwkv7-2", (4.0, 2.0)), ("memory-1", (4.0, 1.0)), ("memory-2", (4.0, 1.0))):
         (tmp_path / name).mkdir()
@@ -158,9 +163,11 @@ def test_both_ablations_in_miniature(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"def f{n}(x):\n    return x * {n} + {n * n}\n" * 60}) + "\n" for n in range(60)))
     knobs = {
-        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide", "MEMORY_FEATURES": "32", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text),
-        "CORPUS_TOKENS": "8192", "CORPUS_BATCH": "2", "CORPUS_VOCAB": "300", "CORPUS_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 64",
-        "RECALL_TOKENS": "4096", "RECALL_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 16", "PAIRS": "8", "KEYS": "16", "VALUES": "8", "SEQUENCES": "8",
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"), "SEEDS": "1", "VARIANTS": "rwkv7 memory_wide",
+        "MEMORY_FEATURES": "32", "MINI_EPOCHS": "2", "CORPUS_TEXT": str(text), "CORPUS_TOKENS": "8192", "CORPUS_BATCH": "2",
+        "CORPUS_VOCAB": "300", "CORPUS_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 64", "RECALL_TOKENS": "4096",
+        "RECALL_MODEL": "--n_layer 1 --n_embd 32 --head_size 16 --ttt_chunk 16", "PAIRS": "8", "KEYS": "16", "VALUES": "8",
+        "SEQUENCES": "8",
     }  # fmt: skip
     command = [ROOT / "bench/ablation_phantom.sh"]
     first = subprocess.run(command, env=os.environ | knobs, capture_output=True, text=True, timeout=600)

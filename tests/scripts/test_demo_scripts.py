@@ -179,11 +179,12 @@ def test_official_minipile_recipe_on_a_gpu(demo):
     download, init, train, sample = demo.calls()
     assert download == ["download", "--out", "data/minipile"]
     official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run.sh, but for the strategy: on one GPU ZeRO has nothing to share out
-        "--n_layer": "12", "--n_embd": "768", "--ctx_len": "512", "--vocab_size": "65536", "--my_testing": "x070", "--proj_dir": "out/L12-D768-x070",
-        "--micro_bsz": "16", "--lr_init": "6e-4", "--lr_final": "6e-5", "--warmup_steps": "10", "--beta1": "0.9", "--beta2": "0.99", "--adam_eps": "1e-18",
-        "--weight_decay": "0.001", "--epoch_save": "10", "--head_size": "64", "--head_chunk": "0", "--kernel": "@rwkv3", "--grad_cp": "-1",
-        "--accelerator": "gpu", "--devices": "1", "--num_nodes": "1", "--precision": "bf16", "--strategy": "auto", "--train_stage": "3",
-        "--my_exit_tokens": "1498226207", "--data_file": "data/minipile", "--data_type": "binidx", "--load_model": "0", "--epoch_samples": "40320",
+        "--n_layer": "12", "--n_embd": "768", "--ctx_len": "512", "--vocab_size": "65536", "--my_testing": "x070",
+        "--proj_dir": "out/L12-D768-x070", "--micro_bsz": "16", "--lr_init": "6e-4", "--lr_final": "6e-5", "--warmup_steps": "10",
+        "--beta1": "0.9", "--beta2": "0.99", "--adam_eps": "1e-18", "--weight_decay": "0.001", "--epoch_save": "10",
+        "--head_size": "64", "--head_chunk": "0", "--kernel": "@rwkv3", "--grad_cp": "-1", "--accelerator": "gpu", "--devices": "1",
+        "--num_nodes": "1", "--precision": "bf16", "--strategy": "auto", "--train_stage": "3", "--my_exit_tokens": "1498226207",
+        "--data_file": "data/minipile", "--data_type": "binidx", "--load_model": "0", "--epoch_samples": "40320",
     }  # fmt: skip
     assert {name: flags(train).get(name) for name in official} == official
 
@@ -248,8 +249,8 @@ def test_knobs_behind_the_script_are_an_error(demo, script):
     done = subprocess.run(["sh", script, "N_LAYER=4"], cwd=demo.root, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and demo.calls() == []
     assert (
-        done.stderr
-        == f"error: {script} takes no arguments (N_LAYER=4); knobs stand before it, as in N_LAYER=4 {script}, and at the top of the scripts\n"
+        done.stderr == f"error: {script} takes no arguments (N_LAYER=4); knobs stand before it, as in N_LAYER=4 {script}, "
+        "and at the top of the scripts\n"
     )
 
 
@@ -330,9 +331,9 @@ def test_pile(demo):
     assert demo.run("demo-training-run-v7-pile.sh").returncode == 0
     init, train = demo.calls()
     official = {  # RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh
-        "--vocab_size": "50304", "--ctx_len": "4096", "--micro_bsz": "30", "--lr_init": "8e-4", "--lr_final": "3e-5", "--weight_decay": "0.1",
-        "--epoch_save": "50", "--my_exit_tokens": "332115325534", "--devices": "8", "--precision": "bf16", "--strategy": "deepspeed_stage_2",
-        "--beta2": "0.99", "--adam_eps": "1e-18", "--n_layer": "12", "--n_embd": "768",
+        "--vocab_size": "50304", "--ctx_len": "4096", "--micro_bsz": "30", "--lr_init": "8e-4", "--lr_final": "3e-5",
+        "--weight_decay": "0.1", "--epoch_save": "50", "--my_exit_tokens": "332115325534", "--devices": "8", "--precision": "bf16",
+        "--strategy": "deepspeed_stage_2", "--beta2": "0.99", "--adam_eps": "1e-18", "--n_layer": "12", "--n_embd": "768",
     }  # fmt: skip
     assert {name: flags(train).get(name) for name in official} == official
     assert flags(init)["--proj_dir"] == flags(train)["--proj_dir"]

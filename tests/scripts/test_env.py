@@ -259,8 +259,10 @@ def test_signals_reach_the_command_and_its_status_comes_back(world, shell, signa
     ["child=*) kill -TERM $$ ;;", "wait* | 'kill -0'*) [ ! -e ready ] || sleep 1 ;;", "wait*) [ -e waited ] || { : >waited; sleep 1; } ;;"],
 )
 def test_signals_at_any_moment(world, bash, moment):
-    """Before the shell knows the command that it has started, which went on alone then; and one that has ended before the shell waits again, whose status was lost;
-    and before the shell waits first."""
+    """Before the shell knows the command that it has started, which went on alone then.
+
+    And one that has ended before the shell waits again, whose status was lost; and before the shell waits first.
+    """
     world.install_requirements()
     asks = "" if "child" in moment else "os.kill(os.getppid(), signal.SIGTERM); "
     (world.root / "child.py").write_text(
@@ -268,7 +270,8 @@ def test_signals_at_any_moment(world, bash, moment):
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
         f"pathlib.Path('ready').touch(); {asks}time.sleep(30)\n"
     )
-    script = f". RWKV-v7/env.sh\nset -T\ntrap 'case $BASH_COMMAND in {moment.replace(chr(39), chr(34))} esac' DEBUG\nforward_signals $PYTHON child.py\n"
+    trap = f"trap 'case $BASH_COMMAND in {moment.replace(chr(39), chr(34))} esac' DEBUG"
+    script = f". RWKV-v7/env.sh\nset -T\n{trap}\nforward_signals $PYTHON child.py\n"
     done = subprocess.run([*bash, "-c", script], cwd=world.root, env={"PATH": str(world.bin)}, timeout=60)
     assert done.returncode in ((7, 143) if "child" in moment else (7,))
 

@@ -1,4 +1,4 @@
-"""bench/gpu.sh and bench/minipile_losses.sh without a GPU: steps, budget, resuming, the one JSON; and every kernel's bench rehearsed on tiny shapes."""
+"""bench/gpu.sh and bench/minipile_losses.sh without a GPU: steps, budget, resuming, the one JSON; each kernel's bench on tiny shapes."""
 
 import json
 import os
@@ -27,6 +27,7 @@ import minipile_losses
 
 sys.path.pop(0)
 REHEARSAL = ["--device", "cpu", "--small"]
+READY = "print('ready', flush=True); time.sleep(60)"
 
 
 def python(code: str, name: str = "item", **reading) -> gpu.Item:
@@ -95,7 +96,7 @@ def test_what_is_done_is_kept_and_what_failed_is_done_again(bench, tmp_path, cap
 
 
 def test_the_minutes_end_an_item_politely_and_the_next_call_goes_on(bench, tmp_path, capsys, over_when_it_says):
-    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143))); print('ready', flush=True); time.sleep(60)"
+    slow = f"import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143))); {READY}"
     over_when_it_says("ready")
     items = {"tests": [python("pass", "quick")], "train": [python(slow, "slow")], "step": [python("pass", "never")]}
     code, results = bench(items, "--minutes", "0.5")
@@ -117,7 +118,7 @@ def test_only_what_is_asked_for(bench):
 
 def test_an_item_that_ignores_the_end_is_killed(bench, monkeypatch, over_when_it_says):
     monkeypatch.setattr(gpu, "GRACE", 0.2)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    deaf = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY}"
     over_when_it_says("ready")
     code, results = bench({"train": [python(deaf)]}, "--minutes", "0.5")
     assert code == 3 and results["steps"]["train"]["item"]["exit_code"] == -9
@@ -199,7 +200,7 @@ def test_an_item_that_hangs_has_failed_and_takes_no_time_of_the_others(bench, ov
 
 
 def test_all_files_that_have_a_form_for_a_gpu_run_first_each_in_a_process_of_its_own():
-    """Of tests/cuda: those with tests that take the device, or that need a GPU. pytest takes a file of which -k leaves nothing for a failure."""
+    """Of tests/cuda: those with tests that take the device, or need a GPU. pytest fails on a file of which -k leaves nothing."""
     files = {
         p.stem.removeprefix("test_")
         for p in (ROOT / "tests" / "cuda").glob("test_*.py")
@@ -259,7 +260,10 @@ def test_every_step_has_items_on_a_gpu_and_in_a_rehearsal():
 
 
 def test_once_asks_for_every_kernel_that_there_is(monkeypatch, capsys):
-    """What compute-sanitizer never runs it finds nothing in: each size of a head in more than one chunk, documents, one blend or six, wide rows, ROSA of tokens."""
+    """compute-sanitizer finds nothing in what never runs.
+
+    Each size of a head in more than one chunk, documents, one blend or six, wide rows, ROSA of tokens.
+    """
     asked = {name: [] for name in ("wkv7", "norm_mix", "rosa_self", "rosa_tokens")}
     fused, rosa = gpu_kernels.fused, gpu_kernels.rosa
     for module, name in ((gpu_kernels, "wkv7"), (fused, "norm_mix"), (rosa, "rosa_self"), (rosa, "rosa_tokens")):
@@ -364,7 +368,7 @@ def test_a_wrong_gradient_that_is_small_beside_the_others_is_found(capsys, monke
 
 
 def test_the_compiled_step_is_what_is_checked(capsys, monkeypatch):
-    """With blocks that give something else when they are compiled, nothing is timed. That compiled ones are right, test_compile.py in tests/train proves."""
+    """Where blocks give something else compiled, nothing is timed. That compiled ones are right, train/test_compile.py proves."""
     asked = []
 
     def compile_wrongly(model, graphs):
@@ -411,14 +415,8 @@ def test_a_kernel_counts_once_and_not_for_its_operator_too():
             self.key, self.self_device_time_total, self.device_type, self.is_user_annotation, self.count = key, us, kind, annotation, 2
 
     CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
-    events = [
-        Event("aten::mm", 3000, CPU),
-        Event("gemm", 3000, CUDA),
-        Event("small", 500, CUDA),
-        Event("step", 9000, CUDA, True),
-        Event("none", 0, CUDA),
-    ]
-    found = gpu_step.times_by_kernel(events, "cuda", 25)
+    events = ("aten::mm", 3000, CPU), ("gemm", 3000, CUDA), ("small", 500, CUDA), ("step", 9000, CUDA, True), ("none", 0, CUDA)
+    found = gpu_step.times_by_kernel([Event(*event) for event in events], "cuda", 25)
     assert found["kernels_ms"] == 3.5 and found["launches"] == 6
     assert found["by_kernel"] == [{"ms": 3.0, "calls": 2, "name": "gemm"}, {"ms": 0.5, "calls": 2, "name": "small"}]
 

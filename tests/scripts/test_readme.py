@@ -1,4 +1,4 @@
-"""The README and the pages of RWKV-v7/docs are true: every file is in the map, commands exist, knobs are those of the scripts, links lead somewhere."""
+"""The README and RWKV-v7/docs are true: every file is in the map, commands exist, knobs are those of the scripts, links lead somewhere."""
 
 import os
 import re
@@ -107,7 +107,10 @@ def links(text):
 
 
 def test_anchors_and_links_are_found():
-    page = "# Two words: `--a_b`, c.d\n## Again\n## Again\n[x](one.md) ![y](two.svg)\n[`z`](three.md#four) `[w](5.md)`\n```sh\n# no heading [v](6.md)\n```\n"
+    page = (
+        "# Two words: `--a_b`, c.d\n## Again\n## Again\n[x](one.md) ![y](two.svg)\n[`z`](three.md#four) `[w](5.md)`\n"
+        "```sh\n# no heading [v](6.md)\n```\n"
+    )
     assert anchors(page) == ["two-words---a_b-cd", "again", "again-1"]
     assert links(page) == ["one.md", "two.svg", "three.md#four"]
 

@@ -73,5 +73,8 @@ def test_exit_status_and_no_import_of_torch(tmp_path):
     (tmp_path / "wants").write_text("pytest>=999\nno-such-package\n")
     done = subprocess.run([sys.executable, SCRIPT, tmp_path / "wants"], capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 2 and done.stderr == ""
-    probe = "import runpy, sys\nsys.argv.pop(0)\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
+    probe = (
+        "import runpy, sys\nsys.argv.pop(0)\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", probe, SCRIPT, ROOT / "requirements.txt"], check=True)

@@ -105,7 +105,10 @@ def test_what_follows_is_found(name, seed):
 
 @needs_kernel
 def test_the_bits_are_learned():
-    """Where queries do not find keys as they begin. Of 24 seeds each had more than 0.98, three of them not the 0.99 of the bench; which three, rounding decides."""
+    """Where queries do not find keys as they begin.
+
+    Of 24 seeds each had more than 0.98, three of them not the 0.99 of the bench; which three, rounding decides.
+    """
     assert (found := rosa_tasks.run("recall, k apart", 1))["accuracy"] > 0.95, found
 
 

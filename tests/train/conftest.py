@@ -21,9 +21,10 @@ from rwkvlm.ops import backend
 
 VOCAB, CTX, BATCH, STEPS = 256, 32, 4, 30
 FLAGS = {
-    "vocab_size": VOCAB, "n_layer": 2, "n_embd": 64, "head_size": 32, "ctx_len": CTX, "micro_bsz": BATCH, "my_exit_tokens": STEPS * BATCH * CTX,
-    "lr_init": 2e-3, "lr_final": 2e-4, "warmup_steps": 5, "weight_decay": 0.1, "epoch_samples": 40, "epoch_save": 2, "random_seed": 1,
-    "accelerator": "cpu", "devices": 1, "precision": "fp32", "kernel": "torch", "train_stage": 3, "val_batches": 2, "enable_progress_bar": False,
+    "vocab_size": VOCAB, "n_layer": 2, "n_embd": 64, "head_size": 32, "ctx_len": CTX, "micro_bsz": BATCH,
+    "my_exit_tokens": STEPS * BATCH * CTX, "lr_init": 2e-3, "lr_final": 2e-4, "warmup_steps": 5, "weight_decay": 0.1,
+    "epoch_samples": 40, "epoch_save": 2, "random_seed": 1, "accelerator": "cpu", "devices": 1, "precision": "fp32",
+    "kernel": "torch", "train_stage": 3, "val_batches": 2, "enable_progress_bar": False,
 }  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def spoilt(tmp_path, data) -> str:
 
 @pytest.fixture
 def free_port():
-    """A port to meet at: below those that the kernel gives to outgoing connections, one of which might take it before the run listens there."""
+    """A port to meet at: below those of outgoing connections, one of which might take it before the run listens there."""
     while True:
         port = random.SystemRandom().randrange(20000, 32768)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):

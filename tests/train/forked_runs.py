@@ -1,8 +1,10 @@
 """Run by the tests: train.py in two processes under one set of flags after another, forked from one that has imported everything
 
-argv[1]: a JSON file, a list of jobs: flags; and if wanted nan_in (numbers of samples whose loss shall be NaN), terminate (the rank that gets
-SIGTERM just before training begins), validating (as many batches of validation later rank 1 gets SIGTERM), tape (of how many blocks: in the place of CUDA graphs) or forget (instead of training: the newest state is to count as one that is so many steps further on, so
-that the samples in between are never read).
+argv[1]: a JSON file, a list of jobs: flags; and if wanted nan_in (numbers of samples whose loss shall be NaN), terminate (the
+rank that gets SIGTERM just before training begins), validating (as many batches of validation later rank 1 gets SIGTERM), tape
+(of how many blocks: in the place of CUDA graphs) or forget (instead of training: the newest state is to count as one that is
+so many steps further on, so that the samples in between are never read).
+
 Writes beside it results.json: exit codes and what was said, job by job.
 """
 

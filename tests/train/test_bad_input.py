@@ -221,7 +221,8 @@ def test_deepspeed_where_there_is_none(run, tmp_path, capfd, monkeypatch):
     assert run(tmp_path / "out", strategy="deepspeed_stage_2") == 2
     assert capfd.readouterr() == (
         "",
-        f"error: --strategy deepspeed_stage_2: deepspeed is not installed; run: {sys.executable} -m pip install deepspeed, or use --strategy ddp or auto\n",
+        f"error: --strategy deepspeed_stage_2: deepspeed is not installed; run: {sys.executable} -m pip install deepspeed, "
+        "or use --strategy ddp or auto\n",
     )
 
 

@@ -86,7 +86,10 @@ def test_the_curve_and_the_number_of_graphs(run, whole, losses, tmp_path):
 @needs_compiler
 @pytest.mark.slow
 def test_with_cuda_graphs_each_pass_is_announced(run, losses, tmp_path, monkeypatch):
-    """--cuda_graphs 1 beside it: the compiler is asked for graphs, of which it makes none on a CPU, and may use their memory again with each batch."""
+    """--cuda_graphs 1 beside it: the compiler is asked for graphs, of which it makes none on a CPU.
+
+    It may use their memory again with each batch.
+    """
     asked, passes = [], []
     compile_block = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: asked.append(how["options"]) or compile_block(block, **how))
@@ -185,7 +188,8 @@ def test_where_it_is_refused(monkeypatch):
     if available("wkv7")[0]:
         with pytest.raises(
             UserError,
-            match="fatal error: Python.h: No such file or directory; it needs g.. and Python's headers .apt-get install g.. python3-dev.; or leave --compile out",
+            match="fatal error: Python.h: No such file or directory; it needs g.. and Python's headers "
+            ".apt-get install g.. python3-dev.; or leave --compile out",
         ) as caught:
             check()
         assert "\n" not in str(caught.value)

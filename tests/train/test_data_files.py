@@ -132,8 +132,8 @@ def test_other_tokens_of_the_same_length_are_not_mixed_into_a_run(run, data, los
         assert run(tmp_path / "out", data_file=file) == 2
         out, err = capfd.readouterr()
         assert out == "" and err == (
-            f"error: --data_file: {file} does not hold the tokens that {tmp_path}/out/state/step2 was trained with{name}: the order of the data would break; "
-            "use the data of that run, or another --proj_dir with --load_model to begin anew\n"
+            f"error: --data_file: {file} does not hold the tokens that {tmp_path}/out/state/step2 was trained with{name}: "
+            "the order of the data would break; use the data of that run, or another --proj_dir with --load_model to begin anew\n"
         )
     assert run(tmp_path / "new", data_file=other, load_model=tmp_path / "out" / "rwkv-init.pth", max_steps=1) == 0, "the cure"
     moved = str(tmp_path / "moved")

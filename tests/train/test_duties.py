@@ -1,4 +1,4 @@
-"""What happens around the steps, each duty by itself: what a second and a mean are made of, which samples validate, when and in which order is saved."""
+"""Each duty around the steps by itself: what a second and a mean are made of, which samples validate, when and in which order is saved."""
 
 import threading
 import time
@@ -86,7 +86,10 @@ class HeldOut:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("samples, batch, batches, stride", [(62, 4, 3, 5), (3, 3, 1, 1), (9, 4, 2, 1)])
 def test_validation_reads_the_same_samples_for_any_number_of_devices(monkeypatch, world, samples, batch, batches, stride):
-    """Evenly spread, each once, by a model that neither drops anything nor goes on doing so in training; the loss is the mean over batches."""
+    """Evenly spread, each once, by a model that neither drops anything nor goes on doing so in training.
+
+    The loss is the mean over batches.
+    """
     plan = SimpleNamespace(held_out=HeldOut(samples), config=SimpleNamespace(micro_bsz=4, val_batches=3, val_every=0, dist_timeout=60))
     monkeypatch.setattr(validating.dist, "all_reduce", lambda total: None)
     total, read, ended = 0.0, [], []

@@ -1,4 +1,4 @@
-"""Faults in real runs of two processes (bench/faults.py): nothing is lost but the work since the last save, and the final weights are the same bytes."""
+"""Faults in real runs of two processes (bench/faults.py): only work since the last save is lost, the final weights are the same bytes."""
 
 import json
 import os
@@ -11,9 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = {
-    "SIGTERM", "SIGSTOP", "exception in one process", "file-size limit in one process", "newest state damaged: bytes flipped",
-    "newest state damaged: file cut", "newest state damaged: file missing", "newest state damaged: manifest missing",
-}  # fmt: skip
+    "SIGTERM",
+    "SIGSTOP",
+    "exception in one process",
+    "file-size limit in one process",
+    "newest state damaged: bytes flipped",
+    "newest state damaged: file cut",
+    "newest state damaged: file missing",
+    "newest state damaged: manifest missing",
+}
 
 
 def inject(folder: Path, **flags) -> list[dict]:

@@ -61,9 +61,11 @@ def test_steps_on_the_state_are_what_torch_counts(settings):
 @pytest.mark.parametrize(
     "name, tflops",
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
-        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L20", 119.5), ("NVIDIA L4", 121), ("NVIDIA A10", 125), ("NVIDIA RTX A6000", 155),
-        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 D", 147), ("NVIDIA A10G", None), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A3000 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L20", 119.5), ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125), ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 D", 147),
+        ("NVIDIA A10G", None), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A3000 Laptop GPU", None),
     ],
 )  # fmt: skip
 def test_the_peak_is_that_of_the_whole_name(monkeypatch, name, tflops):

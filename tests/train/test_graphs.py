@@ -1,4 +1,7 @@
-"""--cuda_graphs 1 without a GPU: everything around the graphs, with a tape in their place (tests/oracles/tape.py); on a GPU: tests/cuda/test_graphs.py"""
+"""--cuda_graphs 1 without a GPU: everything around the graphs, with a tape in their place (tests/oracles/tape.py).
+
+On a GPU: tests/cuda/test_graphs.py.
+"""
 
 import json
 import re
@@ -126,8 +129,10 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind, copies", [("x070", 2), ("x080", 3)])
 def test_what_is_launched_beside_the_graphs(kind, copies):
-    """Two copies into place, however many blocks there are, of a ROSA's tokens a third, and the gradients' way out, one call a block; blocks read where
-    their neighbours write."""
+    """Two copies into place, however many blocks there are, of a ROSA's tokens a third, and the gradients' way out.
+
+    That is one call a block; blocks read where their neighbours write.
+    """
     counts = []
     for n_layer in (2, 4):
         pair = Pair(replace(MODELS[kind], n_layer=n_layer))
@@ -159,7 +164,10 @@ def test_what_is_gone_is_not_used():
 
 
 def test_the_tape_would_find_memory_that_is_used_too_late(monkeypatch):
-    """Gradients handed out where the graphs write them, as torch.cuda.make_graphed_callables does: gone in the next pass, and twice the second one's."""
+    """Gradients handed out where the graphs write them, as torch.cuda.make_graphed_callables does.
+
+    They are gone in the next pass, and twice the second one's.
+    """
 
     def alias(out, gradients):
         for place, gradient in zip(out, gradients):

@@ -79,7 +79,10 @@ def test_it_ends_with_the_one_that_has_started_it(tmp_path, signum):
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_at_whatever_moment(tmp_path, at):
-    """The starter is killed as soon as the guard is there, or the process too; or when only one of them has been told. Nothing runs then, and the folder is gone."""
+    """The starter is killed as soon as the guard is there, or the process too; or when only one of them has been told.
+
+    Nothing runs then, and the folder is gone.
+    """
     folder = tmp_path / "work"
     folder.mkdir()
     killed_at = "import sys\ncall, n = {1: ('Popen', 2), 2: ('write', 1), 3: ('write', 2)}[int(sys.argv.pop())]\n" + KILLED_AT

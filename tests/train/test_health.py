@@ -99,7 +99,7 @@ def test_a_mini_epoch_without_a_finite_step_has_no_mean(run, tmp_path, monkeypat
 
 
 def test_a_run_without_hope_ends_with_the_chunk_that_does_it(run, tmp_path, monkeypatch, capsys):
-    """Every step from 11 on holds one bad sample: three of them are skipped, then the run ends and says which sample, chunk and parameters."""
+    """Every step from 11 on holds one bad sample: three are skipped, then the run ends and says which sample, chunk and parameters."""
     bad = list(range(42, 120, 4))
     monkeypatch.setattr(TrainModule, "loss", nan_loss(*bad))
     assert run(tmp_path / "out", max_skips=3) == 2
@@ -143,7 +143,8 @@ def test_the_spike_guard_goes_back_and_leaves_the_samples_out(run, spoilt, recor
     assert run(tmp_path / "out", **guarded) == 0
     err = capsys.readouterr().err
     assert re.search(
-        r"step 101 is undone, back to the weights of step 100: its loss \d\.\d+ is \d+\.\d standard deviations above \d\.\d+; samples 401 to 404 are lost",
+        r"step 101 is undone, back to the weights of step 100: its loss \d\.\d+ is \d+\.\d standard deviations above \d\.\d+; "
+        r"samples 401 to 404 are lost",
         err,
     ), err
     found = records(tmp_path / "out")
@@ -249,7 +250,10 @@ def test_what_hardly_varies_may_deviate_by_a_hundredth_of_its_mean():
 
 
 def test_a_loss_scale_that_is_looked_for_is_not_illness():
-    """fp16: a gradient that overflows while the loss is finite is how DeepSpeed finds its scale; a loss that is not finite is ill there too."""
+    """fp16: a gradient that overflows while the loss is finite is how DeepSpeed finds its scale.
+
+    A loss that is not finite is ill there too.
+    """
     ((_, _, _, health),) = watched([3.0], precision="fp16")
     assert health.judge(2, 8, 3.0, np.inf, None) == {"skipped": True} and (health.in_a_row, health.position.skipped) == (0, 0)
     assert health.judge(3, 12, np.nan, np.inf, None) == {"skipped": True} and (health.in_a_row, health.position.skipped) == (1, 1)

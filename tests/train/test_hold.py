@@ -110,7 +110,11 @@ def test_two_preparations_never_write_the_same_weights(run, tmp_path, monkeypatc
 def test_a_killed_run_blocks_nobody(run, tmp_path):
     """Nor do processes that it had started: they have nothing of the lock."""
     out = tmp_path / "out"
-    take = "import sys, time, subprocess; from pathlib import Path; from rwkvlm.train.hold import Hold; h = Hold(Path(sys.argv[1])); h.take(); c = subprocess.Popen(['sleep', '60']); print(c.pid, flush=True); time.sleep(60)"
+    take = (
+        "import sys, time, subprocess; from pathlib import Path; from rwkvlm.train.hold import Hold; "
+        "h = Hold(Path(sys.argv[1])); h.take(); "
+        "c = subprocess.Popen(['sleep', '60']); print(c.pid, flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", take, str(out)], stdout=subprocess.PIPE, text=True) as other:
         child = int(other.stdout.readline())
         with pytest.raises(UserError, match=rf"\(process {other.pid} on {os.uname().nodename}, since "):
@@ -144,7 +148,8 @@ def test_without_locks_the_run_that_began_last_has_the_folder(run, losses, tmp_p
     monkeypatch.setattr(Metrics, "step", watched)
     assert run(out, save_steps=2) == 2
     assert re.search(
-        rf"error: another run has begun in {re.escape(str(out))} \(process 4242 on .*\) and goes on from what was saved there; this one has ended without saving\n$",
+        rf"error: another run has begun in {re.escape(str(out))} \(process 4242 on .*\) and goes on from what was saved there; "
+        r"this one has ended without saving\n$",
         capsys.readouterr().err,
     )
     assert before and before == {path: path.read_bytes() for path in (*out.glob("rwkv-*"), *out.glob("state/**/*")) if path.is_file()}

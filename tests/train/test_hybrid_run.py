@@ -1,4 +1,4 @@
-"""Hybrid through the same trainer: a run, resuming, an RWKV-7 that becomes one, documents, strategies, its arithmetic and memory, bad flags."""
+"""Hybrid through the same trainer: a run, resuming, an RWKV-7 that becomes one, documents, strategies, arithmetic, memory, bad flags."""
 
 import os
 import subprocess

@@ -180,7 +180,10 @@ def one_node(tiny, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, strategy", [("torchrun", "ddp"), ("python", "deepspeed_stage_2"), ("slurm", "ddp")])
 def test_two_nodes_train_as_one_with_two_processes(run, whole, one_node, losses, tmp_path, free_port, launcher, strategy):
-    """Nodes on loopback: NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it; torchrun; srun's variables."""
+    """Nodes on loopback.
+
+    NODE_RANK, MASTER_ADDR and MASTER_PORT with plain python, as the run script prints it; torchrun; srun's variables.
+    """
     out, started = tmp_path / "out", []
     slurm = dict(
         SLURM_NTASKS="2",

@@ -108,7 +108,10 @@ def test_training_outlives_its_terminal(tmp_path, monkeypatch):
 
 def test_output_that_nobody_takes_does_not_change_the_exit_code():
     """What a full disk, or a reader that is gone, has left in Python's buffer."""
-    code = "import sys; from rwkvlm.train.logs.progress import Progress; bar = Progress.__new__(Progress); bar.terminal, bar.watched = False, True; bar._note('x'); bar._note('y'); sys.exit(143)"
+    code = (
+        "import sys; from rwkvlm.train.logs.progress import Progress; "
+        "bar = Progress.__new__(Progress); bar.terminal, bar.watched = False, True; bar._note('x'); bar._note('y'); sys.exit(143)"
+    )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
@@ -171,7 +174,10 @@ def test_wandb_without_a_login_is_offline_and_asks_nothing(run, tmp_path, monkey
 
 
 def test_a_resumed_training_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch, capsys):
-    """Online. A training from its beginning or from weights has a new run, and so has each process offline, whose runs `wandb sync` would put in each other's place."""
+    """Online. A training from its beginning or from weights has a new run.
+
+    So has each process offline: `wandb sync` would put such runs in each other's place.
+    """
     begun, modes, logged = [], [], []
 
     class Error(Exception):

@@ -1,7 +1,8 @@
-"""The official trainer's own model, loss, optimizer groups, callback and dataset beside ours: same data, same flags, loss by loss and weight by weight.
+"""The official trainer's own model, loss, optimizer groups, callback and dataset beside ours: loss by loss and weight by weight.
 
-They are not part of this repository: RWKV_OFFICIAL_SRC names RWKV-v7/train_temp/src of a clone of RWKV-LM; without it these tests are skipped. Its CUDA kernels are
-formulas here (tests/oracles/official_trainer.py), its FusedAdam is torch's AdamW, and a loop stands for Lightning; its whole program beside ours: records/2026-11-27-official-trainer.
+Data and flags are the same. They are not part of this repository: RWKV_OFFICIAL_SRC names RWKV-v7/train_temp/src of a clone
+of RWKV-LM; without it these tests are skipped. Its CUDA kernels are formulas here (tests/oracles/official_trainer.py), its
+FusedAdam is torch's AdamW, and a loop stands for Lightning; its whole program beside ours: records/2026-11-27-official-trainer.
 """
 
 import contextlib
@@ -50,7 +51,10 @@ ENVIRONMENT = dict(
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """official.model, official.trainer, official.dataset: modules of a copy of that folder, with a mini-epoch of EPOCH samples and without "bf16 only"."""
+    """official.model, official.trainer, official.dataset: modules of a copy of that folder.
+
+    Its mini-epoch has EPOCH samples, and it lacks "bf16 only".
+    """
     folder = tmp_path_factory.mktemp("official")
     official_trainer.prepared(SRC, folder, EPOCH, any_dtype=True)
     package = types.ModuleType("official_training")
@@ -65,9 +69,10 @@ def official(tmp_path_factory):
 
 def their_args(proj_dir, data, **changed):
     args = SHAPE | RECIPE | dict(
-        proj_dir=str(proj_dir), data_file=data, data_type="binidx", my_testing="x070", train_stage=3, load_model="", epoch_begin=0, grad_cp=0, accelerator="cpu", strategy="ddp",
-        betas=(0.9, 0.99), real_bsz=BATCH, epoch_steps=EPOCH // BATCH, epoch_count=3, wandb="", my_timestamp="now", dim_att=SHAPE["n_embd"],
-        dim_ffn=int(3.5 * SHAPE["n_embd"]) // 32 * 32, magic_prime=magic_prime(BinIdx(data).n_tokens, CTX),
+        proj_dir=str(proj_dir), data_file=data, data_type="binidx", my_testing="x070", train_stage=3, load_model="", epoch_begin=0,
+        grad_cp=0, accelerator="cpu", strategy="ddp", betas=(0.9, 0.99), real_bsz=BATCH, epoch_steps=EPOCH // BATCH, epoch_count=3,
+        wandb="", my_timestamp="now", dim_att=SHAPE["n_embd"], dim_ffn=int(3.5 * SHAPE["n_embd"]) // 32 * 32,
+        magic_prime=magic_prime(BinIdx(data).n_tokens, CTX),
     ) | changed  # fmt: skip
     return SimpleNamespace(**args)
 
@@ -122,7 +127,10 @@ def step(optimizer, model, loss_of):
 
 
 def our_run_in_float64(data, weights, model):
-    """The parts of ours that know float64: model, head and loss, groups, schedule, samples. Returns the model, and loss and lr of each step."""
+    """The parts of ours that know float64: model, head and loss, groups, schedule, samples.
+
+    Returns the model, and loss and lr of each step.
+    """
     model.double().load_state_dict(weights)
     optimizer = torch.optim.AdamW(models.param_groups(model, RECIPE["weight_decay"]), betas=(0.9, 0.99), eps=RECIPE["adam_eps"])
     schedule = Schedule(RECIPE["lr_init"], RECIPE["lr_final"], RECIPE["warmup_steps"], RECIPE["my_exit_tokens"], BATCH * CTX)
@@ -225,9 +233,10 @@ def test_each_loss_and_weight_in_float64(data, beginning, theirs):
 
 
 def test_a_whole_run_in_fp32(run, losses, records, beginning, theirs, tmp_path, monkeypatch):
-    """train.py as it is: no farther from their run in float64 than a few times what their own run in fp32 is, which differs by rounding alone.
+    """train.py as it is: no farther from their run in float64 than a few times what their own run in fp32 is.
 
-    With the matrix products of both computed in one way: ours takes the faster of two where they are measured, and the other one's rounding moves these weights seven times as far.
+    Theirs differs by rounding alone. With the matrix products of both computed in one way: ours takes the faster of two where
+    they are measured, and the other one's rounding moves these weights seven times as far.
     """
     monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: ("highest", "not measured"))
     exact, steps, _ = theirs[torch.float64]
@@ -244,7 +253,8 @@ def test_a_whole_run_in_fp32(run, losses, records, beginning, theirs, tmp_path, 
 
     moved = apart(beginning)
     print(
-        f"losses: rounding {rounding:.1e}, ours {found:.1e}; weights: rounding {apart(rounded) / moved:.1e}, ours {apart(ours) / moved:.1e} of the way"
+        f"losses: rounding {rounding:.1e}, ours {found:.1e}; "
+        f"weights: rounding {apart(rounded) / moved:.1e}, ours {apart(ours) / moved:.1e} of the way"
     )
     assert rounding < 1e-4 and found < 4 * rounding
     assert apart(rounded) < 1e-2 * moved and apart(ours) < 4 * apart(rounded)
@@ -302,10 +312,13 @@ def official_4():
 
 
 def test_rwkv4_in_float64(official_4, data):
-    """Initial values, groups, and each loss and weight of 25 steps. Its schedule is not that of RWKV-7's trainer, which is ours for both: the rates here are ours."""
+    """Initial values, groups, and each loss and weight of 25 steps.
+
+    Its schedule is not that of RWKV-7's trainer, which is ours for both: the rates here are ours.
+    """
     args = SimpleNamespace(
-        **SHAPE_4, **RECIPE, betas=(0.9, 0.99), dim_att=64, dim_ffn=256, pre_ffn=0, my_pos_emb=0, tiny_att_dim=-1, tiny_att_layer=-1, dropout=0, head_qk=0, layerwise_lr=1,
-        my_pile_stage=3, my_qa_mask=0, grad_cp=0, accelerator="cpu",
+        **SHAPE_4, **RECIPE, betas=(0.9, 0.99), dim_att=64, dim_ffn=256, pre_ffn=0, my_pos_emb=0, tiny_att_dim=-1, tiny_att_layer=-1,
+        dropout=0, head_qk=0, layerwise_lr=1, my_pile_stage=3, my_qa_mask=0, grad_cp=0, accelerator="cpu",
     )  # fmt: skip
     model = official_4.RWKV(args)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -125,7 +125,10 @@ def rwkv7(folder):
 
 
 def test_the_masks_of_dropout_are_those_of_the_seed(run, losses, tmp_path, monkeypatch):
-    """Whatever random numbers this process has drawn before, also where it goes on from a state of another number of processes, whose random numbers are not its own."""
+    """Whatever random numbers this process has drawn before.
+
+    Also where it goes on from a state of another number of processes, whose random numbers are not its own.
+    """
     monkeypatch.setattr("rwkvlm.checkpoint.state._set_random_states", lambda states: None)
     flags = dict(my_testing="phantom", ttt_enabled=0, dropout=0.3, max_steps=3, load_model=rwkv7(tmp_path), train_stage=0)
     for name, seed in (("a", 5), ("b", 5), ("other", 6)):
@@ -164,7 +167,8 @@ BAD = {
     "chunk": (dict(ttt_chunk=24), "--ttt_chunk 24 is not a multiple of 16"),
     "context": (
         dict(ttt_chunk=32),
-        "--ctx_len 32 is not above --ttt_chunk 32: no token would come after a step, and nothing would train it; use a longer --ctx_len, a smaller --ttt_chunk",
+        "--ctx_len 32 is not above --ttt_chunk 32: no token would come after a step, and nothing would train it; "
+        "use a longer --ctx_len, a smaller --ttt_chunk",
     ),
     "short context": (dict(ctx_len=16), "nothing would train it; use a longer --ctx_len, or --ttt_enabled 0"),
     "steps": (dict(ttt_steps=0), "--ttt_steps 0 must be at least 1"),
@@ -200,7 +204,10 @@ def test_the_prediction_head_neither_goes_nor_comes_unsaid(run, tmp_path, capfd)
     capfd.readouterr()
     state = tmp_path / "a" / "state" / "step1"
     assert run(tmp_path / "a", **PHANTOM | dict(ttt_second_order=0), **short) == 2
-    lost = "was trained with --ttt_second_order 1 and has a prediction head, which nothing would train now; leave --ttt_second_order out, or add --ttt_meta 1\n"
+    lost = (
+        "was trained with --ttt_second_order 1 and has a prediction head, which nothing would train now; "
+        "leave --ttt_second_order out, or add --ttt_meta 1\n"
+    )
     assert capfd.readouterr().err == f"error: --ttt_second_order 0, but {state} {lost}"
     assert (
         run(tmp_path / "c", **PHANTOM | dict(ttt_second_order=0), **SHORT, train_stage=0, load_model=tmp_path / "a" / "rwkv-init.pth") == 2
@@ -252,9 +259,13 @@ IDLE = [
     ),
 ]
 BUSY = [
-    dict(ttt_enabled=0, ttt_steps=1, core_ratio=1), dict(ttt_kind="memory", ttt_features=32, ttt_lr=0.1), dict(ttt_steps=2, ttt_anchor=0.5, ttt_chunk=32, ttt_core_ratio=1),
-    dict(ttt_meta=1, ttt_loss_weight=0.5, ttt_second_order=0, ttt_head=0), dict(core_ratio=0.5, ghost_activation="relu", core_ratios="ffn.key=1"), dict(dropout=0.1, max_depth_iter=2),
-]  # fmt: skip
+    dict(ttt_enabled=0, ttt_steps=1, core_ratio=1),
+    dict(ttt_kind="memory", ttt_features=32, ttt_lr=0.1),
+    dict(ttt_steps=2, ttt_anchor=0.5, ttt_chunk=32, ttt_core_ratio=1),
+    dict(ttt_meta=1, ttt_loss_weight=0.5, ttt_second_order=0, ttt_head=0),
+    dict(core_ratio=0.5, ghost_activation="relu", core_ratios="ffn.key=1"),
+    dict(dropout=0.1, max_depth_iter=2),
+]
 
 
 @pytest.mark.parametrize("flags, line", [*IDLE, *((flags, None) for flags in BUSY)], ids=str)
@@ -317,8 +328,10 @@ def test_demo_script_trains_a_phantom(data, tmp_path):
     (tmp_path / "data").mkdir()
     for end in ("bin", "idx", "val.bin", "val.idx"):
         copy(f"{data}.{end}", tmp_path / "data" / f"demo.{end}")
-    knobs = dict(MODEL_TYPE="phantom", N_LAYER="2", N_EMBD="64", CTX_LEN="128", M_BSZ="4", EPOCH_SAMPLES="64", EXIT_TOKENS="16384", RANDOM_SEED="1", PRECISION="fp32",
-                 DATA="demo", ACCELERATOR="cpu", PYTHON=sys.executable)  # fmt: skip
+    knobs = dict(
+        MODEL_TYPE="phantom", N_LAYER="2", N_EMBD="64", CTX_LEN="128", M_BSZ="4", EPOCH_SAMPLES="64", EXIT_TOKENS="16384",
+        RANDOM_SEED="1", PRECISION="fp32", DATA="demo", ACCELERATOR="cpu", PYTHON=sys.executable,
+    )  # fmt: skip
     done = subprocess.run(
         ["sh", "demo-training-run.sh"], cwd=tmp_path, env={**os.environ, **knobs}, capture_output=True, text=True, timeout=900
     )

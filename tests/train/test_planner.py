@@ -162,9 +162,12 @@ def test_what_a_process_has_in_memory_is_what_the_system_says():
 def test_seconds_by_hand():
     """100 steps of 1000 tokens at 500 tokens/s, and 3 validations of 4 batches at a third of a half step."""
     plan = SimpleNamespace(
-        schedule=Schedule(1e-3, 1e-4, 0, 100_000, 1000), steps=100, held_out=object(), launch=SimpleNamespace(world_size=2),
+        schedule=Schedule(1e-3, 1e-4, 0, 100_000, 1000),
+        steps=100,
+        held_out=object(),
+        launch=SimpleNamespace(world_size=2),
         config=TrainConfig(val_every=50, val_batches=8, accumulate_grad_batches=2),
-    )  # fmt: skip
+    )
     assert expected_seconds(plan, 500.0) == pytest.approx(200 + 3 * 4 * 2.0 / 2 / 3)
 
 
@@ -418,7 +421,10 @@ def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_time_is_predicted_within_25_percent(run, records, tmp_path):
-    """Of a run of 60 steps between two probes. An attempt counts where the probes agree: elsewhere the machine itself has become faster or slower."""
+    """Of a run of 60 steps between two probes.
+
+    An attempt counts where the probes agree: elsewhere the machine itself has become faster or slower.
+    """
     errors, unsteady = [], []
     while len(errors) < 3 and len(unsteady) < 5:
         out = tmp_path / f"{len(errors)}-{len(unsteady)}"

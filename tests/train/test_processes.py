@@ -198,7 +198,8 @@ def test_all_processes_give_up_together(forked, tmp_path):
         assert result["codes"] == [2, 2], said
         told = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(told) == 1 and re.search(
-            r"error: [34] steps in a row were skipped .* last one step [67]: \d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens",
+            r"error: [34] steps in a row were skipped .* last one step [67]: "
+            r"\d of its 4 samples do this alone: (23|26) \(chunk \d+, tokens",
             told[0],
         ), said
         assert "gradients of 69 parameters, in emb, ln, att, ffn, head, are not" in told[0] and "Traceback" not in said

@@ -224,7 +224,8 @@ BAD = {
     "width": (dict(my_testing="rosa", n_embd=40, head_size=None), "--n_embd 40 is not a multiple of 16"),
     "documents": (
         dict(doc_reset=1, compile=1),
-        "--compile 1 does not go with --doc_reset 1 for --my_testing x080, which runs document by document in Python; leave one of them out",
+        "--compile 1 does not go with --doc_reset 1 for --my_testing x080, which runs document by document in Python; "
+        "leave one of them out",
     ),
 }
 

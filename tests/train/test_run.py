@@ -96,7 +96,10 @@ def test_rates_follow_the_schedule(whole, records):
 @pytest.mark.parametrize("closed", ["0", "1", "2", "0, 1, 2"])
 def test_a_run_whose_standard_streams_are_closed(tiny, losses, tmp_path, closed):
     """As with `>&-`: nothing is printed, least of all into the run's files."""
-    code = f"import os, sys; [os.close(n) for n in ({closed},)]; os.execv(sys.executable, [sys.executable, '-m', 'rwkvlm', 'train', *sys.argv[1:]])"
+    code = (
+        f"import os, sys; [os.close(n) for n in ({closed},)]; "
+        "os.execv(sys.executable, [sys.executable, '-m', 'rwkvlm', 'train', *sys.argv[1:]])"
+    )
     argv = [sys.executable, "-c", code, *tiny.argv(tmp_path / "out", max_steps=3, enable_progress_bar=True)]
     done = subprocess.run(argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

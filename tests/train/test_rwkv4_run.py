@@ -98,8 +98,11 @@ def test_plain_pytorch_trains_alike(trained, run, losses, tmp_path):
 def test_text_from_it(run, capfd, tmp_path):
     """The characters of its vocabulary are those of a tokenizer of bytes; a text is what one makes of the logits."""
     (tmp_path / "text.txt").write_text("abcabcabd" * 400)
-    flags = dict(data_file=tmp_path / "text.txt", data_type="utf-8", my_testing="x040", n_layer=1, n_embd=32, ctx_len=16, micro_bsz=8, my_exit_tokens=40 * 8 * 16,
-                 lr_init=1e-2, accelerator="cpu", precision="fp32", train_stage=3, random_seed=1, enable_progress_bar=False, proj_dir=tmp_path / "out")  # fmt: skip
+    flags = dict(
+        data_file=tmp_path / "text.txt", data_type="utf-8", my_testing="x040", n_layer=1, n_embd=32, ctx_len=16, micro_bsz=8,
+        my_exit_tokens=40 * 8 * 16, lr_init=1e-2, accelerator="cpu", precision="fp32", train_stage=3, random_seed=1,
+        enable_progress_bar=False, proj_dir=tmp_path / "out",
+    )  # fmt: skip
     assert main(["train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]) == 0
     capfd.readouterr()
     generate = [

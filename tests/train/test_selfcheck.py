@@ -1,4 +1,4 @@
-"""The check of the kernels before the first step: right ones pass in every kind of model, one that is wrong in a single gradient stops the run with its cure."""
+"""The check of the kernels before the first step: right ones pass in every kind of model, one wrong gradient ends the run with its cure."""
 
 import pytest
 import torch
@@ -120,7 +120,8 @@ def test_a_single_wrong_gradient_of_wkv7_is_found(monkeypatch, dtype, place):
     monkeypatch.setattr(recurrence, "wkv7_chunked", turned(recurrence.wkv7_chunked, place))
     with pytest.raises(
         UserError,
-        match="a kernel is wrong on this machine: in a small x070 in .*, the gradient of .* is off by .* of itself; .*rwkvlm doctor.* or use --kernel torch",
+        match="a kernel is wrong on this machine: in a small x070 in .*, the gradient of .* is off by .* of itself; "
+        ".*rwkvlm doctor.* or use --kernel torch",
     ):
         check_kernels(model_config("x070", **LARGE), dtype, CPU)
 

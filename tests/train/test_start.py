@@ -70,7 +70,8 @@ def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
     final = put(tmp_path, "rwkv-final.pth")
     with pytest.raises(
         UserError,
-        match=f"nothing to go on from in {tmp_path} but rwkv-final.pth, which a new run would overwrite; .* --load_model {final} to train it further",
+        match=f"nothing to go on from in {tmp_path} but rwkv-final.pth, which a new run would overwrite; "
+        f".* --load_model {final} to train it further",
     ):
         find_start(config(tmp_path, **flags), 101, [])
     put(tmp_path, "rwkv-0.pth")
@@ -263,7 +264,8 @@ def test_processes_that_see_other_files_do_not_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(planning.ranks, "gather", lambda value, group=None: [value, "out/rwkv-3.pth" if isinstance(value, str) else value])
     with pytest.raises(
         UserError,
-        match=f"different places .fresh weights, to be saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; --proj_dir must be shared by all nodes",
+        match=f"different places .fresh weights, to be saved as {tmp_path}/rwkv-init.pth; out/rwkv-3.pth.; "
+        "--proj_dir must be shared by all nodes",
     ):
         planning.checked(plan)
     assert 60 < sum(waited) < 120
@@ -281,7 +283,8 @@ def test_nodes_with_other_data_do_not_begin(run, tmp_path, monkeypatch):
     for flags in (dict(data_file=tmp_path / "data"), dict(data_file=run.data, val_file=tmp_path / "data")):
         with pytest.raises(
             UserError,
-            match=f"--data_file {flags['data_file']} holds other data, or has others held out, for rank 1 than for rank 0; copy the same files to all nodes",
+            match=f"--data_file {flags['data_file']} holds other data, or has others held out, for rank 1 than for rank 0; "
+            "copy the same files to all nodes",
         ):
             planning.checked(planning.make_plan(parse_flags(TrainConfig, run.argv(tmp_path / "out", **flags), "train.py")))
 

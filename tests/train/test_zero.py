@@ -1,4 +1,4 @@
-"""What one process is tested for elsewhere, in two under DDP and every ZeRO stage: documents that begin anew, spikes undone, numbers that are not finite."""
+"""What one process is tested for elsewhere, in two under DDP and every ZeRO stage: documents, spikes undone, numbers not finite."""
 
 import re
 from pathlib import Path
@@ -68,7 +68,10 @@ def test_other_models_with_documents_of_which_each_process_has_others(run, forke
 
 
 def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, losses, records, tmp_path):
-    """Step 101 reads noise. fp32: the curve of one process with the same guard. bf16: the bits of a run that goes on from step 100 with the samples after."""
+    """Step 101 reads noise. fp32: the curve of one process with the same guard.
+
+    bf16: the bits of a run that goes on from step 100 with the samples after.
+    """
     flags = dict(data_file=spoilt, my_exit_tokens=110 * 128, epoch_save=0, val_every=1000)
     guard = dict(spike_guard=6, spike_snapshot=20)
     assert run(tmp_path / "one", **flags, **guard) == 0
