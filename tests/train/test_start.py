@@ -64,6 +64,17 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
     assert start.fresh and start.path == tmp_path / "rwkv-init.pth" and start.warmup_steps == 0 and start.model.n_embd == 32
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_weights_of_another_name_are_not_used_without_a_word(tmp_path, capsys, stage):
+    base = put(tmp_path, "RWKV-x070-World.pth")
+    assert find_start(config(tmp_path, train_stage=stage), 101, []).fresh
+    said = capsys.readouterr()
+    assert f"{base} is not used" in said.out + said.err and f"--load_model {base}" in said.out + said.err
+    assert find_start(config(tmp_path, train_stage=stage, load_model=str(base)), 101, []).path == base
+    said = capsys.readouterr()
+    assert "is not used" not in said.out + said.err
+
+
 @pytest.mark.parametrize("flags", [{}, {"load_model": "rwkv-final.pth"}])
 def test_a_final_file_alone_is_not_overwritten(tmp_path, flags):
     """Someone has kept it and deleted the rest. With anything else to go on from it is an earlier end of this run."""

@@ -148,7 +148,10 @@ def _advice(plan: Plan, memory: dict[tuple[int, int], Memory], available: int) -
 def _time(plan: Plan) -> str:
     if env.launched_by_variables() or plan.launch.num_nodes > 1:
         return "not tried: --dry_run makes its probe when it is started without a launcher, for one node"
-    print(f"{'probe':9} the first steps of this run, in a folder of its own that is deleted; this can take a minute", flush=True)
+    print(
+        f"{'probe':9} the first steps of this run, in a folder of its own that is deleted; up to ten minutes where a step is slow",
+        flush=True,
+    )
     try:
         speed = probe(plan)
     except UserError as error:

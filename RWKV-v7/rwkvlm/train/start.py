@@ -80,6 +80,11 @@ def find_start(config: TrainConfig, order: int | str, identity: list[dict], dama
         path = Path(config.load_model)
         warmup = _warmup(config, WARMUP_AFTER_WEIGHTS if config.epoch_begin else 0)
         return Start(model_sizes(config, path), position, warmup, path)
+    if others := sorted(Path(config.proj_dir).glob("*.pth")):
+        say(
+            f"{others[0]} is not used: of weights only rwkv-init.pth and rwkv-{{n}}.pth are looked for in --proj_dir; "
+            f"to begin with these, --load_model {others[0]}"
+        )
     return Start(model_sizes(config), position, _warmup(config, 0), Path(config.proj_dir) / INIT_NAME, fresh=True)
 
 
