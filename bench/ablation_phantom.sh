@@ -25,6 +25,7 @@ knob MINI_EPOCHS   10 10 # points of each curve
 knob PRECISION     fp32 fp32
 knob CORPUS_TEXT   data/demo.jsonl data/demo.jsonl
 knob CORPUS_MODEL  "--n_layer 4 --n_embd 128 --head_size 32 --ttt_chunk 64" "--n_layer 4 --n_embd 128 --head_size 32 --ttt_chunk 64"
+knob CORPUS_CTX    512 512
 knob CORPUS_BATCH  8 8
 knob CORPUS_LR     "2e-3 2e-4" "2e-3 2e-4" # first and last
 knob CORPUS_TOKENS 20000000 20000000
@@ -76,7 +77,7 @@ data_of_corpus() {
     if [ ! -e "$text.val.idx" ]; then
         [ -e "$CORPUS_TEXT" ] || "$PYTHON" -m rwkvlm demo_corpus --out "$CORPUS_TEXT" || return
         "$PYTHON" bench/ablation_phantom.py tokenizer "$CORPUS_TEXT" --vocab_size "$CORPUS_VOCAB" --out "$text.json" &&
-            "$PYTHON" make_data.py "$CORPUS_TEXT" 1 512 --out "$text" --tokenizer "$text.json" --val_split 0.03 || return
+            "$PYTHON" make_data.py "$CORPUS_TEXT" 1 "$CORPUS_CTX" --out "$text" --tokenizer "$text.json" --val_split 0.03 || return
     fi
     data="--data_file $text"
 }
@@ -98,7 +99,7 @@ after_recall() {
 
 for task in $TASKS; do
     case $task in
-    corpus) run_all corpus 512 "$CORPUS_TOKENS" "$CORPUS_BATCH" "$CORPUS_VOCAB" "$CORPUS_MODEL" "$CORPUS_LR" "$CORPUS_TEXT" ;;
+    corpus) run_all corpus "$CORPUS_CTX" "$CORPUS_TOKENS" "$CORPUS_BATCH" "$CORPUS_VOCAB" "$CORPUS_MODEL" "$CORPUS_LR" "$CORPUS_TEXT" ;;
     recall) run_all recall $((4 * PAIRS)) "$RECALL_TOKENS" "$RECALL_BATCH" $((1 + KEYS + VALUES)) "$RECALL_MODEL" "$RECALL_LR" "4 to $PAIRS pairs of $KEYS keys and $VALUES values" ;;
     *) die "TASKS=$task is not known; use corpus, recall or both" ;;
     esac
