@@ -238,6 +238,7 @@ def test_a_whole_run_in_fp32(run, losses, records, beginning, theirs, tmp_path, 
     Theirs differs by rounding alone. With the matrix products of both computed in one way: ours takes the faster of two where
     they are measured, and the other one's rounding moves these weights seven times as far.
     """
+    monkeypatch.delenv("RWKV_FP32_PRODUCTS", raising=False)  # what a run for other files' tests has handed on
     monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: ("highest", "not measured"))
     exact, steps, _ = theirs[torch.float64]
     rounded, rounded_steps, folder = theirs[torch.float32]
