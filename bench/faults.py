@@ -28,8 +28,10 @@ from collections import Counter
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 
-from environment import write_record
 from forked import Finished, World, write_tokens  # first: it settles the environment
+
+# isort: split
+from environment import write_record
 from rwkvlm.checkpoint import state
 from rwkvlm.train.module import TrainModule
 

@@ -18,9 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
 
+from forked import World  # first: it settles the environment
+
+# isort: split
 import torch
 
-from forked import World
 from oracles.tape import Tape
 from rwkvlm.train import graphs
 from rwkvlm.train.module import TrainModule

@@ -64,15 +64,22 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
     assert start.fresh and start.path == tmp_path / "rwkv-init.pth" and start.warmup_steps == 0 and start.model.n_embd == 32
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_weights_of_another_name_are_not_used_without_a_word(tmp_path, capsys, stage):
+def test_weights_of_another_name_are_not_passed_over_without_a_word(run, tmp_path, capsys):
+    """Nor by stage 1, which the scripts begin with. What a run finds by its name is no such file."""
     base = put(tmp_path, "RWKV-x070-World.pth")
-    assert find_start(config(tmp_path, train_stage=stage), 101, []).fresh
-    said = capsys.readouterr()
-    assert f"{base} is not used" in said.out + said.err and f"--load_model {base}" in said.out + said.err
-    assert find_start(config(tmp_path, train_stage=stage, load_model=str(base)), 101, []).path == base
-    said = capsys.readouterr()
-    assert "is not used" not in said.out + said.err
+    for stage in (0, 3, 1):
+        if stage == 1:
+            assert run(tmp_path, train_stage=1) == 0
+        else:
+            assert find_start(config(tmp_path, train_stage=stage), 101, []).fresh
+        assert f"{base} is not used" in (said := "".join(capsys.readouterr())) and f"--load_model {base}" in said
+    base.unlink()
+    (tmp_path / "folder.pth").mkdir()
+    assert find_start(config(tmp_path, train_stage=0), 101, []).fresh and (tmp_path / "rwkv-init.pth").exists()
+    assert "is not used" not in "".join(capsys.readouterr())
+    base = put(tmp_path / "folder.pth", "RWKV-x070-World.pth")
+    assert find_start(config(tmp_path / "folder.pth", load_model=str(base)), 101, []).path == base
+    assert "is not used" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("flags", [{}, {"load_model": "rwkv-final.pth"}])

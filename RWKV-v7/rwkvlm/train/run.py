@@ -33,7 +33,16 @@ from .network import choose_interface
 from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
 from .planner import dry_run
 from .selfcheck import check_kernels
-from .start import FINAL_NAME, INIT_NAME, build_model, initial_weights, model_sizes, refuse_to_overwrite, what_goes_on
+from .start import (
+    FINAL_NAME,
+    INIT_NAME,
+    build_model,
+    initial_weights,
+    model_sizes,
+    refuse_to_overwrite,
+    tell_of_unused_weights,
+    what_goes_on,
+)
 from .strategy import lightning_precision, make_strategy, param_dtype, start_timeout
 from .watch import Watch
 
@@ -88,6 +97,8 @@ def write_init(config: TrainConfig) -> int:
     data = None
     if config.data_file:
         config, data = check_data(config)
+    if path is None:
+        tell_of_unused_weights(config.proj_dir)
     sizes = model_sizes(config, path)
     if data is not None:
         data.check_token_range(sizes.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -80,12 +81,19 @@ def find_start(config: TrainConfig, order: int | str, identity: list[dict], dama
         path = Path(config.load_model)
         warmup = _warmup(config, WARMUP_AFTER_WEIGHTS if config.epoch_begin else 0)
         return Start(model_sizes(config, path), position, warmup, path)
-    if others := sorted(Path(config.proj_dir).glob("*.pth")):
-        say(
-            f"{others[0]} is not used: of weights only rwkv-init.pth and rwkv-{{n}}.pth are looked for in --proj_dir; "
-            f"to begin with these, --load_model {others[0]}"
-        )
+    tell_of_unused_weights(config.proj_dir)
     return Start(model_sizes(config), position, _warmup(config, 0), Path(config.proj_dir) / INIT_NAME, fresh=True)
+
+
+def tell_of_unused_weights(proj_dir: str) -> None:
+    """One line where a run begins with fresh weights beside a file of weights that has no name by which one is found."""
+    for path in sorted(Path(proj_dir).glob("*.pth")):
+        if path.is_file() and not re.fullmatch(r"rwkv-(init|\d+)\.pth", path.name):
+            say(
+                f"{path} is not used: the run begins with fresh weights; "
+                f"to begin with those, call the file {INIT_NAME} and use --train_stage 3, or --load_model {path}"
+            )
+            return
 
 
 def _warmup(config: TrainConfig, default: int) -> int:

@@ -95,7 +95,7 @@ def launched_here() -> int:
 
 
 def started_apart(run: Launch) -> bool:
-    """Whether the other processes of this run are not started by its first one, which then cannot hand its decisions on to them."""
+    """Whether the other processes of this run are not all started by its first one, which then cannot hand its decisions on to them."""
     return run.num_nodes > 1 or (run.world_size > 1 and (env.launched_by_variables() or launched_here() > 0))
 
 
