@@ -18,8 +18,9 @@ from . import hybrid, phantom, rosa, rwkv4, rwkv7
 from .lm import LanguageModel
 from .table import groups_from_table, init_from_table
 
-DESCRIBING = (phantom.CARRIED, rosa.CARRIED)  # tensors that say what the shapes of a file do not
 RECIPES = {"x070": rwkv7, "phantom": phantom, "hybrid": hybrid, "x080": rosa, "rosa": rosa, "x040": rwkv4}
+
+DESCRIBING = (phantom.CARRIED, rosa.CARRIED)  # tensors that say what the shapes of a file do not
 
 
 def build(config: ModelConfig) -> LanguageModel:
