@@ -31,6 +31,12 @@ def official(name: str) -> torch.nn.Module:
     return model
 
 
+def convert(name: str, folder: Path) -> int:
+    """The exit code of train.py asked to write the file as an x080 into the folder."""
+    flags = "--train_stage 1 --my_testing x080 --rosa_bits 1".split()
+    return main(["train", *flags, "--load_model", str(FOLDER / f"{name}.pth"), "--proj_dir", str(folder)])
+
+
 def program(name: str) -> torch.nn.Module:
     """The model of RWKV-v8/251105_reverse_run.py."""
     text = (FOLDER / "251105_reverse_run.py").read_text()
@@ -90,40 +96,14 @@ def test_sums_and_differences():
 
 @pytest.mark.parametrize("name", ["251016_rosa_1bit_run", "251018_rosa_4bit_run"])
 def test_stacks_of_layers_that_read_their_own_input_are_refused(name, tmp_path, capsys):
-    argv = [
-        "train",
-        "--train_stage",
-        "1",
-        "--my_testing",
-        "x080",
-        "--rosa_bits",
-        "1",
-        "--load_model",
-        str(FOLDER / f"{name}.pth"),
-        "--proj_dir",
-        str(tmp_path),
-    ]
-    assert main(argv) == 2
+    assert convert(name, tmp_path) == 2
     err = capsys.readouterr().err
     assert "which no --my_testing is" in err and err.count("\n") == 1
 
 
 def test_a_converted_file_turns_numbers_round(tmp_path):
     """In bfloat16, as all files of a run are, token by token."""
-    argv = [
-        "train",
-        "--train_stage",
-        "1",
-        "--my_testing",
-        "x080",
-        "--rosa_bits",
-        "1",
-        "--load_model",
-        str(FOLDER / "251105_reverse_L2.pth"),
-        "--proj_dir",
-        str(tmp_path),
-    ]
-    assert main(argv) == 0
+    assert convert("251105_reverse_L2", tmp_path) == 0
     engine = load_engine(tmp_path / "rwkv-init.pth", device="cpu")
     with torch.inference_mode():
         logits, state = engine.read([SYMBOLS.index(c) for c in "31415926535,"])
