@@ -70,7 +70,9 @@ template <int rows_, int columns_> struct BlockTile {
 };
 
 // 16 rows of fp32 sums over `columns` columns, the d tiles of mma side by side.
-template <int columns> using Sums = float[columns / 8][4];
+// (Named through a struct: nvcc 12.4 dies of a direct alias.)
+template <int columns> struct SumsOf { using type = float[columns / 8][4]; };
+template <int columns> using Sums = typename SumsOf<columns>::type;
 // 16 rows of a left factor with `inner` columns, the a tiles of mma side by side.
 template <int inner> using Left = uint32_t[inner / 16][4];
 

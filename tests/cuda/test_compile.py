@@ -14,6 +14,7 @@ from oracles.emulated_wkv7 import AROUND, CUDA, SOURCES, compile_kernels, run_sa
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Bytes of spills that a thread may have. In the sequential backward a row of N = 128 fills the registers; it is not a hot kernel.
 ALLOWED = {"sequential_backward": 256}
+ALLOWED_BEFORE_13 = 16  # by an nvcc older than the one that the kernels were written with
 # -O1 -g would compile for 111 s of the second test, of which this leaves 14, and the run would take no less.
 SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -27,7 +28,12 @@ def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     """
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    architectures = [a for a in ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    anywhere = ALLOWED_BEFORE_13 if int(re.search(r"release (\d+)", version)[1]) < 13 else 0
+    assert "90a" in architectures and (anywhere or len(architectures) == len(ARCHITECTURES))
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     command = ["nvcc", "-std=c++17", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
     build = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert build.returncode == 0, build.stderr
@@ -38,9 +44,9 @@ def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     )
     kernels = re.findall(told, build.stderr, re.S)
     assert len(kernels) == build.stderr.count("Compiling entry function")
-    assert {kernel[1] for kernel in kernels} == {f"sm_{a}" for a in ARCHITECTURES} or source.parent.name == "common"
+    assert {kernel[1] for kernel in kernels} == {f"sm_{a}" for a in architectures} or source.parent.name == "common"
     for name, architecture, stack, stores, loads, registers in kernels:
-        allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=0)
+        allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=anywhere)
         # A stack without spills is an array that ptxas could not keep in registers: as slow.
         assert max(int(stores), int(stack)) <= allowed and (allowed or loads == "0"), (architecture, name, stack, stores, loads, registers)
 
