@@ -136,8 +136,17 @@ set_up() {
     for file in $REQUIREMENTS; do files="$files -r $file"; done
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip_or_die "$REQUIREMENTS (one or two minutes)" --no-build-isolation -c .venv/constraints.txt $files
     pip_or_die "rwkvlm, this repository (editable)" --no-deps --no-build-isolation -e .
+    add_nvcc
     missing=$(lacking .venv/bin/python) || die "after the installation .venv still lacks: $(one_line "$missing"); see .venv/setup.log"
     { stamp requirements.txt && stamp $REQUIREMENTS; } >.venv/stamps
+}
+
+add_nvcc() { # where a GPU has no CUDA toolkit; without it plain PyTorch computes, slower, and says so
+    gpu_listed || return 0
+    package=$(PYTHONPATH=RWKV-v7 .venv/bin/python -c 'from rwkvlm import native; print("" if native.nvcc() else native.nvcc_package())' 2>>"$LOG")
+    [ -n "$package" ] || return 0
+    echo "  installing nvcc, for the CUDA kernels"
+    pip_install -c .venv/constraints.txt "$package" || echo "  not to be had: the kernels will run in plain PyTorch, much slower, and name the cure"
 }
 
 find_python() { # sets PYTHON

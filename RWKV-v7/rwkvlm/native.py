@@ -122,10 +122,30 @@ def cuda_message(library: ctypes.CDLL, code: int) -> str:
 
 
 def nvcc() -> str | None:
-    """Where nvcc is: in CUDA_HOME if that is set, else on the PATH, else in /usr/local/cuda; None: nowhere there."""
+    """Where nvcc is: in CUDA_HOME if that is set, else on the PATH, in /usr/local/cuda or among Python's packages; None: nowhere there."""
     if env.cuda_home():
         return shutil.which("nvcc", path=str(Path(env.cuda_home()) / "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(CUDA_DEFAULT / "bin"))
+    spec = importlib.util.find_spec("nvidia")
+    packages = [found for folder in (spec and spec.submodule_search_locations) or () for found in sorted(Path(folder).glob("cu*/bin"))]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, (CUDA_DEFAULT / "bin", *packages))))
+
+
+def nvcc_package() -> str:
+    """What pip installs nvcc of torch's CUDA release with; "": PyPI has none for it, as before CUDA 13."""
+    import torch
+
+    release = torch.version.cuda or "0"
+    return f"cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]=={release}.*" if int(release.partition(".")[0]) >= 13 else ""
+
+
+def nvcc_cure() -> str:
+    """What to do where there is no nvcc."""
+    import torch
+
+    if env.cuda_home():
+        return "set CUDA_HOME to a CUDA toolkit, or unset it"
+    package = nvcc_package()
+    return f"{sys.executable} -m pip install '{package}'" if package else f"install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME"
 
 
 def build(name: str) -> Path:
@@ -152,9 +172,7 @@ def _nvcc_for(name: str) -> str:
     compiler = nvcc()
     if compiler is None:
         where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH or in {CUDA_DEFAULT}"
-        raise NativeBuildError(
-            f"CUDA kernel {name}: nvcc is not {where}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it"
-        )
+        raise NativeBuildError(f"CUDA kernel {name}: nvcc is not {where}; {nvcc_cure()}")
     return compiler
 
 

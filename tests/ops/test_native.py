@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import importlib
 import os
 import shutil
 import signal
@@ -254,11 +255,35 @@ def test_without_nvcc_the_reason_names_the_cure(toy_cuda, tmp_path, monkeypatch)
     gpu(monkeypatch, (9, 0))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     can, reason = native.cuda_available("toy")
-    assert (
-        not can
-        and reason
-        == f"CUDA kernel toy: nvcc is not in CUDA_HOME={tmp_path}; install the CUDA toolkit of torch's CUDA release, or set CUDA_HOME to it"
-    )
+    assert not can and reason == f"CUDA kernel toy: nvcc is not in CUDA_HOME={tmp_path}; set CUDA_HOME to a CUDA toolkit, or unset it"
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(native, "CUDA_DEFAULT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for release, cure in (
+        ("13.0", f"{sys.executable} -m pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.0.*'"),
+        ("12.8", "install the CUDA toolkit 12.8, or set CUDA_HOME"),  # PyPI has no nvcc of that
+    ):
+        monkeypatch.setattr(torch.version, "cuda", release)
+        native.cuda_available.cache_clear()
+        assert native.cuda_available("toy")[1] == f"CUDA kernel toy: nvcc is not on the PATH or in {tmp_path}; {cure}"
+
+
+def test_where_nvcc_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    (tmp_path / "packages").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.setattr(native, "CUDA_DEFAULT", tmp_path / "default")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert native.nvcc() is None
+    for place in ("packages/nvidia/cu13/bin", "default/bin", "path", "home/bin"):  # the last one counts
+        path = tmp_path / place / "nvcc"
+        path.parent.mkdir(parents=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+        importlib.invalidate_caches()
+        if place == "home/bin":
+            monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+        assert native.nvcc() == str(path)
 
 
 def stand_in(tmp_path, monkeypatch, script, knows=()):

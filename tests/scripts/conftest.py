@@ -118,8 +118,10 @@ class World:
         shutil.copytree(ROOT / "RWKV-v7" / "rwkvlm" / "config", package / "config", ignore=shutil.ignore_patterns("__pycache__"))
         (package / "cli").mkdir()
         (self.root / "cuda").mkdir()
-        for name in ("__init__.py", "__main__.py", "cli/__init__.py", "cli/flags.py", "cli/machine.py"):
+        for name in ("__init__.py", "__main__.py", "native.py", "cli/__init__.py", "cli/flags.py", "cli/machine.py"):
             shutil.copy(ROOT / "RWKV-v7" / "rwkvlm" / name, package / name)
+        native = package / "native.py"
+        native.write_text(native.read_text().replace("/usr/local/cuda", str(self.root / "no toolkit")))
         self.bin.mkdir()
         for tool in TOOLS:
             if shutil.which(tool):

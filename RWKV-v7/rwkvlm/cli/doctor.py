@@ -82,9 +82,7 @@ def nvcc() -> str:
 
     path = native.nvcc()
     if path is None:
-        raise UserError(
-            f"not found: wkv7 runs in plain PyTorch, much slower; install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME"
-        )
+        raise UserError(f"not found: wkv7 runs in plain PyTorch, much slower; {native.nvcc_cure()}")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout.split("release ")[-1].partition(",")[0]
     other = version.partition(".")[0] != (torch.version.cuda or "").partition(".")[0]
     return (

@@ -67,7 +67,7 @@ def cxx_flags() -> list[str]:
 
 
 def cuda_home() -> str:
-    """CUDA_HOME: the toolkit whose nvcc is used; "": nvcc on the PATH, else that of /usr/local/cuda."""
+    """CUDA_HOME: the toolkit whose nvcc is used; "": nvcc on the PATH, else that of /usr/local/cuda or of Python's packages."""
     return os.environ.get("CUDA_HOME", "")
 
 
