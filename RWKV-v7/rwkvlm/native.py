@@ -359,7 +359,9 @@ def _compile_cuda(name: str, compiler: str, targets: list[str], library: Path) -
         built = work / "built.so"
         # The runtime within is this library's own: another in the process must neither be taken for it nor see it.
         hidden = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-Bsymbolic"]
-        _run(what, [*common, "-shared", *hidden, *(str(target) for target, _ in jobs), "-o", str(built)])
+        # nvcc of PyPI does not look where that runtime lies there, and comes without the one for kernels that start kernels.
+        of_pypi = [f"-L{Path(compiler).parents[1] / 'lib'}", "-cudadevrt", "none"]
+        _run(what, [*common, "-shared", *hidden, *of_pypi, *(str(target) for target, _ in jobs), "-o", str(built)])
         os.replace(built, library)
 
 

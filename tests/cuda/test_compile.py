@@ -14,7 +14,8 @@ from oracles.emulated_wkv7 import AROUND, CUDA, SOURCES, compile_kernels, run_sa
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Bytes of spills that a thread may have. In the sequential backward a row of N = 128 fills the registers; it is not a hot kernel.
 ALLOWED = {"sequential_backward": 256}
-ALLOWED_BEFORE_13 = 16  # by an nvcc older than the one that the kernels were written with
+WRITTEN_WITH = "13.0"
+ALLOWED_BY_OTHERS = 16  # by another release of nvcc: as seen of 12.4 and 13.5
 # -O1 -g would compile for 111 s of the second test, of which this leaves 14, and the run would take no less.
 SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -31,7 +32,7 @@ def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     architectures = [a for a in ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    anywhere = ALLOWED_BEFORE_13 if int(re.search(r"release (\d+)", version)[1]) < 13 else 0
+    anywhere = 0 if f"release {WRITTEN_WITH}," in version else ALLOWED_BY_OTHERS
     assert "90a" in architectures and (anywhere or len(architectures) == len(ARCHITECTURES))
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     command = ["nvcc", "-std=c++17", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
@@ -46,7 +47,7 @@ def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
     assert len(kernels) == build.stderr.count("Compiling entry function")
     assert {kernel[1] for kernel in kernels} == {f"sm_{a}" for a in architectures} or source.parent.name == "common"
     for name, architecture, stack, stores, loads, registers in kernels:
-        allowed = max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=anywhere)
+        allowed = anywhere + max((limit for kernel, limit in ALLOWED.items() if kernel in name), default=0)
         # A stack without spills is an array that ptxas could not keep in registers: as slow.
         assert max(int(stores), int(stack)) <= allowed and (allowed or loads == "0"), (architecture, name, stack, stores, loads, registers)
 
