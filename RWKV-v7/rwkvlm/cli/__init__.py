@@ -12,6 +12,7 @@ import importlib
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, line in commands().items():
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts a background command with SIGINT ignored
     _open_what_is_closed()
     env.let_waiting_threads_sleep()
     env.limit_threads()
