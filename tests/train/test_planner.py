@@ -308,10 +308,7 @@ def test_graphs_that_are_to_be_tried_take_no_room_that_the_run_needs(run, tmp_pa
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(cgroups.Path, "read_text", lambda path: "MemTotal:  9000 kB\nMemAvailable:    6000 kB\n")
-    found = [
-        memory_available(SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", devices, nodes, "ddp")))
-        for devices, nodes in ((1, 1), (3, 1), (3, 4))
-    ]
+    found = [memory_available(SimpleNamespace(launch=Launch("cpu", devices, nodes, "ddp"))) for devices, nodes in ((1, 1), (3, 1), (3, 4))]
     assert found == [6000 << 10, 2000 << 10, 2000 << 10]
 
 
@@ -325,7 +322,7 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
         ):
             (tmp_path / path / f"memory.{name}").write_text(f"{text}\n")
 
-    plan = SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", 2, 1, "ddp"))
+    plan = SimpleNamespace(launch=Launch("cpu", 2, 1, "ddp"))
     monkeypatch.setattr(cgroups, "ALL", tmp_path)
     monkeypatch.setattr(cgroups, "OWN", tmp_path / "cgroup")
     of_machine = memory_available(plan)  # no such file

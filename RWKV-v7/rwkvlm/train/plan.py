@@ -65,10 +65,6 @@ class Plan:
         return Path(self.config.proj_dir)
 
     @property
-    def device(self) -> torch.device:
-        return self.launch.device
-
-    @property
     def tokens(self) -> int:
         """Consumed before the first step of this process."""
         return self.start.position.samples * self.config.ctx_len

@@ -273,7 +273,7 @@ class PlannedModule(TrainModule):
             steps * plan.config.accumulate_grad_batches,
             plan.start.position.samples,
         )
-        return Ahead(plan.samples, batches, pin_memory=plan.device.type == "cuda")
+        return Ahead(plan.samples, batches, pin_memory=plan.launch.device.type == "cuda")
 
 
 def quiet() -> None:
