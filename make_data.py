@@ -1,6 +1,5 @@
 """Text to training data: `python make_data.py demo.jsonl 3 4096`; --help lists the flags."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -9,5 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-v7"))
 from rwkvlm.cli import main
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts a background command with SIGINT ignored
     sys.exit(main(["make_data", *sys.argv[1:]]))

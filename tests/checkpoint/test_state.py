@@ -404,9 +404,9 @@ def test_remains_of_a_killed_save_do_not_fill_the_disk_for_ever(saved):
 def test_a_snapshot_does_not_follow_the_model(tmp_path):
     model, optimizer = build(0)
     train(model, optimizer, 2)
-    snapshot, before = state.capture(model, optimizer), {k: v.clone() for k, v in model.state_dict().items()}
+    captured, before = state.capture(model, optimizer), {k: v.clone() for k, v in model.state_dict().items()}
     train(model, optimizer, 2)
-    state.write(tmp_path, 2, snapshot, {}, 1)
+    state.write(tmp_path, 2, captured, {}, 1)
     state.load_state(state.find_state(tmp_path), model, optimizer)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

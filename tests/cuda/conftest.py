@@ -15,6 +15,7 @@ from oracles.emulated_all import registered
 from oracles.emulated_wkv7 import AROUND, SOURCES, Kernels, compile_kernels
 from rwkvlm.native import available
 from rwkvlm.ops import backend
+from rwkvlm.ops.launch import why_not_built
 
 
 @pytest.fixture(scope="session")
@@ -43,16 +44,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, name: str, flag: str, sou
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where a file's operators run: CPU tensors over the kernels in emulation, or the GPU. All new memory is filled with NaN.
 
-    The file says which in OPERATORS: the folder in cuda/, the package's modules of its CUDA and of its C++ form, and what
-    their why_not takes. Without the second the operators are defined where the first is imported.
+    The file says which in OPERATORS: the folder in cuda/, the package's module that defines them, and what its why_not
+    takes; None: they are defined where the file imports them.
     """
-    folder, cuda, native, arguments = request.module.OPERATORS
+    folder, native, arguments = request.module.OPERATORS
     torch.use_deterministic_algorithms(True, warn_only=True)
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
         monkeypatch.setattr(backend, "_requested", "cuda")
-        assert cuda.why_not(*arguments) == ""  # registers the operators
+        assert (native is None or native.why_not(*arguments) == "") and why_not_built(folder) == ""  # defines and registers the operators
         yield torch.device("cuda", 0)
     else:
         monkeypatch.setattr(backend, "_requested", "cpu")

@@ -10,14 +10,14 @@ import torch
 from oracles.emulated_all import registered
 from rwkvlm.cli import doctor
 from rwkvlm.config import UserError
-from rwkvlm.ops import adamw, backend
-from rwkvlm.ops.adamw import cuda, native, reference
+from rwkvlm.ops import adamw, backend, launch
+from rwkvlm.ops.adamw import native, reference
 from rwkvlm.train.optimizer import MasterAdamW
 
 FP32, BF16 = torch.float32, torch.bfloat16
 RATES = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-18, weight_decay=0.1)
 SIZES = [1, 3, 767, 2048, 2049, 8191, 8192, 100003]  # a tile is 2048 numbers for the step, 8192 for the norms
-OPERATORS = "adamw", cuda, native, ()  # for the device of conftest.py
+OPERATORS = "adamw", native, ()  # for the device of conftest.py
 GUARD = 64  # bytes on both sides of each tensor that nobody may touch
 buffers: list[torch.Tensor] = []
 
@@ -256,8 +256,9 @@ def test_a_step_is_captured_in_a_graph_of_the_gpu(device):
 
 def test_who_computes_it_on_a_gpu(monkeypatch, capsys):
     gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(native, "why_not", lambda: "")
     for reason in ("", "nvcc is not there"):
-        monkeypatch.setattr(cuda, "why_not", lambda reason=reason: reason)
+        monkeypatch.setattr(launch, "why_not_built", lambda name, reason=reason: reason)
         monkeypatch.setattr(backend, "_said", set())
         for asked, form in (("torch", "torch"), ("auto", "torch" if reason else "cuda"), ("cuda", "" if reason else "cuda")):
             monkeypatch.setattr(backend, "_requested", asked)

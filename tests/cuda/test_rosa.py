@@ -12,10 +12,10 @@ from oracles.emulated_all import registered
 from oracles.emulated_wkv7 import CUDA, compile_kernels
 from oracles.rosa import KINDS, close, from_definition, numbers, results, structured
 from rwkvlm.ops import backend
-from rwkvlm.ops.rosa import cuda, native, rosa, rosa_self, rosa_tokens
+from rwkvlm.ops.rosa import native, rosa, rosa_self, rosa_tokens
 
 FP32, BF16 = torch.float32, torch.bfloat16
-OPERATORS = "rosa", cuda, native, (FP32,)  # for the device of conftest.py
+OPERATORS = "rosa", native, (FP32,)  # for the device of conftest.py
 
 
 @pytest.fixture(scope="module")

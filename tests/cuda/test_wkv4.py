@@ -8,7 +8,7 @@ import torch
 from oracles.emulated_all import registered
 from oracles.wkv4_cases import Case, errors
 from rwkvlm.cli import doctor
-from rwkvlm.ops.wkv4 import cuda, native, wkv4_native
+from rwkvlm.ops.wkv4 import native, wkv4_native
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SHAPES = [
@@ -26,7 +26,7 @@ SHAPES = [
     dict(kind="empty"),
 ]
 TOLERANCE = {"large": 5e-5, "slow": 2e-5}  # as in tests/ops/test_wkv4.py
-OPERATORS = "wkv4", cuda, native, (FP32, 16)  # for the device of conftest.py
+OPERATORS = "wkv4", native, (FP32, 16)  # for the device of conftest.py
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])

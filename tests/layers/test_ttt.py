@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from rwkvlm.config import PhantomConfig
 from rwkvlm.layers import ttt as module
-from rwkvlm.layers.segments import pieces
+from rwkvlm.layers.segments import stretches
 from rwkvlm.layers.ttt import StateTTT
 from rwkvlm.layers.ttt_segments import Segments
 from rwkvlm.ops.wkv7 import backend_for, cuda, wkv7, wkv7_reference
@@ -257,7 +257,7 @@ def test_error_is_that_of_the_next_segment():
     assert torch.allclose(end.error, want, rtol=1e-10)
 
 
-def test_pieces():
-    assert [p[:2] for p in pieces([0], 40, 16)] == [(0, 16), (16, 32), (32, 40)]
-    assert [(p.start, p.stop, p.full) for p in pieces([3, 10, 10], 20, 16)] == [(0, 6, [1, 2]), (6, 13, [0]), (13, 20, [])]
-    assert [(p.start, p.stop, p.full) for p in pieces([15], 1, 16)] == [(0, 1, [0])]
+def test_stretches():
+    assert [p[:2] for p in stretches([0], 40, 16)] == [(0, 16), (16, 32), (32, 40)]
+    assert [(p.start, p.stop, p.full) for p in stretches([3, 10, 10], 20, 16)] == [(0, 6, [1, 2]), (6, 13, [0]), (13, 20, [])]
+    assert [(p.start, p.stop, p.full) for p in stretches([15], 1, 16)] == [(0, 1, [0])]

@@ -34,7 +34,7 @@ def test_tokens_a_second_are_those_of_the_steps_between_two_looks(clock, monkeyp
     seen, closed = [], []
     log = SimpleNamespace(step=seen.append, validation=lambda record: None, mini_epoch=lambda *told: closed.append(told))
     plan = SimpleNamespace(
-        device=torch.device("cpu"),
+        launch=SimpleNamespace(device=torch.device("cpu")),
         config=SimpleNamespace(ctx_len=100),
         schedule=SimpleNamespace(tokens_per_step=1000),
         start=SimpleNamespace(model=SIZES),

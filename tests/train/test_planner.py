@@ -13,11 +13,10 @@ import torch
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
 from rwkvlm.config import ModelConfig, TrainConfig, cgroups, env, model_config
-from rwkvlm.models import build, count_parameters, init_weights
+from rwkvlm.models import LanguageModel, build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train import run as training
 from rwkvlm.train.memory import Activations, estimate, measure_activations, resident
-from rwkvlm.train.module import TrainModule
 from rwkvlm.train.plan import make_plan
 from rwkvlm.train.planner import ROOM, decide_by_memory, expected_seconds, memory_available, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
@@ -241,9 +240,9 @@ def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, ca
 @pytest.mark.parametrize("room, decided", [(2**40, 0), (2**20, 1)])
 def test_recomputing_is_decided_by_the_memory(run, losses, tmp_path, capsys, monkeypatch, room, decided):
     """And changes nothing else: no random number is drawn on the way."""
-    recomputed, loss = set(), TrainModule.loss
+    recomputed, features = set(), LanguageModel.features
     monkeypatch.setattr(planner, "memory_available", lambda plan: room)
-    monkeypatch.setattr(TrainModule, "loss", lambda self, batch, grad_cp=False: recomputed.add(grad_cp) or loss(self, batch, grad_cp))
+    monkeypatch.setattr(LanguageModel, "features", lambda *seen, **how: recomputed.add(how.get("grad_cp")) or features(*seen, **how))
     flags = dict(max_steps=2, my_testing="phantom", ttt_enabled=0, dropout=0.1)
     for name, grad_cp in (("asked", decided), ("decided", -1)):
         torch.manual_seed(1)
@@ -308,10 +307,7 @@ def test_graphs_that_are_to_be_tried_take_no_room_that_the_run_needs(run, tmp_pa
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(cgroups.Path, "read_text", lambda path: "MemTotal:  9000 kB\nMemAvailable:    6000 kB\n")
-    found = [
-        memory_available(SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", devices, nodes, "ddp")))
-        for devices, nodes in ((1, 1), (3, 1), (3, 4))
-    ]
+    found = [memory_available(SimpleNamespace(launch=Launch("cpu", devices, nodes, "ddp"))) for devices, nodes in ((1, 1), (3, 1), (3, 4))]
     assert found == [6000 << 10, 2000 << 10, 2000 << 10]
 
 
@@ -325,7 +321,7 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
         ):
             (tmp_path / path / f"memory.{name}").write_text(f"{text}\n")
 
-    plan = SimpleNamespace(device=torch.device("cpu"), launch=Launch("cpu", 2, 1, "ddp"))
+    plan = SimpleNamespace(launch=Launch("cpu", 2, 1, "ddp"))
     monkeypatch.setattr(cgroups, "ALL", tmp_path)
     monkeypatch.setattr(cgroups, "OWN", tmp_path / "cgroup")
     of_machine = memory_available(plan)  # no such file

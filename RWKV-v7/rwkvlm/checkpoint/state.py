@@ -1,7 +1,7 @@
 """The full state of a training run: saved atomically, verified by checksum, loaded at any world size, ZeRO stage or precision.
 
-    capture(model, optimizer) -> Snapshot                          every process by itself: a copy in host memory
-    write(proj_dir, step, snapshot, meta, keep_last) -> Path       collective; needs no more of the model
+    capture(model, optimizer) -> Captured                          every process by itself: a copy in host memory
+    write(proj_dir, step, captured, meta, keep_last) -> Path       collective; needs no more of the model
     find_state(proj_dir) -> StateInfo | None                       every process by itself, from the manifests alone
     check(info) -> str                                             collective: reads the checksums of the files, divided among the ranks
     load_state(info, model, optimizer) -> None                     collective
@@ -57,14 +57,14 @@ class StateInfo:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Captured:
     """One rank's part of a state in host memory, and the shapes of all tensors of the model."""
 
     content: dict[str, Any]
     shapes: dict[str, list[int]]
 
 
-def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Captured:
     """A copy in host memory of what this rank saves. No communication."""
     tensors = {
         piece.name: {"start": piece.start, "step": piece.step} | {key: view.to("cpu", copy=True) for key, view in piece.values.items()}
@@ -76,13 +76,13 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
         "random": _random_states(),
         "scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
     }
-    return Snapshot(content, _shapes(model))
+    return Captured(content, _shapes(model))
 
 
 def write(
-    proj_dir: str | Path, step: int, snapshot: Snapshot, meta: dict[str, Any], keep_last: int, group: dist.ProcessGroup | None = None
+    proj_dir: str | Path, step: int, captured: Captured, meta: dict[str, Any], keep_last: int, group: dist.ProcessGroup | None = None
 ) -> Path:
-    """Saves every rank's snapshot as {proj_dir}/state/step{step} and deletes all but the newest keep_last.
+    """Saves every rank's part as {proj_dir}/state/step{step} and deletes all but the newest keep_last.
 
     All or nothing, whenever it is interrupted: ranks write into step{step}.tmp; rank 0 seals it with a manifest,
     renames it and moves `latest`. Collective in group. Raises UserError on every rank when any rank cannot write; what
@@ -102,7 +102,7 @@ def write(
         temporary.mkdir(parents=True, exist_ok=True)  # network file systems may show rank 0's later
         with open(temporary / name, "wb") as file:
             checked = _Checked(file)
-            torch.save(snapshot.content, checked)
+            torch.save(captured.content, checked)
             file.flush()
             os.fsync(file.fileno())
         return name, checked.size, checked.crc
@@ -117,7 +117,7 @@ def write(
                 "world_size": ranks.world_size(),
                 "meta": json.loads(json.dumps(meta)),
                 "files": {name: {"size": size, "crc32": crc} for name, size, crc in files},
-                "shapes": snapshot.shapes,
+                "shapes": captured.shapes,
                 "weights": ledger.newest_entry(Path(proj_dir)),
             }
             write_atomically(temporary / "manifest.json", json.dumps({"content": content, "crc32": _crc(content)}))

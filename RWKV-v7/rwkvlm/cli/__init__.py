@@ -12,6 +12,7 @@ import importlib
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..config import UserError, env
+from ..config.errors import out_of_memory
 
 MACHINE_ERROR, USAGE_ERROR = 1, 2
 UNSEEN = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # there even the question whether a file exists is an error
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, line in commands().items():
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts a background command with SIGINT ignored
     _open_what_is_closed()
     env.let_waiting_threads_sleep()
     env.limit_threads()
@@ -73,12 +76,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _lacking(error: Exception) -> str:
-    """What the machine has too little of, or what its Python lacks, with the cure; "" for any other error.
-
-    Errors of torch are known by their name or text: it may not have been imported, and not all have a class of their own.
-    """
+    """What the machine has too little of, or what its Python lacks, with the cure; "" for any other error."""
     told = str(error).partition("\n")[0]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in told:
+    if out_of_memory(error):
         return f"out of memory{': ' * bool(told)}{told}; free some, or give the command less at a time (its --help says how)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (

@@ -256,6 +256,7 @@ def _answers(form: Callable, inputs: list, device, dtype=None) -> list:
 
 def _compared(name: str, made_by: str, device, got: list, wanted: list, limit: float = 1e-3) -> str:
     from .. import native
+    from ..ops.backend import BACKENDS
 
     worst = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in zip(got, wanted, strict=True))
     if not worst < limit:
@@ -264,7 +265,7 @@ def _compared(name: str, made_by: str, device, got: list, wanted: list, limit: f
         built, reason = (native.cuda_available if device.type == "cuda" else native.available)(name)
         if not built:
             raise UserError(f"runs in plain PyTorch, slower: {reason}")
-    return f"{ {'cpu': 'C++', 'cuda': 'CUDA', 'torch': 'plain PyTorch'}[made_by] }, largest deviation from the reference {worst:.0e}"
+    return f"{BACKENDS[made_by]}, largest deviation from the reference {worst:.0e}"
 
 
 def ranks() -> str:

@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import struct
-from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -237,7 +236,6 @@ class BinIdxWriter:
             raise ValueError(f"binidx cannot hold dtype {dtype}")
         self.idx_path, self.bin_path = idx_path(prefix), bin_path(prefix)
         self._partial = [path.with_name(path.name + ".partial") for path in (self.bin_path, self.idx_path)]
-        self._sizes = array("i")  # of the last documents; those before are in the file
         self.n_tokens = self.n_docs = 0
         self._files: list[BinaryIO] = []
         try:
@@ -252,22 +250,16 @@ class BinIdxWriter:
 
     def add(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document. ValueError if a token does not fit into the dtype."""
-        given = np.ascontiguousarray(tokens)
+        given = np.asarray(tokens)
         data = given.astype(self.dtype, copy=False)
         if data is not given and not np.array_equal(given, data):
             raise ValueError(f"a token outside {self.dtype} (largest: {given.max()}, smallest: {given.min()})")
-        self._bin.write(data)
-        self._sizes.append(data.size)
-        self.n_tokens += data.size
-        self.n_docs += 1
-        if len(self._sizes) == BLOCK:
-            self._spill()
+        self.add_long([data])
 
     def add_many(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
         """Append documents that stand one after the other in `tokens`, of the writer's dtype; sizes [documents] in tokens."""
         if tokens.dtype != self.dtype or len(tokens) != sizes.sum():
             raise ValueError(f"{len(tokens)} tokens of {tokens.dtype} for documents of {sizes.sum()} tokens in a file of {self.dtype}")
-        self._spill()
         self._bin.write(np.ascontiguousarray(tokens))
         self._idx.write(sizes.astype("<i4"))
         self.n_tokens += len(tokens)
@@ -281,14 +273,9 @@ class BinIdxWriter:
                 raise ValueError(f"tokens of {part.dtype} in a file of {self.dtype}")
             self._bin.write(np.ascontiguousarray(part))
             size += len(part)
-        self._sizes.append(size)
-        self._spill()
+        self._idx.write(size.to_bytes(4, "little", signed=True))
         self.n_tokens += size
         self.n_docs += 1
-
-    def _spill(self) -> None:
-        self._idx.write(np.array(self._sizes, dtype="<i4"))
-        self._sizes = array("i")
 
     def __enter__(self) -> BinIdxWriter:
         return self
@@ -314,7 +301,6 @@ class BinIdxWriter:
         """Complete both files on disk, so that only renaming is left; to be called before leaving several writers together."""
         if self._bin.closed:
             return
-        self._spill()
         idx, n, end = self._idx, self.n_docs, 0
         for first in range(0, n, BLOCK):
             idx.seek(HEADER.size + 4 * first)

@@ -65,9 +65,7 @@ class Attention(nn.Module):
         packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, KeyValues | None]:
         """Arguments and results as for TimeMix, with KeyValues in the place of wkv."""
-        x, last, (xq, xk, xv, xg) = norm(
-            x, None, last, [self.x_q, self.x_k, self.x_v, self.x_g], packed.bounds if packed is not None else None
-        )
+        x, last, (xq, xk, xv, xg) = norm(x, None, last, [self.x_q, self.x_k, self.x_v, self.x_g], packed)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (self.query(xq), self.key(xk), self.value(xv)))
         q, k = (F.layer_norm(y, (self.head_size,)) for y in (q, k))
         q, k, v = (y.transpose(1, 2) for y in (q * self.scale.view(q.shape[2:]), k, v))

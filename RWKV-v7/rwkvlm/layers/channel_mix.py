@@ -9,6 +9,7 @@ from ..config import ModelConfig, RosaConfig
 from ..ops.fused import relu_square
 from .linear import Linear, dense
 from .norm_mix import NormMix
+from .packed import Packed
 
 
 class ChannelMix(nn.Module):
@@ -26,10 +27,10 @@ class ChannelMix(nn.Module):
         branch: torch.Tensor | None,
         norm: NormMix,
         last: torch.Tensor | None = None,
-        bounds: torch.Tensor | None = None,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C], and the last normalised token [B, C]."""
-        x, last, (mixed,) = norm(x, branch, last, [self.x_k], bounds)
+        """x, branch, last, packed: what norm takes. Returns x + branch, the output [B, T, C], and the last normalised token [B, C]."""
+        x, last, (mixed,) = norm(x, branch, last, [self.x_k], packed)
         return x, self.value(relu_square(self.key(mixed))), last
 
 
@@ -46,9 +47,9 @@ class DeepChannelMix(ChannelMix):
         branch: torch.Tensor | None,
         norm: NormMix,
         last: torch.Tensor | None,
-        bounds: torch.Tensor | None,
+        packed: Packed | None,
         tokens: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """tokens: [B, T] int64; else as ChannelMix."""
-        x, y, last = super().forward(x, branch, norm, last, bounds)
+        x, y, last = super().forward(x, branch, norm, last, packed)
         return x, y * self.enn(tokens), last

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..ops.fused import norm_mix
+from .packed import Packed
 
 
 class NormMix(nn.LayerNorm):
@@ -21,11 +22,11 @@ class NormMix(nn.LayerNorm):
         branch: torch.Tensor | None,
         last: torch.Tensor | None,
         mixes: list[torch.Tensor],
-        bounds: torch.Tensor | None = None,
+        packed: Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Returns x + branch, its last normalised token [B, C], and for each mix a [B, T, C].
 
         x: [B, T, C] residual stream; branch: [B, T, C] or None; last: [B, C], the normalised token before x[:, 0], or None
-        at the beginning; mixes: [1, 1, C] each; bounds: of packed documents (layers/packed.py).
+        at the beginning; mixes: [1, 1, C] each; packed: documents in one row.
         """
-        return norm_mix(x, branch, self.weight, self.bias, self.eps, last, mixes, bounds)
+        return norm_mix(x, branch, self.weight, self.bias, self.eps, last, mixes, packed.bounds if packed is not None else None)

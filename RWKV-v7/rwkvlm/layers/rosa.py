@@ -110,7 +110,7 @@ class RosaMix(nn.Module):
         Returns x, the output [B, T, C] for it, and the new state or None.
         """
         last, seen = state if state is not None else (None, None)
-        x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v], packed.bounds if packed is not None else None)
+        x, last, (xq, xk, xv) = norm(x, None, last, [self.x_q, self.x_k, self.x_v], packed)
         xq, xk, xv = (t.detach() if self.fixed else _Damped.apply(t) for t in (xq, xk, xv))
         q, k = _Together.apply(self.q(xq), self.k(xk))
         y, seen = self.rosa_qkv(q, k, self.v(xv), seen, return_state, packed)

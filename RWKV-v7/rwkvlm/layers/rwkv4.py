@@ -57,7 +57,7 @@ class TimeMix4(nn.Module):
         Returns x, the output [B, T, C] for it, v_first, and the new state: the last normalised token, and wkv (None unless return_state).
         """
         mixes = [1 - self.time_mix_k, 1 - self.time_mix_v, 1 - self.time_mix_r]  # norm's are the shares of the token before
-        x, last, (xk, xv, xr) = norm(x, None, last, mixes, packed.bounds if packed is not None else None)
+        x, last, (xk, xv, xr) = norm(x, None, last, mixes, packed)
         recurrence = functools.partial(wkv4, self.time_decay, self.time_first, initial_state=wkv, output_final_state=return_state)
         out = by_document(recurrence, packed, self.key(xk), self.value(xv))
         y, wkv = out if return_state else (out, None)
@@ -76,8 +76,8 @@ class ChannelMix4(nn.Module):
         self.value = dense("ffn.value", config.dim_ffn, C)
 
     def forward(
-        self, x: torch.Tensor, branch: torch.Tensor, norm: NormMix, last: torch.Tensor | None = None, bounds: torch.Tensor | None = None
+        self, x: torch.Tensor, branch: torch.Tensor, norm: NormMix, last: torch.Tensor | None = None, packed: Packed | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, branch, last, bounds: what norm takes. Returns x + branch, the output [B, T, C], and the last normalised token [B, C]."""
-        x, last, (xk, xr) = norm(x, branch, last, [1 - self.time_mix_k, 1 - self.time_mix_r], bounds)
+        """x, branch, last, packed: what norm takes. Returns x + branch, the output [B, T, C], and the last normalised token [B, C]."""
+        x, last, (xk, xr) = norm(x, branch, last, [1 - self.time_mix_k, 1 - self.time_mix_r], packed)
         return x, torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk))), last

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """start, stop: tokens of this call that are run at once. seen: for each row, tokens of its segment before them.
     full: rows whose segment is complete after them."""
 
@@ -17,18 +17,18 @@ class Piece(NamedTuple):
     full: list[int]
 
 
-def pieces(seen: list[int], length: int, segment: int) -> list[Piece]:
+def stretches(seen: list[int], length: int, segment: int) -> list[Stretch]:
     """The next `length` tokens, cut wherever any row completes a segment; seen: tokens of each row's segment so far, below `segment`."""
     found, start = [], 0
     while start < length:
         stop = min(length, start + segment - max(seen))
         after = [s + stop - start for s in seen]
         full = [row for row, s in enumerate(after) if s == segment]
-        found.append(Piece(start, stop, seen, full))
+        found.append(Stretch(start, stop, seen, full))
         start, seen = stop, [s % segment for s in after]
     return found
 
 
-def seen_after(piece: Piece, segment: int) -> torch.Tensor:
-    """[B] int64 on the CPU, where the host reads it without waiting for a device: tokens of each row's segment after the piece."""
-    return torch.tensor([(s + piece.stop - piece.start) % segment for s in piece.seen])
+def seen_after(stretch: Stretch, segment: int) -> torch.Tensor:
+    """[B] int64 on the CPU, where the host reads it without waiting for a device: tokens of each row's segment after the stretch."""
+    return torch.tensor([(s + stretch.stop - stretch.start) % segment for s in stretch.seen])

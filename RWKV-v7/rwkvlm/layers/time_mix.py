@@ -90,9 +90,8 @@ class TimeMix(nn.Module):
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
 
-        bounds = packed.bounds if packed is not None else None
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        x, last, (xr, xw, xk, xv, xa, xg) = norm(x, None, last, mixes, bounds)
+        x, last, (xr, xw, xk, xv, xa, xg) = norm(x, None, last, mixes, packed)
 
         r = self.receptance(xr)
         k = self.key(xk)
@@ -108,7 +107,7 @@ class TimeMix(nn.Module):
         r, w, k, a, b, v = (t.view(heads) for t in (r, *inputs))
         options = dict(initial_state=wkv, output_final_state=return_state, pass_on=True)
         if self.ttt is None:
-            y, *new_wkv, r, k, v = wkv7(r, w, k, v, a, b, cu_seqlens=bounds, **options)
+            y, *new_wkv, r, k, v = wkv7(r, w, k, v, a, b, cu_seqlens=packed.bounds if packed is not None else None, **options)
         else:
             y, *new_wkv, r, k, v = self.ttt(r, w, k, v, a, b, packed=packed, **options)
         y, r, k, v = (t.reshape(B, T, C) for t in (y, r, k, v))

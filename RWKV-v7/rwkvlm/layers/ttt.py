@@ -12,7 +12,7 @@ from torch import nn
 from ..config.phantom import PhantomConfig
 from ..ops.wkv7 import backend_for, ttt_cuda, wkv7
 from .packed import Packed, by_document
-from .segments import pieces, seen_after
+from .segments import seen_after, stretches
 from .ttt_segments import Segments
 
 
@@ -92,8 +92,8 @@ class StateTTT(nn.Module):
         S, held_keys, held_values, seen, error = (
             initial_state if initial_state is not None else (None, None, None, torch.zeros(B, dtype=torch.int64), None)
         )
-        plan = pieces(seen.tolist(), T, segment)
-        lengths = [piece.stop - piece.start for piece in plan]
+        plan = stretches(seen.tolist(), T, segment)
+        lengths = [stretch.stop - stretch.start for stretch in plan]
         inputs = zip(*(_cut(x, lengths) for x in (r, w, k, v, a, b)))
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         keys = -a.to(dtype)
@@ -103,13 +103,13 @@ class StateTTT(nn.Module):
         watch = config.ttt_meta and self.training
 
         ys, stepped = [], False
-        for i, (piece, tensors, problem) in enumerate(zip(plan, inputs, problems)):
+        for i, (stretch, tensors, problem) in enumerate(zip(plan, inputs, problems)):
             if watch and stepped:
                 found = self.relative_error(S, *problem[:2])
                 error = found if error is None else error + found
             y, S = wkv7(*tensors, initial_state=S, output_final_state=True)
             ys.append(y)
-            stepped = len(piece.full) == B
+            stepped = len(stretch.full) == B
             if i + 1 == len(plan) and not output_final_state:
                 break
             if lengths[i] == segment:  # a whole segment in every row
@@ -117,14 +117,14 @@ class StateTTT(nn.Module):
                 continue
             if held_keys is None:
                 held_keys, held_values = keys.new_zeros(B, segment, H, N), keys.new_zeros(B, segment, H, self.rows)
-            where = torch.tensor(piece.seen)[:, None] + torch.arange(lengths[i])
+            where = torch.tensor(stretch.seen)[:, None] + torch.arange(lengths[i])
             where = (torch.arange(B, device=r.device)[:, None], where.to(r.device))
-            held_keys = held_keys.index_put(where, keys[:, piece.start : piece.stop])
-            held_values = held_values.index_put(where, values[:, piece.start : piece.stop])
+            held_keys = held_keys.index_put(where, keys[:, stretch.start : stretch.stop])
+            held_values = held_values.index_put(where, values[:, stretch.start : stretch.stop])
             if stepped:
                 S = self.step(S, held_keys, held_values, eta)
-            elif piece.full:
-                rows = torch.tensor(piece.full, device=r.device)
+            elif stretch.full:
+                rows = torch.tensor(stretch.full, device=r.device)
                 S = S.index_copy(0, rows, self.step(S[rows], held_keys[rows], held_values[rows], eta))
 
         y = torch.cat(ys, 1) if len(ys) > 1 else ys[0]

@@ -55,5 +55,5 @@ class Block(nn.Module):
         """The two residual branches; arguments and results as for forward."""
         att_x, wkv, ffn_x = state if state is not None else (None, None, None)
         x, att, v_first, att_x, wkv = self.att(x, self.ln1, v_first, att_x, wkv, return_state, packed)
-        x, ffn, ffn_x = self.ffn(x, att, self.ln2, ffn_x, packed.bounds if packed is not None else None)
+        x, ffn, ffn_x = self.ffn(x, att, self.ln2, ffn_x, packed)
         return x + ffn, v_first, BlockState(att_x, wkv, ffn_x) if return_state else None

@@ -83,7 +83,7 @@ class RosaBlock(nn.Module):
             x, att, v_first, att_x, wkv = self.att(x, self.ln1, v_first, att_x, wkv, return_state, packed)
             branch = att + branch
         more = (tokens,) if isinstance(self.ffn, DeepChannelMix) else ()
-        x, ffn, ffn_x = self.ffn(x, branch, self.ln2, ffn_x, packed.bounds if packed is not None else None, *more)
+        x, ffn, ffn_x = self.ffn(x, branch, self.ln2, ffn_x, packed, *more)
         return x + ffn, (tokens, v_first), RosaBlockState(att_x, wkv, seen, ffn_x) if return_state else None
 
 

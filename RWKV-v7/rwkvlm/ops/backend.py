@@ -11,7 +11,7 @@ import torch
 
 from rwkvlm.config import UserError, env
 
-BACKENDS = ("cuda", "cpu", "torch")
+BACKENDS = {"cuda": "CUDA", "cpu": "C++", "torch": "plain PyTorch"}  # and what they are called
 AUTO = ("", "auto", "@rwkv3")  # "@rwkv3" is the official trainer's name for "pick one"
 
 _requested = ""

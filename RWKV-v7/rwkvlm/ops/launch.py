@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 
 from rwkvlm import native
+
+
+def on_either_device(name: str, why_not: Callable[[], str]) -> dict[str, Callable[[], str]]:
+    """For `backend.choose`: operators of cuda/<name>/ that have a form for the CPU and one for a GPU, under the same schemas.
+
+    why_not: of the C++ form. It also defines the operators: a machine with nvcc has a C++ compiler.
+    """
+    return {"cpu": why_not, "cuda": lambda: why_not() or why_not_built(name)}
 
 
 def why_not_built(name: str) -> str:

@@ -6,10 +6,9 @@ import torch
 
 from ..config import RosaConfig
 from ..models import build, costs, count_parameters, recurrence
+from ..ops.backend import BACKENDS
 from .freeze import frozen_names
 from .plan import Plan
-
-KERNELS = {"cuda": "CUDA", "cpu": "C++", "torch": "plain PyTorch"}
 
 
 def show_plan(plan: Plan) -> None:
@@ -44,7 +43,7 @@ def show_plan(plan: Plan) -> None:
         f"{rate}, warm-up {schedule.warmup_steps} steps",
         "machine": f"{devices}, {config.precision}, {strategy}{', grad_cp' * config.grad_cp}"
         f"{', blocks compiled' * config.compile}{', blocks in CUDA graphs' * bool(config.cuda_graphs)}, "
-        f"{recurrence(model)} in {KERNELS[plan.kernel]}",
+        f"{recurrence(model)} in {BACKENDS[plan.kernel]}",
         "start": f"{plan.start}; {left:,} step{'s' * (left != 1)} to go"
         f"{f', {plan.steps:,} of them now (--max_steps)' * (plan.steps < left)}",
         "output": f"{plan.proj_dir}",

@@ -55,7 +55,7 @@ def _bad_samples(plan: Plan, trainer: pl.Trainer, module: TrainModule, samples: 
     found = []
     for ii in range(samples - plan.batch + 1 + trainer.global_rank, samples + 1, trainer.world_size):
         batch = on_device(plan.samples[np.array([ii])], trainer.strategy.root_device)
-        loss, _ = module.loss(batch, bool(plan.config.grad_cp))
+        loss, _ = module.loss(batch)
         grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         names = [name for (name, _), grad in zip(named, grads) if grad is not None and not torch.isfinite(grad).all()]
         if names or not math.isfinite(loss.item()):

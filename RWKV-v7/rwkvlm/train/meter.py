@@ -40,7 +40,7 @@ class Meter:
     def __init__(self, plan: Plan, position: Position, health: Health, parts: list[str], logs: list[Log]) -> None:
         self.plan, self.position, self.health, self.parts, self.logs = plan, position, health, parts, logs
         self.world = ranks.world_size()
-        self.flops_per_token, self.peak = flops_per_token(plan.start.model, plan.config.ctx_len), peak_flops(plan.device)
+        self.flops_per_token, self.peak = flops_per_token(plan.start.model, plan.config.ctx_len), peak_flops(plan.launch.device)
         self.begin = self.drained = time.monotonic()
         self.pending: list[_Pending] = []
         self.lr = 0.0
@@ -85,7 +85,7 @@ class Meter:
             "tflops": float(f"{flops / 1e12:.4g}"),
             "mfu": round(flops / self.peak, 4) if self.peak else None,
         }
-        shared = speed | {"seconds": round(now - self.begin, 3), "memory_mb": memory_mb(self.plan.device)}
+        shared = speed | {"seconds": round(now - self.begin, 3), "memory_mb": memory_mb(self.plan.launch.device)}
         for p, loss, norm, by_part in zip(self.pending, losses, norms, parts, strict=True):
             found = self.health.judge(p.step, p.samples, loss, norm, by_part)
             if math.isfinite(loss):

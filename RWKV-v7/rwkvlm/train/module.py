@@ -60,11 +60,12 @@ class TrainModule(pl.LightningModule):
         self.model = model
         self.head_loss = HeadLoss(model.head.weight, self.config.head_chunk)
 
-    def loss(self, batch: tuple[torch.Tensor, ...], grad_cp: bool = False) -> tuple[torch.Tensor, Terms]:
+    def loss(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Terms]:
         """Mean cross entropy of a batch (data/dataset.py; --doc_reset: data/reset.py), and what else the model has its training lower."""
         if self.config.compile and self.config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the graphs have returned until now may be overwritten
         idx, targets, *places = batch
+        grad_cp = bool(self.config.grad_cp)
         if places:
             packed = Packed(*places)
             x, terms = self.model.features(idx, grad_cp=grad_cp, packed=packed)[0, packed.tokens], {}
@@ -78,7 +79,7 @@ class TrainModule(pl.LightningModule):
         return on_device(batch, device)
 
     def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
-        cross_entropy, terms = self.loss(batch, bool(self.config.grad_cp))
+        cross_entropy, terms = self.loss(batch)
         micro = self.config.accumulate_grad_batches
         if batch_idx % micro == 0:
             self.step_loss, self.step_terms = 0.0, dict.fromkeys(terms, 0.0)

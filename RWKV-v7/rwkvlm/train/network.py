@@ -6,13 +6,10 @@ nodes then never meet. NCCL looks for an interface by itself.
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
 
 from ..config import env
 
-SIOCGIFADDR = 0x8915  # <linux/sockios.h>: the IPv4 address of an interface
 OUTSIDE = "192.0.2.1"  # kept for documentation (RFC 5737), no host has it: the way there is the default route
 
 
@@ -34,17 +31,12 @@ def interface_towards(address: str) -> str | None:
 
     None where the kernel knows no way, and for IPv6.
     """
+    import psutil  # DeepSpeed brings it
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             s.connect((address, 9))
         except OSError:
             return None
         own = s.getsockname()[0]
-        return next((name for _, name in socket.if_nameindex() if _address(s, name) == own), None)
-
-
-def _address(s: socket.socket, interface: str) -> str:
-    try:
-        return socket.inet_ntoa(fcntl.ioctl(s, SIOCGIFADDR, struct.pack("256s", interface.encode()))[20:24])
-    except OSError:  # it has none
-        return ""
+    return next((name for name, found in psutil.net_if_addrs().items() if own in (one.address for one in found)), None)

@@ -65,10 +65,6 @@ class Plan:
         return Path(self.config.proj_dir)
 
     @property
-    def device(self) -> torch.device:
-        return self.launch.device
-
-    @property
     def tokens(self) -> int:
         """Consumed before the first step of this process."""
         return self.start.position.samples * self.config.ctx_len
@@ -136,8 +132,9 @@ def make_plan(config: TrainConfig, damaged: Collection[Path] = ()) -> Plan:
     if start.state is None:  # weights know mini-epochs only
         start.position.step = start.position.samples // batch
     exit_tokens = config.my_exit_tokens if config.my_exit_tokens > 0 else data.chunks * config.ctx_len
-    begins = config.epoch_begin and (start.fresh or (start.state is None and config.load_model and start.path == Path(config.load_model)))
-    if begins and (tokens := start.position.samples * config.ctx_len) >= exit_tokens:  # else untrained weights would become rwkv-final.pth
+    as_flags_say = start.fresh or start.path == Path(config.load_model)  # else what proj_dir holds goes on, wherever it is
+    if config.epoch_begin and as_flags_say and (tokens := start.position.samples * config.ctx_len) >= exit_tokens:
+        # untrained weights would become rwkv-final.pth
         raise UserError(
             f"--epoch_begin {config.epoch_begin} begins after {tokens} tokens, and the training ends at {exit_tokens}: "
             "nothing would be trained; use --epoch_begin 0, or a larger --my_exit_tokens"

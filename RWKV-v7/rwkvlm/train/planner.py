@@ -73,7 +73,7 @@ def decide_by_memory(plan: Plan) -> Plan:
     if config.grad_cp != -1 and config.cuda_graphs != -1:
         return plan
     compiled_graphs = config.compile and config.cuda_graphs  # which recompute nothing (graphs.py)
-    gpus = [torch.cuda.current_device()] if plan.device.type == "cuda" else []
+    gpus = [torch.cuda.current_device()] if plan.launch.device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):  # what is built to be measured draws random numbers
         of, room = _estimator(plan), ROOM * memory_available(plan)
 
@@ -90,7 +90,7 @@ def decide_by_memory(plan: Plan) -> Plan:
 
 def memory_available(plan: Plan) -> int:
     """Bytes for each process: what is free on its GPU, or its share of what this machine, or its container, has free."""
-    if plan.device.type == "cuda":
+    if plan.launch.device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     return min([cgroups.memory_free(), *cgroups.memory_left()]) // plan.launch.devices
 
@@ -105,8 +105,8 @@ def _memories(plan: Plan) -> dict[tuple[int, int], Memory]:
 def _estimator(plan: Plan) -> Callable[[int, int], Memory]:
     """Of micro_bsz and grad_cp, for a run that is otherwise this one."""
     program = resident()
-    activations = measure_activations(plan.start.model, plan.config, plan.device)
-    copies = adamw.backend_for(plan.device) == "torch"
+    activations = measure_activations(plan.start.model, plan.config, plan.launch.device)
+    copies = adamw.backend_for(plan.launch.device) == "torch"
     return lambda batch, cp: estimate(
         plan.start.model, replace(plan.config, micro_bsz=batch, grad_cp=cp), plan.launch, activations, program, copies
     )

@@ -19,6 +19,7 @@ from ..checkpoint.place import write_atomically
 from ..checkpoint.ranks import describe, rank, say, together
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, UserError, env
+from ..config.errors import out_of_memory
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
@@ -167,7 +168,7 @@ def train(plan: Plan, strategy: Strategy) -> int:
     except Exception as error:
         if watch is not None:
             watch.end(error)
-        if not out_of_memory(error):
+        if not any(map(out_of_memory, (error, error.__cause__))):  # `together` makes a UserError of it
             raise
         print(
             f"error: out of memory: {describe(error)}; "
@@ -183,13 +184,6 @@ def train(plan: Plan, strategy: Strategy) -> int:
         return conductor.exit_code
     watch.close()
     return 0 if watch.parent else conductor.exit_code  # the process that has started others speaks for them
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Also one that `together` has made a UserError of."""
-    return any(isinstance(e, (MemoryError, torch.OutOfMemoryError)) for e in (error, error.__cause__)) or "DefaultCPUAllocator" in str(
-        error
-    )
 
 
 def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
@@ -273,7 +267,7 @@ class PlannedModule(TrainModule):
             steps * plan.config.accumulate_grad_batches,
             plan.start.position.samples,
         )
-        return Ahead(plan.samples, batches, pin_memory=plan.device.type == "cuda")
+        return Ahead(plan.samples, batches, pin_memory=plan.launch.device.type == "cuda")
 
 
 def quiet() -> None:

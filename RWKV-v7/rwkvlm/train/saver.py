@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import ranks
 from ..checkpoint.gather import full_weights
 from ..checkpoint.ledger import publish_weights
-from ..checkpoint.state import Snapshot, capture, write
+from ..checkpoint.state import Captured, capture, write
 from ..config import UserError
 from ..models import LanguageModel
 from .plan import Plan
@@ -42,8 +42,8 @@ class Saver:
         """
         self.wait()
         tensors = full_weights(self.model) if weights else {}
-        snapshot = capture(self.model, self.optimizer) if state else None
-        self._under_way = self._thread.submit(self._write, weights, tensors, snapshot, self.position.step, self._meta(), last)
+        captured = capture(self.model, self.optimizer) if state else None
+        self._under_way = self._thread.submit(self._write, weights, tensors, captured, self.position.step, self._meta(), last)
         if last:
             self.wait()
 
@@ -54,14 +54,14 @@ class Saver:
             under_way.result()
 
     def _write(
-        self, weights: list[str], tensors: dict[str, torch.Tensor], snapshot: Snapshot | None, step: int, meta: dict, last: bool
+        self, weights: list[str], tensors: dict[str, torch.Tensor], captured: Captured | None, step: int, meta: dict, last: bool
     ) -> None:
         config = self.plan.config
         try:
             for name in weights:
                 publish_weights(config.proj_dir, name, tensors, self._group)
-            if snapshot is not None:
-                write(config.proj_dir, step, snapshot, meta, config.keep_last, self._group)
+            if captured is not None:
+                write(config.proj_dir, step, captured, meta, config.keep_last, self._group)
         except UserError as error:
             if last:
                 raise

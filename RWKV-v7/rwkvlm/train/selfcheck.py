@@ -13,6 +13,7 @@ import torch
 
 from .. import models
 from ..config import ModelConfig, UserError
+from ..config.errors import out_of_memory
 from ..ops import backend
 from ..ops.cross_entropy import head_cross_entropy
 
@@ -65,7 +66,7 @@ def _check(sizes: ModelConfig, dtype: torch.dtype, device: torch.device) -> None
         try:
             part, off, most = worst(*answers(sizes, dtype, device, draw))
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            if out_of_memory(error):
                 raise
             raise UserError(f"a kernel fails on this machine: {str(error).splitlines()[0]}; {CURE}") from error
         if off < most:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import cuda, native, plain
+from ..launch import on_either_device
+from . import native, plain
 
 __all__ = ["adamw_", "backend_for", "gradient_norms"]
 
@@ -45,7 +46,7 @@ def backend_for(device: torch.device) -> str:
 
     Builds what is missing.
     """
-    return backend.choose("adamw", device, {"cuda": cuda.why_not, "cpu": native.why_not})
+    return backend.choose("adamw", device, on_either_device("adamw", native.why_not))
 
 
 def _form(device: torch.device):

@@ -1,4 +1,4 @@
-"""The native kernels (cuda/adamw): C++ on the CPU, CUDA (cuda.py) on a GPU."""
+"""The native kernels (cuda/adamw): C++ on the CPU, CUDA on a GPU."""
 
 from __future__ import annotations
 

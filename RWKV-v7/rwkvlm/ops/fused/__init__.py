@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import cuda, native, reference
+from ..launch import on_either_device
+from . import native, reference
 
 __all__ = ["backend_for", "norm_mix", "relu_square", "time_mix_inputs", "time_mix_output", "token_mix"]
 
@@ -95,5 +96,4 @@ def _in_one(*inputs: Tensor) -> bool:
 @backend.decided_while_tracing
 def backend_for(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
     """Who computes them here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
-    supported = {"cuda": lambda: cuda.why_not(dtypes, width), "cpu": lambda: native.why_not(dtypes, width)}
-    return backend.choose("elementwise parts", device, supported)
+    return backend.choose("elementwise parts", device, on_either_device("fused", lambda: native.why_not(dtypes, width)))

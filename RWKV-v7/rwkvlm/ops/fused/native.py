@@ -1,4 +1,4 @@
-"""The native kernels (cuda/fused): C++ on the CPU, CUDA (cuda.py) on a GPU. Their derivatives, in C++ for both: cuda/fused/autograd.cpp."""
+"""The native kernels (cuda/fused): C++ on the CPU, CUDA on a GPU. Their derivatives, in C++ for both: cuda/fused/autograd.cpp."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from . import cuda, native, reference  # noqa: F401  (defines what runs in plain PyTorch)
+from ..launch import on_either_device
+from . import native, reference  # noqa: F401  (defines what runs in plain PyTorch)
 from .arguments import RosaState, check, check_tokens
 
 __all__ = ["RosaState", "backend_for", "rosa", "rosa_self", "rosa_tokens"]
@@ -85,5 +86,4 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     dtype: of q, k, v; int64 for tokens.
     """
     dtype = backend.computed_in(dtype)
-    supported = {"cuda": lambda: cuda.why_not(dtype), "cpu": lambda: native.why_not(dtype)}
-    return backend.choose("rosa", device, supported)
+    return backend.choose("rosa", device, on_either_device("rosa", lambda: native.why_not(dtype)))

@@ -1,4 +1,4 @@
-"""The native kernels (cuda/rosa): C++ on the CPU, CUDA (cuda.py) on a GPU; only inputs are kept for backward."""
+"""The native kernels (cuda/rosa): C++ on the CPU, CUDA on a GPU; only inputs are kept for backward."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import backend
 from ..arguments import state_dtype
-from . import cuda, native
+from ..launch import on_either_device
+from . import native
 from .arguments import EMPTY, check_arguments
 from .chunked import wkv4_chunked
 from .native import wkv4_native
@@ -49,5 +50,4 @@ def wkv4(
 def backend_for(device: torch.device, dtype: torch.dtype, channels: int = 16) -> str:
     """Who computes it here: "cuda", "cpu" or "torch"; builds what is missing. UserError for a kernel asked for that cannot run."""
     dtype = backend.computed_in(dtype)
-    supported = {"cuda": lambda: cuda.why_not(dtype, channels), "cpu": lambda: native.why_not(dtype, channels)}
-    return backend.choose("wkv4", device, supported)
+    return backend.choose("wkv4", device, on_either_device("wkv4", lambda: native.why_not(dtype, channels)))

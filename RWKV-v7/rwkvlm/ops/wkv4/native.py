@@ -1,4 +1,4 @@
-"""The native kernels (cuda/wkv4) as a torch operator: C++ on the CPU, CUDA (cuda.py) on a GPU; what fakes and autograd need to know."""
+"""The native kernels (cuda/wkv4) as a torch operator: C++ on the CPU, CUDA on a GPU; what fakes and autograd need to know."""
 
 from __future__ import annotations
 
