@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from oracles.emulated_wkv7 import AROUND, CUDA, SOURCES, compile_kernels, run_sanitized
+from rwkvlm import native
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 # Bytes of spills that a thread may have. In the sequential backward a row of N = 128 fills the registers; it is not a hot kernel.
@@ -27,15 +27,14 @@ def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
 
     One after another (no -t), or what ptxas tells would be mixed.
     """
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
-    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    nvcc = native.nvcc() or pytest.skip("needs nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     architectures = [a for a in ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     anywhere = 0 if f"release {WRITTEN_WITH}," in version else ALLOWED_BY_OTHERS
     assert "90a" in architectures and (anywhere or len(architectures) == len(ARCHITECTURES))
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    command = ["nvcc", "-std=c++17", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
+    command = [nvcc, "-std=c++17", *targets, "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]
     build = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert build.returncode == 0, build.stderr
     assert "warning" not in build.stderr, build.stderr
@@ -55,10 +54,9 @@ def test_nvcc_compiles_without_spills(source: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_cards_without_bf16_tensor_cores_compile(tmp_path: Path) -> None:
     """They run sequential.cu alone, but the library has both."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
+    nvcc = native.nvcc() or pytest.skip("needs nvcc")
     command = [
-        "nvcc",
+        nvcc,
         "-std=c++17",
         "-gencode=arch=compute_75,code=sm_75",
         "-cubin",
