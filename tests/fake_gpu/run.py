@@ -1,6 +1,6 @@
 """A GPU that computes on the CPU: `python tests/fake_gpu/run.py COMMAND...` runs COMMAND with it. For what else runs on a GPU only.
 
-torch has to be a build for CUDA 13 (2.11 tried), as it is on a login node; that toolkit's headers are needed (CUDA_HOME,
+torch has to be a build for CUDA 13 (2.11 and 2.13 tried), as it is on a login node; that toolkit's headers are needed (CUDA_HOME,
 /usr/local/cuda), a driver or a GPU is not. Allocator, streams, events, graphs, dispatch, autograd's threads, DDP, DeepSpeed
 and NCCL's calls are torch's own: runtime.cpp, libraries.cpp and operators.cpp stand below them. The package's kernels are
 those of cuda/ in emulation. It says nothing about speed; torch.compile, attention's own kernels and opcheck do not work with

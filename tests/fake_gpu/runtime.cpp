@@ -202,6 +202,7 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int chosen) {
   memset(p->uuid.bytes, chosen + 1, sizeof p->uuid.bytes);
   p->pciBusID = chosen + 1, p->totalGlobalMem = memory(), p->major = 9, p->multiProcessorCount = 132, p->warpSize = 32;
   p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64, p->maxThreadsPerMultiProcessor = 2048;
+  p->maxBlocksPerMultiProcessor = 32;
   p->maxGridSize[0] = INT32_MAX, p->maxGridSize[1] = p->maxGridSize[2] = 65535, p->regsPerBlock = p->regsPerMultiprocessor = 65536;
   p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10,
   p->l2CacheSize = 60 << 20;

@@ -22,6 +22,7 @@ w = x.cuda().requires_grad_()
 v = x.clone().requires_grad_()
 (torch.nn.functional.silu(v @ v) * 1.7).sum().backward()
 assert w.grad.is_cuda and torch.allclose(w.grad.cpu(), v.grad, rtol=1e-5)
+assert torch.arange(65536.0, device="cuda").topk(2)[1].tolist() == [65535, 65534]
 """
 LATE = """
 import torch
