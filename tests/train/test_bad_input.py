@@ -95,6 +95,11 @@ CASES = {
         text,
         "python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes one of a .jsonl, .txt or .parquet: then give {folder}/my",
     ),
+    "JSON as characters": (
+        lambda d, f: text(d, f) | dict(data_type="utf-8"),
+        "not on the texts in it; python make_data.py {folder}/my.data.jsonl 1 512 --out {folder}/my makes tokens of these: "
+        "then give --data_file {folder}/my with --data_type binidx",
+    ),
     "the .bin as data": (lambda d, f: dict(data_file=f"{d}.bin"), "tiny.bin.idx does not exist; give {data}, without .bin"),
     "truncated .bin": (truncated, "data.bin is truncated:"),
     "truncated .idx": (cut_index, "copy or make it again"),

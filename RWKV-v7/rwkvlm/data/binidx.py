@@ -153,13 +153,18 @@ class Index:
         return first // self.dtype.itemsize, last // self.dtype.itemsize
 
 
+def how_to_make(text: Path) -> tuple[str, Path]:
+    """The command that makes a pair of a file of text, and the prefix of that pair."""
+    prefix = text.with_name(text.name.partition(".")[0])
+    return shlex.join(["python", "make_data.py", str(text), "1", "512", "--out", str(prefix)]), prefix
+
+
 def _cure(given: Path) -> str:
     """What to give instead of a path that is no prefix of a pair."""
     if given.suffix in (".bin", ".idx") and os.path.isfile(idx_path(given.with_suffix(""))):
         return f"give {given.with_suffix('')}, without {given.suffix}"
     if os.path.isfile(given):
-        prefix = given.with_name(given.name.partition(".")[0])
-        command = shlex.join(["python", "make_data.py", str(given), "1", "512", "--out", str(prefix)])
+        command, prefix = how_to_make(given)
         return f"{given} is no such pair; {command} makes one of a .jsonl, .txt or .parquet: then give {prefix}"
     return "give the path without .bin/.idx of a pair made by make_data.py"
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
-from .binidx import BinIdx
+from .binidx import BinIdx, how_to_make
+from .documents import kind
 from .tokens import Tokens
 
 READ = 1 << 22  # bytes of a text decoded together
@@ -68,6 +69,12 @@ class TextTokens(Tokens):
 
     def __init__(self, path: str | Path, alphabet: np.ndarray | None = None) -> None:
         self.prefix, self.file = str(path), _existing(path)
+        if (suffix := kind(self.file)) in (".jsonl", ".parquet"):
+            command, prefix = how_to_make(self.file)
+            raise UserError(
+                f"data file {path}: --data_type utf-8 would train on the characters of a {suffix} as it is, not on the texts in it; "
+                f"{command} makes tokens of these: then give --data_file {prefix} with --data_type binidx"
+            )
         counts = np.zeros(CODE_POINTS, dtype=np.int64)
         for points in self._code_points():
             counts += np.bincount(points, minlength=CODE_POINTS)
