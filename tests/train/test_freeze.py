@@ -70,6 +70,15 @@ def test_frozen_parts_stay_and_have_no_optimizer_state(run, whole, losses, tmp_p
     )
 
 
+def test_a_resumed_run_says_that_other_parts_are_frozen(run, tmp_path, capsys):
+    told = "--freeze is not given from here on, and emb before\n"
+    assert run(tmp_path, freeze="emb", max_steps=2) == 0 and told not in capsys.readouterr().err
+    assert run(tmp_path, max_steps=2) == 0 and told in capsys.readouterr().err
+    assert run(tmp_path, max_steps=2) == 0 and "--freeze" not in capsys.readouterr().err
+    assert run(tmp_path, freeze="head", max_steps=2) == 0
+    assert "--freeze head from here on, and nothing was frozen before\n" in capsys.readouterr().err
+
+
 def test_a_pattern_that_means_nothing_is_said_at_the_start(run, tmp_path, capsys):
     assert run(tmp_path / "out", freeze="heads") == 2
     assert capsys.readouterr() == (

@@ -74,6 +74,7 @@ class Saver:
             "model": plan.start.model.as_dict(),
             "ctx_len": plan.config.ctx_len,
             "epoch_samples": plan.config.epoch_samples,
+            "freeze": plan.config.freeze,
             "magic_prime": plan.data.order,
             "data": plan.identity,
             "warmup_steps": plan.schedule.warmup_steps,

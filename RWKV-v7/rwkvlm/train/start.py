@@ -120,6 +120,8 @@ def _from_state(config: TrainConfig, order: int | str, identity: list[dict], dam
             "mini-epochs and rwkv-{n}.pth are counted anew, "
             f"step {info.step} is in mini-epoch {info.meta['position']['samples'] // config.epoch_samples}"
         )
+    if (then := info.meta.get("freeze", config.freeze)) != config.freeze:  # states of before have it not
+        say(f"--freeze {config.freeze or 'is not given'} from here on, and {then or 'nothing was frozen'} before")
     _same_data(config, info, identity)
     model = _agree(config, model_config(**phantom.as_now(info.meta["model"])), info.path)
     return Start(model, Position(**info.meta["position"]), _warmup(config, info.meta["warmup_steps"]), state=info)
