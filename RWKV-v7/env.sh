@@ -142,11 +142,11 @@ set_up() {
 }
 
 add_nvcc() { # where a GPU has no CUDA toolkit; without it plain PyTorch computes, slower, and says so
-    gpu_listed || return 0
+    [ -z "${CUDA_HOME:-}" ] && gpu_listed || return 0
     package=$(PYTHONPATH=RWKV-v7 .venv/bin/python -c 'from rwkvlm import native; print("" if native.nvcc() else native.nvcc_package())' 2>>"$LOG")
     [ -n "$package" ] || return 0
     echo "  installing nvcc, for the CUDA kernels"
-    pip_install -c .venv/constraints.txt "$package" || echo "  not to be had: the kernels will run in plain PyTorch, much slower, and name the cure"
+    pip_install -c .venv/constraints.txt "$package" || echo "  not to be had (.venv/setup.log says why): the kernels will run in plain PyTorch, much slower, and name the cure"
 }
 
 find_python() { # sets PYTHON

@@ -125,27 +125,48 @@ def nvcc() -> str | None:
     """Where nvcc is: in CUDA_HOME if that is set, else on the PATH, in /usr/local/cuda or among Python's packages; None: nowhere there."""
     if env.cuda_home():
         return shutil.which("nvcc", path=str(Path(env.cuda_home()) / "bin"))
-    spec = importlib.util.find_spec("nvidia")
-    packages = [found for folder in (spec and spec.submodule_search_locations) or () for found in sorted(Path(folder).glob("cu*/bin"))]
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, (CUDA_DEFAULT / "bin", *packages))))
+    for folder in (None, CUDA_DEFAULT, *_toolkits_of_pypi()):
+        if found := shutil.which("nvcc", path=folder and str(folder / "bin")):
+            return found
+    return None
+
+
+def _toolkits_of_pypi() -> list[Path]:
+    """Where Python's packages have put parts of a CUDA toolkit: nvidia/cu13 of each folder of packages."""
+    try:
+        spec = importlib.util.find_spec("nvidia")
+    except ValueError:  # a module of that name that nobody has imported
+        return []
+    return [found for folder in (spec and spec.submodule_search_locations) or () for found in sorted(Path(folder).glob("cu[0-9]*"))]
+
+
+def toolkits_around(compiler: str) -> list[Path]:
+    """The folders that nvcc needs besides its own if it is one of Python's packages: pip takes parts that torch has brought as they lie."""
+    found = _toolkits_of_pypi()
+    return found if Path(compiler).resolve().parents[1] in (folder.resolve() for folder in found) else []
 
 
 def nvcc_package() -> str:
     """What pip installs nvcc of torch's CUDA release with; "": PyPI has none for it, as before CUDA 13."""
-    import torch
-
-    release = torch.version.cuda or "0"
-    return f"cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]=={release}.*" if int(release.partition(".")[0]) >= 13 else ""
+    release = _cuda_of_torch()
+    return f"cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]=={release}.*" if int(release.partition(".")[0] or 0) >= 13 else ""
 
 
 def nvcc_cure() -> str:
     """What to do where there is no nvcc."""
-    import torch
-
     if env.cuda_home():
         return "set CUDA_HOME to a CUDA toolkit, or unset it"
-    package = nvcc_package()
-    return f"{sys.executable} -m pip install '{package}'" if package else f"install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME"
+    if package := nvcc_package():
+        return f"{sys.executable} -m pip install '{package}'"
+    return f"install the CUDA toolkit {_cuda_of_torch() or 'of a torch built for CUDA'}, or set CUDA_HOME"
+
+
+def _cuda_of_torch() -> str:
+    try:
+        import torch
+    except ImportError:
+        return ""
+    return torch.version.cuda or ""
 
 
 def build(name: str) -> Path:
@@ -171,7 +192,7 @@ def build_cuda(name: str, architectures: tuple[str, ...]) -> Path:
 def _nvcc_for(name: str) -> str:
     compiler = nvcc()
     if compiler is None:
-        where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH or in {CUDA_DEFAULT}"
+        where = f"in CUDA_HOME={env.cuda_home()}" if env.cuda_home() else f"on the PATH, in {CUDA_DEFAULT} or among Python's packages"
         raise NativeBuildError(f"CUDA kernel {name}: nvcc is not {where}; {nvcc_cure()}")
     return compiler
 
@@ -353,15 +374,16 @@ def _compile(what: str, name: str, sources: list[Path], compiler: str, library: 
 def _compile_cuda(name: str, compiler: str, targets: list[str], library: Path) -> None:
     what, sources = f"CUDA kernel {name}", [*_sources(name, "*.cu"), *_sources("common", "*.cu")]
     with _workshop(what, "a minute or two", library) as work:
-        common = [compiler, "-ccbin", env.cxx(), *CUDA_FLAGS, *targets]
+        beside = toolkits_around(compiler)
+        common = [compiler, "-ccbin", env.cxx(), *CUDA_FLAGS, *targets, *(f"-I{folder / 'include'}" for folder in beside)]
         jobs = [(work / f"{i}.o", source) for i, source in enumerate(sources)]
         _run_all(what, [[*common, "-c", str(source), "-o", str(target)] for target, source in jobs])
         built = work / "built.so"
         # The runtime within is this library's own: another in the process must neither be taken for it nor see it.
         hidden = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-Bsymbolic"]
-        # nvcc of PyPI does not look where that runtime lies there, and comes without the one for kernels that start kernels.
-        of_pypi = [f"-L{Path(compiler).parents[1] / 'lib'}", "-cudadevrt", "none"]
-        _run(what, [*common, "-shared", *hidden, *of_pypi, *(str(target) for target, _ in jobs), "-o", str(built)])
+        # No kernel here starts kernels, and the runtime for that is not among Python's packages.
+        found = ["-cudadevrt", "none", *(f"-L{folder / 'lib'}" for folder in beside)]
+        _run(what, [*common, "-shared", *hidden, *found, *(str(target) for target, _ in jobs), "-o", str(built)])
         os.replace(built, library)
 
 

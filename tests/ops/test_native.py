@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -258,6 +259,7 @@ def test_without_nvcc_the_reason_names_the_cure(toy_cuda, tmp_path, monkeypatch)
     assert not can and reason == f"CUDA kernel toy: nvcc is not in CUDA_HOME={tmp_path}; set CUDA_HOME to a CUDA toolkit, or unset it"
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.setattr(native, "CUDA_DEFAULT", tmp_path)
+    monkeypatch.setattr(native, "_toolkits_of_pypi", list)
     monkeypatch.setenv("PATH", str(tmp_path))
     for release, cure in (
         ("13.0", f"{sys.executable} -m pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.0.*'"),
@@ -265,25 +267,35 @@ def test_without_nvcc_the_reason_names_the_cure(toy_cuda, tmp_path, monkeypatch)
     ):
         monkeypatch.setattr(torch.version, "cuda", release)
         native.cuda_available.cache_clear()
-        assert native.cuda_available("toy")[1] == f"CUDA kernel toy: nvcc is not on the PATH or in {tmp_path}; {cure}"
+        reason = f"CUDA kernel toy: nvcc is not on the PATH, in {tmp_path} or among Python's packages; {cure}"
+        assert native.cuda_available("toy") == (False, reason)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert native.nvcc_cure() == "install the CUDA toolkit of a torch built for CUDA, or set CUDA_HOME"
 
 
 def test_where_nvcc_is(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    (tmp_path / "packages").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), str(tmp_path / "of torch")])
+    (tmp_path / "packages" / "nvidia" / "cu13").mkdir(parents=True)
+    (tmp_path / "of torch" / "nvidia" / "cu13").mkdir(parents=True)
+    importlib.invalidate_caches()
     monkeypatch.setattr(native, "CUDA_DEFAULT", tmp_path / "default")
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     assert native.nvcc() is None
+    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
+    assert native.nvcc() is None
+    monkeypatch.delitem(sys.modules, "nvidia")
     for place in ("packages/nvidia/cu13/bin", "default/bin", "path", "home/bin"):  # the last one counts
         path = tmp_path / place / "nvcc"
         path.parent.mkdir(parents=True)
         path.write_text("#!/bin/sh\n")
         path.chmod(0o755)
-        importlib.invalidate_caches()
         if place == "home/bin":
             monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
         assert native.nvcc() == str(path)
+        of_pypi = [tmp_path / folder / "nvidia/cu13" for folder in ("packages", "of torch")]
+        assert native.toolkits_around(str(path)) == (of_pypi if place.startswith("packages") else [])
 
 
 def stand_in(tmp_path, monkeypatch, script, knows=()):

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, line in commands().items():
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts a background command with SIGINT ignored
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts a background command
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _open_what_is_closed()
     env.let_waiting_threads_sleep()
     env.limit_threads()

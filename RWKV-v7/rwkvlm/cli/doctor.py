@@ -85,10 +85,8 @@ def nvcc() -> str:
         raise UserError(f"not found: wkv7 runs in plain PyTorch, much slower; {native.nvcc_cure()}")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout.split("release ")[-1].partition(",")[0]
     other = version.partition(".")[0] != (torch.version.cuda or "").partition(".")[0]
-    return (
-        f"CUDA {version}"
-        + f"; torch's is {torch.version.cuda}, so DeepSpeed's FusedAdam does not build and torch's AdamW takes its place" * other
-    )
+    why = f"torch's is {torch.version.cuda}" if other else "of PyPI, not a whole toolkit" if native.toolkits_around(path) else ""
+    return f"CUDA {version}" + f"; {why}, so DeepSpeed's FusedAdam does not build and torch's AdamW takes its place" * bool(why)
 
 
 def kernel_wkv7() -> str:
