@@ -135,7 +135,7 @@ def _toolkits_of_pypi() -> list[Path]:
     """Where Python's packages have put parts of a CUDA toolkit: nvidia/cu13 of each folder of packages."""
     try:
         spec = importlib.util.find_spec("nvidia")
-    except ValueError:  # a module of that name that nobody has imported
+    except ValueError:  # somebody has put a module of that name into sys.modules
         return []
     return [found for folder in (spec and spec.submodule_search_locations) or () for found in sorted(Path(folder).glob("cu[0-9]*"))]
 
