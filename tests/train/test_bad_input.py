@@ -164,6 +164,10 @@ CASES = {
         lambda d, f: dict(cuda_graphs=1, doc_reset=1),
         "with --doc_reset 1 they differ; leave one of the two out",
     ),
+    "nodes without a place to meet": (
+        lambda d, f: dict(num_nodes=2),
+        "--num_nodes 2: no place to meet is given; set MASTER_ADDR (node 0), ",
+    ),
     "a timeout beyond all clocks": (lambda d, f: dict(dist_timeout=1e12), "--dist_timeout 1e+12 must be above 0 and at most 1e8 seconds"),
     "CUDA graphs and ZeRO-3": (
         lambda d, f: dict(cuda_graphs=1, strategy="deepspeed_stage_3"),
@@ -207,7 +211,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
+def test_one_line_with_the_cure(run, data, tmp_path, capfd, monkeypatch, case):
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # runs of several processes before these leave theirs
     make, said = CASES[case]
     said = said.replace("{folder}", str(tmp_path)).replace("{data}", data)
     flags = dict(proj_dir=tmp_path / "out") | make(data, tmp_path)

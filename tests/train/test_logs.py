@@ -118,6 +118,21 @@ def test_output_that_nobody_takes_does_not_change_the_exit_code():
     assert (done.returncode, done.stderr) == (143, "")
 
 
+def test_the_speed_is_that_of_the_training(tmp_path, capsys, monkeypatch):
+    """A long validation made the next steps a tenth as fast, and the time left ten times as long."""
+    now = [1000.0]
+    monkeypatch.setattr("rwkvlm.train.logs.progress.time.monotonic", lambda: now[0])
+    bar = Progress(plan(tmp_path))
+    for step in range(1, 5):
+        now[0] += 2
+        bar.step(record(step))
+    now[0] += 60
+    bar.validation({"step": 4, "tokens": 4000, "val_loss": 2.5})
+    now[0] += 2
+    bar.step(record(5))
+    assert capsys.readouterr().out.splitlines()[-1].endswith("0.50 kt/s  left 0:30")
+
+
 @pytest.mark.parametrize("steps, left", [(20, "0:18"), (12, "0:02")])
 def test_elsewhere_a_line_every_ten_seconds(tmp_path, capsys, monkeypatch, steps, left):
     """With what is left to the end of the training, or to --max_steps."""

@@ -191,6 +191,12 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     if trainer.world_size == 1:
         return None
     environment = trainer.strategy.cluster_environment
+    started_here = isinstance(environment, LightningEnvironment)
+    if started_here and trainer.num_nodes > 1 and not env.meeting_place_given():
+        raise UserError(
+            f"--num_nodes {trainer.num_nodes}: no place to meet is given; set MASTER_ADDR (node 0), MASTER_PORT and NODE_RANK "
+            "on each node, or start them with torchrun or srun; for this machine alone leave --num_nodes out"
+        )
     choose_interface(environment.main_address, trainer.num_nodes)
     if trainer.num_nodes > 1 and trainer.local_rank == 0:
         where = f"{environment.main_address}:{environment.main_port}"
@@ -200,7 +206,6 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
             file=sys.stderr,
             flush=True,
         )
-    started_here = isinstance(environment, LightningEnvironment)
     if trainer.local_rank == 0:
         env.hand_on_starter()
     watch = Watch(

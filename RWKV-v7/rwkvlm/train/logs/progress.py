@@ -80,6 +80,7 @@ class Progress(Log):
         self._note(f"mini-epoch {number}: mean loss {loss:.4f}")
 
     def validation(self, record: dict[str, Any]) -> None:
+        self.times.clear()  # the speed is that of the training
         self._note(f"validation loss {record['val_loss']:.4f} at step {record['step']}")
 
     def close(self) -> None:
