@@ -134,7 +134,7 @@ CASES = {
     ),
     "checkpoint of another vocabulary": (
         lambda d, f: NEW | dict(load_model=weights(f, vocab_size=300), n_embd=32, head_size=16),
-        "has 300; leave --vocab_size out",
+        "has 300; use --vocab_size 300 or leave it out",
     ),
     "checkpoint lacks a tensor": (
         lambda d, f: NEW | dict(load_model=without(f, "blocks.1.ln1.weight"), n_embd=32, head_size=16),
@@ -248,7 +248,7 @@ def test_another_order_of_the_data_is_not_mixed_into_a_run(run, tmp_path, capfd)
     assert "was trained with 32: the order of the data would break; use --ctx_len 32" in capfd.readouterr().err
     for more in {}, {"load_partial": 1}:  # a state does not grow
         assert run(tmp_path / "out", n_layer=3, **more) == 2
-        assert "leave --n_layer out to take it from there, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
+        assert "use --n_layer 2 or leave it out, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
     assert run(tmp_path / "out", data_file=f"{run.data}.val") == 2
     err = capfd.readouterr().err
     assert f"--data_file {run.data}.val means magic_prime 59, but" in err and "; use the data of that run, or another --proj_dir" in err
