@@ -141,6 +141,21 @@ def test_knobs_reach_train_py(demo):
         assert default[flag] != value or knob == "MODEL_TYPE", knob
 
 
+def test_further_flags_reach_initial_model_and_training(demo, shell):
+    given = {"--ttt_kind": "memory", "--freeze": "blocks.*.ffn", "--n_layer": "3"}  # the last one of two counts
+    assert demo.run("demo-training-run.sh", shell, TRAIN_FLAGS=" ".join(word for pair in given.items() for word in pair)).returncode == 0
+    for call in (call for call in demo.calls() if call[0] == "train"):
+        assert {name: flags(call)[name] for name in given} == given and parse_flags(TrainConfig, call[1:], "train.py").n_layer == 3
+
+
+def test_no_sample_where_no_model_was_made(demo, shell):
+    """--dry_run, --max_steps."""
+    train = demo.root / "train.py"
+    train.write_text(train.read_text().replace('"rwkv-final.pth"', '"rwkv-0.pth"'))
+    done = demo.run("demo-training-run.sh", shell, TRAIN_FLAGS="--max_steps 5")
+    assert (done.returncode, done.stderr) == (0, "") and demo.calls()[-1][-2:] == ["--max_steps", "5"]
+
+
 @pytest.mark.parametrize(
     "lines, gpu, found",
     [
