@@ -69,7 +69,7 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
     --num_nodes "$N_NODE" --micro_bsz "$M_BSZ" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --head_size "$HEAD_SIZE" --kernel "$KERNEL" \
     --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps 10 --beta1 0.9 --beta2 "$BETA_2" --adam_eps "$ADAM_EPS" \
     --weight_decay "$W_DECAY" --epoch_save "$EPOCH_SAVE" --epoch_samples "$EPOCH_SAMPLES" --save_minutes "$SAVE_MINUTES" --head_chunk "$HEAD_CHUNK" \
-    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --cuda_graphs "$CUDA_GRAPHS" --enable_progress_bar True $TRAIN_FLAGS || exit
+    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --cuda_graphs "$CUDA_GRAPHS" --enable_progress_bar True $TRAIN_FLAGS $loaded || exit
 
 if [ -n "$PROMPT" ] && [ -e "$PROJ_DIR/rwkv-final.pth" ] && [ "${NODE_RANK:-${SLURM_PROCID:-${RANK:-0}}}" = 0 ]; then # the first of all nodes alone; after --dry_run or --max_steps there is no model
     "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 ||

@@ -112,7 +112,7 @@ def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dic
 
 
 def costs(config: PhantomConfig) -> list[str]:
-    """Parameters and FLOPs per token, forward, of a block's large matrices, dense beside ghost, as lines of a table; and what is trained while it reads."""
+    """A table of parameters and FLOPs per token, forward, of a block's matrices, dense beside ghost; what is trained while reading."""
     reading = [_memory_line(config)] if config.has_memory else [_state_line(config)] if config.steps_on_state else []
     if not config.has_ghosts:
         return reading
