@@ -23,6 +23,7 @@ from ..config.errors import out_of_memory
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
+from ..data.tokenizer import TOKENIZER
 from ..models import count_parameters
 from .compiled import compile_blocks
 from .conductor import Conductor
@@ -31,7 +32,7 @@ from .hold import Hold, refuse_if_held
 from .matmul import settle_fp32_products
 from .module import TrainModule
 from .network import choose_interface
-from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
+from .plan import Plan, check_data, check_folder, make_plan
 from .planner import dry_run
 from .selfcheck import check_kernels
 from .start import (
