@@ -74,6 +74,19 @@ def test_in_a_terminal_one_line_is_rewritten(tmp_path, monkeypatch):
     assert "validation loss 2.5000 at step 11" in drawn and "step 11/20" in drawn and "mini-epoch 2" in drawn
 
 
+def test_a_terminal_is_left_with_the_last_step(tmp_path, monkeypatch):
+    """And without an empty line, where the lines of its mini-epoch and of a validation had come after it."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    bar = Progress(plan(tmp_path))
+    bar.close()
+    assert screen.getvalue() == ""
+    bar.step(record(1))
+    bar.mini_epoch(0, 3.0, 1e-3)
+    bar.close()
+    assert re.sub(r".*\r|\x1b\[K", "", screen.getvalue()).splitlines() == ["mini-epoch 0: mean loss 3.0000", bar.line]
+
+
 def test_a_narrow_terminal_shows_whole_numbers(tmp_path, monkeypatch):
     """The end was cut off where it stood: of "left 2:46:06" on 80 columns "left 2:46" was there to read."""
     screen = Terminal()
@@ -129,7 +142,7 @@ def test_the_speed_is_that_of_the_training(tmp_path, capsys, monkeypatch):
     now[0] += 60
     bar.validation({"step": 4, "tokens": 4000, "val_loss": 2.5})
     now[0] += 2
-    bar.step(record(5))
+    bar.step(record(5) | {"tokens_per_s": 100.0})  # of one step, with what has been saved before it
     assert capsys.readouterr().out.splitlines()[-1].endswith("0.50 kt/s  left 0:30")
 
 
