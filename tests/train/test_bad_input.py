@@ -168,6 +168,18 @@ CASES = {
         lambda d, f: dict(num_nodes=2),
         "--num_nodes 2: no place to meet is given; set MASTER_ADDR (node 0), ",
     ),
+    "a batch beyond all memory": (
+        lambda d, f: dict(micro_bsz=10**9),
+        "--micro_bsz 1000000000: a step takes ",
+    ),
+    "a model beyond all memory": (
+        lambda d, f: dict(n_layer=300, n_embd=65536),
+        "--n_layer 300 --n_embd 65536: a step takes ",
+    ),
+    "initial weights beyond all memory": (
+        lambda d, f: dict(n_layer=300, n_embd=65536, train_stage=1),
+        "--n_layer 300 --n_embd 65536: the weights alone take ",
+    ),
     "a timeout beyond all clocks": (lambda d, f: dict(dist_timeout=1e12), "--dist_timeout 1e+12 must be above 0 and at most 1e8 seconds"),
     "CUDA graphs and ZeRO-3": (
         lambda d, f: dict(cuda_graphs=1, strategy="deepspeed_stage_3"),

@@ -33,7 +33,7 @@ from .matmul import settle_fp32_products
 from .module import TrainModule
 from .network import choose_interface
 from .plan import Plan, check_data, check_folder, make_plan
-from .planner import dry_run
+from .planner import dry_run, refuse_too_large, refuse_too_much
 from .selfcheck import check_kernels
 from .start import (
     FINAL_NAME,
@@ -79,6 +79,7 @@ def run(config: TrainConfig) -> int:
     if config.dry_run:
         return dry_run(plan)
     strategy = make_strategy(plan.config)
+    refuse_too_much(plan)
     settle_fp32_products(plan)
     return train(plan, strategy)
 
@@ -105,6 +106,7 @@ def write_init(config: TrainConfig) -> int:
     if data is not None:
         data.check_token_range(sizes.vocab_size)
     tell(config.own_without_effect(sizes))
+    refuse_too_large(sizes)
     if env.first_process():
         with closing(Hold(Path(config.proj_dir))) as hold:
             if not config.dry_run:
