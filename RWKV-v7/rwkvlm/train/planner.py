@@ -1,6 +1,7 @@
 """Estimates of a run's memory and time before it starts, for --grad_cp -1, --cuda_graphs -1 and train.py --dry_run.
 
-They decide --grad_cp -1 and take part in deciding --cuda_graphs -1, and refuse what cannot fit; --dry_run prints them. Nothing is left behind.
+They decide --grad_cp -1 and take part in deciding --cuda_graphs -1, and refuse what cannot fit; --dry_run prints them. Nothing is left
+behind.
 """
 
 from __future__ import annotations
