@@ -28,6 +28,7 @@ case $MODEL_TYPE in x040 | rosa) : "${HEAD_SIZE=0}" ;; esac # they have none
 knob HEAD_SIZE   64    64
 knob CTX_LEN     256   512
 knob RANDOM_SEED -1    -1 # of the initial weights; -1 => a new one each time
+knob TRAIN_FLAGS ""    "" # further flags of train.py, for the initial model and the training, such as "--ttt_kind memory --core_ratio 1"
 : "${PROJ_DIR:=out/L$N_LAYER-D$N_EMBD-$MODEL_TYPE}" # set output folder
 #
 VOCAB=65536 ALL_TOKENS=0 # 0 => as many as the files hold
@@ -72,9 +73,11 @@ begun() { # also with weights put there by hand, or by a run whose rwkv-init.pth
     return 1
 }
 
+loaded=
 if ! begun; then
     forward_signals "$PYTHON" train.py --wandb "" --proj_dir "$PROJ_DIR" \
         --data_file "$DATA_FILE" --data_type "binidx" --vocab_size "$VOCAB_SIZE" --my_testing "$MODEL_TYPE" \
         --ctx_len "$CTX_LEN" --train_stage 1 --head_size "$HEAD_SIZE" --random_seed "$RANDOM_SEED" \
-        --n_layer "$N_LAYER" --n_embd "$N_EMBD" --accelerator cpu --devices 1 || exit
+        --n_layer "$N_LAYER" --n_embd "$N_EMBD" --accelerator cpu --devices 1 $TRAIN_FLAGS || exit
+    loaded="--load_model 0" # one that TRAIN_FLAGS name is in rwkv-init.pth now
 fi

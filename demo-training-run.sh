@@ -5,7 +5,7 @@
 # A new run beside an old one: PROJ_DIR=out/another ./demo-training-run.sh. Nothing is ever deleted here.
 #
 # Knobs: change them here, or set them in the environment: M_BSZ=8 N_LAYER=4 ./demo-training-run.sh
-# DATA, MODEL_TYPE, N_LAYER, N_EMBD, CTX_LEN and PROJ_DIR stand in demo-training-prepare.sh, which is run first and makes whatever is missing.
+# DATA, MODEL_TYPE, N_LAYER, N_EMBD, CTX_LEN, TRAIN_FLAGS and PROJ_DIR stand in demo-training-prepare.sh, which is run first and makes whatever is missing.
 #
 . "$(dirname "$(readlink -f "$0")")/demo-training-prepare.sh"
 #
@@ -69,9 +69,9 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
     --num_nodes "$N_NODE" --micro_bsz "$M_BSZ" --n_layer "$N_LAYER" --n_embd "$N_EMBD" --head_size "$HEAD_SIZE" --kernel "$KERNEL" \
     --lr_init "$LR_INIT" --lr_final "$LR_FINAL" --warmup_steps 10 --beta1 0.9 --beta2 "$BETA_2" --adam_eps "$ADAM_EPS" \
     --weight_decay "$W_DECAY" --epoch_save "$EPOCH_SAVE" --epoch_samples "$EPOCH_SAMPLES" --save_minutes "$SAVE_MINUTES" --head_chunk "$HEAD_CHUNK" \
-    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --cuda_graphs "$CUDA_GRAPHS" --enable_progress_bar True || exit
+    --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --cuda_graphs "$CUDA_GRAPHS" --enable_progress_bar True $TRAIN_FLAGS $loaded || exit
 
-if [ -n "$PROMPT" ] && [ "${NODE_RANK:-${SLURM_PROCID:-${RANK:-0}}}" = 0 ]; then # the first of all nodes alone
+if [ -n "$PROMPT" ] && [ -e "$PROJ_DIR/rwkv-final.pth" ] && [ "${NODE_RANK:-${SLURM_PROCID:-${RANK:-0}}}" = 0 ]; then # the first of all nodes alone; after --dry_run or --max_steps there is no model
     "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 ||
         echo "no sample; the training has ended well" >&2 # a prompt outside the vocabulary, say
 fi

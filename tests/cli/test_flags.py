@@ -322,7 +322,10 @@ def test_train_py_runs_from_any_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "--train_stage", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2 and done.stderr == "error: --train_stage 9 is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: --train_stage 9 is not known; use 0 (begin a run), 1 (write rwkv-init.pth), 2 or 3 (train)\n"
+    )
 
 
 @pytest.mark.parametrize("command", [[str(ROOT / "make_data.py")], ["-m", "rwkvlm", "make_data"]], ids=" ".join)

@@ -72,11 +72,12 @@ def test_a_system_without_proc_and_affinity(tmp_path, monkeypatch):
     """As macOS."""
     psutil = pytest.importorskip("psutil")
     assert cgroups.memory_free() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
+    assert cgroups.swap_free() == pytest.approx(psutil.swap_memory().free, rel=0.1)
     monkeypatch.setattr(cgroups, "MEMORY", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6000))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert (cgroups.cpus_allowed(), cgroups.memory_free()) == (12, 6000)
+    assert (cgroups.cpus_allowed(), cgroups.memory_free()) == (12, 6000) and cgroups.swap_free() > 1 << 50
 
 
 def test_threads_are_no_more_than_a_quota_has_time_for(machine, capsys):

@@ -172,8 +172,10 @@ def test_missing_empty_and_cut_files(tmp_path):
         return str(caught.value)
 
     assert "a.idx does not exist" in error()
-    (tmp_path / "a.idx").touch()
-    assert "a.bin does not exist" in error()
+    (tmp_path / "a.bin").touch()
+    assert error().endswith("a.bin is there: copy a.idx from where that is from, or make both again")
+    (tmp_path / "a.bin").rename(tmp_path / "a.idx")
+    assert error().endswith("a.idx is there: copy a.bin from where that is from, or make both again") and "a.bin does not exist" in error()
     (tmp_path / "a.bin").touch()
     assert "shorter than its 34-byte header" in error()
     write_by_hand(tmp_path / "a", [])

@@ -213,7 +213,7 @@ def test_bad_files(here, capsys):
     packed = gzip.compress(b"".join(json.dumps({"text": random.Random(k).randbytes(50).hex()}).encode() + b"\n" for k in range(2000)))
     Path("cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     Path("plain.jsonl.gz").write_bytes(GOOD)
-    Path("x.zst").touch(), Path("x.jsonl.xz").touch(), Path("x.csv").touch(), Path("folder.jsonl").mkdir()
+    Path("x.zst").touch(), Path("x.jsonl.xz").touch(), Path("x.csv").touch(), Path("x.json").touch(), Path("folder.jsonl").mkdir()
     before = sorted(os.listdir())
     for name, words in [
         ("empty.jsonl", "empty.jsonl: the file is empty"),
@@ -224,6 +224,7 @@ def test_bad_files(here, capsys):
         ("plain.jsonl.gz", "plain.jsonl.gz, line 1: the .gz file is damaged here"),
         ("x.zst", "input x.zst: its kind is not known"),
         ("x.jsonl.xz", "input x.jsonl.xz: .xz is not read; unpack it first: unxz"),
+        ("x.json", "input x.json: .json is not read; make a .jsonl of it first, one object a line; of a list: jq -c '.[]' x.json >x.jsonl"),
         ("x.csv", "input x.csv: its kind is not known"),
         ("folder.jsonl", "input folder.jsonl is a folder"),
         ("none*.jsonl", "input none*.jsonl does not exist"),

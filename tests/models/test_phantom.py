@@ -357,9 +357,11 @@ def test_the_table_of_costs_counts_what_the_model_has():
         p.numel() for name, p in model.named_parameters() if name.startswith("blocks.1.") and (".core." in name or ".ghost." in name)
     )
     lines = costs(config)
-    assert f"-> {held:,} " in lines[-1] and f"{2 * held:,}" in lines[-1] and len(lines) == 8
+    assert f"-> {held:,} " in lines[-2] and f"{2 * held:,}" in lines[-2] and len(lines) == 9
     assert "16%" in next(line for line in costs(PhantomConfig(n_embd=768)) if line.startswith("ffn.key"))
-    assert costs(PhantomConfig(n_embd=768, core_ratio=1.0)) == []
+    assert costs(PhantomConfig(n_embd=768, core_ratio=1.0, ttt_enabled=False)) == []
+    assert costs(PhantomConfig(n_embd=768, core_ratio=1.0)) == lines[-1:]
+    assert lines[-1] == "state: 1 step of test-time training after every 64 tokens, on 25% of its rows"
     assert count_parameters(model) == sum(t.numel() for name, t in model.state_dict().items() if name != CARRIED)
 
 

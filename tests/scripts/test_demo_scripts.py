@@ -141,6 +141,29 @@ def test_knobs_reach_train_py(demo):
         assert default[flag] != value or knob == "MODEL_TYPE", knob
 
 
+def test_further_flags_reach_initial_model_and_training(demo, shell):
+    given = {"--ttt_kind": "memory", "--freeze": "blocks.*.ffn", "--n_layer": "3"}  # the last one of two counts
+    assert demo.run("demo-training-run.sh", shell, TRAIN_FLAGS=" ".join(word for pair in given.items() for word in pair)).returncode == 0
+    for call in (call for call in demo.calls() if call[0] == "train"):
+        assert {name: flags(call)[name] for name in given} == given and parse_flags(TrainConfig, call[1:], "train.py").n_layer == 3
+
+
+def test_weights_that_the_initial_model_was_made_of_are_not_named_again(demo, shell):
+    """train.py would say that they have no effect, at the one start at which they have; later that is news."""
+    for _ in range(2):
+        assert demo.run("demo-training-run.sh", shell, TRAIN_FLAGS="--load_model x.pth").returncode == 0
+    init, train, again = (flags(call)["--load_model"] for call in demo.calls() if call[0] == "train")
+    assert (init, train, again) == ("x.pth", "0", "x.pth")
+
+
+def test_no_sample_where_no_model_was_made(demo, shell):
+    """--dry_run, --max_steps."""
+    train = demo.root / "train.py"
+    train.write_text(train.read_text().replace('"rwkv-final.pth"', '"rwkv-0.pth"'))
+    done = demo.run("demo-training-run.sh", shell, TRAIN_FLAGS="--max_steps 5")
+    assert (done.returncode, done.stderr) == (0, "") and flags(demo.calls()[-1])["--max_steps"] == "5"
+
+
 @pytest.mark.parametrize(
     "lines, gpu, found",
     [

@@ -134,7 +134,7 @@ CASES = {
     ),
     "checkpoint of another vocabulary": (
         lambda d, f: NEW | dict(load_model=weights(f, vocab_size=300), n_embd=32, head_size=16),
-        "has 300; leave --vocab_size out",
+        "has 300; use --vocab_size 300 or leave it out",
     ),
     "checkpoint lacks a tensor": (
         lambda d, f: NEW | dict(load_model=without(f, "blocks.1.ln1.weight"), n_embd=32, head_size=16),
@@ -163,6 +163,22 @@ CASES = {
     "CUDA graphs and documents": (
         lambda d, f: dict(cuda_graphs=1, doc_reset=1),
         "with --doc_reset 1 they differ; leave one of the two out",
+    ),
+    "nodes without a place to meet": (
+        lambda d, f: dict(num_nodes=2),
+        "--num_nodes 2: no place to meet is given; set MASTER_ADDR (node 0), ",
+    ),
+    "a batch beyond all memory": (
+        lambda d, f: dict(micro_bsz=10**9),
+        "--micro_bsz 1000000000: a step takes ",
+    ),
+    "a model beyond all memory": (
+        lambda d, f: dict(n_layer=300, n_embd=65536),
+        "--n_layer 300 --n_embd 65536: a step takes ",
+    ),
+    "initial weights beyond all memory": (
+        lambda d, f: dict(n_layer=300, n_embd=65536, train_stage=1),
+        "--n_layer 300 --n_embd 65536: the weights alone take ",
     ),
     "a timeout beyond all clocks": (lambda d, f: dict(dist_timeout=1e12), "--dist_timeout 1e+12 must be above 0 and at most 1e8 seconds"),
     "CUDA graphs and ZeRO-3": (
@@ -207,7 +223,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_with_the_cure(run, data, tmp_path, capfd, case):
+def test_one_line_with_the_cure(run, data, tmp_path, capfd, monkeypatch, case):
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # runs of several processes before these leave theirs
     make, said = CASES[case]
     said = said.replace("{folder}", str(tmp_path)).replace("{data}", data)
     flags = dict(proj_dir=tmp_path / "out") | make(data, tmp_path)
@@ -243,7 +260,7 @@ def test_another_order_of_the_data_is_not_mixed_into_a_run(run, tmp_path, capfd)
     assert "was trained with 32: the order of the data would break; use --ctx_len 32" in capfd.readouterr().err
     for more in {}, {"load_partial": 1}:  # a state does not grow
         assert run(tmp_path / "out", n_layer=3, **more) == 2
-        assert "leave --n_layer out to take it from there, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
+        assert "use --n_layer 2 or leave it out, or use another --load_model or --proj_dir\n" in capfd.readouterr().err
     assert run(tmp_path / "out", data_file=f"{run.data}.val") == 2
     err = capfd.readouterr().err
     assert f"--data_file {run.data}.val means magic_prime 59, but" in err and "; use the data of that run, or another --proj_dir" in err

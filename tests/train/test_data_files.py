@@ -1,6 +1,7 @@
 """Runs on several files and on data that are not binidx: what they say, that they resume exactly, what they refuse."""
 
 import io
+import json
 import os
 import random
 import shutil
@@ -80,6 +81,15 @@ def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, monkey
     )
     told = capfd.readouterr()
     assert told.out.startswith("größ") and "does not know" not in told.err
+    assert main(["generate", "--model", model, "--prompt", "größ", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
+    assert capfd.readouterr().out == told.out, "what lies beside the model is its tokenizer"
+    val, found = str(tmp_path / "val.txt"), tmp_path / "found.json"
+    assert main(["evaluate", "--model", model, "--data", val, "--out", str(found), "--device", "cpu"]) == 0
+    assert json.loads(found.read_text())["tokenizer"] == tokenizer
+    assert main(["evaluate", "--model", model, "--data", val, "--tokenizer", "world", "--device", "cpu"]) == 2, (
+        "none is taken if one is given"
+    )
+    capfd.readouterr()
     assert main(["generate", "--model", model, "--tokenizer", tokenizer, "--prompt", "größ€", "--length", "5", "--device", "cpu"]) == 0
     assert ("the tokenizer does not know all of the prompt: the model reads 'größ" in capfd.readouterr().err) == (data_type == "utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("größ\ndas €\n"))

@@ -74,6 +74,19 @@ def test_in_a_terminal_one_line_is_rewritten(tmp_path, monkeypatch):
     assert "validation loss 2.5000 at step 11" in drawn and "step 11/20" in drawn and "mini-epoch 2" in drawn
 
 
+def test_a_terminal_is_left_with_the_last_step(tmp_path, monkeypatch):
+    """And without an empty line, where the lines of its mini-epoch and of a validation had come after it."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    bar = Progress(plan(tmp_path))
+    bar.close()
+    assert screen.getvalue() == ""
+    bar.step(record(1))
+    bar.mini_epoch(0, 3.0, 1e-3)
+    bar.close()
+    assert re.sub(r".*\r|\x1b\[K", "", screen.getvalue()).splitlines() == ["mini-epoch 0: mean loss 3.0000", bar.line]
+
+
 def test_a_narrow_terminal_shows_whole_numbers(tmp_path, monkeypatch):
     """The end was cut off where it stood: of "left 2:46:06" on 80 columns "left 2:46" was there to read."""
     screen = Terminal()
@@ -116,6 +129,21 @@ def test_output_that_nobody_takes_does_not_change_the_exit_code():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
     assert (done.returncode, done.stderr) == (143, "")
+
+
+def test_the_speed_is_that_of_the_training(tmp_path, capsys, monkeypatch):
+    """A long validation made the next steps a tenth as fast, and the time left ten times as long."""
+    now = [1000.0]
+    monkeypatch.setattr("rwkvlm.train.logs.progress.time.monotonic", lambda: now[0])
+    bar = Progress(plan(tmp_path))
+    for step in range(1, 5):
+        now[0] += 2
+        bar.step(record(step))
+    now[0] += 60
+    bar.validation({"step": 4, "tokens": 4000, "val_loss": 2.5})
+    now[0] += 2
+    bar.step(record(5) | {"tokens_per_s": 100.0})  # of one step, with what has been saved before it
+    assert capsys.readouterr().out.splitlines()[-1].endswith("0.50 kt/s  left 0:30")
 
 
 @pytest.mark.parametrize("steps, left", [(20, "0:18"), (12, "0:02")])

@@ -214,9 +214,9 @@ def test_the_prediction_head_neither_goes_nor_comes_unsaid(run, tmp_path, capfd)
     )
     assert lost in capfd.readouterr().err
     assert run(tmp_path / "a", **PHANTOM | dict(ttt_head=0), **short) == 2
-    assert f"--ttt_head 0, but {state} has 1; leave --ttt_head out" in capfd.readouterr().err
+    assert f"--ttt_head 0, but {state} has 1; use --ttt_head 1 or leave it out" in capfd.readouterr().err
     assert run(tmp_path / "b", **PHANTOM | dict(ttt_second_order=1, ttt_head=1), **short) == 2
-    assert "--ttt_head 1, but" in (said := capfd.readouterr().err) and " has 0; leave --ttt_head out" in said
+    assert "--ttt_head 1, but" in (said := capfd.readouterr().err) and " has 0; use --ttt_head 0 or leave it out" in said
     for folder, flags in (
         ("a", with_head),
         ("b", without),

@@ -12,7 +12,7 @@ import torch
 
 from rwkvlm.checkpoint.pth import save_weights
 from rwkvlm.cli.flags import parse_flags
-from rwkvlm.config import ModelConfig, TrainConfig, cgroups, env, model_config
+from rwkvlm.config import MODEL_TYPES, ModelConfig, TrainConfig, cgroups, env, model_config
 from rwkvlm.models import LanguageModel, build, count_parameters, init_weights
 from rwkvlm.train import planner
 from rwkvlm.train import run as training
@@ -21,7 +21,7 @@ from rwkvlm.train.plan import make_plan
 from rwkvlm.train.planner import ROOM, decide_by_memory, expected_seconds, memory_available, probe, probe_flags
 from rwkvlm.train.schedule import Schedule
 from rwkvlm.train.start import model_sizes
-from rwkvlm.train.strategy import Launch
+from rwkvlm.train.strategy import Launch, param_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ModelConfig(n_layer=4, n_embd=256, vocab_size=8192)
@@ -237,11 +237,25 @@ def test_what_does_not_fit_is_said_with_the_cure_and_not_tried(run, tmp_path, ca
     assert "no micro_bsz fits" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("n_embd, dim_ffn", [(64, 64), (128, 512)])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_refuses_a_run_is_below_what_it_takes(model_type, n_embd, dim_ffn, precision):
+    """And not far below it."""
+    sizes, config = (
+        model_config(model_type, n_layer=2, n_embd=n_embd, dim_ffn=dim_ffn),
+        TrainConfig(my_testing=model_type, precision=precision),
+    )
+    measured = measure_activations(sizes, config, torch.device("cpu")).block
+    assert 0.6 * measured < planner.least_activations(sizes, param_dtype(config).itemsize).block <= measured
+
+
 @pytest.mark.parametrize("room, decided", [(2**40, 0), (2**20, 1)])
 def test_recomputing_is_decided_by_the_memory(run, losses, tmp_path, capsys, monkeypatch, room, decided):
     """And changes nothing else: no random number is drawn on the way."""
     recomputed, features = set(), LanguageModel.features
     monkeypatch.setattr(planner, "memory_available", lambda plan: room)
+    monkeypatch.setattr(cgroups, "swap_free", lambda: 2**40)  # or the run would be refused
     monkeypatch.setattr(LanguageModel, "features", lambda *seen, **how: recomputed.add(how.get("grad_cp")) or features(*seen, **how))
     flags = dict(max_steps=2, my_testing="phantom", ttt_enabled=0, dropout=0.1)
     for name, grad_cp in (("asked", decided), ("decided", -1)):

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         "--paragraphs", action="store_true", help="an answer may have blank lines: only a next turn of the user ends it (RWKV-7 G1 models)"
     )
     parser.add_argument("--seed", type=int, default=None, help="same seed and messages, same answers; default: new ones each time")
-    parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json [world]')
+    parser.add_argument("--tokenizer", default="", help="world or a Hugging Face tokenizer.json [the one beside the model, else world]")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     args = parser.parse_args(argv)
     from ..infer import load_engine  # torch takes seconds to import: wrong flags are answered before

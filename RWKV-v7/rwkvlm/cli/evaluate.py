@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         "--batch", type=int, default=8, help="texts read side by side: changes speed and memory, and figures by no more than rounding [8]"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, fp32 on the CPU [auto]")
-    parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json [world]')
+    parser.add_argument("--tokenizer", default="", help="world or a Hugging Face tokenizer.json [the one beside the model, else world]")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     parser.add_argument("--out", type=Path, default=None, help="write model, data and figures here as JSON too")
     args = parser.parse_args(argv)
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     import torch  # takes seconds: wrong flags are answered before
 
     from ..checkpoint.place import check_file, write_json
+    from ..data.tokenizer import tokenizer_of
     from ..eval import lambada, run_tasks, text_loss
     from ..eval.harness import check_library
     from ..infer import load_engine
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
         check_library()
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     engine = load_engine(args.model, args.tokenizer, args.device, dtype)
-    about = _about(engine, args.model, args.tokenizer)
+    about = _about(engine, args.model, args.tokenizer or tokenizer_of(args.model))
     print(
         f"{about['model']}: {about['model_type']} L{about['n_layer']} D{about['n_embd']}, "
         f"{about['parameters'] / 1e6:.6f} M parameters, {about['dtype']} on {about['device']}"

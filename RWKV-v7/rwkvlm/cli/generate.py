@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top_p", type=float, default=0.7, help="keep the likeliest tokens up to this probability; 1: all [0.7]")
     parser.add_argument("--top_k", type=int, default=0, help="keep this many of the likeliest tokens; 0: all [0]")
     parser.add_argument("--seed", type=int, default=None, help="same seed, same text; default: a new one each time")
-    parser.add_argument("--tokenizer", default="world", help='"world" or the path of a Hugging Face tokenizer.json [world]')
+    parser.add_argument("--tokenizer", default="", help="world or a Hugging Face tokenizer.json [the one beside the model, else world]")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     args = parser.parse_args(argv)
     from ..infer import load_engine  # torch takes seconds to import: wrong flags are answered before

@@ -31,12 +31,24 @@ def cpus() -> int:
 def memory_free() -> int:
     """Bytes that the machine has for programs."""
     try:
-        found = dict(line.split(":") for line in MEMORY.read_text().splitlines())
+        return _meminfo("MemAvailable")
     except OSError:  # macOS
         import psutil  # DeepSpeed brings it
 
         return psutil.virtual_memory().available
-    return int(found["MemAvailable"].split()[0]) * 1024
+
+
+def swap_free() -> int:
+    """Bytes that the machine has beside it, on disk; macOS makes as much as is asked for."""
+    try:
+        return _meminfo("SwapFree")
+    except OSError:
+        return 1 << 60
+
+
+def _meminfo(name: str) -> int:
+    found = dict(line.split(":") for line in MEMORY.read_text().splitlines())
+    return int(found[name].split()[0]) * 1024
 
 
 def memory_left() -> list[int]:

@@ -125,6 +125,11 @@ def launched_by_variables() -> bool:
     return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
+def meeting_place_given() -> bool:
+    """MASTER_ADDR and MASTER_PORT: where nodes that no launcher has started meet; without them each would choose a port of its own."""
+    return all(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
 def launched_per_node() -> int:
     """Processes on this node according to a launcher's variables (torchrun: LOCAL_WORLD_SIZE, deepspeed: LOCAL_SIZE); 0 when unknown."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)

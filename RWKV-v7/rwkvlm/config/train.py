@@ -260,7 +260,7 @@ class TrainConfig:
         if not 0 < self.dist_timeout <= 1e8:  # torch's timers overflow far beyond that
             raise UserError(f"--dist_timeout {self.dist_timeout:g} must be above 0 and at most 1e8 seconds")
         if self.train_stage not in (0, 1, 2, 3):
-            raise UserError(f"--train_stage {self.train_stage} is not known; use 1 (write rwkv-init.pth), 2 or 3 (train)")
+            raise UserError(f"--train_stage {self.train_stage} is not known; use 0 (begin a run), 1 (write rwkv-init.pth), 2 or 3 (train)")
         if self.grad_cp not in (-1, 0, 1):
             raise UserError(f"--grad_cp {self.grad_cp} is not known; use 0, 1, or -1 (decided by the memory there is)")
         if self.cuda_graphs not in (-1, 0, 1):

@@ -163,6 +163,9 @@ def _cure(given: Path) -> str:
     """What to give instead of a path that is no prefix of a pair."""
     if given.suffix in (".bin", ".idx") and os.path.isfile(idx_path(given.with_suffix(""))):
         return f"give {given.with_suffix('')}, without {given.suffix}"
+    for there, missing in ((bin_path(given), idx_path(given)), (idx_path(given), bin_path(given))):
+        if os.path.isfile(there):
+            return f"{there} is there: copy {missing.name} from where that is from, or make both again"
     if os.path.isfile(given):
         command, prefix = how_to_make(given)
         return f"{given} is no such pair; {command} makes one of a .jsonl, .txt or .parquet: then give {prefix}"

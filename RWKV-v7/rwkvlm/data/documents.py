@@ -32,7 +32,12 @@ from .tokenizer import Texts, utf8
 STDIN = Path("-")
 KINDS = (".jsonl", ".txt", ".parquet")
 PACKED = {".gz": None, ".zst": "zstandard"}  # the package that it needs
-NOT_READ = {".xz": "unpack it first: unxz", ".bz2": "unpack it first: bunzip2", ".zip": "unpack it first: unzip"}
+NOT_READ = {
+    ".xz": "unpack it first: unxz",
+    ".bz2": "unpack it first: bunzip2",
+    ".zip": "unpack it first: unzip",
+    ".json": "make a .jsonl of it first, one object a line; of a list: jq -c '.[]' x.json >x.jsonl",
+}
 BLOCK = 1 << 20  # bytes
 LONGEST = 64 << 20  # bytes of a line of JSON or a text in a row: the slow parser holds it about ten times over
 BOM = b"\xef\xbb\xbf"

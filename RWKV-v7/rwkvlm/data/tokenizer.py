@@ -29,6 +29,7 @@ from ..config.errors import pip_install
 END_OF_DOCUMENT = 0
 REPLACEMENT = "\ufffd"
 VOCABULARY = "rwkv_vocab_v20230424.txt"
+TOKENIZER = "tokenizer.json"  # in the folder of a run, of data that define their vocabulary
 PART = 1 << 16  # tokens decoded or counted at once: as Python objects they are large
 
 
@@ -143,6 +144,12 @@ def utf8(text: str | bytes) -> bytes:
 def load_tokenizer(name: str = "world") -> Tokenizer:
     """The tokenizer called `name`: "world", or the path of a tokenizer.json. Loaded once per process."""
     return _load(str(name))
+
+
+def tokenizer_of(weights: str | Path) -> str:
+    """The name of a model's tokenizer: what its run has put beside its file, of data that define their vocabulary, else "world"."""
+    beside = Path(weights).with_name(TOKENIZER)
+    return str(beside) if beside.is_file() else "world"
 
 
 @lru_cache(maxsize=8)

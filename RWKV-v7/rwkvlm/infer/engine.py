@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint.pth import load_weights, model_from
 from ..config import UserError
-from ..data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from ..data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, tokenizer_of
 from ..models import LanguageModel
 from ..ops import backend, rwkv7_step
 from .sampling import check_sampling, sample
@@ -137,10 +137,11 @@ def check_finite(logits: torch.Tensor) -> None:
         )
 
 
-def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto", dtype: torch.dtype | None = None) -> Engine:
+def load_engine(path: str | Path, tokenizer: str = "", device: str = "auto", dtype: torch.dtype | None = None) -> Engine:
     """An engine from an official-format .pth file. device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
 
-    dtype None: bf16 on a GPU, fp32 on the CPU. Raises UserError for files and devices that cannot be used.
+    tokenizer "": the model's own, see tokenizer_of. dtype None: bf16 on a GPU, fp32 on the CPU.
+    Raises UserError for files and devices that cannot be used.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
@@ -152,4 +153,4 @@ def load_engine(path: str | Path, tokenizer: str = "world", device: str = "auto"
         device = "cuda" if gpus else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return Engine(model_from(load_weights(path), device, dtype), load_tokenizer(tokenizer))
+    return Engine(model_from(load_weights(path), device, dtype), load_tokenizer(tokenizer or tokenizer_of(path)))

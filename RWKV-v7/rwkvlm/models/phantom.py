@@ -112,10 +112,10 @@ def from_rwkv7(tensors: Mapping[str, torch.Tensor], model: LanguageModel) -> dic
 
 
 def costs(config: PhantomConfig) -> list[str]:
-    """Parameters and FLOPs per token, forward, of a block's large matrices, dense beside ghost, as lines of a table; and of its memory."""
-    memory = [_memory_line(config)] if config.has_memory else []
+    """A table of parameters and FLOPs per token, forward, of a block's matrices, dense beside ghost; what is trained while reading."""
+    reading = [_memory_line(config)] if config.has_memory else [_state_line(config)] if config.steps_on_state else []
     if not config.has_ghosts:
-        return memory
+        return reading
     lines = [f"{'matrix':15} {'shape':>12} {'core':>5} {'parameters':>22} {'FLOPs/token':>22} {'saved':>6}"]
     total, ranks = [0, 0], config.rank_of()
     for name in MATRICES:
@@ -128,7 +128,12 @@ def costs(config: PhantomConfig) -> list[str]:
         )
         total = [total[0] + whole, total[1] + parts]
         lines.append(_line(name, f"{outputs}x{inputs}", str(rows) if rows else "dense", whole, parts))
-    return [*lines, _line("per block", "", "", *total), *memory]
+    return [*lines, _line("per block", "", "", *total), *reading]
+
+
+def _state_line(config: PhantomConfig) -> str:
+    steps = f"{config.ttt_steps} step{'s' * (config.ttt_steps > 1)}"
+    return f"state: {steps} of test-time training after every {config.ttt_chunk} tokens, on {config.ttt_core_ratio:.0%} of its rows"
 
 
 def _memory_line(config: PhantomConfig) -> str:

@@ -22,6 +22,7 @@ from ..data.formats import FORMATS
 from ..data.mixture import Mixture, held_out, open_mixture, prefixes
 from ..data.reset import ResetSamples
 from ..data.sampler import order_hash
+from ..data.tokenizer import TOKENIZER
 from ..data.tokens import TokenRange
 from ..ops import backend
 from ..ops.precision import bf16_is_faster
@@ -33,7 +34,6 @@ from .schedule import Schedule
 from .start import Start, find_start
 from .strategy import Launch, launch, param_dtype, started_apart
 
-TOKENIZER = "tokenizer.json"  # in proj_dir, of data that define their vocabulary
 # seconds: until a node sees what another one has just written; NFS remembers for up to a minute what was not there
 LOOKS, BETWEEN_LOOKS = 7, 10.0
 SCAN_BYTES = 1 << 30  # of tokens whose range is checked at the start: about a second; every sample is checked when read

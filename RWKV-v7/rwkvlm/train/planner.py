@@ -1,6 +1,7 @@
 """Estimates of a run's memory and time before it starts, for --grad_cp -1, --cuda_graphs -1 and train.py --dry_run.
 
-They decide --grad_cp -1 and take part in deciding --cuda_graphs -1; --dry_run prints them. Nothing is left behind.
+They decide --grad_cp -1 and take part in deciding --cuda_graphs -1, and refuse what cannot fit; --dry_run prints them. Nothing is left
+behind.
 """
 
 from __future__ import annotations
@@ -20,24 +21,27 @@ from pathlib import Path
 
 import torch
 
+from .. import models
 from ..checkpoint import ranks
 from ..checkpoint.place import nearest
-from ..config import TrainConfig, UserError, cgroups, env
+from ..config import ModelConfig, TrainConfig, UserError, cgroups, env
 from ..config.volume import volume
 from ..ops import adamw
 from .banner import show_plan
 from .guarded import guarded
 from .logs.progress import clock
-from .memory import FULL, Memory, estimate, measure_activations, resident
+from .memory import FULL, Activations, Memory, estimate, measure_activations, resident
 from .plan import Plan
 from .start import SIZES
-from .strategy import make_strategy
+from .strategy import make_strategy, param_dtype
 
 TRAIN = Path(__file__).resolve().parents[3] / "train.py"  # which runs where the package is neither installed nor on the PYTHONPATH
 PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps and so long; at most so long in all
 LARGEST = 1024  # micro_bsz that is thought about
 # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
 ROOM = 0.8
+# numbers for each channel of a token that a block keeps for its backward pass at least, its hidden units (twice each) beside them
+LEAST = {"x070": 22, "phantom": 16, "hybrid": 16, "x080": 30, "rosa": 8, "x040": 12}
 OWN = [f.name for f in fields(TrainConfig) if f.metadata["of"]]  # flags of some model types only
 
 
@@ -61,6 +65,42 @@ def dry_run(plan: Plan) -> int:
         print(f"{name:9} {text}", flush=True)
     print(f"{'time':9} {_time(plan) if fits else 'not tried: it would not fit'}", flush=True)
     return 0 if fits else 1
+
+
+def refuse_too_much(plan: Plan) -> None:
+    """UserError where even a low estimate is more than there is, swap included: the system would end the process without a word.
+
+    Of a run on the CPU. A GPU says itself that its memory has run out.
+    """
+    config, run, sizes = plan.config, plan.launch, plan.start.model
+    if run.accelerator != "cpu":
+        return
+    memory = estimate(sizes, config, run, least_activations(sizes, param_dtype(config).itemsize), program=0)
+    least, there = memory.total - memory.saving, memory_available(plan) + cgroups.swap_free() // run.devices
+    if least > there:
+        batch = memory.activations > memory.parameters + memory.gradients + memory.optimizer
+        given = f"--micro_bsz {config.micro_bsz}" if batch else f"--n_layer {sizes.n_layer} --n_embd {sizes.n_embd}"
+        raise UserError(
+            f"{given}: a step takes {volume(least)} at least, and {volume(there)} of memory are free for each process; "
+            "--dry_run says what fits"
+        )
+
+
+def least_activations(sizes: ModelConfig, itemsize: int) -> Activations:
+    """What measure_activations would find at least, at once: at great widths it takes minutes."""
+    return Activations(itemsize * (LEAST.get(sizes.model_type, min(LEAST.values())) * sizes.n_embd + 2 * sizes.dim_ffn), 0.0)
+
+
+def refuse_too_large(sizes: ModelConfig) -> None:
+    """The same of initial weights, which are made in fp32."""
+    with torch.device("meta"):
+        needed = 4 * models.count_parameters(models.build(sizes))
+    there = min([cgroups.memory_free(), *cgroups.memory_left()]) + cgroups.swap_free()
+    if needed > there:
+        raise UserError(
+            f"--n_layer {sizes.n_layer} --n_embd {sizes.n_embd}: the weights alone take {volume(needed)}, "
+            f"and {volume(there)} of memory are free; use a smaller model"
+        )
 
 
 def decide_by_memory(plan: Plan) -> Plan:

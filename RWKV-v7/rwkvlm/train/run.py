@@ -23,6 +23,7 @@ from ..config.errors import out_of_memory
 from ..data.ahead import Ahead
 from ..data.dataset import RankBatches
 from ..data.mixture import Mixture
+from ..data.tokenizer import TOKENIZER
 from ..models import count_parameters
 from .compiled import compile_blocks
 from .conductor import Conductor
@@ -31,8 +32,8 @@ from .hold import Hold, refuse_if_held
 from .matmul import settle_fp32_products
 from .module import TrainModule
 from .network import choose_interface
-from .plan import TOKENIZER, Plan, check_data, check_folder, make_plan
-from .planner import dry_run
+from .plan import Plan, check_data, check_folder, make_plan
+from .planner import dry_run, refuse_too_large, refuse_too_much
 from .selfcheck import check_kernels
 from .start import (
     FINAL_NAME,
@@ -78,6 +79,7 @@ def run(config: TrainConfig) -> int:
     if config.dry_run:
         return dry_run(plan)
     strategy = make_strategy(plan.config)
+    refuse_too_much(plan)
     settle_fp32_products(plan)
     return train(plan, strategy)
 
@@ -104,6 +106,7 @@ def write_init(config: TrainConfig) -> int:
     if data is not None:
         data.check_token_range(sizes.vocab_size)
     tell(config.own_without_effect(sizes))
+    refuse_too_large(sizes)
     if env.first_process():
         with closing(Hold(Path(config.proj_dir))) as hold:
             if not config.dry_run:
@@ -191,6 +194,12 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     if trainer.world_size == 1:
         return None
     environment = trainer.strategy.cluster_environment
+    started_here = isinstance(environment, LightningEnvironment)
+    if started_here and trainer.num_nodes > 1 and not env.meeting_place_given():
+        raise UserError(
+            f"--num_nodes {trainer.num_nodes}: no place to meet is given; set MASTER_ADDR (node 0), MASTER_PORT and NODE_RANK "
+            "on each node, or start them with torchrun or srun; for this machine alone leave --num_nodes out"
+        )
     choose_interface(environment.main_address, trainer.num_nodes)
     if trainer.num_nodes > 1 and trainer.local_rank == 0:
         where = f"{environment.main_address}:{environment.main_port}"
@@ -200,7 +209,6 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
             file=sys.stderr,
             flush=True,
         )
-    started_here = isinstance(environment, LightningEnvironment)
     if trainer.local_rank == 0:
         env.hand_on_starter()
     watch = Watch(

@@ -279,7 +279,7 @@ def _hybrid_agrees(given: dict[str, object], found: HybridConfig, n_layer: int, 
 
 def _differs(name: str, given: object, there: object, path: Path) -> str:
     given, there = (int(value) if isinstance(value, bool) else value for value in (given, there))
-    return f"--{name} {given}, but {path} has {there}; leave --{name} out to take it from there, or use another --load_model or --proj_dir"
+    return f"--{name} {given}, but {path} has {there}; use --{name} {there} or leave it out, or use another --load_model or --proj_dir"
 
 
 def _flags_fit(config: TrainConfig, model: ModelConfig) -> ModelConfig:

@@ -26,7 +26,8 @@ def _processor(dtype: torch.dtype) -> str:
     torch.library.register_fake("rwkvlm::head_ce", _fake, allow_override=True)
     torch.library.register_fake("rwkvlm::head_scores", _fake_scores, allow_override=True)
     supported = torch.ops.rwkvlm.head_ce_supported(dtype == torch.bfloat16)
-    return "" if supported else f"torch has no {dtype} matrix kernels for this processor"
+    instead = "; float32 is faster here" if dtype == torch.bfloat16 else ""
+    return "" if supported else f"torch has no {dtype} matrix kernels for this processor{instead}"
 
 
 def _fake(x, weight, targets, chunk, l2wrap, need_dx, need_dw):

@@ -80,13 +80,15 @@ class Progress(Log):
         self._note(f"mini-epoch {number}: mean loss {loss:.4f}")
 
     def validation(self, record: dict[str, Any]) -> None:
+        if self.times:  # the speed is that of the training
+            pause = time.monotonic() - self.times[-1][0]
+            self.times = deque((then + pause, tokens) for then, tokens in self.times)
         self._note(f"validation loss {record['val_loss']:.4f} at step {record['step']}")
 
     def close(self) -> None:
-        if self.line != self.last_shown:
+        if self.line and (self.terminal or self.line != self.last_shown):  # in a terminal the last step's mini-epoch stands in its place
             self._show()
-        if self.terminal:
-            self._print("\n")
+            self._print("\n" * self.terminal)
 
 
 def _fitting(parts: list[str], width: int) -> str:
