@@ -70,10 +70,10 @@ def dry_run(plan: Plan) -> int:
 def refuse_too_much(plan: Plan) -> None:
     """UserError where even a low estimate is more than there is, swap included: the system would end the process without a word.
 
-    Of a run on the CPU. A GPU says itself that its memory has run out.
+    Of a run on the CPU: a GPU says itself that its memory has run out. The first process answers for all, before they take any.
     """
     config, run, sizes = plan.config, plan.launch, plan.start.model
-    if run.accelerator != "cpu":
+    if run.accelerator != "cpu" or not env.first_process():
         return
     memory = estimate(sizes, config, run, least_activations(sizes, param_dtype(config).itemsize), program=0)
     least, there = memory.total - memory.saving, memory_available(plan) + cgroups.swap_free() // run.devices
