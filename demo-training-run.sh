@@ -72,6 +72,8 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
     --accelerator "$ACCELERATOR" --devices "$GPU_PER_NODE" --precision "$PRECISION" --strategy "$STRATEGY" --grad_cp "$GRAD_CP" --compile "$COMPILE" --cuda_graphs "$CUDA_GRAPHS" --enable_progress_bar True $TRAIN_FLAGS $loaded || exit
 
 if [ -n "$PROMPT" ] && [ -e "$PROJ_DIR/rwkv-final.pth" ] && [ "${NODE_RANK:-${SLURM_PROCID:-${RANK:-0}}}" = 0 ]; then # the first of all nodes alone; after --dry_run or --max_steps there is no model
-    "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 ||
+    forward_signals "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 || {
+        [ $status -lt 128 ] || exit $status # a signal
         echo "no sample; the training has ended well" >&2 # a prompt outside the vocabulary, say
+    }
 fi

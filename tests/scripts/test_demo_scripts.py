@@ -392,17 +392,20 @@ def test_signals_to_the_script_reach_train_py(demo, shell, signal, status):
         ("demo", "make_data.py"),
         ("minipile", "RWKV-v7/rwkvlm/cli/download.py"),
         ("demo", "train.py"),
+        ("demo", "RWKV-v7/rwkvlm/cli/generate.py"),
     ],
 )
-def test_signals_to_the_script_reach_the_preparation(demo, shell, data, file, signal, status):
-    """It would go on alone, behind a prompt that has come back."""
+def test_signals_to_the_script_reach_the_preparation_and_the_sample(demo, shell, data, file, signal, status):
+    """They would go on alone, behind a prompt that has come back."""
     (demo.root / file).write_text(
         "import signal, time\n"
         "def main(argv=()): print('working', flush=True); time.sleep(30)\n"
         "if __name__ == '__main__': signal.signal(signal.SIGINT, signal.default_int_handler); main()\n"
     )
-    command, env = [shell, "demo-training-prepare.sh"], {"PATH": str(demo.bin), "DATA": data}
+    script = "run" if "generate" in file else "prepare"
+    command, env = [shell, f"demo-training-{script}.sh"], {"PATH": str(demo.bin), "DATA": data}
     process = subprocess.Popen(command, cwd=demo.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout.readline() == "working\n"
+    while (line := process.stdout.readline()) != "working\n":
+        assert line
     subprocess.run(["sh", "-c", f"kill -{signal} {process.pid}"], check=True)
     assert process.communicate(timeout=20)[0] == "" and process.returncode == status
