@@ -75,9 +75,11 @@ begun() { # also with weights put there by hand, or by a run whose rwkv-init.pth
 
 loaded=
 if ! begun; then
+    set -f # TRAIN_FLAGS are words, not names of files
     forward_signals "$PYTHON" train.py --wandb "" --proj_dir "$PROJ_DIR" \
         --data_file "$DATA_FILE" --data_type "binidx" --vocab_size "$VOCAB_SIZE" --my_testing "$MODEL_TYPE" \
         --ctx_len "$CTX_LEN" --train_stage 1 --head_size "$HEAD_SIZE" --random_seed "$RANDOM_SEED" \
         --n_layer "$N_LAYER" --n_embd "$N_EMBD" --accelerator cpu --devices 1 $TRAIN_FLAGS || exit
-    loaded="--load_model 0" # one that TRAIN_FLAGS name is in rwkv-init.pth now
+    set +f
+    ! begun || loaded="--load_model 0" # one that TRAIN_FLAGS name is in rwkv-init.pth now
 fi

@@ -63,6 +63,7 @@ if [ "$N_NODE" -gt 1 ] && [ -z "${NODE_RANK:-}${SLURM_NODEID:-}${GROUP_RANK:-}" 
     exit 2
 fi
 
+set -f # TRAIN_FLAGS are words, not names of files
 forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir "$PROJ_DIR" --my_testing "$MODEL_TYPE" \
     --ctx_len "$CTX_LEN" --train_stage 3 --epoch_begin 0 \
     --data_file "$DATA_FILE" --data_type "binidx" --vocab_size "$VOCAB_SIZE" --my_exit_tokens "$EXIT_TOKENS" --magic_prime 0 \
@@ -73,7 +74,7 @@ forward_signals "$PYTHON" train.py --load_model "0" --wandb "$WANDB" --proj_dir 
 
 if [ -n "$PROMPT" ] && [ -e "$PROJ_DIR/rwkv-final.pth" ] && [ "${NODE_RANK:-${SLURM_PROCID:-${RANK:-0}}}" = 0 ]; then # the first of all nodes alone; after --dry_run or --max_steps there is no model
     forward_signals "$PYTHON" -m rwkvlm generate --model "$PROJ_DIR/rwkv-final.pth" --prompt "$PROMPT" --length 100 --seed 1 || {
-        [ $status -lt 128 ] || exit $status # a signal
+        case $status in 129 | 130 | 143) exit $status ;; esac # a signal to the script
         echo "no sample; the training has ended well" >&2 # a prompt outside the vocabulary, say
     }
 fi

@@ -224,7 +224,7 @@ def test_bad_files(here, capsys):
         ("plain.jsonl.gz", "plain.jsonl.gz, line 1: the .gz file is damaged here"),
         ("x.zst", "input x.zst: its kind is not known"),
         ("x.jsonl.xz", "input x.jsonl.xz: .xz is not read; unpack it first: unxz"),
-        ("x.json", "input x.json: .json is not read; make a .jsonl of it first, one object a line; of a list: jq -c '.[]' x.json >x.jsonl"),
+        ("x.json", "input x.json: .json is not read; make a .jsonl of it first, one object a line; of a list: jq -c '.[]'"),
         ("x.csv", "input x.csv: its kind is not known"),
         ("folder.jsonl", "input folder.jsonl is a folder"),
         ("none*.jsonl", "input none*.jsonl does not exist"),

@@ -142,7 +142,7 @@ def test_knobs_reach_train_py(demo):
 
 
 def test_further_flags_reach_initial_model_and_training(demo, shell):
-    given = {"--ttt_kind": "memory", "--freeze": "blocks.*.ffn", "--n_layer": "3"}  # the last one of two counts
+    given = {"--ttt_kind": "memory", "--freeze": "*", "--n_layer": "3"}  # the last one of two counts
     assert demo.run("demo-training-run.sh", shell, TRAIN_FLAGS=" ".join(word for pair in given.items() for word in pair)).returncode == 0
     for call in (call for call in demo.calls() if call[0] == "train"):
         assert {name: flags(call)[name] for name in given} == given and parse_flags(TrainConfig, call[1:], "train.py").n_layer == 3

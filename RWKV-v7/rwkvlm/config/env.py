@@ -120,14 +120,19 @@ def first_process() -> bool:
     return all(int(os.environ.get(name) or 0) == 0 for name in ("NODE_RANK", "LOCAL_RANK"))
 
 
+def first_of_node() -> bool:
+    """True in the first process of each node."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+
+
 def launched_by_variables() -> bool:
     """True when a launcher (torchrun, deepspeed) has started every process and set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR."""
     return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def meeting_place_given() -> bool:
-    """MASTER_ADDR and MASTER_PORT: where nodes that no launcher has started meet; without them each would choose a port of its own."""
-    return all(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    """MASTER_PORT is: without it each of the nodes that no launcher has started would choose a port of its own."""
+    return bool(os.environ.get("MASTER_PORT"))
 
 
 def launched_per_node() -> int:

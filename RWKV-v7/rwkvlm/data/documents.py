@@ -36,7 +36,7 @@ NOT_READ = {
     ".xz": "unpack it first: unxz",
     ".bz2": "unpack it first: bunzip2",
     ".zip": "unpack it first: unzip",
-    ".json": "make a .jsonl of it first, one object a line; of a list: jq -c '.[]' x.json >x.jsonl",
+    ".json": "make a .jsonl of it first, one object a line; of a list: jq -c '.[]'",
 }
 BLOCK = 1 << 20  # bytes
 LONGEST = 64 << 20  # bytes of a line of JSON or a text in a row: the slow parser holds it about ten times over

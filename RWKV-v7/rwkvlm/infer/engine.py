@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,4 +154,6 @@ def load_engine(path: str | Path, tokenizer: str = "", device: str = "auto", dty
         device = "cuda" if gpus else "cpu"
     if dtype is None:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return Engine(model_from(load_weights(path), device, dtype), load_tokenizer(tokenizer or tokenizer_of(path)))
+    if not tokenizer and (tokenizer := tokenizer_of(path)) != "world":
+        print(f"tokenizer {tokenizer}, which is beside the model; --tokenizer world for another", file=sys.stderr, flush=True)
+    return Engine(model_from(load_weights(path), device, dtype), load_tokenizer(tokenizer))

@@ -131,6 +131,7 @@ class Conductor(pl.Callback):
 
     def _validate(self, to_its_end: bool = False) -> int:
         """The signal that has stopped it before its end; 0: none."""
+        self.meter.drain()  # the time of the steps is not that of the validation
         loss, stop = self.validation.loss(lambda: 0 if to_its_end else self.signals.stop)
         self.position.unvalidated = bool(stop)
         if loss is not None:

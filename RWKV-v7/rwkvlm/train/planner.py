@@ -40,8 +40,6 @@ PROBE_STEPS, PROBE_SECONDS, PATIENCE = 8, 5.0, 600.0  # at least so many steps a
 LARGEST = 1024  # micro_bsz that is thought about
 # of the free memory: up to there nothing is recomputed. Peaks on a GPU were 0.8 and 1.5 % below the estimate (records/2026-11-26-gpu)
 ROOM = 0.8
-# numbers for each channel of a token that a block keeps for its backward pass at least, its hidden units (twice each) beside them
-LEAST = {"x070": 22, "phantom": 16, "hybrid": 16, "x080": 30, "rosa": 8, "x040": 12}
 OWN = [f.name for f in fields(TrainConfig) if f.metadata["of"]]  # flags of some model types only
 
 
@@ -70,10 +68,11 @@ def dry_run(plan: Plan) -> int:
 def refuse_too_much(plan: Plan) -> None:
     """UserError where even a low estimate is more than there is, swap included: the system would end the process without a word.
 
-    Of a run on the CPU: a GPU says itself that its memory has run out. The first process answers for all, before they take any.
+    Of a run on the CPU: a GPU says itself that its memory has run out. The first process of a node answers for all, before they
+    take any. Not with --freeze: how much less that takes depends on what it names.
     """
     config, run, sizes = plan.config, plan.launch, plan.start.model
-    if run.accelerator != "cpu" or not env.first_process():
+    if run.accelerator != "cpu" or config.freeze or not env.first_of_node():
         return
     memory = estimate(sizes, config, run, least_activations(sizes, param_dtype(config).itemsize), program=0)
     least, there = memory.total - memory.saving, memory_available(plan) + cgroups.swap_free() // run.devices
@@ -87,8 +86,8 @@ def refuse_too_much(plan: Plan) -> None:
 
 
 def least_activations(sizes: ModelConfig, itemsize: int) -> Activations:
-    """What measure_activations would find at least, at once: at great widths it takes minutes."""
-    return Activations(itemsize * (LEAST.get(sizes.model_type, min(LEAST.values())) * sizes.n_embd + 2 * sizes.dim_ffn), 0.0)
+    """Below what measure_activations would find, at once: at great widths it takes minutes. x070 takes about four times as much."""
+    return Activations(itemsize * (4 * sizes.n_embd + sizes.dim_ffn), 0.0)
 
 
 def refuse_too_large(sizes: ModelConfig) -> None:

@@ -106,8 +106,8 @@ def write_init(config: TrainConfig) -> int:
     if data is not None:
         data.check_token_range(sizes.vocab_size)
     tell(config.own_without_effect(sizes))
-    refuse_too_large(sizes)
     if env.first_process():
+        refuse_too_large(sizes)
         with closing(Hold(Path(config.proj_dir))) as hold:
             if not config.dry_run:
                 hold.take()
