@@ -173,10 +173,11 @@ knob() { # NAME VALUE_ON_CPU VALUE_ON_GPU: an exported variable, unless the envi
     export "$1"
 }
 
-forward_signals() { # runs a command to its end; SIGTERM and SIGINT go on to it, so that it can save; returns its exit status
+forward_signals() { # runs a command to its end; SIGTERM, SIGINT and SIGUSR1 go on to it, so that it can save; returns its exit status
     asked= child= status=
     trap 'asked=TERM; pass_on' TERM HUP # before the command is there: without it this shell would end and leave the command alone
     trap 'asked=INT; pass_on' INT
+    trap 'asked=USR1; pass_on' USR1
     "$@" &
     child=$!
     pass_on
@@ -187,7 +188,7 @@ forward_signals() { # runs a command to its end; SIGTERM and SIGINT go on to it,
         [ $ended = 127 ] && [ -n "$status" ] || status=$ended # 127: it had ended when the signal came, and bash as sh knows it no longer
         [ -n "$asked" ] || break # a signal ends wait, not the command
     done
-    trap - TERM HUP INT
+    trap - TERM HUP INT USR1
     return $status
 }
 

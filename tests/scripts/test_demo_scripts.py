@@ -384,6 +384,22 @@ def test_signals_to_the_script_reach_train_py(demo, shell, signal, status):
     assert process.communicate(timeout=20)[0] == "saved\n" and process.returncode == status
 
 
+def test_the_signal_to_save_reaches_the_training_which_goes_on(demo, shell):
+    """As a scheduler sends it before the time is up, to the script alone or to all: it ended the script."""
+    demo.run("demo-training-prepare.sh")
+    (demo.root / "train.py").write_text(
+        "import os, signal\n"
+        "signal.signal(signal.SIGUSR1, lambda number, frame: os.write(1, b'saved\\n'))\n"
+        "print('training', flush=True); signal.pause(); print('trained', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [shell, "demo-training-run.sh"], cwd=demo.root, env={"PATH": str(demo.bin), "PROMPT": ""}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "training\n"
+    subprocess.run(["sh", "-c", f"kill -USR1 {process.pid}"], check=True)
+    assert process.communicate(timeout=20)[0] == "saved\ntrained\n" and process.returncode == 0
+
+
 @pytest.mark.parametrize("signal, status", [("TERM", 143), ("INT", 130)])
 @pytest.mark.parametrize(
     "data, file",
