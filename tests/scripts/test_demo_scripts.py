@@ -388,9 +388,12 @@ def test_the_signal_to_save_reaches_the_training_which_goes_on(demo, shell):
     """As a scheduler sends it before the time is up, to the script alone or to all: it ended the script."""
     demo.run("demo-training-prepare.sh")
     (demo.root / "train.py").write_text(
-        "import os, signal\n"
-        "signal.signal(signal.SIGUSR1, lambda number, frame: os.write(1, b'saved\\n'))\n"
-        "print('training', flush=True); signal.pause(); print('trained', flush=True)\n"
+        "import signal, time\n"
+        "asked = []\n"
+        "signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))\n"
+        "print('training', flush=True)\n"
+        "while not asked: time.sleep(0.05)\n"
+        "print('saved', flush=True); time.sleep(0.5); print('trained', flush=True)\n"
     )
     process = subprocess.Popen(
         [shell, "demo-training-run.sh"], cwd=demo.root, env={"PATH": str(demo.bin), "PROMPT": ""}, stdout=subprocess.PIPE, text=True
