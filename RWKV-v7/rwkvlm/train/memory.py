@@ -18,6 +18,7 @@ train/optimizer.py, DeepSpeed 0.19):
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -67,6 +68,13 @@ class Activations:
     outside: float
 
 
+@dataclass(eq=False)
+class _Saved:
+    """What autograd saves in place of a tensor: it ends with the part of the graph that saved it, which a model may drop on the way."""
+
+    tensor: torch.Tensor
+
+
 def resident() -> int:
     """Bytes of this process in memory; 0 where the system does not say."""
     try:
@@ -91,18 +99,17 @@ def measure_activations(sizes: ModelConfig, config: TrainConfig, device: torch.d
         places = {tensor.untyped_storage().data_ptr() for tensor in own}
 
         def saved(tokens: int) -> int:
-            found: dict[int, int] = {}
+            alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-            def note(tensor: torch.Tensor) -> torch.Tensor:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in places:
-                    found[storage.data_ptr()] = storage.nbytes()
-                return tensor
+            def note(tensor: torch.Tensor) -> _Saved:
+                alive.add(saved := _Saved(tensor))
+                return saved
 
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved.tensor):
                 kept = model.features(torch.zeros(1, tokens, dtype=torch.int64, device=device))
+            storages = {storage.data_ptr(): storage.nbytes() for storage in (saved.tensor.untyped_storage() for saved in alive)}
             del kept
-            return sum(found.values())
+            return sum(nbytes for place, nbytes in storages.items() if place not in places)
 
         return (saved(2 * PROBED_TOKENS) - saved(PROBED_TOKENS)) / PROBED_TOKENS
 
