@@ -195,7 +195,8 @@ def test_the_least_that_a_number_may_be(least, names):
         ("train_stage", (0, 1, 2, 3), (-1, 4)),
         ("grad_cp", (-1, 0, 1), (-2, 2)),
         ("cuda_graphs", (-1, 0, 1), (-2, 2)),
-        ("lr_init", (1.0,), (math.inf, math.nan)),
+        ("lr_init", (1.0,), (math.inf, math.nan, 6e4)),
+        ("lr_final", (0.0, 1.0), (1e5,)),
         *((switch, (0, 1), (-1, 2)) for switch in ("compile", "tensorboard", "doc_reset", "load_partial", "check_kernels")),
     ],
 )

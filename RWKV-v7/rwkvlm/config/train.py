@@ -267,6 +267,9 @@ class TrainConfig:
             raise UserError(f"--cuda_graphs {self.cuda_graphs} is not known; use 0, 1, or -1 (where it helps)")
         if not 0 < self.wsd_decay <= 1:
             raise UserError(f"--wsd_decay {self.wsd_decay} must lie in (0, 1]: a share of the training")
+        for name in ("lr_init", "lr_final"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name} {getattr(self, name):g} must be at most 1: a usual one is 6e-4")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must lie in [0, 1)")

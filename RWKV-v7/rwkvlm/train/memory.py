@@ -34,6 +34,7 @@ from .strategy import Launch, param_dtype
 PROBED_TOKENS = 64
 LOGITS = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes: what cuda/loss/head_ce.cpp keeps; a chunk's logits by ops/cross_entropy/chunked.py
 LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
+HOLES = 1 / 4  # of a block, between the inputs kept by --grad_cp, in glibc's heap: records/2026-11-29-cpu-memory
 FULL = 0.9  # of the memory that is there, at most
 
 
@@ -149,6 +150,8 @@ def estimate(sizes: ModelConfig, config: TrainConfig, run: Launch, activations: 
     kept = activations.outside * tokens
     if config.grad_cp:
         kept += sizes.n_layer * C * b * tokens + activations.block * tokens
+        if cpu:  # what lies between the inputs that are kept comes back to the heap in pieces
+            kept += HOLES * sizes.n_layer * activations.block * tokens
     else:
         kept += (sizes.n_layer + 0.5) * activations.block * tokens  # the backward pass of a block needs some room of its own
     logits = 2 * 4 * V * config.head_chunk
