@@ -25,7 +25,7 @@ import numpy as np
 
 from ..config import UserError
 from ..config.volume import volume
-from .tokens import Tokens
+from .tokens import Tokens, refuse_if_cut
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -71,7 +71,8 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        n_bytes = path.stat().st_size
+        self.status = path.stat()
+        n_bytes = self.status.st_size
         if n_bytes < HEADER.size:
             raise UserError(f"{path} is {n_bytes} bytes long, shorter than its {HEADER.size}-byte header; copy or make it again")
         with open(path, "rb") as file:
@@ -217,6 +218,7 @@ class BinIdx(Tokens):
         return self.index.n_docs
 
     def document_starts(self, first: int, stop: int) -> list[int]:
+        refuse_if_cut(self.idx_path, self.index.status)
         found, i = set(), bisect_left(range(self.n_docs), first, key=lambda i: self.index.span(i)[0])
         while i < self.n_docs and (start := self.index.span(i)[0]) < stop:
             found.add(start)  # once, where documents are empty
