@@ -209,6 +209,7 @@ CASES = {
     "dim_att": (lambda d, f: dict(dim_att=32), "--dim_att 32 differs from --n_embd 64"),
     "proj_dir below a file": (lambda d, f: dict(proj_dir=regular_file(f) / "out"), "cannot be written: "),
     "proj_dir is a file": (lambda d, f: dict(proj_dir=regular_file(f)), "cannot be written: "),
+    "proj_dir that is not UTF-8": (lambda d, f: dict(proj_dir=f / "\udce9"), "PyTorch opens no file in a folder whose name is not UTF-8"),
     "stage 1 over a run": (lambda d, f: held(f, "rwkv-3.pth") | dict(train_stage=1), "would overwrite the run in"),
     "stage 0 over a run": (lambda d, f: held(f, "rwkv-3.pth") | NEW, "continue it with --train_stage 3"),
     "stage 0 over a finished run": (

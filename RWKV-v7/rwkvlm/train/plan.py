@@ -236,7 +236,10 @@ def check_folder(config: TrainConfig) -> None:
     """
     folder = Path(config.proj_dir)
     try:
+        str(folder).encode()
         try_folder(folder)
+    except UnicodeEncodeError:
+        raise UserError(f"--proj_dir {folder}: PyTorch opens no file in a folder whose name is not UTF-8; choose another one") from None
     except OSError as error:
         raise UserError(
             f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions"
