@@ -32,6 +32,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are float64 officially: not tokens
 INDEX_BYTES = 20  # of the .idx for a document
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+MOST_TOKENS = (1 << 31) - 1  # of an item: its size has 31 bits
 
 BLOCK = 1 << 20  # entries looked at together, so that checks of any file run in bounded memory
 
