@@ -133,3 +133,36 @@ def test_deleting_old_weights_or_touching_them_is_allowed(tmp_path):
     (tmp_path / "rwkv-0.pth").unlink()
     (tmp_path / "rwkv-2.pth").touch()
     assert ledger.why_stale(tmp_path, recorded) == ""
+
+
+def test_no_damage_of_a_file_is_more_than_unreadable(tmp_path):
+    """Python's reader of zip files raises errors of many kinds."""
+    ledger.publish_weights(tmp_path, "rwkv-0.pth", {"x": torch.ones(1)})
+    path = tmp_path / "rwkv-0.pth"
+    whole = path.read_bytes()
+    for at in range(whole.index(b"PK\x01\x02"), len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        assert isinstance(ledger.identity(path), str)
+
+
+@pytest.mark.parametrize("name", ["rwkv-1.pth", "rwkv-2.pth", "rwkv-5.pth"])
+def test_damaged_weights_cost_no_state(tmp_path, capsys, name):
+    """Those that were saved with it, newer ones of the run, others: nobody can want the run to go on from them."""
+    for n in range(2):
+        ledger.publish_weights(tmp_path, f"rwkv-{n}.pth", weights(n))
+    recorded = ledger.newest_entry(tmp_path)
+    ledger.publish_weights(tmp_path, "rwkv-2.pth", weights(2))
+    path = tmp_path / name
+    whole = path.read_bytes() if path.exists() else b""
+    path.write_bytes(whole[:-100])
+    assert ledger.why_stale(tmp_path, recorded) == "" == ledger.why_stale(tmp_path, ledger.newest_entry(tmp_path))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        f"checkpoint {path} is truncated or not a PyTorch weights file; copy or download it again; the training state does not need it"
+    )
+    later = ledger.newest_entry(tmp_path)
+    if whole:  # the copy is put back
+        path.write_bytes(whole)
+        assert ledger.why_stale(tmp_path, recorded) == "" == ledger.why_stale(tmp_path, later)
+    save_weights(path, weights(9))
+    assert f"{name} is " in ledger.why_stale(tmp_path, recorded)

@@ -1,12 +1,15 @@
 """Files of results: an older one is lost only to a whole new one."""
 
+import errno
 import json
 import os
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from rwkvlm.checkpoint.place import try_folder, write_json
+from rwkvlm.checkpoint.place import try_folder, write_atomically, write_json
 from rwkvlm.config import UserError
 
 
@@ -29,6 +32,21 @@ def test_an_older_file_outlives_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--out .*results.json cannot be written: No space left on device; free some space"):
         write_json(path, {"loss": 1.25}, "--out", "free some space")
     assert json.loads(path.read_text()) == {"loss": 1.5} and os.listdir(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize("code, written", [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch, code, written):
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with nullcontext() if written else pytest.raises(OSError):
+        write_atomically(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
 
 
 def test_a_pipe_is_written_to(tmp_path):

@@ -1,3 +1,4 @@
+import sys
 import zipfile
 
 import pytest
@@ -193,6 +194,13 @@ def test_missing_file_and_folder(tmp_path):
         with pytest.raises(UserError, match=what) as caught:
             load_weights(path)
         one_line(caught)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="no file has such a name there")
+def test_a_name_that_is_not_utf_8(file):
+    with pytest.raises(UserError, match="is not UTF-8; rename it") as caught:
+        load_weights(file.rename(file.with_name("\udce9.pth")))
+    one_line(caught)
 
 
 def test_other_models_are_refused():

@@ -15,6 +15,7 @@ from rwkvlm.data.ahead import Ahead
 from rwkvlm.data.binidx import BinIdx, BinIdxWriter
 from rwkvlm.data.dataset import RankBatches, TrainingSamples
 from rwkvlm.data.formats import NumpyTokens, TextTokens
+from rwkvlm.data.reset import ResetSamples
 from rwkvlm.data.sampler import chunk_of, magic_prime
 
 CTX = 64
@@ -89,6 +90,16 @@ def test_a_file_that_is_cut_before_the_first_batch_is_one_too(samples):
     os.truncate(samples.data.bin_path, 4096)
     with pytest.raises(UserError, match="has 4096 bytes, and had 120000 when this began"):
         next(iter(Ahead(samples, RankBatches(0, 1, 4, 100))))
+
+
+def test_an_index_that_is_cut_is_one_where_documents_are_asked_for(samples):
+    """As by `cp other.idx data.idx`: --doc_reset reads it all the time."""
+    reset = ResetSamples(samples)
+    path = samples.data.idx_path
+    os.truncate(path, 0)
+    with pytest.raises(UserError, match=f"^{path} has 0 bytes, and had 62 when this began; put the whole file back, then start again$"):
+        next(iter(Ahead(reset, RankBatches(0, 1, 4, 100))))
+    next(iter(Ahead(samples, RankBatches(0, 1, 4, 100))))
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_whole_until_the_end(samples, tmp_path):

@@ -106,6 +106,19 @@ def test_no_moment_shows_a_mixed_pair(tmp_path, monkeypatch):
         BinIdx(tmp_path / "a")
 
 
+def test_two_processes_never_write_the_same_pair(tmp_path):
+    (tmp_path / "a.bin.partial").write_bytes(bytes(100))  # a killed one's is in nobody's way
+    with BinIdxWriter(tmp_path / "a") as out:
+        out.add([1, 0])
+        with pytest.raises(UserError, match="another process is writing .*a.bin; wait for it, or choose another --out"):
+            BinIdxWriter(tmp_path / "a")
+        out.add([2, 0])
+    assert BinIdx(tmp_path / "a").tokens.tolist() == [1, 0, 2, 0] and sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
+    with BinIdxWriter(tmp_path / "a") as out:
+        out.add([3, 0])
+    assert BinIdx(tmp_path / "a").tokens.tolist() == [3, 0]
+
+
 @pytest.mark.parametrize("token", [-1, 65536])
 def test_writer_never_wraps_a_token(tmp_path, token):
     with pytest.raises(ValueError, match=str(token)), BinIdxWriter(tmp_path / "a") as out:

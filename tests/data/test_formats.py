@@ -102,7 +102,9 @@ def test_what_is_no_row_of_tokens(tmp_path):
     np.save(path, np.arange(1000))
     whole = path.read_bytes()
     np.savez(tmp_path / "b.npz", a=np.arange(5))
-    for damaged in (whole[:20], whole[:-8], b"\x93NUMPY", b"text", (tmp_path / "b.npz").read_bytes()):
+    spoilt = (b"1000,)", b"1000,("), (b"1000", b"0100"), (b" 'fortran", b"b'fortran"), (b"1000,), }" + b" " * 20, b"%d,), }" % (1 << 63))
+    headers = [whole.replace(right, wrong.ljust(len(right))) for right, wrong in spoilt]
+    for damaged in (*headers, whole[:20], whole[:-8], b"\x93NUMPY", b"text", (tmp_path / "b.npz").read_bytes()):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="a.npy") as caught:
             NumpyTokens(path)

@@ -197,6 +197,17 @@ def test_a_document_too_large_for_memory_is_copied_in_parts(tmp_path, monkeypatc
     assert [len(part) for part in found] == [4, 4] and sorted(found[0] + found[1]) == sorted(d.tolist() for d in documents)
 
 
+@pytest.mark.parametrize("make", [lambda p, out: merge([(p, 1)], out), lambda p, out: split(p, out, 2)])
+def test_a_document_of_more_tokens_than_an_index_counts(tmp_path, monkeypatch, make):
+    """Megatron's tools make documents of several items, of which each is counted by itself."""
+    for module, name, value in (survey, "TOKENS", 100), (rewrite, "TOKENS", 100), (rewrite, "MOST_TOKENS", 500):
+        monkeypatch.setattr(module, name, value)
+    prefix = write(tmp_path / "a", [np.ones(n, np.uint16) for n in (5, 501, 3, 500)])
+    with pytest.raises(UserError, match="a has a document of 501 tokens, and an index counts 500 of one at most; make the pair again"):
+        make(prefix, str(tmp_path / "c"))
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
+
+
 @pytest.mark.parametrize("compared", [1 << 20, 40])
 def test_copies_on_both_sides_are_told(tmp_path, monkeypatch, compared):
     """Held out of a pair that make_data.py has copied, a document is trained on all the same."""

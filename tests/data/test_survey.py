@@ -50,6 +50,15 @@ def test_a_large_file_is_looked_at_in_places(tmp_path, monkeypatch):
     assert seen.lengths == (0,) * 7 + (1000,) and seen.shortest == seen.longest == 100  # sizes are all counted
 
 
+def test_of_a_long_document_the_end_is_looked_at(tmp_path, monkeypatch):
+    """A .txt is one document, of any size."""
+    monkeypatch.setattr(module, "TOKENS", 1000)
+    docs = [[7] * 49999 + [0], [5, 0], *([9] * 30000 for _ in range(3)), [3, 0], [7] * 999 + [0]]
+    seen = survey(write(tmp_path / "a", docs), limit=20000)
+    assert (seen.documents, seen.tokens, seen.ended, seen.inside) == (7, 5 * 1000 + 2 * 2, 4, 0)
+    assert (seen.smallest, seen.largest, seen.longest) == (0, 9, 50000)
+
+
 def test_documents_of_several_items(tmp_path):
     """As Megatron writes them; and the [0] of its older merge tool, where every item is a document."""
     data = write(tmp_path / "a", [[1, 2], [3, 0], [4], [], [5, 0]])

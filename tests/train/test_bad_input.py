@@ -88,6 +88,12 @@ def regular_file(folder: Path) -> Path:
     return folder / "file"
 
 
+def link_to_nowhere(folder: Path) -> Path:
+    (folder / "out").mkdir()
+    (folder / "out" / "state").symlink_to(folder / "disk")
+    return folder / "out"
+
+
 CASES = {
     "no data_file": (lambda d, f: dict(data_file=None), "--data_file is missing; give the path without .bin/.idx"),
     "missing data file": (lambda d, f: dict(data_file=f / "none"), "none.idx does not exist; give the path without .bin/.idx"),
@@ -209,6 +215,11 @@ CASES = {
     "dim_att": (lambda d, f: dict(dim_att=32), "--dim_att 32 differs from --n_embd 64"),
     "proj_dir below a file": (lambda d, f: dict(proj_dir=regular_file(f) / "out"), "cannot be written: "),
     "proj_dir is a file": (lambda d, f: dict(proj_dir=regular_file(f)), "cannot be written: "),
+    "proj_dir that is not UTF-8": (lambda d, f: dict(proj_dir=f / "\udce9"), "PyTorch opens no file in a folder whose name is not UTF-8"),
+    "training states on a disk that is not mounted": (
+        lambda d, f: dict(proj_dir=link_to_nowhere(f)),
+        "out/state cannot be written: {folder}/out/state is a link to {folder}/disk, which is not there; choose another folder",
+    ),
     "stage 1 over a run": (lambda d, f: held(f, "rwkv-3.pth") | dict(train_stage=1), "would overwrite the run in"),
     "stage 0 over a run": (lambda d, f: held(f, "rwkv-3.pth") | NEW, "continue it with --train_stage 3"),
     "stage 0 over a finished run": (

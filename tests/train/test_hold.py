@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ import pytest
 
 from rwkvlm.config import UserError
 from rwkvlm.config.locks import try_lock
-from rwkvlm.train import hold
+from rwkvlm.train import hold, saver
 from rwkvlm.train import run as running
+from rwkvlm.train.health import Health
 from rwkvlm.train.hold import HELD, Hold, last_holder
 from rwkvlm.train.logs.metrics import Metrics
 from rwkvlm.train.run import PlannedModule
@@ -105,6 +107,29 @@ def test_two_preparations_never_write_the_same_weights(run, tmp_path, monkeypatc
         monkeypatch.setattr(running, "model_sizes", checked)
         assert run(out, train_stage=1) == 2
         assert f"--train_stage 1 would overwrite the run in {out} (it holds state/)" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_lets_go_when_it_has_saved(run, tmp_path, monkeypatch, capsys):
+    """Another one that begins while the first still writes would find less than will be there, and write between."""
+    out, write, keep, held, failed = tmp_path / "out", saver.write, Health.keep, [], threading.Event()
+
+    def late(*arguments):
+        failed.wait()
+        time.sleep(1)
+        with open(out / HELD, "a") as file:
+            held.append(not try_lock(file))
+        return write(*arguments)
+
+    def fail(self):
+        keep(self)
+        if self.position.step == 2:
+            failed.set()
+            raise UserError("no more")
+
+    monkeypatch.setattr(saver, "write", late)
+    monkeypatch.setattr(Health, "keep", fail)
+    assert run(out, save_steps=1) == 2 and "error: no more\n" in capsys.readouterr().err
+    assert held == [True] and (out / "state" / "latest").read_text() == "step1"
 
 
 def test_a_killed_run_blocks_nobody(run, tmp_path):

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..config import UserError
 from . import ranks
 from .place import write_atomically
-from .pth import newest_weights, save_weights
+from .pth import load_weights, newest_weights, save_weights
 
 
 def identity(path: Path) -> str:
@@ -30,7 +31,7 @@ def identity(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = sorted((e.filename.partition("/")[2], e.file_size, e.CRC) for e in archive.infolist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):  # a later format, names that are no UTF-8
         return ""
     return hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
 
@@ -81,16 +82,31 @@ def newest_entry(proj_dir: Path) -> list | None:
 def why_stale(proj_dir: Path, recorded: list | None) -> str:
     """Why a state that recorded this entry must not be used; "" when it may.
 
-    The weights that were newest then must be there unchanged, and newer ones must be this run's own.
+    The weights that were newest then must be there, and nobody may have put others there, in their place or as newer ones.
     """
     name, mini_epoch, content = recorded or ("", -2, "")
     if name and not (proj_dir / name).is_file():
         return f"{name}, saved with it, is gone"
-    if name and identity(proj_dir / name) != content:
+    if name and identity(proj_dir / name) != content and _is_wish(proj_dir / name):
         return f"{name} is not the file that was saved with it"
     for path in sorted(proj_dir.glob("rwkv-*.pth")):
         label = path.stem.removeprefix("rwkv-")
         newer = int(label) > mini_epoch if label.isdecimal() else label == "init" and mini_epoch < -1
-        if newer and not is_own(path):
+        if newer and _is_wish(path):
             return f"{path.name} is newer and was not written by this run"
     return ""
+
+
+def _is_wish(path: Path) -> bool:
+    """Whether someone wants the run to go on from this file: who, the run itself apart, has put it there, and it can be read.
+
+    A damaged one is nobody's wish, and costs no training state; it is reported.
+    """
+    if is_own(path):
+        return False
+    try:
+        load_weights(path)
+    except UserError as error:
+        ranks.say(f"{error}; the training state does not need it")
+        return False
+    return True

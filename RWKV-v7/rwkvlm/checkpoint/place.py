@@ -79,9 +79,12 @@ def prepare_file(file: Path, text: str) -> Callable[[], None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside folder survive a power cut."""
+    """Makes renames inside folder survive a power cut. File systems that cannot (SMB of older kernels, some of FUSE) say EINVAL."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)

@@ -100,6 +100,8 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # of any kind: torch's reader runs over whatever bytes a file holds as if they were a pickle's
         if isinstance(error, PermissionError):
             raise UserError(f"checkpoint {path} may not be read; change its permissions") from error
+        if isinstance(error, UnicodeEncodeError):
+            raise UserError(f"checkpoint {path}: PyTorch opens no file whose name, folders included, is not UTF-8; rename it") from error
         raise UserError(f"checkpoint {path} is truncated or not a PyTorch weights file; copy or download it again") from error
     if not isinstance(content, dict) or not content:
         raise UserError(

@@ -24,13 +24,15 @@ from typing import BinaryIO
 import numpy as np
 
 from ..config import UserError
+from ..config.locks import try_lock
 from ..config.volume import volume
-from .tokens import Tokens
+from .tokens import Tokens, refuse_if_cut
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are float64 officially: not tokens
 INDEX_BYTES = 20  # of the .idx for a document
+MOST_TOKENS = (1 << 31) - 1  # of an item: its size has 31 bits
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 
 BLOCK = 1 << 20  # entries looked at together, so that checks of any file run in bounded memory
@@ -71,7 +73,8 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        n_bytes = path.stat().st_size
+        self.status = path.stat()
+        n_bytes = self.status.st_size
         if n_bytes < HEADER.size:
             raise UserError(f"{path} is {n_bytes} bytes long, shorter than its {HEADER.size}-byte header; copy or make it again")
         with open(path, "rb") as file:
@@ -217,6 +220,7 @@ class BinIdx(Tokens):
         return self.index.n_docs
 
     def document_starts(self, first: int, stop: int) -> list[int]:
+        refuse_if_cut(self.idx_path, self.index.status)
         found, i = set(), bisect_left(range(self.n_docs), first, key=lambda i: self.index.span(i)[0])
         while i < self.n_docs and (start := self.index.span(i)[0]) < stop:
             found.add(start)  # once, where documents are empty
@@ -235,7 +239,8 @@ class BinIdxWriter:
     """Writes {prefix}.bin and {prefix}.idx, one item per document, as a context manager.
 
     Everything goes to *.partial files; leaving the block without an exception renames both into place, with one removes
-    them. An older .idx is removed before the new .bin appears, so at no moment can a reader see a mixed pair.
+    them. An older .idx is removed before the new .bin appears, so at no moment can a reader see a mixed pair. UserError while
+    another process writes the same pair.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type | str = np.uint16) -> None:
@@ -248,8 +253,12 @@ class BinIdxWriter:
         self._files: list[BinaryIO] = []
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-            for path, mode in zip(self._partial, ("wb", "w+b")):
-                self._files.append(open(path, mode, buffering=1 << 20))
+            for path in self._partial:
+                path.touch()
+                self._files.append(open(path, "r+b", buffering=1 << 20))
+                if not try_lock(self._files[-1]):
+                    raise UserError(f"another process is writing {self.bin_path}; wait for it, or choose another --out")
+                self._files[-1].truncate()
             self._bin, self._idx = self._files
             self._idx.write(bytes(HEADER.size))
         except OSError as error:

@@ -28,7 +28,7 @@ class NumpyTokens(Tokens):
         self.prefix, self.file = str(path), _existing(path)
         try:
             self.tokens = np.load(self.file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+        except Exception as error:  # of any kind: to numpy whatever bytes the header holds are a Python expression
             raise UserError(
                 f"data file {path} is not a .npy file that can be read: {' '.join(str(error).split())}; save it again with numpy.save"
             ) from None

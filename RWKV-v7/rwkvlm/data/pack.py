@@ -21,7 +21,7 @@ import numpy as np
 
 from ..config import UserError
 from ..config.cgroups import cpus
-from .binidx import INDEX_BYTES, BinIdxWriter, bin_path, check_prefix, check_room, idx_path
+from .binidx import INDEX_BYTES, MOST_TOKENS, BinIdxWriter, bin_path, check_prefix, check_room, idx_path
 from .documents import STDIN, BadInput, Block, kind, parse, read_blocks, where
 from .shuffle import Documents, Long, draw, keys, shuffled
 from .tokenizer import END_OF_DOCUMENT, Texts, Tokenizer
@@ -30,7 +30,6 @@ from .unfinished import LISTED, Progress, Unfinished
 ROUND_TRIPS = 200  # every so many-th document, or part of one, is decoded again and compared
 FIRST = 40  # and before that so many documents
 IN_WORK = 64 << 20  # bytes of blocks that are in work at a time, or one larger block
-MOST_TOKENS = (1 << 31) - 1  # of a document: the index counts them in 31 bits
 HELD_OUT = 0x76616C  # "val": the seed of the held-out documents, apart from every copy's
 
 

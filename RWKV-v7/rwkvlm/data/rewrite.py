@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import UserError
-from .binidx import INDEX_BYTES, BinIdx, BinIdxWriter, check_prefix, check_room
+from .binidx import INDEX_BYTES, MOST_TOKENS, BinIdx, BinIdxWriter, check_prefix, check_room
 from .shuffle import draw, keys
 from .survey import DOCUMENTS, TOKENS, Say, runs
 
@@ -111,6 +111,11 @@ def _write(writer: BinIdxWriter, data: BinIdx, ends: np.ndarray, chosen: np.ndar
     sizes = np.diff(ends)
     if len(sizes) == 1 and sizes[0] > TOKENS:
         if chosen is None or chosen[0]:
+            if sizes[0] > MOST_TOKENS:  # of several items, which become one
+                raise UserError(
+                    f"{data.prefix} has a document of {sizes[0]} tokens, and an index counts {MOST_TOKENS} of one at most; "
+                    "make the pair again from shorter documents"
+                )
             writer.add_long(_narrow(data, writer, data.tokens[at : min(at + TOKENS, ends[1])]) for at in range(ends[0], ends[1], TOKENS))
         return
     tokens = data.tokens[ends[0] : ends[-1]]

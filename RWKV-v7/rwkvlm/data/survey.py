@@ -60,14 +60,17 @@ def runs(data: BinIdx) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _spread(data: BinIdx, limit: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Some of the runs, evenly spread, about `limit` bytes in all."""
+    """Some of the runs, evenly spread, about `limit` bytes in all; of a document that is longer than a run, its end."""
     n = max(1, limit // (TOKENS * data.dtype.itemsize))
     mean = max(1, data.n_tokens // data.n_docs)
     for k in range(n):
         first = k * data.n_docs // n
         last = min(data.n_docs, (k + 1) * data.n_docs // n, first + max(1, TOKENS // mean))
         if last > first:
-            yield first, bounds(data, first, last)
+            ends = bounds(data, first, last)
+            ends = ends[: max(2, int(np.searchsorted(ends, ends[0] + TOKENS, side="right")))]
+            ends[0] = max(ends[0], ends[1] - TOKENS)
+            yield first, ends
 
 
 def survey(data: BinIdx, limit: int | None = SCAN_LIMIT, progress: Say = lambda done, total: None) -> Survey:

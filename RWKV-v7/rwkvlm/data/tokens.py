@@ -34,6 +34,20 @@ class TokenRange:
         return f"token ids {self.smallest} to {self.largest} ({how} checked)"
 
 
+def refuse_if_cut(file: Path, then: os.stat_result) -> None:
+    """UserError where a mapped file has another size than it had then.
+
+    A process that reads a mapped file behind its end is killed (SIGBUS). A file that was replaced by another one, as
+    make_data.py does it, is no problem: the old one stays whole as long as it is mapped.
+    """
+    with suppress(OSError):
+        now = os.stat(file)
+        if (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino) and now.st_size != then.st_size:
+            raise UserError(
+                f"{file} has {now.st_size} bytes, and had {then.st_size} when this began; put the whole file back, then start again"
+            )
+
+
 class Tokens:
     """A long row of tokens in a file. The constructor takes the prefix.
 
@@ -75,19 +89,10 @@ class Tokens:
         return os.stat(self.file)
 
     def refuse_if_cut(self) -> None:
-        """UserError where the file has another size than when this was first called.
-
-        A process that reads a mapped file behind its end is killed (SIGBUS). A file that was replaced by another one, as
-        make_data.py does it, is no problem: the old one stays whole as long as it is mapped.
-        """
+        """UserError where the file has another size than when this was first called."""
         then = self._mapped
-        with suppress(OSError):
-            now = os.stat(self.file)
-            if self._mapping is not None and (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino) and now.st_size != then.st_size:
-                raise UserError(
-                    f"{self.file} has {now.st_size} bytes, and had {then.st_size} when this began; "
-                    "put the whole file back, then start again"
-                )
+        if self._mapping is not None:
+            refuse_if_cut(self.file, then)
 
     def like(self, prefix: str) -> Tokens:
         """Another file of the same format and vocabulary."""

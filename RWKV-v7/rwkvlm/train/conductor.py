@@ -39,6 +39,7 @@ class Conductor(pl.Callback):
         self.exit_code = 0
         self.steps_made = 0
         self.signals = Signals()
+        self.saver: Saver | None = None
 
     def setup(self, trainer: pl.Trainer, module: TrainModule, stage: str) -> None:
         """Before the model is built; the processes can talk to each other."""
@@ -151,6 +152,12 @@ class Conductor(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: TrainModule, exception: BaseException) -> None:
         if self.watch is not None:
             self.watch.report(exception)
+
+    def close(self) -> None:
+        """After `fit`, however it has ended: what is being saved is on the disk. Where there are several processes the Watch ends them."""
+        self.signals.restore()
+        if self.saver is not None and self.watch is None:
+            self.saver.close()
 
     def on_train_end(self, trainer: pl.Trainer, module: TrainModule) -> None:
         self.agreement.finish()

@@ -230,16 +230,20 @@ def check_data(config: TrainConfig) -> tuple[TrainConfig, Mixture]:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """UserError where proj_dir, or the folder where it would be made, cannot be written to.
+    """UserError where proj_dir, or its state/, or the folder where they would be made, cannot be written to.
 
-    It is made with the first file in it: a refused run leaves nothing.
+    They are made with the first file in them: a refused run leaves nothing.
     """
     folder = Path(config.proj_dir)
     try:
-        try_folder(folder)
+        str(folder).encode()
+        for place in (folder, folder / "state"):
+            try_folder(place)
+    except UnicodeEncodeError:
+        raise UserError(f"--proj_dir {folder}: PyTorch opens no file in a folder whose name is not UTF-8; choose another one") from None
     except OSError as error:
         raise UserError(
-            f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions"
+            f"--proj_dir {place} cannot be written: {error.strerror or error}; choose another folder or change its permissions"
         ) from None
 
 

@@ -181,7 +181,7 @@ def train(plan: Plan, strategy: Strategy) -> int:
         )
         return 1
     finally:
-        conductor.signals.restore()
+        conductor.close()
         hold.close()
     if watch is None:
         return conductor.exit_code

@@ -53,6 +53,10 @@ class Saver:
             under_way, self._under_way = self._under_way, None
             under_way.result()
 
+    def close(self) -> None:
+        """As `wait`, for a run that has failed: another error adds nothing."""
+        self._thread.shutdown()
+
     def _write(
         self, weights: list[str], tensors: dict[str, torch.Tensor], captured: Captured | None, step: int, meta: dict, last: bool
     ) -> None:
