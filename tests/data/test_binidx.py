@@ -113,6 +113,9 @@ def test_two_processes_never_write_the_same_pair(tmp_path):
         with pytest.raises(UserError, match="another process is writing .*a.bin; wait for it, or choose another --out"):
             BinIdxWriter(tmp_path / "a")
         out.add([2, 0])
+        out.seal()  # until it is in its place
+        with pytest.raises(UserError, match="another process is writing .*a.bin"):
+            BinIdxWriter(tmp_path / "a")
     assert BinIdx(tmp_path / "a").tokens.tolist() == [1, 0, 2, 0] and sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
     with BinIdxWriter(tmp_path / "a") as out:
         out.add([3, 0])

@@ -251,12 +251,13 @@ class BinIdxWriter:
         self._partial = [path.with_name(path.name + ".partial") for path in (self.bin_path, self.idx_path)]
         self.n_tokens = self.n_docs = 0
         self._files: list[BinaryIO] = []
+        self._sealed = False
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
             for path in self._partial:
                 path.touch()
                 self._files.append(open(path, "r+b", buffering=1 << 20))
-                if not try_lock(self._files[-1]):
+                if not try_lock(self._files[-1]) or not path.exists() or not os.path.samefile(self._files[-1].fileno(), path):
                     raise UserError(f"another process is writing {self.bin_path}; wait for it, or choose another --out")
                 self._files[-1].truncate()
             self._bin, self._idx = self._files
@@ -302,21 +303,24 @@ class BinIdxWriter:
             if kind is None:
                 self.seal()
                 self.idx_path.unlink(missing_ok=True)
-                for partial, path in zip(self._partial, (self.bin_path, self.idx_path)):
-                    os.replace(partial, path)
+                for path in (self.bin_path, self.idx_path):
+                    os.replace(self._partial[0], path)
+                    del self._partial[0]
         finally:
             self._discard()
 
     def _discard(self) -> None:
-        """Closes and removes what is not in its place."""
-        for file, path in zip(self._files, self._partial):
+        """Removes what is not in its place, and closes the files, which lets go of their locks."""
+        for path in self._partial:
+            with suppress(OSError):
+                path.unlink()
+        for file in self._files:
             with suppress(OSError):  # a full disk takes the last block no better now, and what was not sealed is to go
                 file.close()
-            path.unlink(missing_ok=True)
 
     def seal(self) -> None:
         """Complete both files on disk, so that only renaming is left; to be called before leaving several writers together."""
-        if self._bin.closed:
+        if self._sealed:
             return
         idx, n, end = self._idx, self.n_docs, 0
         for first in range(0, n, BLOCK):
@@ -334,4 +338,4 @@ class BinIdxWriter:
         for file in (idx, self._bin):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
+        self._sealed = True
