@@ -218,7 +218,7 @@ CASES = {
     "proj_dir that is not UTF-8": (lambda d, f: dict(proj_dir=f / "\udce9"), "PyTorch opens no file in a folder whose name is not UTF-8"),
     "training states on a disk that is not mounted": (
         lambda d, f: dict(proj_dir=link_to_nowhere(f)),
-        "out/state cannot be written: {folder}/out/state is a link to {folder}/disk, which is not there; choose another folder",
+        "out cannot be written: {folder}/out/state is a link to {folder}/disk, which is not there; choose another folder",
     ),
     "stage 1 over a run": (lambda d, f: held(f, "rwkv-3.pth") | dict(train_stage=1), "would overwrite the run in"),
     "stage 0 over a run": (lambda d, f: held(f, "rwkv-3.pth") | NEW, "continue it with --train_stage 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 
 from .. import models
 from ..checkpoint import ranks
-from ..checkpoint.place import try_folder
+from ..checkpoint.place import nearest, try_folder
 from ..checkpoint.state import check, say_damaged
 from ..config import PhantomConfig, TrainConfig, UserError, env
 from ..config.errors import pip_install
@@ -235,15 +236,18 @@ def check_folder(config: TrainConfig) -> None:
     They are made with the first file in them: a refused run leaves nothing.
     """
     folder = Path(config.proj_dir)
+    states = folder / "state"
     try:
         str(folder).encode()
-        for place in (folder, folder / "state"):
-            try_folder(place)
+        try_folder(folder)
+        # asked and not tried: a finished run stays as it is, dates included
+        if nearest(states) == states and not os.access(states, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError("its state/ may not be read or not be written")
     except UnicodeEncodeError:
         raise UserError(f"--proj_dir {folder}: PyTorch opens no file in a folder whose name is not UTF-8; choose another one") from None
     except OSError as error:
         raise UserError(
-            f"--proj_dir {place} cannot be written: {error.strerror or error}; choose another folder or change its permissions"
+            f"--proj_dir {folder} cannot be written: {error.strerror or error}; choose another folder or change its permissions"
         ) from None
 
 
