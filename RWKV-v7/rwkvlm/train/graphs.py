@@ -82,9 +82,9 @@ class Recorder:
         try:
             graph.pool()  # there where the recording has ended as it should
         except RuntimeError:
-            with suppress(RuntimeError):  # 2.13 has said this itself
-                torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
-            torch._C._cuda_releasePool(self.stream.device_index, self.pool)
+            for leave in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with suppress(RuntimeError, AttributeError):  # 2.13 has said the first itself; the error that led here is the one to tell
+                    getattr(torch._C, leave)(self.stream.device_index, self.pool)
 
 
 class BlockGraphs:
