@@ -18,8 +18,9 @@ from rwkvlm.data.binidx import BinIdxWriter
 from rwkvlm.models import build, init_weights
 from rwkvlm.ops import backend
 from rwkvlm.ops.cross_entropy import head_cross_entropy
+from rwkvlm.train import graphs
 from rwkvlm.train.flops import peak_flops
-from rwkvlm.train.graphs import graph_blocks
+from rwkvlm.train.graphs import graph_blocks, try_graphs
 from rwkvlm.train.optimizer import MasterAdamW
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -115,6 +116,33 @@ def test_what_is_made_again_takes_no_memory_of_the_gpu():
         loss_of(model, 0, 4, 2048, recompute).backward()
         del model
     assert taken[1] < 0.6 * taken[0]
+
+
+def pools() -> set[tuple[int, int]]:
+    return {segment["segment_pool_id"] for segment in torch.cuda.memory_snapshot()}
+
+
+@pytest.mark.parametrize("failure", ["a wait", "an error", "other numbers"])
+def test_graphs_of_a_gpu_that_fail_take_no_memory(monkeypatch, failure):
+    """A wait for the GPU breaks a recording off, and torch would keep the memory of those before it for good."""
+    model, before = model_of(MODELS["x070"], torch.bfloat16), pools()
+    block, eager = model.blocks[2], model.blocks[2].forward
+
+    def forward(x, *more):
+        if torch.cuda.is_current_stream_capturing() and failure == "a wait":
+            x.sum().item()
+        elif torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("refused")
+        return eager(x, *more)
+
+    if failure == "other numbers":
+        monkeypatch.setattr(graphs, "_near", lambda *_: False)
+    else:
+        block.forward = forward
+    assert try_graphs(model, 2, 300).startswith(
+        "they give other numbers" if failure == "other numbers" else "a block cannot be recorded here: "
+    )
+    assert pools() <= before | {(0, 0)}
 
 
 @pytest.mark.parametrize("compiled", [0, 1], ids=["", "compiled"])

@@ -229,25 +229,37 @@ def test_a_block_that_cannot_be_recorded_is_one_line(monkeypatch):
         graph_blocks(build(MODELS["x070"]), 2, 40, recorder=Refusing(3))
 
 
-def test_the_stream_is_the_one_before_where_a_recording_fails(monkeypatch):
-    """torch.cuda.graph with torch's own Python, on streams that are numbers: the end of a recording that has failed raises."""
+@pytest.mark.parametrize("version, ended", [("2.13.0", False), ("2.13.0", True), ("2.14.0", False)])
+def test_where_a_recording_fails(monkeypatch, version, ended):
+    """torch.cuda.graph with torch's own Python, on streams that are numbers: the end of a recording that was broken off raises.
 
-    def fail(self):
+    The stream is the one before, and the pool's memory no longer that of a graph that there is not: from 2.14 on torch sees to it.
+    """
+    current, told = [SimpleNamespace(device="cuda:0", device_index=0)], []
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+
+    def fail(self, *_):
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    current = [SimpleNamespace(device="cuda:0")]
+    def work():
+        raise RuntimeError("refused")
+
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *given, name=name: told.append((name, *given)), raising=False)
     monkeypatch.setattr(torch.cuda, "_get_device_index", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", current.append)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), dict(capture_begin=lambda *_, **__: None, capture_end=fail)))
+    end = (lambda self: None) if ended else fail
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), dict(capture_begin=lambda *_, **__: None, capture_end=end, pool=end)))
     recorder = object.__new__(graphs.Recorder)
-    recorder.stream, recorder.pool = SimpleNamespace(device="cuda:0"), None
-    with pytest.raises(RuntimeError, match="previous error during capture"):
-        recorder.record(lambda: None)
+    recorder.stream, recorder.pool = SimpleNamespace(device="cuda:0", device_index=0), (0, 1)
+    with pytest.raises(RuntimeError, match="refused" if ended else "previous error during capture"):
+        recorder.record(work if ended else lambda: None)
     assert recorder.stream in current and current[-1] is current[0]
+    assert told == ([] if ended or version == "2.14.0" else [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1))])
 
 
 class Refusing(Tape):

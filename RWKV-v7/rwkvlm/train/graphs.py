@@ -17,6 +17,7 @@ in the order in which they were recorded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -60,12 +61,30 @@ class Recorder:
 
         Other threads may go on, with NCCL's events and pinned memory.
         """
-        graph = torch.cuda.CUDAGraph()
-        # where a recording fails, torch.cuda.graph leaves its stream the current one: this gives back the one before
-        with torch.cuda.stream(self.stream):
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                results = work()
+        graph, begun = torch.cuda.CUDAGraph(), False
+        try:
+            # where a recording fails, torch.cuda.graph leaves its stream the current one: this gives back the one before
+            with torch.cuda.stream(self.stream):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    begun = True
+                    results = work()
+        except Exception:
+            if begun and torch.__version__ < (2, 14):
+                self._leave_pool(graph)
+            raise
         return graph.replay, results
+
+    def _leave_pool(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A graph gives its memory back when it goes; before torch 2.14 not one whose recording was broken off by CUDA.
+
+        It is counted as a user of the pool for good: nobody else would ever get what the graphs before it had, either.
+        """
+        try:
+            graph.pool()  # there where the recording has ended as it should
+        except RuntimeError:
+            with suppress(RuntimeError):  # 2.13 has said this itself
+                torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            torch._C._cuda_releasePool(self.stream.device_index, self.pool)
 
 
 class BlockGraphs:
