@@ -69,15 +69,15 @@ class Recorder:
                     begun = True
                     results = work()
         except Exception:
-            if begun:
+            if begun and torch.__version__ < (2, 14):
                 self._leave_pool(graph)
             raise
         return graph.replay, results
 
     def _leave_pool(self, graph: torch.cuda.CUDAGraph) -> None:
-        """A graph gives its memory back when it goes, but not one whose recording was broken off by CUDA.
+        """A graph gives its memory back when it goes; before torch 2.14 not one whose recording was broken off by CUDA.
 
-        Then torch counts it as a user of the pool for good: nobody else would ever get what the graphs before it had, either.
+        It is counted as a user of the pool for good: nobody else would ever get what the graphs before it had, either.
         """
         try:
             graph.pool()  # there where the recording has ended as it should
