@@ -402,7 +402,7 @@ def test_a_probe_that_fails_says_why(run, tmp_path, capsys, monkeypatch):
     assert "time      the probe failed: --head_size 7 is not supported" in capsys.readouterr().out
 
 
-BF16 = "fp32" if native.why_not(torch.bfloat16, 256) else "bf16"  # elsewhere a step would take a minute
+BF16 = "fp32" if native.why_not(torch.bfloat16, 256) else "bf16"  # without bf16 products a step would take a minute
 CONFIGURATIONS = {
     "large vocabulary": dict(precision="fp32", vocab_size=65536, micro_bsz=4),
     "large batch": dict(precision=BF16, n_layer=6, vocab_size=8192, micro_bsz=16),

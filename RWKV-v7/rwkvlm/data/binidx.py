@@ -257,6 +257,7 @@ class BinIdxWriter:
             for path in self._partial:
                 path.touch()
                 self._files.append(open(path, "r+b", buffering=1 << 20))
+                # one that was put into its place before the lock was had is not there any more
                 if not try_lock(self._files[-1]) or not path.exists() or not os.path.samefile(self._files[-1].fileno(), path):
                     raise UserError(f"another process is writing {self.bin_path}; wait for it, or choose another --out")
                 self._files[-1].truncate()

@@ -7,7 +7,8 @@ train/optimizer.py, DeepSpeed 0.19):
     gradients    b P, of several micro batches 4 P; DDP: its buckets too, b P; the optimizer in plain PyTorch copies them, 4 P.
                  ZeRO-1: 4 P, and in bf16 b P.  ZeRO-2, 3: 4 P / W, and the reduction's bucket
     optimizer    fp32: 8 P, bf16: 12 P; ZeRO: 12 P / W, in both precisions
-    activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks
+    activations  what the forward pass keeps for the backward pass: of a token in a block, and of a token outside the blocks; with
+                 --grad_cp the blocks' inputs and one block, on a CPU also HOLES of each block
     graphs       CUDA graphs: gradients where they are written, b P of the blocks, and in each block those of x and v_first
     head         its gradient, summed in fp32, and the logits of a chunk of tokens
     saving       on a CPU: the copy that is written while training goes on, 12 P / W and 2 A (weights, the first process)
