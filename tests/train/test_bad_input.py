@@ -289,7 +289,7 @@ def test_the_newest_checkpoint_unreadable_the_one_before_is_used(run, tmp_path, 
     (out / "rwkv-2.pth").write_bytes((out / "rwkv-2.pth").read_bytes()[:1000])
     assert run(out, max_steps=1, my_exit_tokens=60000) == 0
     out_text, err = capfd.readouterr()
-    assert "rwkv-2.pth is truncated" in err and "trying the one before it" in err and "rwkv-1.pth; " in out_text
+    assert "rwkv-2.pth is truncated" in err and "looking for an older one" in err and "rwkv-1.pth; " in out_text
     assert " steps to go, 1 of them now (--max_steps)\n" in out_text
 
 

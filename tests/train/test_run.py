@@ -117,13 +117,20 @@ def test_a_finished_run_says_so(whole, run, capsys):
     assert before == {name: (whole / name).stat().st_mtime_ns for name in files(whole)}
 
 
-def test_only_the_final_weights_missing_are_written_from_the_state(whole, run, tmp_path, capsys):
+@pytest.mark.parametrize("damaged", [False, True], ids=["missing", "damaged"])
+def test_only_the_final_weights_lost_are_written_from_the_state(whole, run, tmp_path, capsys, damaged):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    (copy / "rwkv-final.pth").unlink()
+    final = copy / "rwkv-final.pth"
+    if damaged:
+        final.write_bytes(final.read_bytes()[:1000])
+    else:
+        final.unlink()
     assert run(copy) == 0
-    assert same_weights(copy / "rwkv-final.pth", whole / "rwkv-final.pth")
-    assert capsys.readouterr().err.endswith(f"finished at step 30: the weights are {copy}/rwkv-final.pth, the curves {copy}/report.html\n")
+    assert same_weights(final, whole / "rwkv-final.pth")
+    err = capsys.readouterr().err
+    assert (f"{final} is damaged and is written again\n" in err) == damaged
+    assert err.endswith(f"finished at step 30: the weights are {copy}/rwkv-final.pth, the curves {copy}/report.html\n")
 
 
 @pytest.mark.parametrize("stops", [[10], [1, 17]], ids=str)

@@ -192,7 +192,7 @@ def find_state(proj_dir: str | Path, skip: Collection[Path] = ()) -> StateInfo |
 
 
 def say_damaged(path: Path, problem: str) -> None:
-    ranks.say(f"training state {path} is damaged ({problem}); trying the one before it")
+    ranks.say(f"training state {path} is damaged ({problem}); looking for an older one")
 
 
 def check(info: StateInfo) -> str:

@@ -16,6 +16,7 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 
 from ..checkpoint.ledger import publish_weights
 from ..checkpoint.place import write_atomically
+from ..checkpoint.pth import load_weights
 from ..checkpoint.ranks import describe, rank, say, together
 from ..checkpoint.state import set_aside
 from ..config import TrainConfig, UserError, env
@@ -62,7 +63,7 @@ def run(config: TrainConfig) -> int:
         return write_init(config)
     plan = make_plan(config)
     tell(config.own_without_effect(plan.start.model))
-    if plan.finished and (plan.proj_dir / FINAL_NAME).exists():
+    if plan.finished and _final_weights_there(plan):
         say(
             f"this run is finished: {plan.proj_dir / FINAL_NAME} is there, {plan.tokens} of {plan.schedule.exit_tokens} "
             "tokens are done; nothing to do (a larger --my_exit_tokens trains longer)"
@@ -82,6 +83,18 @@ def run(config: TrainConfig) -> int:
     refuse_too_much(plan)
     settle_fp32_products(plan)
     return train(plan, strategy)
+
+
+def _final_weights_there(plan: Plan) -> bool:
+    """Damaged ones are reported, and written again from what the run continues."""
+    path = plan.proj_dir / FINAL_NAME
+    try:
+        load_weights(path)
+    except UserError:
+        if path.exists():
+            say(f"{path} is damaged and is written again")
+        return False
+    return True
 
 
 def tell(lines: list[str]) -> None:

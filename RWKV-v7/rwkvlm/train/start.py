@@ -154,7 +154,7 @@ def _from_newest_weights(config: TrainConfig) -> Start | None:
         try:
             load_weights(path)
         except UserError as error:
-            say(f"{error}; trying the one before it")
+            say(f"{error}; looking for an older one")
             unreadable.append(path)
             newest = newest_weights(config.proj_dir, unreadable)
             continue
