@@ -236,7 +236,9 @@ def test_a_whole_run_in_fp32(run, losses, records, beginning, theirs, tmp_path, 
     """train.py as it is: no farther from their run in float64 than a few times what their own run in fp32 is.
 
     Theirs differs by rounding alone. With the matrix products of both computed in one way: ours takes the faster of two where
-    they are measured, and the other one's rounding moves these weights seven times as far.
+    they are measured, and the other one's rounding moved these weights seven times as far. The one in 50,000 that is farthest does
+    not count: where a gradient is so close to 0 that rounding decides its sign, its weight goes either way, since Adam's eps is 1e-18
+    (on a processor without AVX-512 one weight alone made it six times as far).
     """
     monkeypatch.delenv("RWKV_FP32_PRODUCTS", raising=False)  # what a run for other files' tests has handed on
     monkeypatch.setattr(matmul, "fp32_matmul_choice", lambda: ("highest", "not measured"))
@@ -250,7 +252,8 @@ def test_a_whole_run_in_fp32(run, losses, records, beginning, theirs, tmp_path, 
     exact, rounded, ours = exact.state_dict(), rounded.state_dict(), weights_of(out, STEPS)
 
     def apart(weights):
-        return math.sqrt(sum((weights[name].flatten() - x.flatten()).square().sum().item() for name, x in exact.items() if name in ours))
+        squares = torch.cat([(weights[name].flatten() - x.flatten()).square() for name, x in exact.items() if name in ours])
+        return math.sqrt(squares.sort()[0][: -(len(squares) // 50_000)].sum().item())
 
     moved = apart(beginning)
     print(
