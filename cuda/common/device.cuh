@@ -40,7 +40,7 @@ inline int multiprocessors() {
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     return count;
 #else
-    return 3;  // few: each block of a test has a lot to do
+    return 4;  // few: each block of a test has a lot to do
 #endif
 }
 inline size_t shared_limit() {

@@ -91,8 +91,7 @@ struct Machine {
     std::vector<Warp> warps;
     Fiber scheduler;
     int current = -1, count = 0;
-    dim3 block;
-    uint3 block_index{};
+    dim3 block; uint3 block_index{};
     std::function<void()> body;
     std::unique_ptr<char[]> shared_storage;
     char* shared = nullptr;
@@ -496,5 +495,6 @@ inline T load_relaxed(const T* at) {
 // For the tests: which schedule, how much shared memory a block may have, and what went wrong in the last launch.
 extern "C" inline __attribute__((used)) void emulation_reverse(int reverse) { emulation::machine.reverse = reverse != 0; }
 extern "C" inline __attribute__((used)) void emulation_shared_limit(size_t bytes) { emulation::machine.shared_limit = bytes; }
+extern "C" inline __attribute__((used)) int emulation_threads() { return emulation::machine.count; }  // of a block of the last launch
 extern "C" inline __attribute__((used)) void emulation_submit(void (*to)(void*, const std::function<void()>&)) { emulation::submit = to; }
 extern "C" inline __attribute__((used)) const char* emulation_error() { return emulation::machine.error.c_str(); }

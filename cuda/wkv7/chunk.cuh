@@ -153,11 +153,12 @@ constexpr int scan_stages = 2;  // chunks of factors that a scan has in flight o
 constexpr int scan_blocks(int N) { return N == 64 ? 4 : 160 / N; }  // per multiprocessor, wanted
 
 // With few (sequence, head) pairs a scan divides a head's value rows over blocks, to fill the chip: into as many parts
-// as run at once there, but no more, for each part reads all of F and E. bytes: of a block's shared memory.
+// as run at once there, but no more, for each part reads all of F and E. bytes: of a block's shared memory, of which a
+// multiprocessor has 1 KB more than a block may ask for, and each block takes 1 KB more.
 inline int parts_of_scan(int64_t pairs, int N, int bytes) {
-    constexpr int multiprocessors = 132;  // of an H100 or H200
+    const int64_t at_once = int64_t(multiprocessors()) * int((shared_limit() + 1024) / (bytes + 1024));
     int parts = N / 16;
-    while (parts > 1 && pairs * parts > int64_t(multiprocessors) * blocks_per_sm(bytes, 32)) parts /= 2;
+    while (parts > 1 && pairs * parts > at_once) parts /= 2;
     return parts;
 }
 

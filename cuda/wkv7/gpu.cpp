@@ -165,8 +165,9 @@ struct TttCall : Call {
     TORCH_CHECK_VALUE(chunked, op, ": expected bfloat16 and a GPU with bfloat16 tensor cores, got ", launch::python_name(r.scalar_type()),
                       " on ", r.device());
     const int64_t N = r.size(3), chunk = chunk_tokens(N);
-    TORCH_CHECK_VALUE(rows >= 8 && rows <= N && rows % 8 == 0 && segment >= chunk && segment % chunk == 0, op, ": expected rows from 8 to ",
-                      N, " in steps of 8 and segments of a multiple of ", chunk, " tokens, got ", rows, " and ", segment);
+    TORCH_CHECK_VALUE(rows >= 8 && rows <= N && rows % 8 == 0 && segment >= chunk && segment % chunk == 0 && segment <= INT32_MAX, op,
+                      ": expected rows from 8 to ", N, " in steps of 8 and segments of a multiple of ", chunk,
+                      " tokens, below 2^31, got ", rows, " and ", segment);
     TORCH_CHECK_VALUE(!head || (head->dim() == 3 && head->size(1) >= 1 && head->size(1) <= kMostHidden), op, ": head must be [2, hidden, ",
                       rows, "] with 1 to ", kMostHidden, " hidden units, got ", head ? head->sizes() : at::IntArrayRef());
     shape.segment_chunks = 0;  // between two steps the state is no affine map of an earlier one

@@ -115,6 +115,20 @@ def test_both_schedules_give_the_same_bits(kernels: Kernels, N: int) -> None:
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
+def test_a_smaller_card_divides_the_scans_less(kernels: Kernels) -> None:
+    """Parts beyond what runs at once would come one after the other. The bits do not depend on it."""
+    case, threads, results = make_case(T=70, H=3), [], []
+    for limit in (227, 99):  # KB of a block on sm_90, and on sm_86, sm_89 and sm_120: four blocks of a scan on a multiprocessor, and two
+        kernels.library.emulation_shared_limit(ctypes.c_size_t(limit * 1024))
+        try:
+            kernels.run("chunked", case, backward=False)
+            threads.append(kernels.library.emulation_threads())
+            results.append(kernels.run("chunked", case))
+        finally:
+            kernels.library.emulation_shared_limit(ctypes.c_size_t(227 * 1024))
+    assert threads == [32, 64] and all(torch.equal(x, results[1][name]) for name, x in results[0].items())
+
+
 @pytest.mark.slow
 # two chunks; more pairs than parts_of_scan (chunk.cuh) divides
 @pytest.mark.parametrize("N, T, H", [(16, 70, 88), (32, 70, 221), (64, 70, 89), (128, 33, 45)])

@@ -157,6 +157,7 @@ def test_what_the_kernels_do_not_take_is_an_error(device):
         (9, 24, "rows from 8 to 16 in steps of 8"),
         (10, 0, "segments of a multiple of 64 tokens"),
         (10, 70, "segments of a multiple of 64 tokens"),
+        (10, 2**32 + 64, "below 2\\^31"),  # the kernels' int32 would make 64 of it
         (1, asked[1][:, 1:], "w must have the shape"),
     ):
         with pytest.raises(ValueError, match=message):
