@@ -320,6 +320,12 @@ def test_command_line(checkpoint, jsonl, tmp_path, capsys):
     assert json.loads(out.read_text())["dtype"] == "bfloat16"
 
 
+def test_why_bits_a_byte_are_not_known(checkpoint, jsonl, capsys):
+    """The very first token is not predicted, and here no other one has bytes: the tokenizer is not to blame."""
+    assert command.main(["--model", str(checkpoint), "--device", "cpu", "--data", jsonl(["a"]), "--ctx_len", "4"]) == 0
+    assert re.search(r"^bits a byte +unknown  no bytes are predicted$", capsys.readouterr().out, re.M)
+
+
 @pytest.mark.parametrize(
     "argv,word",
     [

@@ -27,6 +27,11 @@ def test_temperature(temperature):
     assert torch.allclose(frequencies(temperature=temperature), (LOGITS[0] / temperature).softmax(-1), atol=0.015)
 
 
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e308])
+def test_at_the_largest_temperatures_what_is_left_is_equally_likely(temperature):
+    assert torch.allclose(frequencies(temperature=temperature, top_p=0.7), torch.tensor([0.5, 0.5, 0, 0, 0]), atol=0.015)
+
+
 def test_top_k():
     want = LOGITS[0].clone()
     want[2:] = -torch.inf

@@ -115,6 +115,7 @@ def _about(engine: Engine, path: str, tokenizer: str) -> dict[str, Any]:
 def _data_lines(found: dict[str, Any]) -> list[str]:
     how = f"windows of {found['ctx_len']} tokens" if found["ctx_len"] else "each document by itself"
     size = "" if found["bytes"] is None else f", {found['bytes']:,} bytes"
+    no_bytes = "--tokenizer is not this model's" if found["bytes"] is None else "no bytes are predicted"
     lines = [
         "",
         f"{found['data']}: {found['documents']:,} document{'s' * (found['documents'] != 1)}, {found['tokens']:,} tokens{size}; {how}",
@@ -122,7 +123,7 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
         f"{'perplexity':20} {_perplexity(found)}",
         f"{'bits a byte':20} {found['bits_per_byte']:12.6f}"
         if found["bits_per_byte"]
-        else f"{'bits a byte':20} {'unknown':>12}  --tokenizer is not this model's",
+        else f"{'bits a byte':20} {'unknown':>12}  {no_bytes}",
         f"{'tokens read':20} {'loss':>12} {'tokens':>14}",
     ]
     return lines + [

@@ -6,6 +6,7 @@ import torch
 
 from ..config import UserError
 
+LARGEST = 1e30  # of a temperature or a penalty: much more is infinite in fp32, and infinite by infinite is no number
 NEAR = 1024  # tokens among which top_p looks first: to sort a vocabulary of 65536 takes a CPU longer than a small model's step
 
 
@@ -35,7 +36,7 @@ def sample(
     if top_p < 1 or 0 < top_k < logits.shape[-1]:
         logits, tokens = _likeliest(logits, top_p, top_k)
     logits = logits - logits.amax(-1, keepdim=True)  # what is divided by a small number may overflow downwards only
-    chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    chosen = torch.multinomial((logits / min(temperature, LARGEST)).softmax(-1), 1, generator=generator)
     return (chosen if tokens is None else tokens.gather(-1, chosen))[:, 0]
 
 
@@ -64,8 +65,8 @@ class Penalties:
 
     def __init__(self, presence: float = 0.0, frequency: float = 0.0, decay: float = 0.996) -> None:
         for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
-            if not abs(value) < float("inf"):
-                raise UserError(f"--{name} {value} must be a number; 0 is no penalty")
+            if not abs(value) <= LARGEST:
+                raise UserError(f"--{name} {value} must be a number, at most {LARGEST:g}; 0 is no penalty")
         if not 0 <= decay <= 1:
             raise UserError(f"--penalty_decay {decay} must lie in [0, 1]; 1 forgets nothing")
         self.presence, self.frequency, self.decay = presence, frequency, decay
