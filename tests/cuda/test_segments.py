@@ -46,9 +46,11 @@ def test_repeated_keys(kernels: Kernels) -> None:
     check(kernels, make_case(T=200, H=1, kind="repeated", segment_chunks=1), limit=3e-2)
 
 
-@pytest.mark.slow
 def test_many_segments_take_whole_blocks_in_the_scans(kernels: Kernels) -> None:
-    check(kernels, make_case(T=200, N=32, H=166, segment_chunks=1))
+    case = make_case(T=200, N=32, H=7, segment_chunks=1)
+    kernels.run("chunked", case, backward=False)
+    assert kernels.library.emulation_threads() == 2 * 32
+    check(kernels, case)
 
 
 @pytest.mark.slow
