@@ -40,7 +40,7 @@ inline int multiprocessors() {
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     return count;
 #else
-    return 4;  // few: each block of a test has a lot to do
+    return 4;  // few: each block of a test has a lot to do; and enough for all parts of a head of 128 channels
 #endif
 }
 inline size_t shared_limit() {

@@ -64,7 +64,7 @@ int64_t segment_chunks(int64_t sequences, int64_t T, int64_t H, int64_t N, int64
   if (segments_asked_for >= 0) return segments_asked_for;
   const int64_t pairs = sequences * H, chunks = (T + chunk_tokens(N) - 1) / chunk_tokens(N);
   if (pairs > kFewPairs || chunks < kManyChunks) return 0;
-  const int64_t at_once = (N == 128 ? 1 : 4) * multiprocessors;  // blocks of a scan
+  const int64_t at_once = (N == 128 ? 1 : 4) * multiprocessors;  // blocks of a scan, where a multiprocessor has 228 KB
   const int64_t segments = std::min(at_once / pairs, chunks / 8);  // no shorter than 8 chunks
   return segments >= 4 ? (chunks + segments - 1) / segments : 0;
 }

@@ -130,7 +130,7 @@ def test_each_barrier_of_what_is_around_wkv7(around: Path, name: str, shared_lim
         return [t if t is None else t.detach() for t in Case(operator, B=1, T=T, H=H, N=64, dtype=torch.bfloat16).inputs]
 
     def norm_mix() -> None:
-        x, branch, weight, bias, last, *mixes = inputs("norm_mix", 160 if "wide" in name else 40, 5)
+        x, branch, weight, bias, last, *mixes = inputs("norm_mix", 152 if "wide" in name else 40, 5)
         stream, newest, moments, *out = ops.norm_mix_forward(x, branch, weight, bias, 1e-5, last, mixes, None)
         ops.norm_mix_backward(x, newest, out, x if branch is None else stream, moments, weight, bias, last, mixes)
 

@@ -246,7 +246,7 @@ def test_bad_files(here, capsys):
         (["demo.jsonl", "three", "16"], "COPIES: invalid int value: 'three'"),
         (["demo.jsonl", "0", "16"], "number of copies 0"),
         (["demo.jsonl", "1", "0"], "CTX_LEN 0"),
-        (["demo.jsonl", "512", "3"], "COPIES come first; give 3 512"),
+        (["demo.jsonl", "512", "3"], "512 COPIES and CTX_LEN 3 look swapped; give 3 512, COPIES first"),
         (["demo.jsonl", "1", "16", "--seed", "-1"], "--seed -1"),
         (["demo.jsonl", "1", "16", "--val_split", "-0.1"], "--val_split -0.1"),
         (["demo.jsonl", "1", "16", "--val_split", "nan"], "--val_split nan must be"),

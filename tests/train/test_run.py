@@ -129,7 +129,8 @@ def test_only_the_final_weights_lost_are_written_from_the_state(whole, run, tmp_
     assert run(copy) == 0
     assert same_weights(final, whole / "rwkv-final.pth")
     err = capsys.readouterr().err
-    assert (f"{final} is damaged and is written again\n" in err) == damaged
+    assert (f"{final} was damaged, is now rwkv-final.pth.damaged, and is written again\n" in err) == damaged
+    assert [path.stat().st_size for path in copy.glob("*.damaged")] == [1000] * damaged
     assert err.endswith(f"finished at step 30: the weights are {copy}/rwkv-final.pth, the curves {copy}/report.html\n")
 
 

@@ -122,7 +122,7 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
         f"{'loss':20} {found['loss']:12.6f}  nats a token",
         f"{'perplexity':20} {_perplexity(found)}",
         f"{'bits a byte':20} {found['bits_per_byte']:12.6f}"
-        if found["bits_per_byte"]
+        if found["bits_per_byte"] is not None
         else f"{'bits a byte':20} {'unknown':>12}  {no_bytes}",
         f"{'tokens read':20} {'loss':>12} {'tokens':>14}",
     ]

@@ -145,8 +145,8 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.ctx_len < 1:
         raise UserError(f"CTX_LEN {args.ctx_len} must be at least 1")
-    if args.ctx_len < 16 <= args.epochs:  # thousands of copies would fill any disk
-        raise UserError(f"{args.epochs} COPIES and CTX_LEN {args.ctx_len}: COPIES come first; give {args.ctx_len} {args.epochs}")
+    if args.ctx_len < 32 and args.epochs >= 128:  # a common slip, and nobody's wish
+        raise UserError(f"{args.epochs} COPIES and CTX_LEN {args.ctx_len} look swapped; give {args.ctx_len} {args.epochs}, COPIES first")
     if not 0 <= args.seed < 1 << 32:
         raise UserError(f"--seed {args.seed} must lie in 0 to 2^32 - 1")
     files = expand(args.inputs)

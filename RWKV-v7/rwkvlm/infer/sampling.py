@@ -66,7 +66,7 @@ class Penalties:
     def __init__(self, presence: float = 0.0, frequency: float = 0.0, decay: float = 0.996) -> None:
         for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
             if not abs(value) <= LARGEST:
-                raise UserError(f"--{name} {value} must be a number, at most {LARGEST:g}; 0 is no penalty")
+                raise UserError(f"--{name} {value} must lie in [-{LARGEST:g}, {LARGEST:g}]; 0 is no penalty")
         if not 0 <= decay <= 1:
             raise UserError(f"--penalty_decay {decay} must lie in [0, 1]; 1 forgets nothing")
         self.presence, self.frequency, self.decay = presence, frequency, decay

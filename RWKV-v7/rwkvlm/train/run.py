@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from contextlib import closing, suppress
@@ -86,13 +87,19 @@ def run(config: TrainConfig) -> int:
 
 
 def _final_weights_there(plan: Plan) -> bool:
-    """Damaged ones are reported, and written again from what the run continues."""
+    """Whether they are there. A file that holds no weights is set aside, and they are written again from what the run continues."""
     path = plan.proj_dir / FINAL_NAME
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return path.exists()
     try:
         load_weights(path)
     except UserError:
-        if path.exists():
-            say(f"{path} is damaged and is written again")
+        if plan.config.dry_run:
+            say(f"{path} is damaged; without --dry_run it is written again")
+        elif env.first_process():
+            aside = path.with_name(f"{FINAL_NAME}.damaged")
+            os.replace(path, aside)
+            say(f"{path} was damaged, is now {aside.name}, and is written again")
         return False
     return True
 
