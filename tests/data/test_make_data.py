@@ -265,7 +265,7 @@ def test_bad_files(here, capsys):
             "--report demo.jsonl/facts.json cannot be written: Not a directory",
         ),
         (["demo.jsonl", "1", "16", "--report", "."], "--report . is a folder; give the name of a file"),
-        (["demo.jsonl", "1000000000000", "16"], "demo needs "),
+        (["demo.jsonl", "1000000000000", "32"], "demo needs "),
         (
             ["/dev/null", "1", "16"],
             "input /dev/null is not a file but a pipe or a device; give JSON lines from a pipe as standard input (-)",
