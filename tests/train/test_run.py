@@ -134,6 +134,16 @@ def test_only_the_final_weights_lost_are_written_from_the_state(whole, run, tmp_
     assert err.endswith(f"finished at step 30: the weights are {copy}/rwkv-final.pth, the curves {copy}/report.html\n")
 
 
+def test_damaged_final_weights_stay_where_they_are_in_a_dry_run(whole, run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "rwkv-final.pth").write_bytes(b"no weights")
+    before = files(copy)
+    assert run(copy, dry_run=True) == 0
+    assert "rwkv-final.pth is damaged; without --dry_run it is written again\n" in capsys.readouterr().err
+    assert files(copy) == before and (copy / "rwkv-final.pth").read_bytes() == b"no weights"
+
+
 @pytest.mark.parametrize("stops", [[10], [1, 17]], ids=str)
 def test_max_steps_and_going_on_change_nothing(run, whole, losses, tmp_path, stops):
     """Exactly: at the end of a mini-epoch, in the middle of one, within the warm-up."""

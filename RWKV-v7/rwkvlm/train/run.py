@@ -87,7 +87,10 @@ def run(config: TrainConfig) -> int:
 
 
 def _final_weights_there(plan: Plan) -> bool:
-    """Whether they are there. A file that holds no weights is set aside, and they are written again from what the run continues."""
+    """Whether they are there, as far as can be read.
+
+    A file that holds no weights is set aside, but for --dry_run; they are then written again from what the run continues.
+    """
     path = plan.proj_dir / FINAL_NAME
     if not (path.is_file() and os.access(path, os.R_OK)):
         return path.exists()
