@@ -67,7 +67,7 @@ except BlockingIOError: sys.exit(1)' "$@"
 drop_lock() { exec 9>&-; }
 
 find_base() { # sets BASE: python3, or a newer one beside it
-    for BASE in python3 python3.13 python3.12 python3.11 python3.10; do
+    for BASE in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
         new_enough "$BASE" && return
     done
     found=$(python3 --version 2>&1) || found="no python3"

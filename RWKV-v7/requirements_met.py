@@ -38,12 +38,15 @@ def in_range(version: str, specifiers: str) -> bool:
 
 
 def lacking(lines: list[str]) -> list[str]:
-    """The requirements (lines "name>=1,<2", comments allowed) that this interpreter does not meet, each with the reason."""
+    """The requirements (lines 'name>=1,<2; python_version<"3.14"', comments allowed) that this interpreter does not meet, with reasons."""
     reasons = []
     for line in (line.partition("#")[0].strip() for line in lines):
         if not line:
             continue
-        name, specifiers = re.match(r"([A-Za-z0-9._-]+)\s*(.*)$", line).groups()
+        requirement, _, pythons = line.partition(";")
+        if not in_range(f"{sys.version_info.major}.{sys.version_info.minor}", re.sub(r"python_version|[\s\"']", "", pythons)):
+            continue
+        name, specifiers = re.match(r"([A-Za-z0-9._-]+)\s*(.*)$", requirement).groups()
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
