@@ -43,7 +43,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-mavx2", "-mfma"],
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     }
-CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC -diag-suppress 177".split()
+# With _GNU_SOURCE, which g++ defines, glibc 2.41 declares sinpi and 2.42 rsqrt otherwise than the headers of CUDA 12 and 13.0 do.
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC -diag-suppress 177 -U_GNU_SOURCE".split()
 LAUNCHES = "*gpu.cpp"
 CUDA_DEFAULT = Path("/usr/local/cuda")
 TIME_OUT = 600.0  # seconds, for the compiler and for another process's build
@@ -183,7 +184,7 @@ def build_cuda(name: str, architectures: tuple[str, ...]) -> Path:
     """The shared library of the *.cu of cuda/<name>/ for these GPUs ("80", "90a"); needs nvcc, but neither torch nor a GPU."""
     compiler = _nvcc_for(name)
     targets = _targets(name, compiler, architectures)
-    host = shutil.which(env.cxx())
+    host = shutil.which(env.cuda_cxx())
     facts = [_says(compiler, "--version"), _says(host, "--version") if host else "", platform.machine(), *CUDA_FLAGS, *targets]
     key = _digest(facts, name, (".cu", ".cuh", ".h"))
     return _cached(f"CUDA kernel {name}", f"cuda-{name}-{key}.so", lambda library: _compile_cuda(name, compiler, targets, library))
@@ -375,7 +376,7 @@ def _compile_cuda(name: str, compiler: str, targets: list[str], library: Path) -
     what, sources = f"CUDA kernel {name}", [*_sources(name, "*.cu"), *_sources("common", "*.cu")]
     with _workshop(what, "a minute or two", library) as work:
         beside = toolkits_around(compiler)
-        common = [compiler, "-ccbin", env.cxx(), *CUDA_FLAGS, *targets, *(f"-I{folder / 'include'}" for folder in beside)]
+        common = [compiler, "-ccbin", env.cuda_cxx(), *CUDA_FLAGS, *targets, *(f"-I{folder / 'include'}" for folder in beside)]
         jobs = [(work / f"{i}.o", source) for i, source in enumerate(sources)]
         _run_all(what, [[*common, "-c", str(source), "-o", str(target)] for target, source in jobs])
         built = work / "built.so"
@@ -405,7 +406,9 @@ def _run(what: str, command: list[str]) -> None:
     except subprocess.TimeoutExpired:
         raise NativeBuildError(f"{what}: the compiler took longer than {TIME_OUT:.0f} s") from None
     if done.returncode:
-        raise NativeBuildError(f"{what} does not compile: {_one_line(done.stderr)}")
+        newest = re.search(r"gcc versions later than (\d+) are not supported", done.stderr)
+        cure = f"; install g++-{newest[1]} and set NVCC_CCBIN=g++-{newest[1]}" if newest else ""
+        raise NativeBuildError(f"{what} does not compile: {_one_line(done.stderr)}{cure}")
 
 
 def _one_line(text: str) -> str:

@@ -156,9 +156,12 @@ def test_a_line_is_written_whole():
     ids=lambda argv: argv[0],
 )
 def test_a_path_that_cannot_be_looked_at_is_one_line_and_code_2(argv, capsys):
-    """As in a folder that may not be entered, which root always may."""
+    """As in a folder that may not be entered, which root always may. From 3.14 on pathlib takes it for a path where nothing is."""
     assert main([word.format("a" * 300) for word in argv]) == 2
-    assert re.fullmatch(r"error: a{300}\S*: File name too long; check the name and its permissions\n", capsys.readouterr().err)
+    told = (
+        r"error: .*a{300}.*" if sys.version_info >= (3, 14) else r"error: a{300}\S*: File name too long; check the name and its permissions"
+    )
+    assert re.fullmatch(told + r"\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,11 @@ def cxx() -> str:
     return os.environ.get("CXX", "g++")
 
 
+def cuda_cxx() -> str:
+    """NVCC_CCBIN: the C++ compiler behind nvcc, which may be no newer than nvcc knows; default that of CXX."""
+    return os.environ.get("NVCC_CCBIN") or cxx()
+
+
 def cc() -> str:
     """CC: the C compiler of triton, which otherwise looks for gcc and clang."""
     return os.environ.get("CC", "gcc")
