@@ -149,7 +149,7 @@ def load_tokenizer(name: str = "world") -> Tokenizer:
 
 def tokenizer_of(weights: str | Path) -> str:
     """The name of a model's tokenizer: what its run has put beside its file, of data that define their vocabulary, else "world"."""
-    beside = (Path(path).with_name(TOKENIZER) for path in (weights, os.path.realpath(weights)))  # of a link, also where it leads
+    beside = (Path(os.path.dirname(path), TOKENIZER) for path in (weights, os.path.realpath(weights)))  # of a link, also where it leads
     return next((str(path) for path in beside if path.is_file()), "world")
 
 
