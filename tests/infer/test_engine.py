@@ -189,6 +189,8 @@ def test_text_that_the_terminal_cannot_show(checkpoint):
     "argv,word",
     [
         (["--model", "nowhere.pth"], "nowhere.pth"),
+        (["--model", ""], "checkpoint . is a folder"),
+        (["--model", "/"], "checkpoint / is a folder"),
         (["--temperature", "-1"], "--temperature"),
         (["--top_p", "2"], "--top_p"),
         (["--length", "-1"], "--length -1 must be at least 0"),

@@ -29,13 +29,21 @@ def checkout(tmp_path_factory):
     )
     (root / file).write_text(code)
     subprocess.run(["git", "apply", "-"], cwd=root, input=diff, text=True, check=True)
+    shutil.copy(ROOT / "pyproject.toml", root)
     return root
+
+
+@pytest.mark.parametrize("command", ["check", "format --check"])
+def test_the_page_is_in_the_style_that_the_tests_ask_for(checkout, command):
+    pytest.importorskip("ruff")
+    package = checkout / "RWKV-v7" / "rwkvlm"
+    run(checkout, "-m", "ruff", *command.split(), "--no-cache", package / "config", package / "models")
 
 
 def run(root: Path, *words: object) -> str:
     environment = os.environ | {"PYTHONPATH": str(root / "RWKV-v7"), "OMP_NUM_THREADS": "1", "RWKV_FP32_PRODUCTS": "highest"}
     done = subprocess.run([sys.executable, *map(str, words)], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:] or done.stdout[-3000:]
     return done.stdout
 
 

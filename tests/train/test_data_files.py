@@ -81,8 +81,10 @@ def test_a_text_by_characters_and_by_bytes(run, records, tmp_path, capfd, monkey
     )
     told = capfd.readouterr()
     assert told.out.startswith("größ") and "does not know" not in told.err
-    assert main(["generate", "--model", model, "--prompt", "größ", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
-    assert capfd.readouterr().out == told.out, "what lies beside the model is its tokenizer"
+    (tmp_path / "newest.pth").symlink_to(model)
+    for path in (model, str(tmp_path / "newest.pth")):
+        assert main(["generate", "--model", path, "--prompt", "größ", "--length", "5", "--seed", "1", "--device", "cpu"]) == 0
+        assert capfd.readouterr().out == told.out, "what lies beside the model is its tokenizer"
     val, found = str(tmp_path / "val.txt"), tmp_path / "found.json"
     assert main(["evaluate", "--model", model, "--data", val, "--out", str(found), "--device", "cpu"]) == 0
     assert json.loads(found.read_text())["tokenizer"] == tokenizer

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import importlib.util
 import itertools
+import os
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -148,8 +149,8 @@ def load_tokenizer(name: str = "world") -> Tokenizer:
 
 def tokenizer_of(weights: str | Path) -> str:
     """The name of a model's tokenizer: what its run has put beside its file, of data that define their vocabulary, else "world"."""
-    beside = Path(weights).with_name(TOKENIZER)
-    return str(beside) if beside.is_file() else "world"
+    beside = (Path(os.path.dirname(path), TOKENIZER) for path in (weights, os.path.realpath(weights)))  # of a link, also where it leads
+    return next((str(path) for path in beside if path.is_file()), "world")
 
 
 @lru_cache(maxsize=8)
