@@ -135,6 +135,12 @@ def meeting_place_given() -> bool:
     return bool(os.environ.get("MASTER_PORT"))
 
 
+def meet_on_this_machine() -> None:
+    """MASTER_ADDR and MASTER_PORT of a run that this process alone starts: here, at a free port, whatever a cluster has left in them."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.pop("MASTER_PORT", None)
+
+
 def launched_per_node() -> int:
     """Processes on this node according to a launcher's variables (torchrun: LOCAL_WORLD_SIZE, deepspeed: LOCAL_SIZE); 0 when unknown."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)

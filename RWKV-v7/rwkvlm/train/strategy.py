@@ -84,7 +84,8 @@ def launch(config: TrainConfig) -> Launch:
     if env.launched_by_variables() and (processes := env.launched_processes()) != devices * config.num_nodes:
         raise UserError(
             f"--devices {devices} on --num_nodes {config.num_nodes}, but WORLD_SIZE={processes} is set, "
-            "as by a launcher of so many processes; make them equal, or unset RANK, LOCAL_RANK and WORLD_SIZE: then this one starts the others"
+            "as by a launcher of so many processes; make them equal, or unset RANK, LOCAL_RANK and WORLD_SIZE: "
+            "then this one starts the others"
         )
     strategy = config.strategy
     if strategy == "auto" and devices * config.num_nodes > 1:
