@@ -281,6 +281,7 @@ def test_launchers_that_have_started_nothing_are_passed_over(run, tmp_path, monk
     [
         (without(STEP, "SLURM_NTASKS_PER_NODE"), "srun started 2 tasks without saying how many on each node; give it --ntasks-per-node"),
         (STEP | dict(SLURM_NTASKS_PER_NODE="1"), "the launcher started processes on 2 nodes; use --num_nodes 2"),
+        (dict(NODE_RANK="1"), "NODE_RANK=1 is set, but of --num_nodes 1 the only one is 0; unset NODE_RANK, or give --num_nodes"),
         (TORCHRUN, "WORLD_SIZE=2 is set, as by a launcher of so many processes; make them equal, or unset RANK, LOCAL_RANK and WORLD_SIZE"),
     ],
 )

@@ -125,6 +125,11 @@ def first_of_node() -> bool:
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
+def node_rank() -> int:
+    """NODE_RANK: which of several nodes this is, where Lightning starts its processes."""
+    return int(os.environ.get("NODE_RANK") or 0)
+
+
 def launched_by_variables() -> bool:
     """True when a launcher (torchrun, deepspeed) has started every process and set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR."""
     return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))

@@ -81,6 +81,10 @@ def launch(config: TrainConfig) -> Launch:
         )
     if (nodes := env.launched_nodes() if env.launched_by_variables() else _nodes_of_srun()) and nodes != config.num_nodes:
         raise UserError(f"--num_nodes {config.num_nodes}, but the launcher started processes on {nodes} nodes; use --num_nodes {nodes}")
+    if node := env.node_rank() if config.num_nodes == 1 else 0:
+        raise UserError(
+            f"NODE_RANK={node} is set, but of --num_nodes 1 the only one is 0; unset NODE_RANK, or give --num_nodes (the scripts: N_NODE)"
+        )
     if env.launched_by_variables() and (processes := env.launched_processes()) != devices * config.num_nodes:
         raise UserError(
             f"--devices {devices} on --num_nodes {config.num_nodes}, but WORLD_SIZE={processes} is set, "
