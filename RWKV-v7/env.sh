@@ -174,9 +174,9 @@ knob() { # NAME VALUE_ON_CPU VALUE_ON_GPU: an exported variable, unless the envi
 }
 
 forward_signals() { # runs a command to its end; SIGTERM, SIGINT and SIGUSR1 go on to it, so that it can save; returns its exit status
-    asked= child= status=
-    trap 'asked=TERM; pass_on' TERM HUP # before the command is there: without it this shell would end and leave the command alone
-    trap 'asked=INT; pass_on' INT
+    asked= stop=0 child= status=
+    trap 'asked=TERM stop=143; pass_on' TERM HUP # before the command is there: without it this shell would end and leave the command alone
+    trap 'asked=INT stop=130; pass_on' INT
     trap 'asked=USR1; pass_on' USR1
     "$@" &
     child=$!
@@ -189,6 +189,7 @@ forward_signals() { # runs a command to its end; SIGTERM, SIGINT and SIGUSR1 go 
         [ -n "$asked" ] || break # a signal ends wait, not the command
     done
     trap - TERM HUP INT USR1
+    [ $status -ne 0 ] || return $stop # it has ended well all the same: a Ctrl-C while Python starts is lost on it; what follows shall not begin
     return $status
 }
 

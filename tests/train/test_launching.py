@@ -186,6 +186,7 @@ def test_two_nodes_train_as_one_with_two_processes(run, whole, one_node, losses,
     """
     out, started = tmp_path / "out", []
     slurm = dict(
+        SLURM_STEP_ID="0",
         SLURM_NTASKS="2",
         SLURM_NTASKS_PER_NODE="1",
         SLURM_LOCALID="0",

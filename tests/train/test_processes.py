@@ -58,8 +58,10 @@ def check_same_run(one: Path, other: Path, losses) -> None:
     assert load_weights(other / "rwkv-final.pth").keys() == load_weights(one / "rwkv-final.pth").keys()
 
 
-def test_two_processes_give_the_curve_of_one(run, whole, losses, records, tmp_path):
-    """Plain DDP: what `--devices 2` means by itself; stopped in the middle and gone on with one process."""
+def test_two_processes_give_the_curve_of_one(run, whole, losses, records, tmp_path, monkeypatch):
+    """Plain DDP: what `--devices 2` means by itself, where a cluster has left a place to meet; stopped and gone on with one process."""
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+    monkeypatch.setenv("MASTER_PORT", "1")
     argv = run.argv(tmp_path / "out", **TWO, val_batches=4, max_steps=17)
     code, out, err = finish(start(argv))
     assert code == 0 and "2 x 2 = 4 samples" in out and "2 cpu, fp32, ddp" in out, err

@@ -250,6 +250,49 @@ SLURM = dict(
 )
 
 
+STEP = SLURM | dict(SLURM_STEP_ID="0")  # what srun has started; without it: a batch script
+
+
+def without(variables, name):
+    return {key: value for key, value in variables.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        SLURM,
+        without(SLURM, "SLURM_NTASKS_PER_NODE"),
+        STEP | dict(SLURM_NTASKS="1"),
+        dict(SLURM_PROCID="1"),
+        dict(RANK="1"),
+        dict(LOCAL_RANK="1"),
+    ],
+    ids=lambda variables: " ".join(variables),
+)
+def test_launchers_that_have_started_nothing_are_passed_over(run, tmp_path, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(tmp_path / "out", max_steps=1) == 0
+    assert (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        (without(STEP, "SLURM_NTASKS_PER_NODE"), "srun started 2 tasks without saying how many on each node; give it --ntasks-per-node"),
+        (STEP | dict(SLURM_NTASKS_PER_NODE="1"), "the launcher started processes on 2 nodes; use --num_nodes 2"),
+        (dict(NODE_RANK="1"), "NODE_RANK=1 is set, but of --num_nodes 1 the only one is 0; unset NODE_RANK, or give --num_nodes"),
+        (TORCHRUN, "WORLD_SIZE=2 is set, as by a launcher of so many processes; make them equal, or unset RANK, LOCAL_RANK and WORLD_SIZE"),
+    ],
+)
+def test_launchers_of_another_number_of_processes_are_one_line(run, tmp_path, monkeypatch, capfd, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(tmp_path / "out", max_steps=1) == 2
+    err = capfd.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "variables, processes, nodes, refused",
     [({}, 2, 1, False), (TORCHRUN, 1, 1, False), (TORCHRUN, 2, 1, True), (SLURM, 2, 1, True), ({}, 1, 2, True)],

@@ -164,6 +164,7 @@ def test_lightning_slurm_and_deepspeed_launches_agree(tmp_path, free_port):
     curves = [train(tmp_path, 1, [job])[0]["losses"]]
     # Lightning makes the port of the job's number, 15000 and its last four digits.
     slurm = dict(
+        SLURM_STEP_ID="0",
         SLURM_NTASKS="2",
         SLURM_NTASKS_PER_NODE="2",
         SLURM_JOB_ID=str(os.getpid()),

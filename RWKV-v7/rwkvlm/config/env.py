@@ -130,6 +130,11 @@ def first_of_node() -> bool:
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
+def node_rank() -> int:
+    """NODE_RANK: which of several nodes this is, where Lightning starts its processes."""
+    return int(os.environ.get("NODE_RANK") or 0)
+
+
 def launched_by_variables() -> bool:
     """True when a launcher (torchrun, deepspeed) has started every process and set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR."""
     return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
@@ -140,15 +145,44 @@ def meeting_place_given() -> bool:
     return bool(os.environ.get("MASTER_PORT"))
 
 
+def meet_on_this_machine() -> None:
+    """MASTER_ADDR and MASTER_PORT of a run that this process alone starts: here, at a free port, whatever a cluster has left in them."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.pop("MASTER_PORT", None)
+
+
 def launched_per_node() -> int:
     """Processes on this node according to a launcher's variables (torchrun: LOCAL_WORLD_SIZE, deepspeed: LOCAL_SIZE); 0 when unknown."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
 
 
+def launched_processes() -> int:
+    """WORLD_SIZE: all processes according to a launcher; 0 when unknown."""
+    return int(os.environ.get("WORLD_SIZE") or 0)
+
+
 def launched_nodes() -> int:
     """Nodes according to a launcher's WORLD_SIZE and its processes per node; 0 when unknown."""
     here = launched_per_node()
-    return int(os.environ.get("WORLD_SIZE") or 0) // here if here else 0
+    return launched_processes() // here if here else 0
+
+
+def forget_launchers_of_others() -> None:
+    """Drops what says which process of a launcher's this one is, where none has started it: it would wait for processes that never come.
+
+    srun's variables are in a batch script too, which is alone, and without SLURM_STEP_ID; a launcher's RANK never is without WORLD_SIZE.
+    """
+    if not os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_NTASKS") == "1":
+        for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
+            os.environ.pop(name, None)
+    if not os.environ.get("WORLD_SIZE"):
+        for name in ("RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+
+
+def slurm_tasks() -> int:
+    """SLURM_NTASKS; 0 when unknown. Meaningful only in processes that srun started."""
+    return int(os.environ.get("SLURM_NTASKS") or 0)
 
 
 def slurm_tasks_per_node() -> int:

@@ -223,6 +223,8 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
             f"--num_nodes {trainer.num_nodes}: no place to meet is given; set MASTER_ADDR (node 0), MASTER_PORT and NODE_RANK "
             "on each node, or start them with torchrun or srun; for this machine alone leave --num_nodes out"
         )
+    if trainer.num_nodes == 1 and not environment.creates_processes_externally:
+        env.meet_on_this_machine()
     choose_interface(environment.main_address, trainer.num_nodes)
     if trainer.num_nodes > 1 and trainer.local_rank == 0:
         where = f"{environment.main_address}:{environment.main_port}"

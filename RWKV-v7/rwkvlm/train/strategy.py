@@ -79,8 +79,18 @@ def launch(config: TrainConfig) -> Launch:
         raise UserError(
             f"--devices {devices}, but the launcher started {launched} processes on this node; make them equal or leave --devices out"
         )
-    if env.launched_by_variables() and (nodes := env.launched_nodes()) and nodes != config.num_nodes:
+    if (nodes := env.launched_nodes() if env.launched_by_variables() else _nodes_of_srun()) and nodes != config.num_nodes:
         raise UserError(f"--num_nodes {config.num_nodes}, but the launcher started processes on {nodes} nodes; use --num_nodes {nodes}")
+    if node := env.node_rank() if config.num_nodes == 1 else 0:
+        raise UserError(
+            f"NODE_RANK={node} is set, but of --num_nodes 1 the only one is 0; unset NODE_RANK, or give --num_nodes (the scripts: N_NODE)"
+        )
+    if env.launched_by_variables() and (processes := env.launched_processes()) != devices * config.num_nodes:
+        raise UserError(
+            f"--devices {devices} on --num_nodes {config.num_nodes}, but WORLD_SIZE={processes} is set, "
+            "as by a launcher of so many processes; make them equal, or unset RANK, LOCAL_RANK and WORLD_SIZE: "
+            "then this one starts the others"
+        )
     strategy = config.strategy
     if strategy == "auto" and devices * config.num_nodes > 1:
         strategy = "ddp"
@@ -92,6 +102,16 @@ def launched_here() -> int:
     if env.launched_by_variables():
         return env.launched_per_node()
     return env.slurm_tasks_per_node() if SLURMEnvironment.detect() else 0
+
+
+def _nodes_of_srun() -> int:
+    """Nodes on which srun started the processes of this run; 0 when it has not. UserError where it did not say how many on each."""
+    if not SLURMEnvironment.detect():
+        return 0
+    tasks, here = env.slurm_tasks(), env.slurm_tasks_per_node()
+    if not here:
+        raise UserError(f"srun started {tasks} tasks without saying how many on each node; give it --ntasks-per-node, also for one node")
+    return -(-tasks // here)
 
 
 def started_apart(run: Launch) -> bool:
