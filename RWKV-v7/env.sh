@@ -189,7 +189,7 @@ forward_signals() { # runs a command to its end; SIGTERM, SIGINT and SIGUSR1 go 
         [ -n "$asked" ] || break # a signal ends wait, not the command
     done
     trap - TERM HUP INT USR1
-    [ $status -ne 0 ] || return $stop # it has ended well all the same: a Ctrl-C while Python starts is lost on it; what follows shall not begin
+    [ $status -ne 0 ] || status=$stop # it has ended well all the same: a Ctrl-C while Python starts is lost on it; what follows shall not begin
     return $status
 }
 

@@ -38,7 +38,10 @@ def in_range(version: str, specifiers: str) -> bool:
 
 
 def lacking(lines: list[str]) -> list[str]:
-    """The requirements (lines 'name>=1,<2; python_version<"3.14"', comments allowed) that this interpreter does not meet, with reasons."""
+    """The requirements that this interpreter does not meet, each with the reason.
+
+    lines: 'name>=1,<2', with or without one condition '; python_version < "3.14"', the only kind that is known; comments allowed.
+    """
     reasons = []
     for line in (line.partition("#")[0].strip() for line in lines):
         if not line:

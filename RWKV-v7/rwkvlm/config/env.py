@@ -132,7 +132,14 @@ def first_of_node() -> bool:
 
 def node_rank() -> int:
     """NODE_RANK: which of several nodes this is, where Lightning starts its processes."""
-    return int(os.environ.get("NODE_RANK") or 0)
+    return _number("NODE_RANK")
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ.get(name) or 0)
+    except ValueError:
+        raise UserError(f"{name}={os.environ[name]} is set, which is no number; unset it") from None
 
 
 def launched_by_variables() -> bool:
@@ -141,8 +148,8 @@ def launched_by_variables() -> bool:
 
 
 def meeting_place_given() -> bool:
-    """MASTER_PORT is: without it each of the nodes that no launcher has started would choose a port of its own."""
-    return bool(os.environ.get("MASTER_PORT"))
+    """MASTER_PORT is, and which node this one is: each of those that no launcher has started would choose a port, and be the first."""
+    return bool(os.environ.get("MASTER_PORT") and (os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK")))
 
 
 def meet_on_this_machine() -> None:
@@ -153,12 +160,12 @@ def meet_on_this_machine() -> None:
 
 def launched_per_node() -> int:
     """Processes on this node according to a launcher's variables (torchrun: LOCAL_WORLD_SIZE, deepspeed: LOCAL_SIZE); 0 when unknown."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    return _number("LOCAL_WORLD_SIZE") or _number("LOCAL_SIZE")
 
 
 def launched_processes() -> int:
     """WORLD_SIZE: all processes according to a launcher; 0 when unknown."""
-    return int(os.environ.get("WORLD_SIZE") or 0)
+    return _number("WORLD_SIZE")
 
 
 def launched_nodes() -> int:
@@ -170,24 +177,27 @@ def launched_nodes() -> int:
 def forget_launchers_of_others() -> None:
     """Drops what says which process of a launcher's this one is, where none has started it: it would wait for processes that never come.
 
-    srun's variables are in a batch script too, which is alone, and without SLURM_STEP_ID; a launcher's RANK never is without WORLD_SIZE.
+    srun's variables are in a batch script too, which is alone, and without SLURM_STEP_ID, and in salloc's shell, a step of one task. RANK
+    alone is not of a launcher that starts each process: a PyTorchJob's says which node this is. Processes that Lightning has started
+    have LOCAL_RANK and WORLD_SIZE.
     """
-    if not os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_NTASKS") == "1":
+    if not os.environ.get("SLURM_STEP_ID") or "1" in (os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_TASKS")):
         for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
             os.environ.pop(name, None)
     if not os.environ.get("WORLD_SIZE"):
-        for name in ("RANK", "LOCAL_RANK"):
-            os.environ.pop(name, None)
+        os.environ.pop("LOCAL_RANK", None)
+    if not launched_by_variables():
+        os.environ.pop("RANK", None)
 
 
 def slurm_tasks() -> int:
     """SLURM_NTASKS; 0 when unknown. Meaningful only in processes that srun started."""
-    return int(os.environ.get("SLURM_NTASKS") or 0)
+    return _number("SLURM_NTASKS")
 
 
 def slurm_tasks_per_node() -> int:
     """SLURM_NTASKS_PER_NODE; 0 when unknown. Meaningful only in processes that srun started."""
-    return int(os.environ.get("SLURM_NTASKS_PER_NODE") or 0)
+    return _number("SLURM_NTASKS_PER_NODE")
 
 
 def use_deepspeed_on_cpu() -> None:

@@ -214,17 +214,17 @@ def train(plan: Plan, strategy: Strategy) -> int:
 
 def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
     """The Watch of this process, begun, and the interface by which it meets the others; none when it trains alone."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # one process alone has it too, in a group of its own
+    if environment and trainer.num_nodes == 1 and not environment.creates_processes_externally:
+        env.meet_on_this_machine()
     if trainer.world_size == 1:
         return None
-    environment = trainer.strategy.cluster_environment
     started_here = isinstance(environment, LightningEnvironment)
     if started_here and trainer.num_nodes > 1 and not env.meeting_place_given():
         raise UserError(
-            f"--num_nodes {trainer.num_nodes}: no place to meet is given; set MASTER_ADDR (node 0), MASTER_PORT and NODE_RANK "
+            f"--num_nodes {trainer.num_nodes}: no place to meet is given; set MASTER_ADDR (node 0), MASTER_PORT and NODE_RANK (0, 1, ...) "
             "on each node, or start them with torchrun or srun; for this machine alone leave --num_nodes out"
         )
-    if trainer.num_nodes == 1 and not environment.creates_processes_externally:
-        env.meet_on_this_machine()
     choose_interface(environment.main_address, trainer.num_nodes)
     if trainer.num_nodes > 1 and trainer.local_rank == 0:
         where = f"{environment.main_address}:{environment.main_port}"

@@ -60,7 +60,8 @@ def launch(config: TrainConfig) -> Launch:
         raise UserError(
             f"--accelerator {config.accelerator}: PyTorch sees no GPU here; use --accelerator cpu, or install a CUDA build of torch"
         )
-    launched = launched_here()
+    by_variables, launched = env.launched_by_variables(), launched_here()
+    nodes = env.launched_nodes() if by_variables else _nodes_of_srun()
     devices = int(config.devices) if config.devices != "auto" else launched or (gpus if accelerator == "gpu" else 1)
     if accelerator == "gpu" and gpus < launched == devices:
         raise UserError(
@@ -79,17 +80,17 @@ def launch(config: TrainConfig) -> Launch:
         raise UserError(
             f"--devices {devices}, but the launcher started {launched} processes on this node; make them equal or leave --devices out"
         )
-    if (nodes := env.launched_nodes() if env.launched_by_variables() else _nodes_of_srun()) and nodes != config.num_nodes:
+    if nodes and nodes != config.num_nodes:
         raise UserError(f"--num_nodes {config.num_nodes}, but the launcher started processes on {nodes} nodes; use --num_nodes {nodes}")
-    if node := env.node_rank() if config.num_nodes == 1 else 0:
+    if by_variables and (processes := env.launched_processes()) != devices * config.num_nodes:
         raise UserError(
-            f"NODE_RANK={node} is set, but of --num_nodes 1 the only one is 0; unset NODE_RANK, or give --num_nodes (the scripts: N_NODE)"
-        )
-    if env.launched_by_variables() and (processes := env.launched_processes()) != devices * config.num_nodes:
-        raise UserError(
-            f"--devices {devices} on --num_nodes {config.num_nodes}, but WORLD_SIZE={processes} is set, "
+            f"{devices} device{'s' * (devices > 1)} on --num_nodes {config.num_nodes}, but WORLD_SIZE={processes} is set, "
             "as by a launcher of so many processes; make them equal, or unset RANK, LOCAL_RANK and WORLD_SIZE: "
             "then this one starts the others"
+        )
+    if not by_variables and not nodes and config.num_nodes == 1 and (node := env.node_rank()):
+        raise UserError(
+            f"NODE_RANK={node} is set, but of --num_nodes 1 the only one is 0; unset NODE_RANK, or give --num_nodes (the scripts: N_NODE)"
         )
     strategy = config.strategy
     if strategy == "auto" and devices * config.num_nodes > 1:
@@ -105,13 +106,15 @@ def launched_here() -> int:
 
 
 def _nodes_of_srun() -> int:
-    """Nodes on which srun started the processes of this run; 0 when it has not. UserError where it did not say how many on each."""
+    """Nodes on which srun started the processes of this run; 0 when it has not. UserError: not as many on each as it said."""
     if not SLURMEnvironment.detect():
         return 0
     tasks, here = env.slurm_tasks(), env.slurm_tasks_per_node()
     if not here:
         raise UserError(f"srun started {tasks} tasks without saying how many on each node; give it --ntasks-per-node, also for one node")
-    return -(-tasks // here)
+    if tasks % here:
+        raise UserError(f"srun started {tasks} tasks, not {here} on each node, as its --ntasks-per-node says; give it that option alone")
+    return tasks // here
 
 
 def started_apart(run: Launch) -> bool:
