@@ -38,6 +38,10 @@ struct Watch {
     std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
     uintptr_t page = 0;
     Byte* bytes = nullptr;
+    // Of the thread whose access was the last: its number, its stack; and where the fibers are.
+    int thread = -1;
+    const char *stack = nullptr, *fibers = nullptr;
+    size_t fibers_bytes = 0;
 };
 inline Watch watch;
 inline const uintptr_t library_begin = [] {
@@ -47,7 +51,10 @@ inline const uintptr_t library_begin = [] {
 }();
 constexpr uintptr_t watched_page = 4096;
 
-inline Byte& byte_at(uintptr_t address) {
+// Not instrumented: the detector's own accesses are most of what it would be called for.
+#define EMULATION_PLAIN __attribute__((no_sanitize("thread")))
+
+EMULATION_PLAIN inline Byte& byte_at(uintptr_t address) {
     if (address / watched_page != watch.page || !watch.bytes) {
         auto& found = watch.pages[watch.page = address / watched_page];
         if (!found) found.reset(new Byte[watched_page]);
@@ -62,18 +69,23 @@ inline std::string place_name(uint32_t place) {
     return text;
 }
 
+inline void look_at_thread() {
+    const Machine& m = machine;
+    watch.thread = m.current, watch.stack = m.fibers[m.current].stack.get();
+    watch.fibers = reinterpret_cast<const char*>(m.fibers.data()), watch.fibers_bytes = m.fibers.size() * sizeof(Fiber);
+}
+
 // whole_warp: on behalf of all lanes. place: the return address.
-inline void touch(const void* at, size_t count, int kind, void* place, bool whole_warp = false) {
+EMULATION_PLAIN inline void touch(const void* at, size_t count, int kind, void* place, bool whole_warp = false) {
     Machine& m = machine;
-    const auto inside = [&](const void* begin, size_t bytes) { return uintptr_t(at) - uintptr_t(begin) < bytes; };
-    if (inside(m.fibers[m.current].stack.get(), stack_bytes) || inside(&m, sizeof(m)) ||
-        inside(m.fibers.data(), m.fibers.size() * sizeof(Fiber)))
-        return;
+    const auto inside = [&](const void* begin, size_t bytes) EMULATION_PLAIN { return uintptr_t(at) - uintptr_t(begin) < bytes; };
+    if (m.current != watch.thread) look_at_thread();
+    if (inside(watch.stack, stack_bytes) || inside(&m, sizeof(m)) || inside(watch.fibers, watch.fibers_bytes)) return;
     const uint32_t here = uint32_t(uintptr_t(place) - library_begin) - 1;
     const int16_t warp = int16_t(m.current / 32), lane = whole_warp ? -1 : int16_t(m.current % 32);
     const bool stores = kind & is_store, atomic = kind & is_atomic, shared = inside(m.shared, m.shared_bytes);
     const uint32_t begin = shared ? watch.block : watch.launch;  // what was before is ordered
-    const auto unordered = [&](const Byte::Touch& other) {
+    const auto unordered = [&](const Byte::Touch& other) EMULATION_PLAIN {
         if (other.time < begin || (other.time >= watch.block && other.time < watch.now) || (atomic && other.atomic)) return false;
         if (other.time < watch.block || other.warp != warp) return true;
         return other.warp_time == watch.warps[warp] && (lane == -1 || other.lane != lane);
@@ -110,6 +122,7 @@ inline void touch(const void* at, size_t count, int kind, void* place, bool whol
 inline void begin_launch() {
     watch.launch = watch.block = watch.now = ++watch.clock;
     ++watch.launches;
+    watch.thread = -1;
 }
 inline void begin_block() {
     watch.block = watch.now = ++watch.clock;
@@ -141,7 +154,7 @@ inline void watch_copy(const PendingCopy& c, bool landed, void* place) {
 
 }  // namespace emulation
 
-#define EMULATION_HOOK extern "C" inline __attribute__((used, noinline, no_sanitize("thread"))) void
+#define EMULATION_HOOK extern "C" inline __attribute__((used, noinline)) EMULATION_PLAIN void
 #define EMULATION_ACCESS(name, bytes, kind)                                                   \
     EMULATION_HOOK name(void* at) {                                                           \
         if (!emulation::watching) return;                                                     \
