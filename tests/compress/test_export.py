@@ -1,5 +1,7 @@
 """Export: the released form of an RWKV-7, with the logits of the model it comes from; what is no RWKV-7 is refused in one line."""
 
+import os
+
 import pytest
 import torch
 
@@ -99,3 +101,30 @@ def test_the_model_itself_is_not_overwritten(plain, capsys):
     before = plain.read_bytes()
     assert main(["export", "--model", str(plain), "--out", str(plain)]) == 2
     assert "choose another name" in capsys.readouterr().err and plain.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["export"], ["compress", "--svd_rank_ratio", "0.5"]])
+def test_the_tokenizer_goes_along(plain, tmp_path, capsys, command):
+    out, own = tmp_path / "other" / "small.pth", plain.with_name("tokenizer.json")
+    written = [*command, "--model", str(plain), "--out", str(out)]
+    own.write_text('{"é": 1}', encoding="utf-8")
+    for _ in range(2):
+        assert main(written) == 0
+        assert out.with_name("tokenizer.json").read_bytes() == own.read_bytes()
+    before = out.read_bytes(), out.with_name("tokenizer.json").read_bytes()
+    capsys.readouterr()
+    for text in ('{"é": 2}', None, b"\xff"):  # another model's; World, which would be read with what lies there; none that can be read
+        own.unlink()
+        if text is not None:
+            own.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert main(written) == 2
+        assert ("the tokenizer of other models" if text != b"\xff" else "cannot be read") in (said := capsys.readouterr().err)
+        assert said.count("\n") == 1 and (out.read_bytes(), out.with_name("tokenizer.json").read_bytes()) == before
+        own.touch()
+
+
+@pytest.mark.parametrize("command", [["export"], ["compress", "--svd_rank_ratio", "0.5"]])
+def test_what_is_no_file_is_not_replaced(plain, tmp_path, capsys, command):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert main([*command, "--model", str(plain), "--out", str(pipe)]) == 2
+    assert "is no file; choose another name" in capsys.readouterr().err and pipe.is_fifo()

@@ -62,7 +62,7 @@ def prepare_file(file: Path, text: str) -> Callable[[], None]:
     """Writes the file under a temporary name, flushed to disk; the function that is returned moves it into place."""
     temporary = file.with_name(file.name + ".tmp")
     try:
-        with open(temporary, "w") as handle:
+        with open(temporary, "w", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())

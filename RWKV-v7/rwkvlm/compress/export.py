@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ..checkpoint.place import check_file
-from ..checkpoint.pth import UNUSED, load_weights, model_from, save_weights
+from ..checkpoint.pth import UNUSED, load_weights, model_from
 from ..config import PhantomConfig, UserError
 from ..config.model import MATRICES
 from ..config.phantom import CARRIED
 from ..models import read_config
+from .output import check_output, save_output
 from .weights import whole
 
 # as RWKV-LM's rwkv_v7_numpy.py takes them
@@ -28,14 +27,12 @@ def export_file(path: str | Path, out: str | Path) -> None:
     Raises UserError for a model that no RWKV-7 can compute, and for files that cannot be read or written.
     """
     path, out = Path(path), Path(out)
-    if out.exists() and path.exists() and os.path.samefile(path, out):
-        raise UserError(f"--out {out} is the model itself; choose another name")
-    check_file(out, "--out")
+    check_output(path, out)
     weights = load_weights(path)
     if reason := _not_rwkv7(weights):
         raise UserError(f"--model {path} {reason}")
     own = model_from(weights, "cpu", torch.bfloat16).state_dict()  # refuses a file that does not fit together
-    save_weights(out, released({name: tensor.reshape(own[name].shape) for name, tensor in weights.items()}), "--out", first=RELEASED)
+    save_output(path, out, released({name: tensor.reshape(own[name].shape) for name, tensor in weights.items()}), first=RELEASED)
 
 
 def _not_rwkv7(weights: Mapping[str, torch.Tensor]) -> str:

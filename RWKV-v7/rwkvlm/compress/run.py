@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.place import check_file
-from ..checkpoint.pth import load_weights, save_weights
+from ..checkpoint.pth import load_weights
 from ..config import ModelConfig, UserError
 from ..models import count_parameters, read_config
 from ..train.flops import flops_per_token
 from . import measure
+from .output import check_output, save_output
 from .sparsity import remove_units, units_left
 from .svd import check_ratio, factorise_matrices
 
@@ -33,12 +32,10 @@ def compress_file(
     wherever it can be known.
     """
     path, out = Path(path), Path(out)
-    if out.exists() and path.exists() and os.path.samefile(path, out):
-        raise UserError(f"--out {out} is the model itself, which would be lost; choose another name")
     for name, value in (("ctx_len", ctx_len), ("samples", samples)):
         if value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
-    check_file(out, "--out")
+    check_output(path, out)
     check_ratio(svd_rank_ratio)
     weights = load_weights(path)
     config = read_config(weights)
@@ -54,7 +51,7 @@ def compress_file(
             activity = measure.activity(model, measure.Text(data, ctx_len, samples, config.vocab_size))
     fewer = remove_units(weights, config, sparsity_ratio, activity)
     smaller, errors = factorise_matrices(fewer, read_config(fewer), svd_rank_ratio)
-    save_weights(out, smaller, "--out")
+    save_output(path, out, smaller)
     model = measure.load(out)
     if data:
         losses["after"] = measure.loss(model, text)
