@@ -374,10 +374,10 @@ def test_no_room_for_the_pointer_is_no_room_for_the_state(saved, monkeypatch):
     before = sorted(path.name for path in (folder / "state").iterdir())
     real = open
 
-    def full(file, *arguments):
+    def full(file, *arguments, **how):
         if str(file).endswith("latest.tmp"):
             raise OSError(28, "No space left on device", str(file))
-        return real(file, *arguments)
+        return real(file, *arguments, **how)
 
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(UserError, match="No space left on device"):
