@@ -1,8 +1,10 @@
 """The binidx reader and writer: against a second reader and writer made of struct alone, and against damaged files."""
 
+import mmap
 import os
 import random
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,3 +250,24 @@ def test_token_range(tmp_path):
         data.check_token_range(49999)
     sampled = data.check_token_range(50000, limit=6 << 20)
     assert sampled.checked == 3 << 20 and "evenly spread" in str(sampled)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_what_was_checked_is_no_memory_of_the_process(tmp_path):
+    """The planner takes what a process has before there is a model for its libraries."""
+    n, size = 1 << 20, 32
+    with open(tmp_path / "a.idx", "wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, n, n + 1))
+        for array in (np.full(n, size, "<i4"), np.arange(0, 2 * n * size, 2 * size, "<i8"), np.arange(n + 1, dtype="<i8")):
+            array.tofile(file)
+    np.ones(n * size, "<u2").tofile(tmp_path / "a.bin")
+
+    def mapped() -> int:  # bytes of files in the memory of this process
+        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+
+    before = mapped()
+    data = BinIdx(tmp_path / "a")
+    opened = mapped()
+    assert str(data.check_token_range(256)) == "token ids 1 to 1 (all checked)"
+    assert opened - before < 2 << 20 and mapped() - opened < 4 << 20
+    assert data.doc(n - 1).tolist() == [1] * size

@@ -26,7 +26,7 @@ import numpy as np
 from ..config import UserError
 from ..config.locks import try_lock
 from ..config.volume import volume
-from .tokens import Tokens, refuse_if_cut
+from .tokens import Tokens, forget, refuse_if_cut
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -102,6 +102,7 @@ class Index:
         self.doc_idx = np.frombuffer(raw, "<i8", n_entries, self._at_doc_idx)
         self._check_items()
         self._check_documents()
+        forget(raw.base)
 
     def _check_items(self) -> None:
         """Every item starts where the one before ends, the first at 0."""

@@ -48,6 +48,11 @@ def refuse_if_cut(file: Path, then: os.stat_result) -> None:
             )
 
 
+def forget(mapping: mmap.mmap) -> None:
+    """Lets go of the pages that were read: a gigabyte of them would be taken for the memory that the program needs (train/planner.py)."""
+    mapping.madvise(mmap.MADV_DONTNEED)
+
+
 class Tokens:
     """A long row of tokens in a file. The constructor takes the prefix.
 
@@ -146,6 +151,8 @@ class Tokens:
             if low < 0 or high >= vocab_size:
                 raise self.outside(start + int(np.argmax((tokens < 0) | (tokens >= vocab_size))), vocab_size)
             smallest, largest, checked = min(smallest, low), max(largest, high), checked + len(tokens)
+        if self._mapping is not None:
+            forget(self._mapping[0])
         return TokenRange(smallest, largest, checked, self.n_tokens)
 
     def outside(self, at: int, vocab_size: int) -> UserError:
