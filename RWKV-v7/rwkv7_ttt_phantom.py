@@ -125,7 +125,8 @@ class RWKV7Phantom(Phantom):
     ) -> list[int] | torch.Tensor:
         """Continues a prompt, all of which is read, and returns the new tokens alone.
 
-        prompt: a list of tokens, or int64 [T] or [B, T]; the new tokens have the same form.
+        prompt: a list of tokens, or int64 [T] or [B, T]; the new tokens have the same form. UserError for an empty one and for tokens
+        outside the model's vocabulary.
         """
         check_sampling(temperature, top_p, top_k)
         device = self.emb.weight.device
@@ -133,6 +134,11 @@ class RWKV7Phantom(Phantom):
         rows = idx if idx.dim() == 2 else idx[None]
         if rows.shape[1] == 0:
             raise UserError("the prompt is empty; give at least one token")
+        if len(unknown := rows[(rows < 0) | (rows >= self.config.vocab_size)]):  # on a GPU such an index ends the process
+            raise UserError(
+                f"the prompt has token {unknown[0]}, but the model's vocabulary has {self.config.vocab_size}; "
+                "use the tokenizer it was trained with"
+            )
         generator = torch.Generator(device)
         generator.seed() if seed is None else generator.manual_seed(seed)
         was_training, found = self.training, []

@@ -320,6 +320,11 @@ def test_command_line(checkpoint, jsonl, tmp_path, capsys):
     assert json.loads(out.read_text())["dtype"] == "bfloat16"
 
 
+def test_figures_of_tasks_are_as_short_as_the_others():
+    lines = command.LINES["tasks"]({"mine": {"perplexity,none": 6.8e33, "acc,none": 0.25}})
+    assert [line.split() for line in lines[2:]] == [["mine", "perplexity", "6.8000e+33"], ["mine", "acc", "0.2500"]]
+
+
 def test_why_bits_a_byte_are_not_known(checkpoint, jsonl, capsys):
     """The very first token is not predicted, and here no other one has bytes: the tokenizer is not to blame."""
     assert command.main(["--model", str(checkpoint), "--device", "cpu", "--data", jsonl(["a"]), "--ctx_len", "4"]) == 0

@@ -119,6 +119,9 @@ def test_generate_forms_and_errors(model):
     assert model.generate([1], max_new_tokens=0) == []
     with pytest.raises(UserError, match="empty"):
         model.generate([])
+    for token in (256, -1):
+        with pytest.raises(UserError, match=f"the prompt has token {token}, but the model's vocabulary has 256"):
+            model.generate(torch.tensor([[1, 2], [3, token]]))
     with pytest.raises(UserError, match="top_p"):
         model.generate([1], top_p=2)
 

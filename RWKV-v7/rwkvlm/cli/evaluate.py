@@ -120,7 +120,7 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
         "",
         f"{found['data']}: {found['documents']:,} document{'s' * (found['documents'] != 1)}, {found['tokens']:,} tokens{size}; {how}",
         f"{'loss':20} {found['loss']:12.6f}  nats a token",
-        f"{'perplexity':20} {_perplexity(found)}",
+        f"{'perplexity':20} {_figure(found['perplexity'])}",
         f"{'bits a byte':20} {found['bits_per_byte']:12.6f}"
         if found["bits_per_byte"] is not None
         else f"{'bits a byte':20} {'unknown':>12}  {no_bytes}",
@@ -131,9 +131,9 @@ def _data_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _perplexity(found: dict[str, Any]) -> str:
-    """As a power of ten where it is large: that of words, by an untrained model, has dozens of digits."""
-    return f"{found['perplexity']:12.{'4f' if found['perplexity'] < 1e7 else '4e'}}"
+def _figure(value: float) -> str:
+    """With a power of ten where it is large: an untrained model's perplexity of words has dozens of digits."""
+    return f"{value:12.{'4f' if value < 1e7 else '4e'}}"
 
 
 def _lambada_lines(found: dict[str, Any]) -> list[str]:
@@ -141,14 +141,14 @@ def _lambada_lines(found: dict[str, Any]) -> list[str]:
         "",
         f"{found['data']}: LAMBADA, {found['passages']:,} passages",
         f"{'accuracy':16} {found['accuracy']:12.2%}",
-        f"{'perplexity':16} {_perplexity(found)}",
+        f"{'perplexity':16} {_figure(found['perplexity'])}",
     ]
 
 
 def _task_lines(found: dict[str, Any]) -> list[str]:
     lines = ["", "lm-evaluation-harness"]
     for task, metrics in found.items():
-        lines += [f"{task:24} {name.removesuffix(',none'):24} {value:12.4f}" for name, value in metrics.items() if "stderr" not in name]
+        lines += [f"{task:24} {name.removesuffix(',none'):24} {_figure(value)}" for name, value in metrics.items() if "stderr" not in name]
     return lines
 
 
