@@ -103,27 +103,56 @@ def test_the_model_itself_is_not_overwritten(plain, capsys):
     assert "choose another name" in capsys.readouterr().err and plain.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", [["export"], ["compress", "--svd_rank_ratio", "0.5"]])
-def test_the_tokenizer_goes_along(plain, tmp_path, capsys, command):
+COMMANDS = pytest.mark.parametrize("command", [["export"], ["compress", "--svd_rank_ratio", "0.5"]], ids=lambda command: command[0])
+
+
+@COMMANDS
+def test_the_tokenizer_goes_along(plain, tmp_path, command):
     out, own = tmp_path / "other" / "small.pth", plain.with_name("tokenizer.json")
-    written = [*command, "--model", str(plain), "--out", str(out)]
     own.write_text('{"é": 1}', encoding="utf-8")
     for _ in range(2):
-        assert main(written) == 0
+        assert main([*command, "--model", str(plain), "--out", str(out)]) == 0
         assert out.with_name("tokenizer.json").read_bytes() == own.read_bytes()
-    before = out.read_bytes(), out.with_name("tokenizer.json").read_bytes()
-    capsys.readouterr()
-    for text in ('{"é": 2}', None, b"\xff"):  # another model's; World, which would be read with what lies there; none that can be read
-        own.unlink()
+
+
+@COMMANDS
+@pytest.mark.parametrize(
+    "own, there, said",
+    [
+        (b"{}", b"[]", "the tokenizer of other models"),
+        (None, b"[]", "the tokenizer of other models"),
+        (b"\xff", b"[]", "cannot be read"),
+        (b"{}", None, "other.pth would be read too"),
+    ],
+)
+def test_no_model_is_read_with_the_tokenizer_of_others(plain, tmp_path, capsys, command, own, there, said):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "other.pth").touch()
+    for place, text in ((tmp_path, own), (folder, there)):
         if text is not None:
-            own.write_bytes(text if isinstance(text, bytes) else text.encode())
-        assert main(written) == 2
-        assert ("the tokenizer of other models" if text != b"\xff" else "cannot be read") in (said := capsys.readouterr().err)
-        assert said.count("\n") == 1 and (out.read_bytes(), out.with_name("tokenizer.json").read_bytes()) == before
-        own.touch()
+            (place / "tokenizer.json").write_bytes(text)
+    before = sorted(folder.iterdir())
+    for model, answer in ((plain, said), (tmp_path / "gone.pth", "gone.pth")):
+        assert main([*command, "--model", str(model), "--out", str(folder / "small.pth")]) == 2
+        assert answer in (line := capsys.readouterr().err) and line.count("\n") == 1
+        assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [["export"], ["compress", "--svd_rank_ratio", "0.5"]])
+@COMMANDS
+def test_a_link_is_replaced_by_a_model_with_its_tokenizer(plain, tmp_path, command):
+    (there := tmp_path / "there").mkdir()
+    (there / "old.pth").touch()
+    for place in (tmp_path, there):
+        (place / "tokenizer.json").write_text("{}")
+    out = tmp_path / "here" / "small.pth"
+    out.parent.mkdir()
+    out.symlink_to(there / "old.pth")
+    assert main([*command, "--model", str(plain), "--out", str(out)]) == 0
+    assert not out.is_symlink() and out.with_name("tokenizer.json").read_text() == "{}"
+
+
+@COMMANDS
 def test_what_is_no_file_is_not_replaced(plain, tmp_path, capsys, command):
     os.mkfifo(pipe := tmp_path / "pipe")
     assert main([*command, "--model", str(plain), "--out", str(pipe)]) == 2

@@ -15,31 +15,37 @@ from ..data.tokenizer import TOKENIZER, tokenizer_of
 
 
 def check_output(model: Path, out: Path) -> None:
-    """UserError where nothing can be written to `out`, `model` would be lost, or another tokenizer than its own would be found there."""
+    """UserError where `out` cannot be written, `model` would be lost, or a model there would be read with the tokenizer of others."""
     if out.exists() and model.exists() and os.path.samefile(model, out):
         raise UserError(f"--out {out} is the model itself, which would be lost; choose another name")
     check_file(out, "--out")
     if out.exists() and not out.is_file():
         raise UserError(f"--out {out} is no file; choose another name")
-    _missing_tokenizer(model, out)
+    if model.exists():
+        _missing_tokenizer(model, out)
 
 
 def save_output(model: Path, out: Path, tensors: Mapping[str, torch.Tensor], **how) -> None:
     """Writes what was made from `model`, and beside it the tokenizer.json that lies beside `model`. how: as for save_weights."""
-    if text := _missing_tokenizer(model, out):
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+    text = _missing_tokenizer(model, out)
+
+    def before_rename(_: Path) -> None:
+        if text:
             write_atomically(out.with_name(TOKENIZER), text)
-        except OSError as error:
-            raise UserError(f"cannot write {out.with_name(TOKENIZER)}: {error.strerror}; choose another --out") from None
-    save_weights(out, tensors, "--out", **how)
+
+    save_weights(out, tensors, "--out", before_rename, **how)
 
 
 def _missing_tokenizer(model: Path, out: Path) -> str:
     """What has to be put beside `out`, that it is read with the tokenizer of `model`; "" where it is so already."""
-    own, there = _text(tokenizer_of(model)), _text(tokenizer_of(out))
+    beside = out.with_name(TOKENIZER)  # not where a link leads, which is replaced
+    own, there = _text(tokenizer_of(model)), _text(str(beside) if beside.is_file() else "world")
     if there and there != own:
-        raise UserError(f"--out {out} would be read with {tokenizer_of(out)}, the tokenizer of other models; choose another folder")
+        raise UserError(f"--out {out} would be read with {beside}, the tokenizer of other models; choose another folder")
+    if own and not there and (others := sorted({*out.parent.glob("*.pth")} - {out})):
+        raise UserError(
+            f"--out {out} needs {tokenizer_of(model)} beside it, with which {others[0]} would be read too; choose another folder"
+        )
     return "" if there else own
 
 

@@ -50,7 +50,8 @@ def refuse_if_cut(file: Path, then: os.stat_result) -> None:
 
 def forget(mapping: mmap.mmap) -> None:
     """Lets go of the pages that were read: a gigabyte of them would be taken for the memory that the program needs (train/planner.py)."""
-    mapping.madvise(mmap.MADV_DONTNEED)
+    with suppress(OSError):  # a process that keeps all of its memory (mlockall) keeps them
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class Tokens:
