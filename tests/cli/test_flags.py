@@ -345,6 +345,32 @@ def test_an_interrupt_reaches_a_command_that_a_shell_put_in_the_background(tmp_p
         assert process.wait(60) == 130
 
 
+INTERRUPTED = {
+    # torch, from C++, while it is being imported itself: the command would go on, and find no --data_file
+    "while torch imports numpy": """
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+cli.main(["train"])
+""",
+    "when the command has ended": """
+cli._command = lambda name: lambda argv: 0
+cli.main(["train"])
+signal.raise_signal(signal.SIGINT)
+""",
+}
+
+
+@pytest.mark.parametrize("when", INTERRUPTED)
+def test_an_interrupt_is_neither_lost_nor_a_traceback(when):
+    code = f"import signal, sys; from rwkvlm import cli\n{INTERRUPTED[when]}\nsys.exit(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr == ""
+
+
 def test_a_reader_that_has_enough_is_no_error():
     """`python -m rwkvlm ... | head -1`: no traceback."""
     code = (

@@ -17,7 +17,7 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from ..config import UserError, env
 from ..config.errors import out_of_memory
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, line in commands().items():
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts a background command
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.default_int_handler):  # ignored: as a shell starts a background command
+        signal.signal(signal.SIGINT, _interrupt)
     _open_what_is_closed()
     env.let_waiting_threads_sleep()
     env.limit_threads()
@@ -74,6 +74,18 @@ def main(argv: list[str] | None = None) -> int:
             _drop_what_cannot_be_written()
             return _refused(lacking, MACHINE_ERROR)
         raise
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt in a command; in the middle of an import, and when the command has ended, the end of the process.
+
+    torch imports numpy from C++, and takes an exception for a sign that there is none: a Ctrl-C would be lost, or end in numpy's traceback.
+    """
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code is main.__code__:
+            raise KeyboardInterrupt
+        frame = frame.f_back
+    os._exit(INTERRUPTED)
 
 
 def _lacking(error: Exception) -> str:
