@@ -100,7 +100,8 @@ def _lacking(error: Exception) -> str:
         )
     # a write to a slow reader raises it too, but with characters_written
     no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")
-    if "can't start new thread" in told or no_process:
+    no_thread = "can't start new thread" in told or told == os.strerror(errno.EAGAIN)  # the second: of C++, as gloo starts its threads
+    if no_thread or no_process:
         return (
             f"no further thread or process may be started ({told}); "
             "raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"
