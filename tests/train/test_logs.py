@@ -52,6 +52,11 @@ def test_clock(seconds, text):
     assert clock(seconds) == text
 
 
+@pytest.fixture(autouse=True)
+def no_dumb_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # whatever these tests are started in
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -97,6 +102,7 @@ def test_a_narrow_terminal_shows_whole_numbers(tmp_path, monkeypatch):
         (80, [*whole[:3], *whole[4:]]),
         (60, [whole[0], whole[2], *whole[4:]]),
         (40, [whole[0], whole[2], whole[5]]),
+        (20, [whole[0]]),
         (9, ["step 1/1"]),
     ):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -105,6 +111,17 @@ def test_a_narrow_terminal_shows_whole_numbers(tmp_path, monkeypatch):
         screen.seek(0), screen.truncate()
         Progress(long).step(record(1))
         assert screen.getvalue() == "\r" + "  ".join(shown) + "\x1b[K" and len("  ".join(shown)) < columns
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "dumb")
+    bar = Progress(plan(tmp_path))
+    bar.step(record(1))
+    bar.mini_epoch(0, 3.0, 1e-3)
+    bar.close()
+    assert screen.getvalue() == f"{bar.line}\nmini-epoch 0: mean loss 3.0000\n"
 
 
 def test_training_outlives_its_terminal(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from ..config import UserError, env
 from ..config.errors import out_of_memory
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, line in commands().items():
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts a background command
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.default_int_handler):  # ignored: as a shell starts a background command
+        signal.signal(signal.SIGINT, _interrupt)
     _open_what_is_closed()
     env.let_waiting_threads_sleep()
     env.limit_threads()
@@ -76,6 +76,18 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt in a command; in the middle of an import, and when the command has ended, the end of the process.
+
+    torch imports numpy from C++, and takes an exception for a sign that there is none: a Ctrl-C would be lost, or end in numpy's traceback.
+    """
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code is main.__code__:
+            raise KeyboardInterrupt
+        frame = frame.f_back
+    os._exit(INTERRUPTED)
+
+
 def _lacking(error: Exception) -> str:
     """What the machine has too little of, or what its Python lacks, with the cure; "" for any other error."""
     told = str(error).partition("\n")[0]
@@ -88,7 +100,8 @@ def _lacking(error: Exception) -> str:
         )
     # a write to a slow reader raises it too, but with characters_written
     no_process = isinstance(error, BlockingIOError) and not hasattr(error, "characters_written")
-    if "can't start new thread" in told or no_process:
+    no_thread = "can't start new thread" in told or told == os.strerror(errno.EAGAIN)  # the second: of C++, as gloo starts its threads
+    if no_thread or no_process:
         return (
             f"no further thread or process may be started ({told}); "
             "raise the limit (ulimit -u, or the container's limit of pids), or set OMP_NUM_THREADS=1"

@@ -106,6 +106,11 @@ def share_threads(processes: int) -> int:
     return int(os.environ["OMP_NUM_THREADS"])
 
 
+def dumb_terminal() -> bool:
+    """TERM: dumb means a terminal that only prints, such as Emacs' shell, and would show the codes that rewrite a line."""
+    return os.environ.get("TERM") == "dumb"
+
+
 def torch_extensions_dir() -> Path | None:
     """TORCH_EXTENSIONS_DIR: where torch.utils.cpp_extension, and so DeepSpeed, builds; None: torch's default."""
     place = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -11,19 +11,20 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
+from ...config import env
 from ..plan import Plan
 from .log import Log
 
 IN_TERMINAL_S, ELSEWHERE_S = 0.2, 10.0  # seconds between two lines
 WINDOW_S = 30.0  # speed and time left are averages over so many seconds
 STEPS = 20  # the loss that is shown is the mean of so many, then smoothed over about as many
-LESS = (3, 1, 4, 5)  # the line's parts that a narrow terminal does without, in this order: lr, mini-epoch, speed, time left
+LESS = (3, 1, 4, 5, 2)  # the line's parts that a narrow terminal does without, in this order: lr, mini-epoch, speed, time left, loss
 
 
 class Progress(Log):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.terminal, self.watched = sys.stdout.isatty(), True
+        self.terminal, self.watched = sys.stdout.isatty() and not env.dumb_terminal(), True
         self.total = plan.start.position.step + plan.steps
         self.times: deque[tuple[float, int]] = deque()
         self.loss, self.losses = 0.0, 0
