@@ -3,10 +3,13 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from rwkvlm import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,27 +27,44 @@ def test_an_interrupt_reaches_a_command_that_a_shell_put_in_the_background(tmp_p
         assert process.wait(60) == 130
 
 
-INTERRUPTED = {
-    # torch, from C++, while it is being imported itself: the command would go on, and find no --data_file
-    "while torch imports numpy": """
+IMPORTING = """
+import signal, sys
+from rwkvlm import cli
 class Finder:
     def find_spec(self, name, *_):
         if name == "numpy":
             sys.meta_path.remove(self)
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-cli.main(["train"])
-""",
-    "when the command has ended": """
-cli._command = lambda name: lambda argv: 0
-cli.main(["train"])
-signal.raise_signal(signal.SIGINT)
-""",
-}
+sys.exit(cli.main(["train"]))
+"""
 
 
-@pytest.mark.parametrize("when", INTERRUPTED)
-def test_an_interrupt_is_neither_lost_nor_a_traceback(when):
-    code = f"import signal, sys; from rwkvlm import cli\n{INTERRUPTED[when]}\nsys.exit(3)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def test_an_interrupt_while_torch_imports_numpy_is_not_lost():
+    """From C++, where it is taken for a missing numpy: the command would go on, and find no --data_file."""
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130 and done.stderr == ""
+
+
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_what_an_interrupt_does_is_as_before_when_a_command_has_ended(monkeypatch, before):
+    def interrupted(argv):
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    monkeypatch.setattr(cli, "_command", lambda name: interrupted)
+    monkeypatch.setattr(cli.env, "limit_threads", lambda: None)
+    signal.signal(signal.SIGINT, before)
+    assert cli.main(["made up"]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_thread_may_run_a_command(monkeypatch):
+    """It may not ask for signals."""
+    codes = []
+    monkeypatch.setattr(cli, "_command", lambda name: lambda argv: 7)
+    monkeypatch.setattr(cli.env, "limit_threads", lambda: None)
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["made up"])))
+    thread.start()
+    thread.join(60)
+    assert codes == [7]

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, line in commands().items():
             print(f"  {name:12} {line}")
         return 0 if argv else USAGE_ERROR
-    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.default_int_handler):  # ignored: as a shell starts a background command
+    before = signal.getsignal(signal.SIGINT)
+    # Ignored: as a shell starts a background command. Only the main thread may ask for signals.
+    hears = before in (signal.SIG_IGN, signal.default_int_handler) and threading.current_thread() is threading.main_thread()
+    if hears:
         signal.signal(signal.SIGINT, _interrupt)
     _open_what_is_closed()
     env.let_waiting_threads_sleep()
@@ -74,18 +78,21 @@ def main(argv: list[str] | None = None) -> int:
             _drop_what_cannot_be_written()
             return _refused(lacking, MACHINE_ERROR)
         raise
+    finally:
+        if hears:
+            signal.signal(signal.SIGINT, before)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """KeyboardInterrupt in a command; in the middle of an import, and when the command has ended, the end of the process.
+    """KeyboardInterrupt; the end of the process while torch is imported, before any work.
 
-    torch imports numpy from C++, and takes an exception for a sign that there is none: a Ctrl-C would be lost, or end in numpy's traceback.
+    It imports numpy from C++, and takes an exception for a sign that there is none: a Ctrl-C would be lost, or end in numpy's traceback.
     """
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        if frame.f_code is main.__code__:
-            raise KeyboardInterrupt
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            os._exit(INTERRUPTED)
         frame = frame.f_back
-    os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
 
 
 def _lacking(error: Exception) -> str:

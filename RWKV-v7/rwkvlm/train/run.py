@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from contextlib import closing, suppress
@@ -220,7 +219,6 @@ def watch_over(trainer: pl.Trainer, config: TrainConfig) -> Watch | None:
         env.meet_on_this_machine()
     if trainer.world_size == 1:
         return None
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the first step; Python would hear of it only when the processes have met
     started_here = isinstance(environment, LightningEnvironment)
     if started_here and trainer.num_nodes > 1 and not env.meeting_place_given():
         raise UserError(

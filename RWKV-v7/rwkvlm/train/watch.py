@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -39,6 +40,7 @@ LAST_WORDS = 10.0  # for the training thread to end by an error of its own
 CONNECT, HELLO = 300.0, 10.0  # for the others to come, and for one that has come to say who it is
 KILLED, DIED, FAILED, SILENT = range(4)  # the one that says most comes first
 EXIT_CODE = 1
+INTERRUPTED = 130  # as a shell counts SIGINT
 MEETING = "check MASTER_ADDR and firewalls, or set GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME too) to the interface between the nodes"
 # the last two: gloo, which may leave out its name
 COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Application timeout caused pair closure")
@@ -231,6 +233,8 @@ class Watch:
         now = time.monotonic()
         for number, process in enumerate(self.processes(), 1):
             if (code := process.poll()) and self.rank + number not in self._left:
+                if self.world_size == 1 and code in (INTERRUPTED, -signal.SIGINT):
+                    self._leave(INTERRUPTED)  # Ctrl-C; this one is in C++ until all have met, where its Python does not hear of it
                 self.names.setdefault(self.rank + number, f"rank {self.rank + number} (process {process.pid})")
                 died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 self._cause(KILLED if code < 0 else FAILED, self.rank + number, died)
@@ -298,11 +302,14 @@ class Watch:
         if speak:
             with suppress(OSError):
                 print(f"error: {verdict}; {self.cure}", file=sys.stderr, flush=True)
-        for process in self.processes():
-            process.kill()
         if self.parent and os.getppid() == self.parent and self.rank - self.local_rank in self._lost():
             os.kill(self.parent, signal.SIGKILL)  # it is frozen, and whoever waits for it would wait forever
-        os._exit(EXIT_CODE)
+        self._leave(EXIT_CODE)
+
+    def _leave(self, code: int) -> NoReturn:
+        for process in self.processes():
+            process.kill()
+        os._exit(code)
 
 
 def _greeting(guest: socket.socket) -> dict:
