@@ -377,3 +377,14 @@ def test_fuzzed_lines_end_in_one_line_or_in_tokens(here, capsys):
             assert code == 2 and err.startswith("error: demo.jsonl, line ") and err.count("\n") == 1
             assert not [*Path().glob("demo.*partial"), *Path().glob("*.unfinished")]
     assert codes[0] > 20 and codes[2] > 20
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_terminal_that_only_prints_gets_no_codes(tmp_path, monkeypatch, capsys, term):
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(command, "PAUSE", 0.0)
+    (tmp_path / "a.txt").write_text("hello")
+    assert main([str(tmp_path / "a.txt"), "1", "2", "--out", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().err
+    assert "reading" in told and ("\033" in told) == (term == "xterm")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoint.place import check_file, write_json
-from ..config import MINI_EPOCH, UserError
+from ..config import MINI_EPOCH, UserError, env
 from ..config.volume import volume
 from ..data.binidx import BinIdx
 from ..data.documents import PACKED, STDIN, expand, kind
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _progress(started: float) -> Callable[[Stage], None]:
     """Says now and then how far it is: on a terminal in one line that changes, elsewhere a line each time."""
-    last, terminal = started, sys.stderr.isatty()
+    last, terminal = started, env.rewrites_lines(sys.stderr)
 
     def say(stage: Stage) -> None:
         nonlocal last
@@ -173,7 +173,7 @@ def main(argv: list[str]) -> int:
             flush=True,
         )
         raise
-    if sys.stderr.isatty():
+    if env.rewrites_lines(sys.stderr):
         print("\r\033[K", end="", file=sys.stderr)
     seconds = time.monotonic() - started
     print(f"{made.text_bytes} bytes of text in {seconds:.1f} s ({volume(made.text_bytes / seconds)}/s)")

@@ -10,6 +10,7 @@ import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from .cgroups import cpus, cpus_allowed
 from .errors import UserError
@@ -106,9 +107,9 @@ def share_threads(processes: int) -> int:
     return int(os.environ["OMP_NUM_THREADS"])
 
 
-def dumb_terminal() -> bool:
-    """TERM: dumb means a terminal that only prints, such as Emacs' shell, and would show the codes that rewrite a line."""
-    return os.environ.get("TERM") == "dumb"
+def rewrites_lines(stream: TextIO) -> bool:
+    """Whether it is a terminal that knows the codes that rewrite a line. TERM: dumb means one that only prints, such as Emacs' shell."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def torch_extensions_dir() -> Path | None:

@@ -24,7 +24,7 @@ LESS = (3, 1, 4, 5, 2)  # the line's parts that a narrow terminal does without, 
 class Progress(Log):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.terminal, self.watched = sys.stdout.isatty() and not env.dumb_terminal(), True
+        self.terminal, self.watched = env.rewrites_lines(sys.stdout), True
         self.total = plan.start.position.step + plan.steps
         self.times: deque[tuple[float, int]] = deque()
         self.loss, self.losses = 0.0, 0
