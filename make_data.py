@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-v7"))
 
-from rwkvlm.cli import main
+from rwkvlm.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["make_data", *sys.argv[1:]]))
+    run(["make_data", *sys.argv[1:]])

@@ -59,8 +59,8 @@ def test_what_an_interrupt_does_is_as_before_when_a_command_has_ended(monkeypatc
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_thread_may_run_a_command(monkeypatch):
-    """It may not ask for signals."""
+def test_a_command_may_run_in_a_thread(monkeypatch):
+    """Which may not ask for signals; train and chat do."""
     codes = []
     monkeypatch.setattr(cli, "_command", lambda name: lambda argv: 7)
     monkeypatch.setattr(cli.env, "limit_threads", lambda: None)

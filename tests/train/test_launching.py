@@ -135,6 +135,18 @@ def test_ctrl_c_while_the_processes_meet_is_no_failure_of_one(run, tmp_path):
     assert process.wait(60) == 130 and "error: " not in log.read_text(), log.read_text()
 
 
+def test_ctrl_c_while_nodes_meet_ends_this_one(run, tmp_path, free_port):
+    """It sits in torch's C++ for half an hour otherwise."""
+    log, node = tmp_path / "log", dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port), NODE_RANK="0")
+    process = start([sys.executable, TRAIN, *run.argv(tmp_path / "out", num_nodes=2)], log, **node)
+    while "waits for 2 nodes to meet" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "error: " not in log.read_text(), log.read_text()
+
+
 def test_a_process_whose_starter_dies_before_it_has_begun_ends(run, tmp_path):
     """While it imports its libraries: who has started it is not to be asked of the system then."""
     pid = tmp_path / "pid"

@@ -256,3 +256,34 @@ def test_a_stranger_takes_nobodys_place(monkeypatch):
     for watch in (first, second):
         for peer in watch._peers.values():
             peer.socket.close()
+
+
+def test_an_interrupt_before_training_is_nobodys_fault(monkeypatch):
+    """Neither that of a process that has ended by it, nor of one that hears of it first and says so."""
+
+    class Ended(Exception):
+        pass
+
+    def leave(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for code in (130, -signal.SIGINT):
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        child.wait()
+        child.returncode = code
+        watch = Watch(15.0, rank=0, local_rank=0, processes=lambda child=child: (child,), started=False, cure="")
+        watch.world_size = 2
+        with pytest.raises(Ended, match="130"):
+            watch._look_around()
+        watch._training = True  # from here on each saves, and ends in time
+        watch._look_around()
+        assert watch._lost() == {1}
+    own, other = socket.socketpair()
+    first, second = (Watch(15.0, rank, rank, processes=lambda: (), started=False, cure="") for rank in range(2))
+    first._add(1, "rank 1", own, {})
+    second._add(0, "rank 0", other, {})
+    second.report(KeyboardInterrupt())
+    with own, other, pytest.raises(Ended, match="130"):
+        first._listen()
+    assert not first._causes and not second._causes

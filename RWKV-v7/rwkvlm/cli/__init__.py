@@ -19,6 +19,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import NoReturn
 
 from ..config import UserError, env
 from ..config.errors import out_of_memory
@@ -50,17 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.getsignal(signal.SIGINT)
     # Ignored: as a shell starts a background command. Only the main thread may ask for signals.
     hears = before in (signal.SIG_IGN, signal.default_int_handler) and threading.current_thread() is threading.main_thread()
-    if hears:
-        signal.signal(signal.SIGINT, _interrupt)
-    _open_what_is_closed()
-    env.let_waiting_threads_sleep()
-    env.limit_threads()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # commands show texts of any language on terminals of any encoding
-    if isinstance(sys.stderr, io.TextIOWrapper):
-        # lines whole, with PYTHONUNBUFFERED too: the processes of a run say things at the same moment
-        sys.stderr.reconfigure(line_buffering=True, write_through=False)
     try:
+        if hears:
+            signal.signal(signal.SIGINT, _interrupt)
+        _open_what_is_closed()
+        env.let_waiting_threads_sleep()
+        env.limit_threads()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # commands show texts of any language on terminals of any encoding
+        if isinstance(sys.stderr, io.TextIOWrapper):
+            # lines whole, with PYTHONUNBUFFERED too: the processes of a run say things at the same moment
+            sys.stderr.reconfigure(line_buffering=True, write_through=False)
         code = _command(argv[0])(argv[1:])
         sys.stdout.flush()  # at exit a disk that is full would be a traceback
         return code
@@ -81,6 +82,14 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if hears:
             signal.signal(signal.SIGINT, before)
+
+
+def run(argv: list[str] | None = None) -> NoReturn:
+    """`main` as the whole of a process: an interrupt behind it ends the process without a traceback."""
+    code = main(argv)
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

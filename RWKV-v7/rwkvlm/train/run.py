@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from contextlib import closing, suppress
@@ -187,9 +188,13 @@ def train(plan: Plan, strategy: Strategy) -> int:
     conductor = Conductor(plan, watch, hold)
     trainer.callbacks.append(conductor)
     module = PlannedModule(plan, hold)
+    before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(module)
-    except SystemExit as stop:  # what Lightning makes of a Ctrl-C before the first step; later ones are the Conductor's
+    except (
+        SystemExit
+    ) as stop:  # what Lightning makes of a Ctrl-C before the first step, and has the next ignored; later ones are the Conductor's
+        signal.signal(signal.SIGINT, before)
         raise KeyboardInterrupt from stop
     except Exception as error:
         if watch is not None:

@@ -82,15 +82,24 @@ class Watch:
         self._since = self._beaten = 0.0
         self._looked = time.monotonic()
         self._training = False
+        # The numbers of the signals that have come, until all have met: the training thread is in C++ then, where Python hears of none.
+        self._signals: socket.socket | None = None
         self._failed_here = self._closed = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._signals, self._told = socket.socketpair()
+            for end in (self._signals, self._told):
+                end.setblocking(False)
+            self._woken = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         self._thread.start()
 
     def connect(self, address: str, one_node: bool) -> None:
         """Rank 0 listens at address and the others come. Collective, on the default process group."""
         self.world_size = ranks.world_size()
+        if self._signals:
+            signal.set_wakeup_fd(self._woken)
         if self.rank == 0:
             server = socket.create_server(("127.0.0.1" if one_node else "", 0), backlog=self.world_size)
             where = ranks.broadcast((server.getsockname()[1], secrets.token_hex(8), self._own_name()))
@@ -152,7 +161,9 @@ class Watch:
         """The training of this process is failing; to be called before anything is torn down."""
         line = f"{type(error).__name__}: {ranks.describe(error)}"
         with self._lock:
-            if is_communication(error):
+            if isinstance(error, KeyboardInterrupt) and not self._training:
+                self._tell_all(interrupted=True)
+            elif is_communication(error):
                 self._wait_for_others(self.rank, line)
                 self._tell_all(waiting=line)
             else:
@@ -216,6 +227,8 @@ class Watch:
         if "bye" in message:
             self._left.add(peer.rank)
             self._forget(peer)
+        if "interrupted" in message:
+            self._interrupted()
         if "cause" in message:
             self._cause(*message["cause"])
         if "waiting" in message:
@@ -231,10 +244,14 @@ class Watch:
 
     def _look_around(self) -> None:
         now = time.monotonic()
+        if self._signals and self.world_size == 1:
+            with suppress(BlockingIOError):
+                if signal.SIGINT in self._signals.recv(64):
+                    self._interrupted()
         for number, process in enumerate(self.processes(), 1):
             if (code := process.poll()) and self.rank + number not in self._left:
-                if self.world_size == 1 and code in (INTERRUPTED, -signal.SIGINT):
-                    self._leave(INTERRUPTED)  # Ctrl-C; this one is in C++ until all have met, where its Python does not hear of it
+                if not self._training and code in (INTERRUPTED, -signal.SIGINT):
+                    self._interrupted()
                 self.names.setdefault(self.rank + number, f"rank {self.rank + number} (process {process.pid})")
                 died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 self._cause(KILLED if code < 0 else FAILED, self.rank + number, died)
@@ -305,6 +322,11 @@ class Watch:
         if self.parent and os.getppid() == self.parent and self.rank - self.local_rank in self._lost():
             os.kill(self.parent, signal.SIGKILL)  # it is frozen, and whoever waits for it would wait forever
         self._leave(EXIT_CODE)
+
+    def _interrupted(self) -> NoReturn:
+        """The end of all, of which none is to blame; before training begins, so that nothing is lost."""
+        self._tell_all(interrupted=True)
+        self._leave(INTERRUPTED)
 
     def _leave(self, code: int) -> NoReturn:
         for process in self.processes():
