@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command whatever it is doing, with 130 and without a traceback."""
+"""Ctrl-C ends a command with 130 and without a traceback, and one that comes behind the command is none either."""
 
 import signal
 import subprocess
@@ -57,6 +57,15 @@ def test_what_an_interrupt_does_is_as_before_when_a_command_has_ended(monkeypatc
     signal.signal(signal.SIGINT, before)
     assert cli.main(["made up"]) == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_while_python_shuts_down_is_no_traceback():
+    code = (
+        "import atexit, signal; from rwkvlm import cli; cli._command = lambda name: lambda argv: 0\n"
+        "atexit.register(signal.raise_signal, signal.SIGINT); cli.run(['made up'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
 def test_a_command_may_run_in_a_thread(monkeypatch):

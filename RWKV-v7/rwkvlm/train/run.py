@@ -191,10 +191,8 @@ def train(plan: Plan, strategy: Strategy) -> int:
     before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(module)
-    except (
-        SystemExit
-    ) as stop:  # what Lightning makes of a Ctrl-C before the first step, and has the next ignored; later ones are the Conductor's
-        signal.signal(signal.SIGINT, before)
+    except SystemExit as stop:  # what Lightning makes of a Ctrl-C before the first step; later ones are the Conductor's
+        signal.signal(signal.SIGINT, before)  # Lightning has the next one ignored
         raise KeyboardInterrupt from stop
     except Exception as error:
         if watch is not None:
