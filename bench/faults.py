@@ -35,7 +35,7 @@ from environment import write_record
 from rwkvlm.checkpoint import state
 from rwkvlm.train.module import TrainModule
 
-RANKS, BATCH, CTX, STEPS = 2, 2, 16, 200
+RANKS, BATCH, CTX, STEPS = 2, 2, 16, 120
 TIMEOUT = 15  # seconds, --dist_timeout where a process is frozen: longer than a slow machine keeps one waiting
 FLAGS = dict(
     vocab_size=64, n_layer=1, n_embd=32, head_size=16, ctx_len=CTX, micro_bsz=BATCH, my_exit_tokens=STEPS * RANKS * BATCH * CTX,

@@ -121,10 +121,10 @@ def whole(data, losses, tmp_path_factory):
 
 @pytest.fixture
 def spoilt(tmp_path, data) -> str:
-    """The tiny corpus with the chunks of samples 401 to 404 replaced by noise."""
+    """The tiny corpus with the chunks of samples 281 to 284, those of step 71, replaced by noise."""
     tokens = np.array(BinIdx(data).tokens)
     samples = TrainingSamples(data, 32, magic_prime(len(tokens), 32))
-    for ii in range(401, 405):
+    for ii in range(281, 285):
         at = int(re.search(r"tokens ([\d,]+) to", samples.where(ii))[1].replace(",", ""))
         tokens[at : at + 32] = np.random.default_rng(ii).integers(256, size=32)
     with BinIdxWriter(tmp_path / "spoilt", np.uint16) as writer:

@@ -1,6 +1,6 @@
 """Run by torchrun from the tests: trains a tiny model under one configuration after another in the same processes.
 
-argv[1]: a JSON file, a list of jobs; every job is a dict of TrainConfig fields plus steps, and optionally save_at, resume, noise, freeze.
+argv[1]: a JSON file, a list of jobs; every job is a dict of TrainConfig fields plus steps, and optionally save_at, resume, noise.
 Rank 0 writes argv[2]: one result per job.
 """
 
@@ -40,8 +40,6 @@ class Module(pl.LightningModule):
         with torch.no_grad():  # zero matrices would hide errors
             for i, p in enumerate(self.net.parameters()):
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-        for name, p in self.net.named_parameters():
-            p.requires_grad_(name not in job.get("freeze", ()))
         self.net.to(param_dtype(config))
         self.first, self.losses = 0, []
 
@@ -85,7 +83,7 @@ class Module(pl.LightningModule):
 
 
 def run(job: dict) -> dict:
-    own = ("steps", "save_at", "resume", "noise", "freeze")
+    own = ("steps", "save_at", "resume", "noise")
     config = TrainConfig(
         accelerator="cpu", lr_init=1e-2, weight_decay=0.1, ds_bucket_mb=1, **{k: v for k, v in job.items() if k not in own}
     )

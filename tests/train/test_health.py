@@ -137,23 +137,23 @@ def test_weights_that_are_not_finite_are_never_saved_and_are_the_diagnosis(run, 
 
 
 def test_the_spike_guard_goes_back_and_leaves_the_samples_out(run, spoilt, records, tmp_path, capsys):
-    """Step 101 reads noise. Its update is taken back: what follows equals going on from step 100 with the samples after it."""
-    flags = dict(data_file=spoilt, my_exit_tokens=110 * 128, epoch_save=0, val_every=1000, save_steps=100, keep_last=5)
-    guarded = flags | dict(spike_guard=6, spike_snapshot=20)
+    """Step 71 reads noise. Its update is taken back: what follows equals going on from step 70 with the samples after it."""
+    flags = dict(data_file=spoilt, my_exit_tokens=80 * 128, epoch_save=0, val_every=1000, save_steps=70, keep_last=5)
+    guarded = flags | dict(spike_guard=3, spike_snapshot=10)
     assert run(tmp_path / "out", **guarded) == 0
     err = capsys.readouterr().err
     assert re.search(
-        r"step 101 is undone, back to the weights of step 100: its loss \d\.\d+ is \d+\.\d standard deviations above \d\.\d+; "
-        r"samples 401 to 404 are lost",
+        r"step 71 is undone, back to the weights of step 70: its loss \d\.\d+ is \d+\.\d standard deviations above \d\.\d+; "
+        r"samples 281 to 284 are lost",
         err,
     ), err
     found = records(tmp_path / "out")
-    assert [step for step in found if "undone_to" in found[step]] == [101] and found[101]["undone_to"] == 100 and max(found) == 110
-    assert found[102]["loss"] < found[101]["loss"] - 0.3
-    # without the guard, from the state of step 100 with its position moved past the bad step
+    assert [step for step in found if "undone_to" in found[step]] == [71] and found[71]["undone_to"] == 70 and max(found) == 80
+    assert found[72]["loss"] < found[71]["loss"] - 0.3
+    # without the guard, from the state of step 70 with its position moved past the bad step
     other = tmp_path / "other"
-    assert run(other, **flags, max_steps=100) == 0
-    manifest = other / "state" / "step100" / "manifest.json"
+    assert run(other, **flags, max_steps=70) == 0
+    manifest = other / "state" / "step70" / "manifest.json"
     sealed = json.loads(manifest.read_text())
     for key, more in (("step", 1), ("samples", 4), ("warmup_step", 1)):
         sealed["content"]["meta"]["position"][key] += more
@@ -161,7 +161,7 @@ def test_the_spike_guard_goes_back_and_leaves_the_samples_out(run, spoilt, recor
     manifest.write_text(json.dumps(sealed))
     assert run(other, **flags) == 0
     rest = records(other)
-    assert [rest[step]["loss"] for step in range(102, 111)] == [found[step]["loss"] for step in range(102, 111)]
+    assert [rest[step]["loss"] for step in range(72, 81)] == [found[step]["loss"] for step in range(72, 81)]
     a, b = (load_weights(folder / "rwkv-final.pth") for folder in (tmp_path / "out", other))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -438,11 +438,11 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_memory_is_predicted_within_15_percent(run, tmp_path, name):
     """The largest resident size of the first process of a real run, which saves its state while it goes on."""
-    argv = run.argv(tmp_path / "out", **LARGER | CONFIGURATIONS[name] | dict(save_steps=2, val_batches=1))
+    argv = run.argv(tmp_path / "out", **LARGER | CONFIGURATIONS[name] | dict(save_steps=1, max_steps=3, val_batches=1))
     predicted = int(
         subprocess.run([sys.executable, "-c", PREDICT, *argv], check=True, capture_output=True, text=True, timeout=300).stdout.split()[-1]
     )
-    command = [sys.executable, "-c", MEASURE, sys.executable, str(ROOT / "train.py"), *argv, "--max_steps", "5"]
+    command = [sys.executable, "-c", MEASURE, sys.executable, str(ROOT / "train.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert predicted == pytest.approx(int(done.stdout), rel=0.15)

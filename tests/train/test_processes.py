@@ -166,13 +166,14 @@ def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
 @pytest.mark.slow
 def test_frozen_parts_under_every_strategy(forked, tmp_path, losses):
     """The embedding, whose gradient would come last, and the head, which the loss reads by itself; stopped in a mini-epoch and gone on."""
-    patterns, strategies = "emb,head,blocks.0.ffn", ("deepspeed_stage_1", *STRATEGIES)
+    patterns, strategies = "emb,head,blocks.0.ffn,blocks.0.ln0.bias,blocks.1.att.k_k", ("deepspeed_stage_1", *STRATEGIES)
+    short = dict(my_exit_tokens=16 * 128)
     well(
         forked(
             *(
                 job
                 for strategy in strategies
-                for job in interrupted(tmp_path / strategy, **TWO, strategy=strategy, precision="bf16", freeze=patterns)
+                for job in interrupted(tmp_path / strategy, **TWO, strategy=strategy, precision="bf16", freeze=patterns, **short)
             )
         )
     )

@@ -114,14 +114,19 @@ def test_states_of_two_processes_go_on_in_one_under_another_strategy(one_process
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_state_goes_on_everywhere(tmp_path, processes):
-    """{1, 2} processes x {DDP or one device, ZeRO 1, 2, 3, offload} x {fp32, bf16}: the same bits in place, the same curve elsewhere."""
+    """{1, 2} processes x {DDP or one device, ZeRO 1, 2, 3, offload} x {fp32, bf16}: the same bits in place, the same curve elsewhere.
+
+    A bf16 state goes to one strategy, each in its turn; an fp32 one to all."""
     names = ("auto", *ZERO, "deepspeed_stage_2_offload", "deepspeed_stage_3_offload")
     sources, moves = [], []
     for name in names:
         for precision in ("fp32", "bf16"):
             common = dict(strategy=name, precision=precision, proj_dir=str(tmp_path / f"{name}-{precision}"))
             sources += [dict(common, steps=6, save_at=[3]), dict(common, steps=3, resume=1)]
-            moves += [dict(common, strategy=to, steps=3, resume=1) for to in ("auto", "deepspeed_stage_2", "deepspeed_stage_3")]
+            targets = ("auto", "deepspeed_stage_2", "deepspeed_stage_3")
+            if precision == "bf16":  # what moves is fp32 all the same
+                targets = (targets[names.index(name) % 3],)
+            moves += [dict(common, strategy=to, steps=3, resume=1) for to in targets]
     here, curves = train(tmp_path, processes, sources), {}
     for job, whole, rest in zip(sources[::2], here[::2], here[1::2]):
         assert whole["losses"][3:] == rest["losses"] and whole["numbers"] == rest["numbers"], job
@@ -129,18 +134,6 @@ def test_every_state_goes_on_everywhere(tmp_path, processes):
     for there in (1, 2):
         for job, result in zip(moves, train(tmp_path, there, moves)):
             assert close(result["losses"], curves[job["proj_dir"]][3:], 1e-5 if job["precision"] == "fp32" else 2e-3), (there, job)
-
-
-@pytest.mark.slow
-def test_frozen_parameters_are_saved_and_stay(tmp_path):
-    frozen = ["emb.weight", "blocks.0.ln0.bias", "blocks.1.att.k_k"]
-    jobs = []
-    for name in ("ddp", *ZERO):
-        common = dict(strategy=name, precision="bf16", freeze=frozen, proj_dir=str(tmp_path / name))
-        jobs += [dict(common, steps=6, save_at=[3]), dict(common, steps=3, resume=1)]
-    results = train(tmp_path, 2, jobs)
-    for job, whole, rest in zip(jobs[::2], results[::2], results[1::2]):
-        assert whole["losses"][3:] == rest["losses"] and whole["numbers"] == rest["numbers"], job
 
 
 @pytest.mark.slow

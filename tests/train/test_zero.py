@@ -34,18 +34,18 @@ def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forke
     for strategy in STRATEGIES:
         flags = TWO | dict(strategy=strategy, doc_reset=1)
         jobs.append((flags | dict(proj_dir=tmp_path / strategy, val_batches=4), {}))
-        flags |= dict(precision="bf16", micro_bsz=1, accumulate_grad_batches=2, max_steps=20)
+        flags |= dict(precision="bf16", micro_bsz=1, accumulate_grad_batches=2, max_steps=14)
         jobs += [
             (flags | dict(proj_dir=tmp_path / f"{strategy}-a"), {}),
-            (flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=13), {}),
+            (flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=8), {}),
         ]
-        jobs.append((flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=7), {}))
+        jobs.append((flags | dict(proj_dir=tmp_path / f"{strategy}-b", max_steps=6), {}))
     well(forked(*jobs))
     for strategy in STRATEGIES:
         assert losses(tmp_path / strategy) == pytest.approx(losses(tmp_path / "one"), rel=1e-5), strategy
         assert losses(tmp_path / f"{strategy}-a") == losses(tmp_path / f"{strategy}-b"), strategy
-        assert same_state(*(tmp_path / f"{strategy}-{name}" / "state" / "step20" for name in "ab")), strategy
-    assert losses(tmp_path / "ddp-a") == pytest.approx(losses(tmp_path / "one")[:20], rel=2e-2)
+        assert same_state(*(tmp_path / f"{strategy}-{name}" / "state" / "step14" for name in "ab")), strategy
+    assert losses(tmp_path / "ddp-a") == pytest.approx(losses(tmp_path / "one")[:14], rel=2e-2)
 
 
 def test_other_models_with_documents_of_which_each_process_has_others(run, forked, losses, tmp_path):
@@ -68,35 +68,35 @@ def test_other_models_with_documents_of_which_each_process_has_others(run, forke
 
 
 def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, losses, records, tmp_path):
-    """Step 101 reads noise. fp32: the curve of one process with the same guard.
+    """Step 71 reads noise. fp32: the curve of one process with the same guard.
 
-    bf16: the bits of a run that goes on from step 100 with the samples after.
+    bf16: the bits of a run that goes on from step 70 with the samples after.
     """
-    flags = dict(data_file=spoilt, my_exit_tokens=110 * 128, epoch_save=0, val_every=1000)
-    guard = dict(spike_guard=6, spike_snapshot=20)
+    flags = dict(data_file=spoilt, my_exit_tokens=80 * 128, epoch_save=0, val_every=1000)
+    guard = dict(spike_guard=3, spike_snapshot=10)
     assert run(tmp_path / "one", **flags, **guard) == 0
     jobs = []
     for strategy in STRATEGIES:
         two = flags | TWO | dict(strategy=strategy)
         jobs.append((two | guard | dict(proj_dir=tmp_path / strategy), {}))
-        two |= dict(precision="bf16", save_steps=100)
+        two |= dict(precision="bf16", save_steps=70)
         jobs.append((two | guard | dict(proj_dir=tmp_path / f"{strategy}-guarded"), {}))
         without = two | dict(proj_dir=tmp_path / f"{strategy}-without")
-        jobs += [(without | dict(max_steps=100), {}), (without, dict(forget=1)), (without, {})]
+        jobs += [(without | dict(max_steps=70), {}), (without, dict(forget=1)), (without, {})]
     said = well(forked(*jobs))
     expected = losses(tmp_path / "one")
     for number, strategy in enumerate(STRATEGIES):
         told = said[5 * number], said[5 * number + 1]
         assert all(
-            len(re.findall(r"step 101 is undone, back to the weights of step 100: its loss .*; samples 401 to 404 are lost", text)) == 1
+            len(re.findall(r"step 71 is undone, back to the weights of step 70: its loss .*; samples 281 to 284 are lost", text)) == 1
             for text in told
         ), told
         found = records(tmp_path / strategy)
-        assert [step for step in found if "undone_to" in found[step]] == [101] and found[101]["undone_to"] == 100
+        assert [step for step in found if "undone_to" in found[step]] == [71] and found[71]["undone_to"] == 70
         assert losses(tmp_path / strategy) == pytest.approx(expected, rel=1e-4), strategy
         guarded, without = (tmp_path / f"{strategy}-{name}" for name in ("guarded", "without"))
-        curves = [[records(folder)[step]["loss"] for step in range(102, 111)] for folder in (guarded, without)]
-        assert curves[0] == curves[1] and same_state(guarded / "state" / "step110", without / "state" / "step110"), strategy
+        curves = [[records(folder)[step]["loss"] for step in range(72, 81)] for folder in (guarded, without)]
+        assert curves[0] == curves[1] and same_state(guarded / "state" / "step80", without / "state" / "step80"), strategy
 
 
 WHOLE = [
