@@ -119,9 +119,27 @@ def whole(data, losses, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def same_state():
+    """same_state(a, b) -> whether masters, moments and steps of both processes are the same; a and b are stepN folders."""
+
+    def compare(a: Path, b: Path) -> bool:
+        pairs = [[torch.load(file)["tensors"] for file in (folder / "rank00000.pt", folder / "rank00001.pt")] for folder in (a, b)]
+        return all(
+            one.keys() == other.keys()
+            and all(torch.equal(torch.as_tensor(one[name][key]), torch.as_tensor(other[name][key])) for name in one for key in one[name])
+            for one, other in zip(*pairs)
+        )
+
+    return compare
+
+
 @pytest.fixture
 def spoilt(tmp_path, data) -> str:
-    """The tiny corpus with the chunks of samples 281 to 284, those of step 71, replaced by noise."""
+    """The tiny corpus with the chunks of samples 281 to 284, those of step 71, replaced by noise.
+
+    The loss, which still falls there, is then four standard deviations above its mean.
+    """
     tokens = np.array(BinIdx(data).tokens)
     samples = TrainingSamples(data, 32, magic_prime(len(tokens), 32))
     for ii in range(281, 285):

@@ -164,7 +164,7 @@ def test_processes_that_a_launcher_started(run, whole, losses, tmp_path):
 
 
 @pytest.mark.slow
-def test_frozen_parts_under_every_strategy(forked, tmp_path, losses):
+def test_frozen_parts_under_every_strategy(forked, tmp_path, losses, same_state):
     """The embedding, whose gradient would come last, and the head, which the loss reads by itself; stopped in a mini-epoch and gone on."""
     patterns, strategies = "emb,head,blocks.0.ffn,blocks.0.ln0.bias,blocks.1.att.k_k", ("deepspeed_stage_1", *STRATEGIES)
     short = dict(my_exit_tokens=16 * 128)
@@ -189,6 +189,7 @@ def test_frozen_parts_under_every_strategy(forked, tmp_path, losses):
         }, strategy
         assert all(a[name].equal(before[name]) for name in frozen), strategy
         assert losses(out / "a") == losses(out / "b") and all(a[name].equal(b[name]) for name in a), strategy
+        assert same_state(*(out / name / "state" / "step16" for name in "ab")), strategy
 
 
 @pytest.mark.slow

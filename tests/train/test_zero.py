@@ -1,24 +1,12 @@
 """What one process is tested for elsewhere, in two under DDP and every ZeRO stage: documents, spikes undone, numbers not finite."""
 
 import re
-from pathlib import Path
 
 import pytest
-import torch
 
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 TWO = dict(devices=2, micro_bsz=2)
 pytestmark = pytest.mark.slow
-
-
-def same_state(a: Path, b: Path) -> bool:
-    """Masters, moments and steps of every process; both are stepN folders."""
-    pairs = [[torch.load(file)["tensors"] for file in (folder / "rank00000.pt", folder / "rank00001.pt")] for folder in (a, b)]
-    return all(
-        one.keys() == other.keys()
-        and all(torch.equal(torch.as_tensor(one[name][key]), torch.as_tensor(other[name][key])) for name in one for key in one[name])
-        for one, other in zip(*pairs)
-    )
 
 
 def well(results: list[dict]) -> list[str]:
@@ -27,7 +15,7 @@ def well(results: list[dict]) -> list[str]:
     return [result["said"] for result in results]
 
 
-def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forked, losses, records, tmp_path):
+def test_doc_reset_gives_the_curve_of_one_process_and_goes_on_exactly(run, forked, losses, same_state, tmp_path):
     """fp32 against one process, whose batch is cut up differently; bf16, with micro batches, stopped in a mini-epoch and gone on."""
     assert run(tmp_path / "one", doc_reset=1) == 0
     jobs = []
@@ -67,7 +55,7 @@ def test_other_models_with_documents_of_which_each_process_has_others(run, forke
         assert losses(tmp_path / kind / "two") == pytest.approx(losses(tmp_path / kind / "one"), rel=1e-4), kind
 
 
-def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, losses, records, tmp_path):
+def test_the_spike_guard_goes_back_under_every_strategy(run, forked, spoilt, losses, records, same_state, tmp_path):
     """Step 71 reads noise. fp32: the curve of one process with the same guard.
 
     bf16: the bits of a run that goes on from step 70 with the samples after.
@@ -110,7 +98,7 @@ ACCUMULATED = [(strategy, "bf16") for strategy in STRATEGIES]
 @pytest.mark.parametrize(
     "flags, cases", [(TWO, WHOLE), (dict(devices=2, micro_bsz=1, accumulate_grad_batches=2), ACCUMULATED)], ids=["whole", "accumulated"]
 )
-def test_a_bad_sample_in_one_process_is_skipped_by_all(forked, records, tmp_path, flags, cases):
+def test_a_bad_sample_in_one_process_is_skipped_by_all(forked, records, same_state, tmp_path, flags, cases):
     """NaN in sample 18, step 5, which one process reads, in one of its micro batches: the weights stay, the run goes on."""
     more = dict(save_steps=1, keep_last=9, max_steps=8)
     told = well(
