@@ -31,6 +31,10 @@ if SHARED:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--ptx", default="", metavar="90a", help="emulate the CUDA kernels from the PTX that nvcc makes for this architecture")
+
+
 def pytest_collection_modifyitems(items):
     """Files with slow tests come first: workers that take file by file then end together, on short ones."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled once a run of the tests for the host."""
+"""The CUDA kernels, compiled once a run of the tests for the host: from their source, or with --ptx from what nvcc makes of it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ import torch
 
 from oracles.emulated_all import registered
 from oracles.emulated_wkv7 import AROUND, SOURCES, Kernels, compile_kernels
+from oracles.ptx import compile_ptx, why_not
 from rwkvlm.native import available
 from rwkvlm.ops import backend
 from rwkvlm.ops.launch import why_not_built
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(compiled(tmp_path_factory, "emulated_wkv7", "-O2", SOURCES))
+def kernels(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Kernels:
+    return Kernels(compiled(tmp_path_factory, "emulated_wkv7", "-O2", SOURCES, pytestconfig.getoption("ptx")))
 
 
 @pytest.fixture(scope="session")
-def block_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def block_kernels(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> ctypes.CDLL:
     """Those around wkv7: cuda/adamw, cuda/fused, cuda/loss, cuda/rosa and cuda/wkv4."""
-    return ctypes.CDLL(str(compiled(tmp_path_factory, "emulated_around_wkv7", "-O1", AROUND)))
+    return ctypes.CDLL(str(compiled(tmp_path_factory, "emulated_around_wkv7", "-O1", AROUND, pytestconfig.getoption("ptx"))))
 
 
-def compiled(tmp_path_factory: pytest.TempPathFactory, name: str, flag: str, sources: list[Path]) -> Path:
-    """By one worker of pytest-xdist, for all."""
+def compiled(tmp_path_factory: pytest.TempPathFactory, name: str, flag: str, sources: list[Path], architecture: str) -> Path:
+    """By one worker of pytest-xdist, for all. architecture: "90a", with whose PTX; "": from the source."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = folder / "kernels.so"
-        return made if made.exists() else compile_kernels(folder, flag, sources=sources)
+        if made.exists():
+            return made
+        if not architecture:
+            return compile_kernels(folder, flag, sources=sources)
+        assert not (missing := why_not(architecture)), missing
+        return compile_ptx(folder, architecture, sources)
 
 
 @pytest.fixture(params=["emulated", "gpu"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from oracles.emulated_wkv7 import CUDA, RACES, run_sanitized
+from oracles.ptx import compile_ptx, why_not
 
 SOURCE = r"""
 #include "wkv7/mma.cuh"
@@ -95,6 +96,7 @@ __global__ void copies_of_others(float* out, int barrier) {
     if (barrier) __syncthreads();
     out[threadIdx.x] = shared<float>(16 * (threadIdx.x ^ 16));
 }
+__launch_bounds__(32) __global__ void bounded(float* out, int) { out[threadIdx.x] = 1.f; }
 __global__ void two_blocks(float* out, int own) { out[threadIdx.x + (own ? blockIdx.x * 32 : 0)] = 1.f; }
 __global__ void highest(float* out, int atomic) {
     int* const at = reinterpret_cast<int*>(out);
@@ -115,15 +117,20 @@ ENTRY(lanes, 32, 128)
 ENTRY(rounds, 64, 256)
 ENTRY(factors, 32, 512)
 ENTRY(copies_of_others, 32, 512)
+ENTRY(bounded, 64, 0)
 ENTRY(two_blocks, 32, 0, 2)
 ENTRY(highest, 64, 0)
 """
 
 
-def compile_planted(folder: Path, *flags: str) -> Path:
+def compile_planted(folder: Path, *flags: str, architecture: str = "") -> Path:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     (folder / "planted.cu").write_text(SOURCE)
+    if architecture:
+        if missing := why_not(architecture):
+            pytest.skip(missing)
+        return compile_ptx(folder / "ptx", architecture, [folder / "planted.cu"])
     linked = [flag for flag in flags if flag != RACES]
     commands = (
         ["-c", *flags, f"-I{CUDA}", "-x", "c++", "planted.cu", "-o", "planted.o"],
@@ -135,10 +142,12 @@ def compile_planted(folder: Path, *flags: str) -> Path:
     return folder / "planted.so"
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(compile_planted(tmp_path_factory.mktemp("planted"))))
+@pytest.fixture(scope="module", params=["", "90a", pytest.param("100a", marks=pytest.mark.slow)])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Compiled from the source, or translated from the PTX for an architecture."""
+    found = ctypes.CDLL(str(compile_planted(tmp_path_factory.mktemp("planted"), architecture=request.param)))
     found.emulation_error.restype = ctypes.c_char_p
+    found.of_ptx = bool(request.param)
     return found
 
 
@@ -184,6 +193,11 @@ def test_fragments_multiply_as_matrices(library: ctypes.CDLL) -> None:
     b = [[n * 5 % 3 + k % 4 for k in range(16)] for n in range(8)]
     right = [float(sum(p * q for p, q in zip(a[i], b[n]))) for i in range(16) for n in range(8)]
     assert run(library, "product")[1][:128] == right
+
+
+@pytest.mark.parametrize(("name", "said"), [("bounded", b"__launch_bounds__ has 32"), ("beyond", b"beyond the launch's shared memory")])
+def test_what_the_ptx_alone_shows(library: ctypes.CDLL, name: str, said: bytes) -> None:
+    assert run(library, name, 1)[0] == library.of_ptx and (said in library.emulation_error()) == library.of_ptx
 
 
 def test_the_sanitizer_sees_the_end_of_shared_memory(tmp_path: Path) -> None:

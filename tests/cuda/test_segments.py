@@ -13,16 +13,17 @@ from rwkvlm.ops.wkv7.cuda import segment_chunks
 LIMIT = 6.2e-3  # relative rms against float64 of the worst result of the plain scans; test_chunked.py has each
 
 
-def check(kernels: Kernels, case: Case, limit: float = LIMIT) -> None:
+def check(kernels: Kernels, case: Case, limit: float = LIMIT, da: float = 1.05) -> None:
     """The segments may be hardly worse than the plain scans, measured 0.3 percent: P is rounded as the state is.
 
     P in bf16 costs the states 28 percent.
 
-    Only dw scatters, by 15 percent: where the decays are slow a few elements make up its norm.
+    Only dw scatters, by 15 percent: where the decays are slow a few elements make up its norm. And with repeated keys da does, by 7.
     """
+    worse = dict(dw=1.2, da=da)
     expected, plain = case.expected(), replace(case, segment_chunks=0)
     ours, theirs = (errors(kernels.run("chunked", c), expected) for c in (case, plain))
-    assert all(ours[name] < limit and ours[name] < (1.2 if name == "dw" else 1.05) * theirs[name] for name in ours), (ours, theirs)
+    assert all(ours[name] < limit and ours[name] < worse.get(name, 1.05) * theirs[name] for name in ours), (ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_as_near_to_float64_as_the_plain_scans(kernels: Kernels, options: dict) 
 
 
 def test_repeated_keys(kernels: Kernels) -> None:
-    check(kernels, make_case(T=200, H=1, kind="repeated", segment_chunks=1), limit=3e-2)
+    check(kernels, make_case(T=200, H=1, kind="repeated", segment_chunks=1), limit=3e-2, da=1.1)
 
 
 def test_many_segments_take_whole_blocks_in_the_scans(kernels: Kernels) -> None:
